@@ -1,0 +1,37 @@
+"""medrobust: how far can a medical vision-language model be trusted when the image gets worse?
+
+The public names are loaded on first use, so importing the package costs nothing; it only makes sure
+that torchvision can be imported beside a CPU-only torch. Not for clinical use.
+"""
+
+import importlib
+from typing import TYPE_CHECKING
+
+from medrobust_lib._torchvision import install_guard
+
+if TYPE_CHECKING:
+    from medrobust_lib.data.registry import list_datasets, load_dataset
+    from medrobust_lib.models.registry import list_models, load_model, register_model
+
+__version__ = "0.1.0"
+__all__ = ["list_datasets", "list_models", "load_dataset", "load_model", "register_model"]
+
+_HOMES = {
+    "list_datasets": "medrobust_lib.data.registry",
+    "load_dataset": "medrobust_lib.data.registry",
+    "list_models": "medrobust_lib.models.registry",
+    "load_model": "medrobust_lib.models.registry",
+    "register_model": "medrobust_lib.models.registry",
+}
+
+install_guard()
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'medrobust_lib' has no attribute {name!r}; it offers {', '.join(__all__)}")
+    return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])
