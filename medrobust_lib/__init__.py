@@ -1,4 +1,4 @@
-"""medrobust: how far can a medical vision-language model be trusted when the image gets worse?
+"""Measure and prove how far a medical vision-language model can be trusted when the image gets worse.
 
 The public names are loaded on first use, so importing the package costs nothing; it only makes sure
 that torchvision can be imported beside a CPU-only torch. Not for clinical use.

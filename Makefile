@@ -1,0 +1,64 @@
+# Two commands do everything: `make run` and `make test`. Both install into .venv the first time.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+OUT    ?= runs/demo
+
+# The demo needs no network, and a look-up on a model hub that fails costs half a minute.
+# A fixed number of threads keeps rounding, and with it the checked outputs, the same everywhere.
+DEMO_ENV := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=2 PYTHONHASHSEED=0
+
+.DEFAULT_GOAL := help
+.PHONY: help install run test unit notebooks lab lint format nb-refresh coverage clean
+
+help:  ## show this list
+	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+install: $(STAMP)  ## create .venv and install (run and test do it by themselves)
+
+$(STAMP): pyproject.toml constraints.txt
+	@echo "==> creating $(VENV) and installing (about 2 minutes and 2 GB, once) ..."
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "medrobust needs Python 3.11 or newer; choose one with: make PYTHON=python3.11 ...")'
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	@touch $@
+	@echo "==> installed"
+
+run: $(STAMP)  ## execute every notebook on the embedded demo and write runs/demo/index.html
+	@echo "==> executing the notebooks on synthetic phantoms with demo-clip (no network, no GPU needed) ..."
+	@$(DEMO_ENV) $(BIN)/medrobust run --out $(OUT)
+
+test: unit notebooks  ## unit tests, structure tests, and every checked output of the notebooks
+
+unit: $(STAMP)
+	@echo "==> unit and structure tests ..."
+	@$(DEMO_ENV) $(BIN)/python -m pytest tests
+
+notebooks: $(STAMP)
+	@echo "==> running the notebooks again and comparing their checked outputs (nbval) ..."
+	@$(DEMO_ENV) TQDM_DISABLE=1 $(BIN)/python -m pytest --nbval-lax --nbval-current-env \
+		--nbval-sanitize-with tests/nbval_sanitize.cfg -p no:cacheprovider notebooks
+
+lab: $(STAMP)  ## open the notebooks in JupyterLab
+	@$(BIN)/jupyter lab --notebook-dir=notebooks
+
+lint: $(STAMP)  ## ruff: style, types and docstrings
+	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
+
+format: $(STAMP)  ## let ruff format the code
+	@$(BIN)/ruff check --fix . && $(BIN)/ruff format .
+
+coverage: $(STAMP)  ## line coverage of the library by the unit tests
+	@$(DEMO_ENV) $(BIN)/python -m pytest tests --cov --cov-report=term
+
+nb-refresh: $(STAMP)  ## execute the notebooks in place and strip what should not be committed
+	@for notebook in notebooks/*.ipynb; do \
+		echo "==> $$notebook"; \
+		$(DEMO_ENV) TQDM_DISABLE=1 $(BIN)/jupyter execute --inplace $$notebook || exit 1; \
+	done
+	@$(BIN)/nbstripout --keep-output --keep-count --extra-keys \
+		"metadata.papermill metadata.language_info.version metadata.widgets cell.metadata.papermill cell.metadata.execution" notebooks/*.ipynb
+
+clean:  ## remove runs (never data, weights or .venv)
+	rm -rf runs

@@ -1,0 +1,135 @@
+"""Is this installation sound? Every check says what it found and how to mend it."""
+
+import importlib
+import json
+import platform
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+import numpy as np
+
+from medrobust_lib import _torchvision, runner
+from medrobust_lib.experiments import project_root, write_text_atomically
+
+REFERENCE_FILE = Path(__file__).parent / "models" / "demo" / "clip" / "reference_prediction.json"
+REFERENCE_DATASET = "phantom/blood"
+REFERENCE_IMAGES = 8
+# Different processors sum in a different order; a wrong preprocessing or weight moves far more.
+REFERENCE_TOLERANCE = 1e-3
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One check: its name, whether it passed, and what was found (with the fix if it did not)."""
+
+    check: str
+    passed: bool
+    detail: str
+
+
+def examine() -> Iterator[Finding]:
+    """Run all checks, one finding at a time."""
+    for check in (_python, _packages, _torchvision_import, _kernel, _accelerator, _weights, _data, _reference):
+        name = check.__name__.lstrip("_").replace("_", " ")
+        try:
+            yield Finding(name, True, check())
+        except (ValueError, RuntimeError, OSError, ImportError) as error:
+            yield Finding(name, False, str(error))
+
+
+def reference_prediction() -> dict[str, object]:
+    """Probabilities of demo-clip on the first eight images of ``phantom/blood``, on the CPU in float32."""
+    from medrobust_lib import load_dataset, load_model
+
+    model = load_model("demo-clip", device="cpu", dtype="float32")
+    data = load_dataset(REFERENCE_DATASET).subset(range(REFERENCE_IMAGES))
+    classes = model.class_features(data.classes, data.templates[:1])
+    probabilities = model.probabilities(model.encode_image(model.prepare(data.images)), classes)
+    return {
+        "model": "demo-clip",
+        "dataset": REFERENCE_DATASET,
+        "images": REFERENCE_IMAGES,
+        "template": data.templates[0],
+        "probabilities": [[round(p, 6) for p in row] for row in probabilities.tolist()],
+    }
+
+
+def write_reference(path: Path = REFERENCE_FILE) -> Path:
+    """Store the present prediction as the reference; done once after training demo-clip."""
+    write_text_atomically(path, json.dumps(reference_prediction(), indent=1) + "\n")
+    return path
+
+
+def _python() -> str:
+    return f"Python {platform.python_version()} on {platform.system()} {platform.machine()}"
+
+
+def _packages() -> str:
+    """Compare what is installed with the tested pins, where the checkout holds them."""
+    constraints = project_root() / "constraints.txt"
+    if not constraints.exists():
+        return "no constraints.txt beside this installation, versions not compared"
+    differ = []
+    pins = dict(
+        line.split("==", 1) for line in constraints.read_text().splitlines() if "==" in line and line[0] != "#"
+    )
+    for name, pin in pins.items():
+        try:
+            installed = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            installed = "missing"
+        if installed.split("+")[0] != pin:
+            differ.append(f"{name} {installed} (tested: {pin})")
+    if differ:
+        raise RuntimeError(f"not as tested: {'; '.join(differ)}. `pip install -c constraints.txt -e .[dev]` mends it")
+    return f"{len(pins)} packages at their tested versions"
+
+
+def _torchvision_import() -> str:
+    torchvision = importlib.import_module("torchvision")
+    how = "repaired by the guard (CPU-only torch)" if _torchvision.was_repaired() else "imports by itself"
+    return f"torchvision {torchvision.__version__} {how}"
+
+
+def _kernel() -> str:
+    runner.check_kernel()
+    return "the Jupyter kernel 'python3' runs in this environment"
+
+
+def _accelerator() -> str:
+    import torch
+
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return f"{device.type} with torch {torch.__version__}" if device else f"none, torch {torch.__version__} on the CPU"
+
+
+def _weights() -> str:
+    from medrobust_lib import list_models
+
+    models = list_models()
+    found = models[models["available"]]["id"].tolist()
+    return f"{', '.join(found)} ({len(models) - len(found)} more with data_scripts/fetch_weights.py)"
+
+
+def _data() -> str:
+    from medrobust_lib import list_datasets
+
+    datasets = list_datasets()
+    downloaded = [i for i in datasets[datasets["available"]]["id"] if not i.startswith("phantom/")]
+    return f"phantoms, and {', '.join(downloaded) or 'nothing downloaded yet (see `medrobust datasets`)'}"
+
+
+def _reference() -> str:
+    expected = json.loads(REFERENCE_FILE.read_text())
+    found = reference_prediction()
+    gap = float(np.abs(np.subtract(found["probabilities"], expected["probabilities"])).max())
+    if gap > REFERENCE_TOLERANCE:
+        raise RuntimeError(
+            f"demo-clip differs from its reference prediction by {gap:.4f} (allowed {REFERENCE_TOLERANCE}); "
+            "the weights, the preprocessing or a library changed: reinstall with constraints.txt"
+        )
+    return f"demo-clip equals its reference prediction within {gap:.1e}"
+
+

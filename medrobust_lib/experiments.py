@@ -1,0 +1,271 @@
+"""Runs and their result cards: what was asked, what came out, and in which environment."""
+
+import hashlib
+import json
+import os
+import platform
+import subprocess
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+CARD_FORMAT = 1
+RUN_DIR_VARIABLE = "MEDROBUST_RUN_DIR"
+HEADLESS_VARIABLE = "MEDROBUST_HEADLESS"
+_RECORDED_PACKAGES = ("medrobust-lib", "torch", "open_clip_torch", "transformers", "peft", "numpy", "scipy")
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One measured number.
+
+    Attributes
+    ----------
+    name : str
+        Snake-case name, for example ``balanced_accuracy``.
+    value : float
+        Fractions lie in [0, 1].
+    n : int
+        Number of images (or cases) behind the value.
+    low, high : float or None
+        Two-sided 95 % interval, where one was computed.
+    of : str
+        What it was measured on, if the card holds several (for example ``sigma=0.25``).
+    """
+
+    name: str
+    value: float
+    n: int
+    low: float | None = None
+    high: float | None = None
+    of: str = ""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One execution of one notebook. Create it with `start_run`.
+
+    Attributes
+    ----------
+    number : str
+        The notebook's number, for example ``"01"``.
+    title : str
+    folder : Path
+        The run's folder; cards, tables and figures go below it.
+    parameters : dict
+        Resolved parameters, JSON values only.
+    started : float
+        Seconds of the monotonic clock.
+    """
+
+    number: str
+    title: str
+    folder: Path
+    parameters: dict[str, Any]
+    started: float = field(repr=False)
+
+    @property
+    def parameters_hash(self) -> str:
+        """First 16 hex digits of the SHA-256 of the canonical JSON of the parameters."""
+        return hashlib.sha256(json.dumps(self.parameters, sort_keys=True).encode()).hexdigest()[:16]
+
+    def save_figure(self, figure: "Figure", name: str) -> Path:
+        """Write a figure to ``figures/<number>_<name>.png`` and return its path."""
+        path = self.folder / "figures" / f"{self.number}_{name}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(".part.png")
+        figure.savefig(partial, dpi=150, bbox_inches="tight")
+        partial.replace(path)
+        return path
+
+    def save_card(
+        self,
+        *,
+        metrics: Sequence[Metric],
+        tables: Mapping[str, pd.DataFrame],
+        model: Mapping[str, Any],
+        dataset: Mapping[str, Any],
+        prompts: Mapping[str, Any],
+        notes: Sequence[str] = (),
+    ) -> Path:
+        """Write ``cards/<number>.json`` and each table as ``cards/<name>.csv`` beside it.
+
+        Parameters
+        ----------
+        metrics : sequence of Metric
+        tables : mapping of name to tidy DataFrame
+            One observation a row.
+        model, dataset, prompts : mapping
+            What was used; JSON values only.
+        notes : sequence of str
+            What a reader must know beside the numbers, for example that the data are synthetic.
+
+        Returns
+        -------
+        Path
+            The card.
+        """
+        card = {
+            "format": CARD_FORMAT,
+            "notebook": self.number,
+            "title": self.title,
+            "parameters": self.parameters,
+            "parameters_hash": self.parameters_hash,
+            "model": dict(model),
+            "dataset": dict(dataset),
+            "prompts": dict(prompts),
+            "metrics": [asdict(metric) for metric in metrics],
+            "tables": sorted(tables),
+            "notes": list(notes),
+            "seconds": round(time.monotonic() - self.started, 3),
+            "peak_memory_mb": peak_memory_mb(),
+            "created": datetime.now(UTC).isoformat(timespec="seconds"),
+            "environment": environment(),
+            "git": git_state(),
+        }
+        for name, table in tables.items():
+            write_text_atomically(self.folder / "cards" / f"{name}.csv", table.to_csv(index=False))
+        path = self.folder / "cards" / f"{self.number}.json"
+        write_text_atomically(path, json.dumps(card, indent=2, allow_nan=False) + "\n")
+        return path
+
+
+def start_run(number: str, title: str, **parameters: Any) -> Run:
+    """Begin a run: start its clock, fix its folder and print its parameters.
+
+    The folder comes from the runner through the environment; by hand it is ``runs/by-hand`` below
+    the project.
+
+    Parameters
+    ----------
+    number, title : str
+        The notebook's number and title.
+    **parameters
+        The notebook's resolved parameters; JSON values.
+
+    Raises
+    ------
+    TypeError
+        A parameter is no JSON value.
+    """
+    json.dumps(parameters)
+    folder = os.environ.get(RUN_DIR_VARIABLE)
+    run = Run(
+        number=number,
+        title=title,
+        folder=Path(folder) if folder else project_root() / "runs" / "by-hand",
+        parameters=parameters,
+        started=time.monotonic(),
+    )
+    for name, value in parameters.items():
+        print(f"{name:<12} {value}")
+    return run
+
+
+def read_cards(runs_dir: Path) -> list[dict[str, Any]]:
+    """Read every result card below a folder, each with its run's name under ``"run"``.
+
+    Raises
+    ------
+    FileNotFoundError
+        There is no card below the folder.
+    ValueError
+        A card is no valid JSON or of an unknown format; the message names the file.
+    """
+    cards = []
+    for path in sorted(Path(runs_dir).glob("**/cards/[0-9]*.json")):
+        try:
+            card = json.loads(path.read_text())
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path} is no valid JSON ({error}); delete it and run the notebook again") from error
+        if card.get("format") != CARD_FORMAT:
+            raise ValueError(f"{path} has card format {card.get('format')}, this version reads {CARD_FORMAT}")
+        cards.append({**card, "run": path.parent.parent.name})
+    if not cards:
+        raise FileNotFoundError(f"no result cards below {runs_dir}; `medrobust run 01` writes one")
+    return cards
+
+
+def leaderboard(cards: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
+    """One row per metric of every card, from the cards alone.
+
+    Returns
+    -------
+    DataFrame with columns run, notebook, model, dataset, metric, of, value, low, high, n, parameters
+    """
+    return pd.DataFrame(
+        [
+            {
+                "run": card["run"],
+                "notebook": card["notebook"],
+                "model": card["model"].get("id", ""),
+                "dataset": card["dataset"].get("id", ""),
+                "metric": metric["name"],
+                **{key: metric[key] for key in ("of", "value", "low", "high", "n")},
+                "parameters": card["parameters_hash"],
+            }
+            for card in cards
+            for metric in card["metrics"]
+        ]
+    )
+
+
+def is_headless() -> bool:
+    """Whether a runner (not a person in JupyterLab) executes the notebook."""
+    return bool(os.environ.get(HEADLESS_VARIABLE))
+
+
+def project_root() -> Path:
+    """The checkout that holds this library, or the working folder for a plain installation."""
+    root = Path(__file__).resolve().parent.parent
+    return root if (root / "notebooks").is_dir() else Path.cwd()
+
+
+def environment() -> dict[str, str]:
+    """Versions of Python, the operating system and the packages that shape numbers."""
+    versions = {"python": platform.python_version(), "system": platform.system(), "machine": platform.machine()}
+    return versions | {name: metadata.version(name) for name in _RECORDED_PACKAGES}
+
+
+def git_state() -> dict[str, Any]:
+    """Commit of the project and whether its tracked files were changed; empty outside a checkout."""
+    root = Path(__file__).resolve().parent.parent
+    if not (root / ".git").exists():
+        return {}
+    try:
+        commit = _git(root, "rev-parse", "HEAD")
+        return {"commit": commit, "changed": bool(_git(root, "status", "--porcelain", "--untracked-files=no"))}
+    except (FileNotFoundError, subprocess.CalledProcessError):
+        return {}
+
+
+def peak_memory_mb() -> float | None:
+    """Largest resident memory of this process so far, in MB; None where the system does not tell."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return round(peak / (1e6 if platform.system() == "Darwin" else 1e3), 1)
+
+
+def write_text_atomically(path: Path, text: str) -> None:
+    """Write a file so that a reader sees either the old or the whole new content."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.part")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
+
+
+def _git(root: Path, *arguments: str) -> str:
+    command = ["git", "-C", str(root), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.strip()

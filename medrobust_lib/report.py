@@ -1,0 +1,135 @@
+"""One static page per run: cards, figures and the executed notebooks, readable without a network."""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import nbformat
+from jinja2 import Environment, PackageLoader, select_autoescape
+from latex2mathml.converter import convert as latex_to_mathml
+from markupsafe import Markup
+
+from medrobust_lib.experiments import read_cards, write_text_atomically
+
+_MATH = re.compile(r"(?P<code>```.*?```|`[^`\n]*`)|\$\$(?P<block>.+?)\$\$|\$(?P<inline>[^$\n]+?)\$", re.DOTALL)
+NOTICE = "For teaching and research. Not for clinical use."
+
+
+def write_report(run_dir: Path) -> Path:
+    """Write ``index.html`` of a run, and one page per executed notebook under ``html/``.
+
+    Parameters
+    ----------
+    run_dir : Path
+        A run folder with ``cards/``; ``figures/`` and ``notebooks/`` are used where they exist.
+
+    Returns
+    -------
+    Path
+        The index page.
+
+    Raises
+    ------
+    FileNotFoundError
+        The folder holds no result card.
+    """
+    run_dir = Path(run_dir)
+    cards = [card for card in read_cards(run_dir) if (run_dir / "cards" / f"{card['notebook']}.json").exists()]
+    pages = {path.name.split("_")[0]: path for path in sorted((run_dir / "notebooks").glob("*.ipynb"))}
+    templates = Environment(
+        loader=PackageLoader("medrobust_lib", "templates"),
+        autoescape=select_autoescape(["html", "j2"]),
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    style = Markup(templates.get_template("style.css").render() + _code_colours())
+    for path in pages.values():
+        body = Markup(notebook_body(nbformat.read(path, as_version=4)))
+        page = templates.get_template("notebook.html.j2").render(
+            title=path.stem, body=body, style=style, notice=NOTICE
+        )
+        write_text_atomically(run_dir / "html" / f"{path.stem}.html", page)
+    index = templates.get_template("index.html.j2").render(
+        title=run_dir.resolve().name,
+        sections=[_section(card, run_dir, pages.get(card["notebook"])) for card in cards],
+        style=style,
+        notice=NOTICE,
+    )
+    write_text_atomically(run_dir / "index.html", index)
+    return run_dir / "index.html"
+
+
+def notebook_body(notebook: nbformat.NotebookNode) -> str:
+    """Render a notebook to the inside of an HTML page that loads nothing from anywhere.
+
+    Formulas become MathML, which browsers draw by themselves; figures stay embedded.
+    """
+    from nbconvert import HTMLExporter
+
+    # The notebook is shown, not changed: the caller's object keeps its LaTeX.
+    notebook = nbformat.from_dict(notebook)
+    for cell in notebook.cells:
+        if cell.cell_type == "markdown":
+            cell.source = math_to_mathml(cell.source)
+    exporter = HTMLExporter(template_name="basic", exclude_input_prompt=True, exclude_output_prompt=True)
+    return exporter.from_notebook_node(notebook)[0]
+
+
+def math_to_mathml(markdown: str) -> str:
+    """Replace ``$...$`` and ``$$...$$`` by MathML, outside code spans and fences."""
+
+    def replace(match: re.Match[str]) -> str:
+        if match["code"]:
+            return match[0]
+        if match["block"]:
+            return latex_to_mathml(match["block"].strip(), display="block")
+        return latex_to_mathml(match["inline"])
+
+    return _MATH.sub(replace, markdown)
+
+
+def _section(card: Mapping[str, Any], run_dir: Path, notebook: Path | None) -> dict[str, Any]:
+    """Everything that the index template shows of one card; links are relative to the index."""
+    figures = sorted((run_dir / "figures").glob(f"{card['notebook']}_*.png"))
+    return {
+        "card": card,
+        "metrics": [{**metric, "text": _metric_text(metric)} for metric in card["metrics"]],
+        "facts": _facts(card),
+        "figures": [
+            {"src": f"figures/{path.name}", "alt": path.stem.partition("_")[2].replace("_", " ")} for path in figures
+        ],
+        "html": f"html/{notebook.stem}.html" if notebook else "",
+        "notebook": f"notebooks/{notebook.name}" if notebook else "",
+        "tables": [f"cards/{name}.csv" for name in card["tables"]],
+    }
+
+
+def _metric_text(metric: Mapping[str, Any]) -> str:
+    value = f"{metric['value']:.3f}"
+    if metric["low"] is None:
+        return value
+    return f"{value} [{metric['low']:.3f}, {metric['high']:.3f}]"
+
+
+def _facts(card: Mapping[str, Any]) -> list[tuple[str, str]]:
+    git = card["git"]
+    commit = git.get("commit", "")[:10] + (" (changed)" if git.get("changed") else "")
+    return [
+        ("model", str(card["model"].get("id", ""))),
+        ("data set", f"{card['dataset'].get('id', '')}, {card['dataset'].get('n', '?')} images"),
+        ("seconds", f"{card['seconds']:.1f}"),
+        ("peak memory", f"{card['peak_memory_mb']:.0f} MB" if card["peak_memory_mb"] else "unknown"),
+        ("parameters", card["parameters_hash"]),
+        ("commit", commit or "no checkout"),
+        ("torch", card["environment"]["torch"]),
+        ("created", card["created"]),
+    ]
+
+
+def _code_colours() -> str:
+    from pygments.formatters import HtmlFormatter
+
+    # A style whose text reaches a contrast of at least 4.5 on a near-white background.
+    return HtmlFormatter(style="xcode").get_style_defs(".highlight")
+

@@ -1,0 +1,1 @@
+"""Randomized smoothing: noise streams today, bounds and certificates on top of them."""

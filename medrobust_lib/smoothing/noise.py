@@ -1,0 +1,169 @@
+"""Gaussian noise in pixel space, from streams that any part of a computation can draw from.
+
+Every draw is addressed by (seed, data set, image index, sigma, role, draw number). Results therefore
+do not depend on batch size, order, number of workers or on where an interrupted run resumed.
+"""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from medrobust_lib.data.dataset import ImageDataset
+from medrobust_lib.models.dual_encoder import DualEncoder
+
+Role = Literal["adapt", "select", "estimate"]
+
+
+@dataclass(frozen=True)
+class NoiseStream:
+    """An endless, addressable sequence of Gaussian noise images for one image.
+
+    Attributes
+    ----------
+    seed : int
+    dataset : str
+        Id of the data set.
+    index : int
+        Position of the image in its full split.
+    sigma : float
+        Standard deviation in [0, 1] pixel units, >= 0.
+    role : {"adapt", "select", "estimate"}
+        What the noise is for. Prompts may only ever see "adapt"; a certificate's class comes from
+        "select" and its bound from "estimate".
+
+    Raises
+    ------
+    ValueError
+        Negative sigma or unknown role.
+    """
+
+    seed: int
+    dataset: str
+    index: int
+    sigma: float
+    role: Role
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.sigma < float("inf"):
+            raise ValueError(f"sigma={self.sigma}: noise levels are standard deviations >= 0 in [0, 1] pixel units")
+        if self.role not in get_args(Role):
+            raise ValueError(f"unknown noise role {self.role!r}; choose one of {', '.join(get_args(Role))}")
+
+    def draw(self, shape: tuple[int, ...], *, first: int = 0, count: int = 1) -> Tensor:
+        """Draw noise images number `first` to ``first + count - 1``.
+
+        Parameters
+        ----------
+        shape : tuple of int
+            Shape of one image, for example ``(3, 64, 64)``.
+        first, count : int
+
+        Returns
+        -------
+        float32 [count, *shape]
+            N(0, sigma^2), independent over draws and pixels.
+        """
+        noise = torch.empty(count, *shape)
+        for row in range(count):
+            generator = torch.Generator().manual_seed(self._draw_seed(first + row))
+            noise[row].normal_(0, self.sigma, generator=generator)
+        return noise
+
+    def _draw_seed(self, number: int) -> int:
+        key = json.dumps([self.seed, self.dataset, self.index, self.sigma, self.role, number])
+        return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "big", signed=True)
+
+
+def noisy_copies(pixels: Tensor, stream: NoiseStream, *, first: int = 0, count: int = 1) -> Tensor:
+    """Add a stream's noise to copies of one image; nothing is clipped, as in Cohen et al. (2019).
+
+    Parameters
+    ----------
+    pixels : float32 [3, H, W]
+        In [0, 1], before the model's normalisation.
+    stream : NoiseStream
+    first, count : int
+        Which draws.
+
+    Returns
+    -------
+    float32 [count, 3, H, W]
+    """
+    return stream.draw(tuple(pixels.shape), first=first, count=count).add_(pixels)
+
+
+@torch.inference_mode()
+def noisy_features(
+    model: DualEncoder,
+    dataset: ImageDataset,
+    *,
+    sigma: float,
+    seed: int = 0,
+    role: Role = "estimate",
+    batch_size: int = 64,
+) -> Tensor:
+    """Encode one noisy copy of every image.
+
+    Parameters
+    ----------
+    model : DualEncoder
+    dataset : ImageDataset
+    sigma : float
+        Noise standard deviation in [0, 1] pixel units at the model's input size; 0 is the clean image.
+    seed : int
+    role : {"adapt", "select", "estimate"}
+    batch_size : int
+        Changes memory and speed, never the noise.
+
+    Returns
+    -------
+    float32 [n, d]
+        Unit-norm image features, on the CPU.
+    """
+    features = []
+    for start in range(0, len(dataset), batch_size):
+        pixels = model.prepare(dataset.images[start : start + batch_size])  # [b, 3, H, W]
+        for row, index in enumerate(dataset.indices[start : start + batch_size]):
+            stream = NoiseStream(seed, dataset.id, int(index), sigma, role)
+            pixels[row] += stream.draw(tuple(pixels.shape[1:]))[0]
+        features.append(model.encode_image(pixels).float().cpu())
+    return torch.cat(features)
+
+
+@torch.inference_mode()
+def vote(
+    model: DualEncoder, class_features: Tensor, pixels: Tensor, stream: NoiseStream, *, n: int, batch_size: int = 64
+) -> Tensor:
+    """Count the base classifier's answers over n noisy copies of one image.
+
+    The most frequent answer estimates the smoothed classifier g(x) = argmax_y P[f(x + noise) = y]
+    (Cohen et al. 2019, Eq. 1). A count is no certificate: it carries no confidence.
+
+    Parameters
+    ----------
+    model : DualEncoder
+    class_features : float [K, d]
+        Unit-norm text features.
+    pixels : float32 [3, H, W]
+        One prepared image in [0, 1].
+    stream : NoiseStream
+    n : int
+        Number of noisy copies.
+    batch_size : int
+
+    Returns
+    -------
+    int64 [K]
+        Votes per class; they sum to n.
+    """
+    votes = torch.zeros(len(class_features), dtype=torch.int64)
+    for first in range(0, n, batch_size):
+        count = min(batch_size, n - first)
+        features = model.encode_image(noisy_copies(pixels, stream, first=first, count=count))
+        answers = model.probabilities(features, class_features).argmax(1).cpu()
+        votes += torch.bincount(answers, minlength=len(votes))
+    return votes
