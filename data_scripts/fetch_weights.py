@@ -1,0 +1,124 @@
+"""Fetch the weights of models into WEIGHTS_DIR/ID/, verified where a hash is known.
+
+The first download is recorded in SHA256SUMS beside the files, in the format of sha256sum, so that later
+loads can be compared with it. Interrupted downloads go on where they stopped. Licences and citations are
+those of `medrobust models`; several of these models are for research only, none is for clinical use.
+"""
+
+import shutil
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from huggingface_hub import HfApi, hf_hub_download
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
+from medrobust_lib.data.preparation import reported_errors
+from medrobust_lib.downloads import (
+    DownloadError,
+    check_sums,
+    download,
+    extract,
+    file_sha256,
+    read_sums,
+    record_sums,
+)
+from medrobust_lib.models.registry import ModelEntry, WeightFile, default_weights_dir, find_model, list_models
+from medrobust_lib.models.weights import HUB_URL
+
+AUTHORS_HUB = "razaimam45/RobustMedCLIP"
+# Checkpoints that a hub repository keeps in folders; they are found by pattern and stored by file name.
+HUB_PATTERNS = {
+    "unimedclip": (AUTHORS_HUB, ("*unimed_clip_vit_b16.pt",)),
+    "robustmedclip": (AUTHORS_HUB, ("*exp-rank-16/vit/fewshot_100_percent/checkpoints/best_model/*",)),
+}
+HUB_ERRORS = (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError)
+
+app = typer.Typer(add_completion=False, rich_markup_mode="markdown")
+
+
+@app.command(help=__doc__)
+def main(
+    models: Annotated[list[str], typer.Argument(help="Model ids, as in `medrobust models`.")],
+    weights_dir: Annotated[
+        Path | None, typer.Option(help="Folder of weights; default MEDROBUST_WEIGHTS or ./weights.")
+    ] = None,
+) -> None:
+    """Fetch the weights of the models asked for."""
+    with reported_errors():
+        for entry in [find_model(model) for model in models]:
+            folder = (weights_dir or default_weights_dir()) / entry.id
+            for file in published_files(entry):
+                fetch(file, folder)
+            check_sums(folder)
+            typer.echo(f"{folder}  ready")
+
+
+def published_files(entry: ModelEntry) -> list[WeightFile]:
+    """What to fetch for a model: the table's files, and those found by pattern on the hub."""
+    files = [file for file in entry.files if file.url]
+    if entry.id in HUB_PATTERNS and not any(file.url.startswith(f"{HUB_URL}{AUTHORS_HUB}") for file in files):
+        repository, patterns = HUB_PATTERNS[entry.id]
+        try:
+            paths = HfApi().list_repo_files(repository)
+        except HUB_ERRORS as error:
+            raise DownloadError(hub_advice(f"the list of files of {HUB_URL}{repository}", error)) from error
+        found = [path for path in paths if any(fnmatch(path, pattern) for pattern in patterns)]
+        if not found:
+            raise DownloadError(f"{HUB_URL}{repository} has no file like {' or '.join(patterns)}")
+        files += [WeightFile(Path(path).name, f"{HUB_URL}{repository}/resolve/main/{path}") for path in found]
+    if not files:
+        fetched = list_models().query("id != 'demo-clip'")["id"]
+        raise ValueError(
+            f"{entry.id} needs no download ({entry.source}); models to fetch: {', '.join(fetched)}"
+        )
+    return files
+
+
+def fetch(file: WeightFile, folder: Path) -> None:
+    """Put one file into the folder, unpack it if it is a zip archive, and record its SHA-256."""
+    path = folder / file.name
+    if file.name in read_sums(folder):
+        return
+    if file.url.startswith(HUB_URL):
+        fetch_from_hub(file, path)
+    else:
+        download(file.url, path, sha256=file.sha256)
+    unpacked = []
+    if path.suffix == ".zip":
+        unpacked = [str(member.relative_to(folder)) for member in extract(path, folder)]
+    record_sums(folder, [*unpacked, file.name])
+
+
+def fetch_from_hub(file: WeightFile, path: Path) -> None:
+    """Fetch a ``https://huggingface.co/OWNER/NAME/resolve/REVISION/FILE`` through huggingface_hub."""
+    repository, _, place = file.url.removeprefix(HUB_URL).partition("/resolve/")
+    revision, _, name = place.partition("/")
+    scratch = path.parent / ".hub"  # keeps what is half done for the next call
+    if not path.exists():
+        try:
+            fetched = Path(hf_hub_download(repository, name, revision=revision, local_dir=scratch))
+        except HUB_ERRORS as error:
+            raise DownloadError(hub_advice(f"{file.url} (save it as {path})", error)) from error
+        fetched.replace(path)
+        shutil.rmtree(scratch)
+    if file.sha256 and (found := file_sha256(path)) != file.sha256:
+        aside = path.with_name(path.name + ".wrong-hash")
+        path.replace(aside)
+        raise DownloadError(
+            f"{file.name} from {file.url} has sha256 {found}, expected {file.sha256}. It is kept aside as {aside}."
+        )
+
+
+def hub_advice(what: str, error: Exception) -> str:
+    """Message for a hub that did not give a file."""
+    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    return (
+        f"cannot fetch {what}: {reason} Check the network or the proxy settings, unset HF_HUB_OFFLINE (it forbids "
+        "downloads), log in with `hf auth login` if the repository asks for it, or fetch it with a browser."
+    )
+
+
+if __name__ == "__main__":
+    app()

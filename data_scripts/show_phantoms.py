@@ -1,0 +1,85 @@
+"""Write a labelled contact sheet of synthetic phantoms: one row a class, one block of columns a site.
+
+The phantoms are seeded drawings that imitate six imaging modalities. They are not patients' images.
+"""
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from matplotlib.figure import Figure
+
+from medrobust_lib.data.phantoms import LARGEST, MODALITIES, SITES, SMALLEST, phantom_classes, render_phantoms
+from medrobust_lib.data.preparation import reported_errors
+
+Modality = StrEnum("Modality", {name: name for name in MODALITIES})
+Site = StrEnum("Site", {name: name for name in SITES})
+
+app = typer.Typer(add_completion=False)
+
+
+@app.command(help=__doc__)
+def main(
+    modality: Annotated[Modality, typer.Argument(help="Imaging modality that the phantoms imitate.")],
+    site: Annotated[
+        list[Site] | None,
+        typer.Option(help="Acquisition site; repeat the option for several, both by default."),
+    ] = None,
+    image_size: Annotated[int, typer.Option(min=SMALLEST, max=LARGEST, help="Side in pixels.")] = 128,
+    samples: Annotated[int, typer.Option(min=1, max=40, help="Images a class and site.")] = 6,
+    output: Annotated[
+        Path | None, typer.Option(help="PNG to write; default phantoms-MODALITY.png in the current folder.")
+    ] = None,
+) -> None:
+    """Draw the sheet and say where it is."""
+    with reported_errors():
+        sites = [choice.value for choice in site or Site]
+        figure = contact_sheet(modality.value, sites=sites, image_size=image_size, samples=samples)
+        path = output or Path(f"phantoms-{modality.value}.png")
+        figure.savefig(path, dpi=150)
+    typer.echo(f"wrote {path}")
+
+
+def contact_sheet(modality: str, *, sites: list[str], image_size: int, samples: int) -> Figure:
+    """Draw the first test phantoms of every class, sites side by side.
+
+    Parameters
+    ----------
+    modality : str
+        One of ``medrobust_lib.data.phantoms.MODALITIES``.
+    sites : list of {"A", "B"}
+    image_size : int
+        Side of each phantom in pixels.
+    samples : int
+        Images of each class at each site.
+
+    Returns
+    -------
+    matplotlib.figure.Figure
+    """
+    classes = phantom_classes(modality)
+    # One narrow empty column between the sites.
+    widths = [width for _ in sites for width in (*[1.0] * samples, 0.15)][:-1]
+    figure = Figure(figsize=(1.8 + 1.05 * sum(widths), 0.7 + 1.05 * len(classes)), layout="constrained")
+    figure.suptitle(f"{modality}, {image_size} px: synthetic phantoms, not patients' images", fontsize=10)
+    axes = figure.subplots(len(classes), len(widths), squeeze=False, width_ratios=widths)
+    for gap in axes[:, samples :: samples + 1].flat:
+        gap.set_axis_off()
+    for number, site in enumerate(sites):
+        block = axes[:, number * (samples + 1) :][:, :samples]
+        block[0, 0].set_title(f"site {site}", loc="left", fontsize=9)
+        images, labels = render_phantoms(
+            modality, range(samples * len(classes)), split="test", site=site, image_size=image_size
+        )
+        for label, row in enumerate(block):
+            for axis, image in zip(row, images[labels == label], strict=True):
+                axis.imshow(image, interpolation="nearest")
+                axis.set(xticks=[], yticks=[])
+    for name, axis in zip(classes, axes[:, 0], strict=True):
+        axis.set_ylabel(name.replace(" ", "\n"), rotation=0, ha="right", va="center", fontsize=8)
+    return figure
+
+
+if __name__ == "__main__":
+    app()

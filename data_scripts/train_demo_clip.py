@@ -1,0 +1,339 @@
+"""Train demo-clip: a small CLIP on site-A phantoms and their captions, in open_clip's own format.
+
+Everything is synthetic. The model sees the "pretrain" split of acquisition site A and nothing else:
+no image of site B, no train, val or test image, no noise augmentation. About 25 minutes on two CPU
+cores. Not for clinical use.
+"""
+
+import json
+import time
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated
+
+import medrobust_lib  # noqa: F401 - installs the torchvision guard before open_clip needs it
+
+# isort: split
+import numpy as np
+import open_clip
+import pandas as pd
+import torch
+import typer
+from numpy.typing import NDArray
+from safetensors.torch import save_file
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from torch.nn import functional
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerFast
+
+from medrobust_lib.data.phantoms import MODALITIES, SPLITS, phantom_classes, render_phantoms
+from medrobust_lib.data.wording import class_wording
+from medrobust_lib.experiments import write_text_atomically
+
+FOLDER = Path(__file__).resolve().parent.parent / "medrobust_lib" / "models" / "demo" / "clip"
+IMAGE_SIZE = 64
+CONTEXT_LENGTH = 48
+PAD, START, END = "<pad>", "<start>", "<end>"
+
+# Wording around the class name, beside the templates of classes.json.
+PHRASES = {
+    "histology": (
+        "{}", "{}, H&E stain", "a colon tissue tile with {}", "histology of the large bowel: {}",
+        "this H&E image patch contains {}", "tissue type: {}", "a microscopic view of {} in the colon",
+    ),
+    "blood": (
+        "{}", "a {} in a blood smear", "Wright-Giemsa stained {}", "the cell in the centre is a {}",
+        "cell type: {}", "a microscope picture of a {} among red blood cells",
+    ),
+    "breast": (
+        "{}", "{} breast mass", "breast ultrasound with a {} lesion", "an ultrasound of a {} breast tumour",
+        "the mass looks {}", "sonography of the breast, {}",
+    ),
+    "chest": (
+        "{}", "chest X-ray: {}", "a frontal chest radiograph showing {}", "the lungs show {}",
+        "radiograph of a child's chest, {}", "finding: {}",
+    ),
+    "fundus": (
+        "{}", "a {} fundus", "fundus photograph, {}", "a colour photograph of a {} retina",
+        "the retina looks {}", "{} eye background",
+    ),
+    "oct": (
+        "{}", "OCT scan: {}", "an optical coherence tomography image showing {}", "retinal layers with {}",
+        "a cross-section of the retina, {}", "retinal OCT, finding {}",
+    ),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that shapes the weights; written into the model card."""
+
+    images_per_modality: int = SPLITS["pretrain"]
+    epochs: int = 10
+    batch_size: int = 192
+    learning_rate: float = 1e-3
+    weight_decay: float = 0.1
+    warmup_steps: int = 100
+    shift_pixels: int = 3
+    seed: int = 0
+
+
+def main(
+    out: Annotated[Path, typer.Option(help="Folder to write the model to.")] = FOLDER,
+    epochs: Annotated[int, typer.Option(min=1, help="Passes over the pretrain split.")] = Recipe.epochs,
+    images: Annotated[int, typer.Option(min=32, help="Images per modality.")] = Recipe.images_per_modality,
+    seed: Annotated[int, typer.Option(help="Seed of weights, order, captions and augmentation.")] = Recipe.seed,
+) -> None:
+    """Render site-A phantoms, train the two towers on image-caption pairs, write weights, log and card."""
+    recipe = Recipe(images_per_modality=images, epochs=epochs, seed=seed)
+    started = time.monotonic()
+    torch.manual_seed(seed)  # weights are initialised inside open_clip, from torch's own stream
+    captions = caption_table()
+    tokenizer = train_tokenizer([text for texts in captions for text in texts])
+    config = model_config(tokenizer)
+    model = open_clip.CLIP(**config["model_cfg"])
+    pixels, labels = render_all("pretrain", "A", images)
+    validation = render_all("val", "A", 60)
+    tokens = [torch.tensor(tokenizer(texts, padding="max_length", max_length=CONTEXT_LENGTH)["input_ids"])
+              for texts in captions]  # fmt: skip
+    log = train(model, pixels, labels, tokens, validation, config["preprocess_cfg"], recipe)
+    seconds = time.monotonic() - started
+    save(out, model, tokenizer, config, log, recipe, seconds)
+    typer.echo(f"{out}: {sum(p.numel() for p in model.parameters()):,} parameters in {seconds / 60:.1f} minutes")
+
+
+def caption_table() -> list[list[str]]:
+    """Captions of every (modality, class) pair, in the order of `render_all`'s labels."""
+    table = []
+    for modality in MODALITIES:
+        wordings = [class_wording(f"phantom/{modality}", wording=wording) for wording in ("paper", "clear")]
+        for label in range(len(phantom_classes(modality))):
+            texts = [
+                template.format(wording.prompt_nouns[label])
+                for wording in wordings
+                for template in (*wording.templates, *PHRASES[modality])
+            ]
+            table.append(list(dict.fromkeys(texts)))
+    return table
+
+
+def render_all(split: str, site: str, count: int) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+    """Render the first images of a split for all modalities; labels run over all classes of all modalities."""
+    chunk = 60
+    jobs = [
+        (modality, range(start, min(start + chunk, count)), split, site)
+        for modality in MODALITIES
+        for start in range(0, count, chunk)
+    ]
+    offsets = np.cumsum([0, *(len(phantom_classes(modality)) for modality in MODALITIES)])
+    images, labels = [], []
+    with ProcessPoolExecutor() as pool:
+        for (modality, *_), (part, classes) in zip(
+            jobs, tqdm(pool.map(render_job, jobs), total=len(jobs), desc=f"phantoms {split}"), strict=True
+        ):
+            images.append(part)
+            labels.append(classes + offsets[list(MODALITIES).index(modality)])
+    return np.concatenate(images), np.concatenate(labels)
+
+
+def render_job(job: tuple[str, range, str, str]) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+    """Render one chunk in a worker process."""
+    modality, indices, split, site = job
+    return render_phantoms(modality, list(indices), split=split, site=site, image_size=IMAGE_SIZE)
+
+
+def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
+    """Train a small byte-level vocabulary on the captions; any other text still has tokens."""
+    tokenizer = Tokenizer(models.BPE(unk_token=None))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=1500,
+        special_tokens=[PAD, START],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    # The end token must have the highest id: open_clip's text tower pools where the id is largest.
+    tokenizer.add_special_tokens([END])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{START} $A {END}",
+        special_tokens=[(token, tokenizer.token_to_id(token)) for token in (START, END)],
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token=PAD,
+        bos_token=START,
+        eos_token=END,
+        model_max_length=CONTEXT_LENGTH,
+    )
+
+
+def model_config(tokenizer: PreTrainedTokenizerFast) -> dict[str, dict]:
+    """open_clip's configuration of demo-clip, as it is written to open_clip_config.json."""
+    return {
+        "model_cfg": {
+            "embed_dim": 128,
+            "vision_cfg": {"image_size": IMAGE_SIZE, "patch_size": 8, "layers": 4, "width": 128, "head_width": 32},
+            "text_cfg": {
+                "context_length": CONTEXT_LENGTH,
+                "vocab_size": len(tokenizer),
+                "width": 128,
+                "heads": 4,
+                "layers": 2,
+                "hf_tokenizer_name": "demo-clip",
+            },
+        },
+        "preprocess_cfg": {
+            "size": IMAGE_SIZE,
+            "mean": [0.5, 0.5, 0.5],
+            "std": [0.25, 0.25, 0.25],
+            "interpolation": "bicubic",
+            "resize_mode": "shortest",
+        },
+    }
+
+
+def train(
+    model: torch.nn.Module,
+    pixels: NDArray[np.uint8],
+    labels: NDArray[np.int64],
+    tokens: list[torch.Tensor],
+    validation: tuple[NDArray[np.uint8], NDArray[np.int64]],
+    preprocess: dict,
+    recipe: Recipe,
+) -> pd.DataFrame:
+    """Minimise the contrastive loss; returns one row per epoch."""
+    rng = np.random.default_rng(recipe.seed)
+    # Vectors (biases, gains, the temperature) are not decayed, as in CLIP.
+    decayed = [p for p in model.parameters() if p.ndim >= 2]
+    plain = [p for p in model.parameters() if p.ndim < 2]
+    optimizer = torch.optim.AdamW(
+        [{"params": decayed, "weight_decay": recipe.weight_decay}, {"params": plain, "weight_decay": 0.0}],
+        lr=recipe.learning_rate,
+        betas=(0.9, 0.98),
+    )
+    batches = len(labels) // recipe.batch_size
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer,
+        max_lr=recipe.learning_rate,
+        total_steps=recipe.epochs * batches,
+        pct_start=min(0.3, recipe.warmup_steps / (recipe.epochs * batches)),
+        cycle_momentum=False,
+    )
+    rows, started = [], time.monotonic()
+    for epoch in range(1, recipe.epochs + 1):
+        model.train()
+        order, losses = rng.permutation(len(labels)), []
+        for step in tqdm(range(batches), desc=f"epoch {epoch}/{recipe.epochs}"):
+            chosen = order[step * recipe.batch_size : (step + 1) * recipe.batch_size]
+            images = augment(pixels[chosen], recipe.shift_pixels, rng)
+            texts = torch.stack([tokens[label][rng.integers(len(tokens[label]))] for label in labels[chosen]])
+            loss = contrastive_loss(model, normalise(images, preprocess), texts, torch.from_numpy(labels[chosen]))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+            with torch.no_grad():
+                model.logit_scale.clamp_(0, np.log(100))
+            losses.append(loss.item())
+        rows.append(
+            {
+                "epoch": epoch,
+                "loss": round(float(np.mean(losses)), 4),
+                "site_a_val_accuracy": round(accuracy_per_modality(model, *validation, tokens, preprocess), 4),
+                "logit_scale": round(float(model.logit_scale.exp()), 2),
+                "seconds": round(time.monotonic() - started, 1),
+            }
+        )
+        typer.echo(json.dumps(rows[-1]))
+    return pd.DataFrame(rows)
+
+
+def contrastive_loss(
+    model: torch.nn.Module, images: torch.Tensor, texts: torch.Tensor, labels: torch.Tensor
+) -> torch.Tensor:
+    """CLIP's symmetric loss, in which every caption of an image's class counts as a match.
+
+    With 28 classes a batch holds many images of one class; plain CLIP would push their captions
+    apart (UniCL, Yang et al. 2022, makes the same change).
+    """
+    longest = int((texts != 0).any(0).nonzero().max()) + 1
+    image_features = model.encode_image(images, normalize=True)
+    text_features = encode_text(model, texts[:, :longest])
+    logits = model.logit_scale.exp() * image_features @ text_features.T
+    target = (labels[:, None] == labels[None, :]).float()
+    target = target / target.sum(1, keepdim=True)
+    return (functional.cross_entropy(logits, target) + functional.cross_entropy(logits.T, target)) / 2
+
+
+def encode_text(model: torch.nn.Module, tokens: torch.Tensor) -> torch.Tensor:
+    """Encode texts, padding cut off: exact, because the text tower is causal and pools at the end token."""
+    return model.encode_text(tokens, normalize=True)
+
+
+@torch.inference_mode()
+def accuracy_per_modality(
+    model: torch.nn.Module,
+    pixels: NDArray[np.uint8],
+    labels: NDArray[np.int64],
+    tokens: list[torch.Tensor],
+    preprocess: dict,
+) -> float:
+    """Zero-shot accuracy within each modality with its first template, averaged over modalities."""
+    model.eval()
+    texts = encode_text(model, torch.stack([class_tokens[0] for class_tokens in tokens]))
+    features = torch.cat(
+        [model.encode_image(normalise(part, preprocess), normalize=True) for part in np.array_split(pixels, 20)]
+    )
+    scores, accuracies, first = (features @ texts.T).numpy(), [], 0
+    for modality in MODALITIES:
+        last = first + len(phantom_classes(modality))
+        rows = (labels >= first) & (labels < last)
+        accuracies.append(np.mean(scores[rows, first:last].argmax(1) + first == labels[rows]))
+        first = last
+    return float(np.mean(accuracies))
+
+
+def augment(images: NDArray[np.uint8], shift: int, rng: np.random.Generator) -> NDArray[np.uint8]:
+    """Shift each image by a few pixels (edges repeated): the only augmentation there is."""
+    padded = np.pad(images, ((0, 0), (shift, shift), (shift, shift), (0, 0)), mode="edge")
+    side = images.shape[1]
+    offsets = rng.integers(0, 2 * shift + 1, (len(images), 2))
+    return np.stack([image[y : y + side, x : x + side] for image, (y, x) in zip(padded, offsets, strict=True)])
+
+
+def normalise(images: NDArray[np.uint8], preprocess: dict) -> torch.Tensor:
+    """uint8 [n, H, W, 3] to the float32 [n, 3, H, W] that the image tower reads."""
+    pixels = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255
+    mean, std = (torch.tensor(preprocess[key]).view(1, 3, 1, 1) for key in ("mean", "std"))
+    return (pixels - mean) / std
+
+
+def save(
+    out: Path,
+    model: torch.nn.Module,
+    tokenizer: PreTrainedTokenizerFast,
+    config: dict,
+    log: pd.DataFrame,
+    recipe: Recipe,
+    seconds: float,
+) -> None:
+    """Write weights, configuration, tokenizer, log and recipe."""
+    out.mkdir(parents=True, exist_ok=True)
+    state = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    save_file(state, out / "open_clip_model.safetensors", metadata={"synthetic": "true", "clinical_use": "no"})
+    write_text_atomically(out / "open_clip_config.json", json.dumps(config, indent=2) + "\n")
+    tokenizer.save_pretrained(out)
+    write_text_atomically(out / "training_log.csv", log.to_csv(index=False))
+    write_text_atomically(
+        out / "recipe.json",
+        json.dumps({**asdict(recipe), "minutes": round(seconds / 60, 1), "threads": torch.get_num_threads()}, indent=2)
+        + "\n",
+    )
+
+
+if __name__ == "__main__":
+    typer.run(main)

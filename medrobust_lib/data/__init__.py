@@ -1,0 +1,1 @@
+"""Data sets: phantoms, readers of public layouts, and the registry that names them all."""

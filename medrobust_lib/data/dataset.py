@@ -1,0 +1,294 @@
+"""The one in-memory form of a labelled image set, and the seeded subset everyone draws from it."""
+
+import base64
+import html
+import io
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+_ROW_OF_THUMBNAILS, _MOST_THUMBNAILS = 9, 16
+_THUMBNAIL_SIDE = 88
+
+
+@dataclass(frozen=True, eq=False)
+class ImageDataset:
+    """Images, labels and everything needed to prompt for them and to say where they come from.
+
+    Attributes
+    ----------
+    id : str
+        Registry id, or ``folder:NAME`` / ``csv:NAME``; part of the key of every noise stream.
+    split : str
+        ``train``, ``val``, ``test``, or ``all`` where the source has no splits.
+    images : uint8 [n, H, W, 3]
+        RGB, gray images repeated over the channels.
+    labels : int64 [n]
+        Indices into ``classes``.
+    classes : tuple of str
+        Prompt noun of each label.
+    templates : tuple of str
+        Prompt templates, each with one ``{}``; the first is the papers'.
+    modality, licence : str
+        For people; never parsed.
+    provenance : dict
+        JSON values: source, what was resized, whether the images are synthetic, how they were drawn.
+    indices : int64 [n]
+        Position of each image in its full split, so that a noise stream belongs to an image and not to
+        its place in a subset.
+
+    Raises
+    ------
+    TypeError
+        Wrong dtype of images, labels or indices, or provenance that JSON cannot hold.
+    ValueError
+        Wrong shapes, no images, fewer than two classes, a label outside the class list, a template
+        without its ``{}``, or an index that is negative or repeated.
+    """
+
+    id: str
+    split: str
+    images: NDArray[np.uint8]
+    labels: NDArray[np.int64]
+    classes: tuple[str, ...]
+    templates: tuple[str, ...]
+    modality: str
+    licence: str
+    provenance: dict[str, Any]
+    indices: NDArray[np.int64]
+
+    def __post_init__(self) -> None:
+        _check_array(self.id, "images", self.images, np.uint8)
+        _check_array(self.id, "labels", self.labels, np.int64)
+        _check_array(self.id, "indices", self.indices, np.int64)
+        if self.images.ndim != 4 or self.images.shape[3] != 3 or 0 in self.images.shape[1:3]:
+            raise ValueError(f"{self.id}: images must be [n, H, W, 3], got shape {self.images.shape}")
+        if len(self.images) == 0:
+            raise ValueError(f"{self.id}: no images in split {self.split!r}")
+        for name, array in (("labels", self.labels), ("indices", self.indices)):
+            if array.shape != (len(self.images),):
+                raise ValueError(f"{self.id}: {name} have shape {array.shape} for {len(self.images)} images")
+        check_classes(self.classes, self.id)
+        check_labels(self.labels, self.classes, self.id)
+        if not self.templates:
+            raise ValueError(f"{self.id}: no prompt templates; give at least one such as 'an image of {{}}.'")
+        for template in self.templates:
+            if template.count("{}") != 1:
+                raise ValueError(f"{self.id}: template {template!r} needs exactly one {{}} for the class name")
+        if self.indices.min() < 0 or len(np.unique(self.indices)) < len(self.indices):
+            raise ValueError(f"{self.id}: indices must be distinct positions >= 0 in the full split")
+        json.dumps(self.provenance)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    @property
+    def synthetic(self) -> bool:
+        """Whether the images are drawings (phantoms) instead of recordings."""
+        return bool(self.provenance.get("synthetic", False))
+
+    def subset(self, positions: Sequence[int] | NDArray[np.int64] | NDArray[np.bool_]) -> "ImageDataset":
+        """Return the images at the given positions of this data set (or under a boolean mask).
+
+        Parameters
+        ----------
+        positions : sequence of int, or bool [n]
+            0 to ``len(self) - 1``, in the order wanted.
+
+        Raises
+        ------
+        IndexError
+            A position outside this data set, or a mask of another length.
+        """
+        positions = np.asarray(positions)
+        if positions.dtype == np.bool_:
+            if positions.shape != (len(self),):
+                raise IndexError(f"{self.id}: mask of shape {positions.shape} for {len(self)} images")
+            positions = np.flatnonzero(positions)
+        positions = positions.astype(np.int64).reshape(-1)
+        outside = positions[(positions < 0) | (positions >= len(self))]
+        if len(outside):
+            raise IndexError(f"{self.id}: position {outside[0]} is outside 0 to {len(self) - 1}")
+        return replace(
+            self,
+            images=self.images[positions],
+            labels=self.labels[positions],
+            indices=self.indices[positions],
+        )
+
+    def class_counts(self) -> dict[str, int]:
+        """Count the images of each class, in label order; absent classes count 0."""
+        counts = np.bincount(self.labels, minlength=len(self.classes))
+        return {name: int(count) for name, count in zip(self.classes, counts, strict=True)}
+
+    def __repr__(self) -> str:
+        _, height, width, _ = self.images.shape
+        kind = ", synthetic phantoms" if self.synthetic else ""
+        return (
+            f"ImageDataset({self.id!r}, split={self.split!r}, {len(self)} images of {width} × {height} px, "
+            f"{len(self.classes)} classes, {self.modality}{kind})"
+        )
+
+    def _repr_html_(self) -> str:
+        _, height, width, _ = self.images.shape
+        full = self.provenance.get("split_size", len(self))
+        drawn = f"{len(self):,} images" if full == len(self) else f"{len(self):,} of {full:,} images"
+        counts = " · ".join(f"{name} {count:,}" for name, count in self.class_counts().items())
+        facts = {
+            "split": f"{self.split}, {drawn} of {width} × {height} px",
+            "classes": f"{len(self.classes)}: {counts}",
+            "modality": self.modality,
+            "prompt": self.templates[0] + (f"  (+ {len(self.templates) - 1} more)" if self.templates[1:] else ""),
+            "resized": self.provenance.get("resized") or "no",
+            "source": self.provenance.get("source", "not stated"),
+            "licence": self.licence,
+        }
+        return _card(self.id, facts, self._thumbnails(), synthetic=self.synthetic)
+
+    def _thumbnails(self) -> list[tuple[str, NDArray[np.uint8]]]:
+        # Round-robin over the classes, so that a class-sorted split still shows every class.
+        rank = np.empty(len(self), np.int64)
+        for label in np.unique(self.labels):
+            members = np.flatnonzero(self.labels == label)
+            rank[members] = np.arange(len(members))
+        per_class = max(1, _ROW_OF_THUMBNAILS // len(self.classes))
+        chosen = np.lexsort((self.labels, rank))[: min(per_class * len(self.classes), _MOST_THUMBNAILS)]
+        return [(self.classes[self.labels[position]], self.images[position]) for position in chosen]
+
+
+def check_classes(classes: Sequence[str], source: str) -> None:
+    """Raise ValueError unless there are two or more distinct, non-empty class names."""
+    if len(classes) < 2:
+        raise ValueError(
+            f"{source}: one class only ({', '.join(map(repr, classes)) or 'none'}); "
+            "zero-shot classification chooses between at least two classes"
+        )
+    for name in classes:
+        if not name.strip():
+            raise ValueError(f"{source}: empty class name in {list(classes)}")
+        if list(classes).count(name) > 1:
+            raise ValueError(f"{source}: class name {name!r} appears twice in {list(classes)}")
+
+
+def check_labels(labels: NDArray[np.int64], classes: Sequence[str], source: str) -> None:
+    """Raise ValueError naming the first label outside the class list."""
+    wrong = np.flatnonzero((labels < 0) | (labels >= len(classes)))
+    if len(wrong):
+        listing = ", ".join(f"{index} {name!r}" for index, name in enumerate(classes))
+        raise ValueError(
+            f"{source}: label {labels[wrong[0]]} (image {wrong[0]}; {len(wrong)} such) is outside the class "
+            f"list: {listing}"
+        )
+
+
+def stratified_positions(labels: NDArray[np.int64], *, n: int | None, seed: int) -> NDArray[np.int64]:
+    """Draw a seeded, class-stratified subset of a split.
+
+    Each class gets its share ``n * count / N`` rounded by largest remainder (ties to the lower label);
+    where ``n`` allows it, a class rounded to nothing gets one image from the best-provided class. Within
+    a class a fixed permutation, keyed by (seed, label), is read from its start, so a larger ``n`` almost
+    always contains the smaller one.
+
+    Parameters
+    ----------
+    labels : int64 [N]
+    n : int or None
+        1 to N; None takes the whole split.
+    seed : int
+        0 or more.
+
+    Returns
+    -------
+    int64 [n]
+        Ascending positions.
+
+    Raises
+    ------
+    TypeError
+        ``n`` or ``seed`` is not an integer.
+    ValueError
+        ``n`` outside 1 to N, or a negative seed.
+    """
+    _check_integer("seed", seed)
+    if seed < 0:
+        raise ValueError(f"seed={seed}: give 0 or more")
+    if n is None:
+        return np.arange(len(labels), dtype=np.int64)
+    _check_integer("n", n)
+    if not 1 <= n <= len(labels):
+        raise ValueError(f"n={n}: this split has {len(labels)} images; give 1 to {len(labels)}, or None for all")
+    values, counts = np.unique(labels, return_counts=True)
+    chosen = [
+        np.random.default_rng([int(seed), int(value)]).permutation(np.flatnonzero(labels == value))[:share]
+        for value, share in zip(values, _shares(counts, int(n)), strict=True)
+    ]
+    return np.sort(np.concatenate(chosen)).astype(np.int64)
+
+
+def _shares(counts: NDArray[np.int64], n: int) -> NDArray[np.int64]:
+    # Whole-number arithmetic: a float quota could round the same share differently on two machines.
+    share, remainder = np.divmod(counts * n, counts.sum())
+    share[np.argsort(-remainder, kind="stable")[: n - share.sum()]] += 1
+    if n >= len(counts):
+        while (share == 0).any():
+            share[np.argmax(share)] -= 1
+            share[np.argmin(share)] += 1
+    return share
+
+
+def _check_integer(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | np.integer):
+        raise TypeError(f"{name}={value!r}: give a whole number")
+
+
+def _check_array(source: str, name: str, array: object, dtype: type) -> None:
+    if not isinstance(array, np.ndarray) or array.dtype != dtype:
+        found = f"dtype {array.dtype}" if isinstance(array, np.ndarray) else type(array).__name__
+        raise TypeError(f"{source}: {name} must be a {dtype.__name__} array, got {found}")
+
+
+def _card(
+    title: str, facts: Mapping[str, str], thumbnails: list[tuple[str, NDArray[np.uint8]]], *, synthetic: bool
+) -> str:
+    rows = "".join(
+        f'<tr><th style="text-align:left;padding:1px 14px 1px 0;font-weight:600;vertical-align:top">{name}</th>'
+        f'<td style="text-align:left;padding:1px 0">{html.escape(str(value))}</td></tr>'
+        for name, value in facts.items()
+    )
+    figures = "".join(_figure(name, image) for name, image in thumbnails)
+    badge = (
+        '<span style="margin-left:10px;padding:1px 8px;border:1px solid currentColor;border-radius:9px;'
+        'font-size:11px;font-weight:400">synthetic phantoms, not patients&#x27; images</span>'
+        if synthetic
+        else ""
+    )
+    return (
+        '<div style="border:1px solid rgba(128,128,128,.35);border-radius:6px;padding:10px 14px;max-width:900px">'
+        f'<div style="font-size:15px;font-weight:600;margin-bottom:6px">{html.escape(title)}{badge}</div>'
+        f'<table style="border:none;border-collapse:collapse;font-size:12px;margin:0 0 8px 0">{rows}</table>'
+        f'<div style="display:flex;flex-wrap:wrap;gap:8px">{figures}</div></div>'
+    )
+
+
+def _figure(name: str, image: NDArray[np.uint8]) -> str:
+    picture = Image.fromarray(image)
+    # Enlarged smoothly, a 28 px image would look better than what the model gets.
+    rendering = "pixelated" if max(picture.size) < _THUMBNAIL_SIDE else "auto"
+    picture.thumbnail((_THUMBNAIL_SIDE, _THUMBNAIL_SIDE))
+    buffer = io.BytesIO()
+    picture.save(buffer, format="PNG")
+    data = base64.b64encode(buffer.getvalue()).decode("ascii")
+    label = html.escape(name, quote=True)
+    return (
+        f'<figure style="margin:0;width:{_THUMBNAIL_SIDE}px">'
+        f'<img src="data:image/png;base64,{data}" alt="{label}" '
+        f'style="width:{_THUMBNAIL_SIDE}px;height:{_THUMBNAIL_SIDE}px;object-fit:contain;display:block;margin:0;'
+        f'image-rendering:{rendering}">'
+        f'<figcaption title="{label}" style="font-size:10px;line-height:1.25;overflow:hidden;white-space:nowrap;'
+        f'text-overflow:ellipsis">{label}</figcaption></figure>'
+    )

@@ -1,0 +1,180 @@
+"""One image file to uint8 RGB: PNG, JPEG, TIFF, BMP and WebP through Pillow, DICOM through pydicom."""
+
+from pathlib import Path
+
+import numpy as np
+import pydicom
+from numpy.typing import NDArray
+from PIL import Image, UnidentifiedImageError
+from pydicom.errors import InvalidDicomError
+from pydicom.misc import is_dicom
+from pydicom.pixels import apply_modality_lut, apply_voi_lut
+
+DICOM_SUFFIXES = frozenset({".dcm", ".dicom"})
+IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp"}) | DICOM_SUFFIXES
+_DECODING_ERRORS = (OSError, SyntaxError, ValueError, EOFError, AttributeError, KeyError, TypeError)
+
+
+def read_image(path: str | Path) -> NDArray[np.uint8]:
+    """Decode one image file.
+
+    Gray images are repeated over three channels; palettes are resolved, alpha is dropped, and EXIF
+    rotation is ignored as in the papers' loaders. 16-bit PNG and TIFF values are divided by 257
+    (65535 to 255), never stretched per image, so exposures stay comparable. For DICOM see `read_dicom`.
+
+    Returns
+    -------
+    uint8 [H, W, 3]
+
+    Raises
+    ------
+    FileNotFoundError
+        No such file.
+    ValueError
+        Corrupt, multi-frame or floating-point image; the file is named.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no image file at {path}")
+    if _is_dicom(path):
+        return read_dicom(path)
+    try:
+        with Image.open(path) as picture:
+            frames = getattr(picture, "n_frames", 1)
+            if frames == 1:
+                picture.load()
+    except (UnidentifiedImageError, Image.DecompressionBombError, *_DECODING_ERRORS) as error:
+        raise ValueError(f"{path} is not a readable image: {error}. Replace or remove the file.") from error
+    if frames > 1:
+        raise ValueError(f"{path} holds {frames} frames; one image per file is expected. Split it first.")
+    return _to_rgb(picture, path)
+
+
+def read_dicom(path: str | Path) -> NDArray[np.uint8]:
+    """Decode one single-frame DICOM image for display.
+
+    The modality LUT (rescale) comes first, then the first VOI LUT or window, whose full output range is
+    mapped to 0..255. Without one, 8-bit data are taken as stored and deeper data are stretched from
+    their own minimum to their maximum, as viewers do. MONOCHROME1 is inverted, so that bright always
+    means dense.
+
+    Returns
+    -------
+    uint8 [H, W, 3]
+
+    Raises
+    ------
+    ValueError
+        Corrupt file, no decoder for its compression, several frames, or colour data other than 8-bit RGB
+        or YBR; the file is named.
+    """
+    path = Path(path)
+    try:
+        record = pydicom.dcmread(path)
+        frames = int(record.get("NumberOfFrames") or 1)
+        pixels = record.pixel_array if frames == 1 else None
+    except RuntimeError as error:
+        raise ValueError(
+            f"{path} is compressed in a way that no installed decoder reads ({' '.join(str(error).split())}); "
+            "install pylibjpeg or python-gdcm, or export the image uncompressed"
+        ) from error
+    except (InvalidDicomError, *_DECODING_ERRORS) as error:
+        raise ValueError(f"{path} is not a readable DICOM image: {error}. Replace or remove the file.") from error
+    if pixels is None:
+        raise ValueError(f"{path} holds {frames} frames; one image per file is expected. Export single frames.")
+    photometric = record.PhotometricInterpretation
+    if photometric in {"MONOCHROME1", "MONOCHROME2"}:
+        gray = _display_gray(record, pixels)
+        return _repeat(255 - gray if photometric == "MONOCHROME1" else gray)
+    if pixels.ndim == 3 and pixels.dtype == np.uint8:
+        # pydicom has already turned YBR into RGB.
+        return np.ascontiguousarray(pixels)
+    raise ValueError(
+        f"{path}: {photometric} data of {record.BitsStored} bits are not supported; "
+        "MONOCHROME1, MONOCHROME2 and 8-bit RGB or YBR are"
+    )
+
+
+def image_shape(path: str | Path) -> tuple[int, int]:
+    """Height and width from the header alone; raises as `read_image`."""
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no image file at {path}")
+    try:
+        if _is_dicom(path):
+            header = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=["Rows", "Columns"])
+            return int(header.Rows), int(header.Columns)
+        with Image.open(path) as picture:
+            return picture.height, picture.width
+    except (
+        InvalidDicomError,
+        UnidentifiedImageError,
+        Image.DecompressionBombError,
+        *_DECODING_ERRORS,
+    ) as error:
+        raise ValueError(f"{path} is not a readable image: {error}. Replace or remove the file.") from error
+
+
+def fit_square(image: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
+    """Bring the shortest edge to ``size`` (bicubic, antialiased) and crop the centre square.
+
+    Parameters
+    ----------
+    image : uint8 [H, W, 3]
+    size : int
+        Side in pixels, positive.
+
+    Returns
+    -------
+    uint8 [size, size, 3]
+        The image itself where it already has that size.
+    """
+    height, width = image.shape[:2]
+    if (height, width) == (size, size):
+        return image
+    scale = size / min(height, width)
+    height, width = max(size, round(height * scale)), max(size, round(width * scale))
+    picture = Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC)
+    left, top = (width - size) // 2, (height - size) // 2
+    return np.asarray(picture.crop((left, top, left + size, top + size)))
+
+
+def _is_dicom(path: Path) -> bool:
+    suffix = path.suffix.lower()
+    return suffix in DICOM_SUFFIXES or (suffix not in IMAGE_SUFFIXES and is_dicom(path))
+
+
+def _to_rgb(picture: Image.Image, path: Path) -> NDArray[np.uint8]:
+    if picture.mode == "F":
+        raise ValueError(f"{path} holds floating-point values of unknown range; save it with 8 or 16 bits")
+    if picture.mode.startswith("I"):
+        values = np.asarray(picture).astype(np.int64)
+        if values.min() < 0 or values.max() > 65535:
+            raise ValueError(
+                f"{path} holds values from {values.min()} to {values.max()}; 16-bit images run from 0 to 65535"
+            )
+        return _repeat(np.round(values / 257).astype(np.uint8))
+    return np.array(picture.convert("RGB"))
+
+
+def _display_gray(record: pydicom.Dataset, pixels: NDArray) -> NDArray[np.uint8]:
+    values = apply_modality_lut(pixels, record)
+    low, high = float(values.min()), float(values.max())
+    if record.get("VOILUTSequence"):
+        low, high = 0.0, 2.0 ** record.VOILUTSequence[0].LUTDescriptor[2] - 1
+        values = apply_voi_lut(np.round(values).astype(np.int64), record)
+    elif record.get("WindowCenter") not in (None, ""):
+        # Both ends of the output scale, not of this image: a window must mean the same for every image.
+        with np.errstate(over="ignore"):
+            low, high = apply_voi_lut(np.array([-(2.0**40), 2.0**40]), record)
+            values = apply_voi_lut(values, record)
+    elif record.BitsStored <= 8 and record.get("PixelRepresentation", 0) == 0:
+        values, low, high = pixels, 0.0, 2.0**record.BitsStored - 1
+    if high == low:
+        return np.zeros(values.shape, np.uint8)
+    scaled = (values.astype(np.float64) - low) / (high - low)
+    return np.round(255 * np.clip(scaled, 0, 1)).astype(np.uint8)
+
+
+def _repeat(gray: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    return np.repeat(gray[:, :, None], 3, axis=2)

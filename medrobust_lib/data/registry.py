@@ -1,0 +1,409 @@
+"""The data sets by id: one row each, one call to load any of them, one table of what is there."""
+
+import json
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from medrobust_lib.data import phantoms
+from medrobust_lib.data.dataset import ImageDataset, check_classes, check_labels, stratified_positions
+from medrobust_lib.data.decoding import fit_square
+from medrobust_lib.data.readers import (
+    SPLITS,
+    Split,
+    class_folder_split,
+    csv_split,
+    medimeta_split,
+    medmnist_file,
+    medmnist_split,
+    resolve_split,
+)
+from medrobust_lib.data.wording import SITE_A, ClassWording, class_wording, suggest
+
+__all__ = ["ClassWording", "class_wording", "default_data_root", "list_datasets", "load_dataset"]
+
+FALLBACK_SIZE = 224
+PHANTOM_SIZE = 64
+_NOT_COUNTED = (None, None, None)
+
+
+@dataclass(frozen=True)
+class _Row:
+    id: str
+    kind: str
+    location: str
+    modality: str
+    image_size: int
+    sizes: tuple[int | None, int | None, int | None]
+    licence: str
+    source: str
+    command: str = ""
+
+
+def _phantom(name: str, modality: str) -> tuple[_Row, _Row]:
+    row = partial(
+        _Row,
+        kind="phantom",
+        location="",
+        modality=modality,
+        image_size=PHANTOM_SIZE,
+        sizes=tuple(phantoms.SPLITS[split] for split in SPLITS),
+        licence="MIT (drawn by this package)",
+    )
+    return (
+        row(id=f"phantom/{name}", source="synthetic phantoms, acquisition site B (benchmark)"),
+        row(
+            id=f"phantom/{name}{SITE_A}",
+            source="synthetic phantoms, acquisition site A (demo-clip's training site)",
+        ),
+    )
+
+
+def _medmnist(name: str, modality: str, *sizes: int) -> _Row:
+    source = f"MedMNIST v2, {name}mnist (Yang et al. 2023), https://zenodo.org/records/10519652"
+    command = f"python data_scripts/download_medmnist.py {name}"
+    location = f"medmnist/{name}mnist"
+    return _Row(f"medmnist/{name}", "medmnist", location, modality, 28, sizes, "CC BY 4.0", source, command)
+
+
+def _medimeta(name: str, folder: str, modality: str, *sizes: int) -> _Row:
+    source = f"MedIMeta, {folder} (Woerner et al. 2025), https://zenodo.org/records/7884735"
+    command = f"python data_scripts/download_medimeta.py {name}"
+    location = f"medimeta/{folder}"
+    return _Row(
+        f"medimeta/{name}", "medimeta", location, modality, 224, sizes, "CC BY-SA 4.0, see info.yaml", source, command
+    )
+
+
+def _folders(id: str, modality: str, licence: str, source: str, *, script: str, sizes: tuple = _NOT_COUNTED) -> _Row:
+    command = f"python data_scripts/{script} {id.rpartition('/')[2]}"
+    return _Row(id, "folders", id, modality, FALLBACK_SIZE, sizes, licence, source, command)
+
+
+_PATHOLOGY = partial(_folders, script="prepare_pathology.py")
+_CHEST = partial(_folders, modality="chest X-ray", script="prepare_chest_xray.py")
+_ROWS = {
+    row.id: row
+    for row in (
+        *_phantom("histology", "colon histology, H&E"),
+        *_phantom("blood", "blood smear microscopy"),
+        *_phantom("breast", "breast ultrasound"),
+        *_phantom("chest", "chest X-ray"),
+        *_phantom("fundus", "fundus photography"),
+        *_phantom("oct", "retinal OCT"),
+        _medmnist("blood", "blood smear microscopy", 11959, 1712, 3421),
+        _medmnist("breast", "breast ultrasound", 546, 78, 156),
+        _medmnist("pneumonia", "chest X-ray", 4708, 524, 624),
+        _medmnist("retina", "fundus photography", 1080, 120, 400),
+        _medmnist("oct", "retinal OCT", 97477, 10832, 1000),
+        _medimeta("pbc", "pbc", "blood smear microscopy", 11964, 1709, 3149),
+        _medimeta("mammo", "mammo_calc", "mammography", 1332, 214, 326),
+        _medimeta("pneumonia", "pneumonia", "chest X-ray", 4415, 817, 624),
+        _medimeta("fundus", "fundus", "fundus photography", 1920, 640, 640),
+        _medimeta("oct", "oct", "retinal OCT", 91615, 16694, 1000),
+        _PATHOLOGY(
+            "pathology/kather",
+            "colon histology, H&E",
+            "CC BY 4.0",
+            "NCT-CRC-HE-100K and CRC-VAL-HE-7K (Kather et al. 2019), https://zenodo.org/records/1214456",
+            sizes=(100000, None, 7180),
+        ),
+        _PATHOLOGY(
+            "pathology/pannuke",
+            "multi-organ histology, H&E",
+            "CC BY-NC-SA 4.0",
+            "PanNuke (Gamper et al. 2020)",
+        ),
+        _PATHOLOGY(
+            "pathology/skincancer",
+            "skin histology, H&E",
+            "stated on the source's page",
+            "skin tiles (Kriegsmann et al. 2022), https://doi.org/10.11588/data/7QCR8S",
+        ),
+        _PATHOLOGY(
+            "pathology/sicapv2",
+            "prostate histology, H&E",
+            "CC BY 4.0",
+            "SICAPv2 (Silva-Rodríguez et al. 2020), https://data.mendeley.com/datasets/9xxm58dvs3",
+        ),
+        _CHEST("chest/covid", licence="stated on the source's page", source="COVID-19 radiographs (Tahir et al. 2021)"),
+        _CHEST("chest/rsna", licence="the challenge's rules", source="RSNA Pneumonia Detection Challenge 2018"),
+    )
+}
+
+
+def default_data_root() -> Path:
+    """Folder of the downloaded sets: ``MEDROBUST_DATA``, else ``data`` in the repository or working folder."""
+    named = os.environ.get("MEDROBUST_DATA")
+    if named:
+        return Path(named).expanduser().resolve()
+    checkout = Path(__file__).resolve().parents[2]
+    return (checkout if (checkout / "pyproject.toml").is_file() else Path.cwd()) / "data"
+
+
+def load_dataset(
+    id: str,
+    *,
+    split: str = "test",
+    n: int | None = None,
+    seed: int = 0,
+    root: str | Path | None = None,
+    image_size: int | None = None,
+    wording: str = "paper",
+    like: str | None = None,
+) -> ImageDataset:
+    """Load a data set by id, whole or as a seeded, class-stratified subset.
+
+    Only the images drawn are decoded, and an image's pixels never depend on which others are drawn.
+
+    Parameters
+    ----------
+    id : str
+        An id of `list_datasets`, ``folder:PATH`` (class folders) or ``csv:PATH`` (columns path, label
+        and optionally split).
+    split : {"train", "val", "test"}
+        A folder or table without splits gives all its images for ``test`` and calls the split ``all``.
+    n : int or None
+        Number of images, drawn by `stratified_positions`; None for the whole split.
+    seed : int
+        Which subset.
+    root : path or None
+        Folder of the downloaded sets; None for `default_data_root`.
+    image_size : int or None
+        Side in pixels. None keeps the source's size; images of several sizes (every file's header is
+        read to find out), and the pathology and chest sets, come at 224. Resizing brings the shortest
+        edge to size (bicubic) and crops the centre; it is recorded in ``provenance["resized"]``.
+    wording : {"paper", "clear"}
+        Which prompt nouns `class_wording` gives a registered set.
+    like : str or None
+        For ``folder:`` and ``csv:``: a registered id whose class list, templates and modality to take.
+        Classes are matched by name, so several folders may share a class (normal, benign).
+
+    Returns
+    -------
+    ImageDataset
+
+    Raises
+    ------
+    FileNotFoundError
+        The set is not on this computer; the message names the folder and the command to run.
+    ValueError
+        Unknown id, split or wording, ``n`` outside the split, a label outside the class list, a corrupt
+        file, or fewer than two classes.
+    """
+    _check_size(image_size)
+    scheme, _, path = id.partition(":")
+    if scheme in {"folder", "csv"} and path:
+        listed, row, words = _own_split(scheme, Path(path).expanduser(), split, like, wording)
+    elif id in _ROWS:
+        if like is not None:
+            raise ValueError(f"like={like!r} is for folder: and csv: data; {id} has its own classes")
+        row, words = _ROWS[id], class_wording(id, wording=wording)
+        listed = _registered_split(row, words, split, Path(root) if root else default_data_root(), image_size)
+    else:
+        raise ValueError(f"unknown data set {id!r}.{suggest(id, [*_ROWS, 'folder:PATH', 'csv:PATH'])}")
+    check_classes(words.prompt_nouns, listed.source)
+    positions = stratified_positions(listed.labels, n=n, seed=seed)
+    images, resized = _decode(listed, positions, image_size or (FALLBACK_SIZE if row.kind == "folders" else None))
+    provenance = {
+        "source": row.source,
+        "read_from": listed.source,
+        "synthetic": row.kind == "phantom",
+        "split_size": len(listed.labels),
+        "n": n,
+        "seed": seed,
+        "resized": resized,
+        "wording": f"{words.set_name}: {words.wording}",
+    }
+    return ImageDataset(
+        id=row.id,
+        split=listed.split,
+        images=images,
+        labels=listed.labels[positions],
+        classes=words.prompt_nouns,
+        templates=words.templates,
+        modality=row.modality,
+        licence=row.licence,
+        provenance=provenance,
+        indices=positions,
+    )
+
+
+def list_datasets(*, root: str | Path | None = None) -> pd.DataFrame:
+    """Tabulate the registered data sets.
+
+    Returns
+    -------
+    pandas.DataFrame
+        id, modality, classes (their number), image size (px, of what `load_dataset` gives), train, val,
+        test (images; missing until the script that decides has run), licence, source, available (on this
+        computer), script (the command that fetches or prepares it).
+    """
+    folder = Path(root) if root else default_data_root()
+    table = pd.DataFrame(
+        {
+            "id": row.id,
+            "modality": row.modality,
+            "classes": len(class_wording(row.id).names),
+            "image size": _image_size(row, folder),
+            **dict(zip(SPLITS, _sizes(row, folder), strict=True)),
+            "licence": row.licence,
+            "source": row.source,
+            "available": _available(row, folder),
+            "script": row.command,
+        }
+        for row in _ROWS.values()
+    )
+    return table.astype(dict.fromkeys(SPLITS, "Int64"))
+
+
+def _sizes(row: _Row, root: Path) -> Sequence[int | None]:
+    manifest = root / row.location / "manifest.json"
+    if row.kind != "folders" or not manifest.is_file():
+        return row.sizes
+    counts = json.loads(manifest.read_text(encoding="utf-8"))["counts"]
+    return [sum(counts[split].values()) if split in counts else None for split in SPLITS]
+
+
+def _image_size(row: _Row, root: Path) -> int:
+    if row.kind != "medmnist":
+        return row.image_size
+    path = medmnist_file(root / "medmnist", Path(row.location).name, None)
+    return int(path.stem.partition("_")[2] or 28) if path else row.image_size
+
+
+def _available(row: _Row, root: Path) -> bool:
+    if row.kind == "phantom":
+        return True
+    if row.kind == "medmnist":
+        return medmnist_file(root / "medmnist", Path(row.location).name, None) is not None
+    marker = "info.yaml" if row.kind == "medimeta" else "images"
+    return (root / row.location / marker).exists()
+
+
+def _registered_split(row: _Row, words: ClassWording, split: str, root: Path, image_size: int | None) -> Split:
+    if row.kind == "phantom":
+        split = resolve_split(split, tuple(phantoms.SPLITS), row.id)
+        return _phantom_split(row, words, split, image_size or row.image_size)
+    if row.kind in {"medmnist", "medimeta"}:
+        split = resolve_split(split, SPLITS, row.id)
+    if not _available(row, root):
+        where = root / row.location
+        looked = f"{where.parent / where.name}[_64|_128|_224].npz" if row.kind == "medmnist" else str(where)
+        raise FileNotFoundError(
+            f"{row.id} is not on this computer: looked at {looked}. Get it with\n"
+            f"    {row.command} --root {root}\n"
+            "or name the folder that holds it with root=... or MEDROBUST_DATA."
+        )
+    folder = root / row.location
+    if row.kind == "medmnist":
+        return medmnist_split(medmnist_file(folder.parent, folder.name, image_size), split, words)
+    if row.kind == "medimeta":
+        return medimeta_split(folder, split, words)
+    return _renamed(class_folder_split(folder, split), words)
+
+
+def _phantom_split(row: _Row, words: ClassWording, split: str, image_size: int) -> Split:
+    name = row.id.removeprefix("phantom/").removesuffix(SITE_A)
+    site = "A" if row.id.endswith(SITE_A) else "B"
+
+    def render(positions: NDArray[np.int64]) -> NDArray[np.uint8]:
+        return phantoms.render_phantoms(name, positions, split=split, site=site, image_size=image_size)[0]
+
+    labels = np.arange(phantoms.SPLITS[split], dtype=np.int64) % len(words.names)
+    return Split(
+        split=split,
+        labels=labels,
+        codes=words.names,
+        names=words.prompt_nouns,
+        shapes=lambda: {(image_size, image_size)},
+        read=render,
+        source=f"medrobust_lib.data.phantoms, {name}, site {site}",
+    )
+
+
+def _own_split(scheme: str, path: Path, split: str, like: str | None, wording: str) -> tuple[Split, _Row, ClassWording]:
+    reader: Callable[[Path, str], Split] = {"folder": class_folder_split, "csv": csv_split}[scheme]
+    listed = reader(path, split)
+    if like is not None and like not in _ROWS:
+        raise ValueError(f"unknown data set {like!r} for like.{suggest(like, _ROWS)}")
+    if like is None and wording != "paper":
+        raise ValueError(f"wording={wording!r} needs like=..., the registered set whose words to take")
+    if like is None:
+        neutral = class_wording("unregistered")
+        words = ClassWording(
+            set_name="unregistered",
+            wording="own",
+            names=listed.codes,
+            prompt_nouns=listed.names,
+            templates=neutral.templates,
+            source=neutral.source,
+            spellings={},
+        )
+    else:
+        words = class_wording(like, wording=wording)
+        listed = _renamed(listed, words)
+    row = _Row(
+        # The name alone keys the noise, so that a moved folder keeps its noise.
+        id=f"{scheme}:{path.resolve().name}",
+        kind=scheme,
+        location=str(path),
+        modality=_ROWS[like].modality if like else "not stated",
+        image_size=0,
+        sizes=_NOT_COUNTED,
+        licence="not stated",
+        source=f"own images, {path.resolve().name}",
+    )
+    return listed, row, words
+
+
+def _renamed(listed: Split, words: ClassWording) -> Split:
+    """Give a split the labels of a known class list, matching classes by name."""
+    target = []
+    for code, name in zip(listed.codes, listed.names, strict=True):
+        label = words.label_of(code)
+        label = words.label_of(name) if label is None else label
+        if label is None:
+            listing = ", ".join(f"{index} {known!r}" for index, known in enumerate(words.names))
+            raise ValueError(
+                f"{listed.source}: class {code!r} is outside the class list of {words.set_name}: {listing}"
+            )
+        target.append(label)
+    labels = np.array(target, dtype=np.int64)[listed.labels]
+    check_labels(labels, words.names, listed.source)
+    return Split(listed.split, labels, words.names, words.prompt_nouns, listed.shapes, listed.read, listed.source)
+
+
+def _decode(
+    listed: Split, positions: NDArray[np.int64], image_size: int | None
+) -> tuple[NDArray[np.uint8], str | None]:
+    shapes = listed.shapes() if image_size is None else set()
+    size = FALLBACK_SIZE if len(shapes) > 1 else image_size
+    if size is None:
+        (shape,) = shapes
+        images = np.empty((len(positions), *shape, 3), np.uint8)
+    else:
+        images = np.empty((len(positions), size, size, 3), np.uint8)
+    found: set[tuple[int, int]] = set()
+    for row, image in enumerate(listed.read(positions)):
+        found.add(image.shape[:2])
+        images[row] = image if size is None else fit_square(image, size)
+    if size is None or found == {(size, size)}:
+        return images, None
+    edges = sorted(found)
+    span = " to ".join(f"{width} × {height}" for height, width in dict.fromkeys((edges[0], edges[-1])))
+    return images, f"{span} px -> {size} px: shortest edge to size (bicubic), centre crop"
+
+
+def _check_size(image_size: Any) -> None:
+    if image_size is None:
+        return
+    if isinstance(image_size, bool) or not isinstance(image_size, int | np.integer) or image_size < 8:
+        raise ValueError(f"image_size={image_size!r}: give a whole number of pixels, 8 or more, or None")

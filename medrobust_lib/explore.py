@@ -1,0 +1,130 @@
+"""Instruments for the hand: each is a pure view (a figure of its inputs) with sliders in front of it.
+
+The views also serve as static figures in headless runs. ipywidgets is loaded on first use.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from medrobust_lib.data.dataset import ImageDataset
+from medrobust_lib.models.dual_encoder import DualEncoder
+from medrobust_lib.plots import plot_similarity, plot_votes
+from medrobust_lib.smoothing.noise import NoiseStream, noisy_copies, vote
+
+if TYPE_CHECKING:
+    from ipywidgets import Widget
+
+
+@torch.inference_mode()
+def similarity_view(model: DualEncoder, dataset: ImageDataset, *, index: int, prompts: Sequence[str]) -> Figure:
+    """Draw one image and its cosine similarity with each prompt.
+
+    Parameters
+    ----------
+    model : DualEncoder
+    dataset : ImageDataset
+    index : int
+        Position in the data set, 0 to n-1.
+    prompts : sequence of str
+        Whole sentences.
+    """
+    image = dataset.images[index]
+    cosine = model.encode_image(model.prepare(image[None])) @ model.encode_text(prompts).T  # [1, k]
+    similarities = pd.Series(cosine[0].cpu().numpy(), index=list(prompts))
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 0.6 + 0.34 * max(6, len(prompts))), width_ratios=(1, 1.6))
+    left.imshow(image)
+    left.set_axis_off()
+    left.set_title(f"image {index}: {dataset.classes[dataset.labels[index]]}", fontsize=10)
+    plot_similarity(similarities, right, truth=str(similarities.idxmax()))
+    right.set_title("the closest prompt is coloured", fontsize=10)
+    return figure
+
+
+@torch.inference_mode()
+def noise_view(
+    model: DualEncoder,
+    dataset: ImageDataset,
+    class_features: Tensor,
+    *,
+    index: int,
+    sigma: float,
+    n: int = 64,
+    seed: int = 0,
+) -> Figure:
+    """Draw one noisy image and the votes over n noisy copies of it.
+
+    Parameters
+    ----------
+    model : DualEncoder
+    dataset : ImageDataset
+    class_features : float [K, d]
+    index : int
+        Position in the data set, 0 to n-1.
+    sigma : float
+        Noise standard deviation in [0, 1] pixel units at the model's input size.
+    n : int
+        Number of noisy copies that vote.
+    seed : int
+    """
+    pixels = model.prepare(dataset.images[index : index + 1])[0]
+    stream = NoiseStream(seed, dataset.id, int(dataset.indices[index]), sigma, "estimate")
+    shown = noisy_copies(pixels, stream)[0].clamp(0, 1).permute(1, 2, 0)  # [H, W, 3]
+    votes = vote(model, class_features, pixels, stream, n=n).numpy()
+    truth = int(dataset.labels[index])
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6), width_ratios=(1, 1.6))
+    left.imshow(shown.numpy())
+    left.set_axis_off()
+    left.set_title(f"{dataset.classes[truth]}, sigma = {sigma:g}", fontsize=10)
+    plot_votes(votes, dataset.classes, right, truth=truth)
+    right.set_title(f"majority: {dataset.classes[int(np.argmax(votes))]}", fontsize=10)
+    return figure
+
+
+def explore_similarity(model: DualEncoder, dataset: ImageDataset) -> "Widget":
+    """Build the instrument of notebook 01: pick an image, edit the prompts, see the similarities move."""
+    import ipywidgets as widgets
+
+    first = [dataset.templates[0].replace("{}", name) for name in dataset.classes]
+    index = widgets.IntSlider(0, 0, len(dataset) - 1, description="image")
+    prompts = widgets.Textarea(
+        "\n".join(first), description="prompts", layout=widgets.Layout(width="95%", height="11em")
+    )
+
+    def draw(index: int, prompts: str) -> Figure:
+        lines = [line.strip() for line in prompts.splitlines() if line.strip()]
+        return similarity_view(model, dataset, index=index, prompts=lines or first)
+
+    return _instrument(draw, index=index, prompts=prompts)
+
+
+def explore_noise(model: DualEncoder, dataset: ImageDataset, class_features: Tensor, *, seed: int = 0) -> "Widget":
+    """Build the instrument of notebook 02: move the noise, see picture, votes and majority."""
+    import ipywidgets as widgets
+
+    index = widgets.IntSlider(0, 0, len(dataset) - 1, description="image", continuous_update=False)
+    sigma = widgets.FloatSlider(0.25, min=0, max=1, step=0.05, description="sigma", continuous_update=False)
+
+    def draw(index: int, sigma: float) -> Figure:
+        return noise_view(model, dataset, class_features, index=index, sigma=sigma, seed=seed)
+
+    return _instrument(draw, index=index, sigma=sigma)
+
+
+def _instrument(draw: Callable[..., Figure], **controls: "Widget") -> "Widget":
+    """Stack controls over the figure that they redraw."""
+    import ipywidgets as widgets
+    from IPython.display import display
+
+    def redraw(**values: object) -> None:
+        figure = draw(**values)
+        display(figure)
+        plt.close(figure)
+
+    return widgets.VBox([*controls.values(), widgets.interactive_output(redraw, controls)])

@@ -1,0 +1,1 @@
+"""Contrastive image-text models behind one interface: ``dual_encoder``, ``registry`` and the back ends."""

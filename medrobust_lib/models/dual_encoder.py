@@ -1,0 +1,360 @@
+"""The one interface of every contrastive image-text model: images and texts to unit-norm features."""
+
+import abc
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from medrobust_lib.models.geometry import ImageInput, Preprocessing, prepare_images
+
+__all__ = ["DualEncoder", "ImageInput", "Preprocessing", "Tokens", "check_text_lengths"]
+
+TEXT_CHUNK = 64
+"""Texts encoded at a time by :meth:`DualEncoder.encode_text`: bounds memory, not the result."""
+
+PIXEL_LIMIT = 32.0
+"""Largest magnitude accepted as a noisy [0, 1] pixel; anything above is an image in 0..255."""
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Token ids of k texts.
+
+    Attributes
+    ----------
+    ids : Tensor
+        int64 [k, L], padded at the end; L is at most the model's context length.
+    mask : Tensor
+        bool [k, L]; True on real tokens, the start and end tokens included.
+    """
+
+    ids: Tensor
+    mask: Tensor
+
+    def __post_init__(self) -> None:
+        if self.ids.ndim != 2 or self.ids.dtype != torch.int64:
+            raise ValueError(f"token ids must be int64 [k, L], not {self.ids.dtype} {tuple(self.ids.shape)}")
+        if self.mask.shape != self.ids.shape or self.mask.dtype != torch.bool:
+            raise ValueError(
+                f"the token mask must be bool {tuple(self.ids.shape)} like the ids, "
+                f"not {self.mask.dtype} {tuple(self.mask.shape)}"
+            )
+
+    def __len__(self) -> int:
+        return self.ids.shape[0]
+
+    def trimmed(self) -> "Tokens":
+        """Without the columns that are padding in every text (shorter sequences, same features)."""
+        length = int(self.mask.any(dim=0).nonzero().max()) + 1 if self.mask.any() else self.ids.shape[1]
+        return Tokens(self.ids[:, :length], self.mask[:, :length])
+
+    def to(self, device: torch.device) -> "Tokens":
+        """Copy on ``device``."""
+        return Tokens(self.ids.to(device), self.mask.to(device))
+
+    def __getitem__(self, rows: slice | Tensor) -> "Tokens":
+        return Tokens(self.ids[rows], self.mask[rows])
+
+
+def check_text_lengths(texts: Sequence[str], counts: Sequence[int], *, context_length: int, model_id: str) -> None:
+    """Refuse texts that a tokenizer would cut silently.
+
+    Parameters
+    ----------
+    texts : sequence of str
+        The k texts.
+    counts : sequence of int
+        Untruncated token count of each text, special tokens included.
+    context_length : int
+        Most tokens the model reads.
+    model_id : str
+        Named in the error.
+
+    Raises
+    ------
+    ValueError
+        Naming the first text that is too long, its token count and the context length.
+    """
+    for text, count in zip(texts, counts, strict=True):
+        if count > context_length:
+            raise ValueError(
+                f"the text {text!r} has {count} tokens (start and end included), "
+                f"but {model_id} reads at most {context_length}; shorten the template or the class name"
+            )
+
+
+class DualEncoder(torch.nn.Module, abc.ABC):
+    """An image tower and a text tower whose unit-norm features meet in one space.
+
+    A back end subclasses it, calls ``super().__init__(...)``, registers its network, and implements
+    ``_image_features``, ``tokenize``, ``embed_tokens`` and ``_text_features``.
+    Normalisation by mean and standard deviation happens inside :meth:`encode_image`, so noise is always added
+    in pixel units, where [0, 1] is black to white.
+
+    Parameters
+    ----------
+    id : str
+        Name under which the model was loaded.
+    preprocessing : Preprocessing
+        Geometry and normalisation.
+    embed_dim : int
+        d, the length of a feature.
+    context_length : int
+        Most tokens a text may have, start and end included.
+    logit_scale : float
+        Multiplicative scale of the cosine (already exponentiated; about 100 for CLIP).
+    provenance : dict
+        JSON values: source, files with their SHA-256, licence.
+    """
+
+    def __init__(
+        self,
+        *,
+        id: str,
+        preprocessing: Preprocessing,
+        embed_dim: int,
+        context_length: int,
+        logit_scale: float,
+        provenance: dict[str, Any],
+    ) -> None:
+        super().__init__()
+        self.id = id
+        self.preprocessing = preprocessing
+        self.embed_dim = int(embed_dim)
+        self.context_length = int(context_length)
+        self.logit_scale = float(logit_scale)
+        self.provenance = provenance
+        # Follows every .to(...): tells device and dtype even for a model without parameters.
+        self.register_buffer("_anchor", torch.zeros(()), persistent=False)
+
+    # What a back end provides
+
+    @abc.abstractmethod
+    def _image_features(self, pixels: Tensor) -> Tensor:
+        """Features [n, d] (any norm) of normalised pixels [n, 3, S, S] in the model's device and dtype."""
+
+    @abc.abstractmethod
+    def tokenize(self, texts: Sequence[str]) -> Tokens:
+        """Tokens of k texts, on the CPU.
+
+        Raises
+        ------
+        ValueError
+            If a text has more tokens than ``context_length`` (see :func:`check_text_lengths`).
+        """
+
+    @abc.abstractmethod
+    def embed_tokens(self, tokens: Tokens) -> Tensor:
+        """Word embeddings [k, L, w] of the tokens, without positions, on the model's device."""
+
+    @abc.abstractmethod
+    def _text_features(self, embeddings: Tensor, tokens: Tokens) -> Tensor:
+        """Features [k, d] (any norm) of word embeddings [k, L, w] in the model's device and dtype."""
+
+    # What everyone uses
+
+    @property
+    def image_size(self) -> int:
+        """S, the side of the square image that the model reads, in pixels."""
+        return self.preprocessing.image_size
+
+    @property
+    def device(self) -> torch.device:
+        """Device on which the model lies."""
+        return self._anchor.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Floating-point type in which the towers compute; features are float32 whatever it is."""
+        return self._anchor.dtype
+
+    def prepare(self, images: ImageInput) -> Tensor:
+        """Bring images to the model's geometry, without normalising them.
+
+        Parameters
+        ----------
+        images : array or sequence
+            uint8 [n, H, W, 3] or [n, H, W]; or a sequence of PIL images, uint8 [H, W, 3] or [H, W] arrays,
+            and paths of image files, sizes mixed as you like.
+
+        Returns
+        -------
+        Tensor
+            float32 [n, 3, S, S] in [0, 1], on the CPU.
+
+        Raises
+        ------
+        TypeError, ValueError, FileNotFoundError
+            For NaN, a wrong dtype, range or shape, or a file that is missing or corrupt (named).
+        """
+        return prepare_images(images, self.preprocessing)
+
+    def encode_image(self, pixels: Tensor) -> Tensor:
+        """Unit-norm features of images in pixel units; differentiable with respect to ``pixels``.
+
+        Parameters
+        ----------
+        pixels : Tensor
+            float [n, 3, S, S], as :meth:`prepare` gives them; noise may carry values out of [0, 1].
+
+        Returns
+        -------
+        Tensor
+            float32 [n, d], rows of L2 norm 1, on the model's device.
+
+        Raises
+        ------
+        TypeError, ValueError
+            If ``pixels`` is not floating point, not [n, 3, S, S], not finite, or in 0..255.
+        """
+        self._check_pixels(pixels)
+        pixels = pixels.to(device=self.device, dtype=torch.promote_types(torch.float32, self.dtype))
+        mean = pixels.new_tensor(self.preprocessing.mean).view(1, 3, 1, 1)
+        std = pixels.new_tensor(self.preprocessing.std).view(1, 3, 1, 1)
+        features = self._image_features(((pixels - mean) / std).to(self.dtype))
+        return functional.normalize(features.float(), dim=-1)
+
+    def encode_text(self, texts: Sequence[str]) -> Tensor:
+        """Unit-norm features of texts.
+
+        Parameters
+        ----------
+        texts : sequence of str
+            k texts; a single string counts as one text.
+
+        Returns
+        -------
+        Tensor
+            float32 [k, d], rows of L2 norm 1, on the model's device.
+
+        Raises
+        ------
+        TypeError, ValueError
+            If there is no text, one is not a string, or one is longer than the context.
+        """
+        tokens = self.tokenize(_text_list(texts))
+        chunks = [tokens[start : start + TEXT_CHUNK] for start in range(0, len(tokens), TEXT_CHUNK)]
+        return torch.cat([self.encode_embeddings(self.embed_tokens(chunk), chunk) for chunk in chunks])
+
+    def encode_embeddings(self, embeddings: Tensor, tokens: Tokens) -> Tensor:
+        """Unit-norm features of word embeddings; differentiable with respect to them (prompt learning).
+
+        Parameters
+        ----------
+        embeddings : Tensor
+            float [k, L, w], such as :meth:`embed_tokens` gives them, some perhaps learned.
+        tokens : Tokens
+            The tokens that the embeddings stand for; their mask and end tokens steer attention and pooling.
+
+        Returns
+        -------
+        Tensor
+            float32 [k, d], rows of L2 norm 1, on the model's device.
+
+        Raises
+        ------
+        ValueError
+            If embeddings and tokens disagree on [k, L].
+        """
+        if embeddings.ndim != 3 or embeddings.shape[:2] != tokens.ids.shape:
+            raise ValueError(
+                f"embeddings must be [k, L, w] with [k, L] = {tuple(tokens.ids.shape)} of the tokens, "
+                f"not {tuple(embeddings.shape)}"
+            )
+        embeddings = embeddings.to(device=self.device, dtype=self.dtype)
+        features = self._text_features(embeddings, tokens.to(self.device))
+        return functional.normalize(features.float(), dim=-1)
+
+    def class_features(self, classes: Sequence[str], templates: Sequence[str]) -> Tensor:
+        """Prompt ensemble: mean over templates of the unit-norm text features, brought back to norm 1.
+
+        Parameters
+        ----------
+        classes : sequence of str
+            K prompt nouns.
+        templates : sequence of str
+            Each holds ``{}`` where the noun goes.
+
+        Returns
+        -------
+        Tensor
+            float32 [K, d], rows of L2 norm 1.
+
+        Raises
+        ------
+        TypeError, ValueError
+            If a list is empty, an element is no string, or a template lacks ``{}``.
+
+        References
+        ----------
+        Radford et al. 2021, arXiv:2103.00020, section 3.1.4.
+        """
+        classes, templates = _text_list(classes), _text_list(templates)
+        for template in templates:
+            if "{}" not in template:
+                raise ValueError(f"the template {template!r} lacks '{{}}', the place of the class name")
+        texts = [template.replace("{}", name) for name in classes for template in templates]
+        features = self.encode_text(texts).view(len(classes), len(templates), -1)
+        return functional.normalize(features.mean(dim=1), dim=-1)
+
+    def probabilities(self, image_features: Tensor, class_features: Tensor) -> Tensor:
+        """Softmax over classes of ``logit_scale`` times the cosine.
+
+        Parameters
+        ----------
+        image_features : Tensor
+            float32 [n, d], unit norm.
+        class_features : Tensor
+            float32 [K, d], unit norm.
+
+        Returns
+        -------
+        Tensor
+            float32 [n, K], rows summing to 1.
+        """
+        cosine = image_features.float() @ class_features.to(image_features.device).float().T
+        return functional.softmax(self.logit_scale * cosine, dim=-1)
+
+    def __repr__(self) -> str:
+        # The towers' hundreds of layers would drown the facts; print(model.model) shows them.
+        return (
+            f"{type(self).__name__}(id={self.id!r}, image_size={self.image_size}, embed_dim={self.embed_dim}, "
+            f"context_length={self.context_length}, dtype={self.dtype}, device={str(self.device)!r})"
+        )
+
+    def _check_pixels(self, pixels: Tensor) -> None:
+        size = self.image_size
+        if not isinstance(pixels, Tensor):
+            raise TypeError(f"pixels must be a torch.Tensor from prepare(), not {type(pixels).__name__}")
+        if not pixels.is_floating_point():
+            raise TypeError(f"pixels must be floating point in [0, 1], not {pixels.dtype}; use prepare() first")
+        if pixels.ndim != 4 or tuple(pixels.shape[1:]) != (3, size, size):
+            raise ValueError(
+                f"pixels must be [n, 3, {size}, {size}] for {self.id}, not {tuple(pixels.shape)}; use prepare() first"
+            )
+        if len(pixels) == 0:
+            raise ValueError("pixels hold no image")
+        low, high = (float(value) for value in torch.aminmax(pixels.detach()))
+        if not (np.isfinite(low) and np.isfinite(high)):
+            broken = (~torch.isfinite(pixels.detach())).flatten(1).any(dim=1).nonzero().flatten().tolist()
+            raise ValueError(f"pixels hold NaN or infinite values in image {broken[0]} ({len(broken)} in all)")
+        if max(-low, high) > PIXEL_LIMIT:
+            raise ValueError(
+                f"pixels range over [{low:.4g}, {high:.4g}]: expected [0, 1] plus noise; divide 0..255 by 255"
+            )
+
+
+def _text_list(texts: Sequence[str]) -> list[str]:
+    """Texts as a checked, non-empty list of strings."""
+    texts = [texts] if isinstance(texts, str) else list(texts)
+    if not texts:
+        raise ValueError("no text given: at least one string is needed")
+    for text in texts:
+        if not isinstance(text, str):
+            raise TypeError(f"texts must be strings, not {type(text).__name__}: {text!r}")
+    return texts

@@ -1,0 +1,183 @@
+"""Image geometry in front of a model: resize, crop or pad to a square, on 8-bit Pillow images."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, get_args
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+Geometry = Literal["shortest-edge-crop", "pad-square", "squash"]
+Interpolation = Literal["bicubic", "bilinear"]
+ImageInput = np.ndarray | Sequence[Image.Image | np.ndarray | str | Path]
+
+_RESAMPLING = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
+_EIGHT_BIT_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr")
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """What happens to an image before the image tower.
+
+    Attributes
+    ----------
+    image_size : int
+        S, side of the square that the model reads, in pixels.
+    geometry : {"shortest-edge-crop", "pad-square", "squash"}
+        ``shortest-edge-crop`` (CLIP): the shorter edge is resized to S and the longer one to
+        ``int(S * long / short)``, then the central S x S is cut out.
+        ``pad-square`` (MedCLIP): the image is centred on a black square of side ``max(S, H, W)``, which is resized
+        to S; an image smaller than S is thus framed, not enlarged.
+        ``squash`` (SigLIP): both edges are resized to S whatever the aspect.
+    interpolation : {"bicubic", "bilinear"}
+        Pillow's filter, which is antialiased when it shrinks.
+    mean, std : tuple of 3 floats
+        Per-channel normalisation of [0, 1] pixels, applied inside ``DualEncoder.encode_image``.
+    grayscale : bool
+        Convert to luma (ITU-R 601) first and repeat it on three channels.
+    """
+
+    image_size: int
+    geometry: Geometry
+    interpolation: Interpolation
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    grayscale: bool = False
+
+    def __post_init__(self) -> None:
+        if self.image_size < 1:
+            raise ValueError(f"image_size must be positive, not {self.image_size}")
+        if self.geometry not in get_args(Geometry):
+            raise ValueError(f"geometry must be one of {get_args(Geometry)}, not {self.geometry!r}")
+        if self.interpolation not in _RESAMPLING:
+            raise ValueError(f"interpolation must be one of {tuple(_RESAMPLING)}, not {self.interpolation!r}")
+        if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
+            raise ValueError(f"mean and std need 3 values each, std above 0: {self.mean}, {self.std}")
+
+
+def prepare_images(images: ImageInput, preprocessing: Preprocessing) -> Tensor:
+    """Bring images to a model's square, in [0, 1] and not normalised.
+
+    Parameters
+    ----------
+    images : array or sequence
+        uint8 [n, H, W, 3] or [n, H, W], or a sequence of PIL images, uint8 arrays and paths.
+    preprocessing : Preprocessing
+        Size, geometry, interpolation and colour.
+
+    Returns
+    -------
+    Tensor
+        float32 [n, 3, S, S] in [0, 1].
+
+    Raises
+    ------
+    TypeError
+        If the input is no array or sequence of images, or an array is not uint8.
+    ValueError
+        For NaN, a wrong shape, an unsupported bit depth or a corrupt file (named).
+    FileNotFoundError
+        If a path leads nowhere.
+
+    Notes
+    -----
+    The resize is Pillow's on 8-bit values and the result equals open_clip's inference transform exactly.
+    transformers' image processor differs in two ways: its default resize rounds some values to the next of the
+    256 levels, and it cuts one pixel earlier where the margin is odd and torchvision rounds it up.
+    """
+    squares = [_square(image, preprocessing) for image in _pillow_images(images)]
+    if not squares:
+        raise ValueError("no image given: prepare() needs at least one")
+    stacked = torch.from_numpy(np.stack([np.asarray(square) for square in squares]))
+    return stacked.permute(0, 3, 1, 2).contiguous().to(torch.float32).div(255)
+
+
+def _pillow_images(images: ImageInput) -> Iterable[Image.Image]:
+    """Each input as an 8-bit Pillow image, checked."""
+    if isinstance(images, (str, Path, Image.Image)):
+        raise TypeError(f"images must be a sequence: pass [{type(images).__name__}(...)] for a single one")
+    if isinstance(images, Tensor):
+        raise TypeError("images must be uint8 arrays [n, H, W, 3], PIL images or paths, not a torch.Tensor")
+    if isinstance(images, np.ndarray):
+        if images.dtype != object:
+            _check_array(images, "images")
+            if images.ndim not in (3, 4) or (images.ndim == 4 and images.shape[-1] != 3):
+                raise ValueError(f"images must be uint8 [n, H, W, 3] or [n, H, W], not {images.shape}")
+            if images.ndim == 3 and images.shape[-1] == 3 and min(images.shape[:2]) > 3:
+                raise ValueError(f"images of shape {images.shape} look like a single one: pass images[None]")
+    elif not isinstance(images, Iterable):
+        raise TypeError(f"images must be an array or a sequence of images or paths, not {type(images).__name__}")
+    return (_pillow_image(image, index) for index, image in enumerate(images))
+
+
+def _pillow_image(image: Image.Image | np.ndarray | str | Path, index: int) -> Image.Image:
+    """One input as an 8-bit Pillow image; ``index`` is named in errors."""
+    if isinstance(image, (str, Path)):
+        return _read_image(Path(image))
+    if isinstance(image, np.ndarray):
+        _check_array(image, f"image {index}")
+        if image.ndim not in (2, 3) or (image.ndim == 3 and image.shape[-1] != 3) or 0 in image.shape:
+            raise ValueError(f"image {index} must be uint8 [H, W, 3] or [H, W], not {image.shape}")
+        return Image.fromarray(np.ascontiguousarray(image))
+    if isinstance(image, Image.Image):
+        return _check_mode(image, f"image {index}")
+    raise TypeError(f"image {index} must be a PIL image, a uint8 array or a path, not {type(image).__name__}")
+
+
+def _check_array(array: np.ndarray, name: str) -> None:
+    """Refuse everything but uint8, saying what was found."""
+    if array.dtype == np.uint8:
+        return
+    if array.size and np.issubdtype(array.dtype, np.number):
+        if not np.isfinite(array).all():
+            raise ValueError(f"{name}: NaN or infinite values in a {array.dtype} array; expected uint8 in 0..255")
+        found = f"{array.dtype} with values in [{array.min():.4g}, {array.max():.4g}]"
+    else:
+        found = str(array.dtype)
+    raise TypeError(f"{name}: expected uint8 in 0..255, found {found}; scale to 0..255, round and cast to uint8")
+
+
+def _read_image(path: Path) -> Image.Image:
+    """Decode an image file completely, naming it when that fails."""
+    try:
+        with Image.open(path) as file:
+            file.load()
+            return _check_mode(file.copy(), str(path))
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"no image file {path}") from error
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError(f"cannot read the image file {path}: {error}") from error
+
+
+def _check_mode(image: Image.Image, name: str) -> Image.Image:
+    """Refuse bit depths that Pillow would clip silently to 8 bits."""
+    if image.mode not in _EIGHT_BIT_MODES:
+        raise ValueError(f"{name}: Pillow mode {image.mode!r} is not 8-bit; window it to uint8 0..255 first")
+    return image
+
+
+def _square(image: Image.Image, preprocessing: Preprocessing) -> Image.Image:
+    """RGB image of S x S pixels after the model's geometry."""
+    size, resampling = preprocessing.image_size, _RESAMPLING[preprocessing.interpolation]
+    image = image.convert("L" if preprocessing.grayscale else "RGB")
+    width, height = image.size
+    if preprocessing.geometry == "pad-square":
+        side = max(size, width, height)
+        canvas = Image.new(image.mode, (side, side))
+        canvas.paste(image, ((side - width) // 2, (side - height) // 2))
+        image = canvas
+    if preprocessing.geometry == "shortest-edge-crop":
+        short, long = min(width, height), max(width, height)
+        resized_long = int(size * long / short)
+        target = (size, resized_long) if width <= height else (resized_long, size)
+    else:
+        target = (size, size)
+    if image.size != target:
+        image = image.resize(target, resampling)
+    if target != (size, size):
+        left, top = (round((edge - size) / 2) for edge in target)
+        image = image.crop((left, top, left + size, top + size))
+    return image.convert("RGB")

@@ -1,0 +1,176 @@
+"""Weight files: where they lie, whether they are intact, and errors that say what to do when they are not."""
+
+import hashlib
+import os
+import re
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from pickle import UnpicklingError  # only to recognise torch's refusal: nothing is unpickled here
+from typing import TYPE_CHECKING
+
+from huggingface_hub import constants, try_to_load_from_cache
+from safetensors import SafetensorError
+
+if TYPE_CHECKING:
+    from medrobust_lib.models.registry import ModelEntry
+
+DEMO_FOLDER = Path(__file__).parent / "demo" / "clip"
+CHECKPOINT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
+SUMS_NAME = "SHA256SUMS"
+HUB_URL = "https://huggingface.co/"
+
+_LISTED_KEYS = 10
+_HASHED_SUFFIXES = (*CHECKPOINT_SUFFIXES, ".json", ".txt")
+
+
+def local_folder(model_id: str, weights_dir: Path | None) -> Path | None:
+    """``weights_dir/<model id>`` if a checkpoint lies in it, else None."""
+    if weights_dir is None or not has_checkpoint(weights_dir / model_id):
+        return None
+    return weights_dir / model_id
+
+
+def has_checkpoint(folder: Path) -> bool:
+    """Whether a weight file lies directly in ``folder``."""
+    return folder.is_dir() and any(path.suffix in CHECKPOINT_SUFFIXES for path in folder.iterdir())
+
+
+def hub_snapshot(repository: str, filename: str) -> Path | None:
+    """Folder of a hub repository's cached main revision, if ``filename`` is in it."""
+    path = try_to_load_from_cache(repository, filename)
+    return Path(path).parent if isinstance(path, str) else None
+
+
+def file_hashes(folder: Path) -> dict[str, str]:
+    """SHA-256 by file name of the weights and configuration files of ``folder``."""
+    return {
+        path.name: _sha256(path)
+        for path in sorted(folder.iterdir())
+        if path.is_file() and path.suffix in _HASHED_SUFFIXES
+    }
+
+
+def read_sums(folder: Path) -> dict[str, str]:
+    """SHA-256 by file name from ``SHA256SUMS`` (the format of sha256sum); empty without that file."""
+    path = folder / SUMS_NAME
+    if not path.is_file():
+        return {}
+    rows = (line.split(maxsplit=1) for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
+    return {name.strip().lstrip("*"): digest for digest, name in rows}
+
+
+def check_hashes(folder: Path, expected: Mapping[str, str]) -> dict[str, str]:
+    """SHA-256 of the files of ``folder`` after comparing them with the expected ones.
+
+    Raises
+    ------
+    FileNotFoundError
+        If a file with an expected hash is not there.
+    ValueError
+        If a file's hash differs; file and both hashes are named.
+    """
+    found = file_hashes(folder)
+    for name, digest in expected.items():
+        path = folder / name
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} is missing although its SHA-256 is known ({digest})")
+        actual = found.get(name) or _sha256(path)
+        if actual != digest:
+            raise ValueError(
+                f"{path} has SHA-256 {actual}, expected {digest}: it is damaged or another version; "
+                "delete it and fetch it again"
+            )
+    return found
+
+
+def mismatch_error(
+    source: str, *, missing: Collection[str], unexpected: Collection[str], misshapen: Collection[str] = ()
+) -> ValueError:
+    """Error listing the keys by which a checkpoint and an architecture differ."""
+    parts = [
+        _listed(name, keys)
+        for name, keys in (("missing keys", missing), ("unexpected keys", unexpected), ("wrong shapes", misshapen))
+        if keys
+    ]
+    return ValueError(f"{source} does not fit the model; {'; '.join(parts)}")
+
+
+@contextmanager
+def explained_errors(source: str) -> Iterator[None]:
+    """Turn the libraries' errors about a checkpoint into a ValueError that names ``source`` and the keys."""
+    try:
+        yield
+    except RuntimeError as error:
+        message = str(error)
+        if "loading state_dict" in message:
+            raise _key_error(source, message) from error
+        if "PytorchStreamReader" in message or "Invalid magic number" in message:
+            raise ValueError(f"cannot read the weights of {source}, the file is damaged: {message}") from error
+        raise
+    except (SafetensorError, UnpicklingError, EOFError) as error:
+        raise ValueError(
+            f"cannot read the weights of {source}, the file is damaged or holds more than tensors: "
+            f"{str(error).splitlines()[0] if str(error) else type(error).__name__}"
+        ) from error
+
+
+@contextmanager
+def hub_access(*, offline: bool) -> Iterator[None]:
+    """Let the hub's libraries download, or keep them from it, for a while.
+
+    open_clip has no argument for it, so the constant that the libraries ask is set and put back.
+    Converting someone's repository to safetensors in the background, which transformers does by default, is
+    switched off.
+    """
+    switch = "DISABLE_SAFETENSORS_CONVERSION"
+    offline_before, switch_before = constants.HF_HUB_OFFLINE, os.environ.get(switch)
+    constants.HF_HUB_OFFLINE = offline
+    os.environ[switch] = "1"
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = offline_before
+        if switch_before is None:
+            del os.environ[switch]
+        else:
+            os.environ[switch] = switch_before
+
+
+def missing_weights(
+    entry: "ModelEntry", *, weights_dir: Path | None, offline: bool, reason: Exception
+) -> FileNotFoundError:
+    """Error for weights that are neither here nor to be had; names the places and the remedy."""
+    folder = f"{weights_dir / entry.id}" if weights_dir is not None else "no weights folder"
+    tried = "offline, so no download was tried" if offline else "the download failed"
+    return FileNotFoundError(
+        f"the weights of {entry.id!r} are not here: looked in {folder} and in the hub cache "
+        f"{constants.HF_HUB_CACHE} ({tried}). Run `python data_scripts/fetch_weights.py {entry.id}` where there "
+        f"is a network; source: {entry.source}. Reason: {str(reason).splitlines()[0].partition(' Last error:')[0]}"
+    )
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _key_error(source: str, message: str) -> ValueError:
+    """Error from the text of ``torch.nn.Module.load_state_dict``, which may list hundreds of keys."""
+
+    def quoted(title: str) -> list[str]:
+        found = re.search(rf'{title} key\(s\) in state_dict: ((?:"[^"]*"(?:, )?)*)', message)
+        return re.findall(r'"([^"]*)"', found[1]) if found else []
+
+    return mismatch_error(
+        source,
+        missing=quoted("Missing"),
+        unexpected=quoted("Unexpected"),
+        misshapen=re.findall(r"size mismatch for ([^:]+):", message),
+    )
+
+
+def _listed(title: str, keys: Collection[str]) -> str:
+    names = sorted(keys)
+    more = f" and {len(names) - _LISTED_KEYS} more" if len(names) > _LISTED_KEYS else ""
+    return f"{len(names)} {title}: {', '.join(names[:_LISTED_KEYS])}{more}"

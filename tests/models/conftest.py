@@ -1,0 +1,237 @@
+"""Tiny models with random weights in the file layouts of the public ones, and a hub cache to put them in."""
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+from huggingface_hub import constants
+from open_clip.tokenizer import SimpleTokenizer
+from safetensors.torch import save_file
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+from transformers import BertConfig, CLIPConfig, CLIPModel, PreTrainedTokenizerFast
+
+WORDS = ["a", "an", "image", "of", "tissue", "lymphocytes", "debris", "histology", "patch", ".", ","]
+REVISION = "0123456789abcdef0123456789abcdef01234567"
+
+
+def randomise(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
+    """Weights whose features differ between inputs: fresh towers start with many zeros and tiny values."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name != "logit_scale":
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    return model.eval()
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_thread() -> Iterator[None]:
+    """Tiny matrices are slower on several threads, above all beside other processes."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def images() -> np.ndarray:
+    """Five random RGB images of 40 x 40 pixels."""
+    return np.random.default_rng(0).integers(0, 256, (5, 40, 40, 3), dtype=np.uint8)
+
+
+@pytest.fixture
+def texts() -> list[str]:
+    """Texts of different lengths."""
+    return ["an image of debris.", "a histology patch of tissue, of lymphocytes", "tissue"]
+
+
+@pytest.fixture
+def hub_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Path]:
+    """Function giving the snapshot folder of a repository in an otherwise empty hub cache."""
+    cache = tmp_path / "hub"
+    cache.mkdir()
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
+
+    def snapshot(repository: str) -> Path:
+        root = cache / f"models--{repository.replace('/', '--')}"
+        folder = root / "snapshots" / REVISION
+        folder.mkdir(parents=True, exist_ok=True)
+        (root / "refs").mkdir(exist_ok=True)
+        (root / "refs" / "main").write_text(REVISION)
+        return folder
+
+    return snapshot
+
+
+def write_word_tokenizer(folder: Path, *, context_length: int) -> int:
+    """A lower-casing word tokenizer with start and end tokens; the end token has the highest id, as in CLIP."""
+    vocabulary = {word: index for index, word in enumerate(["[PAD]", "[UNK]", *WORDS, "[BOS]", "[EOS]"])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[BOS] $A [EOS]",
+        special_tokens=[("[BOS]", vocabulary["[BOS]"]), ("[EOS]", vocabulary["[EOS]"])],
+    )
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="[PAD]",
+        unk_token="[UNK]",
+        bos_token="[BOS]",
+        eos_token="[EOS]",
+        model_max_length=context_length,
+    ).save_pretrained(folder)
+    return len(vocabulary)
+
+
+def write_word_pieces(folder: Path) -> int:
+    """BERT's ``vocab.txt`` and ``tokenizer_config.json`` with a handful of words."""
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    pieces = [*special, *WORDS, *(f"##{letter}" for letter in "abcdefghijklmnopqrstuvwxyz")]
+    (folder / "vocab.txt").write_text("\n".join(pieces) + "\n", encoding="utf-8")
+    (folder / "tokenizer_config.json").write_text(json.dumps({"do_lower_case": True, "model_max_length": 512}))
+    return len(pieces)
+
+
+def tiny_configuration(vocabulary: int, *, context_length: int = 16, **text: object) -> dict:
+    """open_clip's configuration of a native CLIP with one layer in each tower."""
+    return {
+        "model_cfg": {
+            "embed_dim": 24,
+            "quick_gelu": True,
+            "vision_cfg": {"image_size": 32, "layers": 2, "width": 32, "patch_size": 8, "head_width": 16},
+            "text_cfg": {
+                "context_length": context_length,
+                "vocab_size": vocabulary,
+                "width": 32,
+                "heads": 2,
+                "layers": 2,
+                **text,
+            },
+        },
+        "preprocess_cfg": {"mean": [0.5, 0.4, 0.3], "std": [0.2, 0.3, 0.25]},
+    }
+
+
+def write_weights(folder: Path, configuration: dict, *, name: str = "open_clip_model.safetensors") -> None:
+    """Configuration and random weights of a model in open_clip's layout."""
+    (folder / "open_clip_config.json").write_text(json.dumps(configuration))
+    model = randomise(open_clip.create_model(f"local-dir:{folder}", load_weights=False, pretrained_text=False))
+    if name.endswith(".safetensors"):
+        save_file(model.state_dict(), folder / name)
+    else:
+        torch.save(model.state_dict(), folder / name)
+
+
+@pytest.fixture
+def demo_folder(tmp_path: Path) -> Path:
+    """A native CLIP with an own small vocabulary beside it: the layout of demo-clip."""
+    folder = tmp_path / "a folder" / "clip"
+    folder.mkdir(parents=True)
+    size = write_word_tokenizer(folder, context_length=16)
+    write_weights(folder, tiny_configuration(size, hf_tokenizer_name="beside the weights"))
+    return folder
+
+
+def biomedclip_configuration(bert: str, *, vision: str = "test_vit", image_size: int = 160) -> dict:
+    """The configuration that BiomedCLIP publishes, with other towers."""
+    return {
+        "model_cfg": {
+            "embed_dim": 512,
+            "vision_cfg": {
+                "timm_model_name": vision,
+                "timm_model_pretrained": False,
+                "timm_pool": "",
+                "timm_proj": "linear",
+                "image_size": image_size,
+            },
+            "text_cfg": {
+                "hf_model_name": bert,
+                "hf_tokenizer_name": bert,
+                "hf_proj_type": "mlp",
+                "hf_pooler_type": "cls_last_hidden_state_pooler",
+                "context_length": 256,
+            },
+        },
+        "preprocess_cfg": {
+            "mean": list(open_clip.OPENAI_DATASET_MEAN),
+            "std": list(open_clip.OPENAI_DATASET_STD),
+        },
+    }
+
+
+def write_bert(folder: Path) -> None:
+    """Configuration and tokenizer of a tiny BERT, as the hub repository of a text tower has them."""
+    size = write_word_pieces(folder)
+    BertConfig(
+        vocab_size=size, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64
+    ).save_pretrained(folder)
+
+
+def write_plip(folder: Path, *, end_token: int = 2, safetensors: bool = False) -> None:
+    """A tiny ``CLIPModel`` in the layout of vinid/plip, with CLIP's real vocabulary.
+
+    The checkpoint keeps the ``position_ids`` that transformers stored when PLIP was published.
+    """
+    tokenizer = SimpleTokenizer()
+    (folder / "vocab.json").write_text(json.dumps(tokenizer.encoder), encoding="utf-8")
+    merges = [" ".join(pair) for pair in tokenizer.bpe_ranks]
+    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]) + "\n", encoding="utf-8")
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "CLIPTokenizer", "model_max_length": 77, "pad_token": "<|endoftext|>"})
+    )
+    (folder / "preprocessor_config.json").write_text(
+        json.dumps(
+            {
+                "crop_size": 32,
+                "do_center_crop": True,
+                "do_normalize": True,
+                "do_resize": True,
+                "feature_extractor_type": "CLIPFeatureExtractor",
+                "image_mean": list(open_clip.OPENAI_DATASET_MEAN),
+                "image_std": list(open_clip.OPENAI_DATASET_STD),
+                "resample": 3,
+                "size": 32,
+            }
+        )
+    )
+    layers = {"num_hidden_layers": 2, "num_attention_heads": 2, "hidden_size": 32, "intermediate_size": 64}
+    model = randomise(
+        CLIPModel(
+            CLIPConfig(
+                text_config={**layers, "bos_token_id": 0, "eos_token_id": end_token, "pad_token_id": 1},
+                vision_config={**layers, "image_size": 32, "patch_size": 8},
+                projection_dim=24,
+            )
+        )
+    )
+    model.config.architectures = ["CLIPModel"]
+    model.config.save_pretrained(folder)
+    if safetensors:
+        save_file(model.state_dict(), folder / "model.safetensors", metadata={"format": "pt"})
+        return
+    old = {
+        "text_model.embeddings.position_ids": torch.arange(77)[None],
+        "vision_model.embeddings.position_ids": torch.arange(17)[None],
+    }
+    torch.save({**model.state_dict(), **old}, folder / "pytorch_model.bin")
+
+
+@pytest.fixture
+def builders() -> type:
+    """The functions above, for test modules (which cannot import each other)."""
+
+    class Builders:
+        biomedclip_configuration = staticmethod(biomedclip_configuration)
+        randomise = staticmethod(randomise)
+        tiny_configuration = staticmethod(tiny_configuration)
+        write_bert = staticmethod(write_bert)
+        write_plip = staticmethod(write_plip)
+        write_weights = staticmethod(write_weights)
+        write_word_tokenizer = staticmethod(write_word_tokenizer)
+
+    return Builders

@@ -1,0 +1,299 @@
+import subprocess
+import sys
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from huggingface_hub import constants
+
+import medrobust_lib
+from medrobust_lib.models import registry
+from medrobust_lib.models.dual_encoder import DualEncoder, Preprocessing, Tokens
+from medrobust_lib.models.registry import (
+    ModelEntry,
+    available_offline,
+    default_weights_dir,
+    find_model,
+    hub_location,
+    list_models,
+    load_model,
+    register_model,
+    resolve_device,
+)
+from medrobust_lib.models.weights import hub_access
+
+BUILT_IN_IDS = [
+    "demo-clip",
+    "clip-vit-b16",
+    "clip-rn50",
+    "plip",
+    "quilt-b32",
+    "biomedclip",
+    "medclip-vit",
+    "medclip-rn50",
+    "unimedclip",
+    "robustmedclip",
+]
+FACTS = {
+    "family": "mean colour",
+    "image_size": 8,
+    "licence": "MIT",
+    "source": "this test",
+    "citation": "nobody",
+}
+
+
+class MeanColour(DualEncoder):
+    """A user's own model, with a dropout layer to notice a forgotten eval()."""
+
+    def __init__(self):
+        super().__init__(
+            id="mean-colour",
+            preprocessing=Preprocessing(8, "squash", "bilinear", mean=(0,) * 3, std=(1,) * 3),
+            embed_dim=3,
+            context_length=4,
+            logit_scale=1.0,
+            provenance={"source": "this test"},
+        )
+        self.layer = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Dropout(0.5))
+
+    def _image_features(self, pixels):
+        return self.layer(pixels.mean(dim=(2, 3)))
+
+    def tokenize(self, texts):
+        return Tokens(torch.ones(len(texts), 4, dtype=torch.int64), torch.ones(len(texts), 4, dtype=torch.bool))
+
+    def embed_tokens(self, tokens):
+        return tokens.ids[..., None].expand(-1, -1, 3).to(self.device, self.dtype)
+
+    def _text_features(self, embeddings, tokens):
+        return embeddings.sum(dim=1)
+
+
+@pytest.fixture
+def registered(monkeypatch):
+    """An empty list of registered models, put back afterwards."""
+    monkeypatch.setattr(registry, "_REGISTERED", {})
+
+
+def test_list_models_is_one_row_per_model(tmp_path, hub_cache):
+    hub_cache("nothing/here")
+    table = list_models(weights_dir=tmp_path)
+    assert list(table["id"]) == BUILT_IN_IDS
+    assert list(table.columns) == [
+        "id",
+        "family",
+        "image_size",
+        "parameters",
+        "licence",
+        "source",
+        "sha256",
+        "available_offline",
+        "citation",
+    ]
+    table = table.set_index("id")
+    assert table.loc["clip-vit-b16", "licence"] == "MIT"
+    assert table.loc["biomedclip", "parameters"] == 195_902_721
+    assert pd.api.types.is_integer_dtype(table["parameters"])
+    assert not table.loc["clip-vit-b16":, "available_offline"].any()
+    assert (table["citation"] != "").all()
+
+
+def test_weights_in_the_folder_make_a_model_available(tmp_path, hub_cache):
+    hub_cache("nothing/here")
+    folder = tmp_path / "medclip-vit"
+    folder.mkdir()
+    (folder / "medclip-vit-pretrained.zip").touch()
+    assert not available_offline(find_model("medclip-vit"), weights_dir=tmp_path)
+    (folder / "pytorch_model.bin").touch()
+    table = list_models(weights_dir=tmp_path).set_index("id")
+    assert table.loc["medclip-vit", "available_offline"]
+    assert not table.loc["medclip-rn50", "available_offline"]
+
+
+def test_weights_in_the_hub_cache_count_once_all_repositories_are_there(tmp_path, hub_cache):
+    biomedclip = find_model("biomedclip")
+    weights = hub_cache("microsoft/BiomedCLIP-PubMedBERT_256-vit_base_patch16_224")
+    for name in ("open_clip_config.json", "open_clip_pytorch_model.bin"):
+        (weights / name).touch()
+    assert not available_offline(biomedclip, weights_dir=tmp_path)
+    bert = hub_cache("microsoft/BiomedNLP-BiomedBERT-base-uncased-abstract")
+    for name in ("config.json", "tokenizer_config.json", "vocab.txt"):
+        (bert / name).touch()
+    assert available_offline(biomedclip, weights_dir=tmp_path)
+
+
+def test_every_published_file_has_an_address_and_a_plain_name():
+    for entry in registry.BUILT_IN:
+        names = [file.name for file in entry.files]
+        assert len(set(names)) == len(names)
+        for file in entry.files:
+            assert "/" not in file.name
+            assert file.url.startswith("https://") or entry.id == "demo-clip"
+            assert file.sha256 is None or len(file.sha256) == 64
+
+
+def test_every_loader_exists():
+    for entry in registry.BUILT_IN:
+        assert callable(registry._resolve_loader(entry))
+
+
+def test_hub_location_reads_addresses_of_files():
+    assert hub_location("https://huggingface.co/vinid/plip/resolve/main/config.json") == ("vinid/plip", "config.json")
+    assert hub_location("https://huggingface.co/vinid/plip") is None
+    assert hub_location("https://example.org/a/resolve/main/b") is None
+
+
+@pytest.mark.parametrize(
+    ("wrong", "close"),
+    [("biomedclp", "'biomedclip'"), ("clip-vit-b/16", "'clip-vit-b16'"), ("Demo_CLIP", "'demo-clip'")],
+)
+def test_unknown_ids_get_the_closest_matches(wrong, close):
+    with pytest.raises(ValueError, match=f"unknown model '{wrong}': did you mean .*{close}") as caught:
+        load_model(wrong)
+    assert "Known: demo-clip, clip-vit-b16" in str(caught.value)
+    assert "local-dir:PATH" in str(caught.value)
+
+
+def test_an_id_like_no_other_gets_the_list_alone():
+    with pytest.raises(ValueError, match=r"unknown model 'xyzzy': Known: demo-clip"):
+        load_model("xyzzy")
+
+
+@pytest.mark.usefixtures("registered")
+def test_a_user_registers_an_own_model_with_one_call(tmp_path):
+    seen = {}
+
+    def loader(entry, *, weights_dir, offline):
+        seen.update(entry=entry, weights_dir=weights_dir, offline=offline)
+        return MeanColour().train()
+
+    medrobust_lib.register_model("mean-colour", loader, **FACTS, parameters=12)
+    model = medrobust_lib.load_model("mean-colour", device="cpu", weights_dir=tmp_path)
+    assert isinstance(model, MeanColour)
+    assert not model.training
+    assert not model.layer[1].training
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    assert seen["entry"] == ModelEntry("mean-colour", "mean colour", 8, 12, "MIT", "this test", (), "nobody", loader)
+    assert seen["weights_dir"] == tmp_path
+    assert seen["offline"] is True
+    row = medrobust_lib.list_models().set_index("id").loc["mean-colour"]
+    assert row["available_offline"]
+    assert row["parameters"] == 12
+    features = model.encode_image(model.prepare(np.full((2, 20, 20, 3), 90, dtype=np.uint8)))
+    assert features.shape == (2, 3)
+    with pytest.raises(ValueError, match="did you mean 'mean-colour'"):
+        load_model("mean-color")
+
+
+@pytest.mark.usefixtures("registered")
+def test_registering_again_replaces_and_built_in_ids_are_taken():
+    register_model("mine", lambda entry, **_: None, **FACTS)
+    register_model("mine", lambda entry, **_: MeanColour(), **FACTS)
+    assert list(list_models()["id"]).count("mine") == 1
+    assert load_model("mine", device="cpu").id == "mean-colour"
+    for taken in ("plip", "local-dir:x", ""):
+        with pytest.raises(ValueError, match=f"the model id '{taken}' is taken"):
+            register_model(taken, lambda entry, **_: None, **FACTS)
+    with pytest.raises(TypeError, match="loader must be a function returning a DualEncoder, not str"):
+        register_model("other", "module:function", **FACTS)
+
+
+@pytest.mark.usefixtures("registered")
+def test_a_loader_must_return_a_dual_encoder():
+    register_model("mine", lambda entry, **_: torch.nn.Linear(1, 1), **FACTS)
+    with pytest.raises(TypeError, match="the loader of 'mine' must return a DualEncoder, not Linear"):
+        load_model("mine", device="cpu")
+
+
+@pytest.mark.usefixtures("registered")
+@pytest.mark.parametrize(
+    ("dtype", "expected"),
+    [
+        ("auto", torch.float32),
+        ("float32", torch.float32),
+        ("bfloat16", torch.bfloat16),
+        (torch.bfloat16, torch.bfloat16),
+        ("float16", torch.float16),
+    ],
+)
+def test_dtype_is_what_was_asked_for(dtype, expected, images):
+    register_model("mine", lambda entry, **_: MeanColour(), **FACTS)
+    model = load_model("mine", device="cpu", dtype=dtype)
+    assert model.dtype == expected
+    assert next(model.parameters()).dtype == expected
+    features = model.encode_image(model.prepare(images))
+    assert features.dtype == torch.float32
+    assert torch.allclose(features.norm(dim=-1), torch.ones(5), atol=1e-6)
+
+
+@pytest.mark.usefixtures("registered")
+@pytest.mark.parametrize("dtype", ["int8", "double", torch.int64, 3])
+def test_wrong_dtypes_are_refused(dtype):
+    register_model("mine", lambda entry, **_: MeanColour(), **FACTS)
+    with pytest.raises(ValueError, match="dtype must be 'auto', 'float32', 'bfloat16', 'float16', not"):
+        load_model("mine", device="cpu", dtype=dtype)
+
+
+def test_device_auto_is_the_accelerator_else_the_cpu(monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    assert resolve_device("auto") == torch.device("cpu")
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("mps"))
+    assert resolve_device("auto") == torch.device("mps")
+    assert registry._resolve_dtype("auto", torch.device("mps")) == torch.bfloat16
+    assert resolve_device(torch.device("cpu")) == torch.device("cpu")
+
+
+@pytest.mark.parametrize("device", ["xpu:17", "toaster"])
+def test_devices_that_are_not_here_are_refused(device):
+    with pytest.raises(ValueError, match=f"device '{device}' cannot be used here .* try 'auto' or 'cpu'"):
+        load_model("demo-clip", device=device)
+
+
+def test_weights_folder_comes_from_the_environment_else_lies_in_the_repository(monkeypatch, tmp_path):
+    monkeypatch.setenv("MEDROBUST_WEIGHTS", str(tmp_path / "here"))
+    assert default_weights_dir() == tmp_path / "here"
+    monkeypatch.delenv("MEDROBUST_WEIGHTS")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(registry, "__file__", str(tmp_path / "repository" / "medrobust_lib" / "models" / "registry.py"))
+    assert default_weights_dir() == tmp_path / "weights"
+    (tmp_path / "repository").mkdir()
+    (tmp_path / "repository" / "pyproject.toml").touch()
+    assert default_weights_dir() == tmp_path / "repository" / "weights"
+
+
+@pytest.mark.usefixtures("registered")
+@pytest.mark.parametrize(
+    ("variable", "argument", "expected"),
+    [("1", None, True), ("true", None, True), ("0", None, False), ("", None, False), ("1", False, False)],
+)
+def test_offline_follows_the_environment_unless_said(monkeypatch, variable, argument, expected):
+    seen = []
+
+    def loader(entry, *, weights_dir, offline):
+        seen.append(offline)
+        return MeanColour()
+
+    monkeypatch.setenv("HF_HUB_OFFLINE", variable)
+    register_model("mine", loader, **FACTS)
+    load_model("mine", device="cpu", offline=argument)
+    assert seen == [expected]
+
+
+def test_hub_access_is_switched_and_put_back(monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    with pytest.raises(KeyError), hub_access(offline=True):
+        assert constants.is_offline_mode()
+        raise KeyError
+    assert not constants.is_offline_mode()
+
+
+def test_the_table_is_shown_without_loading_a_model_library():
+    code = (
+        "import sys; from medrobust_lib import list_models; list_models();"
+        "print([name for name in ('open_clip', 'transformers', 'timm') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

@@ -1,0 +1,201 @@
+import hashlib
+import json
+
+import pytest
+import torch
+from open_clip.tokenizer import SimpleTokenizer
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer, CLIPConfig, CLIPImageProcessorPil, CLIPModel
+
+from medrobust_lib.models.registry import available_offline, find_model, load_model
+from medrobust_lib.models.transformers_backend import read_preprocessing
+
+END_OF_TEXT = 49407
+
+
+def reference(folder, images, texts):
+    """Unit-norm features by transformers' own processor, tokenizer and forward pass."""
+    model = CLIPModel.from_pretrained(folder).eval()
+    processor = CLIPImageProcessorPil.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    pixels = torch.as_tensor(
+        processor([Image.fromarray(image) for image in images], return_tensors="pt")["pixel_values"]
+    )
+    tokens = tokenizer(texts, padding="max_length", max_length=77, return_tensors="pt")
+    with torch.no_grad():
+        image_features = model.get_image_features(pixel_values=pixels).pooler_output
+        text_features = model.get_text_features(**tokens).pooler_output
+    return (
+        torch.nn.functional.normalize(image_features, dim=-1),
+        torch.nn.functional.normalize(text_features, dim=-1),
+    )
+
+
+def assert_parity(encoder, folder, images, texts):
+    expected_images, expected_texts = reference(folder, images, texts)
+    assert (expected_images[0] - expected_images[1]).abs().max() > 1e-3
+    assert (expected_texts[0] - expected_texts[1]).abs().max() > 1e-3
+    image_features = encoder.encode_image(encoder.prepare(images))
+    torch.testing.assert_close(image_features, expected_images, atol=1e-5, rtol=0)
+    torch.testing.assert_close(encoder.encode_text(texts), expected_texts, atol=1e-5, rtol=0)
+    tokens = encoder.tokenize(texts)
+    through_embeddings = encoder.encode_embeddings(encoder.embed_tokens(tokens), tokens)
+    torch.testing.assert_close(through_embeddings, expected_texts, atol=1e-5, rtol=0)
+    assert not encoder.training
+    assert not any(parameter.requires_grad for parameter in encoder.parameters())
+
+
+@pytest.fixture
+def plip_folder(builders, tmp_path):
+    folder = tmp_path / "weights" / "plip"
+    folder.mkdir(parents=True)
+    builders.write_plip(folder)
+    return folder
+
+
+def load_plip(folder, **arguments):
+    return load_model("plip", device="cpu", weights_dir=folder.parent, **arguments)
+
+
+@pytest.mark.parametrize("end_token", [2, END_OF_TEXT], ids=["old configuration", "corrected configuration"])
+@pytest.mark.parametrize("safetensors", [False, True])
+def test_plip_loads_through_the_unchanged_hub_call(
+    builders, hub_cache, tmp_path, images, texts, end_token, safetensors
+):
+    snapshot = hub_cache("vinid/plip")
+    builders.write_plip(snapshot, end_token=end_token, safetensors=safetensors)
+    encoder = load_model("plip", device="cpu", weights_dir=tmp_path, offline=True)
+    assert_parity(encoder, snapshot, images, texts)
+    assert (encoder.image_size, encoder.embed_dim, encoder.context_length) == (32, 24, 77)
+    assert encoder.logit_scale == pytest.approx(1 / 0.07, rel=1e-3)
+    weights = snapshot / ("model.safetensors" if safetensors else "pytorch_model.bin")
+    assert encoder.provenance["files"][weights.name] == hashlib.sha256(weights.read_bytes()).hexdigest()
+    assert available_offline(find_model("plip"), weights_dir=tmp_path)
+
+
+def test_plip_loads_from_the_files_that_the_registry_lists(plip_folder, images, texts):
+    assert {path.name for path in plip_folder.iterdir()} == {file.name for file in find_model("plip").files}
+    encoder = load_plip(plip_folder)
+    assert_parity(encoder, plip_folder, images, texts)
+
+
+def test_old_position_buffers_are_in_the_checkpoint_of_the_test(plip_folder):
+    stored = torch.load(plip_folder / "pytorch_model.bin", weights_only=True)
+    assert {"text_model.embeddings.position_ids", "vision_model.embeddings.position_ids"} <= set(stored)
+
+
+def test_full_size_key_layout_and_parameter_count():
+    with torch.device("meta"):
+        model = CLIPModel(CLIPConfig(vision_config={"patch_size": 32}))
+    shapes = {key: tuple(value.shape) for key, value in model.state_dict().items()}
+    assert len(shapes) == 398
+    assert shapes["text_model.encoder.layers.11.self_attn.q_proj.weight"] == (512, 512)
+    assert shapes["vision_model.embeddings.patch_embedding.weight"] == (768, 3, 32, 32)
+    assert shapes["visual_projection.weight"] == (512, 768)
+    assert sum(parameter.numel() for parameter in model.parameters()) == find_model("plip").parameters
+
+
+def test_embeddings_steer_the_features_under_a_causal_mask(plip_folder):
+    encoder = load_plip(plip_folder)
+    tokens = encoder.tokenize(["an image", "an image of debris and tissue"])
+    embeddings = encoder.embed_tokens(tokens).requires_grad_(True)
+    encoder.encode_embeddings(embeddings, tokens)[0, 0].backward()
+    size = embeddings.grad[0].abs().sum(dim=1)
+    assert (size[tokens.mask[0]] > 0).all()
+    assert (size[~tokens.mask[0]] == 0).all()
+
+
+def test_tokens_are_clips_and_too_long_texts_are_refused(plip_folder):
+    encoder = load_plip(plip_folder)
+    texts = ["An H&E image of {debris}!!", "a " * 75]
+    tokens = encoder.tokenize(texts)
+    expected = SimpleTokenizer()(texts)
+    for row, mask, whole in zip(tokens.ids, tokens.mask, expected, strict=True):
+        assert row[mask].tolist() == whole[: int(mask.sum())].tolist()
+        assert row[mask][-1] == END_OF_TEXT
+    with pytest.raises(ValueError, match=r"has 78 tokens \(start and end included\), but plip reads at most 77"):
+        encoder.encode_text(["a " * 76])
+
+
+def test_bfloat16_keeps_unit_norm_float32_features(plip_folder, images, texts):
+    exact, rounded = load_plip(plip_folder), load_plip(plip_folder, dtype="bfloat16")
+    assert (exact.dtype, rounded.dtype) == (torch.float32, torch.bfloat16)
+    for ours, theirs in (
+        (rounded.encode_image(rounded.prepare(images)), exact.encode_image(exact.prepare(images))),
+        (rounded.encode_text(texts), exact.encode_text(texts)),
+    ):
+        assert ours.dtype == torch.float32
+        assert torch.allclose(ours.norm(dim=-1), torch.ones(len(ours)), atol=1e-6)
+        assert (ours * theirs).sum(dim=-1).min() > 0.99
+
+
+@pytest.fixture
+def safe_folder(builders, tmp_path):
+    folder = tmp_path / "weights" / "plip"
+    folder.mkdir(parents=True)
+    builders.write_plip(folder, safetensors=True)
+    return folder
+
+
+def test_missing_unexpected_and_misshapen_keys_are_listed(safe_folder):
+    path = safe_folder / "model.safetensors"
+    tensors = load_file(path)
+    lost = sorted(key for key in tensors if key.startswith("text_model.encoder.layers.1"))
+    kept = {key: value for key, value in tensors.items() if key not in lost}
+    save_file({**kept, "stranger.weight": torch.zeros(1)}, path, metadata={"format": "pt"})
+    assert len(lost) == 16
+    with pytest.raises(ValueError, match="does not fit the model") as caught:
+        load_plip(safe_folder)
+    assert f"16 missing keys: {', '.join(lost[:10])} and 6 more" in str(caught.value)
+    assert "1 unexpected keys: stranger.weight" in str(caught.value)
+    save_file({**tensors, "logit_scale": torch.zeros(3)}, path, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"logit_scale"):
+        load_plip(safe_folder)
+
+
+def test_a_wrong_hash_and_a_damaged_file_are_refused(safe_folder):
+    (safe_folder / "SHA256SUMS").write_text(f"{'0' * 64}  model.safetensors\n")
+    with pytest.raises(ValueError, match=r"model\.safetensors has SHA-256 [0-9a-f]{64}, expected 0{64}"):
+        load_plip(safe_folder)
+    (safe_folder / "SHA256SUMS").unlink()
+    path = safe_folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(ValueError, match=r"cannot read the weights of .*plip"):
+        load_plip(safe_folder)
+
+
+def test_a_pickled_object_is_refused(plip_folder):
+    torch.save({"logit_scale": plip_folder}, plip_folder / "pytorch_model.bin")
+    with pytest.raises(ValueError, match=r"cannot read the weights of .*plip.*more than tensors"):
+        load_plip(plip_folder)
+
+
+def test_missing_weights_name_places_script_and_source(hub_cache, tmp_path):
+    hub_cache("nothing/here")
+    with pytest.raises(FileNotFoundError, match="offline, so no download was tried") as caught:
+        load_model("plip", device="cpu", weights_dir=tmp_path / "weights", offline=True)
+    message = str(caught.value)
+    assert str(tmp_path / "weights" / "plip") in message
+    assert str(tmp_path / "hub") in message
+    assert "python data_scripts/fetch_weights.py plip" in message
+    assert "source: hf:vinid/plip" in message
+
+
+def test_a_tokenizer_without_its_files_is_refused(plip_folder):
+    for name in ("vocab.json", "merges.txt", "tokenizer_config.json"):
+        (plip_folder / name).unlink()
+    with pytest.raises(ValueError, match=r"plip: the tokenizer knows \d tokens, the text tower 49408"):
+        load_plip(plip_folder)
+
+
+@pytest.mark.parametrize(
+    "change", [{"size": {"height": 32, "width": 32}}, {"crop_size": {"height": 16, "width": 16}}, {"resample": 0}]
+)
+def test_unsupported_preprocessing_is_refused(plip_folder, change):
+    path = plip_folder / "preprocessor_config.json"
+    right = CLIPImageProcessorPil.from_pretrained(plip_folder)
+    assert read_preprocessing(right).interpolation == "bicubic"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(ValueError, match="unsupported preprocessing: size"):
+        load_plip(plip_folder)

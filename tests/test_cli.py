@@ -1,0 +1,165 @@
+import json
+import sys
+
+import nbformat
+import pytest
+from typer.testing import CliRunner
+
+from medrobust_lib import cli, doctor, experiments
+from medrobust_lib.doctor import Finding
+from medrobust_lib.experiments import Metric, start_run
+
+NOTEBOOK = """
+from medrobust_lib.experiments import Metric, start_run
+run = start_run("01", "Tiny", model=model, n_images=n_images)
+card = run.save_card(metrics=[Metric("accuracy", 1 / n_images, n_images)], tables={}, model={"id": model},
+                     dataset={"id": "phantom/blood", "n": n_images, "synthetic": True}, prompts={})
+"""
+
+
+@pytest.fixture
+def invoke(monkeypatch, capsys):
+    """Call the console script's own entry point; returns exit code, standard output and error."""
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["medrobust", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stopped:
+            cli.main()
+        captured = capsys.readouterr()
+        return stopped.value.code or 0, captured.out, captured.err
+
+    return call
+
+
+@pytest.fixture
+def notebooks(tmp_path):
+    folder = tmp_path / "notebooks"
+    folder.mkdir()
+    cells = [
+        nbformat.v4.new_code_cell(
+            'model: str = "demo-clip"  # model id\nn_images: int = 4  # how many\n', metadata={"tags": ["parameters"]}
+        ),
+        nbformat.v4.new_code_cell(NOTEBOOK),
+    ]
+    nbformat.write(nbformat.v4.new_notebook(cells=cells), folder / "01_tiny.ipynb")
+    return folder
+
+
+@pytest.fixture
+def runs(tmp_path, monkeypatch):
+    for name, value in (("a", 0.5), ("b", 0.75)):
+        monkeypatch.setenv(experiments.RUN_DIR_VARIABLE, str(tmp_path / "runs" / name))
+        start_run("01", "Title", name=name).save_card(
+            metrics=[Metric("accuracy", value, 8), Metric("majority_share", 0.3, 8)],
+            tables={}, model={"id": f"model-{name}"}, dataset={"id": "phantom/blood"}, prompts={},
+        )  # fmt: skip
+    monkeypatch.delenv(experiments.RUN_DIR_VARIABLE)
+    return tmp_path / "runs"
+
+
+def test_run_executes_and_writes_a_report(invoke, notebooks, tmp_path):
+    out = tmp_path / "out"
+    code, text, _ = invoke("run", "1", "-p", "n_images=8", "--notebooks", notebooks, "--out", out)
+    assert code == 0
+    assert "01_tiny done in" in text
+    assert f"report: {out / 'index.html'}" in text.replace("\n", "")
+    card = json.loads((out / "cards" / "01.json").read_text())
+    assert card["parameters"] == {"model": "demo-clip", "n_images": 8}
+    assert "0.125" in (out / "index.html").read_text()
+
+
+def test_parameters_come_from_a_file_too(invoke, notebooks, tmp_path):
+    (tmp_path / "p.yaml").write_text("n_images: 2\nmodel: other\n")
+    arguments = ("run", "-f", tmp_path / "p.yaml", "-p", "model=demo-clip", "--notebooks", notebooks)
+    assert invoke(*arguments, "--out", tmp_path / "out")[0] == 0
+    card = json.loads((tmp_path / "out" / "cards" / "01.json").read_text())
+    assert card["parameters"] == {"model": "demo-clip", "n_images": 2}
+
+
+def test_a_typo_fails_with_code_one_before_anything_is_written(invoke, notebooks, tmp_path):
+    code, _, error = invoke("run", "01", "-p", "n_image=8", "--notebooks", notebooks, "--out", tmp_path / "out")
+    assert code == 1
+    assert "unknown parameter 'n_image' for notebook 01; valid: n_images, model" in error.replace("\n", " ")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_failing_notebook_fails_the_command(invoke, notebooks, tmp_path):
+    code, _, error = invoke("run", "-p", "n_images=0", "--notebooks", notebooks, "--out", tmp_path / "out")
+    assert code == 1
+    assert "failed in cell 2 with ZeroDivisionError" in error
+
+
+def test_describe_prints_typed_parameters(invoke, notebooks):
+    code, text, _ = invoke("run", "--describe", "--notebooks", notebooks)
+    assert code == 0
+    assert "n_images: int = 4  # how many" in text
+
+
+def test_models_and_datasets_as_table_and_json(invoke):
+    code, text, _ = invoke("models", "--json")
+    models = json.loads(text)
+    assert code == 0
+    assert next(row for row in models if row["id"] == "demo-clip")["available"] is True
+    assert {"biomedclip", "medclip-vit", "plip", "quilt-b32", "robustmedclip"} <= {row["id"] for row in models}
+    datasets = json.loads(invoke("datasets", "--json")[1])
+    assert next(row for row in datasets if row["id"] == "phantom/oct")["available"] is True
+    assert "demo-clip" in invoke("models")[1]
+    assert "phantom/oct" in invoke("datasets")[1]
+
+
+def test_leaderboard_sorts_by_a_metric_and_writes_csv(invoke, runs, tmp_path):
+    csv = tmp_path / "board.csv"
+    code, text, _ = invoke("leaderboard", runs, "--metric", "accuracy", "--csv", csv, "--json")
+    assert code == 0
+    assert [row["model"] for row in json.loads(text)] == ["model-b", "model-a"]
+    assert csv.read_text().splitlines()[1].startswith("b,01,model-b,phantom/blood,accuracy,,0.75")
+
+
+def test_leaderboard_names_unknown_metrics_and_empty_folders(invoke, runs, tmp_path):
+    code, _, error = invoke("leaderboard", runs, "--metric", "auc")
+    assert code == 1
+    assert "unknown metric 'auc'; the cards hold accuracy, majority_share" in error
+    assert invoke("leaderboard", tmp_path / "nothing")[0] == 1
+
+
+def test_doctor_finds_a_sound_environment():
+    findings = list(doctor.examine())
+    assert [finding.check for finding in findings] == [
+        "python", "packages", "torchvision import", "kernel", "accelerator", "weights", "data", "reference",
+    ]  # fmt: skip
+    assert [finding for finding in findings if not finding.passed] == []
+
+
+def test_doctor_fails_the_command_and_names_the_check(invoke, monkeypatch):
+    monkeypatch.setattr(doctor, "examine", lambda: [Finding("kernel", False, "missing"), Finding("data", True, "x")])
+    code, text, error = invoke("doctor")
+    assert code == 1
+    assert "FAIL kernel" in text
+    assert "1 check failed, see above" in error
+
+
+def test_doctor_notices_another_prediction(monkeypatch, tmp_path):
+    reference = json.loads(doctor.REFERENCE_FILE.read_text())
+    reference["probabilities"][0][0] += 0.01
+    path = tmp_path / "reference.json"
+    path.write_text(json.dumps(reference))
+    monkeypatch.setattr(doctor, "REFERENCE_FILE", path)
+    finding = list(doctor.examine())[-1]
+    assert not finding.passed
+    assert "demo-clip differs from its reference prediction by 0.01" in finding.detail
+
+
+def test_doctor_names_packages_at_other_versions(monkeypatch, tmp_path):
+    (tmp_path / "constraints.txt").write_text("# pins\nnumpy==1.0.0\nno-such-package==2.0\n")
+    monkeypatch.setattr(doctor, "project_root", lambda: tmp_path)
+    finding = next(f for f in doctor.examine() if f.check == "packages")
+    assert not finding.passed
+    assert "numpy" in finding.detail
+    assert "(tested: 1.0.0)" in finding.detail
+    assert "no-such-package missing (tested: 2.0)" in finding.detail
+
+
+def test_help_is_offered_without_arguments():
+    result = CliRunner().invoke(cli.app, [])
+    assert "leaderboard" in result.output
+    assert "not for clinical use" in result.output.lower()

@@ -1,0 +1,117 @@
+import json
+import re
+
+import pandas as pd
+import pytest
+from matplotlib.figure import Figure
+
+from medrobust_lib import experiments
+from medrobust_lib.experiments import Metric, start_run
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    monkeypatch.setenv(experiments.RUN_DIR_VARIABLE, str(tmp_path / "demo"))
+    return start_run("01", "Title", model="demo-clip", sigmas=[0.0, 0.25])
+
+
+def save(run, **changes):
+    arguments = {
+        "metrics": [Metric("accuracy", 0.75, 4, 0.2, 0.99), Metric("accuracy", 0.5, 8, of="sigma=0.25")],
+        "tables": {"01_accuracy": pd.DataFrame({"model": ["demo-clip"], "accuracy": [0.75]})},
+        "model": {"id": "demo-clip"},
+        "dataset": {"id": "phantom/blood", "n": 4},
+        "prompts": {"template": "{}"},
+    }
+    return run.save_card(**{**arguments, **changes})
+
+
+def test_card_holds_numbers_as_numbers_and_everything_that_shaped_them(run):
+    card = json.loads(save(run).read_text())
+    assert card["parameters"] == {"model": "demo-clip", "sigmas": [0.0, 0.25]}
+    assert card["metrics"][0] == {"name": "accuracy", "value": 0.75, "n": 4, "low": 0.2, "high": 0.99, "of": ""}
+    assert re.fullmatch("[0-9a-f]{16}", card["parameters_hash"])
+    assert card["seconds"] >= 0
+    assert card["peak_memory_mb"] > 10
+    assert {"python", "torch", "open_clip_torch", "medrobust-lib"} <= set(card["environment"])
+    assert card["tables"] == ["01_accuracy"]
+
+
+def test_card_and_tables_lie_in_the_runs_folder_and_no_part_files_stay(run, tmp_path):
+    path = save(run)
+    assert path == tmp_path / "demo" / "cards" / "01.json"
+    assert pd.read_csv(path.with_name("01_accuracy.csv")).accuracy.tolist() == [0.75]
+    assert sorted(p.name for p in path.parent.iterdir()) == ["01.json", "01_accuracy.csv"]
+
+
+def test_hash_depends_on_parameters_only(run, monkeypatch, tmp_path):
+    monkeypatch.setenv(experiments.RUN_DIR_VARIABLE, str(tmp_path / "elsewhere"))
+    same = start_run("02", "Other", sigmas=[0.0, 0.25], model="demo-clip")
+    other = start_run("01", "Title", model="demo-clip", sigmas=[0.0, 0.5])
+    assert run.parameters_hash == same.parameters_hash != other.parameters_hash
+
+
+def test_nan_is_refused_and_an_older_card_survives(run):
+    before = save(run).read_text()
+    with pytest.raises(ValueError, match="Out of range float values are not JSON compliant"):
+        save(run, metrics=[Metric("accuracy", float("nan"), 4)])
+    assert (run.folder / "cards" / "01.json").read_text() == before
+
+
+def test_parameters_must_be_json():
+    with pytest.raises(TypeError, match="not JSON serializable"):
+        start_run("01", "Title", model=object())
+
+
+def test_resolved_parameters_are_printed(capsys):
+    start_run("01", "Title", model="demo-clip", n_images=4)
+    assert capsys.readouterr().out.splitlines() == ["model        demo-clip", "n_images     4"]
+
+
+def test_by_hand_the_folder_does_not_depend_on_the_working_folder(monkeypatch, tmp_path):
+    monkeypatch.delenv(experiments.RUN_DIR_VARIABLE, raising=False)
+    here = start_run("01", "Title").folder
+    monkeypatch.chdir(tmp_path)
+    assert start_run("01", "Title").folder == here == experiments.project_root() / "runs" / "by-hand"
+
+
+def test_figures_are_written_under_the_notebooks_number(run):
+    path = run.save_figure(Figure(figsize=(2, 1)), "curve")
+    assert path == run.folder / "figures" / "01_curve.png"
+    assert path.read_bytes().startswith(b"\x89PNG")
+    assert [p.name for p in path.parent.iterdir()] == ["01_curve.png"]
+
+
+def test_leaderboard_comes_from_cards_alone(run, tmp_path):
+    save(run)
+    table = experiments.leaderboard(experiments.read_cards(tmp_path))
+    assert table[["run", "notebook", "model", "dataset", "metric", "of", "value", "n"]].to_numpy().tolist() == [
+        ["demo", "01", "demo-clip", "phantom/blood", "accuracy", "", 0.75, 4],
+        ["demo", "01", "demo-clip", "phantom/blood", "accuracy", "sigma=0.25", 0.5, 8],
+    ]
+
+
+def test_missing_broken_and_foreign_cards_are_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no result cards below .*; `medrobust run 01` writes one"):
+        experiments.read_cards(tmp_path)
+    card = tmp_path / "x" / "cards" / "01.json"
+    card.parent.mkdir(parents=True)
+    card.write_text("{")
+    with pytest.raises(ValueError, match=r"01\.json is no valid JSON .*run the notebook again"):
+        experiments.read_cards(tmp_path)
+    card.write_text('{"format": 99}')
+    with pytest.raises(ValueError, match="has card format 99, this version reads 1"):
+        experiments.read_cards(tmp_path)
+
+
+def test_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "card.json"
+    experiments.write_text_atomically(path, "old")
+
+    def fail(*_):
+        raise OSError("disk full")
+
+    monkeypatch.setattr("pathlib.Path.replace", fail)
+    with pytest.raises(OSError, match="disk full"):
+        experiments.write_text_atomically(path, "new")
+    assert path.read_text() == "old"

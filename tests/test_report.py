@@ -1,0 +1,99 @@
+import re
+from html.parser import HTMLParser
+
+import nbformat
+import pandas as pd
+import pytest
+from matplotlib.figure import Figure
+
+from medrobust_lib import experiments, report
+from medrobust_lib.experiments import Metric, start_run
+
+
+@pytest.fixture
+def run_dir(tmp_path, monkeypatch):
+    folder = tmp_path / "demo"
+    monkeypatch.setenv(experiments.RUN_DIR_VARIABLE, str(folder))
+    run = start_run("01", "A <b>title</b>", model="demo-clip")
+    run.save_figure(Figure(figsize=(2, 1)), "some_curve")
+    run.save_card(
+        metrics=[Metric("balanced_accuracy", 0.75, 4, 0.2, 0.99)],
+        tables={"01_accuracy": pd.DataFrame({"accuracy": [0.75]})},
+        model={"id": "<script>alert(1)</script>"},
+        dataset={"id": "phantom/blood", "n": 4, "synthetic": True},
+        prompts={},
+        notes=["synthetic phantoms, not patients' images"],
+    )
+    cells = [
+        nbformat.v4.new_markdown_cell("# Title\n\nthe radius $R = \\sigma\\,\\Phi^{-1}(p)$ and `$not math$`"),
+        nbformat.v4.new_code_cell("x = 1", outputs=[nbformat.v4.new_output("stream", text="seen\n")]),
+    ]
+    (folder / "notebooks").mkdir()
+    nbformat.write(nbformat.v4.new_notebook(cells=cells), folder / "notebooks" / "01_first.ipynb")
+    report.write_report(folder)
+    return folder
+
+
+class Links(HTMLParser):
+    def __init__(self):
+        super().__init__()
+        self.targets = []
+
+    def handle_starttag(self, tag, attrs):
+        self.targets += [value for name, value in attrs if name in ("href", "src")]
+
+
+def test_every_link_of_every_page_exists_and_is_relative(run_dir):
+    for page in (run_dir / "index.html", run_dir / "html" / "01_first.html"):
+        links = Links()
+        links.feed(page.read_text())
+        assert links.targets
+        for target in links.targets:
+            assert not re.match(r"[a-z]+:|/", target), target
+            assert (page.parent / target.split("#")[0]).exists(), target
+
+
+def test_pages_load_nothing_from_a_network(run_dir):
+    for page in run_dir.rglob("*.html"):
+        text = page.read_text()
+        assert "<script" not in text
+        assert "@import" not in text
+        assert not re.search(r"url\(\s*['\"]?http", text)
+
+
+def test_index_shows_card_figures_and_notice(run_dir):
+    text = (run_dir / "index.html").read_text()
+    assert "0.750 [0.200, 0.990]" in text
+    assert 'src="figures/01_some_curve.png"' in text
+    assert "Not for clinical use" in text
+    assert "synthetic drawings, never from patients" in text
+    assert 'name="viewport"' in text
+
+
+def test_names_are_escaped(run_dir):
+    text = (run_dir / "index.html").read_text()
+    assert "<b>title</b>" not in text
+    assert "&lt;script&gt;alert(1)" in text
+
+
+def test_notebook_page_draws_formulas_without_javascript(run_dir):
+    text = (run_dir / "html" / "01_first.html").read_text()
+    assert "<math" in text
+    assert "$not math$" in text
+    assert "seen" in text
+    source = nbformat.read(run_dir / "notebooks" / "01_first.ipynb", as_version=4)
+    assert "$R = " in source.cells[0].source
+
+
+def test_block_and_inline_formulas_but_not_code():
+    converted = report.math_to_mathml("$$a$$ and $b$ and `$c$`\n```\n$d$\n```\ncosts 5 $")
+    assert converted.count("<math") == 2
+    assert 'display="block"' in converted
+    assert "`$c$`" in converted
+    assert "\n$d$\n" in converted
+    assert converted.endswith("costs 5 $")
+
+
+def test_a_folder_without_cards_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no result cards below"):
+        report.write_report(tmp_path)
