@@ -61,7 +61,9 @@ def contact_sheet(modality: str, *, sites: list[str], image_size: int, samples: 
     classes = phantom_classes(modality)
     # One narrow empty column between the sites.
     widths = [width for _ in sites for width in (*[1.0] * samples, 0.15)][:-1]
-    figure = Figure(figsize=(1.8 + 1.05 * sum(widths), 0.7 + 1.05 * len(classes)), layout="constrained")
+    # Wide enough for the title, which must never be cut.
+    width, height = max(1.8 + 1.05 * sum(widths), 5.0), 0.7 + 1.05 * len(classes)
+    figure = Figure(figsize=(width, height), layout="constrained")
     figure.suptitle(f"{modality}, {image_size} px: synthetic phantoms, not patients' images", fontsize=10)
     axes = figure.subplots(len(classes), len(widths), squeeze=False, width_ratios=widths)
     for gap in axes[:, samples :: samples + 1].flat:

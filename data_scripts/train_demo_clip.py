@@ -72,6 +72,7 @@ class Recipe:
     images_per_modality: int = SPLITS["pretrain"]
     epochs: int = 10
     batch_size: int = 192
+    captions_per_class: int = 2
     learning_rate: float = 1e-3
     weight_decay: float = 0.1
     warmup_steps: int = 100
@@ -230,8 +231,10 @@ def train(
         for step in tqdm(range(batches), desc=f"epoch {epoch}/{recipe.epochs}"):
             chosen = order[step * recipe.batch_size : (step + 1) * recipe.batch_size]
             images = augment(pixels[chosen], recipe.shift_pixels, rng)
-            texts = torch.stack([tokens[label][rng.integers(len(tokens[label]))] for label in labels[chosen]])
-            loss = contrastive_loss(model, normalise(images, preprocess), texts, torch.from_numpy(labels[chosen]))
+            texts, text_labels = draw_captions(tokens, recipe.captions_per_class, rng)
+            loss = contrastive_loss(
+                model, normalise(images, preprocess), torch.from_numpy(labels[chosen]), texts, text_labels
+            )
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -253,25 +256,27 @@ def train(
 
 
 def contrastive_loss(
-    model: torch.nn.Module, images: torch.Tensor, texts: torch.Tensor, labels: torch.Tensor
+    model: torch.nn.Module,
+    images: torch.Tensor,
+    labels: torch.Tensor,
+    texts: torch.Tensor,
+    text_labels: torch.Tensor,
 ) -> torch.Tensor:
     """CLIP's symmetric loss, in which every caption of an image's class counts as a match.
 
     With 28 classes a batch holds many images of one class; plain CLIP would push their captions
     apart (UniCL, Yang et al. 2022, makes the same change).
     """
-    longest = int((texts != 0).any(0).nonzero().max()) + 1
     image_features = model.encode_image(images, normalize=True)
-    text_features = encode_text(model, texts[:, :longest])
+    text_features = model.encode_text(texts, normalize=True)
     logits = model.logit_scale.exp() * image_features @ text_features.T
-    target = (labels[:, None] == labels[None, :]).float()
-    target = target / target.sum(1, keepdim=True)
-    return (functional.cross_entropy(logits, target) + functional.cross_entropy(logits.T, target)) / 2
-
-
-def encode_text(model: torch.nn.Module, tokens: torch.Tensor) -> torch.Tensor:
-    """Encode texts, padding cut off: exact, because the text tower is causal and pools at the end token."""
-    return model.encode_text(tokens, normalize=True)
+    matches = (labels[:, None] == text_labels[None, :]).float()
+    present = matches.any(0)  # captions of classes that the batch happens to lack match nothing
+    to_text = functional.cross_entropy(logits, matches / matches.sum(1, keepdim=True))
+    to_image = functional.cross_entropy(
+        logits.T[present], matches.T[present] / matches.T[present].sum(1, keepdim=True)
+    )
+    return (to_text + to_image) / 2
 
 
 @torch.inference_mode()
@@ -284,7 +289,7 @@ def accuracy_per_modality(
 ) -> float:
     """Zero-shot accuracy within each modality with its first template, averaged over modalities."""
     model.eval()
-    texts = encode_text(model, torch.stack([class_tokens[0] for class_tokens in tokens]))
+    texts = model.encode_text(torch.stack([class_tokens[0] for class_tokens in tokens]), normalize=True)
     features = torch.cat(
         [model.encode_image(normalise(part, preprocess), normalize=True) for part in np.array_split(pixels, 20)]
     )
@@ -295,6 +300,14 @@ def accuracy_per_modality(
         accuracies.append(np.mean(scores[rows, first:last].argmax(1) + first == labels[rows]))
         first = last
     return float(np.mean(accuracies))
+
+
+def draw_captions(
+    tokens: list[torch.Tensor], count: int, rng: np.random.Generator
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Draw `count` captions of every class: tokens int64 [28 * count, L] and their classes."""
+    texts = [texts[rng.choice(len(texts), count, replace=False)] for texts in tokens]
+    return torch.cat(texts), torch.arange(len(tokens)).repeat_interleave(count)
 
 
 def augment(images: NDArray[np.uint8], shift: int, rng: np.random.Generator) -> NDArray[np.uint8]:
@@ -324,7 +337,9 @@ def save(
     """Write weights, configuration, tokenizer, log and recipe."""
     out.mkdir(parents=True, exist_ok=True)
     state = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
-    save_file(state, out / "open_clip_model.safetensors", metadata={"synthetic": "true", "clinical_use": "no"})
+    weights = out / "open_clip_model.safetensors"
+    save_file(state, weights, metadata={"synthetic": "true", "clinical_use": "no"})
+    weights.chmod(0o644)  # safetensors writes for the owner only, and a package is read by anyone
     write_text_atomically(out / "open_clip_config.json", json.dumps(config, indent=2) + "\n")
     tokenizer.save_pretrained(out)
     write_text_atomically(out / "training_log.csv", log.to_csv(index=False))

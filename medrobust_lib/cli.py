@@ -59,7 +59,10 @@ def models(
     """List the models that `load_model` knows."""
     from medrobust_lib import list_models
 
-    _show(list_models(), as_json=as_json, title="models")
+    table = list_models()
+    if not as_json:  # hashes and citations are for machines and papers, not for an 80-column table
+        table = table.drop(columns=["sha256", "citation"])
+    _show(table, as_json=as_json, title="models")
 
 
 @app.command()

@@ -109,7 +109,7 @@ def _weights() -> str:
     from medrobust_lib import list_models
 
     models = list_models()
-    found = models[models["available"]]["id"].tolist()
+    found = models[models["available_offline"]]["id"].tolist()
     return f"{', '.join(found)} ({len(models) - len(found)} more with data_scripts/fetch_weights.py)"
 
 

@@ -9,10 +9,12 @@ import nbformat
 from jinja2 import Environment, PackageLoader, select_autoescape
 from latex2mathml.converter import convert as latex_to_mathml
 from markupsafe import Markup
+from PIL import Image
 
 from medrobust_lib.experiments import read_cards, write_text_atomically
 
 _MATH = re.compile(r"(?P<code>```.*?```|`[^`\n]*`)|\$\$(?P<block>.+?)\$\$|\$(?P<inline>[^$\n]+?)\$", re.DOTALL)
+WIDE = 1.9  # width over height from which a figure gets the whole row
 NOTICE = "For teaching and research. Not for clinical use."
 
 
@@ -91,18 +93,30 @@ def math_to_mathml(markdown: str) -> str:
 
 def _section(card: Mapping[str, Any], run_dir: Path, notebook: Path | None) -> dict[str, Any]:
     """Everything that the index template shows of one card; links are relative to the index."""
-    figures = sorted((run_dir / "figures").glob(f"{card['notebook']}_*.png"))
+    figures = (run_dir / "figures").glob(f"{card['notebook']}_*.png")
+    # The headline first, then as the notebook drew them.
+    figures = sorted(figures, key=lambda path: (not path.stem.endswith("_headline"), path.stat().st_mtime_ns))
     return {
         "card": card,
         "metrics": [{**metric, "text": _metric_text(metric)} for metric in card["metrics"]],
         "facts": _facts(card),
         "figures": [
-            {"src": f"figures/{path.name}", "alt": path.stem.partition("_")[2].replace("_", " ")} for path in figures
+            {
+                "src": f"figures/{path.name}",
+                "alt": path.stem.partition("_")[2].replace("_", " "),
+                "wide": _aspect(path) > WIDE,
+            }
+            for path in figures
         ],
         "html": f"html/{notebook.stem}.html" if notebook else "",
         "notebook": f"notebooks/{notebook.name}" if notebook else "",
         "tables": [f"cards/{name}.csv" for name in card["tables"]],
     }
+
+
+def _aspect(path: Path) -> float:
+    with Image.open(path) as picture:
+        return picture.width / picture.height
 
 
 def _metric_text(metric: Mapping[str, Any]) -> str:
@@ -123,7 +137,7 @@ def _facts(card: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("parameters", card["parameters_hash"]),
         ("commit", commit or "no checkout"),
         ("torch", card["environment"]["torch"]),
-        ("created", card["created"]),
+        ("created", card["created"].replace("T", " ").removesuffix("+00:00") + " UTC"),
     ]
 
 

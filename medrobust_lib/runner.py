@@ -176,7 +176,13 @@ def run_notebooks(
         try:
             with _environment({RUN_DIR_VARIABLE: str(out), HEADLESS_VARIABLE: "1", "TQDM_DISABLE": "1"}):
                 execute_notebook(
-                    path, target, assigned[number], kernel_name=KERNEL, progress_bar=False, cwd=path.parent
+                    path,
+                    target,
+                    assigned[number],
+                    kernel_name=KERNEL,
+                    progress_bar=False,
+                    cwd=path.parent,
+                    config=_kernel_configuration(),
                 )
         except PapermillExecutionError as error:
             raise NotebookError(_readable(error, path, target)) from error
@@ -205,6 +211,14 @@ def check_kernel() -> None:
             f"the Jupyter kernel 'python3' runs {interpreter}, not {sys.executable}; "
             f"fix it with `{sys.executable} -m ipykernel install --sys-prefix`"
         )
+
+
+def _kernel_configuration() -> Any:
+    """Encrypt the talk with the kernel where the installed libraries can, instead of warning about it."""
+    import zmq
+    from traitlets.config import Config
+
+    return Config({"KernelManager": {"transport_encryption": "auto" if zmq.has("curve") else "disabled"}})
 
 
 def _checked(name: str, value: Any, annotation: str) -> Any:

@@ -99,7 +99,7 @@ def test_models_and_datasets_as_table_and_json(invoke):
     code, text, _ = invoke("models", "--json")
     models = json.loads(text)
     assert code == 0
-    assert next(row for row in models if row["id"] == "demo-clip")["available"] is True
+    assert next(row for row in models if row["id"] == "demo-clip")["available_offline"] is True
     assert {"biomedclip", "medclip-vit", "plip", "quilt-b32", "robustmedclip"} <= {row["id"] for row in models}
     datasets = json.loads(invoke("datasets", "--json")[1])
     assert next(row for row in datasets if row["id"] == "phantom/oct")["available"] is True

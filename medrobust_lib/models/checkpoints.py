@@ -2,13 +2,14 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from huggingface_hub import hf_hub_download
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from medrobust_lib.models.catalogue import ModelEntry
 from medrobust_lib.models.weights import (
     check_hashes,
     explained_errors,
@@ -18,12 +19,11 @@ from medrobust_lib.models.weights import (
     read_sums,
 )
 
-if TYPE_CHECKING:
-    from medrobust_lib.models.registry import ModelEntry
+VOCABULARY_NAME = "vocab.txt"
 
 
-def find_weights(entry: "ModelEntry", names: Sequence[str], *, weights_dir: Path | None) -> Path:
-    """First of several file names that exists in ``weights_dir/<id>/``, known hashes of the folder checked.
+def find_weights(entry: ModelEntry, names: Sequence[str], *, weights_dir: Path | None) -> Path:
+    """First of several file names that exists in ``weights_dir/<id>/``, compared with its known hash.
 
     Parameters
     ----------
@@ -53,10 +53,10 @@ def find_weights(entry: "ModelEntry", names: Sequence[str], *, weights_dir: Path
                 **read_sums(place.parent),
                 **{f.name: f.sha256 for f in entry.files if f.sha256 is not None},
             }
-            # An archive may be gone after its content was taken out.
-            check_hashes(
-                place.parent, {n: digest for n, digest in known.items() if (place.parent / n).is_file()}
-            )
+            # Only what is read here: a fetched archive beside it may be large, or gone.
+            read = {name: known[name] for name in (place.name, VOCABULARY_NAME) if name in known}
+            if read:
+                check_hashes(place.parent, read)
             return place
     looked = ", ".join(map(str, places)) or "nowhere, as there is no weights folder"
     raise FileNotFoundError(
@@ -65,7 +65,7 @@ def find_weights(entry: "ModelEntry", names: Sequence[str], *, weights_dir: Path
     )
 
 
-def find_vocabulary(entry: "ModelEntry", repository: str, *, weights_dir: Path | None, offline: bool) -> Path:
+def find_vocabulary(entry: ModelEntry, repository: str, *, weights_dir: Path | None, offline: bool) -> Path:
     """The ``vocab.txt`` in ``weights_dir/<id>/``, else that of a hub repository.
 
     Raises
@@ -73,12 +73,12 @@ def find_vocabulary(entry: "ModelEntry", repository: str, *, weights_dir: Path |
     FileNotFoundError
         Naming both places and the command that fetches the file.
     """
-    places = [] if weights_dir is None else [weights_dir / entry.id / "vocab.txt"]
+    places = [] if weights_dir is None else [weights_dir / entry.id / VOCABULARY_NAME]
     if places and places[0].is_file():
         return places[0]
     try:
         with hub_access(offline=offline):
-            return Path(hf_hub_download(repository, "vocab.txt", local_files_only=offline))
+            return Path(hf_hub_download(repository, VOCABULARY_NAME, local_files_only=offline))
     except OSError as error:
         looked = ", ".join(
             [*map(str, places), f"{repository} on the hub" + (" (cache only)" if offline else "")]
@@ -140,7 +140,7 @@ def load_strictly(module: nn.Module, state_dict: Mapping[str, Tensor], *, source
     module.load_state_dict(state_dict)
 
 
-def describe_files(entry: "ModelEntry", *files: Path) -> dict[str, Any]:
+def describe_files(entry: ModelEntry, *files: Path) -> dict[str, Any]:
     """Provenance of a loaded model: source, licence, and SHA-256 by name of the files that were read."""
     hashes = {folder: file_hashes(folder) for folder in {path.parent for path in files}}
     return {

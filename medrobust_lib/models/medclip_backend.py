@@ -9,7 +9,6 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from tokenizers import BertWordPieceTokenizer
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import BertConfig, BertModel, SwinConfig, SwinModel
 
+from medrobust_lib.models.catalogue import ModelEntry
 from medrobust_lib.models.checkpoints import (
     describe_files,
     find_vocabulary,
@@ -26,9 +26,6 @@ from medrobust_lib.models.checkpoints import (
 )
 from medrobust_lib.models.dual_encoder import DualEncoder, Tokens, check_text_lengths
 from medrobust_lib.models.geometry import Preprocessing
-
-if TYPE_CHECKING:
-    from medrobust_lib.models.registry import ModelEntry
 
 CONTEXT_LENGTH = 77
 EMBED_DIM = 512
@@ -339,7 +336,7 @@ def read_tokenizer(vocabulary: Path, *, vocab_size: int) -> BertWordPieceTokeniz
 
 
 def load_medclip(
-    entry: "ModelEntry",
+    entry: ModelEntry,
     *,
     weights_dir: Path | None,
     offline: bool,

@@ -10,20 +10,22 @@ import torch
 from open_clip.hf_model import HFTextEncoder
 from open_clip.transformer import TextTransformer, text_global_pool
 from torch import Tensor
+from torch.nn import functional
 
 from medrobust_lib.models.dual_encoder import DualEncoder, Tokens, check_text_lengths
 from medrobust_lib.models.geometry import Preprocessing
 from medrobust_lib.models.weights import (
     CHECKPOINT_SUFFIXES,
     DEMO_FOLDER,
+    HUB_CHECKPOINTS,
     check_hashes,
+    expected_hashes,
     explained_errors,
     file_hashes,
     hub_access,
     hub_snapshot,
     local_folder,
     missing_weights,
-    read_sums,
 )
 
 if TYPE_CHECKING:
@@ -122,7 +124,12 @@ class OpenClipEncoder(DualEncoder):
 
     def _real_tokens(self, ids: Tensor) -> Tensor:
         """True up to the last token that is not padding; CLIP's padding id 0 is also the id of "!"."""
-        return (ids != self._pad_id).flip(1).cummax(dim=1).values.flip(1)
+        real = (ids != self._pad_id).flip(1).cummax(dim=1).values.flip(1)
+        inner = self._inner_tokenizer
+        if inner is not None and inner.pad_token_id == inner.eos_token_id:
+            # Padded with end tokens: the first of them belongs to the text.
+            real = real | functional.pad(real[:, :-1], (1, 0))
+        return real
 
     def _padding_is_inert(self) -> bool:
         """Whether dropping trailing padding leaves the features unchanged."""
@@ -242,7 +249,7 @@ def _load_named(entry: "ModelEntry", folder: Path | None, architecture: str, tag
     if folder is None:
         pretrained = tag
     else:
-        hashes = _checked_hashes(entry, folder)
+        hashes = check_hashes(folder, expected_hashes(entry, folder))
         pretrained = str(min(_checkpoints(folder), key=lambda path: CHECKPOINT_SUFFIXES.index(path.suffix)))
     with explained_errors(pretrained):
         model = open_clip.create_model_from_pretrained(architecture, pretrained=pretrained, return_transform=False)
@@ -259,7 +266,7 @@ def _load_folder(entry: "ModelEntry", folder: Path) -> OpenClipEncoder:
         raise FileNotFoundError(f"{folder} holds no {CONFIG_NAME}: it is not a model folder in open_clip's format")
     if not _checkpoints(folder):
         raise FileNotFoundError(f"{folder} holds no weights ({', '.join(CHECKPOINT_SUFFIXES)})")
-    hashes = _checked_hashes(entry, folder)
+    hashes = check_hashes(folder, expected_hashes(entry, folder))
     name = f"local-dir:{folder}"
     with explained_errors(str(folder)):
         model = open_clip.create_model_from_pretrained(name, return_transform=False, **_own_text_config(folder))
@@ -284,15 +291,9 @@ def _checkpoints(folder: Path) -> list[Path]:
     return [path for path in folder.iterdir() if path.suffix in CHECKPOINT_SUFFIXES]
 
 
-def _checked_hashes(entry: "ModelEntry", folder: Path) -> dict[str, str]:
-    """SHA-256 of the files, compared with ``SHA256SUMS`` in the folder and with the registry."""
-    known = {file.name: file.sha256 for file in entry.files if file.sha256 is not None}
-    return check_hashes(folder, {**read_sums(folder), **known})
-
-
 def _hub_hashes(repository: str) -> dict[str, str]:
     """SHA-256 of the cached files of the revision that was just loaded."""
-    names = (CONFIG_NAME, "open_clip_model.safetensors", "open_clip_pytorch_model.bin")
+    names = (CONFIG_NAME, *HUB_CHECKPOINTS)
     folder = next((found for name in names if (found := hub_snapshot(repository, name))), None)
     return {} if folder is None else file_hashes(folder)
 

@@ -3,225 +3,44 @@
 import difflib
 import importlib
 import os
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
 import torch
 
+from medrobust_lib.models.catalogue import (
+    BUILT_IN,
+    LOCAL_DIR_PREFIX,
+    Loader,
+    ModelEntry,
+    WeightFile,
+    folder_entry,
+)
 from medrobust_lib.models.dual_encoder import DualEncoder
-from medrobust_lib.models.weights import DEMO_FOLDER, HUB_URL, has_checkpoint, hub_snapshot, read_sums
+from medrobust_lib.models.weights import (
+    CHECKPOINT_SUFFIXES,
+    DEMO_FOLDER,
+    HUB_CHECKPOINTS,
+    HUB_URL,
+    has_checkpoint,
+    hub_snapshot,
+    read_sums,
+)
 
-Loader = Callable[..., DualEncoder]
-
-LOCAL_DIR_PREFIX = "local-dir:"
+__all__ = [
+    "ModelEntry",
+    "WeightFile",
+    "available_offline",
+    "default_weights_dir",
+    "find_model",
+    "hub_location",
+    "list_models",
+    "load_model",
+    "register_model",
+    "resolve_device",
+]
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_BACKENDS = "medrobust_lib.models"
-_MODEL_PAGE = "see the model page"
-
-
-@dataclass(frozen=True)
-class WeightFile:
-    """One file of a model.
-
-    Attributes
-    ----------
-    name : str
-        Name under ``weights_dir/<model id>/``.
-    url : str
-        Where the file is published.
-    sha256 : str or None
-        Checked at load where it is known.
-    """
-
-    name: str
-    url: str
-    sha256: str | None = None
-
-
-@dataclass(frozen=True)
-class ModelEntry:
-    """One row of the model table.
-
-    Attributes
-    ----------
-    id : str
-        Name for :func:`load_model`.
-    family : str
-        Architecture and training data in a few words.
-    image_size : int
-        Side of the image that the model reads, in pixels.
-    parameters : int or None
-        Number of parameters, computed from the architecture; None if not known.
-    licence : str
-        Licence of the weights.
-    source : str
-        Where the weights come from: ``open_clip:ARCHITECTURE/TAG``, ``hf-hub:OWNER/NAME`` (open_clip),
-        ``hf:OWNER/NAME`` (transformers), ``local-dir:PATH``, or a URL.
-    files : tuple of WeightFile
-        What ``data_scripts/fetch_weights.py`` puts under ``weights_dir/<id>/``.
-    citation : str
-        Paper to cite.
-    loader : str or callable
-        ``"module:function"`` or a function, called as ``loader(entry, weights_dir=..., offline=...)``; it
-        returns a float32 model on the CPU.
-    """
-
-    id: str
-    family: str
-    image_size: int
-    parameters: int | None
-    licence: str
-    source: str
-    files: tuple[WeightFile, ...]
-    citation: str
-    loader: str | Loader
-
-
-def _hub_files(repository: str, *names: str) -> tuple[WeightFile, ...]:
-    return tuple(WeightFile(name, f"{HUB_URL}{repository}/resolve/main/{name}") for name in names)
-
-
-_BIOMED_BERT_FILES = _hub_files(
-    "microsoft/BiomedNLP-BiomedBERT-base-uncased-abstract", "config.json", "tokenizer_config.json", "vocab.txt"
-)
-_CLINICAL_BERT_FILES = _hub_files("emilyalsentzer/Bio_ClinicalBERT", "vocab.txt")
-_BIOMEDCLIP = "microsoft/BiomedCLIP-PubMedBERT_256-vit_base_patch16_224"
-_BIOMEDCLIP_FILES = (
-    *_hub_files(_BIOMEDCLIP, "open_clip_config.json", "open_clip_pytorch_model.bin"),
-    *_BIOMED_BERT_FILES,
-)
-_MEDCLIP_URL = "https://storage.googleapis.com/pytrial/"
-_CLIP_CITATION = "Radford et al. 2021, arXiv:2103.00020"
-
-BUILT_IN: tuple[ModelEntry, ...] = (
-    ModelEntry(
-        id="demo-clip",
-        family="small CLIP trained on synthetic phantoms",
-        image_size=64,
-        parameters=None,
-        licence="MIT",
-        source="shipped with medrobust_lib (models/demo/clip)",
-        files=(WeightFile("open_clip_model.safetensors", ""),),
-        citation="this package",
-        loader=f"{_BACKENDS}.open_clip_backend:load_demo",
-    ),
-    ModelEntry(
-        id="clip-vit-b16",
-        family="OpenAI CLIP ViT-B/16",
-        image_size=224,
-        parameters=149_620_737,
-        licence="MIT",
-        source="open_clip:ViT-B-16-quickgelu/openai",
-        files=_hub_files("timm/vit_base_patch16_clip_224.openai", "open_clip_model.safetensors"),
-        citation=_CLIP_CITATION,
-        loader=f"{_BACKENDS}.open_clip_backend:load_open_clip",
-    ),
-    ModelEntry(
-        id="clip-rn50",
-        family="OpenAI CLIP RN50",
-        image_size=224,
-        parameters=102_007_137,
-        licence="MIT",
-        source="open_clip:RN50-quickgelu/openai",
-        files=_hub_files("timm/resnet50_clip.openai", "open_clip_model.safetensors"),
-        citation=_CLIP_CITATION,
-        loader=f"{_BACKENDS}.open_clip_backend:load_open_clip",
-    ),
-    ModelEntry(
-        id="plip",
-        family="CLIP ViT-B/32 tuned on pathology images from Twitter",
-        image_size=224,
-        parameters=151_277_313,
-        licence=_MODEL_PAGE,
-        source="hf:vinid/plip",
-        files=_hub_files(
-            "vinid/plip",
-            "config.json",
-            "preprocessor_config.json",
-            "pytorch_model.bin",
-            "tokenizer_config.json",
-            "vocab.json",
-            "merges.txt",
-        ),
-        citation="Huang et al. 2023, Nature Medicine 29, 2307-2316",
-        loader=f"{_BACKENDS}.transformers_backend:load_transformers_clip",
-    ),
-    ModelEntry(
-        id="quilt-b32",
-        family="CLIP ViT-B/32 tuned on Quilt-1M histopathology",
-        image_size=224,
-        parameters=151_277_313,
-        licence=_MODEL_PAGE,
-        source="hf-hub:wisdomik/QuiltNet-B-32",
-        files=_hub_files("wisdomik/QuiltNet-B-32", "open_clip_config.json", "open_clip_pytorch_model.bin"),
-        citation="Ikezogwo et al. 2023, arXiv:2306.11207",
-        loader=f"{_BACKENDS}.open_clip_backend:load_open_clip",
-    ),
-    ModelEntry(
-        id="biomedclip",
-        family="BiomedCLIP: ViT-B/16 and PubMedBERT on PMC-15M",
-        image_size=224,
-        parameters=195_902_721,
-        licence="MIT",
-        source=f"hf-hub:{_BIOMEDCLIP}",
-        files=_BIOMEDCLIP_FILES,
-        citation="Zhang et al. 2023, arXiv:2303.00915",
-        loader=f"{_BACKENDS}.open_clip_backend:load_open_clip",
-    ),
-    ModelEntry(
-        id="medclip-vit",
-        family="MedCLIP: Swin-T and Bio_ClinicalBERT on chest X-rays",
-        image_size=224,
-        parameters=None,
-        licence=_MODEL_PAGE,
-        source=f"{_MEDCLIP_URL}medclip-vit-pretrained.zip",
-        files=(
-            WeightFile("medclip-vit-pretrained.zip", f"{_MEDCLIP_URL}medclip-vit-pretrained.zip"),
-            *_CLINICAL_BERT_FILES,
-        ),
-        citation="Wang et al. 2022, arXiv:2210.10163",
-        loader=f"{_BACKENDS}.medclip_backend:load_medclip",
-    ),
-    ModelEntry(
-        id="medclip-rn50",
-        family="MedCLIP: ResNet-50 and Bio_ClinicalBERT on chest X-rays",
-        image_size=224,
-        parameters=None,
-        licence=_MODEL_PAGE,
-        source=f"{_MEDCLIP_URL}medclip-pretrained.zip",
-        files=(
-            WeightFile("medclip-pretrained.zip", f"{_MEDCLIP_URL}medclip-pretrained.zip"),
-            *_CLINICAL_BERT_FILES,
-        ),
-        citation="Wang et al. 2022, arXiv:2210.10163",
-        loader=f"{_BACKENDS}.medclip_backend:load_medclip",
-    ),
-    ModelEntry(
-        id="unimedclip",
-        family="UniMed-CLIP: ViT-B/16 and BiomedBERT on six modalities",
-        image_size=224,
-        parameters=None,
-        licence=_MODEL_PAGE,
-        source="https://github.com/mbzuai-oryx/UniMed-CLIP (unimed_clip_vit_b16.pt)",
-        files=_BIOMED_BERT_FILES,
-        citation="Khattak et al. 2024, arXiv:2412.10372",
-        loader=f"{_BACKENDS}.unimedclip_backend:load_unimedclip",
-    ),
-    ModelEntry(
-        id="robustmedclip",
-        family="BiomedCLIP with low-rank adapters on corrupted medical images",
-        image_size=224,
-        parameters=None,
-        licence=_MODEL_PAGE,
-        source="hf:razaimam45/RobustMedCLIP",
-        files=_BIOMEDCLIP_FILES,
-        citation="Imam et al. 2025, arXiv:2505.09425",
-        loader=f"{_BACKENDS}.robustmedclip_backend:load_robustmedclip",
-    ),
-)
 
 # The one place that grows at run time: what register_model was given in this process.
 _REGISTERED: dict[str, ModelEntry] = {}
@@ -258,17 +77,7 @@ def find_model(id: str) -> ModelEntry:
         If the id is unknown; the closest and all ids are named.
     """
     if id.startswith(LOCAL_DIR_PREFIX):
-        return ModelEntry(
-            id=id,
-            family="open_clip folder",
-            image_size=0,
-            parameters=None,
-            licence="not stated",
-            source=id,
-            files=(),
-            citation="",
-            loader=f"{_BACKENDS}.open_clip_backend:load_open_clip",
-        )
+        return folder_entry(id)
     rows = {entry.id: entry for entry in _entries()}
     if id not in rows:
         close = difflib.get_close_matches(id, rows, n=3, cutoff=0.4)
@@ -407,9 +216,10 @@ def available_offline(entry: ModelEntry, *, weights_dir: Path) -> bool:
         return has_checkpoint(DEMO_FOLDER)
     if callable(entry.loader) or has_checkpoint(weights_dir / entry.id):
         return True
-    published = (hub_location(file.url) for file in entry.files)
-    folders = [hub_snapshot(*place) for place in published if place is not None]
-    return bool(folders) and all(folders) and any(has_checkpoint(folder) for folder in folders if folder)
+    if entry.source.startswith("https://"):
+        return False  # its loader reads that folder only
+    places = [hub_location(file.url) for file in entry.files]
+    return bool(places) and all(place is not None and _in_hub_cache(*place) for place in places)
 
 
 def hub_location(url: str) -> tuple[str, str] | None:
@@ -459,6 +269,12 @@ def _resolve_loader(entry: ModelEntry) -> Loader:
 
 def _entries() -> tuple[ModelEntry, ...]:
     return (*BUILT_IN, *_REGISTERED.values())
+
+
+def _in_hub_cache(repository: str, name: str) -> bool:
+    """Whether a file is in the hub cache; a checkpoint counts in any of its formats."""
+    is_checkpoint = name.endswith(CHECKPOINT_SUFFIXES)
+    return any(hub_snapshot(repository, other) for other in (HUB_CHECKPOINTS if is_checkpoint else (name,)))
 
 
 def _known_hashes(entry: ModelEntry) -> dict[str, str]:

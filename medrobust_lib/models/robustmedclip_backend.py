@@ -10,17 +10,15 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
+from medrobust_lib.models.catalogue import ModelEntry
 from medrobust_lib.models.checkpoints import describe_files, find_weights, load_strictly, read_state_dict
 from medrobust_lib.models.open_clip_backend import CONFIG_NAME, OpenClipEncoder, load_open_clip
-
-if TYPE_CHECKING:
-    from medrobust_lib.models.registry import ModelEntry
+from medrobust_lib.models.registry import find_model
 
 WEIGHT_NAMES = ("model.pth", "lora_weights.safetensors")
 PARTS = ("q", "k", "v")
@@ -264,7 +262,7 @@ def apply_checkpoint(clip: nn.Module, tensors: Mapping[str, Tensor], *, source: 
     return attach_adapters(visual, adapters)
 
 
-def load_robustmedclip(entry: "ModelEntry", *, weights_dir: Path | None, offline: bool) -> OpenClipEncoder:
+def load_robustmedclip(entry: ModelEntry, *, weights_dir: Path | None, offline: bool) -> OpenClipEncoder:
     """RobustMedCLIP: BiomedCLIP with the adapters in ``weights_dir/<id>/`` merged into its weights.
 
     ``model.pth`` is preferred, since ``lora_weights.safetensors`` lacks the k adapters.
@@ -297,8 +295,6 @@ def load_robustmedclip(entry: "ModelEntry", *, weights_dir: Path | None, offline
     ValueError
         If keys or shapes do not fit.
     """
-    from medrobust_lib.models.registry import find_model  # the registry names this module
-
     weights = find_weights(entry, WEIGHT_NAMES, weights_dir=weights_dir)
     base_entry = find_model("biomedclip")
     if (weights.parent / CONFIG_NAME).is_file():

@@ -12,6 +12,7 @@ from medrobust_lib.models.dual_encoder import DualEncoder, Tokens, check_text_le
 from medrobust_lib.models.geometry import Preprocessing
 from medrobust_lib.models.weights import (
     check_hashes,
+    expected_hashes,
     explained_errors,
     file_hashes,
     hub_access,
@@ -19,7 +20,6 @@ from medrobust_lib.models.weights import (
     local_folder,
     mismatch_error,
     missing_weights,
-    read_sums,
 )
 
 if TYPE_CHECKING:
@@ -168,11 +168,12 @@ def load_transformers_clip(entry: "ModelEntry", *, weights_dir: Path | None, off
     folder = local_folder(entry.id, weights_dir)
     place = repository if folder is None else str(folder)
     if folder is not None:
-        known = {file.name: file.sha256 for file in entry.files if file.sha256 is not None}
-        check_hashes(folder, {**read_sums(folder), **known})
+        check_hashes(folder, expected_hashes(entry, folder))
     try:
         with hub_access(offline=offline), explained_errors(place):
-            model, report = CLIPModel.from_pretrained(place, dtype=torch.float32, output_loading_info=True)
+            model, report = CLIPModel.from_pretrained(
+                place, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True
+            )
             tokenizer = AutoTokenizer.from_pretrained(place)
             processor = CLIPImageProcessor.from_pretrained(place)
     except OSError as error:

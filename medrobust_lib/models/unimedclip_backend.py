@@ -11,7 +11,6 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from open_clip import CLIPTextCfg, CLIPVisionCfg, CustomTextCLIP
 from open_clip.model import set_model_preprocess_cfg
@@ -20,6 +19,7 @@ from open_clip.transform import PreprocessCfg
 from torch import Tensor
 from transformers import BertConfig
 
+from medrobust_lib.models.catalogue import ModelEntry
 from medrobust_lib.models.checkpoints import (
     describe_files,
     find_vocabulary,
@@ -28,9 +28,6 @@ from medrobust_lib.models.checkpoints import (
     read_state_dict,
 )
 from medrobust_lib.models.open_clip_backend import OpenClipEncoder
-
-if TYPE_CHECKING:
-    from medrobust_lib.models.registry import ModelEntry
 
 TEXT_REPOSITORY = "microsoft/BiomedNLP-BiomedBERT-base-uncased-abstract"
 WEIGHT_NAMES = ("unimed_clip_vit_b16.pt", "unimed_clip_vit_b16.safetensors")
@@ -130,7 +127,7 @@ def convert_state_dict(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def load_unimedclip(
-    entry: "ModelEntry",
+    entry: ModelEntry,
     *,
     weights_dir: Path | None,
     offline: bool,

@@ -1,6 +1,5 @@
 """Weight files: where they lie, whether they are intact, and errors that say what to do when they are not."""
 
-import hashlib
 import os
 import re
 from collections.abc import Collection, Iterator, Mapping
@@ -12,12 +11,19 @@ from typing import TYPE_CHECKING
 from huggingface_hub import constants, try_to_load_from_cache
 from safetensors import SafetensorError
 
+from medrobust_lib.downloads import file_sha256, read_sums
+
 if TYPE_CHECKING:
     from medrobust_lib.models.registry import ModelEntry
 
 DEMO_FOLDER = Path(__file__).parent / "demo" / "clip"
 CHECKPOINT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
-SUMS_NAME = "SHA256SUMS"
+HUB_CHECKPOINTS = (
+    "open_clip_model.safetensors",
+    "open_clip_pytorch_model.bin",
+    "model.safetensors",
+    "pytorch_model.bin",
+)
 HUB_URL = "https://huggingface.co/"
 
 _LISTED_KEYS = 10
@@ -45,19 +51,15 @@ def hub_snapshot(repository: str, filename: str) -> Path | None:
 def file_hashes(folder: Path) -> dict[str, str]:
     """SHA-256 by file name of the weights and configuration files of ``folder``."""
     return {
-        path.name: _sha256(path)
+        path.name: file_sha256(path)
         for path in sorted(folder.iterdir())
         if path.is_file() and path.suffix in _HASHED_SUFFIXES
     }
 
 
-def read_sums(folder: Path) -> dict[str, str]:
-    """SHA-256 by file name from ``SHA256SUMS`` (the format of sha256sum); empty without that file."""
-    path = folder / SUMS_NAME
-    if not path.is_file():
-        return {}
-    rows = (line.split(maxsplit=1) for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
-    return {name.strip().lstrip("*"): digest for digest, name in rows}
+def expected_hashes(entry: "ModelEntry", folder: Path) -> dict[str, str]:
+    """SHA-256 by file name from ``SHA256SUMS`` in ``folder`` and from the registry, which has the last word."""
+    return {**read_sums(folder), **{file.name: file.sha256 for file in entry.files if file.sha256 is not None}}
 
 
 def check_hashes(folder: Path, expected: Mapping[str, str]) -> dict[str, str]:
@@ -75,7 +77,7 @@ def check_hashes(folder: Path, expected: Mapping[str, str]) -> dict[str, str]:
         path = folder / name
         if not path.is_file():
             raise FileNotFoundError(f"{path} is missing although its SHA-256 is known ({digest})")
-        actual = found.get(name) or _sha256(path)
+        actual = found.get(name) or file_sha256(path)
         if actual != digest:
             raise ValueError(
                 f"{path} has SHA-256 {actual}, expected {digest}: it is damaged or another version; "
@@ -148,11 +150,6 @@ def missing_weights(
         f"{constants.HF_HUB_CACHE} ({tried}). Run `python data_scripts/fetch_weights.py {entry.id}` where there "
         f"is a network; source: {entry.source}. Reason: {str(reason).splitlines()[0].partition(' Last error:')[0]}"
     )
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _key_error(source: str, message: str) -> ValueError:

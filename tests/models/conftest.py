@@ -1,5 +1,6 @@
 """Tiny models with random weights in the file layouts of the public ones, and a hub cache to put them in."""
 
+import functools
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -67,7 +68,7 @@ def hub_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str]
     return snapshot
 
 
-def write_word_tokenizer(folder: Path, *, context_length: int) -> int:
+def write_word_tokenizer(folder: Path, *, context_length: int, padding: str = "[PAD]") -> int:
     """A lower-casing word tokenizer with start and end tokens; the end token has the highest id, as in CLIP."""
     vocabulary = {word: index for index, word in enumerate(["[PAD]", "[UNK]", *WORDS, "[BOS]", "[EOS]"])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
@@ -79,7 +80,7 @@ def write_word_tokenizer(folder: Path, *, context_length: int) -> int:
     )
     PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
-        pad_token="[PAD]",
+        pad_token=padding,
         unk_token="[UNK]",
         bos_token="[BOS]",
         eos_token="[EOS]",
@@ -172,13 +173,16 @@ def write_bert(folder: Path) -> None:
     ).save_pretrained(folder)
 
 
-def write_plip(folder: Path, *, end_token: int = 2, safetensors: bool = False) -> None:
+def write_plip(folder: Path, *, end_token: int, safetensors: bool) -> None:
     """A tiny ``CLIPModel`` in the layout of vinid/plip, with CLIP's real vocabulary.
 
     The checkpoint keeps the ``position_ids`` that transformers stored when PLIP was published.
     """
     tokenizer = SimpleTokenizer()
-    (folder / "vocab.json").write_text(json.dumps(tokenizer.encoder), encoding="utf-8")
+    # open_clip spells the names of the two special tokens differently.
+    names = {"<start_of_text>": "<|startoftext|>", "<end_of_text>": "<|endoftext|>"}
+    vocabulary = {names.get(token, token): index for token, index in tokenizer.encoder.items()}
+    (folder / "vocab.json").write_text(json.dumps(vocabulary), encoding="utf-8")
     merges = [" ".join(pair) for pair in tokenizer.bpe_ranks]
     (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]) + "\n", encoding="utf-8")
     (folder / "tokenizer_config.json").write_text(
@@ -221,6 +225,19 @@ def write_plip(folder: Path, *, end_token: int = 2, safetensors: bool = False) -
     torch.save({**model.state_dict(), **old}, folder / "pytorch_model.bin")
 
 
+@pytest.fixture(scope="session")
+def plip_folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Function giving a PLIP folder that is made once; copy it before changing anything."""
+
+    @functools.cache
+    def made(end_token: int, safetensors: bool) -> Path:
+        folder = tmp_path_factory.mktemp("plip")
+        write_plip(folder, end_token=end_token, safetensors=safetensors)
+        return folder
+
+    return made
+
+
 @pytest.fixture
 def builders() -> type:
     """The functions above, for test modules (which cannot import each other)."""
@@ -230,7 +247,6 @@ def builders() -> type:
         randomise = staticmethod(randomise)
         tiny_configuration = staticmethod(tiny_configuration)
         write_bert = staticmethod(write_bert)
-        write_plip = staticmethod(write_plip)
         write_weights = staticmethod(write_weights)
         write_word_tokenizer = staticmethod(write_word_tokenizer)
 

@@ -136,6 +136,7 @@ def test_prepare_reads_other_8_bit_modes_as_rgb(encoder, mode):
         (np.full((2, 8, 8, 3), np.nan), ValueError, "NaN or infinite values in a float64 array"),
         (np.full((2, 8, 8, 3), 0.5), TypeError, r"found float64 with values in \[0.5, 0.5\]; scale to 0..255"),
         (np.zeros((2, 8, 8, 3), np.int16) - 5, TypeError, r"found int16 with values in \[-5, -5\]"),
+        (np.array([["a"]]), TypeError, "expected uint8 in 0..255, found <U1"),
         (np.zeros((2, 8, 8, 4), np.uint8), ValueError, r"\[n, H, W, 3\] or \[n, H, W\], not \(2, 8, 8, 4\)"),
         (np.zeros((8, 8), np.uint8), ValueError, r"not \(8, 8\)"),
         (np.zeros((8, 8, 3), np.uint8), ValueError, r"look like a single one: pass images\[None\]"),

@@ -10,10 +10,12 @@ import pytest
 import timm
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 from torch.nn import functional
 from torchvision.models.resnet import Bottleneck, ResNet
 from transformers import BertConfig, BertTokenizer, SwinConfig
 
+from medrobust_lib.models.catalogue import ModelEntry
 from medrobust_lib.models.medclip_backend import (
     MedCLIPArchitecture,
     MedCLIPNetwork,
@@ -21,7 +23,6 @@ from medrobust_lib.models.medclip_backend import (
     load_medclip,
     published_architecture,
 )
-from medrobust_lib.models.registry import ModelEntry
 
 WORDS = [
     *("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "chest", "x", "-", "ray", "of", "normal"),
@@ -438,6 +439,42 @@ def test_missing_vocabulary_names_the_hub_id(published, tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "empty"))
     with pytest.raises(FileNotFoundError, match=r"emilyalsentzer/Bio_ClinicalBERT"):
         load_medclip(entry("medclip-vit"), weights_dir=weights, offline=True, architecture=SWIN)
+
+
+def test_vocabulary_is_taken_from_the_hub_cache(published, model, tmp_path, monkeypatch):
+    weights = write_weights(tmp_path / "medclip-vit", published[0])
+    commit = "0" * 40
+    repository = tmp_path / "cache" / "models--emilyalsentzer--Bio_ClinicalBERT"
+    snapshot = repository / "snapshots" / commit
+    snapshot.mkdir(parents=True)
+    (weights / "medclip-vit" / "vocab.txt").rename(snapshot / "vocab.txt")
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commit, encoding="utf-8")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    cached = load_medclip(entry("medclip-vit"), weights_dir=weights, offline=True, architecture=SWIN)
+    assert torch.equal(cached.encode_text(TEXTS), model.encode_text(TEXTS))
+    assert set(cached.provenance["files"]) == {"pytorch_model.bin", "vocab.txt"}
+
+
+def test_safetensors_with_the_same_keys_are_read(published, model, tmp_path):
+    weights = write_weights(tmp_path / "medclip-vit", published[0])
+    (weights / "medclip-vit" / "pytorch_model.bin").unlink()
+    tensors = {key: value.contiguous().clone() for key, value in published[0].items()}
+    save_file(tensors, weights / "medclip-vit" / "model.safetensors")
+    loaded = load_medclip(entry("medclip-vit"), weights_dir=weights, offline=True, architecture=SWIN)
+    assert torch.equal(loaded.encode_text(TEXTS), model.encode_text(TEXTS))
+
+
+def test_half_precision_stays_close(weights_dir, model):
+    half = load_medclip(entry("medclip-vit"), weights_dir=weights_dir, offline=True, architecture=SWIN)
+    half = half.to(torch.bfloat16)
+    pixels = torch.rand(2, 3, 56, 56, generator=torch.Generator().manual_seed(5))
+    for ours, reference in (
+        (half.encode_image(pixels), model.encode_image(pixels)),
+        (half.encode_text(TEXTS), model.encode_text(TEXTS)),
+    ):
+        assert ours.dtype == torch.float32
+        assert (ours * reference).sum(dim=-1).min() > 0.99
 
 
 def test_wrong_vocabulary_size_is_refused(published, tmp_path):

@@ -6,6 +6,7 @@ import numpy as np
 import open_clip
 import pytest
 import torch
+from huggingface_hub import constants
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import BertConfig
@@ -118,6 +119,17 @@ def test_every_kind_of_native_text_tower_matches(builders, tmp_path, images, tex
     length = encoder.tokenize(texts).ids.shape[1]
     # Padding may be dropped only where no token looks at what follows it.
     assert length == (16 if "no_causal_mask" in text_settings else 10)
+
+
+def test_a_tokenizer_that_pads_with_end_tokens_keeps_the_first(builders, tmp_path, images, texts):
+    size = builders.write_word_tokenizer(tmp_path, context_length=16, padding="[EOS]")
+    builders.write_weights(tmp_path, builders.tiny_configuration(size, hf_tokenizer_name="x"))
+    encoder = load_model(f"local-dir:{tmp_path}", device="cpu")
+    assert_parity(encoder, reference(f"local-dir:{tmp_path}", images, texts), images, texts)
+    assert encoder.tokenize(texts).mask.sum(dim=1).tolist() == [7, 10, 3]
+    assert encoder.tokenize(["a " * 14]).ids.shape == (1, 16)
+    with pytest.raises(ValueError, match="has 17 tokens"):
+        encoder.tokenize(["a " * 15])
 
 
 def test_biomedclip_loads_through_the_unchanged_hub_call(builders, hub_cache, images, texts, tmp_path):
@@ -361,6 +373,20 @@ def test_missing_weights_name_places_script_and_source(hub_cache, tmp_path, mode
     assert str(tmp_path / "hub") in message
     assert f"python data_scripts/fetch_weights.py {model_id}" in message
     assert source in message
+
+
+def test_a_failed_download_gives_its_reason(hub_cache, tmp_path, monkeypatch):
+    hub_cache("nothing/here")
+
+    def unreachable(*arguments, **options):
+        assert not constants.is_offline_mode()
+        raise ConnectionError("the hub cannot be reached")
+
+    monkeypatch.setattr(open_clip, "create_model_from_pretrained", unreachable)
+    with pytest.raises(FileNotFoundError, match=r"\(the download failed\)") as caught:
+        load_model("biomedclip", device="cpu", weights_dir=tmp_path, offline=False)
+    assert "Reason: the hub cannot be reached" in str(caught.value)
+    assert constants.is_offline_mode()
 
 
 def test_a_hub_model_without_its_text_configuration_counts_as_missing(builders, hub_cache, tmp_path):

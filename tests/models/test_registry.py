@@ -147,7 +147,7 @@ def test_hub_location_reads_addresses_of_files():
 
 @pytest.mark.parametrize(
     ("wrong", "close"),
-    [("biomedclp", "'biomedclip'"), ("clip-vit-b/16", "'clip-vit-b16'"), ("Demo_CLIP", "'demo-clip'")],
+    [("biomedclp", "'biomedclip'"), ("clip-vit-b/16", "'clip-vit-b16'"), ("demo_clip", "'demo-clip'")],
 )
 def test_unknown_ids_get_the_closest_matches(wrong, close):
     with pytest.raises(ValueError, match=f"unknown model '{wrong}': did you mean .*{close}") as caught:

@@ -1,5 +1,6 @@
 import hashlib
-import json
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -47,24 +48,22 @@ def assert_parity(encoder, folder, images, texts):
 
 
 @pytest.fixture
-def plip_folder(builders, tmp_path):
-    folder = tmp_path / "weights" / "plip"
-    folder.mkdir(parents=True)
-    builders.write_plip(folder)
-    return folder
+def plip_folder(plip_folders, tmp_path):
+    return Path(shutil.copytree(plip_folders(2, False), tmp_path / "weights" / "plip"))
 
 
 def load_plip(folder, **arguments):
     return load_model("plip", device="cpu", weights_dir=folder.parent, **arguments)
 
 
-@pytest.mark.parametrize("end_token", [2, END_OF_TEXT], ids=["old configuration", "corrected configuration"])
-@pytest.mark.parametrize("safetensors", [False, True])
+@pytest.mark.parametrize(
+    ("end_token", "safetensors"), [(2, False), (END_OF_TEXT, True)], ids=["as published", "in today's format"]
+)
 def test_plip_loads_through_the_unchanged_hub_call(
-    builders, hub_cache, tmp_path, images, texts, end_token, safetensors
+    plip_folders, hub_cache, tmp_path, images, texts, end_token, safetensors
 ):
     snapshot = hub_cache("vinid/plip")
-    builders.write_plip(snapshot, end_token=end_token, safetensors=safetensors)
+    shutil.copytree(plip_folders(end_token, safetensors), snapshot, dirs_exist_ok=True)
     encoder = load_model("plip", device="cpu", weights_dir=tmp_path, offline=True)
     assert_parity(encoder, snapshot, images, texts)
     assert (encoder.image_size, encoder.embed_dim, encoder.context_length) == (32, 24, 77)
@@ -131,11 +130,8 @@ def test_bfloat16_keeps_unit_norm_float32_features(plip_folder, images, texts):
 
 
 @pytest.fixture
-def safe_folder(builders, tmp_path):
-    folder = tmp_path / "weights" / "plip"
-    folder.mkdir(parents=True)
-    builders.write_plip(folder, safetensors=True)
-    return folder
+def safe_folder(plip_folders, tmp_path):
+    return Path(shutil.copytree(plip_folders(2, True), tmp_path / "weights" / "plip"))
 
 
 def test_missing_unexpected_and_misshapen_keys_are_listed(safe_folder):
@@ -192,10 +188,8 @@ def test_a_tokenizer_without_its_files_is_refused(plip_folder):
 @pytest.mark.parametrize(
     "change", [{"size": {"height": 32, "width": 32}}, {"crop_size": {"height": 16, "width": 16}}, {"resample": 0}]
 )
-def test_unsupported_preprocessing_is_refused(plip_folder, change):
-    path = plip_folder / "preprocessor_config.json"
-    right = CLIPImageProcessorPil.from_pretrained(plip_folder)
-    assert read_preprocessing(right).interpolation == "bicubic"
-    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+def test_unsupported_preprocessing_is_refused(change):
+    right = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}, "resample": 2}
+    assert read_preprocessing(CLIPImageProcessorPil(**right)).interpolation == "bilinear"
     with pytest.raises(ValueError, match="unsupported preprocessing: size"):
-        load_plip(plip_folder)
+        read_preprocessing(CLIPImageProcessorPil(**(right | change)))

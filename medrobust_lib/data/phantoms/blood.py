@@ -68,12 +68,12 @@ class Cell:
     cytoplasm: Dye
     cytoplasm_density: float
     cytoplasm_grain: float
-    chromatin_density: float
-    chromatin_clumps: float
-    clump: float
-    granules: NDArray[np.float64]
-    granule_radii: NDArray[np.float64]
-    granule_dye: Dye
+    chromatin_density: float = 0.0
+    chromatin_clumps: float = 0.0
+    clump: float = 0.05
+    granules: NDArray[np.float64] | tuple = ()
+    granule_radii: NDArray[np.float64] | tuple = ()
+    granule_dye: Dye = PURPLE_GRANULE
     granules_over_nucleus: bool = False
     vacuoles: NDArray[np.float64] | tuple = ()
     vacuole_radii: NDArray[np.float64] | tuple = ()
@@ -143,9 +143,6 @@ def _erythroblast(rng: np.random.Generator, centre: NDArray, unit: float) -> lis
             chromatin_density=rng.uniform(1.45, 1.85),
             chromatin_clumps=0.2,
             clump=0.22 * radius,
-            granules=np.empty((0, 2)),
-            granule_radii=np.empty(0),
-            granule_dye=LILAC,
         )
     ]
 
@@ -195,9 +192,6 @@ def _lymphocyte(rng: np.random.Generator, centre: NDArray, unit: float) -> list[
             chromatin_density=rng.uniform(1.05, 1.4),
             chromatin_clumps=0.2,
             clump=0.26 * radius,
-            granules=np.empty((0, 2)),
-            granule_radii=np.empty(0),
-            granule_dye=LILAC,
         )
     ]
 
@@ -222,9 +216,6 @@ def _monocyte(rng: np.random.Generator, centre: NDArray, unit: float) -> list[Ce
             chromatin_density=rng.uniform(0.75, 1.0),
             chromatin_clumps=0.26,
             clump=0.14 * radius,
-            granules=np.empty((0, 2)),
-            granule_radii=np.empty(0),
-            granule_dye=PINK_GRANULE,
             vacuoles=vacuoles,
             vacuole_radii=radius * rng.uniform(0.04, 0.12, len(vacuoles)),
         )
@@ -271,9 +262,6 @@ def _platelet_group(rng: np.random.Generator, centres: NDArray, radii: NDArray) 
         cytoplasm=PURPLE_GRANULE,
         cytoplasm_density=rng.uniform(0.4, 0.65),
         cytoplasm_grain=0.3,
-        chromatin_density=0.0,
-        chromatin_clumps=0.0,
-        clump=0.05,
         granules=np.concatenate(granules),
         granule_radii=granule_radii * rng.uniform(0.12, 0.2, len(granule_radii)),
         granule_dye=PURPLE_GRANULE,

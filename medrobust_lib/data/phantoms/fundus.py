@@ -126,7 +126,7 @@ def _vessels(rng: np.random.Generator, image: Field, eye: Eye) -> Field:
         length = np.where(temporal, rng.uniform(0.7, 0.85, 4), 0.5)
         # Wander in the frame of an eye whose macula is to the right of the disc, then mirror.
         start = 0.15 * eye.disc_radius * rng.standard_normal((4, 2))
-        trunks = wander(rng, start, half * (np.pi / 2 + lean), length, bend=half * bend, curl=0.35, steps=20)
+        trunks = wander(rng, start, half * (np.pi / 2 + lean), length, bend=half * bend, curl=0.35, steps=16)
         trunks = eye.disc + trunks * np.array([eye.side, 1])
         widths = width * np.where(temporal, 1, 0.75) * rng.uniform(0.85, 1.15, 4)
         paths, widths = branches(rng, trunks, widths, taper=0.4, reach=0.42, curl=0.6, per_path=3.2)
@@ -230,7 +230,7 @@ PAINTERS: dict[str, Callable[[np.random.Generator, int], NDArray[np.float32]]] =
 SITE_A = Site(
     stain=(1.0, 1.0, 1.0),
     stain_jitter=0.06,
-    level=(0.28, 0.36),
+    level=(0.25, 0.33),
     spread=(0.22, 0.27),
     auto_exposure=0.7,
     blur=(0.001, 0.004),
@@ -239,7 +239,7 @@ SITE_A = Site(
 SITE_B = Site(
     stain=(1.15, 0.85, 0.8),
     stain_jitter=0.06,
-    level=(0.30, 0.40),
+    level=(0.27, 0.36),
     spread=(0.19, 0.24),
     auto_exposure=0.7,
     blur=(0.002, 0.007),

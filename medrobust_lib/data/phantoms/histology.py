@@ -6,7 +6,6 @@ lay down dye densities; light is then absorbed by both dyes as in a real section
 
 from collections.abc import Callable
 from functools import partial
-from itertools import chain
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,7 +14,6 @@ from medrobust_lib.data.phantoms.acquisition import Site
 from medrobust_lib.data.phantoms.painting import (
     Field,
     Path,
-    blob,
     blobs,
     dots,
     fill,
@@ -50,8 +48,10 @@ def _adipose(rng: np.random.Generator, size: int, zoom: float) -> Layers:
     squares = (x + sway[0] - seats[:, 0, None, None]) ** 2 + (y + sway[1] - seats[:, 1, None, None]) ** 2
     distances = np.sqrt(np.partition(squares, 1, axis=0)[:2])
     width = rng.uniform(0.014, 0.034) * np.exp(0.3 * fractal_noise(rng, size, scale=0.3, octaves=2))
-    # Blurring the thin walls before the threshold rounds the corners, where cells meet.
-    wall = ramp(soften(ramp(distances[1] - distances[0], 1.4 * width, 0.3 * width), 0.012), 0.15, 0.75)
+    # Blurring the thin walls before the threshold rounds the corners, where cells meet. No wall is
+    # drawn thinner than a pixel, or it would break into dots.
+    gap, pixel = distances[1] - distances[0], 1 / size
+    wall = ramp(soften(ramp(gap, 1.4 * width + pixel, 0.3 * width), 0.012), 0.15, 0.75)
     wall *= 0.75 + 0.25 * fractal_noise(rng, size, scale=0.05)
     # A fibrous septum runs through some lobules.
     along, across = turned(x - rng.random(), y - rng.random(), rng.uniform(0, np.pi))
@@ -92,7 +92,7 @@ def _background(rng: np.random.Generator, size: int, zoom: float) -> Layers:
     ]
     grime = shade - shade.min() + 0.4 * dust + 0.15 * trace(size, streaks, 0.006, softness=0.004)
     residue = 0.03 * rng.random() * (1 + fractal_noise(rng, size, scale=0.5))
-    share = rng.uniform(0.1, 0.7)
+    share = rng.uniform(0.25, 0.6)
     colour = share * (MUCIN + 0.4 * EOSIN) + (1 - share) * DUST
     return [(0.7 * grime, colour), (np.maximum(residue, 0), EOSIN)]
 
@@ -177,8 +177,8 @@ def _mucosa(rng: np.random.Generator, size: int, zoom: float) -> Layers:
     radius = zoom * rng.uniform(0.19, 0.26)
     seats = scatter(rng, 2.35 * radius, jitter=0.05, margin=1.2 * radius)
     stretch, tilt = rng.uniform(1, 1.5), rng.uniform(0, np.pi)
-    parts = [_crypt(rng, seat, radius * rng.uniform(0.9, 1.05), stretch, tilt) for seat in seats]
-    walls, lumens, goblets, nuclei = (list(chain(*group)) for group in zip(*parts, strict=True))
+    radii = radius * rng.uniform(0.9, 1.05, len(seats))
+    walls, lumens, goblets, nuclei = _crypts(rng, seats, radii, stretch, tilt)
     epithelium = fill(size, walls, softness=0.003)
     lumen = fill(size, lumens, softness=0.006)
     vacuole = fill(size, goblets, rng.uniform(0.75, 1, len(goblets)), softness=0.004) * (1 - lumen)
@@ -199,29 +199,49 @@ def _mucosa(rng: np.random.Generator, size: int, zoom: float) -> Layers:
     return [(haematoxylin, HAEMATOXYLIN), (eosin, EOSIN), (mucin, MUCIN)]
 
 
-def _crypt(
-    rng: np.random.Generator, centre: NDArray, radius: float, stretch: float, tilt: float
-) -> tuple[list[Path], list[Path], list[Path], list[Path]]:
-    """Return outlines of a crypt's wall, lumen, goblet vacuoles and basal nuclei."""
-    wall = blob(rng, (0, 0), 1, irregularity=0.04, points=60)
-    lumen = blob(rng, 0.05 * rng.standard_normal(2), rng.uniform(0.12, 0.2), irregularity=0.15)
-    cells = int(rng.integers(11, 17))
-    turn = rng.uniform(0, 6.3) + 2 * np.pi / cells * (np.arange(cells) + 0.12 * rng.standard_normal(cells))
-    goblet = rng.random(cells) < 0.85
-    reach = rng.uniform(0.5, 0.58, cells)
-    ring = reach[:, None] * np.stack([np.cos(turn), np.sin(turn)], 1)
-    sizes = 3.4 / cells * rng.uniform(0.6, 0.7, cells)
-    vacuoles = blobs(rng, ring, sizes, aspect=1.5, angle=turn, irregularity=0.05, points=18)[goblet]
-    count = int(rng.integers(20, 28))
-    turn = rng.uniform(0, 6.3) + 2 * np.pi / count * (np.arange(count) + 0.15 * rng.standard_normal(count))
-    ring = rng.uniform(0.83, 0.92, count)[:, None] * np.stack([np.cos(turn), np.sin(turn)], 1)
+def _crypts(
+    rng: np.random.Generator, seats: NDArray, radii: NDArray, stretch: float, tilt: float
+) -> tuple[Path, Path, Path, Path]:
+    """Return the outlines [n, points, 2] of the crypts' walls, lumens, goblet vacuoles, basal nuclei.
+
+    Drawn around the origin at radius 1, then brought to size, stretched and tilted together.
+    """
+    crypts = len(seats)
+    everyone = np.arange(crypts)
+    walls = blobs(rng, np.zeros((crypts, 2)), 1, irregularity=0.04, points=60)
+    middles = 0.05 * rng.standard_normal((crypts, 2))
+    lumens = blobs(rng, middles, rng.uniform(0.12, 0.2, crypts), irregularity=0.15)
+    goblet_owner, turn, crowd = _ring(rng, rng.integers(11, 17, crypts), keep=0.85)
+    count = len(turn)
+    places = rng.uniform(0.5, 0.58, count)[:, None] * np.stack([np.cos(turn), np.sin(turn)], 1)
+    shape = {"aspect": 1.5, "angle": turn, "irregularity": 0.05, "points": 18}
+    vacuoles = blobs(rng, places, 3.4 / crowd * rng.uniform(0.6, 0.7, count), **shape)
+    nucleus_owner, turn, _ = _ring(rng, rng.integers(20, 28, crypts))
+    count = len(turn)
+    places = rng.uniform(0.83, 0.92, count)[:, None] * np.stack([np.cos(turn), np.sin(turn)], 1)
     shape = {"aspect": rng.uniform(1, 1.5, count), "angle": turn, "points": 14}
-    nuclei = blobs(rng, ring, rng.uniform(0.085, 0.115, count), **shape)
-    scale = radius * np.array([np.sqrt(stretch), 1 / np.sqrt(stretch)])
+    nuclei = blobs(rng, places, rng.uniform(0.085, 0.115, count), **shape)
+    proportions = np.array([np.sqrt(stretch), 1 / np.sqrt(stretch)])
     cosine, sine = np.cos(tilt), np.sin(tilt)
     rotation = np.array([[cosine, sine], [-sine, cosine]])
-    groups = ([wall], [lumen], list(vacuoles), list(nuclei))
-    return tuple([centre + (outline * scale) @ rotation for outline in group] for group in groups)
+    groups = ((walls, everyone), (lumens, everyone), (vacuoles, goblet_owner), (nuclei, nucleus_owner))
+    return tuple(
+        seats[owner, None] + (outlines * radii[owner, None, None] * proportions) @ rotation
+        for outlines, owner in groups
+    )
+
+
+def _ring(
+    rng: np.random.Generator, counts: NDArray[np.int64], *, keep: float = 1.0
+) -> tuple[NDArray[np.int64], NDArray[np.float64], NDArray[np.int64]]:
+    """Owner, angle and ring size of cells set at nearly even angles around each of several crypts."""
+    owner = np.repeat(np.arange(len(counts)), counts)
+    rank = np.arange(len(owner)) - np.repeat(np.cumsum(counts) - counts, counts)
+    phase = rng.uniform(0, 2 * np.pi, len(counts))
+    shaken = rank + 0.13 * rng.standard_normal(len(owner))
+    angle = phase[owner] + 2 * np.pi * shaken / counts[owner]
+    kept = rng.random(len(owner)) < keep
+    return owner[kept], angle[kept], counts[owner][kept]
 
 
 def _stroma(rng: np.random.Generator, size: int, zoom: float) -> Layers:

@@ -1,0 +1,231 @@
+"""The rows of the model table: what each model is, where its weights come from, which loader reads them."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from medrobust_lib.models.dual_encoder import DualEncoder
+from medrobust_lib.models.weights import HUB_URL
+
+Loader = Callable[..., DualEncoder]
+
+LOCAL_DIR_PREFIX = "local-dir:"
+
+_BACKENDS = "medrobust_lib.models"
+_MODEL_PAGE = "see the model page"
+
+
+@dataclass(frozen=True)
+class WeightFile:
+    """One file of a model.
+
+    Attributes
+    ----------
+    name : str
+        Name under ``weights_dir/<model id>/``.
+    url : str
+        Where the file is published.
+    sha256 : str or None
+        Checked at load where it is known.
+    """
+
+    name: str
+    url: str
+    sha256: str | None = None
+
+
+@dataclass(frozen=True)
+class ModelEntry:
+    """One row of the model table.
+
+    Attributes
+    ----------
+    id : str
+        Name for :func:`load_model`.
+    family : str
+        Architecture and training data in a few words.
+    image_size : int
+        Side of the image that the model reads, in pixels.
+    parameters : int or None
+        Number of parameters, computed from the architecture; None if not known.
+    licence : str
+        Licence of the weights.
+    source : str
+        Where the weights come from: ``open_clip:ARCHITECTURE/TAG``, ``hf-hub:OWNER/NAME`` (open_clip),
+        ``hf:OWNER/NAME`` (transformers), ``local-dir:PATH``, or a URL.
+    files : tuple of WeightFile
+        What ``data_scripts/fetch_weights.py`` puts under ``weights_dir/<id>/``.
+    citation : str
+        Paper to cite.
+    loader : str or callable
+        ``"module:function"`` or a function, called as ``loader(entry, weights_dir=..., offline=...)``; it
+        returns a float32 model on the CPU.
+    """
+
+    id: str
+    family: str
+    image_size: int
+    parameters: int | None
+    licence: str
+    source: str
+    files: tuple[WeightFile, ...]
+    citation: str
+    loader: str | Loader
+
+
+def _hub_files(repository: str, *names: str) -> tuple[WeightFile, ...]:
+    return tuple(WeightFile(name, f"{HUB_URL}{repository}/resolve/main/{name}") for name in names)
+
+
+_BIOMED_BERT_FILES = _hub_files(
+    "microsoft/BiomedNLP-BiomedBERT-base-uncased-abstract", "config.json", "tokenizer_config.json", "vocab.txt"
+)
+_CLINICAL_BERT_FILES = _hub_files("emilyalsentzer/Bio_ClinicalBERT", "vocab.txt")
+_BIOMEDCLIP = "microsoft/BiomedCLIP-PubMedBERT_256-vit_base_patch16_224"
+_BIOMEDCLIP_FILES = (
+    *_hub_files(_BIOMEDCLIP, "open_clip_config.json", "open_clip_pytorch_model.bin"),
+    *_BIOMED_BERT_FILES,
+)
+_MEDCLIP_URL = "https://storage.googleapis.com/pytrial/"
+_CLIP_CITATION = "Radford et al. 2021, arXiv:2103.00020"
+
+BUILT_IN: tuple[ModelEntry, ...] = (
+    ModelEntry(
+        id="demo-clip",
+        family="small CLIP trained on synthetic phantoms",
+        image_size=64,
+        parameters=None,
+        licence="MIT",
+        source="shipped with medrobust_lib (models/demo/clip)",
+        files=(WeightFile("open_clip_model.safetensors", ""),),
+        citation="this package",
+        loader=f"{_BACKENDS}.open_clip_backend:load_demo",
+    ),
+    ModelEntry(
+        id="clip-vit-b16",
+        family="OpenAI CLIP ViT-B/16",
+        image_size=224,
+        parameters=149_620_737,
+        licence="MIT",
+        source="open_clip:ViT-B-16-quickgelu/openai",
+        files=_hub_files("timm/vit_base_patch16_clip_224.openai", "open_clip_model.safetensors"),
+        citation=_CLIP_CITATION,
+        loader=f"{_BACKENDS}.open_clip_backend:load_open_clip",
+    ),
+    ModelEntry(
+        id="clip-rn50",
+        family="OpenAI CLIP RN50",
+        image_size=224,
+        parameters=102_007_137,
+        licence="MIT",
+        source="open_clip:RN50-quickgelu/openai",
+        files=_hub_files("timm/resnet50_clip.openai", "open_clip_model.safetensors"),
+        citation=_CLIP_CITATION,
+        loader=f"{_BACKENDS}.open_clip_backend:load_open_clip",
+    ),
+    ModelEntry(
+        id="plip",
+        family="CLIP ViT-B/32 tuned on pathology images from Twitter",
+        image_size=224,
+        parameters=151_277_313,
+        licence=_MODEL_PAGE,
+        source="hf:vinid/plip",
+        files=_hub_files(
+            "vinid/plip",
+            "config.json",
+            "preprocessor_config.json",
+            "pytorch_model.bin",
+            "tokenizer_config.json",
+            "vocab.json",
+            "merges.txt",
+        ),
+        citation="Huang et al. 2023, Nature Medicine 29, 2307-2316",
+        loader=f"{_BACKENDS}.transformers_backend:load_transformers_clip",
+    ),
+    ModelEntry(
+        id="quilt-b32",
+        family="CLIP ViT-B/32 tuned on Quilt-1M histopathology",
+        image_size=224,
+        parameters=151_277_313,
+        licence=_MODEL_PAGE,
+        source="hf-hub:wisdomik/QuiltNet-B-32",
+        files=_hub_files("wisdomik/QuiltNet-B-32", "open_clip_config.json", "open_clip_pytorch_model.bin"),
+        citation="Ikezogwo et al. 2023, arXiv:2306.11207",
+        loader=f"{_BACKENDS}.open_clip_backend:load_open_clip",
+    ),
+    ModelEntry(
+        id="biomedclip",
+        family="BiomedCLIP: ViT-B/16 and PubMedBERT on PMC-15M",
+        image_size=224,
+        parameters=195_902_721,
+        licence="MIT",
+        source=f"hf-hub:{_BIOMEDCLIP}",
+        files=_BIOMEDCLIP_FILES,
+        citation="Zhang et al. 2023, arXiv:2303.00915",
+        loader=f"{_BACKENDS}.open_clip_backend:load_open_clip",
+    ),
+    ModelEntry(
+        id="medclip-vit",
+        family="MedCLIP: Swin-T and Bio_ClinicalBERT on chest X-rays",
+        image_size=224,
+        parameters=136_616_059,
+        licence=_MODEL_PAGE,
+        source=f"{_MEDCLIP_URL}medclip-vit-pretrained.zip",
+        files=(
+            WeightFile("medclip-vit-pretrained.zip", f"{_MEDCLIP_URL}medclip-vit-pretrained.zip"),
+            *_CLINICAL_BERT_FILES,
+        ),
+        citation="Wang et al. 2022, arXiv:2210.10163",
+        loader=f"{_BACKENDS}.medclip_backend:load_medclip",
+    ),
+    ModelEntry(
+        id="medclip-rn50",
+        family="MedCLIP: ResNet-50 and Bio_ClinicalBERT on chest X-rays",
+        image_size=224,
+        parameters=133_260_097,
+        licence=_MODEL_PAGE,
+        source=f"{_MEDCLIP_URL}medclip-pretrained.zip",
+        files=(
+            WeightFile("medclip-pretrained.zip", f"{_MEDCLIP_URL}medclip-pretrained.zip"),
+            *_CLINICAL_BERT_FILES,
+        ),
+        citation="Wang et al. 2022, arXiv:2210.10163",
+        loader=f"{_BACKENDS}.medclip_backend:load_medclip",
+    ),
+    ModelEntry(
+        id="unimedclip",
+        family="UniMed-CLIP: ViT-B/16 and BiomedBERT on six modalities",
+        image_size=224,
+        parameters=195_903_489,
+        licence=_MODEL_PAGE,
+        source="https://github.com/mbzuai-oryx/UniMed-CLIP (unimed_clip_vit_b16.pt)",
+        files=_BIOMED_BERT_FILES,
+        citation="Khattak et al. 2024, arXiv:2412.10372",
+        loader=f"{_BACKENDS}.unimedclip_backend:load_unimedclip",
+    ),
+    ModelEntry(
+        id="robustmedclip",
+        family="BiomedCLIP with low-rank adapters on corrupted medical images",
+        image_size=224,
+        parameters=195_902_721,
+        licence=_MODEL_PAGE,
+        source=f"{HUB_URL}razaimam45/RobustMedCLIP",
+        files=_BIOMEDCLIP_FILES,
+        citation="Imam et al. 2025, arXiv:2505.09425",
+        loader=f"{_BACKENDS}.robustmedclip_backend:load_robustmedclip",
+    ),
+)
+
+
+def folder_entry(id: str) -> ModelEntry:
+    """Row of a ``local-dir:PATH`` model, whose folder says the rest."""
+    return ModelEntry(
+        id=id,
+        family="open_clip folder",
+        image_size=0,
+        parameters=None,
+        licence="not stated",
+        source=id,
+        files=(),
+        citation="",
+        loader=f"{_BACKENDS}.open_clip_backend:load_open_clip",
+    )
