@@ -1,5 +1,7 @@
 """Write a labelled contact sheet of synthetic phantoms: one row a class, one block of columns a site.
 
+"all" gives an overview instead: one row a modality.
+
 The phantoms are seeded drawings that imitate six imaging modalities. They are not patients' images.
 """
 
@@ -13,7 +15,9 @@ from matplotlib.figure import Figure
 from medrobust_lib.data.phantoms import LARGEST, MODALITIES, SITES, SMALLEST, phantom_classes, render_phantoms
 from medrobust_lib.data.preparation import reported_errors
 
-Modality = StrEnum("Modality", {name: name for name in MODALITIES})
+ALL = "all"
+OVERVIEW_COLUMNS = 9
+Modality = StrEnum("Modality", {name: name for name in (*MODALITIES, ALL)})
 Site = StrEnum("Site", {name: name for name in SITES})
 
 app = typer.Typer(add_completion=False)
@@ -35,7 +39,10 @@ def main(
     """Draw the sheet and say where it is."""
     with reported_errors():
         sites = [choice.value for choice in site or Site]
-        figure = contact_sheet(modality.value, sites=sites, image_size=image_size, samples=samples)
+        if modality.value == ALL:
+            figure = overview(site=sites[-1], image_size=image_size)
+        else:
+            figure = contact_sheet(modality.value, sites=sites, image_size=image_size, samples=samples)
         path = output or Path(f"phantoms-{modality.value}.png")
         figure.savefig(path, dpi=150)
     typer.echo(f"wrote {path}")
@@ -80,6 +87,22 @@ def contact_sheet(modality: str, *, sites: list[str], image_size: int, samples: 
                 axis.set(xticks=[], yticks=[])
     for name, axis in zip(classes, axes[:, 0], strict=True):
         axis.set_ylabel(name.replace(" ", "\n"), rotation=0, ha="right", va="center", fontsize=8)
+    return figure
+
+
+def overview(*, site: str, image_size: int) -> Figure:
+    """Draw one row of phantoms per modality, going through its classes again and again."""
+    figure = Figure(figsize=(1.0 * OVERVIEW_COLUMNS + 1.1, 1.05 * len(MODALITIES) + 0.4), layout="constrained")
+    figure.suptitle("synthetic phantoms, not patients' images", fontsize=10)
+    axes = figure.subplots(len(MODALITIES), OVERVIEW_COLUMNS)
+    for modality, row in zip(MODALITIES, axes, strict=True):
+        images, _ = render_phantoms(
+            modality, range(OVERVIEW_COLUMNS), split="test", site=site, image_size=image_size
+        )
+        for axis, image in zip(row, images, strict=True):
+            axis.imshow(image, interpolation="nearest")
+            axis.set(xticks=[], yticks=[])
+        row[0].set_ylabel(modality, rotation=0, ha="right", va="center", fontsize=9)
     return figure
 
 

@@ -91,7 +91,7 @@ def plot_recall(labels: NDArray, predictions: NDArray, classes: Sequence[str], a
     ax.invert_yaxis()
     ax.set(xlabel="share of images", xlim=(0, 1))
     ax.xaxis.set_major_formatter(PercentFormatter(1))
-    ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=3, fontsize=8)
+    ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.22), ncols=3, fontsize=8)
 
 
 def plot_reliability(bins: pd.DataFrame, ax: Axes) -> None:

@@ -47,9 +47,9 @@ def write_report(run_dir: Path) -> Path:
     )
     style = Markup(templates.get_template("style.css").render() + _code_colours())
     for path in pages.values():
-        body = Markup(notebook_body(nbformat.read(path, as_version=4)))
+        notebook = nbformat.read(path, as_version=4)
         page = templates.get_template("notebook.html.j2").render(
-            title=path.stem, body=body, style=style, notice=NOTICE
+            title=_title(notebook, path), body=Markup(notebook_body(notebook)), style=style, notice=NOTICE
         )
         write_text_atomically(run_dir / "html" / f"{path.stem}.html", page)
     index = templates.get_template("index.html.j2").render(
@@ -89,6 +89,12 @@ def math_to_mathml(markdown: str) -> str:
         return latex_to_mathml(match["inline"])
 
     return _MATH.sub(replace, markdown)
+
+
+def _title(notebook: nbformat.NotebookNode, path: Path) -> str:
+    """First heading of a notebook, or its file's name."""
+    first = notebook.cells[0].source.splitlines() if notebook.cells else []
+    return first[0].removeprefix("# ") if first and first[0].startswith("# ") else path.stem
 
 
 def _section(card: Mapping[str, Any], run_dir: Path, notebook: Path | None) -> dict[str, Any]:

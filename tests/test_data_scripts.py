@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 import pydicom
 import pytest
+import torch
 from PIL import Image
 from pydicom.dataset import FileMetaDataset
 from pydicom.uid import ExplicitVRLittleEndian, SecondaryCaptureImageStorage, generate_uid
@@ -605,3 +606,64 @@ def test_the_data_root_is_the_librarys_unless_named(tmp_path, monkeypatch):
     monkeypatch.setenv("MEDROBUST_DATA", str(tmp_path))
     assert preparation.data_root(None) == tmp_path
     assert preparation.data_root(tmp_path / "mine") == tmp_path / "mine"
+
+
+@pytest.mark.parametrize("modality", ["oct", "all"])
+def test_contact_sheets_say_that_phantoms_are_synthetic(tmp_path, modality):
+    path, script = tmp_path / "sheet.png", load_script("show_phantoms")
+    result = CliRunner().invoke(
+        script.app, [modality, "--image-size", "32", "--samples", "2", "--output", str(path)]
+    )
+    assert result.exit_code == 0, result.output
+    assert path.read_bytes().startswith(b"\x89PNG")
+    figure = script.overview(site="A", image_size=28)
+    assert "not patients' images" in figure.get_suptitle()
+
+
+def test_demo_clips_captions_never_mention_a_class_of_another_set():
+    script = load_script("train_demo_clip")
+    captions = script.caption_table()
+    assert len(captions) == 28
+    assert all(len(texts) >= 8 for texts in captions)
+    everything = [text for texts in captions for text in texts]
+    assert "{}" not in "".join(everything)
+
+
+def test_demo_clips_tokenizer_ends_with_the_highest_id_and_knows_any_text():
+    script = load_script("train_demo_clip")
+    tokenizer = script.train_tokenizer(["a neutrophil", "a platelet"] * 3)
+    ids = tokenizer(["a neutrophil", "Ωß 漢"])["input_ids"]
+    assert {row[-1] for row in ids} == {len(tokenizer) - 1}
+    assert tokenizer.unk_token is None
+    assert tokenizer.decode(ids[1][1:-1]).strip() == "ωß 漢"
+
+
+def test_demo_clips_loss_is_smallest_when_images_meet_their_captions():
+    script = load_script("train_demo_clip")
+
+    class Towers(torch.nn.Module):
+        logit_scale = torch.tensor(3.0)
+
+        def encode_image(self, images, normalize):
+            return images
+
+        def encode_text(self, texts, normalize):
+            return texts
+
+    labels, text_labels = torch.tensor([0, 0, 1]), torch.tensor([0, 1, 2])
+    corners = torch.eye(4)
+    right = script.contrastive_loss(Towers(), corners[labels], labels, corners[text_labels], text_labels)
+    wrong = script.contrastive_loss(Towers(), corners[1 - labels], labels, corners[text_labels], text_labels)
+    assert right < 0.7 < wrong
+    assert torch.isfinite(right)
+
+
+def test_demo_clips_augmentation_only_shifts():
+    script = load_script("train_demo_clip")
+    images = np.random.default_rng(0).integers(0, 255, (5, 16, 16, 3), dtype=np.uint8)
+    shifted = script.augment(images, 3, np.random.default_rng(1))
+    assert shifted.shape == images.shape
+    # The middle of every image is somewhere in the shifted one, untouched.
+    for image, other in zip(images, shifted, strict=True):
+        windows = np.lib.stride_tricks.sliding_window_view(other, (8, 8, 3)).reshape(-1, 8, 8, 3)
+        assert (windows == image[4:12, 4:12]).all((1, 2, 3)).any()

@@ -204,13 +204,13 @@ BUILT_IN: tuple[ModelEntry, ...] = (
     ),
     ModelEntry(
         id="robustmedclip",
-        family="BiomedCLIP with low-rank adapters on corrupted medical images",
+        family="BiomedCLIP with low-rank adapters, few-shot on clean medical images",
         image_size=224,
         parameters=195_902_721,
         licence=_MODEL_PAGE,
         source=f"{HUB_URL}razaimam45/RobustMedCLIP",
         files=_BIOMEDCLIP_FILES,
-        citation="Imam et al. 2025, arXiv:2505.09425",
+        citation="Imam et al. 2025, arXiv:2505.15425",
         loader=f"{_BACKENDS}.robustmedclip_backend:load_robustmedclip",
     ),
 )

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from medrobust_lib.models.catalogue import ModelEntry
 from medrobust_lib.models.weights import (
     check_hashes,
+    expected_hashes,
     explained_errors,
     file_hashes,
     hub_access,
     mismatch_error,
-    read_sums,
 )
 
 VOCABULARY_NAME = "vocab.txt"
@@ -49,10 +49,7 @@ def find_weights(entry: ModelEntry, names: Sequence[str], *, weights_dir: Path |
     places = [] if weights_dir is None else [weights_dir / entry.id / name for name in names]
     for place in places:
         if place.is_file():
-            known = {
-                **read_sums(place.parent),
-                **{f.name: f.sha256 for f in entry.files if f.sha256 is not None},
-            }
+            known = expected_hashes(entry, place.parent)
             # Only what is read here: a fetched archive beside it may be large, or gone.
             read = {name: known[name] for name in (place.name, VOCABULARY_NAME) if name in known}
             if read:

@@ -128,11 +128,10 @@ def load_model(
     if offline is None:
         offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
     loader = _resolve_loader(entry)
-    model = loader(
-        entry,
-        weights_dir=Path(weights_dir).expanduser() if weights_dir is not None else default_weights_dir(),
-        offline=offline,
-    )
+    folder = Path(weights_dir).expanduser() if weights_dir is not None else default_weights_dir()
+    # Building a network draws its first weights from torch's global stream; a load must not move the caller's.
+    with torch.random.fork_rng(devices=[]):
+        model = loader(entry, weights_dir=folder, offline=offline)
     if not isinstance(model, DualEncoder):
         raise TypeError(f"the loader of {id!r} must return a DualEncoder, not {type(model).__name__}")
     return model.requires_grad_(False).eval().to(device=target, dtype=precision)

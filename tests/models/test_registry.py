@@ -297,3 +297,11 @@ def test_the_table_is_shown_without_loading_a_model_library():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_loading_leaves_the_callers_random_stream_alone():
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    load_model("demo-clip", device="cpu")
+    assert torch.equal(torch.rand(3), expected)

@@ -18,7 +18,7 @@ MODALITIES = {
 }
 SITES = ("A", "B")
 # "pretrain" exists to train demo models; the benchmark never reads it.
-SPLITS = {"train": 1440, "val": 360, "test": 720, "pretrain": 4800}
+SPLITS = {"train": 1440, "val": 360, "test": 720, "pretrain": 5040}
 SMALLEST, LARGEST = 28, 512
 
 

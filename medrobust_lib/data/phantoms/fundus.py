@@ -139,10 +139,11 @@ def _vessels(rng: np.random.Generator, image: Field, eye: Eye) -> Field:
 
 
 def _lesions(rng: np.random.Generator, image: Field, eye: Eye) -> Field:
-    """Draw one to four kinds of lesion; a few eyes have mild, easily missed disease."""
+    """Draw one to four kinds of lesion; some eyes have mild, easily missed disease."""
     size = image.shape[0]
-    severity = rng.choice([0.3, 0.7, 1.0, 1.6], p=[0.12, 0.28, 0.4, 0.2])
-    kinds = rng.random(3) < 0.62
+    severity = rng.choice([0.15, 0.5, 1.0, 1.6], p=[0.2, 0.3, 0.35, 0.15])
+    strength = rng.uniform(0.55, 1)
+    kinds = rng.random(3) < 0.55
     if not kinds.any():
         kinds[rng.integers(3)] = True
     if kinds[2]:
@@ -155,10 +156,10 @@ def _lesions(rng: np.random.Generator, image: Field, eye: Eye) -> Field:
             rng.uniform(0.6, 0.95, len(seats)),
             softness=0.009,
         )
-        image = cover(image, (0.97, 0.88, 0.68), 0.8 * wool)
+        image = cover(image, (0.97, 0.88, 0.68), 0.8 * strength * wool)
     if kinds[1]:
-        image = cover(image, (1.0, 0.88, 0.48), 0.9 * _exudates(rng, size, eye, severity))
-    count = 3 + rng.poisson(12 * severity)
+        image = cover(image, (1.0, 0.88, 0.48), 0.9 * strength * _exudates(rng, size, eye, severity))
+    count = 2 + rng.poisson(12 * severity)
     aneurysms = _on_retina(rng, eye, count if kinds[0] else count // 3)
     bleeding = dots(
         size,
@@ -168,7 +169,7 @@ def _lesions(rng: np.random.Generator, image: Field, eye: Eye) -> Field:
         softness=0.002,
     )
     if kinds[0]:
-        seats = _on_retina(rng, eye, 1 + rng.poisson(5 * severity))
+        seats = _on_retina(rng, eye, 1 + rng.poisson(4.5 * severity))
         shape = {"aspect": rng.uniform(1, 2.2, len(seats)), "angle": rng.uniform(0, np.pi, len(seats))}
         radii = 0.014 * np.exp(0.4 * rng.standard_normal(len(seats)))
         blots = fill(
@@ -178,14 +179,14 @@ def _lesions(rng: np.random.Generator, image: Field, eye: Eye) -> Field:
             softness=0.003,
         )
         bleeding = np.maximum(bleeding, blots)
-    return image * (1 - bleeding[..., None] * (1 - BLOOD_FILTER.astype(np.float32)))
+    return image * (1 - strength * bleeding[..., None] * (1 - BLOOD_FILTER.astype(np.float32)))
 
 
 def _exudates(rng: np.random.Generator, size: int, eye: Eye, severity: float) -> Field:
     """Cover of hard exudates: waxy specks in clusters and in rings around a leak."""
     specks, radii = [], []
     for seat in _on_retina(rng, eye, 1 + rng.poisson(1.8 * severity)):
-        count = 6 + rng.poisson(20 * severity)
+        count = 4 + rng.poisson(20 * severity)
         if rng.random() < 0.4:
             turn, ring = rng.uniform(0, 2 * np.pi, count), rng.uniform(0.035, 0.06)
             spread = ring * rng.normal(1, 0.15, (count, 1)) * np.stack([np.cos(turn), np.sin(turn)], 1)
