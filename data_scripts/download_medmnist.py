@@ -59,9 +59,7 @@ app = typer.Typer(add_completion=False, rich_markup_mode="markdown")
 @app.command(help=__doc__)
 def main(
     sets: Annotated[list[SetName] | None, typer.Argument(help="Sets to fetch; all five by default.")] = None,
-    size: Annotated[
-        list[Size] | None, typer.Option(help="Side in pixels; repeat for several. Default 28.")
-    ] = None,
+    size: Annotated[list[Size] | None, typer.Option(help="Side in pixels; repeat for several. Default 28.")] = None,
     root: Annotated[Path | None, typer.Option(help="Data root; default MEDROBUST_DATA or ./data.")] = None,
 ) -> None:
     """Fetch the sets asked for."""

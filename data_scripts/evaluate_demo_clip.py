@@ -31,7 +31,7 @@ nothing about patients. Not for clinical use.**
 
 | | |
 |---|---|
-| image tower | ViT, {vision[image_size]} px, patch {vision[patch_size]}, width {vision[width]}, {vision[layers]} layers |
+| image tower | CLIP's residual network (RN50's layout), {vision[image_size]} px, width {vision[width]}, blocks {vision[layers]}, attention pooling |
 | text tower | transformer, width {text[width]}, {text[layers]} layers, {text[vocab_size]} tokens, context {text[context_length]} |
 | parameters | {parameters:,} |
 | training data | {recipe[images_per_modality]} phantoms per modality, acquisition site A, split "pretrain", with captions |

@@ -70,9 +70,7 @@ def published_files(entry: ModelEntry) -> list[WeightFile]:
         files += [WeightFile(Path(path).name, f"{HUB_URL}{repository}/resolve/main/{path}") for path in found]
     if not files:
         fetched = list_models().query("id != 'demo-clip'")["id"]
-        raise ValueError(
-            f"{entry.id} needs no download ({entry.source}); models to fetch: {', '.join(fetched)}"
-        )
+        raise ValueError(f"{entry.id} needs no download ({entry.source}); models to fetch: {', '.join(fetched)}")
     return files
 
 

@@ -69,9 +69,7 @@ def covid(
             source="https://www.kaggle.com/datasets/tawsifurrahman/covid19-radiography-database or covidqu",
             licence="stated on the source's page",
             citation="Rahman et al., Computers in Biology and Medicine 132: 104319, 2021",
-            split="by the owners"
-            if official
-            else f"by image, class by class, 1/{folds} test; patients are unknown",
+            split="by the owners" if official else f"by image, class by class, 1/{folds} test; patients are unknown",
             seed=None if official else seed,
         )
         with staged_dataset("chest/covid", root=base, origin=origin, overwrite=overwrite) as staged:
@@ -130,9 +128,7 @@ def rsna(
     with reported_errors():
         base, source = data_root(root), named_source(source, rsna)
         patients = rsna_patients(source / RSNA_TABLE)
-        groups = (
-            patients["patientId"] if nih_mapping is None else nih_patients(patients["patientId"], nih_mapping)
-        )
+        groups = patients["patientId"] if nih_mapping is None else nih_patients(patients["patientId"], nih_mapping)
         test = split_by_group(groups.tolist(), patients["class"].tolist(), folds=folds, seed=seed)
         unit = "patientId" if nih_mapping is None else "NIH patient"
         origin = Origin(
@@ -171,9 +167,7 @@ def nih_patients(patient_ids: pd.Series, mapping_path: Path) -> pd.Series:
     by_id = {entry["subset_img_id"]: entry["img_id"].partition("_")[0] for entry in entries}
     unknown = [patient for patient in patient_ids if patient not in by_id]
     if unknown:
-        raise ValueError(
-            f"{mapping_path} does not name {len(unknown)} of the images, for example {unknown[0]}"
-        )
+        raise ValueError(f"{mapping_path} does not name {len(unknown)} of the images, for example {unknown[0]}")
     return patient_ids.map(by_id)
 
 

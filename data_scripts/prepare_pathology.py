@@ -109,18 +109,14 @@ def pannuke(root: Root = None, source: Archives = None, overwrite: Overwrite = F
                     paths = extract(archive, Path(scratch) / "arrays", members=members)
                     arrays = {path.stem: np.load(path, mmap_mode="r", allow_pickle=False) for path in paths}
                     tiles = zip(arrays["images"], arrays["masks"], strict=True)
-                    for index, (tile, masks) in enumerate(
-                        tqdm(tiles, desc=name, total=len(arrays["images"]))
-                    ):
+                    for index, (tile, masks) in enumerate(tqdm(tiles, desc=name, total=len(arrays["images"]))):
                         label = pannuke_class(nuclei_counts(masks))
                         if label is None:
                             left_out += 1
                             continue
                         split = "test" if fold == 3 else "train"
                         staged.add(split, label, f"fold{fold}_{index:04d}.png", tile.astype(np.uint8))
-            staged.facts["source_sha256"] = {
-                f"fold_{fold}.zip": sha256 for fold, sha256 in PANNUKE_SHA256.items()
-            }
+            staged.facts["source_sha256"] = {f"fold_{fold}.zip": sha256 for fold, sha256 in PANNUKE_SHA256.items()}
             staged.facts["left_out"] = left_out
         typer.echo(f"{base / 'pathology/pannuke'}  ready")
 
@@ -144,18 +140,14 @@ def skincancer(source: Folder = None, root: Root = None, overwrite: Overwrite = 
         base, source = data_root(root), named_source(source, skincancer)
         table_path = source / "tiles-v2.csv"
         if not table_path.exists():
-            raise FileNotFoundError(
-                f"no tiles-v2.csv in {source}; --source is the folder that holds it and tiles/"
-            )
+            raise FileNotFoundError(f"no tiles-v2.csv in {source}; --source is the folder that holds it and tiles/")
         table = read_table(table_path)
         require_columns(table, ["file", "class", "set"], table_path)
         unknown = sorted(set(table["set"]) - set(SKIN_SPLITS))
         if unknown:
             raise ValueError(f"{table_path} has the set {unknown[0]!r}; known are {', '.join(SKIN_SPLITS)}")
         with staged_dataset("pathology/skincancer", root=base, origin=origin, overwrite=overwrite) as staged:
-            for file, label, split in tqdm(
-                table[["file", "class", "set"]].itertuples(index=False), total=len(table)
-            ):
+            for file, label, split in tqdm(table[["file", "class", "set"]].itertuples(index=False), total=len(table)):
                 # The column starts with the name of the unpacked folder, which a user may have changed.
                 path = source / str(file).removeprefix("data/")
                 staged.add(SKIN_SPLITS[split], label, path.name, path)
@@ -189,9 +181,7 @@ def sicapv2(source: Folder = None, root: Root = None, overwrite: Overwrite = Fal
                 if not (table[GRADES].sum(axis="columns") == 1).all():
                     raise ValueError(f"{path} has rows without exactly one of {', '.join(GRADES)}")
                 labels = table[GRADES].idxmax(axis="columns")
-                for name, label in tqdm(
-                    zip(table["image_name"], labels, strict=True), desc=split, total=len(table)
-                ):
+                for name, label in tqdm(zip(table["image_name"], labels, strict=True), desc=split, total=len(table)):
                     staged.add(split, label, name, source / "images" / name)
             tables = (source / "partition" / "Test").glob("T*.*")
             staged.facts["source_sha256"] = {table.name: file_sha256(table) for table in sorted(tables)}

@@ -96,9 +96,7 @@ def overview(*, site: str, image_size: int) -> Figure:
     figure.suptitle("synthetic phantoms, not patients' images", fontsize=10)
     axes = figure.subplots(len(MODALITIES), OVERVIEW_COLUMNS)
     for modality, row in zip(MODALITIES, axes, strict=True):
-        images, _ = render_phantoms(
-            modality, range(OVERVIEW_COLUMNS), split="test", site=site, image_size=image_size
-        )
+        images, _ = render_phantoms(modality, range(OVERVIEW_COLUMNS), split="test", site=site, image_size=image_size)
         for axis, image in zip(row, images, strict=True):
             axis.imshow(image, interpolation="nearest")
             axis.set(xticks=[], yticks=[])

@@ -10,13 +10,15 @@ from typing import TYPE_CHECKING
 from medrobust_lib._torchvision import install_guard
 
 if TYPE_CHECKING:
+    from medrobust_lib.data.dataset import ImageDataset
     from medrobust_lib.data.registry import list_datasets, load_dataset
     from medrobust_lib.models.registry import list_models, load_model, register_model
 
 __version__ = "0.1.0"
-__all__ = ["list_datasets", "list_models", "load_dataset", "load_model", "register_model"]
+__all__ = ["ImageDataset", "list_datasets", "list_models", "load_dataset", "load_model", "register_model"]
 
 _HOMES = {
+    "ImageDataset": "medrobust_lib.data.dataset",
     "list_datasets": "medrobust_lib.data.registry",
     "load_dataset": "medrobust_lib.data.registry",
     "list_models": "medrobust_lib.models.registry",

@@ -72,9 +72,7 @@ def _packages() -> str:
     if not constraints.exists():
         return "no constraints.txt beside this installation, versions not compared"
     differ = []
-    pins = dict(
-        line.split("==", 1) for line in constraints.read_text().splitlines() if "==" in line and line[0] != "#"
-    )
+    pins = dict(line.split("==", 1) for line in constraints.read_text().splitlines() if "==" in line and line[0] != "#")
     for name, pin in pins.items():
         try:
             installed = metadata.version(name)
@@ -131,5 +129,3 @@ def _reference() -> str:
             "the weights, the preprocessing or a library changed: reinstall with constraints.txt"
         )
     return f"demo-clip equals its reference prediction within {gap:.1e}"
-
-

@@ -106,11 +106,7 @@ def download(
             raise DownloadError(f"{url} answered {answer}. {_by_hand(url, path)}") from error
         except (requests.RequestException, _IncompleteError) as error:
             if attempt == attempts:
-                kept = (
-                    f" {part.stat().st_size} bytes are kept in {part}; run again to go on."
-                    if part.exists()
-                    else ""
-                )
+                kept = f" {part.stat().st_size} bytes are kept in {part}; run again to go on." if part.exists() else ""
                 raise DownloadError(
                     f"cannot fetch {url}: {error}.{kept} Check the network or the proxy settings and try "
                     f"again. {_by_hand(url, path)}"
@@ -155,9 +151,7 @@ def zenodo_files(record: int, *, api: str = ZENODO_API, timeout: float = 30.0) -
     except (KeyError, TypeError, AttributeError) as error:
         raise DownloadError(f"{url} did not answer with a Zenodo record: {error!r}") from error
     except (requests.RequestException, ValueError) as error:
-        raise DownloadError(
-            f"cannot read {url}: {error}. Check the network or the proxy settings."
-        ) from error
+        raise DownloadError(f"cannot read {url}: {error}. Check the network or the proxy settings.") from error
     return {file.name: file for file in found}
 
 
@@ -316,9 +310,7 @@ def _transfer(url: str, part: Path, *, hashed: bool, progress: bool, timeout: fl
         resumed = response.status_code == requests.codes.partial_content
         if resumed and not response.headers.get("Content-Range", "").startswith(f"bytes {start}-"):
             part.unlink()
-            raise _IncompleteError(
-                "the server sent another range than asked for; the partial file was discarded"
-            )
+            raise _IncompleteError("the server sent another range than asked for; the partial file was discarded")
         start = start if resumed else 0
         etag = response.headers.get("ETag", "")
         if etag and not etag.startswith("W/"):
@@ -395,7 +387,5 @@ def _safe_name(archive: Path, entry: _Entry) -> Path:
     escapes = name.is_absolute() or ".." in name.parts or PureWindowsPath(entry.name).drive != ""
     if escapes or not entry.is_plain or not name.parts:
         reason = "leads outside the folder" if escapes else "is not a plain file"
-        raise DownloadError(
-            f"{archive} is refused: its member {entry.name!r} {reason}. Nothing was unpacked."
-        )
+        raise DownloadError(f"{archive} is refused: its member {entry.name!r} {reason}. Nothing was unpacked.")
     return Path(*name.parts)

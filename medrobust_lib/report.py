@@ -152,4 +152,3 @@ def _code_colours() -> str:
 
     # A style whose text reaches a contrast of at least 4.5 on a near-white background.
     return HtmlFormatter(style="xcode").get_style_defs(".highlight")
-

@@ -106,9 +106,7 @@ def notebook_parameters(path: Path) -> dict[str, dict[str, Any]]:
     return inspect_notebook(str(path))
 
 
-def assign_parameters(
-    notebooks: Mapping[str, Path], parameters: Mapping[str, Any]
-) -> dict[str, dict[str, Any]]:
+def assign_parameters(notebooks: Mapping[str, Path], parameters: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """Give each notebook the parameters it knows; refuse a name that none of them knows.
 
     Raises

@@ -5,4 +5,4 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TQDM_DISABLE"] = "1"
 os.environ.setdefault("MPLBACKEND", "agg")
 
-import medrobust_lib  # noqa: E402, F401 - installs the torchvision guard before any test module imports it
+import medrobust_lib  # noqa: F401 - installs the torchvision guard before any test module imports it

@@ -148,9 +148,7 @@ def test_medimeta_lands_where_the_reader_looks(scripts, tmp_path, monkeypatch):
         archive.writestr("mammo_calc/splits/test.txt", "images/000000.tiff\n")
     content = source.read_bytes()
     remote = downloads.RemoteFile("mammo_calc.zip", CLOSED, len(content), downloads.file_hash(source, "md5"))
-    monkeypatch.setattr(
-        scripts["download_medimeta"], "zenodo_files", lambda record: {"mammo_calc.zip": remote}
-    )
+    monkeypatch.setattr(scripts["download_medimeta"], "zenodo_files", lambda record: {"mammo_calc.zip": remote})
     served(monkeypatch, scripts["download_medimeta"], content)
     for _ in range(2):
         invoke(scripts["download_medimeta"], "mammo", "--root", tmp_path)
@@ -289,9 +287,7 @@ def test_skincancer_follows_the_set_column(scripts, tmp_path):
     arguments = ["skincancer", "--source", source, "--root", tmp_path / "root", "--overwrite"]
     result = invoke(scripts["prepare_pathology"], *arguments, exit_code=1)
     assert "would have no test images of:" in result.stderr
-    assert (
-        manifest_of(tmp_path / "root", "pathology/skincancer")["counts"] == counts
-    )  # the old set is still whole
+    assert manifest_of(tmp_path / "root", "pathology/skincancer")["counts"] == counts  # the old set is still whole
     pd.DataFrame(rows).drop(columns="set").to_csv(source / "tiles-v2.csv", index=False)
     result = invoke(scripts["prepare_pathology"], *arguments, exit_code=1)
     assert "tiles-v2.csv has no column set; it has: file, class" in result.stderr
@@ -413,9 +409,7 @@ def test_rsna_keeps_an_nih_patient_together(scripts, tmp_path, rsna_source):
 def test_rsna_refuses_a_patient_with_two_classes(scripts, tmp_path, rsna_source):
     table = rsna_source / "stage_2_detailed_class_info.csv"
     table.write_text("patientId,class\np1,Normal\np1,Lung Opacity\n")
-    result = invoke(
-        scripts["prepare_chest_xray"], "rsna", "--source", rsna_source, "--root", tmp_path, exit_code=1
-    )
+    result = invoke(scripts["prepare_chest_xray"], "rsna", "--source", rsna_source, "--root", tmp_path, exit_code=1)
     assert "gives patient p1 two classes" in result.stderr
 
 
@@ -484,9 +478,7 @@ def test_two_images_of_one_name_are_refused(tmp_path):
     staged = preparation.StagedDataset("pathology/pannuke", tmp_path)
     pixels = np.zeros((4, 4, 3), dtype=np.uint8)
     staged.add("train", "benign", "1.png", pixels)
-    with pytest.raises(
-        ValueError, match=r"two images of pathology/pannuke would be called train/benign/1\.png"
-    ):
+    with pytest.raises(ValueError, match=r"two images of pathology/pannuke would be called train/benign/1\.png"):
         staged.add("train", "benign", "1.png", pixels)
 
 
@@ -566,9 +558,7 @@ def test_checkpoints_in_folders_of_the_hub_are_found(scripts, monkeypatch, model
     monkeypatch.setattr(script.HfApi, "list_repo_files", lambda self, repository: listed)
     files = script.published_files(script.find_model(model))
     matching = [file for file in files if "razaimam45/RobustMedCLIP" in file.url]
-    assert [(file.name, file.url.partition("/resolve/main/")[2]) for file in matching] == [
-        (Path(path).name, path)
-    ]
+    assert [(file.name, file.url.partition("/resolve/main/")[2]) for file in matching] == [(Path(path).name, path)]
 
 
 def test_weights_offline_or_unknown(scripts, tmp_path):
@@ -611,9 +601,7 @@ def test_the_data_root_is_the_librarys_unless_named(tmp_path, monkeypatch):
 @pytest.mark.parametrize("modality", ["oct", "all"])
 def test_contact_sheets_say_that_phantoms_are_synthetic(tmp_path, modality):
     path, script = tmp_path / "sheet.png", load_script("show_phantoms")
-    result = CliRunner().invoke(
-        script.app, [modality, "--image-size", "32", "--samples", "2", "--output", str(path)]
-    )
+    result = CliRunner().invoke(script.app, [modality, "--image-size", "32", "--samples", "2", "--output", str(path)])
     assert result.exit_code == 0, result.output
     assert path.read_bytes().startswith(b"\x89PNG")
     figure = script.overview(site="A", image_size=28)

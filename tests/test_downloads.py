@@ -127,9 +127,7 @@ def test_an_interrupted_transfer_goes_on_by_itself(site, tmp_path):
 
 def test_the_next_call_resumes(site, tmp_path):
     site.cut_after = 70_000
-    with pytest.raises(
-        DownloadError, match=r"cannot fetch http.*65536 bytes are kept in .*file\.bin\.part; run again"
-    ):
+    with pytest.raises(DownloadError, match=r"cannot fetch http.*65536 bytes are kept in .*file\.bin\.part; run again"):
         download(site.address, tmp_path / "file.bin", attempts=1)
     assert not (tmp_path / "file.bin").exists()
     assert (tmp_path / "file.bin.part").read_bytes() == BODY[:CHUNK_BYTES]
@@ -287,9 +285,7 @@ def test_a_damaged_archive_leaves_nothing(tmp_path):
     archive = make_zip(tmp_path / "a.zip", {"first.txt": b"fine", "second.txt": b"content " * 20})
     content = archive.read_bytes()
     archive.write_bytes(content.replace(b"content content", b"c0ntent content", 1))
-    with pytest.raises(
-        DownloadError, match=r"a\.zip is damaged: .*second\.txt.*Delete it and fetch it again"
-    ):
+    with pytest.raises(DownloadError, match=r"a\.zip is damaged: .*second\.txt.*Delete it and fetch it again"):
         extract(archive, tmp_path / "folder")
     assert [entry.name for entry in tmp_path.iterdir()] == ["a.zip"]
     archive.write_bytes(b"no archive at all")

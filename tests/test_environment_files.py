@@ -13,9 +13,8 @@ from packaging.version import Version
 
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-REQUIREMENTS = [
-    Requirement(line) for line in [*PROJECT["dependencies"], *sum(PROJECT["optional-dependencies"].values(), [])]
-]
+EXTRAS = PROJECT["optional-dependencies"].values()
+REQUIREMENTS = [Requirement(line) for group in (PROJECT["dependencies"], *EXTRAS) for line in group]
 PINS = {
     canonicalize_name(name): Version(version)
     for name, version in re.findall(r"^([\w.-]+)==([\w.+]+)", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
@@ -56,7 +55,7 @@ def test_every_package_that_is_named_is_used():
     """A dependency nobody imports or calls is a lie to the reader."""
     modules = {
         "open-clip-torch": "open_clip", "scikit-learn": "sklearn", "pillow": "PIL", "pyyaml": "yaml",
-        "pytest-cov": "--cov", "jupyterlab": "jupyter lab", "ipykernel": "ipykernel", "nbclient": "jupyter execute",
+        "pytest-cov": "--cov", "jupyterlab": "jupyter lab", "ipykernel": "-m ipykernel", "nbclient": "jupyter execute",
         "nbval": "--nbval-lax",
     }  # fmt: skip
     sources = [*ROOT.glob("medrobust_lib/**/*.py"), *ROOT.glob("data_scripts/*.py"), *ROOT.glob("tests/**/*.py")]

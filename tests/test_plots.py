@@ -25,11 +25,15 @@ def answers():
 def test_every_plot_labels_its_axes_with_units(answers):
     labels, predictions = answers
     probabilities = np.random.default_rng(1).dirichlet(np.ones(3), 60)
-    levels = pd.DataFrame({"model": "m", "sigma": [0.0, 0.5], "accuracy": [0.9, 0.2], "low": [0.8, 0.1], "high": [1, 0.3]})
+    levels = pd.DataFrame(
+        {"model": "m", "sigma": [0.0, 0.5], "accuracy": [0.9, 0.2], "low": [0.8, 0.1], "high": [1, 0.3]}
+    )
     shares = pd.DataFrame({"sigma": [0.0] * 3 + [0.5] * 3, "class": CLASSES * 2, "share": [0.3, 0.3, 0.4, 1, 0, 0]})
     features = pd.DataFrame({"x": [0, 1.0], "y": [1, 0.0], "class": CLASSES[:2], "kind": ["image", "text"]})
     spectrum = pd.DataFrame({"source": ["a", "a"], "frequency": [0.1, 0.2], "power": [1, 0.1]})
-    templates = pd.DataFrame({"template": ["{}", "ensemble of 2"], "accuracy": [0.5, 0.6], "low": [0.4, 0.5], "high": [0.6, 0.7]})
+    templates = pd.DataFrame(
+        {"template": ["{}", "ensemble of 2"], "accuracy": [0.5, 0.6], "low": [0.4, 0.5], "high": [0.6, 0.7]}
+    )
     draw = {
         "confusion": lambda ax: plots.plot_confusion(labels, predictions, CLASSES, ax),
         "recall": lambda ax: plots.plot_recall(labels, predictions, CLASSES, ax),

@@ -6,12 +6,12 @@ import pytest
 from medrobust_lib import runner
 from medrobust_lib.experiments import HEADLESS_VARIABLE, RUN_DIR_VARIABLE
 
-PARAMETERS = '''model: str = "demo-clip"  # model id
+PARAMETERS = """model: str = "demo-clip"  # model id
 n_images: int = 5  # how many
 sigma: float = 0.25  # noise
 sigmas: list[float] = [0.0]  # levels
 fast: bool = False  # skip the slow part
-'''
+"""
 
 
 def write_notebook(folder, name: str, *cells: str, parameters: str = PARAMETERS):

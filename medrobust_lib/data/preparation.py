@@ -104,9 +104,7 @@ class StagedDataset:
 
 
 @contextmanager
-def staged_dataset(
-    dataset_id: str, *, root: Path, origin: Origin, overwrite: bool
-) -> Iterator[StagedDataset]:
+def staged_dataset(dataset_id: str, *, root: Path, origin: Origin, overwrite: bool) -> Iterator[StagedDataset]:
     """Build a set aside; on leaving the block without an error it is checked and moved to ``ROOT/ID``.
 
     Parameters
@@ -131,9 +129,7 @@ def staged_dataset(
     if (final / MANIFEST_NAME).exists() and not overwrite:
         raise FileExistsError(f"{final} is prepared already; pass --overwrite to build it anew")
     if final.exists() and not overwrite:
-        raise FileExistsError(
-            f"{final} exists but was not made by this script; move it away or pass --overwrite"
-        )
+        raise FileExistsError(f"{final} exists but was not made by this script; move it away or pass --overwrite")
     final.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=final.parent, prefix=f".{final.name}-") as scratch:
         staged = StagedDataset(dataset_id, Path(scratch) / "new")
@@ -164,9 +160,7 @@ def class_counts(dataset_id: str, images: Path) -> dict[str, dict[str, int]]:
         unknown = [path.name for path in folders if wording.label_of(path.name) is None]
         if unknown:
             known = ", ".join(wording.names)
-            raise ValueError(
-                f"{dataset_id} has no class {unknown[0]!r} (in {split.name}); its classes are: {known}"
-            )
+            raise ValueError(f"{dataset_id} has no class {unknown[0]!r} (in {split.name}); its classes are: {known}")
     for split in ("train", "test"):
         filled = {wording.label_of(name) for name, count in counts.get(split, {}).items() if count}
         empty = [name for label, name in enumerate(wording.names) if label not in filled]
@@ -177,9 +171,7 @@ def class_counts(dataset_id: str, images: Path) -> dict[str, dict[str, int]]:
     return counts
 
 
-def split_by_group(
-    groups: Sequence[str], labels: Sequence[str], *, folds: int, seed: int
-) -> NDArray[np.bool_]:
+def split_by_group(groups: Sequence[str], labels: Sequence[str], *, folds: int, seed: int) -> NDArray[np.bool_]:
     """Choose about 1/`folds` of the rows for testing, class by class, never dividing a group.
 
     Parameters
@@ -271,18 +263,14 @@ def read_table(path: Path) -> pd.DataFrame:
     try:
         return pd.read_excel(path)
     except ImportError as error:
-        raise ImportError(
-            f"reading {path} needs openpyxl: `pip install openpyxl`, or save it as {as_csv}"
-        ) from error
+        raise ImportError(f"reading {path} needs openpyxl: `pip install openpyxl`, or save it as {as_csv}") from error
 
 
 def require_columns(table: pd.DataFrame, columns: Iterable[str], path: Path) -> None:
     """Raise a ValueError naming the columns that a table lacks and those it has."""
     missing = [column for column in columns if column not in table]
     if missing:
-        raise ValueError(
-            f"{path} has no column {', '.join(missing)}; it has: {', '.join(map(str, table.columns))}"
-        )
+        raise ValueError(f"{path} has no column {', '.join(missing)}; it has: {', '.join(map(str, table.columns))}")
 
 
 def obtain(
@@ -311,9 +299,7 @@ def obtain(
 def named_source(source: Path | None, command: Callable[..., None]) -> Path:
     """The folder given with ``--source``; without it an error with the command's own instructions."""
     if source is None:
-        raise ValueError(
-            f"this set is fetched by hand, then named with --source.\n\n{inspect.getdoc(command)}"
-        )
+        raise ValueError(f"this set is fetched by hand, then named with --source.\n\n{inspect.getdoc(command)}")
     return source
 
 

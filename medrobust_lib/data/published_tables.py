@@ -10,9 +10,7 @@ _FOLDER = files("medrobust_lib.data") / "published"
 
 def list_published() -> tuple[str, ...]:
     """Names that `load_published` accepts, sorted."""
-    return tuple(
-        sorted(path.name.removesuffix(".csv") for path in _FOLDER.iterdir() if path.name.endswith(".csv"))
-    )
+    return tuple(sorted(path.name.removesuffix(".csv") for path in _FOLDER.iterdir() if path.name.endswith(".csv")))
 
 
 def load_published(name: str) -> pd.DataFrame:

@@ -77,9 +77,7 @@ def find_vocabulary(entry: ModelEntry, repository: str, *, weights_dir: Path | N
         with hub_access(offline=offline):
             return Path(hf_hub_download(repository, VOCABULARY_NAME, local_files_only=offline))
     except OSError as error:
-        looked = ", ".join(
-            [*map(str, places), f"{repository} on the hub" + (" (cache only)" if offline else "")]
-        )
+        looked = ", ".join([*map(str, places), f"{repository} on the hub" + (" (cache only)" if offline else "")])
         raise FileNotFoundError(
             f"no vocab.txt for the tokenizer of {entry.id}; looked at: {looked}. "
             f"Run `python data_scripts/fetch_weights.py {entry.id}`"
@@ -108,9 +106,7 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
         raise ValueError(f"{path} holds no state dict but an object of type {type(content).__name__}")
     for key, value in content.items():
         if not isinstance(value, Tensor):
-            raise ValueError(
-                f"{path} is no state dict: {key!r} is of type {type(value).__name__}, not a tensor"
-            )
+            raise ValueError(f"{path} is no state dict: {key!r} is of type {type(value).__name__}, not a tensor")
     if all(key.startswith("module.") for key in content):
         return {key.removeprefix("module."): value for key, value in content.items()}
     return dict(content)

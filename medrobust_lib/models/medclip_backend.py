@@ -157,9 +157,7 @@ class _TextTower(nn.Module):
         ).hidden_states
         layers = (hidden[1] + hidden[2] + hidden[-1]) / 3
         weights = pooled.to(layers.dtype)
-        return self.projection_head(
-            (weights[:, :, None] * layers).sum(dim=1) / weights.sum(dim=1, keepdim=True)
-        )
+        return self.projection_head((weights[:, :, None] * layers).sum(dim=1) / weights.sum(dim=1, keepdim=True))
 
 
 class MedCLIPNetwork(nn.Module):
@@ -325,13 +323,9 @@ def read_tokenizer(vocabulary: Path, *, vocab_size: int) -> BertWordPieceTokeniz
             f"{vocabulary} holds {tokenizer.get_vocab_size():,} tokens, but {vocab_size:,} expected by the text "
             "tower: it belongs to another model or is cut short; delete it and fetch it again"
         )
-    lacking = [
-        token for token in ("[PAD]", "[UNK]", "[CLS]", "[SEP]") if tokenizer.token_to_id(token) is None
-    ]
+    lacking = [token for token in ("[PAD]", "[UNK]", "[CLS]", "[SEP]") if tokenizer.token_to_id(token) is None]
     if lacking:
-        raise ValueError(
-            f"{vocabulary} lacks the special tokens {', '.join(lacking)}: it is no BERT vocabulary"
-        )
+        raise ValueError(f"{vocabulary} lacks the special tokens {', '.join(lacking)}: it is no BERT vocabulary")
     return tokenizer
 
 

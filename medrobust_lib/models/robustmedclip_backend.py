@@ -50,8 +50,7 @@ class QKVAdapter:
         for part, shape in shapes.items():
             if shape != ((rank, width), (width, rank)):
                 raise ValueError(
-                    f"the {part} adapter has A {shape[0]} and B {shape[1]}, not A {(rank, width)} and "
-                    f"B {(width, rank)}"
+                    f"the {part} adapter has A {shape[0]} and B {shape[1]}, not A {(rank, width)} and B {(width, rank)}"
                 )
 
     @property
@@ -114,9 +113,7 @@ def short_adapters(tensors: Mapping[str, Tensor], *, blocks: int, source: str | 
         )
     pairs = [(sides["a"][number], sides["b"][number]) for number in numbers]
     step = len(parts)
-    return [
-        QKVAdapter(dict(zip(parts, pairs[i : i + step], strict=True))) for i in range(0, len(pairs), step)
-    ]
+    return [QKVAdapter(dict(zip(parts, pairs[i : i + step], strict=True))) for i in range(0, len(pairs), step)]
 
 
 def split_full_checkpoint(

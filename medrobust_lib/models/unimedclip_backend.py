@@ -166,9 +166,7 @@ def load_unimedclip(
         network = build_network(architecture, text_folder=folder)
         tokenizer = _read_tokenizer(vocabulary, architecture, folder)
     load_strictly(network, convert_state_dict(read_state_dict(weights)), source=weights)
-    encoder = OpenClipEncoder(
-        network, tokenizer, id=entry.id, provenance=describe_files(entry, weights, vocabulary)
-    )
+    encoder = OpenClipEncoder(network, tokenizer, id=entry.id, provenance=describe_files(entry, weights, vocabulary))
     return encoder.eval().requires_grad_(False)
 
 

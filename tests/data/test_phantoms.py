@@ -91,12 +91,8 @@ def test_another_split_is_another_scene(modality):
 
 @every_modality
 def test_sites_record_differently(modality):
-    site_a, site_b = (
-        render_phantoms(modality, range(24), split="test", site=site, image_size=28)[0] for site in "AB"
-    )
-    colours_a, colours_b = (
-        images.mean((1, 2)) / images.mean((1, 2, 3))[:, None] for images in (site_a, site_b)
-    )
+    site_a, site_b = (render_phantoms(modality, range(24), split="test", site=site, image_size=28)[0] for site in "AB")
+    colours_a, colours_b = (images.mean((1, 2)) / images.mean((1, 2, 3))[:, None] for images in (site_a, site_b))
     contrast_a, contrast_b = (images.std((1, 2, 3)) for images in (site_a, site_b))
     fine_a, fine_b = (np.abs(np.diff(i.astype(float), axis=2)).mean((1, 2, 3)) for i in (site_a, site_b))
     features_a = np.column_stack([colours_a, contrast_a, fine_a, site_a.mean((1, 2, 3))])

@@ -85,8 +85,8 @@ def published_swin_keys(swin):
             assert published[
                 f"encoder.layers.{layer}.blocks.{block}.attention.self.relative_position_bias_table"
             ].shape == (169, heads)
-            published[f"encoder.layers.{layer}.blocks.{block}.attention.self.relative_position_index"] = (
-                torch.zeros(49, 49)
+            published[f"encoder.layers.{layer}.blocks.{block}.attention.self.relative_position_index"] = torch.zeros(
+                49, 49
             )
     return published
 
@@ -127,25 +127,16 @@ def bert_hidden_states(tensors, ids, mask):
         return functional.linear(x, tensors[f"{name}.weight"], tensors[f"{name}.bias"])
 
     def norm(x, name):
-        return functional.layer_norm(
-            x, x.shape[-1:], tensors[f"{name}.weight"], tensors[f"{name}.bias"], eps=1e-12
-        )
+        return functional.layer_norm(x, x.shape[-1:], tensors[f"{name}.weight"], tensors[f"{name}.bias"], eps=1e-12)
 
     def heads(x):
         return x.unflatten(-1, (TINY_BERT.num_attention_heads, -1)).transpose(1, 2)
 
-    x = (
-        tensors["embeddings.word_embeddings.weight"][ids]
-        + tensors["embeddings.token_type_embeddings.weight"][0]
-    )
-    states = [
-        norm(x + tensors["embeddings.position_embeddings.weight"][: ids.shape[1]], "embeddings.LayerNorm")
-    ]
+    x = tensors["embeddings.word_embeddings.weight"][ids] + tensors["embeddings.token_type_embeddings.weight"][0]
+    states = [norm(x + tensors["embeddings.position_embeddings.weight"][: ids.shape[1]], "embeddings.LayerNorm")]
     for layer in range(TINY_BERT.num_hidden_layers):
         x, block = states[-1], f"encoder.layer.{layer}"
-        query, key, value = (
-            heads(linear(x, f"{block}.attention.self.{n}")) for n in ("query", "key", "value")
-        )
+        query, key, value = (heads(linear(x, f"{block}.attention.self.{n}")) for n in ("query", "key", "value"))
         scores = query @ key.transpose(-1, -2) / math.sqrt(query.shape[-1])
         weights = scores.masked_fill(~mask[:, None, None, :], -torch.inf).softmax(dim=-1)
         attended = linear((weights @ value).transpose(1, 2).flatten(2), f"{block}.attention.output.dense")
@@ -174,9 +165,7 @@ def upstream_pixels(image, size):
     square = Image.new("L", (side, side), 0)
     square.paste(image, (int((side - image.width) / 2), int((side - image.height) / 2)))
     pixels = np.asarray(square.resize((size, size), Image.Resampling.BICUBIC), dtype=np.float64) / 255
-    return (torch.from_numpy((pixels - 0.5862785803043838) / 0.27950088968644304).float()).expand(
-        1, 3, size, size
-    )
+    return (torch.from_numpy((pixels - 0.5862785803043838) / 0.27950088968644304).float()).expand(1, 3, size, size)
 
 
 def entry(model_id):
@@ -316,9 +305,7 @@ def test_preprocessing_equals_the_published_feature_extractor(model, published, 
     array = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
     image = Image.fromarray(array)
     prepared = model.prepare([image])
-    mean, std = (
-        torch.tensor(v).view(1, 3, 1, 1) for v in (model.preprocessing.mean, model.preprocessing.std)
-    )
+    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (model.preprocessing.mean, model.preprocessing.std))
     assert torch.allclose((prepared - mean) / std, upstream_pixels(image, 56), atol=1e-5)
 
 
@@ -327,9 +314,7 @@ def test_resnet_features_equal_torchvision(published, tmp_path):
     resnet = ResNet(Bottleneck, [1, 1, 1, 1])
     resnet.fc = torch.nn.Linear(2048, 24, bias=False)
     with torch.no_grad():
-        resnet.train()(
-            torch.rand(16, 3, 64, 64, generator=generator)
-        )  # running statistics other than 0 and 1
+        resnet.train()(torch.rand(16, 3, 64, 64, generator=generator))  # running statistics other than 0 and 1
     state_dict = {key: value for key, value in published[0].items() if not key.startswith("vision_model.")}
     state_dict |= {f"vision_model.model.{key}": value for key, value in resnet.state_dict().items()}
     weights = write_weights(tmp_path / "medclip-rn50", state_dict)
@@ -338,9 +323,7 @@ def test_resnet_features_equal_torchvision(published, tmp_path):
     with torch.no_grad():
         expected = unit(resnet.eval()((pixels - 0.5862785803043838) / 0.27950088968644304))
         assert torch.allclose(model.encode_image(pixels), expected, atol=1e-5, rtol=0)
-        assert torch.allclose(model.encode_image(pixels[:1]), expected[:1], atol=1e-5, rtol=0), (
-            "no batch statistics"
-        )
+        assert torch.allclose(model.encode_image(pixels[:1]), expected[:1], atol=1e-5, rtol=0), "no batch statistics"
 
 
 @pytest.mark.parametrize(("stored", "scale"), [(3.2, math.exp(3.2)), (6.0, math.exp(4.6052)), (-1.0, 1.0)])
@@ -380,17 +363,11 @@ def full_size_swin_keys():
 
 def test_full_size_layouts():
     with torch.device("meta"):
-        vit, resnet = (
-            MedCLIPNetwork(published_architecture(name)) for name in ("medclip-vit", "medclip-rn50")
-        )
+        vit, resnet = (MedCLIPNetwork(published_architecture(name)) for name in ("medclip-vit", "medclip-rn50"))
     assert sum(p.numel() for p in vit.vision_model.model.parameters()) == 27_519_354
     assert sum(p.numel() for p in vit.text_model.model.parameters()) == 108_310_272
     assert sum(p.numel() for p in resnet.vision_model.parameters()) == 23_508_032 + 2048 * 512
-    assert (
-        vit.vision_model.projection_head.weight.shape
-        == vit.text_model.projection_head.weight.shape
-        == (512, 768)
-    )
+    assert vit.vision_model.projection_head.weight.shape == vit.text_model.projection_head.weight.shape == (512, 768)
     text_keys = {key for key in vit.state_dict() if not key.startswith("vision_model.")}
     assert {
         "logit_scale",
@@ -408,13 +385,9 @@ def test_keys_of_the_installed_library_are_kept(model):
 
 
 def test_missing_and_unexpected_keys_are_listed(published, tmp_path):
-    broken = {
-        key: value for key, value in published[0].items() if "text_model.model.encoder.layer.1" not in key
-    }
+    broken = {key: value for key, value in published[0].items() if "text_model.model.encoder.layer.1" not in key}
     weights = write_weights(tmp_path / "medclip-vit", broken | {"surplus.weight": torch.zeros(1)})
-    with pytest.raises(
-        ValueError, match=r"16 missing.*text_model\.model\.encoder\.layer\.1.*and 6 more"
-    ) as error:
+    with pytest.raises(ValueError, match=r"16 missing.*text_model\.model\.encoder\.layer\.1.*and 6 more") as error:
         load_medclip(entry("medclip-vit"), weights_dir=weights, offline=True, architecture=SWIN)
     assert "1 unexpected" in str(error.value)
     assert "surplus.weight" in str(error.value)

@@ -152,9 +152,7 @@ def load(root):
 
 
 def normalised(model, pixels):
-    mean, std = (
-        torch.tensor(v).view(1, 3, 1, 1) for v in (model.preprocessing.mean, model.preprocessing.std)
-    )
+    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (model.preprocessing.mean, model.preprocessing.std))
     return (pixels - mean) / std
 
 
@@ -163,9 +161,7 @@ def random_pixels():
 
 
 def test_full_checkpoint_gives_the_authors_features(authors, base_folder, weights_dir):
-    state_dict = authors.state_dict() | {
-        "text_encoder.transformer.embeddings.position_ids": torch.arange(64)[None]
-    }
+    state_dict = authors.state_dict() | {"text_encoder.transformer.embeddings.position_ids": torch.arange(64)[None]}
     torch.save(state_dict, weights_dir / "robustmedclip" / "model.pth")
     save_file({"w_a_000": torch.zeros(1)}, weights_dir / "robustmedclip" / "lora_weights.safetensors")
     model = load(weights_dir)
@@ -246,8 +242,7 @@ def test_parameter_count_of_the_published_adapters():
         trunk = timm.create_model("vit_base_patch16_224", num_classes=0)
         layers = [AuthorsQKV(block.attn.qkv, 16, None) for block in trunk.blocks]
     factors = [
-        {p: (getattr(x, f"linear_a_{p}").weight, getattr(x, f"linear_b_{p}").weight) for p in "qkv"}
-        for x in layers
+        {p: (getattr(x, f"linear_a_{p}").weight, getattr(x, f"linear_b_{p}").weight) for p in "qkv"} for x in layers
     ]
     adapters = [QKVAdapter(f) for f in factors]
     numbers = [t.numel() for adapter in adapters for pair in adapter.factors.values() for t in pair]
@@ -257,9 +252,7 @@ def test_parameter_count_of_the_published_adapters():
 
 def test_fused_factors_are_stacked_and_block_diagonal():
     generator = torch.Generator().manual_seed(4)
-    factors = {
-        p: (torch.randn(2, 5, generator=generator), torch.randn(5, 2, generator=generator)) for p in "qv"
-    }
+    factors = {p: (torch.randn(2, 5, generator=generator), torch.randn(5, 2, generator=generator)) for p in "qv"}
     a, b = QKVAdapter(factors).fused()
     thirds = (b @ a).chunk(3)
     assert torch.allclose(thirds[0], factors["q"][1] @ factors["q"][0])
@@ -301,9 +294,7 @@ def test_wrong_number_of_pairs_is_refused():
     tensors = {f"w_{side}_{n:03d}": torch.zeros(2, 2) for side in "ab" for n in range(5)}
     with pytest.raises(ValueError, match=r"5 adapter pairs.*12 blocks needs 24 \(q, v\) or 36 \(q, k, v\)"):
         short_adapters(tensors, blocks=12, source="file")
-    with pytest.raises(
-        ValueError, match=r"pairs numbered from 0; found w_a \[0, 1, 2, 3, 4\], w_b \[0, 1, 2, 3\]"
-    ):
+    with pytest.raises(ValueError, match=r"pairs numbered from 0; found w_a \[0, 1, 2, 3, 4\], w_b \[0, 1, 2, 3\]"):
         short_adapters({k: v for k, v in tensors.items() if k != "w_b_004"}, blocks=12, source="file")
 
 
@@ -318,9 +309,7 @@ def test_adapters_of_another_tower_are_refused(authors):
     adapters, _ = split_full_checkpoint(authors.state_dict(), blocks=6, source="file")
     visual = nn.Module()
     visual.trunk = timm.create_model("test_vit2", num_classes=0)
-    with pytest.raises(
-        ValueError, match=r"6 adapters of rank \[4\] and width \[64\] do not fit a tower of 8 blocks"
-    ):
+    with pytest.raises(ValueError, match=r"6 adapters of rank \[4\] and width \[64\] do not fit a tower of 8 blocks"):
         attach_adapters(visual, adapters)
 
 

@@ -67,9 +67,7 @@ def fork_image_features(tensors, pixels):
     """The fork's image tower: pre-norm blocks, QuickGELU, class token, projection."""
 
     def norm(x, name):
-        return functional.layer_norm(
-            x, (WIDTH,), tensors[f"visual.{name}.weight"], tensors[f"visual.{name}.bias"]
-        )
+        return functional.layer_norm(x, (WIDTH,), tensors[f"visual.{name}.weight"], tensors[f"visual.{name}.bias"])
 
     x = functional.conv2d(pixels, tensors["visual.conv1.weight"], stride=PATCH).flatten(2).transpose(1, 2)
     x = torch.cat([tensors["visual.class_embedding"].expand(len(x), 1, -1), x], dim=1)
@@ -145,9 +143,7 @@ def model(fork, tmp_path_factory):
 
 def test_image_features_equal_the_fork(model, fork):
     pixels = torch.rand(3, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(1))
-    mean, std = (
-        torch.tensor(v).view(1, 3, 1, 1) for v in (model.preprocessing.mean, model.preprocessing.std)
-    )
+    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (model.preprocessing.mean, model.preprocessing.std))
     features = model.encode_image(pixels)
     assert torch.allclose(features, fork_image_features(fork[0], (pixels - mean) / std), atol=1e-5, rtol=0)
     assert (features[0] - features[1]).abs().max() > 1e-3
@@ -198,9 +194,7 @@ def test_full_size_layout(tmp_path):
 
 
 def test_unknown_and_missing_keys_are_listed(fork, tmp_path):
-    broken = {
-        key: t for key, t in fork[0].items() if not key.startswith("text_encoder.transformer.encoder.layer.1")
-    }
+    broken = {key: t for key, t in fork[0].items() if not key.startswith("text_encoder.transformer.encoder.layer.1")}
     broken |= {"token_embedding.weight": torch.zeros(1), "text_encoder.adapter.bias": torch.zeros(1)}
     with pytest.raises(
         ValueError, match=r"16 missing keys: text\.transformer\.encoder\.layer\.1.* and 6 more"

@@ -13,9 +13,7 @@ from numpy.typing import NDArray
 from medrobust_lib.data.phantoms import blood, breast, chest, fundus, histology, oct
 from medrobust_lib.data.phantoms.acquisition import Site, acquire
 
-MODALITIES = {
-    module.__name__.rpartition(".")[2]: module for module in (histology, blood, breast, chest, fundus, oct)
-}
+MODALITIES = {module.__name__.rpartition(".")[2]: module for module in (histology, blood, breast, chest, fundus, oct)}
 SITES = ("A", "B")
 # "pretrain" exists to train demo models; the benchmark never reads it.
 SPLITS = {"train": 1440, "val": 360, "test": 720, "pretrain": 5040}

@@ -153,9 +153,7 @@ def _immature_granulocyte(rng: np.random.Generator, centre: NDArray, unit: float
     body = blob(rng, centre, radius, irregularity=0.035, aspect=rng.uniform(1, 1.2), angle=angle)
     share = rng.uniform(0.62, 0.74)
     seat = centre + (0.9 - share) * radius * np.array([np.cos(angle), np.sin(angle)])
-    nucleus = blob(
-        rng, seat, share * radius, aspect=rng.uniform(1.1, 1.4), angle=angle + np.pi / 2, irregularity=0.03
-    )
+    nucleus = blob(rng, seat, share * radius, aspect=rng.uniform(1.1, 1.4), angle=angle + np.pi / 2, irregularity=0.03)
     if rng.random() < 0.6:
         nucleus = _indent(nucleus, seat, share * radius, angle + np.pi, depth=rng.uniform(0.15, 0.45))
     granules = _inside(rng, centre, radius * 0.92, radius * 0.12, drop=0.35)

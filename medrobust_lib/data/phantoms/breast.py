@@ -158,9 +158,7 @@ def _paint(
     tissue = tissue * (1 - inside) + np.clip(echo, 0.02, 1) * inside
     for _ in range(calcifications):
         spot_x, spot_y = rng.uniform(-0.55, 0.55, 2)
-        tissue = tissue + rng.uniform(0.3, 0.6) * bell(
-            np.hypot(along - spot_x, through - spot_y), 0.009 / scale
-        )
+        tissue = tissue + rng.uniform(0.3, 0.6) * bell(np.hypot(along - spot_x, through - spot_y), 0.009 / scale)
 
     # Two grain sizes keep the speckle visible in thumbnails and fine on large images.
     grain = 0.5 * speckle(rng, side, (64, 44)) + 0.5 * speckle(rng, side, (150, 100))

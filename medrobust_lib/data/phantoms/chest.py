@@ -277,9 +277,7 @@ def _consolidation(rng: np.random.Generator, chest: Chest) -> Field:
         # An upper lobe ends sharply at the horizontal fissure.
         patch = step(1.35 - ratio, 0.7) * step(level + 0.1 + 0.1 * (np.abs(chest.x) - 0.5) - chest.y, 0.03)
     start = centre - np.array([sign * 0.2, 0.0])
-    air = _outward(
-        rng, np.tile(start, (4, 1)), rng.uniform(-0.8, 0.9, 4), rng.uniform(0.25, 0.45, 4), curl=0.4
-    )
+    air = _outward(rng, np.tile(start, (4, 1)), rng.uniform(-0.8, 0.9, 4), rng.uniform(0.25, 0.45, 4), curl=0.4)
     bronchi = trace(side, list(chest.to_image(air)), 0.011, softness=0.003) * rng.uniform(0.1, 0.45)
     texture = 1 + 0.1 * smooth_noise(rng, side, (22, 22))
     return rng.uniform(0.2, 0.5) * patch * texture * (1 - bronchi) * np.sqrt(chest.lungs)
@@ -302,9 +300,7 @@ def _interstitial(rng: np.random.Generator, chest: Chest, *, severity: float) ->
     headings = rng.uniform(-1.5, 1.5, 56)
     toward = np.column_stack([np.tile([-1, 1], 28) * np.cos(headings), np.sin(headings)])
     starts = np.tile(hila, (28, 1)) + rng.uniform(0, 0.45, (56, 1)) * toward
-    streaks = _outward(
-        rng, starts, headings + rng.normal(0, 0.35, 56), rng.uniform(0.06, 0.2, 56), curl=0.4, steps=4
-    )
+    streaks = _outward(rng, starts, headings + rng.normal(0, 0.35, 56), rng.uniform(0.06, 0.2, 56), curl=0.4, steps=4)
     turn = np.linspace(0, 2 * np.pi, 13)
     circle = np.column_stack([np.cos(turn), np.sin(turn)])
     cuffs = rng.uniform(0.018, 0.03, (6, 1, 1)) * circle + starts[:6, None]

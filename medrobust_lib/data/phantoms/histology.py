@@ -136,9 +136,7 @@ def _mucus(rng: np.random.Generator, size: int, zoom: float) -> Layers:
     threads = noise_at(rng, 2.2 * along / zoom, 13 * (across + bend) / zoom)
     wisps = noise_at(rng, 3 * along / zoom, 26 * (across + 1.2 * bend) / zoom)
     patches = fractal_noise(rng, size, scale=0.3)
-    strands = np.exp(-7 * threads**2) * ramp(patches, -1.0, 1.0) + 0.35 * np.exp(-3 * wisps**2) * ramp(
-        patches, 1, -1
-    )
+    strands = np.exp(-7 * threads**2) * ramp(patches, -1.0, 1.0) + 0.35 * np.exp(-3 * wisps**2) * ramp(patches, 1, -1)
     cloud = rng.uniform(0.15, 0.45) * (1 + 0.45 * fractal_noise(rng, size, scale=0.4))
     mucin = np.maximum(cloud + rng.uniform(0.2, 0.5) * strands, 0.02)
     count = int(rng.integers(0, 7))
@@ -263,9 +261,7 @@ def _stroma(rng: np.random.Generator, size: int, zoom: float) -> Layers:
     shapes = spindles(rng, seats, flow, lengths, widths, roundness=1.6, bend=0.8)
     nuclei = fill(size, shapes, rng.uniform(0.6, 1, len(seats)), softness=0.003)
     count = int(rng.integers(0, 16))
-    round_cells = _nuclei(
-        rng, size, rng.random((count, 2)), zoom * rng.uniform(0.022, 0.027, count), speckle=0.2
-    )
+    round_cells = _nuclei(rng, size, rng.random((count, 2)), zoom * rng.uniform(0.022, 0.027, count), speckle=0.2)
     haematoxylin = 1.1 * np.maximum(nuclei, round_cells) + 0.08 * (1 - loose)
     return [(haematoxylin, HAEMATOXYLIN), (np.maximum(eosin, 0.04), EOSIN), (0.12 * loose, MUCIN)]
 

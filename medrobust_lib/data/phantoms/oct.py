@@ -199,9 +199,7 @@ def _healthy(rng: np.random.Generator, side: int) -> Retina:
     count = len(COMPARTMENTS)
     beside, left, echoes = (np.array(values)[:, None] for values in list(zip(*COMPARTMENTS, strict=True))[1:])
     wavy = resample(rng.standard_normal((count, 7), dtype=np.float32), (count, side))
-    thickness = (
-        beside * scale * rng.uniform(0.88, 1.12, (count, 1)) * (1 + (left - 1) * pit) * (1 + 0.03 * wavy)
-    )
+    thickness = beside * scale * rng.uniform(0.88, 1.12, (count, 1)) * (1 + (left - 1) * pit) * (1 + 0.03 * wavy)
     # The nerve fibre layer is thicker towards the optic disc, on either side.
     thickness[0] *= (1 + rng.uniform(-1.2, 1.2) * (x - fovea))[0]
     thickness = thickness.astype(np.float32)
@@ -264,9 +262,7 @@ def _scan(
     bounds = [retina.top(layer) for layer in range(len(COMPARTMENTS))] + [retina.membrane]
     image = np.zeros((side, side), np.float32) + 0.045
     for layer, echo in enumerate(retina.echo):
-        inside = np.clip((y - bounds[layer]) / blur + 0.5, 0, 1) * np.clip(
-            (bounds[layer + 1] - y) / blur + 0.5, 0, 1
-        )
+        inside = np.clip((y - bounds[layer]) / blur + 0.5, 0, 1) * np.clip((bounds[layer + 1] - y) / blur + 0.5, 0, 1)
         # Compartments thinner than the transition must not add light.
         inside = np.minimum(inside, np.clip((bounds[layer + 1] - bounds[layer]) / blur, 0, 1))
         image = image + inside * (echo - 0.045)

@@ -112,9 +112,7 @@ def blobs(
     )
     turn = np.linspace(0, 2 * np.pi, points, endpoint=False)
     order = np.arange(2, harmonics + 2)
-    weight = irregularity * (
-        rng.standard_normal((count, harmonics)) + 1j * rng.standard_normal((count, harmonics))
-    )
+    weight = irregularity * (rng.standard_normal((count, harmonics)) + 1j * rng.standard_normal((count, harmonics)))
     waves = np.exp(1j * order[:, None] * turn) / np.sqrt(2 * (order - 1))[:, None]
     reach = radii * np.maximum(1 + (weight @ waves).real, 0.2)
     along, across = reach * np.cos(turn) * np.sqrt(aspect), reach * np.sin(turn) / np.sqrt(aspect)
@@ -172,19 +170,13 @@ def trace(
     layer = Image.new("L", (size * factor, size * factor), 0)
     pen = ImageDraw.Draw(layer)
     count = len(paths)
-    for path, width, value in zip(
-        paths, np.broadcast_to(widths, count), np.broadcast_to(values, count), strict=True
-    ):
+    for path, width, value in zip(paths, np.broadcast_to(widths, count), np.broadcast_to(values, count), strict=True):
         pixels = (np.asarray(path) * size * factor).ravel().tolist()
-        pen.line(
-            pixels, fill=round(255 * float(value)), width=max(1, round(width * size * factor)), joint="curve"
-        )
+        pen.line(pixels, fill=round(255 * float(value)), width=max(1, round(width * size * factor)), joint="curve")
     return _field(layer, factor, softness)
 
 
-def dots(
-    size: int, centres: ArrayLike, radii: ArrayLike, values: ArrayLike = 1.0, *, softness: float = 0.0
-) -> Field:
+def dots(size: int, centres: ArrayLike, radii: ArrayLike, values: ArrayLike = 1.0, *, softness: float = 0.0) -> Field:
     """Draw discs at ``centres`` [n, 2] with radii in fractions of the side."""
     factor = _oversampling(size)
     layer = Image.new("L", (size * factor, size * factor), 0)
