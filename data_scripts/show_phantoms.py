@@ -44,7 +44,7 @@ def main(
         else:
             figure = contact_sheet(modality.value, sites=sites, image_size=image_size, samples=samples)
         path = output or Path(f"phantoms-{modality.value}.png")
-        figure.savefig(path, dpi=150)
+        figure.savefig(path, dpi=110)
     typer.echo(f"wrote {path}")
 
 

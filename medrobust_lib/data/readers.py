@@ -19,13 +19,13 @@ from numpy.typing import NDArray
 
 from medrobust_lib.data.dataset import check_labels
 from medrobust_lib.data.decoding import IMAGE_SUFFIXES, image_shape, read_image
+from medrobust_lib.data.npz import member_header, member_rows
 from medrobust_lib.data.wording import ClassWording, suggest
 
 UNSPLIT = "all"
 SPLITS = ("train", "val", "test")
 _SPLIT_SPELLINGS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val"}
 _SPLIT_SPELLINGS |= {"test": "test", "testing": "test"}
-_NPY_HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
 
 Images = Iterator[NDArray[np.uint8]]
 
@@ -91,7 +91,7 @@ def medmnist_split(path: Path, split: str, wording: ClassWording) -> Split:
             keys = archive.files
             labels = archive[f"{split}_labels"] if f"{split}_labels" in keys else None
         with zipfile.ZipFile(path) as archive:
-            shape, _ = _npy_header(archive, f"{split}_images") if f"{split}_images" in keys else ((), 0)
+            shape, _ = member_header(archive, f"{split}_images") if f"{split}_images" in keys else ((), 0)
     except (zipfile.BadZipFile, zlib.error, OSError, EOFError, ValueError, TypeError) as error:
         raise ValueError(f"{path} is not a readable MedMNIST file: {error}. Download it again.") from error
     if labels is None or not shape:
@@ -104,7 +104,7 @@ def medmnist_split(path: Path, split: str, wording: ClassWording) -> Split:
         codes=wording.names,
         names=wording.prompt_nouns,
         shapes=lambda: {(shape[1], shape[2])},
-        read=lambda positions: _npz_rows(path, f"{split}_images", positions),
+        read=lambda positions: map(_rgb, member_rows(path, f"{split}_images", positions)),
         source=str(path),
     )
 
@@ -362,32 +362,6 @@ def _hdf5_images(
                 yield _rgb(container["images"][members[position]])
 
     return lambda: {(shape[1], shape[2])}, read
-
-
-def _npy_header(archive: zipfile.ZipFile, member: str) -> tuple[tuple[int, ...], int]:
-    with archive.open(f"{member}.npy") as stream:
-        version = np.lib.format.read_magic(stream)
-        if version not in _NPY_HEADERS:
-            raise ValueError(f"{member} is written in NPY version {version}")
-        shape, fortran_order, dtype = _NPY_HEADERS[version](stream)
-        if fortran_order or dtype != np.uint8:
-            raise ValueError(f"{member} is {dtype}{' in Fortran order' * fortran_order}, not uint8 in C order")
-        return shape, stream.tell()
-
-
-def _npz_rows(path: Path, member: str, positions: NDArray[np.int64]) -> Images:
-    # Streamed: a 224 px member is gigabytes once unpacked, a drawn subset megabytes.
-    with zipfile.ZipFile(path) as archive:
-        shape, offset = _npy_header(archive, member)
-        size = int(np.prod(shape[1:]))
-        with archive.open(f"{member}.npy") as stream:
-            for position in positions:
-                try:
-                    stream.seek(offset + int(position) * size)
-                    row = np.frombuffer(stream.read(size), np.uint8).reshape(shape[1:])
-                except (zipfile.BadZipFile, zlib.error, EOFError, ValueError) as error:
-                    raise ValueError(f"{path}: {member} is damaged at image {position}: {error}") from error
-                yield _rgb(row)
 
 
 def _rgb(image: NDArray[np.uint8]) -> NDArray[np.uint8]:

@@ -3,8 +3,6 @@
 import json
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +11,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from medrobust_lib.data import phantoms
+from medrobust_lib.data.catalogue import DATASETS, FALLBACK_SIZE, NOT_COUNTED, DatasetEntry
 from medrobust_lib.data.dataset import ImageDataset, check_classes, check_labels, stratified_positions
 from medrobust_lib.data.decoding import fit_square
 from medrobust_lib.data.readers import (
@@ -28,115 +27,6 @@ from medrobust_lib.data.readers import (
 from medrobust_lib.data.wording import SITE_A, ClassWording, class_wording, suggest
 
 __all__ = ["ClassWording", "class_wording", "default_data_root", "list_datasets", "load_dataset"]
-
-FALLBACK_SIZE = 224
-PHANTOM_SIZE = 64
-_NOT_COUNTED = (None, None, None)
-
-
-@dataclass(frozen=True)
-class _Row:
-    id: str
-    kind: str
-    location: str
-    modality: str
-    image_size: int
-    sizes: tuple[int | None, int | None, int | None]
-    licence: str
-    source: str
-    command: str = ""
-
-
-def _phantom(name: str, modality: str) -> tuple[_Row, _Row]:
-    row = partial(
-        _Row,
-        kind="phantom",
-        location="",
-        modality=modality,
-        image_size=PHANTOM_SIZE,
-        sizes=tuple(phantoms.SPLITS[split] for split in SPLITS),
-        licence="MIT (drawn by this package)",
-    )
-    return (
-        row(id=f"phantom/{name}", source="synthetic phantoms, acquisition site B (benchmark)"),
-        row(
-            id=f"phantom/{name}{SITE_A}",
-            source="synthetic phantoms, acquisition site A (demo-clip's training site)",
-        ),
-    )
-
-
-def _medmnist(name: str, modality: str, *sizes: int) -> _Row:
-    source = f"MedMNIST v2, {name}mnist (Yang et al. 2023), https://zenodo.org/records/10519652"
-    command = f"python data_scripts/download_medmnist.py {name}"
-    location = f"medmnist/{name}mnist"
-    return _Row(f"medmnist/{name}", "medmnist", location, modality, 28, sizes, "CC BY 4.0", source, command)
-
-
-def _medimeta(name: str, folder: str, modality: str, *sizes: int) -> _Row:
-    source = f"MedIMeta, {folder} (Woerner et al. 2025), https://zenodo.org/records/7884735"
-    command = f"python data_scripts/download_medimeta.py {name}"
-    location = f"medimeta/{folder}"
-    return _Row(
-        f"medimeta/{name}", "medimeta", location, modality, 224, sizes, "CC BY-SA 4.0, see info.yaml", source, command
-    )
-
-
-def _folders(id: str, modality: str, licence: str, source: str, *, script: str, sizes: tuple = _NOT_COUNTED) -> _Row:
-    command = f"python data_scripts/{script} {id.rpartition('/')[2]}"
-    return _Row(id, "folders", id, modality, FALLBACK_SIZE, sizes, licence, source, command)
-
-
-_PATHOLOGY = partial(_folders, script="prepare_pathology.py")
-_CHEST = partial(_folders, modality="chest X-ray", script="prepare_chest_xray.py")
-_ROWS = {
-    row.id: row
-    for row in (
-        *_phantom("histology", "colon histology, H&E"),
-        *_phantom("blood", "blood smear microscopy"),
-        *_phantom("breast", "breast ultrasound"),
-        *_phantom("chest", "chest X-ray"),
-        *_phantom("fundus", "fundus photography"),
-        *_phantom("oct", "retinal OCT"),
-        _medmnist("blood", "blood smear microscopy", 11959, 1712, 3421),
-        _medmnist("breast", "breast ultrasound", 546, 78, 156),
-        _medmnist("pneumonia", "chest X-ray", 4708, 524, 624),
-        _medmnist("retina", "fundus photography", 1080, 120, 400),
-        _medmnist("oct", "retinal OCT", 97477, 10832, 1000),
-        _medimeta("pbc", "pbc", "blood smear microscopy", 11964, 1709, 3149),
-        _medimeta("mammo", "mammo_calc", "mammography", 1332, 214, 326),
-        _medimeta("pneumonia", "pneumonia", "chest X-ray", 4415, 817, 624),
-        _medimeta("fundus", "fundus", "fundus photography", 1920, 640, 640),
-        _medimeta("oct", "oct", "retinal OCT", 91615, 16694, 1000),
-        _PATHOLOGY(
-            "pathology/kather",
-            "colon histology, H&E",
-            "CC BY 4.0",
-            "NCT-CRC-HE-100K and CRC-VAL-HE-7K (Kather et al. 2019), https://zenodo.org/records/1214456",
-            sizes=(100000, None, 7180),
-        ),
-        _PATHOLOGY(
-            "pathology/pannuke",
-            "multi-organ histology, H&E",
-            "CC BY-NC-SA 4.0",
-            "PanNuke (Gamper et al. 2020)",
-        ),
-        _PATHOLOGY(
-            "pathology/skincancer",
-            "skin histology, H&E",
-            "stated on the source's page",
-            "skin tiles (Kriegsmann et al. 2022), https://doi.org/10.11588/data/7QCR8S",
-        ),
-        _PATHOLOGY(
-            "pathology/sicapv2",
-            "prostate histology, H&E",
-            "CC BY 4.0",
-            "SICAPv2 (Silva-Rodríguez et al. 2020), https://data.mendeley.com/datasets/9xxm58dvs3",
-        ),
-        _CHEST("chest/covid", licence="stated on the source's page", source="COVID-19 radiographs (Tahir et al. 2021)"),
-        _CHEST("chest/rsna", licence="the challenge's rules", source="RSNA Pneumonia Detection Challenge 2018"),
-    )
-}
 
 
 def default_data_root() -> Path:
@@ -202,13 +92,13 @@ def load_dataset(
     scheme, _, path = id.partition(":")
     if scheme in {"folder", "csv"} and path:
         listed, row, words = _own_split(scheme, Path(path).expanduser(), split, like, wording)
-    elif id in _ROWS:
+    elif id in DATASETS:
         if like is not None:
             raise ValueError(f"like={like!r} is for folder: and csv: data; {id} has its own classes")
-        row, words = _ROWS[id], class_wording(id, wording=wording)
+        row, words = DATASETS[id], class_wording(id, wording=wording)
         listed = _registered_split(row, words, split, Path(root) if root else default_data_root(), image_size)
     else:
-        raise ValueError(f"unknown data set {id!r}.{suggest(id, [*_ROWS, 'folder:PATH', 'csv:PATH'])}")
+        raise ValueError(f"unknown data set {id!r}.{suggest(id, [*DATASETS, 'folder:PATH', 'csv:PATH'])}")
     check_classes(words.prompt_nouns, listed.source)
     positions = stratified_positions(listed.labels, n=n, seed=seed)
     images, resized = _decode(listed, positions, image_size or (FALLBACK_SIZE if row.kind == "folders" else None))
@@ -259,12 +149,12 @@ def list_datasets(*, root: str | Path | None = None) -> pd.DataFrame:
             "available": _available(row, folder),
             "script": row.command,
         }
-        for row in _ROWS.values()
+        for row in DATASETS.values()
     )
     return table.astype(dict.fromkeys(SPLITS, "Int64"))
 
 
-def _sizes(row: _Row, root: Path) -> Sequence[int | None]:
+def _sizes(row: DatasetEntry, root: Path) -> Sequence[int | None]:
     manifest = root / row.location / "manifest.json"
     if row.kind != "folders" or not manifest.is_file():
         return row.sizes
@@ -272,14 +162,14 @@ def _sizes(row: _Row, root: Path) -> Sequence[int | None]:
     return [sum(counts[split].values()) if split in counts else None for split in SPLITS]
 
 
-def _image_size(row: _Row, root: Path) -> int:
+def _image_size(row: DatasetEntry, root: Path) -> int:
     if row.kind != "medmnist":
         return row.image_size
     path = medmnist_file(root / "medmnist", Path(row.location).name, None)
     return int(path.stem.partition("_")[2] or 28) if path else row.image_size
 
 
-def _available(row: _Row, root: Path) -> bool:
+def _available(row: DatasetEntry, root: Path) -> bool:
     if row.kind == "phantom":
         return True
     if row.kind == "medmnist":
@@ -288,7 +178,7 @@ def _available(row: _Row, root: Path) -> bool:
     return (root / row.location / marker).exists()
 
 
-def _registered_split(row: _Row, words: ClassWording, split: str, root: Path, image_size: int | None) -> Split:
+def _registered_split(row: DatasetEntry, words: ClassWording, split: str, root: Path, image_size: int | None) -> Split:
     if row.kind == "phantom":
         split = resolve_split(split, tuple(phantoms.SPLITS), row.id)
         return _phantom_split(row, words, split, image_size or row.image_size)
@@ -310,7 +200,7 @@ def _registered_split(row: _Row, words: ClassWording, split: str, root: Path, im
     return _renamed(class_folder_split(folder, split), words)
 
 
-def _phantom_split(row: _Row, words: ClassWording, split: str, image_size: int) -> Split:
+def _phantom_split(row: DatasetEntry, words: ClassWording, split: str, image_size: int) -> Split:
     name = row.id.removeprefix("phantom/").removesuffix(SITE_A)
     site = "A" if row.id.endswith(SITE_A) else "B"
 
@@ -329,11 +219,13 @@ def _phantom_split(row: _Row, words: ClassWording, split: str, image_size: int) 
     )
 
 
-def _own_split(scheme: str, path: Path, split: str, like: str | None, wording: str) -> tuple[Split, _Row, ClassWording]:
+def _own_split(
+    scheme: str, path: Path, split: str, like: str | None, wording: str
+) -> tuple[Split, DatasetEntry, ClassWording]:
     reader: Callable[[Path, str], Split] = {"folder": class_folder_split, "csv": csv_split}[scheme]
     listed = reader(path, split)
-    if like is not None and like not in _ROWS:
-        raise ValueError(f"unknown data set {like!r} for like.{suggest(like, _ROWS)}")
+    if like is not None and like not in DATASETS:
+        raise ValueError(f"unknown data set {like!r} for like.{suggest(like, DATASETS)}")
     if like is None and wording != "paper":
         raise ValueError(f"wording={wording!r} needs like=..., the registered set whose words to take")
     if like is None:
@@ -350,14 +242,14 @@ def _own_split(scheme: str, path: Path, split: str, like: str | None, wording: s
     else:
         words = class_wording(like, wording=wording)
         listed = _renamed(listed, words)
-    row = _Row(
+    row = DatasetEntry(
         # The name alone keys the noise, so that a moved folder keeps its noise.
         id=f"{scheme}:{path.resolve().name}",
         kind=scheme,
         location=str(path),
-        modality=_ROWS[like].modality if like else "not stated",
+        modality=DATASETS[like].modality if like else "not stated",
         image_size=0,
-        sizes=_NOT_COUNTED,
+        sizes=NOT_COUNTED,
         licence="not stated",
         source=f"own images, {path.resolve().name}",
     )
