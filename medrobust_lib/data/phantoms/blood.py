@@ -402,11 +402,11 @@ SITE_A = Site(
     grain=(0.004, 0.012),
 )
 SITE_B = Site(
-    stain=(1.25, 0.95, 0.8),
+    stain=(1.3, 0.9, 0.75),
     stain_jitter=0.05,
     level=(0.62, 0.74),
     spread=(0.10, 0.15),
     auto_exposure=0.75,
-    blur=(0.005, 0.012),
+    blur=(0.006, 0.014),
     grain=(0.01, 0.025),
 )

@@ -36,12 +36,12 @@ SITE_A = Site(
     gray=True,
 )
 SITE_B = Site(
-    stain=(1.5, 1.5, 1.5),
+    stain=(1.9, 1.9, 1.9),
     stain_jitter=0.0,
     level=(0.38, 0.50),
-    spread=(0.15, 0.20),
+    spread=(0.12, 0.16),
     auto_exposure=1.0,
-    blur=(0.005, 0.011),
+    blur=(0.009, 0.015),
     grain=(0.01, 0.025),
     gray=True,
 )

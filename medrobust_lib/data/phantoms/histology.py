@@ -381,11 +381,11 @@ SITE_A = Site(
     grain=(0.004, 0.012),
 )
 SITE_B = Site(
-    stain=(0.8, 1.2, 1.25),
+    stain=(0.7, 1.35, 1.45),
     stain_jitter=0.12,
     level=(0.52, 0.64),
     spread=(0.11, 0.16),
     auto_exposure=0.9,
-    blur=(0.004, 0.010),
+    blur=(0.008, 0.016),
     grain=(0.01, 0.025),
 )
