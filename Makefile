@@ -55,10 +55,11 @@ coverage: $(STAMP)  ## line coverage of the library by the unit tests
 nb-refresh: $(STAMP)  ## execute the notebooks in place and strip what should not be committed
 	@for notebook in notebooks/*.ipynb; do \
 		echo "==> $$notebook"; \
-		$(DEMO_ENV) TQDM_DISABLE=1 $(BIN)/jupyter execute --inplace $$notebook || exit 1; \
+		$(DEMO_ENV) TQDM_DISABLE=1 $(BIN)/jupyter execute --inplace --KernelManager.transport_encryption=auto $$notebook || exit 1; \
 	done
 	@$(BIN)/nbstripout --keep-output --keep-count --extra-keys \
 		"metadata.papermill metadata.language_info.version metadata.widgets cell.metadata.papermill cell.metadata.execution" notebooks/*.ipynb
+	@$(BIN)/python notebooks/shrink_figures.py notebooks/*.ipynb
 
 clean:  ## remove runs (never data, weights or .venv)
 	rm -rf runs

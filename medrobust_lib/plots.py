@@ -23,7 +23,7 @@ def set_style() -> None:
     """Set readable defaults for every figure of a notebook."""
     sns.set_theme(context="notebook", style="ticks", palette="colorblind", font_scale=0.9)
     plt.rcParams |= {
-        "figure.dpi": 100,
+        "figure.dpi": 84,  # inline only, to keep notebooks small; `Run.save_figure` writes 150
         "figure.constrained_layout.use": True,
         "axes.spines.top": False,
         "axes.spines.right": False,

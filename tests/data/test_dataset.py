@@ -43,7 +43,7 @@ def test_html_escapes_every_text_and_shows_each_class():
     page = make()._repr_html_()
     assert "<b>cell" not in page and "<script>" not in page
     assert "round &lt;b&gt;cell&lt;/b&gt;" in page and "long &amp; thin cell" in page
-    assert page.count("data:image/png;base64,") == 5
+    assert page.count("data:image/jpeg;base64,") == 5
     assert "5 images of 10 × 12 px" in page and "CC BY 4.0" in page
     assert "not patients" not in page
     assert "not patients" in make(provenance={"synthetic": True})._repr_html_()
