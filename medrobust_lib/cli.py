@@ -2,13 +2,19 @@
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
 import pandas as pd
 import typer
+from rich import box
 from rich.console import Console
 from rich.table import Table
+
+# What fits a terminal; --json gives everything, with hashes, sources and citations.
+MODEL_COLUMNS = ("id", "family", "image_size", "parameters", "available_offline")
+DATASET_COLUMNS = ("id", "modality", "classes", "test", "available")
 
 app = typer.Typer(
     help="How far can a medical vision-language model be trusted when the image gets worse? "
@@ -59,10 +65,7 @@ def models(
     """List the models that `load_model` knows."""
     from medrobust_lib import list_models
 
-    table = list_models()
-    if not as_json:  # hashes and citations are for machines and papers, not for an 80-column table
-        table = table.drop(columns=["sha256", "citation"])
-    _show(table, as_json=as_json, title="models")
+    _show(list_models(), as_json=as_json, title="models", columns=MODEL_COLUMNS)
 
 
 @app.command()
@@ -73,7 +76,7 @@ def datasets(
     """List the data sets that `load_dataset` knows."""
     from medrobust_lib import list_datasets
 
-    _show(list_datasets(root=root), as_json=as_json, title="data sets")
+    _show(list_datasets(root=root), as_json=as_json, title="data sets", columns=DATASET_COLUMNS)
 
 
 @app.command()
@@ -119,15 +122,17 @@ def _describe(notebooks: dict[str, Path]) -> None:
             typer.echo(f"    {name}: {spec['inferred_type_name']} = {spec['default']}  # {spec['help']}")
 
 
-def _show(table: pd.DataFrame, *, as_json: bool, title: str) -> None:
+def _show(table: pd.DataFrame, *, as_json: bool, title: str, columns: Sequence[str] | None = None) -> None:
     if as_json:
         typer.echo(json.dumps(json.loads(table.to_json(orient="records")), indent=2))
         return
+    table = table[list(columns)] if columns else table
     console = Console(highlight=False)
-    shown = Table(title=title, title_justify="left", header_style="bold")
-    for column in table.columns:
+    shown = Table(title=title, title_justify="left", header_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+    for position, column in enumerate(table.columns):
         numeric = pd.api.types.is_numeric_dtype(table[column]) and table[column].dtype != bool
-        shown.add_column(str(column).replace("_", " "), justify="right" if numeric else "left", overflow="fold")
+        name, justify = str(column).replace("_", " "), "right" if numeric else "left"
+        shown.add_column(name, justify=justify, overflow="fold", no_wrap=position == 0)
     for row in table.itertuples(index=False):
         shown.add_row(*(_cell(value) for value in row))
     console.print(shown)

@@ -40,11 +40,11 @@ def examine() -> Iterator[Finding]:
 
 
 def reference_prediction() -> dict[str, object]:
-    """Probabilities of demo-clip on the first eight images of ``phantom/blood``, on the CPU in float32."""
+    """Probabilities of demo-clip on eight images of ``phantom/blood``, on the CPU in float32."""
     from medrobust_lib import load_dataset, load_model
 
     model = load_model("demo-clip", device="cpu", dtype="float32")
-    data = load_dataset(REFERENCE_DATASET).subset(range(REFERENCE_IMAGES))
+    data = load_dataset(REFERENCE_DATASET, n=REFERENCE_IMAGES)
     classes = model.class_features(data.classes, data.templates[:1])
     probabilities = model.probabilities(model.encode_image(model.prepare(data.images)), classes)
     return {

@@ -23,6 +23,7 @@ def invoke(monkeypatch, capsys):
 
     def call(*arguments: object) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["medrobust", *map(str, arguments)])
+        capsys.readouterr()  # what fixtures printed is not the command's
         with pytest.raises(SystemExit) as stopped:
             cli.main()
         captured = capsys.readouterr()
@@ -41,7 +42,8 @@ def notebooks(tmp_path):
         ),
         nbformat.v4.new_code_cell(NOTEBOOK),
     ]
-    nbformat.write(nbformat.v4.new_notebook(cells=cells), folder / "01_tiny.ipynb")
+    kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
+    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=kernel), folder / "01_tiny.ipynb")
     return folder
 
 
@@ -86,7 +88,7 @@ def test_a_typo_fails_with_code_one_before_anything_is_written(invoke, notebooks
 def test_a_failing_notebook_fails_the_command(invoke, notebooks, tmp_path):
     code, _, error = invoke("run", "-p", "n_images=0", "--notebooks", notebooks, "--out", tmp_path / "out")
     assert code == 1
-    assert "failed in cell 2 with ZeroDivisionError" in error
+    assert "failed in cell 3 with ZeroDivisionError" in error
 
 
 def test_describe_prints_typed_parameters(invoke, notebooks):

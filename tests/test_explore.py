@@ -36,17 +36,35 @@ def test_noise_view_at_sigma_zero_is_unanimous(model, data):
     assert figure.axes[1].get_xlabel() == "votes out of 6"
 
 
-def test_moving_a_slider_redraws(model, data):
+@pytest.fixture
+def drawn(monkeypatch):
+    """Figures that an instrument displays, latest last."""
+    figures = []
+    monkeypatch.setattr("IPython.display.display", figures.append)
+    return figures
+
+
+def test_moving_a_slider_redraws_the_chosen_image(model, data, drawn):
     texts = model.class_features(data.classes, data.templates[:1])
     for box in (explore.explore_similarity(model, data), explore.explore_noise(model, data, texts)):
-        index, output = box.children[0], box.children[-1]
-        first = output.outputs
-        index.value = 3
-        assert output.outputs, "nothing was drawn"
-        assert output.outputs != first or not first
+        before = len(drawn)
+        box.children[0].value = 3
+        assert len(drawn) == before + 1
+        assert data.classes[data.labels[3]] in drawn[-1].axes[0].get_title()
 
 
-def test_empty_prompts_fall_back_to_the_classes(model, data):
+def test_the_noise_slider_changes_the_picture(model, data, drawn):
+    texts = model.class_features(data.classes, data.templates[:1])
+    box = explore.explore_noise(model, data, texts)
+    box.children[1].value = 0.5
+    assert "sigma = 0.5" in drawn[-1].axes[0].get_title()
+    pictures = [figure.axes[0].images[0].get_array() for figure in drawn[-2:]]
+    assert abs(pictures[0] - pictures[1]).mean() > 0.05
+
+
+def test_empty_prompts_fall_back_to_the_classes(model, data, drawn):
     box = explore.explore_similarity(model, data)
+    box.children[1].value = "one prompt"
+    assert len(drawn[-1].axes[1].patches) == 1
     box.children[1].value = "  \n"
-    assert box.children[-1].outputs is not None
+    assert len(drawn[-1].axes[1].patches) == len(data.classes)
