@@ -48,8 +48,6 @@ def test_scripts_exist(command):
 @pytest.mark.parametrize("code", BLOCKS["python"])
 def test_python_examples_run(code):
     scope: dict = {}
-    if "my_loader" in code:
-        code = code.replace("my_loader", "lambda entry, **_: mr.load_model('demo-clip')")
     exec(compile(code, "README.md", "exec"), scope)
     assert "data" not in scope or len(scope["answers"]) == len(scope["data"])
 
