@@ -226,7 +226,7 @@ def is_headless() -> bool:
 
 def project_root() -> Path:
     """The checkout that holds this library, or the working folder for a plain installation."""
-    root = Path(__file__).resolve().parent.parent
+    root = Path(__file__).resolve().parents[2]
     return root if (root / "notebooks").is_dir() else Path.cwd()
 
 
@@ -238,7 +238,7 @@ def environment() -> dict[str, str]:
 
 def git_state() -> dict[str, Any]:
     """Commit of the project and whether its tracked files were changed; empty outside a checkout."""
-    root = Path(__file__).resolve().parent.parent
+    root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
         return {}
     try:

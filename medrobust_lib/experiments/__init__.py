@@ -1,0 +1,36 @@
+"""Experiments: runs and their result cards, the resumable row store, parallel work.
+
+This floor knows nothing of data or models; everything above may use it.
+"""
+
+from medrobust_lib.experiments.cards import (
+    HEADLESS_VARIABLE,
+    RUN_DIR_VARIABLE,
+    Metric,
+    Run,
+    environment,
+    git_state,
+    is_headless,
+    leaderboard,
+    peak_memory_mb,
+    project_root,
+    read_cards,
+    start_run,
+    write_text_atomically,
+)
+
+__all__ = [
+    "HEADLESS_VARIABLE",
+    "RUN_DIR_VARIABLE",
+    "Metric",
+    "Run",
+    "environment",
+    "git_state",
+    "is_headless",
+    "leaderboard",
+    "peak_memory_mb",
+    "project_root",
+    "read_cards",
+    "start_run",
+    "write_text_atomically",
+]
