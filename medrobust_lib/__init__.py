@@ -13,16 +13,33 @@ if TYPE_CHECKING:
     from medrobust_lib.data.dataset import ImageDataset
     from medrobust_lib.data.registry import list_datasets, load_dataset
     from medrobust_lib.models.registry import list_models, load_model, register_model
+    from medrobust_lib.smoothing.certify import Certificate, certify, predict
+    from medrobust_lib.smoothing.study import certify_dataset
 
 __version__ = "0.1.0"
-__all__ = ["ImageDataset", "list_datasets", "list_models", "load_dataset", "load_model", "register_model"]
+__all__ = [
+    "Certificate",
+    "ImageDataset",
+    "certify",
+    "certify_dataset",
+    "list_datasets",
+    "list_models",
+    "load_dataset",
+    "load_model",
+    "predict",
+    "register_model",
+]
 
 _HOMES = {
+    "Certificate": "medrobust_lib.smoothing.certify",
     "ImageDataset": "medrobust_lib.data.dataset",
+    "certify": "medrobust_lib.smoothing.certify",
+    "certify_dataset": "medrobust_lib.smoothing.study",
     "list_datasets": "medrobust_lib.data.registry",
     "load_dataset": "medrobust_lib.data.registry",
     "list_models": "medrobust_lib.models.registry",
     "load_model": "medrobust_lib.models.registry",
+    "predict": "medrobust_lib.smoothing.certify",
     "register_model": "medrobust_lib.models.registry",
 }
 

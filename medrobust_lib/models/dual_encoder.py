@@ -216,7 +216,9 @@ class DualEncoder(torch.nn.Module, abc.ABC):
         pixels = pixels.to(device=self.device, dtype=torch.promote_types(torch.float32, self.dtype))
         mean = pixels.new_tensor(self.preprocessing.mean).view(1, 3, 1, 1)
         std = pixels.new_tensor(self.preprocessing.std).view(1, 3, 1, 1)
-        features = self._image_features(((pixels - mean) / std).to(self.dtype))
+        # (pixels - mean) / std in one pass over memory.
+        normalised = torch.addcmul(-mean / std, pixels, 1 / std)
+        features = self._image_features(normalised.to(self.dtype))
         return functional.normalize(features.float(), dim=-1)
 
     def encode_text(self, texts: Sequence[str]) -> Tensor:

@@ -134,7 +134,8 @@ def load_model(
         model = loader(entry, weights_dir=folder, offline=offline)
     if not isinstance(model, DualEncoder):
         raise TypeError(f"the loader of {id!r} must return a DualEncoder, not {type(model).__name__}")
-    return model.requires_grad_(False).eval().to(device=target, dtype=precision)
+    # Convolutions run up to twice as fast with the channels innermost; other layers do not mind.
+    return model.requires_grad_(False).eval().to(device=target, dtype=precision, memory_format=torch.channels_last)
 
 
 def list_models(*, weights_dir: str | Path | None = None) -> pd.DataFrame:

@@ -1,11 +1,13 @@
 """Gaussian noise in pixel space, from streams that any part of a computation can draw from.
 
 Every draw is addressed by (seed, data set, image index, sigma, role, draw number). Results therefore
-do not depend on batch size, order, number of workers or on where an interrupted run resumed.
+do not depend on batch size, order, number of workers or on where an interrupted run resumed. The numbers
+themselves come from torch's generator of the device, so a CPU and a GPU draw different noise.
 """
 
 import hashlib
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -53,7 +55,9 @@ class NoiseStream:
         if self.role not in get_args(Role):
             raise ValueError(f"unknown noise role {self.role!r}; choose one of {', '.join(get_args(Role))}")
 
-    def draw(self, shape: tuple[int, ...], *, first: int = 0, count: int = 1) -> Tensor:
+    def draw(
+        self, shape: tuple[int, ...], *, first: int = 0, count: int = 1, device: torch.device | str = "cpu"
+    ) -> Tensor:
         """Draw noise images number `first` to ``first + count - 1``.
 
         Parameters
@@ -61,21 +65,28 @@ class NoiseStream:
         shape : tuple of int
             Shape of one image, for example ``(3, 64, 64)``.
         first, count : int
+        device : torch.device
+            Where the noise is drawn and stays.
 
         Returns
         -------
         float32 [count, *shape]
             N(0, sigma^2), independent over draws and pixels.
         """
-        noise = torch.empty(count, *shape)
-        for row in range(count):
-            generator = torch.Generator().manual_seed(self._draw_seed(first + row))
-            noise[row].normal_(0, self.sigma, generator=generator)
+        noise = torch.empty(count, *shape, device=device)
+        generator = torch.Generator(noise.device)
+        for row, seed in enumerate(self._draw_seeds(first, count)):
+            noise[row].normal_(0, self.sigma, generator=generator.manual_seed(seed))
         return noise
 
-    def _draw_seed(self, number: int) -> int:
-        key = json.dumps([self.seed, self.dataset, self.index, self.sigma, self.role, number])
-        return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "big", signed=True)
+    def _draw_seeds(self, first: int, count: int) -> Iterator[int]:
+        """Hash the address of each draw; hashing the common beginning once takes most of the cost away."""
+        address = json.dumps([self.seed, self.dataset, self.index, self.sigma, self.role])
+        common = hashlib.blake2b(address.removesuffix("]").encode(), digest_size=8)
+        for number in range(first, first + count):
+            whole = common.copy()
+            whole.update(f", {number}]".encode())
+            yield int.from_bytes(whole.digest(), "big", signed=True)
 
 
 def noisy_copies(pixels: Tensor, stream: NoiseStream, *, first: int = 0, count: int = 1) -> Tensor:
@@ -92,8 +103,9 @@ def noisy_copies(pixels: Tensor, stream: NoiseStream, *, first: int = 0, count: 
     Returns
     -------
     float32 [count, 3, H, W]
+        On the device of the pixels, where the noise is drawn too.
     """
-    return stream.draw(tuple(pixels.shape), first=first, count=count).add_(pixels)
+    return stream.draw(tuple(pixels.shape), first=first, count=count, device=pixels.device).add_(pixels)
 
 
 @torch.inference_mode()

@@ -1,0 +1,54 @@
+"""What a reader must know beside any number: where the images come from and what the model has seen."""
+
+from medrobust_lib.data.dataset import ImageDataset
+from medrobust_lib.data.wording import SITE_A
+from medrobust_lib.models.dual_encoder import DualEncoder
+
+DEMO_MODEL = "demo-clip"
+# From here on the model sees either blown-up pixels or a thumbnail of what a reader of the images saw.
+SIZE_FACTOR = 3.0
+
+NOT_CLINICAL = "For teaching and research, not for clinical use."
+SYNTHETIC = "The images are synthetic phantoms, not patients' images: no number here says anything about patients."
+OTHER_MODELS_ON_PHANTOMS = "Which model is best on synthetic phantoms says nothing about which is best on real images."
+OWN_SITE = f"{DEMO_MODEL} was trained on phantoms of this very site, so its numbers here are flattering."
+DEMO_ON_REAL = (
+    f"{DEMO_MODEL} was trained on synthetic phantoms only: its numbers on real images test the plumbing and say "
+    "nothing about medical models."
+)
+
+
+def caveats(model: DualEncoder, dataset: ImageDataset) -> list[str]:
+    """Sentences that a result card of this model on this data set must carry.
+
+    Parameters
+    ----------
+    model : DualEncoder
+    dataset : ImageDataset
+
+    Returns
+    -------
+    list of str
+        The weightiest first, the clinical disclaimer last, which is always there. Sentences name no data
+        set, so that those of several sets can be merged without repetition.
+    """
+    found = []
+    if dataset.synthetic:
+        found.append(SYNTHETIC)
+        if model.id != DEMO_MODEL:
+            found.append(OTHER_MODELS_ON_PHANTOMS)
+        elif dataset.id.endswith(SITE_A):
+            found.append(OWN_SITE)
+    elif model.id == DEMO_MODEL:
+        found.append(DEMO_ON_REAL)
+    return [*found, *_size_caveats(model, dataset), NOT_CLINICAL]
+
+
+def _size_caveats(model: DualEncoder, dataset: ImageDataset) -> list[str]:
+    shorter_edge = min(dataset.images.shape[1:3])
+    sizes = f"{shorter_edge} px images for {model.id}'s {model.image_size} px input"
+    if model.image_size >= SIZE_FACTOR * shorter_edge:
+        return [f"Preprocessing enlarges {sizes}: what the enlargement invents is blur, not detail."]
+    if shorter_edge >= SIZE_FACTOR * model.image_size:
+        return [f"Preprocessing shrinks {sizes}: fine structures are lost before the model sees them."]
+    return []

@@ -1,0 +1,183 @@
+"""Prompt methods: what turns the features of noisy images into answers, and what their certificates mean.
+
+A method never sees the noise that certifies it. The prompts of `FixedPrompts` exist before any image; a method
+that adapts to an image gets `AdaptationFeatures`, which only noise of the role "adapt" can fill, and has to
+return its classifier before the first selection or estimation noise is drawn.
+"""
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from medrobust_lib.data.dataset import ImageDataset
+from medrobust_lib.models.dual_encoder import DualEncoder
+from medrobust_lib.smoothing.certify import Guarantee
+from medrobust_lib.smoothing.noise import NoiseStream, noisy_copies
+
+FeatureClassifier = Callable[[Tensor], Tensor]
+Denoiser = Callable[[Tensor, float], Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class AdaptationFeatures:
+    """Features of noisy copies of one image that prompts may be fitted to.
+
+    Attributes
+    ----------
+    features : float32 [T, d]
+        Unit norm.
+    stream : NoiseStream
+        Where the noise came from; its role is "adapt".
+
+    Raises
+    ------
+    ValueError
+        The noise belongs to a certificate.
+    """
+
+    features: Tensor = field(repr=False)
+    stream: NoiseStream
+
+    def __post_init__(self) -> None:
+        if self.stream.role != "adapt":
+            raise ValueError(
+                f"noise of role {self.stream.role!r} belongs to the certificate; prompts may only be fitted to "
+                "noise of role 'adapt'"
+            )
+
+    @classmethod
+    def draw(cls, model: DualEncoder, pixels: Tensor, stream: NoiseStream, *, count: int) -> "AdaptationFeatures":
+        """Encode `count` noisy copies of one prepared image, float32 [3, H, W]."""
+        with torch.inference_mode():
+            return cls(model.encode_image(noisy_copies(pixels, stream, count=count)), stream)
+
+
+class PromptMethod(Protocol):
+    """What `certify_dataset` asks of a method.
+
+    Attributes
+    ----------
+    name : str
+        Names the method's rows.
+    guarantee : str
+        Key of `medrobust_lib.smoothing.certify.GUARANTEES`: what a certificate of this method means.
+    n_adapt : int
+        Adaptation draws wanted per image and noise level; 0 if the prompts are fixed in advance.
+    denoiser : callable or None
+        (noisy pixels [b, 3, H, W], sigma) -> pixels [b, 3, H, W], in front of the image tower. Methods with the
+        same denoiser share the features.
+    """
+
+    name: str
+    guarantee: Guarantee
+    n_adapt: int
+    denoiser: Denoiser | None
+
+    def classifier(self, adaptation: AdaptationFeatures | None) -> FeatureClassifier:
+        """Return the map from features, float32 [b, d], to labels, int64 [b], for one image and noise level."""
+        ...
+
+    def record(self) -> dict[str, Any]:
+        """Everything that shapes the method's answers, as JSON values; decides whether a store may be resumed."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class FixedPrompts:
+    """Zero-shot or learned prompts that were fixed before the image was seen: the standard guarantee.
+
+    Attributes
+    ----------
+    name : str
+    class_features : float32 [K, d]
+        Unit-norm text features.
+    denoiser : callable or None
+
+    Raises
+    ------
+    ValueError
+        Class features that are not unit-norm [K, d].
+    """
+
+    name: str
+    class_features: Tensor = field(repr=False)
+    denoiser: Denoiser | None = None
+    guarantee: Guarantee = field(default="standard", init=False)
+    n_adapt: int = field(default=0, init=False)
+
+    def __post_init__(self) -> None:
+        features = self.class_features
+        if features.ndim != 2 or not torch.allclose(
+            features.float().norm(dim=1), torch.ones(len(features), device=features.device), atol=1e-3
+        ):
+            raise ValueError(
+                f"method {self.name!r}: class_features must be unit-norm [K, d], got {tuple(features.shape)}; "
+                "`model.class_features(classes, templates)` gives them"
+            )
+
+    def classifier(self, adaptation: AdaptationFeatures | None = None) -> FeatureClassifier:
+        """Nearest class feature; the softmax and its scale do not change which one is nearest."""
+
+        def answer(features: Tensor) -> Tensor:
+            return (features.float() @ self.class_features.to(features.device).float().T).argmax(1)
+
+        return answer
+
+    def record(self) -> dict[str, Any]:
+        """Name and fingerprint of the features."""
+        return {
+            "name": self.name,
+            "guarantee": self.guarantee,
+            "class_features": fingerprint([self.class_features]),
+            "denoiser": None if self.denoiser is None else getattr(self.denoiser, "id", repr(self.denoiser)),
+        }
+
+
+@dataclass(frozen=True, eq=False)
+class PromptClassifier:
+    """A dual encoder with class features as a base classifier of pixels, for `certify` and `predict`.
+
+    Attributes
+    ----------
+    model : DualEncoder
+    class_features : float32 [K, d]
+        Unit-norm text features.
+    """
+
+    model: DualEncoder
+    class_features: Tensor = field(repr=False)
+
+    @property
+    def id(self) -> str:
+        """Id of the model."""
+        return self.model.id
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Floating-point type of the model's towers."""
+        return self.model.dtype
+
+    def __call__(self, pixels: Tensor) -> Tensor:
+        """Labels int64 [b] of pixels float32 [b, 3, H, W]."""
+        return FixedPrompts(self.id, self.class_features).classifier()(self.model.encode_image(pixels))
+
+
+def zero_shot_methods(model: DualEncoder, data: ImageDataset) -> list[FixedPrompts]:
+    """Zero-shot prompts of a data set: its first template, and the ensemble of all where there are several."""
+    methods = [FixedPrompts("zero-shot", model.class_features(data.classes, data.templates[:1]))]
+    if len(data.templates) > 1:
+        methods.append(FixedPrompts("zero-shot ensemble", model.class_features(data.classes, data.templates)))
+    return methods
+
+
+def fingerprint(tensors: Sequence[Tensor]) -> str:
+    """First 16 hex digits of the BLAKE2 hash of the tensors' shapes, types and bytes."""
+    digest = hashlib.blake2b(digest_size=8)
+    for tensor in tensors:
+        digest.update(f"{tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()

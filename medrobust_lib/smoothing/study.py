@@ -1,0 +1,299 @@
+"""Certify a whole data set: one bank of noisy features per image and noise level serves every method."""
+
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_args
+
+import pandas as pd
+import torch
+from torch import Tensor
+
+from medrobust_lib.data.dataset import ImageDataset
+from medrobust_lib.experiments import map_items, open_store, progress
+from medrobust_lib.models.dual_encoder import DualEncoder
+from medrobust_lib.smoothing.batching import Batches, suggested_batch_size
+from medrobust_lib.smoothing.certify import (
+    GUARANTEES,
+    Answers,
+    Mode,
+    Plan,
+    Sampling,
+    Verdict,
+    check_mode_draws,
+    checked_answers,
+    make_plan,
+    take_votes,
+)
+from medrobust_lib.smoothing.methods import (
+    AdaptationFeatures,
+    FeatureClassifier,
+    PromptMethod,
+    fingerprint,
+    zero_shot_methods,
+)
+from medrobust_lib.smoothing.noise import NoiseStream, Role, noisy_copies
+
+RADII = (0.0, 0.1, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
+"""The radii of PromptSmooth's tables, in [0, 1] pixel units."""
+
+
+@dataclass(frozen=True, eq=False)
+class _Study:
+    """Everything a worker needs; it travels to each worker once."""
+
+    model: DualEncoder
+    data: ImageDataset
+    methods: tuple[PromptMethod, ...]
+    plans: dict[float, Plan]
+    sampling: Sampling
+    mode: Mode
+    n0: int
+    alpha: float
+    seed: int
+    batches: Batches
+
+
+def certify_dataset(
+    model: DualEncoder,
+    data: ImageDataset,
+    methods: Sequence[PromptMethod] | None = None,
+    *,
+    sigmas: Sequence[float],
+    n0: int = 100,
+    n: int = 10_000,
+    alpha: float = 0.001,
+    sampling: Sampling = "sequential",
+    mode: Mode = "predict",
+    radii: Sequence[float] = RADII,
+    seed: int = 0,
+    store: Path | str | None = None,
+    jobs: int = 1,
+    backend: str = "loky",
+    batch_size: int | None = None,
+) -> pd.DataFrame:
+    """Certify every image at every noise level with every prompt method.
+
+    The image tower never sees a prompt, so the features of one noisy copy are computed once and scored by all
+    methods: five methods cost hardly more than one, and their certificates are compared on the same noise.
+    Memory does not grow with n.
+
+    Parameters
+    ----------
+    model : DualEncoder
+    data : ImageDataset
+    methods : sequence of PromptMethod, optional
+        Default: `zero_shot_methods`. Names must differ.
+    sigmas : sequence of float
+        Noise standard deviations, > 0, in [0, 1] pixel units at the model's input size.
+    n0, n : int
+        Selection draws, and estimation draws (at most so many in sequential sampling).
+    alpha : float in (0, 1)
+        Failure probability of each certificate, that is of each row; it is not shared out over rows.
+    sampling : {"sequential", "fixed"}
+        Both keep alpha. Fixed sampling gives radii of any value, sequential sampling the named ones.
+    mode : {"predict", "evaluate"}
+        "evaluate" tests the known label without selection: fewer draws, for certified-accuracy tables only.
+    radii : sequence of float
+        Radii of interest of sequential sampling; 0 is always among them.
+    seed : int
+        Of the noise.
+    store : Path, optional
+        Folder that keeps finished rows: a run that was killed resumes there and ends with the same table,
+        byte for byte in ``table.csv``. Images and sigmas may be added later; any other change is refused.
+    jobs : int
+        Worker processes; -1 for one per core.
+    backend : {"loky", "dask"}
+        "dask" uses the active dask.distributed client.
+    batch_size : int, optional
+        Noisy copies at a time. Default: from the free memory; halved when memory runs out.
+
+    Returns
+    -------
+    DataFrame
+        One row per image, sigma and method, in this order, with columns dataset, image (index in the full
+        split), label, model, method, guarantee, n_classes, sigma, predicted (-1: abstain), radius, p_lower,
+        k, n, n0, draws, alpha, sampling, mode, seed, seconds (of the image at this sigma, all methods
+        together; the same in every row of it).
+
+    Raises
+    ------
+    ValueError
+        A parameter out of range; two methods of one name; a store that holds another study, with the
+        differing parameters named.
+
+    Notes
+    -----
+    Counts do not depend on batch size, number of workers or resumption, up to votes that are tied to
+    within the rounding of floating-point sums.
+    """
+    methods = tuple(methods) if methods is not None else tuple(zero_shot_methods(model, data))
+    sigmas = tuple(dict.fromkeys(float(sigma) for sigma in sigmas))
+    _check_request(methods, sigmas, mode)
+    check_mode_draws(n0, mode == "evaluate")
+    study = _Study(
+        model=model,
+        data=data,
+        methods=methods,
+        plans={sigma: make_plan(sampling, sigma=sigma, radii=radii, n=n, alpha=alpha) for sigma in sigmas},
+        sampling=sampling,
+        mode=mode,
+        n0=n0 if mode == "predict" else 0,
+        alpha=alpha,
+        seed=seed,
+        batches=Batches(batch_size or suggested_batch_size(model.device, (3, model.image_size, model.image_size))),
+    )
+    items = {_key(data, position, sigma): (position, sigma) for position in range(len(data)) for sigma in sigmas}
+    finished: dict[str, tuple[list[dict[str, Any]], float]] = {}
+    with ExitStack() as stack:
+        kept = None
+        if store is not None:
+            kept = stack.enter_context(open_store(Path(store), parameters=_manifest(study, radii=radii, n=n)))
+        done = kept.done if kept else frozenset()
+        missing = [key for key in items if key not in done]
+        results = map_items(_certify_item, [items[key] for key in missing], context=study, jobs=jobs, backend=backend)
+        shown = progress(
+            results,
+            total=len(items),
+            done=len(items) - len(missing),
+            description=f"certify {data.id}",
+            unit="images" if len(sigmas) == 1 else "images x sigmas",
+            resumes=kept is not None,
+        )
+        for place, (rows, seconds) in shown:
+            if kept:
+                kept.append(missing[place], rows, seconds=seconds)
+            else:
+                finished[missing[place]] = (rows, seconds)
+        if kept:
+            kept.finish(items)
+            return kept.table(items, with_seconds=True)
+    return pd.DataFrame([{**row, "seconds": finished[key][1]} for key in items for row in finished[key][0]])
+
+
+def _certify_item(study: _Study, item: tuple[int, float]) -> tuple[list[dict[str, Any]], float]:
+    """Certify one image at one noise level with every method."""
+    started = time.perf_counter()
+    position, sigma = item
+    index, label = int(study.data.indices[position]), int(study.data.labels[position])
+    plan = study.plans[sigma]
+    answers = _bank(study, position, sigma)
+    verdicts = take_votes(
+        answers, len(study.methods), plan=plan, n0=study.n0, label=label if study.mode == "evaluate" else None
+    )
+    rows = [
+        _row(study, method, verdict, index=index, label=label, sigma=sigma)
+        for method, verdict in zip(study.methods, verdicts, strict=True)
+    ]
+    return rows, time.perf_counter() - started
+
+
+@torch.inference_mode()
+def _bank(study: _Study, position: int, sigma: float) -> Answers:
+    """Noisy features of one image: drawn in batches, encoded once per denoiser, scored by every method."""
+    model, index = study.model, int(study.data.indices[position])
+    pixels = model.prepare(study.data.images[position : position + 1])[0].to(model.device)
+    # Classifiers are complete before any noise of a certificate exists.
+    classifiers = [_classifier(study, method, pixels, index, sigma) for method in study.methods]
+
+    @torch.inference_mode()
+    def answers(role: Role, first: int, count: int, positions: Sequence[int]) -> list[Tensor]:
+        stream = NoiseStream(study.seed, study.data.id, index, sigma, role)
+        denoisers = {id(study.methods[place].denoiser): study.methods[place].denoiser for place in positions}
+
+        def score(first: int, count: int) -> list[Tensor]:
+            noisy = noisy_copies(pixels, stream, first=first, count=count)
+            features = {
+                key: model.encode_image(noisy if denoise is None else denoise(noisy, sigma))
+                for key, denoise in denoisers.items()
+            }
+            return [
+                checked_answers(classifiers[place](features[id(study.methods[place].denoiser)]), count)
+                for place in positions
+            ]
+
+        batches = list(study.batches.map(score, first=first, count=count))
+        return [torch.cat(labels) for labels in zip(*batches, strict=True)]
+
+    return answers
+
+
+def _classifier(study: _Study, method: PromptMethod, pixels: Tensor, index: int, sigma: float) -> FeatureClassifier:
+    if not method.n_adapt:
+        return method.classifier(None)
+    stream = NoiseStream(study.seed, study.data.id, index, sigma, "adapt")
+    adaptation = AdaptationFeatures.draw(study.model, pixels, stream, count=method.n_adapt)
+    return method.classifier(adaptation)
+
+
+def _row(
+    study: _Study, method: PromptMethod, verdict: Verdict, *, index: int, label: int, sigma: float
+) -> dict[str, Any]:
+    return {
+        "dataset": study.data.id,
+        "image": index,
+        "label": label,
+        "model": study.model.id,
+        "method": method.name,
+        "guarantee": method.guarantee,
+        "n_classes": len(study.data.classes),
+        "sigma": sigma,
+        "predicted": verdict.predicted,
+        "radius": verdict.radius,
+        "p_lower": verdict.p_lower,
+        "k": verdict.k,
+        "n": verdict.n,
+        "n0": study.n0,
+        "draws": study.n0 + verdict.n,
+        "alpha": study.alpha,
+        "sampling": study.sampling,
+        "mode": study.mode,
+        "seed": study.seed,
+    }
+
+
+def _manifest(study: _Study, *, radii: Sequence[float], n: int) -> dict[str, Any]:
+    """Everything that shapes the rows, but images and sigmas: those are in the keys, so more can be added."""
+    data = study.data
+    return {
+        "model": study.model.id,
+        "weights": fingerprint(list(study.model.state_dict().values())),
+        "dtype": str(study.model.dtype).removeprefix("torch."),
+        "device": study.model.device.type,
+        "dataset": data.id,
+        "split": data.split,
+        "classes": list(data.classes),
+        "methods": [method.record() for method in study.methods],
+        "n0": study.n0,
+        "n": n,
+        "alpha": study.alpha,
+        "sampling": study.sampling,
+        "mode": study.mode,
+        "radii": [float(radius) for radius in radii] if study.sampling == "sequential" else None,
+        "seed": study.seed,
+    }
+
+
+def _key(data: ImageDataset, position: int, sigma: float) -> str:
+    # The content is part of the name: a folder of images may change between two runs.
+    image, label = torch.from_numpy(data.images[position]), torch.as_tensor(data.labels[position])
+    return f"image {int(data.indices[position])} ({fingerprint([image, label])}), sigma {sigma!r}"
+
+
+def _check_request(methods: tuple[PromptMethod, ...], sigmas: tuple[float, ...], mode: str) -> None:
+    if mode not in get_args(Mode):
+        raise ValueError(f"unknown mode {mode!r}; choose one of {', '.join(get_args(Mode))}")
+    if not methods or not sigmas:
+        raise ValueError(f"nothing to certify: {len(methods)} methods and {len(sigmas)} noise levels were given")
+    names = [method.name for method in methods]
+    repeated = sorted({name for name in names if names.count(name) > 1})
+    if repeated:
+        raise ValueError(f"methods need distinct names, {', '.join(map(repr, repeated))} occurs more than once")
+    for method in methods:
+        if method.guarantee not in GUARANTEES:
+            raise ValueError(
+                f"method {method.name!r} states the guarantee {method.guarantee!r}; choose one of "
+                f"{', '.join(GUARANTEES)}"
+            )
