@@ -81,7 +81,9 @@ def _packages() -> str:
         if installed.split("+")[0] != pin:
             differ.append(f"{name} {installed} (tested: {pin})")
     if differ:
-        raise RuntimeError(f"not as tested: {'; '.join(differ)}. `pip install -c constraints.txt -e .[dev]` mends it")
+        raise RuntimeError(
+            f"not as tested: {'; '.join(differ)}. `pip install -c constraints.txt -e .[dev,cluster]` mends it"
+        )
     return f"{len(pins)} packages at their tested versions"
 
 

@@ -12,6 +12,7 @@ from markupsafe import Markup
 from PIL import Image
 
 from medrobust_lib.experiments import read_cards, write_text_atomically
+from medrobust_lib.experiments.cards import CAPTION_KEY
 
 _MATH = re.compile(r"(?P<code>```.*?```|`[^`\n]*`)|\$\$(?P<block>.+?)\$\$|\$(?P<inline>[^$\n]+?)\$", re.DOTALL)
 WIDE = 1.9  # width over height from which a figure gets the whole row
@@ -24,7 +25,8 @@ def write_report(run_dir: Path) -> Path:
     Parameters
     ----------
     run_dir : Path
-        A run folder with ``cards/``; ``figures/`` and ``notebooks/`` are used where they exist.
+        A run folder with ``cards/`` or ``notebooks/``; ``figures/`` are used where they exist. A notebook
+        without a card is shown as one that did not reach its end.
 
     Returns
     -------
@@ -34,11 +36,12 @@ def write_report(run_dir: Path) -> Path:
     Raises
     ------
     FileNotFoundError
-        The folder holds no result card.
+        The folder holds neither result cards nor executed notebooks.
     """
     run_dir = Path(run_dir)
-    cards = [card for card in read_cards(run_dir) if (run_dir / "cards" / f"{card['notebook']}.json").exists()]
     pages = {path.name.split("_")[0]: path for path in sorted((run_dir / "notebooks").glob("*.ipynb"))}
+    cards = read_cards(run_dir, nested=False) if any((run_dir / "cards").glob("*.json")) or not pages else []
+    finished = {card["notebook"] for card in cards}
     templates = Environment(
         loader=PackageLoader("medrobust_lib", "templates"),
         autoescape=select_autoescape(["html", "j2"]),
@@ -46,8 +49,11 @@ def write_report(run_dir: Path) -> Path:
         lstrip_blocks=True,
     )
     style = Markup(templates.get_template("style.css").render() + _code_colours())
-    for path in pages.values():
+    unfinished = []
+    for number, path in pages.items():
         notebook = nbformat.read(path, as_version=4)
+        if number not in finished:
+            unfinished.append({"number": number, "title": _title(notebook, path), "html": f"html/{path.stem}.html"})
         page = templates.get_template("notebook.html.j2").render(
             title=_title(notebook, path), body=Markup(notebook_body(notebook)), style=style, notice=NOTICE
         )
@@ -55,6 +61,7 @@ def write_report(run_dir: Path) -> Path:
     index = templates.get_template("index.html.j2").render(
         title=run_dir.resolve().name,
         sections=[_section(card, run_dir, pages.get(card["notebook"])) for card in cards],
+        unfinished=unfinished,
         style=style,
         notice=NOTICE,
     )
@@ -93,8 +100,9 @@ def math_to_mathml(markdown: str) -> str:
 
 def _title(notebook: nbformat.NotebookNode, path: Path) -> str:
     """First heading of a notebook, or its file's name."""
-    first = notebook.cells[0].source.splitlines() if notebook.cells else []
-    return first[0].removeprefix("# ") if first and first[0].startswith("# ") else path.stem
+    # Papermill puts a note before the title of a notebook that failed.
+    lines = (line for cell in notebook.cells if cell.cell_type == "markdown" for line in cell.source.splitlines())
+    return next((line.removeprefix("# ") for line in lines if line.startswith("# ")), path.stem)
 
 
 def _section(card: Mapping[str, Any], run_dir: Path, notebook: Path | None) -> dict[str, Any]:
@@ -104,13 +112,14 @@ def _section(card: Mapping[str, Any], run_dir: Path, notebook: Path | None) -> d
     figures = sorted(figures, key=lambda path: (not path.stem.endswith("_headline"), path.stat().st_mtime_ns))
     return {
         "card": card,
-        "metrics": [{**metric, "text": _metric_text(metric)} for metric in card["metrics"]],
+        "metrics": [
+            {**metric, "of": _metric_subject(metric), "text": _metric_text(metric)} for metric in card["metrics"]
+        ],
         "facts": _facts(card),
         "figures": [
             {
                 "src": f"figures/{path.name}",
-                "alt": path.stem.partition("_")[2].replace("_", " "),
-                "wide": _aspect(path) > WIDE,
+                **_described(path),
             }
             for path in figures
         ],
@@ -120,9 +129,17 @@ def _section(card: Mapping[str, Any], run_dir: Path, notebook: Path | None) -> d
     }
 
 
-def _aspect(path: Path) -> float:
-    with Image.open(path) as picture:
-        return picture.width / picture.height
+def _described(figure: Path) -> dict[str, Any]:
+    """Caption of a figure, from the file itself or else from its name, and whether it wants a whole row."""
+    name = figure.stem.partition("_")[2].replace("_", " ")
+    with Image.open(figure) as picture:
+        caption = picture.info.get(CAPTION_KEY) or name[:1].upper() + name[1:]
+        return {"alt": name, "caption": caption, "wide": picture.width / picture.height > WIDE}
+
+
+def _metric_subject(metric: Mapping[str, Any]) -> str:
+    """What a metric was measured on, where the card holds several such things."""
+    return ", ".join(filter(None, (metric.get("model"), metric.get("dataset"), metric["of"])))
 
 
 def _metric_text(metric: Mapping[str, Any]) -> str:

@@ -1,30 +1,38 @@
-"""Execute notebooks headlessly through papermill, strict about names and types of parameters."""
+"""Execute notebooks headlessly through papermill; `medrobust_lib.parameters` checks what they are given."""
 
 import contextlib
-import difflib
+import itertools
 import os
 import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import yaml
+from jupyter_client import AsyncKernelManager
 
 from medrobust_lib.experiments import HEADLESS_VARIABLE, RUN_DIR_VARIABLE, project_root
+from medrobust_lib.experiments.cards import default_runs_dir
+from medrobust_lib.parameters import assign_parameters
 
 KERNEL = "python3"
-_SCALARS: dict[str, tuple[type, ...]] = {"str": (str,), "int": (int,), "float": (int, float), "bool": (bool,)}
-
-
-class ParameterError(ValueError):
-    """A parameter that no selected notebook knows, or of the wrong type."""
 
 
 class NotebookError(RuntimeError):
-    """A notebook that failed; the message shows the failing cell and the end of its traceback."""
+    """A notebook that failed; the message shows the failing cell and the end of its traceback.
+
+    Attributes
+    ----------
+    run_dir : Path
+        The run's folder, with the notebook up to the failing cell.
+    """
+
+    def __init__(self, message: str, run_dir: Path) -> None:
+        super().__init__(message)
+        self.run_dir = run_dir
 
 
 @dataclass(frozen=True)
@@ -34,6 +42,31 @@ class Executed:
     number: str
     path: Path
     seconds: float
+
+    @property
+    def run_dir(self) -> Path:
+        """Folder of the run."""
+        return self.path.parents[1]
+
+
+class AskingKernelManager(AsyncKernelManager):
+    """Stops a kernel by asking it to stop, without the interrupt that the base class sends before.
+
+    A kernel's last reply arrives while it is still busy finishing that request. The interrupt sometimes
+    hits it there and is logged as an error, although every cell has succeeded. A kernel that does not
+    follow the request is still terminated, as in the base class.
+    """
+
+    async def shutdown_kernel(self, now: bool = False, restart: bool = False) -> None:
+        """Stop the kernel process; ``now`` kills it at once."""
+        if now or not self.owns_kernel:
+            await super().shutdown_kernel(now=now, restart=restart)
+            return
+        self.shutting_down = True
+        self.stop_restarter()
+        await self.request_shutdown(restart=restart)
+        await self.finish_shutdown(restart=restart)
+        await self.cleanup_resources(restart=restart)
 
 
 def find_notebooks(numbers: Sequence[str] = (), *, folder: Path | None = None) -> dict[str, Path]:
@@ -71,72 +104,10 @@ def find_notebooks(numbers: Sequence[str] = (), *, folder: Path | None = None) -
     return chosen
 
 
-def parse_parameters(assignments: Sequence[str], file: Path | None = None) -> dict[str, Any]:
-    """Read ``name=value`` assignments (values are YAML) on top of a YAML file.
-
-    Raises
-    ------
-    ParameterError
-        An assignment without ``=``, a value that is no YAML, or a file that is no mapping.
-    """
-    parameters: dict[str, Any] = {}
-    if file is not None:
-        try:
-            loaded = yaml.safe_load(Path(file).read_text())
-        except yaml.YAMLError as error:
-            raise ParameterError(f"{file} is no valid YAML: {error}") from error
-        if not isinstance(loaded, dict):
-            raise ParameterError(f"{file} must hold a mapping of parameter names to values")
-        parameters |= {str(name): value for name, value in loaded.items()}
-    for assignment in assignments:
-        name, equals, value = assignment.partition("=")
-        if not equals:
-            raise ParameterError(f"-p {assignment}: write -p NAME=VALUE")
-        try:
-            parameters[name.strip()] = yaml.safe_load(value)
-        except yaml.YAMLError as error:
-            raise ParameterError(f"-p {assignment}: {value!r} is no valid YAML value ({error})") from error
-    return parameters
-
-
-def notebook_parameters(path: Path) -> dict[str, dict[str, Any]]:
-    """Names, annotations, defaults and help of a notebook's parameters cell, as papermill reads them."""
-    from papermill import inspect_notebook
-
-    return inspect_notebook(str(path))
-
-
-def assign_parameters(notebooks: Mapping[str, Path], parameters: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Give each notebook the parameters it knows; refuse a name that none of them knows.
-
-    Raises
-    ------
-    ParameterError
-        Unknown name (closest valid names first) or a value of the wrong type.
-    """
-    known = {number: notebook_parameters(path) for number, path in notebooks.items()}
-    names = sorted({name for specification in known.values() for name in specification})
-    for name in parameters:
-        if name not in names:
-            close = difflib.get_close_matches(name, names, n=len(names), cutoff=0.5)
-            ordered = [*close, *(other for other in names if other not in close)]
-            raise ParameterError(
-                f"unknown parameter {name!r} for notebook {', '.join(notebooks)}; valid: {', '.join(ordered)}"
-            )
-    assigned: dict[str, dict[str, Any]] = {}
-    for number, specification in known.items():
-        assigned[number] = {}
-        for name, value in parameters.items():
-            if name in specification:
-                annotation = str(specification[name]["inferred_type_name"])
-                assigned[number][name] = _checked(name, value, annotation)
-    return assigned
-
-
 def run_notebooks(
     notebooks: Mapping[str, Path],
     parameters: Mapping[str, Any],
-    out: Path,
+    out: Path | None = None,
     *,
     announce: Callable[[str], None] = print,
 ) -> list[Executed]:
@@ -146,16 +117,17 @@ def run_notebooks(
     ----------
     notebooks : mapping of number to path
     parameters : mapping
-        Checked before anything is executed.
-    out : Path
-        Run folder; executed notebooks go to ``out/notebooks``.
+        Checked before anything is executed or written.
+    out : Path, optional
+        Run folder; executed notebooks go to ``out/notebooks``. What these notebooks left there before is
+        removed first. Default: a new folder, named by date and time, below ``runs``.
     announce : callable
-        Receives one line before and after each notebook.
+        Receives a line with the folder, and one before and after each notebook.
 
     Raises
     ------
-    ParameterError
-        As `assign_parameters`.
+    ParameterError, ValueError, FileNotFoundError
+        As `assign_parameters`, or an ``out`` that cannot be a run folder.
     NotebookError
         A cell failed; the notebook so far is kept in ``out/notebooks``.
     """
@@ -164,8 +136,9 @@ def run_notebooks(
 
     assigned = assign_parameters(notebooks, parameters)
     check_kernel()
-    out = Path(out).resolve()
+    out = new_run_dir() if out is None else _cleared(Path(out).resolve(), notebooks)
     (out / "notebooks").mkdir(parents=True, exist_ok=True)
+    announce(f"run folder: {out}")
     executed = []
     for number, path in notebooks.items():
         announce(f"{path.stem} ...")
@@ -181,12 +154,25 @@ def run_notebooks(
                     progress_bar=False,
                     cwd=path.parent,
                     config=_kernel_configuration(),
+                    kernel_manager_class=AskingKernelManager,
                 )
         except PapermillExecutionError as error:
-            raise NotebookError(_readable(error, path, target)) from error
+            raise NotebookError(_readable(error, path, target), out) from error
         executed.append(Executed(number, target, time.monotonic() - started))
         announce(f"{path.stem} done in {executed[-1].seconds:.1f} s")
     return executed
+
+
+def new_run_dir() -> Path:
+    """Create an empty run folder below ``runs``, named by the present date and time."""
+    stamp = datetime.now().astimezone().strftime("%Y-%m-%d_%H-%M-%S")
+    for attempt in itertools.count(1):
+        folder = default_runs_dir() / (stamp if attempt == 1 else f"{stamp}_{attempt}")
+        # Several runs may start in the same second; only one of them can create the folder.
+        with contextlib.suppress(FileExistsError):
+            folder.mkdir(parents=True)
+            return folder
+    raise AssertionError("unreachable")
 
 
 def check_kernel() -> None:
@@ -211,31 +197,28 @@ def check_kernel() -> None:
         )
 
 
+def _cleared(out: Path, notebooks: Mapping[str, Path]) -> Path:
+    """Remove what earlier runs of these notebooks left in a folder, and the page that shows it."""
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out {out} is a file; give a folder, or none for a new one below {default_runs_dir()}")
+    for path in notebooks.values():
+        if (out / "notebooks" / path.name).resolve() == path.resolve():
+            raise ValueError(f"--out {out} would overwrite the notebook {path}; give another folder")
+    stale = [out / "index.html"]
+    for number, path in notebooks.items():
+        stale += [out / "cards" / f"{number}.json", out / "html" / f"{path.stem}.html", out / "notebooks" / path.name]
+        stale += [*(out / "cards").glob(f"{number}_*.csv"), *(out / "figures").glob(f"{number}_*.png")]
+    for file in stale:
+        file.unlink(missing_ok=True)
+    return out
+
+
 def _kernel_configuration() -> Any:
     """Encrypt the talk with the kernel where the installed libraries can, instead of warning about it."""
     import zmq
     from traitlets.config import Config
 
     return Config({"KernelManager": {"transport_encryption": "auto" if zmq.has("curve") else "disabled"}})
-
-
-def _checked(name: str, value: Any, annotation: str) -> Any:
-    """Return the value if it fits the annotation of the parameters cell, else raise."""
-    inner = re.fullmatch(r"list\[(\w+)\]", annotation)
-    if inner:
-        fits = isinstance(value, list) and all(_is_scalar(item, inner[1]) for item in value)
-    else:
-        fits = _is_scalar(value, annotation)
-    if not fits:
-        raise ParameterError(f"parameter {name}={value!r} is {type(value).__name__}, the notebook wants {annotation}")
-    return value
-
-
-def _is_scalar(value: Any, kind: str) -> bool:
-    if kind not in _SCALARS:
-        return True
-    # bool is an int in Python, but `n_images=true` is a mistake.
-    return isinstance(value, _SCALARS[kind]) and (kind == "bool" or not isinstance(value, bool))
 
 
 @contextlib.contextmanager

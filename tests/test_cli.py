@@ -1,18 +1,20 @@
 import json
+import re
 import sys
 
 import nbformat
 import pytest
 from typer.testing import CliRunner
 
-from medrobust_lib import cli, doctor, experiments
+from medrobust_lib import cli, doctor, experiments, runner
 from medrobust_lib.doctor import Finding
 from medrobust_lib.experiments import Metric, start_run
 
 NOTEBOOK = """
 from medrobust_lib.experiments import Metric, start_run
+share = 1 / (n_images != 13)
 run = start_run("01", "Tiny", model=model, n_images=n_images)
-card = run.save_card(metrics=[Metric("accuracy", 1 / n_images, n_images)], tables={}, model={"id": model},
+card = run.save_card(metrics=[Metric("accuracy", share / n_images, n_images)], tables={}, model={"id": model},
                      dataset={"id": "phantom/blood", "n": n_images, "synthetic": True}, prompts={})
 """
 
@@ -38,7 +40,8 @@ def notebooks(tmp_path):
     folder.mkdir()
     cells = [
         nbformat.v4.new_code_cell(
-            'model: str = "demo-clip"  # model id\nn_images: int = 4  # how many\n', metadata={"tags": ["parameters"]}
+            'model: str = "demo-clip"  # model id\nn_images: int = 4  # 13 divides by zero\n',
+            metadata={"tags": ["parameters"]},
         ),
         nbformat.v4.new_code_cell(NOTEBOOK),
     ]
@@ -48,15 +51,24 @@ def notebooks(tmp_path):
 
 
 @pytest.fixture
-def runs(tmp_path, monkeypatch):
-    for name, value in (("a", 0.5), ("b", 0.75)):
+def save_run(tmp_path, monkeypatch):
+    """Write a run with one card on phantom/blood; returns the folder of all runs."""
+
+    def save(name: str, *metrics: Metric, model: str = "demo-clip", **parameters: object):
         monkeypatch.setenv(experiments.RUN_DIR_VARIABLE, str(tmp_path / "runs" / name))
-        start_run("01", "Title", name=name).save_card(
-            metrics=[Metric("accuracy", value, 8), Metric("majority_share", 0.3, 8)],
-            tables={}, model={"id": f"model-{name}"}, dataset={"id": "phantom/blood"}, prompts={},
-        )  # fmt: skip
-    monkeypatch.delenv(experiments.RUN_DIR_VARIABLE)
-    return tmp_path / "runs"
+        start_run("01", "Title", model=model, **parameters).save_card(
+            metrics=metrics, tables={}, model={"id": model}, dataset={"id": "phantom/blood"}, prompts={}
+        )
+        monkeypatch.delenv(experiments.RUN_DIR_VARIABLE)
+        return tmp_path / "runs"
+
+    return save
+
+
+@pytest.fixture
+def runs(save_run):
+    save_run("a", Metric("accuracy", 0.5, 8), Metric("majority_share", 0.3, 8), model="model-a")
+    return save_run("b", Metric("accuracy", 0.75, 8), Metric("majority_share", 0.3, 8), model="model-b")
 
 
 def test_run_executes_and_writes_a_report(invoke, notebooks, tmp_path):
@@ -70,8 +82,19 @@ def test_run_executes_and_writes_a_report(invoke, notebooks, tmp_path):
     assert "0.125" in (out / "index.html").read_text()
 
 
+def test_each_run_gets_a_folder_of_its_own_and_prints_it(invoke, notebooks, tmp_path, monkeypatch):
+    monkeypatch.setattr(runner, "default_runs_dir", lambda: tmp_path / "runs")
+    code, text, _ = invoke("run", "01", "--notebooks", notebooks)
+    (folder,) = (tmp_path / "runs").iterdir()
+    assert code == 0
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d", folder.name)
+    assert f"run folder: {folder}" in text
+    assert f"report: {folder / 'index.html'}" in text
+    assert "1 notebook in " in text
+
+
 def test_parameters_come_from_a_file_too(invoke, notebooks, tmp_path):
-    (tmp_path / "p.yaml").write_text("n_images: 2\nmodel: other\n")
+    (tmp_path / "p.yaml").write_text("n_images: 2\nmodel: no-such-model\n")
     arguments = ("run", "-f", tmp_path / "p.yaml", "-p", "model=demo-clip", "--notebooks", notebooks)
     assert invoke(*arguments, "--out", tmp_path / "out")[0] == 0
     card = json.loads((tmp_path / "out" / "cards" / "01.json").read_text())
@@ -79,22 +102,35 @@ def test_parameters_come_from_a_file_too(invoke, notebooks, tmp_path):
 
 
 def test_a_typo_fails_with_code_one_before_anything_is_written(invoke, notebooks, tmp_path):
-    code, _, error = invoke("run", "01", "-p", "n_image=8", "--notebooks", notebooks, "--out", tmp_path / "out")
-    assert code == 1
-    assert "unknown parameter 'n_image' for notebook 01; valid: n_images, model" in error.replace("\n", " ")
-    assert not (tmp_path / "out").exists()
+    for assignment, message in (
+        ("n_image=8", "unknown parameter 'n_image' for notebook 01; valid: n_images, model"),
+        ("n_images=0", "parameter n_images=0: give 1 or more"),
+        ("model=demo-clop", "unknown model 'demo-clop': did you mean 'demo-clip'"),
+    ):
+        code, _, error = invoke("run", "01", "-p", assignment, "--notebooks", notebooks, "--out", tmp_path / "out")
+        assert code == 1
+        assert message in error.replace("\n", " ")
+        assert not (tmp_path / "out").exists()
 
 
-def test_a_failing_notebook_fails_the_command(invoke, notebooks, tmp_path):
-    code, _, error = invoke("run", "-p", "n_images=0", "--notebooks", notebooks, "--out", tmp_path / "out")
+def test_a_failing_notebook_fails_the_command_and_never_shows_older_results(invoke, notebooks, tmp_path):
+    out = tmp_path / "out"
+    assert invoke("run", "-p", "n_images=8", "--notebooks", notebooks, "--out", out)[0] == 0
+    code, text, error = invoke("run", "-p", "n_images=13", "--notebooks", notebooks, "--out", out)
     assert code == 1
     assert "failed in cell 3 with ZeroDivisionError" in error
+    assert f"report of what was executed: {out / 'index.html'}" in text
+    assert not (out / "cards" / "01.json").exists()
+    page = (out / "index.html").read_text()
+    assert "0.125" not in page
+    assert "did not reach its end" in page
+    assert "ZeroDivisionError" in (out / "html" / "01_tiny.html").read_text()
 
 
 def test_describe_prints_typed_parameters(invoke, notebooks):
     code, text, _ = invoke("run", "--describe", "--notebooks", notebooks)
     assert code == 0
-    assert "n_images: int = 4  # how many" in text
+    assert "n_images: int = 4  # 13 divides by zero" in text
 
 
 def test_models_and_datasets_as_table_and_json(invoke):
@@ -120,8 +156,60 @@ def test_leaderboard_sorts_by_a_metric_and_writes_csv(invoke, runs, tmp_path):
 def test_leaderboard_names_unknown_metrics_and_empty_folders(invoke, runs, tmp_path):
     code, _, error = invoke("leaderboard", runs, "--metric", "auc")
     assert code == 1
-    assert "unknown metric 'auc'; the cards hold accuracy, majority_share" in error
+    assert "unknown metric 'auc'; the cards hold accuracy, majority_share." in error
+    assert "Did you mean 'accuracy'?" in invoke("leaderboard", runs, "--metric", "acuracy")[2]
     assert invoke("leaderboard", tmp_path / "nothing")[0] == 1
+
+
+def test_leaderboard_fits_eighty_columns_in_blocks_by_metric_and_data_set(invoke, save_run, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    long = "2026-11-23_14-05-12"
+    save_run(long, Metric("clean_error", 0.25, 180, 0.1936, 0.3201, of="sigma=0.25"), model="robustmedclip")
+    save_run("b", Metric("clean_error", 0.2, 180, dataset="phantom/oct"), Metric("mce", 1.256, 180))
+    runs = save_run("c", Metric("clean_error", 0.125, 180), Metric("accuracy", 1.0, 1))
+    text = invoke("leaderboard", runs)[1]
+    assert max(map(len, text.splitlines())) <= 80
+    lines = [re.sub(r" {2,}", "|", line.strip()) for line in text.splitlines() if re.search(r"\w", line)]
+    assert lines == [
+        "accuracy on phantom/blood, highest first",
+        "#|value|n|model|of|run",
+        "1|1.000|1|demo-clip|c",
+        "clean error on phantom/blood, lowest first",
+        "#|value [95 %]|n|model|of|run",
+        "1|.125|180|demo-clip|c",
+        f"2|.250 [.19, .32]|180|robustmedclip|sigma=0.25|{long}",
+        "clean error on phantom/oct, lowest first",
+        "#|value|n|model|of|run",
+        "1|.200|180|demo-clip|b",
+        "mce on phantom/blood, lowest first",
+        "#|value|n|model|of|run",
+        "1|1.256|180|demo-clip|b",
+    ]
+
+
+def test_leaderboard_shows_a_repeated_result_once_but_exports_it_every_time(invoke, save_run):
+    for name in ("a", "b"):
+        save_run(name, Metric("accuracy", 0.5, 8))
+    save_run("c", Metric("accuracy", 0.5, 8), seed=1)
+    runs = save_run("d", Metric("accuracy", 0.25, 8), seed=1)
+    rows = [line for line in invoke("leaderboard", runs)[1].splitlines() if "demo-clip" in line]
+    assert [re.split(r" {2,}", row.strip()) for row in rows] == [
+        ["1", ".500", "8", "demo-clip", "a (+1 more)"],
+        ["1", ".500", "8", "demo-clip", "c"],
+        ["3", ".250", "8", "demo-clip", "d"],
+    ]
+    assert len(json.loads(invoke("leaderboard", runs, "--json")[1])) == 4
+
+
+def test_leaderboard_holds_runs_by_hand_only_when_asked(invoke, save_run):
+    runs = save_run("by-hand", Metric("accuracy", 0.5, 8))
+    code, _, error = invoke("leaderboard", runs)
+    assert code == 1
+    assert "holds only notebooks run by hand; show them with --by-hand" in error
+    save_run("a", Metric("accuracy", 0.25, 8))
+    assert [row["run"] for row in json.loads(invoke("leaderboard", runs, "--json")[1])] == ["a"]
+    assert [row["run"] for row in json.loads(invoke("leaderboard", runs, "--by-hand", "--json")[1])] == ["by-hand", "a"]
+    assert [row["run"] for row in json.loads(invoke("leaderboard", runs / "by-hand", "--json")[1])] == ["by-hand"]
 
 
 def test_doctor_finds_a_sound_environment():

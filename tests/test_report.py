@@ -16,8 +16,12 @@ def run_dir(tmp_path, monkeypatch):
     monkeypatch.setenv(experiments.RUN_DIR_VARIABLE, str(folder))
     run = start_run("01", "A <b>title</b>", model="demo-clip")
     run.save_figure(Figure(figsize=(2, 1)), "some_curve")
+    run.save_figure(Figure(figsize=(2, 1)), "headline", caption="Accuracy <falls> with noise")
     run.save_card(
-        metrics=[Metric("balanced_accuracy", 0.75, 4, 0.2, 0.99)],
+        metrics=[
+            Metric("balanced_accuracy", 0.75, 4, 0.2, 0.99),
+            Metric("accuracy", 0.5, 4, of="sigma=1", model="plip"),
+        ],
         tables={"01_accuracy": pd.DataFrame({"accuracy": [0.75]})},
         model={"id": "<script>alert(1)</script>"},
         dataset={"id": "phantom/blood", "n": 4, "synthetic": True},
@@ -68,6 +72,36 @@ def test_index_shows_card_figures_and_notice(run_dir):
     assert "Not for clinical use" in text
     assert "synthetic drawings, never from patients" in text
     assert 'name="viewport"' in text
+
+
+def test_figures_have_their_caption_or_a_readable_name(run_dir):
+    captions = re.findall("<figcaption>(.*?)</figcaption>", (run_dir / "index.html").read_text())
+    assert captions == ["Accuracy &lt;falls&gt; with noise", "Some curve"]
+
+
+def test_notes_stand_before_the_numbers(run_dir):
+    text = (run_dir / "index.html").read_text()
+    assert text.index('<ul class="notes"') < text.index("synthetic phantoms, not patients&#39; images")
+    assert text.index("synthetic phantoms, not patients&#39; images") < text.index("0.750 [0.200")
+
+
+def test_a_metric_of_another_model_says_so(run_dir):
+    assert "<td>plip, sigma=1</td>" in (run_dir / "index.html").read_text()
+
+
+def test_a_notebook_without_a_card_is_shown_as_unfinished(run_dir):
+    notebook = nbformat.read(run_dir / "notebooks" / "01_first.ipynb", as_version=4)
+    notebook.cells.insert(0, nbformat.v4.new_markdown_cell("An exception was encountered"))
+    nbformat.write(notebook, run_dir / "notebooks" / "02_second.ipynb")
+    report.write_report(run_dir)
+    text = (run_dir / "index.html").read_text()
+    assert text.count("did not reach its end") == 1
+    assert '<span class="number">02</span>Title</h2>' in text
+    assert '<a href="html/02_second.html">read it up to where it stopped</a>' in text
+    assert (run_dir / "html" / "02_second.html").exists()
+    (run_dir / "cards" / "01.json").unlink()
+    report.write_report(run_dir)
+    assert (run_dir / "index.html").read_text().count("did not reach its end") == 2
 
 
 def test_names_are_escaped(run_dir):

@@ -18,17 +18,23 @@ from medrobust_lib.experiments.cards import (
     start_run,
     write_text_atomically,
 )
+from medrobust_lib.experiments.store import RowStore, open_store
+from medrobust_lib.experiments.work import map_items, progress
 
 __all__ = [
     "HEADLESS_VARIABLE",
     "RUN_DIR_VARIABLE",
     "Metric",
+    "RowStore",
     "Run",
     "environment",
     "git_state",
     "is_headless",
     "leaderboard",
+    "map_items",
+    "open_store",
     "peak_memory_mb",
+    "progress",
     "project_root",
     "read_cards",
     "start_run",

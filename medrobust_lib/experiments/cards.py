@@ -4,9 +4,10 @@ import hashlib
 import json
 import os
 import platform
+import re
 import subprocess
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from importlib import metadata
@@ -21,6 +22,10 @@ if TYPE_CHECKING:
 CARD_FORMAT = 1
 RUN_DIR_VARIABLE = "MEDROBUST_RUN_DIR"
 HEADLESS_VARIABLE = "MEDROBUST_HEADLESS"
+BY_HAND = "by-hand"  # the run of notebooks that a person executes
+CAPTION_KEY = "Description"  # the PNG specification's keyword for a caption
+LOWER_IS_BETTER = ("error", "ece", "mce", "majority_share", "abstain_rate")
+_DATASET_ID = re.compile(r"[a-z][\w-]*/[\w-]+|(folder|csv):.+")
 _RECORDED_PACKAGES = ("medrobust-lib", "torch", "open_clip_torch", "transformers", "peft", "numpy", "scipy")
 
 
@@ -40,6 +45,8 @@ class Metric:
         Two-sided 95 % interval, where one was computed.
     of : str
         What it was measured on, if the card holds several (for example ``sigma=0.25``).
+    model, dataset : str
+        Their ids, where they are not the card's own.
     """
 
     name: str
@@ -48,6 +55,8 @@ class Metric:
     low: float | None = None
     high: float | None = None
     of: str = ""
+    model: str = ""
+    dataset: str = ""
 
 
 @dataclass(frozen=True)
@@ -78,12 +87,27 @@ class Run:
         """First 16 hex digits of the SHA-256 of the canonical JSON of the parameters."""
         return hashlib.sha256(json.dumps(self.parameters, sort_keys=True).encode()).hexdigest()[:16]
 
-    def save_figure(self, figure: "Figure", name: str) -> Path:
-        """Write a figure to ``figures/<number>_<name>.png`` and return its path."""
+    def save_figure(self, figure: "Figure", name: str, *, caption: str = "") -> Path:
+        """Write a figure to ``figures/<number>_<name>.png``.
+
+        Parameters
+        ----------
+        figure : matplotlib.figure.Figure
+        name : str
+            Part of the file's name; ``headline`` comes first in the report.
+        caption : str
+            What the report writes below it; kept in the file itself.
+
+        Returns
+        -------
+        Path
+            The PNG.
+        """
         path = self.folder / "figures" / f"{self.number}_{name}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(".part.png")
-        figure.savefig(partial, dpi=150, bbox_inches="tight")
+        described = {CAPTION_KEY: caption} if caption else {}
+        figure.savefig(partial, dpi=150, bbox_inches="tight", metadata=described)
         partial.replace(path)
         return path
 
@@ -162,7 +186,7 @@ def start_run(number: str, title: str, **parameters: Any) -> Run:
     run = Run(
         number=number,
         title=title,
-        folder=Path(folder) if folder else project_root() / "runs" / "by-hand",
+        folder=Path(folder) if folder else default_runs_dir() / BY_HAND,
         parameters=parameters,
         started=time.monotonic(),
     )
@@ -171,8 +195,14 @@ def start_run(number: str, title: str, **parameters: Any) -> Run:
     return run
 
 
-def read_cards(runs_dir: Path) -> list[dict[str, Any]]:
+def read_cards(runs_dir: Path, *, nested: bool = True) -> list[dict[str, Any]]:
     """Read every result card below a folder, each with its run's name under ``"run"``.
+
+    Parameters
+    ----------
+    runs_dir : Path
+    nested : bool
+        False for one run's own cards, without those of runs inside its folder.
 
     Raises
     ------
@@ -182,7 +212,7 @@ def read_cards(runs_dir: Path) -> list[dict[str, Any]]:
         A card is no valid JSON or of an unknown format; the message names the file.
     """
     cards = []
-    for path in sorted(Path(runs_dir).glob("**/cards/[0-9]*.json")):
+    for path in sorted(Path(runs_dir).glob(f"{'**/' if nested else ''}cards/[0-9]*.json")):
         try:
             card = json.loads(path.read_text())
         except json.JSONDecodeError as error:
@@ -198,25 +228,69 @@ def read_cards(runs_dir: Path) -> list[dict[str, Any]]:
 def leaderboard(cards: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
     """One row per metric of every card, from the cards alone.
 
+    A metric belongs to its own model and data set where it names them, in its fields or in ``of``, else
+    to the card's.
+
+    Parameters
+    ----------
+    cards : sequence of mapping
+        From `read_cards`.
+
     Returns
     -------
     DataFrame with columns run, notebook, model, dataset, metric, of, value, low, high, n, parameters
+        Sorted by metric and data set, the best value first (see `lower_is_better`).
     """
-    return pd.DataFrame(
-        [
-            {
-                "run": card["run"],
-                "notebook": card["notebook"],
-                "model": card["model"].get("id", ""),
-                "dataset": card["dataset"].get("id", ""),
-                "metric": metric["name"],
-                **{key: metric[key] for key in ("of", "value", "low", "high", "n")},
-                "parameters": card["parameters_hash"],
-            }
-            for card in cards
-            for metric in card["metrics"]
-        ]
+    models = {name for card in cards for name in _named_models(card)}
+    rows = [
+        {
+            "run": card["run"],
+            "notebook": card["notebook"],
+            "model": card["model"].get("id", ""),
+            "dataset": card["dataset"].get("id", ""),
+            "metric": metric["name"],
+            **_subject(metric, models),
+            **{key: metric[key] for key in ("value", "low", "high", "n")},
+            "parameters": card["parameters_hash"],
+        }
+        for card in cards
+        for metric in card["metrics"]
+    ]
+    rows.sort(
+        key=lambda row: (
+            row["metric"],
+            row["dataset"],
+            row["value"] if lower_is_better(row["metric"]) else -row["value"],
+        )
     )
+    columns = ("run", "notebook", "model", "dataset", "metric", "of", "value", "low", "high", "n", "parameters")
+    return pd.DataFrame(rows, columns=list(columns))
+
+
+def lower_is_better(metric: str) -> bool:
+    """Whether the smallest value of a metric is the best: errors, and shares that grow as a model collapses."""
+    return metric.endswith(LOWER_IS_BETTER)
+
+
+def _subject(metric: Mapping[str, Any], models: Collection[str]) -> dict[str, str]:
+    """``of`` of a metric, and the model and data set that it names instead of the card's."""
+    named = {key: metric[key] for key in ("model", "dataset") if metric.get(key)}
+    rest = []
+    for part in filter(None, metric["of"].split(", ")):
+        if part in models:
+            named.setdefault("model", part)
+        elif _DATASET_ID.fullmatch(part):
+            named.setdefault("dataset", part)
+        else:
+            rest.append(part)
+    return {**named, "of": ", ".join(rest)}
+
+
+def _named_models(card: Mapping[str, Any]) -> list[str]:
+    """Every model id that a card states."""
+    parameters = card["parameters"]
+    lists = (parameters.get(name) for name in ("compare_with", "models"))
+    return [card["model"].get("id", ""), *(name for names in lists if isinstance(names, list) for name in names)]
 
 
 def is_headless() -> bool:
@@ -228,6 +302,11 @@ def project_root() -> Path:
     """The checkout that holds this library, or the working folder for a plain installation."""
     root = Path(__file__).resolve().parents[2]
     return root if (root / "notebooks").is_dir() else Path.cwd()
+
+
+def default_runs_dir() -> Path:
+    """Where runs go unless told otherwise: ``runs`` below `project_root`."""
+    return project_root() / "runs"
 
 
 def environment() -> dict[str, str]:

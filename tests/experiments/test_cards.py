@@ -4,9 +4,11 @@ import re
 import pandas as pd
 import pytest
 from matplotlib.figure import Figure
+from PIL import Image
 
 from medrobust_lib import experiments
 from medrobust_lib.experiments import Metric, start_run
+from medrobust_lib.experiments.cards import CAPTION_KEY, lower_is_better
 
 
 @pytest.fixture
@@ -29,7 +31,9 @@ def save(run, **changes):
 def test_card_holds_numbers_as_numbers_and_everything_that_shaped_them(run):
     card = json.loads(save(run).read_text())
     assert card["parameters"] == {"model": "demo-clip", "sigmas": [0.0, 0.25]}
-    assert card["metrics"][0] == {"name": "accuracy", "value": 0.75, "n": 4, "low": 0.2, "high": 0.99, "of": ""}
+    assert card["metrics"][0] == {
+        "name": "accuracy", "value": 0.75, "n": 4, "low": 0.2, "high": 0.99, "of": "", "model": "", "dataset": "",
+    }  # fmt: skip
     assert re.fullmatch("[0-9a-f]{16}", card["parameters_hash"])
     assert card["seconds"] >= 0
     assert card["peak_memory_mb"] > 10
@@ -82,6 +86,13 @@ def test_figures_are_written_under_the_notebooks_number(run):
     assert [p.name for p in path.parent.iterdir()] == ["01_curve.png"]
 
 
+@pytest.mark.parametrize("caption", ["Accuracy falls with \N{GREEK SMALL LETTER SIGMA}", ""])
+def test_a_caption_travels_inside_the_figure(run, caption):
+    path = run.save_figure(Figure(figsize=(2, 1)), "curve", caption=caption)
+    with Image.open(path) as picture:
+        assert picture.info.get(CAPTION_KEY, "") == caption
+
+
 def test_leaderboard_comes_from_cards_alone(run, tmp_path):
     save(run)
     table = experiments.leaderboard(experiments.read_cards(tmp_path))
@@ -89,6 +100,60 @@ def test_leaderboard_comes_from_cards_alone(run, tmp_path):
         ["demo", "01", "demo-clip", "phantom/blood", "accuracy", "", 0.75, 4],
         ["demo", "01", "demo-clip", "phantom/blood", "accuracy", "sigma=0.25", 0.5, 8],
     ]
+
+
+def test_a_metric_belongs_to_the_model_and_data_set_that_it_names(run, tmp_path):
+    run.parameters["compare_with"] = ["plip"]
+    metrics = [
+        Metric("accuracy", 0.1, 4),
+        Metric("accuracy", 0.2, 4, of="phantom/oct"),
+        Metric("accuracy", 0.3, 4, of="plip, sigma=0.25"),
+        Metric("accuracy", 0.4, 4, of="folder:mine, plip"),
+        Metric("accuracy", 0.5, 4, of="mucus", model="biomedclip", dataset="medmnist/oct"),
+    ]
+    save(run, metrics=metrics)
+    table = experiments.leaderboard(experiments.read_cards(tmp_path)).sort_values("value")
+    assert table[["model", "dataset", "of"]].to_numpy().tolist() == [
+        ["demo-clip", "phantom/blood", ""],
+        ["demo-clip", "phantom/oct", ""],
+        ["plip", "phantom/blood", "sigma=0.25"],
+        ["plip", "folder:mine", ""],
+        ["biomedclip", "medmnist/oct", "mucus"],
+    ]
+
+
+def test_cards_written_before_metrics_could_name_a_model_are_read(run, tmp_path):
+    path = save(run)
+    card = json.loads(path.read_text())
+    for metric in card["metrics"]:
+        del metric["model"], metric["dataset"]
+    path.write_text(json.dumps(card))
+    assert experiments.leaderboard(experiments.read_cards(tmp_path)).model.tolist() == ["demo-clip", "demo-clip"]
+
+
+def test_leaderboard_of_cards_without_metrics_has_its_columns(run, tmp_path):
+    save(run, metrics=[])
+    assert list(experiments.leaderboard(experiments.read_cards(tmp_path)).columns)[:2] == ["run", "notebook"]
+
+
+@pytest.mark.parametrize(
+    ("metric", "lower"),
+    [("accuracy", False), ("clean_error", True), ("ece", True), ("relative_mce", True), ("majority_share", True),
+     ("expected_calibration_error", True), ("average_certified_radius", False)],
+)  # fmt: skip
+def test_direction_of_a_metric_and_best_comes_first(run, tmp_path, metric, lower):
+    assert lower_is_better(metric) == lower
+    save(run, metrics=[Metric(metric, value, 4) for value in (0.5, 0.25, 0.75)])
+    values = experiments.leaderboard(experiments.read_cards(tmp_path)).value.tolist()
+    assert values == sorted(values, reverse=not lower)
+
+
+def test_cards_of_runs_inside_a_run_are_read_only_when_wanted(run, tmp_path, monkeypatch):
+    save(run)
+    monkeypatch.setenv(experiments.RUN_DIR_VARIABLE, str(run.folder / "inner"))
+    save(start_run("01", "Title"))
+    assert [card["run"] for card in experiments.read_cards(run.folder)] == ["demo", "inner"]
+    assert [card["run"] for card in experiments.read_cards(run.folder, nested=False)] == ["demo"]
 
 
 def test_missing_broken_and_foreign_cards_are_named(tmp_path):

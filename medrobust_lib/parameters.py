@@ -1,0 +1,191 @@
+"""Parameters of notebooks: read, matched by name, checked before a kernel starts."""
+
+import ast
+import difflib
+import math
+import re
+from collections.abc import Callable, Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+MODEL_PARAMETERS = ("model", "models", "compare_with")
+DATASET_PARAMETERS = ("dataset", "datasets", "compare")
+ALL_AVAILABLE = ["available"]  # in a list of models: every one whose weights are here
+_PATH_SCHEMES = ("folder", "csv", "local-dir")
+# Which numbers a parameter of this name takes, and how an error says it.
+_RULES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
+    (r"n0?|n_\w+|\w+_draws", lambda value: value >= 1, "1 or more"),
+    (r"sigmas?", lambda value: 0 <= value < math.inf, "0 or more (noise std in [0, 1] pixel units)"),
+    (r"seeds?", lambda value: value >= 0, "0 or more"),
+    (r"alpha", lambda value: 0 < value < 1, "a number between 0 and 1"),
+)
+_SCALARS: dict[str, tuple[type, ...]] = {"str": (str,), "int": (int,), "float": (int, float), "bool": (bool,)}
+
+
+class ParameterError(ValueError):
+    """A parameter that no selected notebook knows, of the wrong type, or with a value that cannot work."""
+
+
+def parse_parameters(assignments: Sequence[str], file: Path | None = None) -> dict[str, Any]:
+    """Read ``name=value`` assignments (values are YAML) on top of a YAML file.
+
+    Raises
+    ------
+    ParameterError
+        An assignment without ``=``, a value that is no YAML, or a file that is no mapping.
+    """
+    parameters: dict[str, Any] = {}
+    if file is not None:
+        try:
+            loaded = yaml.safe_load(Path(file).read_text())
+        except yaml.YAMLError as error:
+            raise ParameterError(f"{file} is no valid YAML: {error}") from error
+        if not isinstance(loaded, dict):
+            raise ParameterError(f"{file} must hold a mapping of parameter names to values")
+        parameters |= {str(name): value for name, value in loaded.items()}
+    for assignment in assignments:
+        name, equals, value = assignment.partition("=")
+        if not equals:
+            raise ParameterError(f"-p {assignment}: write -p NAME=VALUE")
+        try:
+            parameters[name.strip()] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise ParameterError(f"-p {assignment}: {value!r} is no valid YAML value ({error})") from error
+    return parameters
+
+
+def notebook_parameters(path: Path) -> dict[str, dict[str, Any]]:
+    """Names, annotations, defaults and help of a notebook's parameters cell, as papermill reads them."""
+    from papermill import inspect_notebook
+
+    return inspect_notebook(str(path))
+
+
+def assign_parameters(notebooks: Mapping[str, Path], parameters: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Give each notebook the parameters it knows, after checking all that can be known before a kernel starts.
+
+    Paths in ids (``folder:``, ``csv:``, ``local-dir:``) become absolute: a notebook works in another folder.
+
+    Raises
+    ------
+    ParameterError
+        Unknown name (closest valid names first), a value of the wrong type or out of its range.
+    ValueError, FileNotFoundError
+        Unknown model or data set (closest ids named), or one that is not on this computer.
+    """
+    known = {number: notebook_parameters(path) for number, path in notebooks.items()}
+    names = list(dict.fromkeys(name for specification in known.values() for name in specification))
+    for name in parameters:
+        if name not in names:
+            close = difflib.get_close_matches(name, names, n=3, cutoff=0.6)
+            ordered = [*close, *(other for other in names if other not in close)]
+            raise ParameterError(
+                f"unknown parameter {name!r} for notebook {', '.join(notebooks)}; valid: {', '.join(ordered)}"
+            )
+    assigned: dict[str, dict[str, Any]] = {}
+    for number, specification in known.items():
+        assigned[number] = {}
+        for name, value in parameters.items():
+            if name in specification:
+                annotation = str(specification[name]["inferred_type_name"])
+                assigned[number][name] = _in_range(name, _absolute(name, _checked(name, value, annotation)))
+    _check_models({id for given in assigned.values() for name in MODEL_PARAMETERS for id in _ids(given.get(name))})
+    for number, given in assigned.items():
+        if given.keys() & {*DATASET_PARAMETERS, "n_images", "wording_of"}:
+            _check_datasets({name: _default(spec) for name, spec in known[number].items()} | given)
+    return assigned
+
+
+def _checked(name: str, value: Any, annotation: str) -> Any:
+    """Return the value if it fits the annotation of the parameters cell, else raise."""
+    inner = re.fullmatch(r"list\[(\w+)\]", annotation)
+    if inner:
+        fits = isinstance(value, list) and all(_is_scalar(item, inner[1]) for item in value)
+    else:
+        fits = _is_scalar(value, annotation)
+    if not fits:
+        raise ParameterError(f"parameter {name}={value!r} is {type(value).__name__}, the notebook wants {annotation}")
+    return value
+
+
+def _is_scalar(value: Any, kind: str) -> bool:
+    if kind not in _SCALARS:
+        return True
+    # bool is an int in Python, but `n_images=true` is a mistake.
+    return isinstance(value, _SCALARS[kind]) and (kind == "bool" or not isinstance(value, bool))
+
+
+def _default(specification: Mapping[str, Any]) -> Any:
+    """The default value of a parameter; None if its cell computes it."""
+    try:
+        return ast.literal_eval(specification["default"])
+    except (ValueError, SyntaxError):
+        return None
+
+
+def _in_range(name: str, value: Any) -> Any:
+    """Return the value if all that it holds can be taken by a parameter of this name, else raise."""
+    for item in value if isinstance(value, list) else [value]:
+        for pattern, allows, wanted in _RULES:
+            if re.fullmatch(pattern, name) and isinstance(item, int | float) and not allows(item):
+                raise ParameterError(f"parameter {name}={value!r}: give {wanted}")
+        if name == "template" and item and "{}" not in str(item):
+            raise ParameterError(f"parameter template={value!r}: write {{}} in the place of the class name")
+    return value
+
+
+def _ids(value: Any) -> list[str]:
+    """The ids that a parameter names, as a list."""
+    if value == ALL_AVAILABLE:
+        return []
+    return [item for item in (value if isinstance(value, list) else [value]) if isinstance(item, str)]
+
+
+def _absolute(name: str, value: Any) -> Any:
+    """Make the path in each id of a model or data set absolute."""
+    if isinstance(value, list):
+        return [_absolute(name, item) for item in value]
+    if name not in (*MODEL_PARAMETERS, *DATASET_PARAMETERS) or not isinstance(value, str):
+        return value
+    scheme, _, path = value.partition(":")
+    return f"{scheme}:{Path(path).expanduser().resolve()}" if scheme in _PATH_SCHEMES and path else value
+
+
+def _check_models(ids: Collection[str]) -> None:
+    """Raise unless every model is known and its weights are here or can be downloaded."""
+    if not ids:
+        return
+    from huggingface_hub import constants
+
+    from medrobust_lib.models.catalogue import LOCAL_DIR_PREFIX
+    from medrobust_lib.models.registry import available_offline, default_weights_dir, find_model
+    from medrobust_lib.models.weights import has_checkpoint
+
+    for id in sorted(ids):
+        entry = find_model(id)
+        if id.startswith(LOCAL_DIR_PREFIX):
+            if not has_checkpoint(Path(id.removeprefix(LOCAL_DIR_PREFIX))):
+                raise FileNotFoundError(f"no model weights in the folder of {id!r}")
+            continue
+        # Sources that are web pages are fetched by the script only, never by the loader.
+        fetched_by_loader = not constants.HF_HUB_OFFLINE and not entry.source.startswith("https://")
+        if not available_offline(entry, weights_dir=default_weights_dir()) and not fetched_by_loader:
+            raise FileNotFoundError(
+                f"the weights of {id!r} are not on this computer; fetch them with\n"
+                f"    python data_scripts/fetch_weights.py {id}"
+            )
+
+
+def _check_datasets(parameters: Mapping[str, Any]) -> None:
+    """Raise unless every data set can be loaded and holds as many images as are wanted of it."""
+    from medrobust_lib.data.registry import load_dataset
+
+    wanted = parameters.get("n_images")
+    for id in dict.fromkeys(id for name in DATASET_PARAMETERS for id in _ids(parameters.get(name))):
+        wording = parameters.get("wording_of") or None if id == parameters.get("dataset") else None
+        # One image of a set meets the errors that the notebook would meet half a minute later.
+        size = load_dataset(id, n=1, image_size=64, like=wording).provenance["split_size"]
+        if wanted is not None and wanted > size:
+            raise ParameterError(f"parameter n_images={wanted}: the test split of {id} has {size} images")

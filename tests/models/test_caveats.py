@@ -1,0 +1,72 @@
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from medrobust_lib import load_dataset, load_model
+from medrobust_lib.data.dataset import ImageDataset
+from medrobust_lib.models.caveats import NOT_CLINICAL, caveats
+
+
+def encoder(id: str = "demo-clip", image_size: int = 64) -> SimpleNamespace:
+    return SimpleNamespace(id=id, image_size=image_size)
+
+
+def images(id: str = "folder:mine", *, side: int = 64, synthetic: bool = False) -> ImageDataset:
+    return ImageDataset(
+        id=id,
+        split="test",
+        images=np.zeros((2, side, side + 9, 3), np.uint8),
+        labels=np.array([0, 1]),
+        classes=("a", "b"),
+        templates=("{}",),
+        modality="any",
+        licence="MIT",
+        provenance={"synthetic": synthetic},
+        indices=np.arange(2),
+    )
+
+
+def test_demo_clip_on_phantoms_says_synthetic_and_nothing_of_real_images():
+    found = caveats(load_model("demo-clip", device="cpu"), load_dataset("phantom/blood", n=8))
+    assert found == [
+        "The images are synthetic phantoms, not patients' images: no number here says anything about patients.",
+        NOT_CLINICAL,
+    ]
+
+
+def test_demo_clip_on_real_images_is_a_test_of_the_plumbing():
+    found = caveats(encoder(), images())
+    assert found[0].startswith("demo-clip was trained on synthetic phantoms only: its numbers on real images test the")
+    assert not any("are synthetic phantoms" in sentence for sentence in found)
+
+
+def test_demo_clip_on_its_training_site_is_flattered():
+    assert "trained on phantoms of this very site" in " ".join(
+        caveats(encoder(), load_dataset("phantom/oct-site-a", n=4))
+    )
+
+
+def test_other_models_are_not_ranked_by_phantoms():
+    found = caveats(encoder("plip"), images("phantom/blood", synthetic=True))
+    assert "Which model is best on synthetic phantoms says nothing about which is best on real images." in found
+    assert not any("was trained on" in sentence for sentence in found)
+
+
+def test_a_medical_model_on_real_images_of_its_size_is_only_not_clinical():
+    assert caveats(encoder("biomedclip", 224), images(side=224)) == ["For teaching and research, not for clinical use."]
+
+
+@pytest.mark.parametrize(
+    ("side", "input_size", "said"),
+    [
+        (28, 224, "enlarges 28 px images for plip's 224 px input"),
+        (75, 224, None),
+        (671, 224, None),
+        (672, 224, "shrinks 672 px images for plip's 224 px input"),
+    ],
+)
+def test_sizes_far_apart_are_named_by_the_shorter_edge(side, input_size, said):
+    found = [s for s in caveats(encoder("plip", input_size), images(side=side)) if s.startswith("Preprocessing")]
+    assert len(found) == (said is not None)
+    assert said is None or said in found[0]

@@ -1,0 +1,146 @@
+"""What notebooks are given is matched by name and checked before a kernel starts."""
+
+import math
+
+import pytest
+from PIL import Image
+
+from medrobust_lib import parameters
+from medrobust_lib.runner import find_notebooks, run_notebooks
+
+
+@pytest.fixture
+def notebooks(tmp_path, write_notebook):
+    write_notebook(tmp_path, "01_first")
+    write_notebook(tmp_path, "02_second", parameters="model: str = 'demo-clip'  # id\nn_votes: int = 3  # votes\n")
+    return find_notebooks(folder=tmp_path)
+
+
+def test_values_are_yaml_and_the_command_line_wins_over_the_file(tmp_path):
+    file = tmp_path / "params.yaml"
+    file.write_text("model: plip\nsigmas: [0, 0.5]\n")
+    parsed = parameters.parse_parameters(["model=demo-clip", "n_images=20", "fast=true", "template=a {} b"], file)
+    assert parsed == {
+        "model": "demo-clip", "sigmas": [0, 0.5], "n_images": 20, "fast": True, "template": "a {} b",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("assignments", "content", "message"),
+    [
+        (["model"], None, "-p model: write -p NAME=VALUE"),
+        (["x=[1"], None, r"-p x=\[1: '\[1' is no valid YAML value"),
+        ([], "- a\n", "must hold a mapping of parameter names to values"),
+        ([], "a: [1", "is no valid YAML"),
+    ],
+)
+def test_unreadable_parameters_are_named(tmp_path, assignments, content, message):
+    file = None
+    if content is not None:
+        file = tmp_path / "params.yaml"
+        file.write_text(content)
+    with pytest.raises(parameters.ParameterError, match=message):
+        parameters.parse_parameters(assignments, file)
+
+
+def test_each_notebook_gets_the_parameters_it_knows(notebooks):
+    assigned = parameters.assign_parameters(notebooks, {"model": "demo-clip", "n_votes": 9})
+    assert assigned == {"01": {"model": "demo-clip"}, "02": {"model": "demo-clip", "n_votes": 9}}
+
+
+def test_unknown_parameter_lists_the_closest_first_and_the_rest_in_the_notebooks_order(notebooks):
+    with pytest.raises(parameters.ParameterError) as caught:
+        parameters.assign_parameters(notebooks, {"sigmaz": 5})
+    message = "unknown parameter 'sigmaz' for notebook 01, 02; valid: sigma, sigmas, model, n_images, fast, n_votes"
+    assert str(caught.value) == message
+
+
+@pytest.fixture
+def studies(tmp_path, write_notebook):
+    cell = """model: str = "demo-clip"  # id
+compare_with: list[str] = []  # ids
+dataset: str = "phantom/blood"  # id
+compare: list[str] = ["phantom/oct"]  # ids
+n_images: int = 5  # how many
+n_draws: list[int] = [10]  # how many
+sigmas: list[float] = [0.0]  # levels
+template: str = ""  # prompt
+wording_of: str = ""  # id
+"""
+    write_notebook(tmp_path, "01_first", parameters=cell)
+    return find_notebooks(folder=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "error", "message"),
+    [
+        ("n_images", -5, ValueError, "parameter n_images=-5: give 1 or more"),
+        ("n_draws", [10, 0], ValueError, r"parameter n_draws=\[10, 0\]: give 1 or more"),
+        ("sigmas", [0.0, -0.1], ValueError, r"parameter sigmas=\[0.0, -0.1\]: give 0 or more"),
+        ("sigmas", [math.nan], ValueError, r"parameter sigmas=\[nan\]: give 0 or more"),
+        ("template", "no place", ValueError, "parameter template='no place': write {} in the place of the class"),
+        ("model", "demo-clop", ValueError, "unknown model 'demo-clop': did you mean 'demo-clip'"),
+        ("compare_with", ["demo-clip", "plop"], ValueError, "unknown model 'plop': did you mean 'plip'"),
+        ("model", "local-dir:/no/such", FileNotFoundError, "no model weights in the folder of 'local-dir:/no/such'"),
+        ("model", "medclip-vit", FileNotFoundError, "'medclip-vit' are not .*\n.*fetch_weights.py medclip-vit"),
+        ("dataset", "phantom/blod", ValueError, "unknown data set 'phantom/blod'. Did you mean 'phantom/blood'"),
+        ("compare", ["phantom/octt"], ValueError, "unknown data set 'phantom/octt'. Did you mean 'phantom/oct'"),
+        ("dataset", "folder:/no/such", FileNotFoundError, "no folder at /no/such"),
+        ("dataset", "csv:/no/such.csv", FileNotFoundError, "no CSV file at /no/such.csv"),
+        ("wording_of", "phantom/oct", ValueError, "like='phantom/oct' is for folder: and csv: data; phantom/blood has"),
+        ("dataset", "medmnist/oct", FileNotFoundError, "download_medmnist.py oct"),
+        ("n_images", 721, ValueError, "parameter n_images=721: the test split of phantom/blood has 720 images"),
+    ],
+)
+def test_values_that_cannot_work_are_refused_before_a_kernel_starts(
+    studies, tmp_path, monkeypatch, name, value, error, message
+):
+    monkeypatch.setenv("MEDROBUST_DATA", str(tmp_path / "data"))
+    monkeypatch.setenv("MEDROBUST_WEIGHTS", str(tmp_path / "weights"))
+    monkeypatch.setattr("papermill.execute_notebook", lambda *_, **__: pytest.fail("a kernel was started"))
+    with pytest.raises(error, match=message):
+        run_notebooks(studies, {name: value}, tmp_path / "out", announce=lambda _: None)
+    assert not (tmp_path / "out").exists()
+
+
+def test_values_that_can_work_pass_unchanged(studies):
+    given = {
+        "model": "demo-clip", "compare_with": ["available"], "dataset": "phantom/chest", "compare": [],
+        "n_images": 720, "n_draws": [1], "sigmas": [0.0, 1.0], "template": "a {}.",
+    }  # fmt: skip
+    assert parameters.assign_parameters(studies, given) == {"01": given}
+
+
+def test_relative_paths_are_those_of_the_caller_not_of_the_notebooks_folder(studies, tmp_path, monkeypatch):
+    for name in ("ape", "bee"):
+        (tmp_path / "mine" / name).mkdir(parents=True)
+        Image.new("RGB", (16, 16)).save(tmp_path / "mine" / name / "1.png")
+    monkeypatch.chdir(tmp_path)
+    given = {"dataset": "folder:mine", "n_images": 2, "compare": ["folder:./mine"]}
+    here = f"folder:{tmp_path / 'mine'}"
+    assert parameters.assign_parameters(studies, given)["01"] == {"dataset": here, "n_images": 2, "compare": [here]}
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "wanted"),
+    [
+        ("n_images", "many", "int"),
+        ("n_images", 2.5, "int"),
+        ("n_images", True, "int"),
+        ("fast", 1, "bool"),
+        ("sigma", "0.25", "float"),
+        ("sigmas", 0.25, r"list\[float\]"),
+        ("sigmas", ["a"], r"list\[float\]"),
+        ("model", None, "str"),
+    ],
+)
+def test_wrong_type_is_refused_before_anything_runs(notebooks, name, value, wanted):
+    with pytest.raises(parameters.ParameterError, match=f"parameter {name}=.*the notebook wants {wanted}"):
+        parameters.assign_parameters(notebooks, {name: value})
+
+
+def test_int_is_welcome_where_float_is_wanted(notebooks):
+    assert parameters.assign_parameters(notebooks, {"sigma": 1, "sigmas": [0, 1]})["01"] == {
+        "sigma": 1,
+        "sigmas": [0, 1],
+    }
