@@ -217,7 +217,7 @@ def certified_accuracy(rows: pd.DataFrame, radii: Sequence[float], *, per_class:
     """
     groups = _certificate_groups(rows) + (["label"] if per_class else [])
     radii = [float(radius) for radius in radii]
-    if not radii or min(radii) < 0:
+    if not radii or not all(radius >= 0 for radius in radii):
         raise ValueError(f"radii={radii}: give at least one radius, all of them >= 0")
     table = []
     for key, group in rows.groupby(groups, sort=False, dropna=False):
@@ -246,7 +246,7 @@ def certification_summary(rows: pd.DataFrame) -> pd.DataFrame:
         average_certified_radius, majority_share (of the most frequent answer, abstentions left out; 1 for a
         constant classifier, NaN where all abstain), draws (mean per image), n, and chance.
     """
-    groups = _certificate_groups(rows)
+    groups = _certificate_groups(rows, "draws")
     table = []
     for key, group in rows.groupby(groups, sort=False, dropna=False):
         predicted, label = group["predicted"].to_numpy(), group["label"].to_numpy()
@@ -308,15 +308,18 @@ def certified_envelope(table: pd.DataFrame) -> pd.DataFrame:
         raise ValueError(f"an envelope needs columns sigma, radius and certified_accuracy, got {list(table.columns)}")
     values = {"sigma", "certified_accuracy", "low", "high", "n"}
     groups = [column for column in table.columns if column not in values]
+    table = table.reset_index(drop=True)  # tables are often concatenated with repeating row numbers
     ordered = table.sort_values("sigma", kind="stable")
     best = ordered.groupby(groups, sort=False, dropna=False)["certified_accuracy"].idxmax()
     return table.loc[best].sort_index().assign(convention="best sigma per radius").reset_index(drop=True)
 
 
-def _certificate_groups(rows: pd.DataFrame) -> list[str]:
-    missing = sorted({"label", "predicted", "radius"} - set(rows.columns))
+def _certificate_groups(rows: pd.DataFrame, *further: str) -> list[str]:
+    missing = sorted({"label", "predicted", "radius", *further} - set(rows.columns))
     if missing or rows.empty:
         raise ValueError(f"no certificates to summarise: {len(rows)} rows, missing columns {missing}")
+    if (rows["label"] < 0).any():
+        raise ValueError("labels below 0: -1 stands for an abstention; an image needs its class, 0 to K-1")
     groups = [column for column in CERTIFICATE_GROUPS if column in rows.columns]
     if not groups:
         raise ValueError(f"certificates need at least one grouping column of {', '.join(CERTIFICATE_GROUPS)}")

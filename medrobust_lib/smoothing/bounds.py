@@ -122,12 +122,17 @@ def minimum_count(n: ArrayLike, alpha: float, *, radius: float = 0.0, sigma: flo
     int or int64 array
         n + 1 where not even n of n suffice.
 
+    Raises
+    ------
+    ValueError
+        n not an integer >= 1, or alpha, radius or sigma out of range.
+
     Examples
     --------
     >>> minimum_count(100, 0.001)
     66
     """
-    n = np.asarray(n, dtype=np.int64)
+    _, n = _checked_counts(0, n)
     check_alpha(alpha)
     # The bound reaches p exactly if k or more successes have probability at most alpha at p.
     count = binom.isf(alpha, n, needed_probability(radius, sigma)).astype(np.int64) + 1
@@ -146,13 +151,19 @@ def minimum_draws(alpha: float, *, radius: float = 0.0, sigma: float = 1.0) -> i
     -------
     int
         10 for alpha = 0.001 and radius 0: nine unanimous votes still leave one half possible.
+
+    Raises
+    ------
+    ValueError
+        radius is so many sigma that the needed probability cannot be told from 1.
     """
     check_alpha(alpha)
-    p = needed_probability(radius, sigma)
-    if p >= 1:
+    if needed_probability(radius, sigma) >= 1:
         raise ValueError(f"radius {radius} at sigma {sigma} needs probability 1: no number of draws proves it")
-    draws = math.ceil(math.log(alpha) / math.log(p))
-    return draws if p**draws <= alpha else draws + 1
+    # From the logarithm, which keeps its digits where the probability itself is rounded to nearly 1.
+    needed, allowed = float(norm.logcdf(radius / sigma)), math.log(alpha)
+    draws = math.ceil(allowed / needed)
+    return draws if draws * needed <= allowed else draws + 1
 
 
 def maximum_radius(n: int, alpha: float, sigma: float) -> float:
@@ -175,7 +186,7 @@ def expected_radius(p: ArrayLike, n: int, alpha: float, *, sigma: float = 1.0) -
     -------
     float or float64 array, in the units of sigma
     """
-    p = np.asarray(p, dtype=np.float64)
+    p = checked_probabilities(p)
     first = minimum_count(n, alpha)
     k = np.arange(first, n + 1)
     if not len(k):
@@ -187,7 +198,7 @@ def expected_radius(p: ArrayLike, n: int, alpha: float, *, sigma: float = 1.0) -
 
 def probability_of_radius(p: ArrayLike, n: ArrayLike, alpha: float, *, radius: float, sigma: float) -> ArrayLike:
     """Probability that n fixed draws certify at least a radius when the true probability is p."""
-    return binom.sf(np.asarray(minimum_count(n, alpha, radius=radius, sigma=sigma)) - 1, n, p)
+    return binom.sf(np.asarray(minimum_count(n, alpha, radius=radius, sigma=sigma)) - 1, n, checked_probabilities(p))
 
 
 def draws_for_radius(radius: float, sigma: float, *, p: float, alpha: float, power: float = 0.5) -> int:
@@ -304,6 +315,14 @@ def check_sigma(sigma: float) -> None:
         )
 
 
+def checked_probabilities(p: ArrayLike) -> NDArray[np.float64]:
+    """Bring probabilities to float64, or refuse those outside [0, 1]."""
+    p = np.asarray(p, dtype=np.float64)
+    if not np.all((p >= 0) & (p <= 1)):
+        raise ValueError(f"p={p}: a probability lies in [0, 1]")
+    return p
+
+
 def check_draws(n: int, alpha: float) -> None:
     """Refuse a number of draws that can never certify anything.
 
@@ -328,4 +347,4 @@ def _checked_counts(k: ArrayLike, n: ArrayLike) -> tuple[NDArray[np.int64], NDAr
             raise ValueError(f"{name}={value}: counts are integers, not {value.dtype}")
     if np.any(k < 0) or np.any(k > n) or np.any(n < 1):
         raise ValueError(f"k={k} of n={n}: counts need 0 <= k <= n and n >= 1")
-    return k, n
+    return k.astype(np.int64), n.astype(np.int64)

@@ -36,6 +36,7 @@ from medrobust_lib.smoothing.bounds import (
     check_alpha,
     check_draws,
     check_sigma,
+    checked_probabilities,
     maximum_radius,
     minimum_count,
     minimum_draws,
@@ -43,7 +44,7 @@ from medrobust_lib.smoothing.bounds import (
 )
 
 LOOK_RATIO = 1.2  # each look comes after 20 % more draws
-FUTILITY = 0.01  # stop when the next radius is reached with less than this predictive probability
+FUTILITY = 0.005  # stop when the next radius is reached with less than this predictive probability
 GRID_STEP = 0.05  # of sigma: the radii asked for where none are named
 _EARLY_SHARE = 0.5  # of alpha, spent before the last look
 _FIRST_SHARE = 0.6  # of the early share, spent when an unbroken run of successes may first cross
@@ -107,7 +108,7 @@ class SequentialPlan:
         """
         proved = max(proved, int(np.searchsorted(self.success[:, look], k, side="right")))
         last = look == len(self.looks) - 1
-        return proved, last or proved == len(self.radii) or k <= self.hopeless[proved, look]
+        return proved, last or proved == len(self.radii) or k <= int(self.hopeless[proved, look])
 
     def p_lower(self, k: int, n: int, proved: int) -> float:
         """Probability that is proved to be exceeded; 0 where nothing is proved."""
@@ -178,7 +179,7 @@ def crossing_probability(boundary: NDArray[np.int64], looks: NDArray[np.int64], 
     -------
     float64 [L], non-decreasing
     """
-    walk = _Walk(p)
+    walk = _Walk(float(checked_probabilities(p)))
     crossed = np.zeros(len(looks))
     for look, (draws, count) in enumerate(zip(looks, boundary, strict=True)):
         walk.advance(int(draws))
@@ -201,6 +202,7 @@ def operating_characteristics(plan: SequentialPlan, p: float) -> tuple[NDArray[n
     draws : float
         Expected number of draws.
     """
+    checked_probabilities(p)
     # One sub-law of the count per number of radii proved so far.
     laws = {0: np.ones(1)}
     reached, expected, before = np.zeros(len(plan.radii) + 1), 0.0, 0
@@ -208,19 +210,23 @@ def operating_characteristics(plan: SequentialPlan, p: float) -> tuple[NDArray[n
         block = binom.pmf(np.arange(draws - before + 1), draws - before, p)
         expected += (draws - before) * sum(law.sum() for law in laws.values())
         before = draws
-        moved = {proved: np.convolve(law, block) for proved, law in laws.items()}
+        moved = {proved: _law_of_sum(law, block) for proved, law in laws.items()}
         laws = {}
+        # Counts from edges[v] up to edges[v + 1] prove v radii at this look.
+        edges = [0, *plan.success[:, look], draws + 1]
         for proved, law in moved.items():
-            now = np.maximum(np.searchsorted(plan.success[:, look], np.arange(len(law)), side="right"), proved)
-            for value in np.unique(now):
-                part = np.where(now == value, law, 0.0)
-                stopped = np.full(len(law), look == len(plan.looks) - 1 or value == len(plan.radii))
-                if not stopped[0]:
-                    stopped = np.arange(len(law)) <= plan.hopeless[value, look]
-                reached[value] += part[stopped].sum()
-                going = np.where(stopped, 0.0, part)
-                if going.any():
-                    laws[value] = laws.get(value, 0.0) + going
+            support = np.flatnonzero(law)
+            lowest, highest = (
+                max(proved, int(value))
+                for value in np.searchsorted(plan.success[:, look], support[[0, -1]], side="right")
+            )
+            for value in range(lowest, highest + 1):
+                first, end = 0 if value == proved else edges[value], edges[value + 1]
+                finished = look == len(plan.looks) - 1 or value == len(plan.radii)
+                going = end if finished else min(max(plan.hopeless[value, look] + 1, first), end)
+                reached[value] += law[first:going].sum()
+                if law[going:end].max(initial=0.0) > _NEGLIGIBLE:
+                    laws.setdefault(value, np.zeros(draws + 1))[going:end] += law[going:end]
     return np.cumsum(reached[::-1])[::-1][1:], float(expected)
 
 
@@ -242,21 +248,23 @@ def price_of_radii(
     Returns
     -------
     DataFrame with columns radius, needed_probability, minimum_count, minimum_draws, expected_draws, certified
-        ``minimum_count`` of n fixed draws and ``minimum_draws`` (an unbroken run of successes) are for fixed
-        sampling; ``expected_draws`` and ``certified`` (probability) for sequential sampling of the radii up to
-        this one. A radius that n draws cannot certify has expected_draws n and certified 0.
+        ``minimum_count`` of n fixed draws and ``minimum_draws`` (an unbroken run of successes; infinite where the
+        needed probability cannot be told from 1) are for fixed sampling; ``expected_draws`` and ``certified``
+        (probability) for sequential sampling of the radii up to this one. A radius that n draws cannot certify
+        has expected_draws n and certified 0.
     """
     rows = []
     for radius in sorted(radii):
         plan = sequential_plan(sigma=sigma, radii=[r for r in radii if r <= radius], n=n, alpha=alpha)
         within = plan.radii[-1] >= radius
         proved, draws = operating_characteristics(plan, p) if within else (np.zeros(1), float(n))
+        needed = needed_probability(radius, sigma)
         rows.append(
             {
                 "radius": radius,
-                "needed_probability": needed_probability(radius, sigma),
+                "needed_probability": needed,
                 "minimum_count": minimum_count(n, alpha, radius=radius, sigma=sigma),
-                "minimum_draws": minimum_draws(alpha, radius=radius, sigma=sigma),
+                "minimum_draws": minimum_draws(alpha, radius=radius, sigma=sigma) if needed < 1 else math.inf,
                 "expected_draws": draws,
                 "certified": float(proved[-1]),
             }
@@ -298,6 +306,15 @@ class _Walk:
         # Counts above the kept support have no probability but are possible; the first of them is affordable.
         count = self.first + (int(affordable[0]) if len(affordable) else len(self.law))
         return min(count, self.draws + 1)
+
+
+def _law_of_sum(law: NDArray[np.float64], block: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Convolve two laws on 0, 1, ..., leaving out tails that carry no probability to speak of."""
+    total = np.zeros(len(law) + len(block) - 1)
+    kept, added = np.flatnonzero(law > _NEGLIGIBLE), np.flatnonzero(block > _NEGLIGIBLE)
+    part = np.convolve(law[kept[0] : kept[-1] + 1], block[added[0] : added[-1] + 1])
+    total[kept[0] + added[0] :][: len(part)] = part
+    return total
 
 
 @lru_cache(maxsize=64)
