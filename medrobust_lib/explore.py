@@ -15,7 +15,7 @@ from torch import Tensor
 
 from medrobust_lib.data.dataset import ImageDataset
 from medrobust_lib.models.dual_encoder import DualEncoder
-from medrobust_lib.plots import plot_similarity, plot_votes
+from medrobust_lib.plots import plot_similarity, plot_votes, shorten
 from medrobust_lib.smoothing.noise import NoiseStream, noisy_copies, vote
 
 if TYPE_CHECKING:
@@ -38,10 +38,12 @@ def similarity_view(model: DualEncoder, dataset: ImageDataset, *, index: int, pr
     image = dataset.images[index]
     cosine = model.encode_image(model.prepare(image[None])) @ model.encode_text(prompts).T  # [1, k]
     similarities = pd.Series(cosine[0].cpu().numpy(), index=list(prompts))
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 0.6 + 0.34 * max(6, len(prompts))), width_ratios=(1, 1.6))
+    figure, (left, right) = plt.subplots(
+        1, 2, figsize=(10, 0.6 + 0.34 * max(6, len(prompts))), width_ratios=(1, 1.6), layout="constrained"
+    )
     left.imshow(image)
     left.set_axis_off()
-    left.set_title(f"image {index}: {dataset.classes[dataset.labels[index]]}", fontsize=10)
+    left.set_title(f"image {index}\n{shorten(dataset.classes[dataset.labels[index]])}", fontsize=10)
     plot_similarity(similarities, right, truth=str(similarities.idxmax()))
     right.set_title("the closest prompt is coloured", fontsize=10)
     return figure
@@ -78,12 +80,12 @@ def noise_view(
     shown = noisy_copies(pixels, stream)[0].clamp(0, 1).permute(1, 2, 0)  # [H, W, 3]
     votes = vote(model, class_features, pixels, stream, n=n).numpy()
     truth = int(dataset.labels[index])
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6), width_ratios=(1, 1.6))
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6), width_ratios=(1, 1.6), layout="constrained")
     left.imshow(shown.numpy())
     left.set_axis_off()
-    left.set_title(f"{dataset.classes[truth]}, sigma = {sigma:g}", fontsize=10)
+    left.set_title(f"{shorten(dataset.classes[truth])}\nsigma = {sigma:g}", fontsize=10)
     plot_votes(votes, dataset.classes, right, truth=truth)
-    right.set_title(f"majority: {dataset.classes[int(np.argmax(votes))]}", fontsize=10)
+    right.set_title(f"majority: {dataset.classes[int(np.argmax(votes))]}; the true class is blue", fontsize=10)
     return figure
 
 

@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 from numpy.typing import NDArray
@@ -17,6 +18,10 @@ from medrobust_lib.metrics import per_class_recall
 PALETTE = sns.color_palette("colorblind")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", ">")
 CORRECT, WRONG, REFERENCE = PALETTE[0], PALETTE[3], "0.45"
+# Paul Tol's "muted" scheme, for figures that colour classes: it has no two oranges, as PALETTE has.
+CLASS_COLOURS = (
+    "#332288", "#88CCEE", "#DDCC77", "#CC6677", "#117733", "#AA4499", "#999933", "#882255", "#44AA99", "#BBBBBB",
+)  # fmt: skip
 
 
 def set_style() -> None:
@@ -56,7 +61,10 @@ def image_grid(
 def plot_similarity(similarities: pd.Series, ax: Axes, *, truth: str | None = None) -> None:
     """Draw cosine similarities of one image with each class text, the true class in another colour."""
     colours = [CORRECT if name == truth else "0.7" for name in similarities.index]
-    ax.barh(list(similarities.index), similarities.to_numpy(), color=colours)
+    # Bars at numbered places: two names that are cut to the same label must not share one.
+    rows = np.arange(len(similarities))
+    ax.barh(rows, similarities.to_numpy(), color=colours)
+    ax.set_yticks(rows, [shorten(str(name), 52) for name in similarities.index])
     ax.invert_yaxis()
     ax.set(xlabel="cosine similarity")
 
@@ -107,29 +115,37 @@ def plot_reliability(bins: pd.DataFrame, ax: Axes) -> None:
 
 
 def plot_template_accuracy(table: pd.DataFrame, ax: Axes, *, chance: float) -> None:
-    """Draw accuracy with its interval per prompt template (columns template, accuracy, low, high)."""
-    rows = np.arange(len(table))
-    errors = np.abs(table[["low", "high"]].to_numpy().T - table.accuracy.to_numpy())
-    colours = [PALETTE[1] if "ensemble" in name else PALETTE[0] for name in table.template]
-    ax.hlines(rows, table.accuracy - errors[0], table.accuracy + errors[1], color=colours, lw=2)
-    ax.scatter(table.accuracy, rows, color=colours, zorder=3)
+    """Draw accuracy with its interval per wording (columns template, kind, accuracy, low, high), coloured by kind."""
+    colours = dict(zip(table.kind.unique(), PALETTE, strict=False))
+    for kind, group in table.assign(row=np.arange(len(table))).groupby("kind", sort=False):
+        ax.hlines(group.row, group.low, group.high, color=colours[kind], lw=2)
+        ax.scatter(group.accuracy, group.row, color=colours[kind], zorder=3, label=str(kind))
     ax.axvline(chance, color=REFERENCE, ls=":", label="chance")
-    ax.set_yticks(rows, [shorten(name, 46) for name in table.template])
+    ax.set_yticks(np.arange(len(table)), [shorten(name, 46) for name in table.template])
     ax.invert_yaxis()
     ax.set(xlabel="accuracy with 95 % interval", xlim=(0, 1))
     ax.xaxis.set_major_formatter(PercentFormatter(1))
-    ax.legend(loc="lower right", fontsize=8)
+    ax.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=8)
 
 
 def plot_feature_map(table: pd.DataFrame, ax: Axes) -> None:
-    """Draw a 2-D map of features (columns x, y, class, kind in {"image", "text"})."""
-    for i, (name, group) in enumerate(table.groupby("class", sort=False)):
-        colour, marker = PALETTE[i % len(PALETTE)], MARKERS[i % len(MARKERS)]
+    """Draw a 2-D map of features (columns x, y, class, kind in {"image", "text"}).
+
+    The legend follows the categories of a categorical ``class`` column, else the order of appearance.
+    """
+    column = table["class"]
+    order = column.cat.categories if isinstance(column.dtype, pd.CategoricalDtype) else column.unique()
+    for i, name in enumerate(order):
+        group = table[column == name]
+        colour, marker = CLASS_COLOURS[i % len(CLASS_COLOURS)], MARKERS[i % len(MARKERS)]
         images, texts = (group[group.kind == kind] for kind in ("image", "text"))
         ax.scatter(images.x, images.y, s=14, color=colour, marker=marker, alpha=0.7, label=shorten(str(name)), lw=0)
         ax.scatter(texts.x, texts.y, s=170, color=colour, marker=marker, edgecolor="black", linewidth=1.2, zorder=3)
     ax.set(xlabel="first principal direction", ylabel="second principal direction")
-    ax.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5), title="small: image, large: text")
+    legend = ax.legend(
+        fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5), markerscale=1.7, title="small: image, large: text"
+    )
+    legend.get_title().set_fontsize(8)
 
 
 def plot_accuracy_against_sigma(table: pd.DataFrame, ax: Axes, *, chance: float) -> None:
@@ -149,31 +165,82 @@ def plot_prediction_shares(table: pd.DataFrame, ax: Axes) -> None:
     bottom = np.zeros(len(wide))
     positions = np.arange(len(wide))
     for i, name in enumerate(wide.columns):
-        hatch = "" if i < len(PALETTE) else "//"
-        ax.bar(positions, wide[name], 0.82, bottom=bottom, color=PALETTE[i % 10], hatch=hatch, label=shorten(name))
+        colour = CLASS_COLOURS[i % len(CLASS_COLOURS)]
+        hatch = "//" * (i // len(CLASS_COLOURS))
+        bars = ax.bar(positions, wide[name], 0.86, bottom=bottom, color=colour, hatch=hatch, label=shorten(name))
+        luminance = np.dot(to_rgb(colour), (0.2126, 0.7152, 0.0722))
+        # Where one answer takes over, the name stands on the bar; elsewhere the legend has to do.
+        labels = [f"{shorten(name, 13)}\n{share:.0%}" if share >= 0.4 else "" for share in wide[name]]
+        ax.bar_label(bars, labels, label_type="center", fontsize=7, color="black" if luminance > 0.4 else "white")
         bottom += wide[name].to_numpy()
     ax.set_xticks(positions, [f"{sigma:g}" for sigma in wide.index])
     ax.set(xlabel="noise standard deviation sigma", ylabel="share of the predictions", ylim=(0, 1))
     ax.yaxis.set_major_formatter(PercentFormatter(1))
     handles, names = ax.get_legend_handles_labels()
-    ax.legend(handles[::-1], names[::-1], fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
+    ax.legend(handles[::-1], names[::-1], fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
 
 
 def plot_spectrum(table: pd.DataFrame, ax: Axes) -> None:
-    """Draw DCT power against frequency, a line per source (columns source, frequency, power)."""
+    """Draw DCT power against frequency, each line named at its end (columns source, frequency, power).
+
+    Frequencies above 1 exist only along diagonals, up to sqrt(2) in the corner; a line marks where they begin.
+    """
     for i, (source, rows) in enumerate(table.groupby("source", sort=False)):
-        style = "-" if i == 0 else "--"
-        ax.plot(rows.frequency, rows.power, style, color=PALETTE[i % 10], label=str(source))
+        ax.plot(rows.frequency, rows.power, "-" if i == 0 else "--", color=PALETTE[i % 10])
+        ax.annotate(
+            str(source), (rows.frequency.iloc[-1], rows.power.iloc[-1]), xytext=(4, 0),
+            textcoords="offset points", va="center", fontsize=8, color=PALETTE[i % 10],
+        )  # fmt: skip
+    ax.axvline(1, color=REFERENCE, ls=":", lw=1)
+    ax.annotate(
+        "Nyquist; beyond it\nonly diagonals", (1, 0.98), xycoords=("data", "axes fraction"), xytext=(4, 0),
+        textcoords="offset points", va="top", fontsize=8, color=REFERENCE,
+    )  # fmt: skip
     ax.set(xlabel="spatial frequency (fraction of Nyquist)", ylabel="mean squared DCT coefficient", yscale="log")
-    ax.legend(fontsize=8)
 
 
 def plot_votes(votes: Sequence[int] | NDArray, classes: Sequence[str], ax: Axes, *, truth: int | None = None) -> None:
-    """Draw how often each class was answered over noisy copies; the true class in another colour."""
+    """Draw how often each class was answered over noisy copies, from 0 to all; the true class in another colour."""
+    total = int(np.sum(votes))
     colours = [CORRECT if i == truth else "0.7" for i in range(len(classes))]
-    ax.barh([shorten(name) for name in classes], votes, color=colours)
+    ax.barh(np.arange(len(classes)), votes, color=colours)
+    ax.set_yticks(np.arange(len(classes)), [shorten(name) for name in classes])
     ax.invert_yaxis()
-    ax.set(xlabel=f"votes out of {int(np.sum(votes))}")
+    ax.set(xlabel=f"votes out of {total}", xlim=(0, total))
+
+
+def plot_certified_accuracy(table: pd.DataFrame, ax: Axes, *, chance: float | None = None) -> None:
+    """Draw certified accuracy over the radius with its interval, a line of steps per sigma, method or both.
+
+    Parameters
+    ----------
+    table : DataFrame
+        Columns sigma, method, radius, certified_accuracy, low, high, as `metrics.certified_accuracy` gives them.
+    ax : Axes
+    chance : float in [0, 1], optional
+        Accuracy of guessing, as a reference line.
+    """
+    varying = [column for column in ("method", "sigma") if table[column].nunique() > 1] or ["sigma"]
+    groups = list(table.groupby(varying, sort=False))
+    widest = float(table.radius.max()) or 1.0
+    for i, (key, rows) in enumerate(groups):
+        named = dict(zip(varying, key, strict=True))
+        label = ", ".join(f"sigma = {value:g}" if name == "sigma" else str(value) for name, value in named.items())
+        rows = rows.sort_values("radius")
+        colour = PALETTE[i % 10]
+        # A step reaches back from each radius: between two radii only the larger one's value is known to hold.
+        ax.plot(rows.radius, rows.certified_accuracy, color=colour, drawstyle="steps-pre")
+        # Side by side, so that the intervals of one radius do not hide each other.
+        beside = rows.radius + 0.012 * widest * (i - (len(groups) - 1) / 2)
+        ax.vlines(beside, rows.low, rows.high, color=colour, alpha=0.5, lw=1.5)
+        ax.scatter(beside, rows.certified_accuracy, color=colour, marker=MARKERS[i % 10], s=26, zorder=3)
+        ax.plot([], [], color=colour, marker=MARKERS[i % 10], ms=5, label=label)
+    if chance is not None:
+        ax.axhline(chance, color=REFERENCE, ls=":", label="chance")
+    ax.set(xlabel="L2 radius ([0, 1] pixel units)", ylabel="certified accuracy", ylim=(0, 1.02))
+    ax.set_xlim(left=-0.03 * widest)
+    ax.yaxis.set_major_formatter(PercentFormatter(1))
+    ax.legend(fontsize=8)
 
 
 def shorten(text: str, width: int = 24) -> str:

@@ -68,3 +68,17 @@ def test_empty_prompts_fall_back_to_the_classes(model, data, drawn):
     assert len(drawn[-1].axes[1].patches) == 1
     box.children[1].value = "  \n"
     assert len(drawn[-1].axes[1].patches) == len(data.classes)
+
+
+def test_a_long_class_name_does_not_run_into_the_bars(model):
+    histology = load_dataset("phantom/histology", n=9)
+    texts = model.class_features(histology.classes, histology.templates[:1])
+    index = int((histology.labels == 8).argmax())
+    figures = (
+        explore.similarity_view(model, histology, index=index, prompts=histology.classes),
+        explore.noise_view(model, histology, texts, index=index, sigma=0.1, n=2),
+    )
+    for figure in figures:
+        figure.canvas.draw()
+        title = figure.axes[0].title.get_window_extent()
+        assert title.x1 < figure.axes[1].get_tightbbox().x0

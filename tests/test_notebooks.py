@@ -9,7 +9,8 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from medrobust_lib.runner import find_notebooks, notebook_parameters
+from medrobust_lib.parameters import notebook_parameters
+from medrobust_lib.runner import find_notebooks
 
 ROOT = Path(__file__).resolve().parent.parent
 PATHS = sorted((ROOT / "notebooks").glob("*.ipynb"))

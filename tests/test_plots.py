@@ -22,6 +22,12 @@ def answers():
     return rng.integers(0, 3, 60), rng.integers(0, 3, 60)
 
 
+def certified_table(*, methods=("zero-shot",), sigmas=(0.1, 0.25)):
+    rows = [(m, s, r, 0.8 - r) for m in methods for s in sigmas for r in (0.25, 0.0)]
+    table = pd.DataFrame(rows, columns=["method", "sigma", "radius", "certified_accuracy"])
+    return table.assign(low=table.certified_accuracy - 0.1, high=table.certified_accuracy + 0.1)
+
+
 def test_every_plot_labels_its_axes_with_units(answers):
     labels, predictions = answers
     probabilities = np.random.default_rng(1).dirichlet(np.ones(3), 60)
@@ -32,7 +38,7 @@ def test_every_plot_labels_its_axes_with_units(answers):
     features = pd.DataFrame({"x": [0, 1.0], "y": [1, 0.0], "class": CLASSES[:2], "kind": ["image", "text"]})
     spectrum = pd.DataFrame({"source": ["a", "a"], "frequency": [0.1, 0.2], "power": [1, 0.1]})
     templates = pd.DataFrame(
-        {"template": ["{}", "ensemble of 2"], "accuracy": [0.5, 0.6], "low": [0.4, 0.5], "high": [0.6, 0.7]}
+        {"template": ["{}", "ensemble"], "kind": ["own", "mean"], "accuracy": [0.5, 0.6], "low": 0.4, "high": 0.7}
     )
     draw = {
         "confusion": lambda ax: plots.plot_confusion(labels, predictions, CLASSES, ax),
@@ -40,6 +46,7 @@ def test_every_plot_labels_its_axes_with_units(answers):
         "reliability": lambda ax: plots.plot_reliability(metrics.calibration_bins(probabilities, labels), ax),
         "templates": lambda ax: plots.plot_template_accuracy(templates, ax, chance=1 / 3),
         "features": lambda ax: plots.plot_feature_map(features, ax),
+        "certified": lambda ax: plots.plot_certified_accuracy(certified_table(), ax, chance=0.5),
         "sigma": lambda ax: plots.plot_accuracy_against_sigma(levels, ax, chance=1 / 3),
         "shares": lambda ax: plots.plot_prediction_shares(shares, ax),
         "spectrum": lambda ax: plots.plot_spectrum(spectrum, ax),
@@ -65,6 +72,68 @@ def test_votes_title_counts_all_votes_and_colours_the_truth(ax):
     colours = [bar.get_facecolor()[:3] for bar in ax.patches]
     assert colours[1] == pytest.approx(plots.CORRECT)
     assert colours[0] == colours[2] != colours[1]
+
+
+@pytest.mark.parametrize("votes", [[50, 0, 0], [20, 20, 10]])
+def test_votes_axis_always_ends_at_all_votes(ax, votes):
+    plots.plot_votes(votes, CLASSES, ax)
+    assert ax.get_xlim() == (0, 50)
+
+
+def test_names_that_are_cut_alike_keep_their_own_bars(ax):
+    alike = ["a class with a very long common beginning, " * 2 + end for end in ("one", "two")]
+    plots.plot_votes([30, 20], alike, ax)
+    assert [(bar.get_y() + bar.get_height() / 2, bar.get_width()) for bar in ax.patches] == [(0, 30), (1, 20)]
+    figure, other = plt.subplots()
+    plots.plot_similarity(pd.Series([0.1, 0.2], alike), other, truth=alike[1])
+    assert [label.get_text() for label in other.get_yticklabels()] == [plots.shorten(alike[0], 52)] * 2
+    assert [bar.get_facecolor()[:3] == pytest.approx(plots.CORRECT) for bar in other.patches] == [False, True]
+    plt.close(figure)
+
+
+def test_feature_map_legend_follows_the_categories(ax):
+    table = pd.DataFrame({"x": [0, 1.0], "y": [1, 0.0], "kind": ["image", "text"]})
+    plots.plot_feature_map(table.assign(**{"class": pd.Categorical(["b", "a"], categories=["a", "b"])}), ax)
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["a", "b"]
+
+
+def test_template_rows_share_the_colour_of_their_kind(ax):
+    table = pd.DataFrame({"template": list("abc"), "kind": ["x", "y", "x"], "accuracy": 0.5, "low": 0.4, "high": 0.7})
+    plots.plot_template_accuracy(table, ax, chance=0.1)
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["x", "y", "chance"]
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["a", "b", "c"]
+
+
+def test_a_dominating_answer_is_named_on_its_bar(ax):
+    table = pd.DataFrame({"sigma": [0.0] * 2 + [0.5] * 2, "class": ["a", "b"] * 2, "share": [0.7, 0.3, 0.0, 1.0]})
+    plots.plot_prediction_shares(table, ax)
+    assert [text.get_text() for text in ax.texts if text.get_text()] == ["a\n70%", "b\n100%"]
+
+
+def test_class_colours_are_distinct():
+    colours = np.array([plots.to_rgb(colour) for colour in plots.CLASS_COLOURS])
+    distance = np.linalg.norm(colours[:, None] - colours[None], axis=2)
+    assert distance[~np.eye(len(colours), dtype=bool)].min() > 0.2
+
+
+def test_spectrum_names_each_line_at_its_end(ax):
+    table = pd.DataFrame({"source": ["images"] * 2 + ["noise"] * 2, "frequency": [0.1, 1.4] * 2, "power": [1, 0.1] * 2})
+    plots.plot_spectrum(table, ax)
+    assert {"images", "noise"} < {text.get_text() for text in ax.texts}
+    assert ax.get_legend() is None
+
+
+def test_certified_accuracy_has_a_line_per_sigma_and_method_in_order_of_the_radius(ax):
+    plots.plot_certified_accuracy(certified_table(), ax, chance=0.5)
+    assert ax.lines[0].get_xdata().tolist() == [0, 0.25]
+    assert ax.lines[0].get_drawstyle() == "steps-pre"  # never above what is certified
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["sigma = 0.1", "sigma = 0.25", "chance"]
+    both, lone = certified_table(methods=("coop", "zero-shot")), certified_table(sigmas=(0.25,))
+    for table, labels in ((both, ["coop, sigma = 0.1", "coop, sigma = 0.25"]), (lone, ["sigma = 0.25"])):
+        figure, other = plt.subplots()
+        plots.plot_certified_accuracy(table, other)
+        assert [text.get_text() for text in other.get_legend().get_texts()][: len(labels)] == labels
+        plt.close(figure)
 
 
 def test_noise_axis_says_its_unit(ax):

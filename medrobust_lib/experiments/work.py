@@ -2,6 +2,7 @@
 
 import hashlib
 import logging
+import os
 import sys
 import threading
 import time
@@ -364,7 +365,9 @@ def progress(
     """
     started = time.monotonic()
     count = done
-    headless = is_headless() or not (sys.stderr.isatty() or _in_notebook())
+    # tqdm itself heeds this variable in a terminal only.
+    unwanted = os.environ.get("TQDM_DISABLE", "") not in ("", "0")
+    headless = is_headless() or unwanted or not (sys.stderr.isatty() or _in_notebook())
     bar = None
     if not headless:
         from tqdm.auto import tqdm

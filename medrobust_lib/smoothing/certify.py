@@ -7,6 +7,7 @@ every x' within an L2 radius of x. It is false with probability at most alpha, o
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from decimal import ROUND_DOWN, Context
 from typing import Any, Literal, Protocol, get_args
 
 import numpy as np
@@ -14,13 +15,14 @@ import torch
 from scipy.stats import binomtest
 from torch import Tensor
 
-from medrobust_lib.smoothing.batching import Batches, suggested_batch_size
+from medrobust_lib.smoothing.batching import make_batches
 from medrobust_lib.smoothing.bounds import (
     certified_radius,
     check_alpha,
     check_draws,
     check_sigma,
     lower_confidence_bound,
+    minimum_draws,
 )
 from medrobust_lib.smoothing.noise import NoiseStream, Role, noisy_copies
 from medrobust_lib.smoothing.sequential import sequential_plan
@@ -118,9 +120,10 @@ class Certificate:
         if self.abstained:
             return f"abstain: {how} prove no majority{known}"
         size = " x ".join(map(str, self.image_shape))
+        radius = _rounded_down(self.radius)
         return (
-            f"class {self.predicted} within L2 radius {self.radius:.4g} of this image ([0, 1] pixels, {size}): {how} "
-            f"prove a probability above {self.p_lower:.4f}{known}. "
+            f"class {self.predicted} within L2 radius {radius} of this image ([0, 1] pixels, {size}): {how} "
+            f"prove a probability above {_rounded_down(self.p_lower)}{known}. "
             f"Guarantee ({self.guarantee}): {GUARANTEES[self.guarantee]}"
         )
 
@@ -208,12 +211,22 @@ def predict(
     int
         Class, or -1 (abstain) if the two most frequent classes are too close.
 
+    Raises
+    ------
+    ValueError
+        A parameter out of range, named; an n that can never answer at this alpha.
+    TypeError
+        The image or the classifier's answers have the wrong type or shape.
+
     References
     ----------
     Cohen et al. 2019, arXiv:1902.02918, section 3.2.1 and Proposition 1.
     """
     check_sigma(sigma)
     check_alpha(alpha)
+    fewest = minimum_draws(alpha / 2)  # the test is two-sided
+    if n < fewest:
+        raise ValueError(f"n={n} draws can never answer at alpha={alpha}, unanimous or not; use n >= {fewest}")
     _check_image(image)
     answers = classifier_answers(
         classifier, image, sigma=sigma, seed=seed, dataset=dataset, index=index, batch_size=batch_size
@@ -289,6 +302,8 @@ def certify(
     """
     _check_image(image)
     check_mode_draws(n0, label is not None)
+    if label is not None and label < 0:
+        raise ValueError(f"label={label}: the known label is a class, 0 or higher; None lets selection draws choose")
     plan = make_plan(sampling, sigma=sigma, radii=radii, n=n, alpha=alpha)
     answers = classifier_answers(
         classifier, image, sigma=sigma, seed=seed, dataset=dataset, index=index, batch_size=batch_size
@@ -305,7 +320,7 @@ def certify(
         guarantee="standard",
         seed=seed,
         model=getattr(classifier, "id", "own classifier"),
-        dtype=str(getattr(classifier, "dtype", image.dtype)).removeprefix("torch."),
+        dtype=str(getattr(classifier, "dtype", torch.float32)).removeprefix("torch."),
         device=image.device.type,
         image_shape=tuple(image.shape),
     )
@@ -393,9 +408,9 @@ def classifier_answers(
     batch_size: int | None,
 ) -> Answers:
     """Let one classifier of pixels answer the noisy copies of one image."""
-    batches = Batches(batch_size or suggested_batch_size(image.device, tuple(image.shape)))
+    batches = make_batches(batch_size, image.device, tuple(image.shape))
 
-    @torch.inference_mode()
+    @torch.no_grad()  # not inference mode: a base classifier may adapt to each copy by a gradient of its own
     def answers(role: Role, first: int, count: int, positions: Sequence[int]) -> list[Tensor]:
         stream = NoiseStream(seed, dataset, index, sigma, role)
 
@@ -431,12 +446,17 @@ def check_mode_draws(n0: int, label_given: bool) -> None:
 
 
 def _check_image(image: Tensor) -> None:
-    if not isinstance(image, Tensor) or not image.is_floating_point() or image.ndim != 3:
+    if not isinstance(image, Tensor) or not image.is_floating_point() or image.ndim != 3 or len(image) != 3:
         what = f"{image.dtype} {tuple(image.shape)}" if isinstance(image, Tensor) else type(image).__name__
         raise TypeError(f"image must be float [3, H, W] in [0, 1], not {what}; `model.prepare(images)[0]` gives one")
-    low, high = (float(value) for value in torch.aminmax(image))
+    low, high = (float(value) for value in torch.aminmax(image.detach()))
     if not (low >= 0 and high <= 1):  # also catches NaN
         raise ValueError(f"image values range over [{low:.4g}, {high:.4g}]: expected [0, 1], without normalisation")
+
+
+def _rounded_down(bound: float) -> str:
+    """Four digits that do not promise more than the bound: 0.99996 is not 1."""
+    return str(Context(prec=4, rounding=ROUND_DOWN).create_decimal(repr(float(bound))))
 
 
 def _count(labels: Tensor) -> np.ndarray:

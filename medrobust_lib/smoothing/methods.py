@@ -52,7 +52,7 @@ class AdaptationFeatures:
     @classmethod
     def draw(cls, model: DualEncoder, pixels: Tensor, stream: NoiseStream, *, count: int) -> "AdaptationFeatures":
         """Encode `count` noisy copies of one prepared image, float32 [3, H, W]."""
-        with torch.inference_mode():
+        with torch.no_grad():  # not inference mode, whose tensors no gradient of a prompt could pass
             return cls(model.encode_image(noisy_copies(pixels, stream, count=count)), stream)
 
 
@@ -69,7 +69,7 @@ class PromptMethod(Protocol):
         Adaptation draws wanted per image and noise level; 0 if the prompts are fixed in advance.
     denoiser : callable or None
         (noisy pixels [b, 3, H, W], sigma) -> pixels [b, 3, H, W], in front of the image tower. Methods with the
-        same denoiser share the features.
+        same denoiser share the features. A store asks for its attribute ``id``, a text that changes with its weights.
     """
 
     name: str
@@ -133,7 +133,7 @@ class FixedPrompts:
             "name": self.name,
             "guarantee": self.guarantee,
             "class_features": fingerprint([self.class_features]),
-            "denoiser": None if self.denoiser is None else getattr(self.denoiser, "id", repr(self.denoiser)),
+            "denoiser": denoiser_id(self.denoiser),
         }
 
 
@@ -172,6 +172,22 @@ def zero_shot_methods(model: DualEncoder, data: ImageDataset) -> list[FixedPromp
     if len(data.templates) > 1:
         methods.append(FixedPrompts("zero-shot ensemble", model.class_features(data.classes, data.templates)))
     return methods
+
+
+def denoiser_id(denoiser: Denoiser | None) -> str | None:
+    """Text that stands for a denoiser in a store.
+
+    Raises
+    ------
+    ValueError
+        It has no attribute ``id``; its repr may be another one in the next process, or the same for other weights.
+    """
+    if denoiser is None or getattr(denoiser, "id", None):
+        return None if denoiser is None else str(denoiser.id)
+    raise ValueError(
+        f"the denoiser {denoiser!r} has no `id`, so a store cannot tell it from another one; "
+        "set its attribute `id` to a text that changes with its weights"
+    )
 
 
 def fingerprint(tensors: Sequence[Tensor]) -> str:

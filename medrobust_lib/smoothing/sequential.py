@@ -163,6 +163,14 @@ def sequential_plan(
     )
 
 
+def plan_constants() -> dict[str, float]:
+    """The choices behind every plan: rows made under other ones must not be mixed in one table."""
+    return {
+        "look_ratio": LOOK_RATIO, "futility": FUTILITY, "grid_step": GRID_STEP, "early_share": _EARLY_SHARE,
+        "first_share": _FIRST_SHARE,
+    }  # fmt: skip
+
+
 def crossing_probability(boundary: NDArray[np.int64], looks: NDArray[np.int64], p: float) -> NDArray[np.float64]:
     """Exact probability that a binomial walk has reached a boundary by each look.
 

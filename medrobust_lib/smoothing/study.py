@@ -3,18 +3,20 @@
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, get_args
 
+import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
 
+from medrobust_lib import __version__
 from medrobust_lib.data.dataset import ImageDataset
 from medrobust_lib.experiments import map_items, open_store, progress
 from medrobust_lib.models.dual_encoder import DualEncoder
-from medrobust_lib.smoothing.batching import Batches, suggested_batch_size
+from medrobust_lib.smoothing.batching import Batches, make_batches
 from medrobust_lib.smoothing.certify import (
     GUARANTEES,
     Answers,
@@ -35,6 +37,7 @@ from medrobust_lib.smoothing.methods import (
     zero_shot_methods,
 )
 from medrobust_lib.smoothing.noise import NoiseStream, Role, noisy_copies
+from medrobust_lib.smoothing.sequential import plan_constants
 
 RADII = (0.0, 0.1, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
 """The radii of PromptSmooth's tables, in [0, 1] pixel units."""
@@ -67,7 +70,7 @@ def certify_dataset(
     alpha: float = 0.001,
     sampling: Sampling = "sequential",
     mode: Mode = "predict",
-    radii: Sequence[float] = RADII,
+    radii: Sequence[float] | None = RADII,
     seed: int = 0,
     store: Path | str | None = None,
     jobs: int = 1,
@@ -96,8 +99,8 @@ def certify_dataset(
         Both keep alpha. Fixed sampling gives radii of any value, sequential sampling the named ones.
     mode : {"predict", "evaluate"}
         "evaluate" tests the known label without selection: fewer draws, for certified-accuracy tables only.
-    radii : sequence of float
-        Radii of interest of sequential sampling; 0 is always among them.
+    radii : sequence of float, optional
+        Radii of interest of sequential sampling; 0 is always among them. None: a grid of 0.05 sigma.
     seed : int
         Of the noise.
     store : Path, optional
@@ -143,7 +146,7 @@ def certify_dataset(
         n0=n0 if mode == "predict" else 0,
         alpha=alpha,
         seed=seed,
-        batches=Batches(batch_size or suggested_batch_size(model.device, (3, model.image_size, model.image_size))),
+        batches=make_batches(batch_size, model.device, (3, model.image_size, model.image_size)),
     )
     items = {_key(data, position, sigma): (position, sigma) for position in range(len(data)) for sigma in sigmas}
     finished: dict[str, tuple[list[dict[str, Any]], float]] = {}
@@ -190,7 +193,6 @@ def _certify_item(study: _Study, item: tuple[int, float]) -> tuple[list[dict[str
     return rows, time.perf_counter() - started
 
 
-@torch.inference_mode()
 def _bank(study: _Study, position: int, sigma: float) -> Answers:
     """Noisy features of one image: drawn in batches, encoded once per denoiser, scored by every method."""
     model, index = study.model, int(study.data.indices[position])
@@ -198,7 +200,7 @@ def _bank(study: _Study, position: int, sigma: float) -> Answers:
     # Classifiers are complete before any noise of a certificate exists.
     classifiers = [_classifier(study, method, pixels, index, sigma) for method in study.methods]
 
-    @torch.inference_mode()
+    @torch.no_grad()  # not inference mode: a base classifier may adapt to each copy by a gradient of its own
     def answers(role: Role, first: int, count: int, positions: Sequence[int]) -> list[Tensor]:
         stream = NoiseStream(study.seed, study.data.id, index, sigma, role)
         denoisers = {id(study.methods[place].denoiser): study.methods[place].denoiser for place in positions}
@@ -254,12 +256,14 @@ def _row(
     }
 
 
-def _manifest(study: _Study, *, radii: Sequence[float], n: int) -> dict[str, Any]:
+def _manifest(study: _Study, *, radii: Sequence[float] | None, n: int) -> dict[str, Any]:
     """Everything that shapes the rows, but images and sigmas: those are in the keys, so more can be added."""
     data = study.data
     return {
+        "medrobust_lib": __version__,
         "model": study.model.id,
         "weights": fingerprint(list(study.model.state_dict().values())),
+        "preprocessing": asdict(study.model.preprocessing),
         "dtype": str(study.model.dtype).removeprefix("torch."),
         "device": study.model.device.type,
         "dataset": data.id,
@@ -271,15 +275,17 @@ def _manifest(study: _Study, *, radii: Sequence[float], n: int) -> dict[str, Any
         "alpha": study.alpha,
         "sampling": study.sampling,
         "mode": study.mode,
-        "radii": [float(radius) for radius in radii] if study.sampling == "sequential" else None,
+        "radii": [float(radius) for radius in radii] if study.sampling == "sequential" and radii is not None else None,
+        "boundaries": plan_constants() if study.sampling == "sequential" else None,
         "seed": study.seed,
     }
 
 
 def _key(data: ImageDataset, position: int, sigma: float) -> str:
     # The content is part of the name: a folder of images may change between two runs.
-    image, label = torch.from_numpy(data.images[position]), torch.as_tensor(data.labels[position])
-    return f"image {int(data.indices[position])} ({fingerprint([image, label])}), sigma {sigma!r}"
+    # Copies, because torch takes neither read-only arrays nor mirrored views.
+    content = [torch.from_numpy(np.array(data.images[position])), torch.tensor(int(data.labels[position]))]
+    return f"image {int(data.indices[position])} ({fingerprint(content)}), sigma {sigma!r}"
 
 
 def _check_request(methods: tuple[PromptMethod, ...], sigmas: tuple[float, ...], mode: str) -> None:

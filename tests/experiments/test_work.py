@@ -266,7 +266,7 @@ def test_stopping_in_the_middle_closes_what_is_below_and_says_so(capsys):
     assert capsys.readouterr().out.startswith("certify phantom/blood: stopped at 1 of 5 images")
 
 
-@pytest.mark.parametrize("headless", [True, False])
+@pytest.mark.parametrize("headless", ["MEDROBUST_HEADLESS", "TQDM_DISABLE", ""])
 def test_a_person_in_a_notebook_sees_a_bar_and_a_runner_does_not(monkeypatch, capsys, headless):
     import tqdm.auto
 
@@ -285,9 +285,10 @@ def test_a_person_in_a_notebook_sees_a_bar_and_a_runner_does_not(monkeypatch, ca
     monkeypatch.setattr(tqdm.auto, "tqdm", Bar)
     shell = SimpleNamespace(config={"IPKernelApp": {}})
     monkeypatch.setitem(sys.modules, "IPython", SimpleNamespace(get_ipython=lambda: shell))
-    monkeypatch.delenv("MEDROBUST_HEADLESS", raising=False)
+    for variable in ("MEDROBUST_HEADLESS", "TQDM_DISABLE"):
+        monkeypatch.delenv(variable, raising=False)
     if headless:
-        monkeypatch.setenv("MEDROBUST_HEADLESS", "1")
+        monkeypatch.setenv(headless, "1")
     assert list(count_images(range(3), done=2)) == list(range(3))
     lines = capsys.readouterr().out.splitlines()
     if headless:

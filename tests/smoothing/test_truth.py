@@ -1,0 +1,256 @@
+"""Certificates against the truth, for classifiers whose smoothed answer and radius are known exactly.
+
+The base classifier [w.x + b > 0] is linear: under noise it answers 1 with probability
+Phi((w.x + b) / (sigma ||w||)), and its smoothed answer changes exactly at the distance |w.x + b| / ||w||.
+"""
+
+import functools
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import binomtest, norm
+
+from medrobust_lib.smoothing import bounds
+from medrobust_lib.smoothing.certify import (
+    ABSTAIN,
+    GUARANTEES,
+    FixedPlan,
+    Verdict,
+    certify,
+    make_plan,
+    take_votes,
+)
+from medrobust_lib.smoothing.sequential import operating_characteristics
+
+ALPHA = 0.05  # far larger than in use, so that a few thousand cases can tell a broken bound
+N, N0, SIGMA = 300, 30, 0.5
+RADII = (0.0, 0.1, 0.25, 0.5, 0.75, 1.0)
+SAMPLINGS = ("fixed", "sequential")
+MODES = ("predict", "evaluate")
+
+
+# The same counts come back thousands of times.
+lower_bound = functools.cache(bounds.lower_confidence_bound)
+
+
+@pytest.fixture(autouse=True)
+def remembered_bounds(monkeypatch):
+    monkeypatch.setattr("medrobust_lib.smoothing.certify.lower_confidence_bound", lower_bound)
+
+
+def simulated(p_one: float, rng: np.random.Generator):
+    """Answers of a binary classifier that says 1 with probability p_one, without pixels."""
+
+    def answers(role, first, count, positions):
+        return [torch.from_numpy((rng.random(count) < p_one).astype(np.int64)) for _ in positions]
+
+    return answers
+
+
+def random_margins(n_cases: int, rng: np.random.Generator) -> np.ndarray:
+    """Signed distances to the decision boundary; a third of them just below a radius asked for, the worst case."""
+    margins = rng.uniform(0, 2.2 * SIGMA, n_cases)
+    hardest = rng.random(n_cases) < 1 / 3
+    margins[hardest] = rng.choice(RADII, hardest.sum()) * (1 - 1e-9) + 1e-9 * SIGMA
+    return margins * rng.choice([-1, 1], n_cases)
+
+
+def is_false(verdict: Verdict, margin: float) -> bool:
+    """Whether a certificate claims the wrong class or too large a ball."""
+    if verdict.predicted == ABSTAIN:
+        return False
+    return verdict.predicted != int(margin > 0) or verdict.radius > abs(margin)
+
+
+def false_certificates(plan, mode: str, *, n_cases: int, seed: int) -> int:
+    rng = np.random.default_rng(seed)
+    wrong = 0
+    for margin in random_margins(n_cases, rng):
+        # In evaluate mode the known label need not be the class that the classifier prefers.
+        label = int(rng.integers(2)) if mode == "evaluate" and rng.random() < 0.3 else int(margin > 0)
+        answers = simulated(norm.cdf(margin / SIGMA), rng)
+        (verdict,) = take_votes(answers, 1, plan=plan, n0=N0, label=label if mode == "evaluate" else None)
+        wrong += is_false(verdict, margin)
+    return wrong
+
+
+def more_often_than_alpha(wrong: int, n_cases: int) -> float:
+    """p-value of "certificates are false with probability at most alpha"."""
+    return binomtest(wrong, n_cases, ALPHA, alternative="greater").pvalue
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("sampling", SAMPLINGS)
+def test_certificates_are_false_no_more_often_than_alpha(sampling, mode):
+    plan = make_plan(sampling, sigma=SIGMA, radii=RADII, n=N, alpha=ALPHA)
+    wrong = false_certificates(plan, mode, n_cases=1500, seed=1)
+    assert more_often_than_alpha(wrong, 1500) > 0.01
+    assert wrong > 0, "a third of the cases are as hard as can be, so alpha is nearly used up"
+
+
+class UnboundedPlan(FixedPlan):
+    """Broken on purpose: trusts the share of votes."""
+
+    def p_lower(self, k, n, proved):
+        return k / n
+
+
+class TwiceAlphaPlan(FixedPlan):
+    """Broken on purpose: the lower end of a two-sided interval at the wrong alpha."""
+
+    def p_lower(self, k, n, proved):
+        return lower_bound(k, n, 2 * self.alpha)
+
+
+class RepeatedPlan(FixedPlan):
+    """Broken on purpose: the fixed-n bound, looked at again and again until it proves something."""
+
+    @property
+    def looks(self):
+        return tuple(range(20, self.n + 1, 20))
+
+    def step(self, look, k, proved):
+        certified = int(lower_bound(k, self.looks[look], self.alpha) > 0.5)
+        return certified, bool(certified) or look == len(self.looks) - 1
+
+
+@pytest.mark.parametrize("broken", [UnboundedPlan, TwiceAlphaPlan])
+def test_the_count_of_false_certificates_tells_a_broken_bound(broken):
+    wrong = false_certificates(broken(sigma=SIGMA, n=N, alpha=ALPHA), "predict", n_cases=800, seed=2)
+    assert more_often_than_alpha(wrong, 800) < 1e-4
+
+
+def test_testing_again_until_it_succeeds_breaks_alpha():
+    rng = np.random.default_rng(3)
+    plan = RepeatedPlan(sigma=SIGMA, n=N, alpha=ALPHA)
+    verdicts = [take_votes(simulated(0.5, rng), 1, plan=plan, n0=N0, label=1)[0] for _ in range(200)]
+    assert more_often_than_alpha(sum(v.predicted != ABSTAIN for v in verdicts), 200) < 1e-6
+
+
+class LinearClassifier:
+    """Class 1 on one side of a hyperplane of pixels of [3, H, W], class 0 on the other."""
+
+    def __init__(self, weights: torch.Tensor, bias: float) -> None:
+        self.weights, self.bias = weights, bias
+
+    def __call__(self, pixels: torch.Tensor) -> torch.Tensor:
+        return (pixels.flatten(1) @ self.weights.flatten() + self.bias > 0).long()
+
+
+def linear_case(margin: float, rng: np.random.Generator) -> tuple[LinearClassifier, torch.Tensor]:
+    """A random image and a random linear classifier whose boundary passes at a signed distance from it."""
+    image = torch.from_numpy(rng.random((3, 2, 2), dtype=np.float32))
+    weights = torch.from_numpy(rng.standard_normal((3, 2, 2), dtype=np.float32))
+    bias = margin * float(weights.norm()) - float(weights.flatten() @ image.flatten())
+    return LinearClassifier(weights, bias), image
+
+
+@pytest.mark.parametrize(("sampling", "mode"), [("fixed", "predict"), ("sequential", "evaluate")])
+def test_certificates_from_noisy_pixels_are_false_no_more_often_than_alpha(sampling, mode):
+    rng = np.random.default_rng(4)
+    wrong = 0
+    for case, margin in enumerate(random_margins(200, rng)):
+        classifier, image = linear_case(margin, rng)
+        certificate = certify(
+            classifier,
+            image,
+            sigma=SIGMA,
+            n0=N0,
+            n=N,
+            alpha=ALPHA,
+            sampling=sampling,
+            radii=RADII if sampling == "sequential" else None,
+            label=int(margin > 0) if mode == "evaluate" else None,
+            seed=case,
+            batch_size=N,
+        )
+        wrong += is_false(certificate, margin)
+    assert more_often_than_alpha(wrong, 200) > 0.01
+
+
+def test_the_mean_radius_from_noisy_pixels_is_the_expected_one():
+    rng = np.random.default_rng(5)
+    margin = 1.2 * SIGMA
+    radii = []
+    for case in range(150):
+        classifier, image = linear_case(margin, rng)
+        radii.append(
+            certify(classifier, image, sigma=SIGMA, n=200, alpha=ALPHA, label=1, seed=case, batch_size=200).radius
+        )
+    expected = bounds.expected_radius(norm.cdf(margin / SIGMA), 200, ALPHA, sigma=SIGMA)
+    assert abs(np.mean(radii) - expected) < 4 * np.std(radii) / len(radii) ** 0.5
+    assert np.mean(radii) < margin
+
+
+@pytest.mark.parametrize("p", [0.6, 0.9, 0.99])
+@pytest.mark.parametrize("mode", MODES)
+def test_the_mean_radius_of_fixed_sampling_is_the_expected_one(p, mode):
+    rng = np.random.default_rng(6)
+    plan = make_plan("fixed", sigma=SIGMA, radii=None, n=N, alpha=ALPHA)
+    # With 300 selection draws the wrong class has no chance at these p.
+    label = 1 if mode == "evaluate" else None
+    radii = [take_votes(simulated(p, rng), 1, plan=plan, n0=300, label=label)[0].radius for _ in range(800)]
+    expected = bounds.expected_radius(p, N, ALPHA, sigma=SIGMA)
+    assert abs(np.mean(radii) - expected) < 4 * np.std(radii) / len(radii) ** 0.5
+
+
+@pytest.mark.parametrize("p", [0.4, 0.7, 0.95])
+def test_sequential_sampling_does_what_its_plan_predicts(p):
+    rng = np.random.default_rng(7)
+    plan = make_plan("sequential", sigma=SIGMA, radii=RADII, n=N, alpha=ALPHA)
+    verdicts = [take_votes(simulated(p, rng), 1, plan=plan, n0=N0, label=1)[0] for _ in range(700)]
+    proved, draws = operating_characteristics(plan, p)
+    for radius, chance in zip(plan.radii, proved, strict=True):
+        found = sum(v.predicted == 1 and v.radius >= radius for v in verdicts)
+        assert binomtest(found, len(verdicts), min(1.0, chance)).pvalue > 1e-3, radius
+    spent = np.array([v.n for v in verdicts])
+    assert abs(spent.mean() - draws) < 4 * spent.std() / len(spent) ** 0.5 + 1e-9
+
+
+def test_sequential_sampling_of_a_wrong_label_stops_early():
+    rng = np.random.default_rng(8)
+    plan = make_plan("sequential", sigma=SIGMA, radii=RADII, n=N, alpha=ALPHA)
+    (verdict,) = take_votes(simulated(0.05, rng), 1, plan=plan, n0=N0, label=1)
+    assert verdict.predicted == ABSTAIN
+    assert verdict.n < N / 4
+
+
+# Why "frozen-prompt" is not "standard": one pixel decides which prompt is used.
+
+
+def adapt(image: torch.Tensor):
+    """Adapt to an image by its first value: both prompts give classifiers that are constant everywhere."""
+    answer = int(image[0, 0, 0] >= 0.5)
+    return lambda pixels: torch.full((len(pixels),), answer)
+
+
+def at(value: float) -> torch.Tensor:
+    image = torch.zeros(3, 1, 1)
+    image[0, 0, 0] = value
+    return image
+
+
+def test_prompts_adapted_to_the_image_have_certificates_that_the_adapting_pipeline_breaks():
+    left, right = at(0.499), at(0.501)
+    distance = float((left - right).norm())
+    certificates = [certify(adapt(image), image, sigma=0.25, n=1000) for image in (left, right)]
+    largest = bounds.maximum_radius(1000, 0.001, 0.25)
+    assert [c.radius for c in certificates] == [largest, largest]
+    assert largest > 100 * distance
+    # Each frozen classifier keeps its word at the other image, and yet the two pipelines disagree there.
+    assert int(adapt(left)(right[None])) == certificates[0].predicted == 0
+    assert int(adapt(right)(left[None])) == certificates[1].predicted == 1
+    assert "not for a pipeline that adapts to the attacked image" in GUARANTEES["frozen-prompt"]
+    assert "fixed before the image was seen" in GUARANTEES["standard"]
+
+
+def test_adaptation_inside_the_base_classifier_is_certified_for_what_it_is():
+    def per_sample(pixels: torch.Tensor) -> torch.Tensor:
+        return torch.cat([adapt(noisy)(noisy[None]) for noisy in pixels])
+
+    near = certify(per_sample, at(0.499), sigma=0.25, n=1000)
+    assert near.abstained
+    certificate = certify(per_sample, at(0.9), sigma=0.25, n=1000)
+    assert certificate.predicted == 1
+    assert 0.3 < certificate.radius <= 0.4  # the true distance to the change at 0.5 is 0.4
