@@ -122,7 +122,7 @@ def loops(n: int, art_n: int, repeats: int) -> pd.DataFrame:
             done = subprocess.run(command, capture_output=True, text=True)
             if done.returncode == 0:
                 measured[name].append(json.loads(done.stdout.splitlines()[-1]))
-            elif "No module named 'art'" not in done.stderr:
+            elif name != "ART" or "ModuleNotFoundError" not in done.stderr:
                 raise RuntimeError(done.stderr)
     rows = []
     for name, results in measured.items():

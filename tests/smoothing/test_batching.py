@@ -138,7 +138,7 @@ def test_the_suggestion_is_a_power_of_two_that_shrinks_with_the_image(monkeypatc
     with_free_memory(monkeypatch, GIB)
     sizes = [suggested_batch_size(CPU, (3, side, side)) for side in (8, 64, 224, 384, 1024, 8192)]
     assert sizes == sorted(sizes, reverse=True)
-    assert (sizes[0], sizes[-1]) == (64, 1)
+    assert (sizes[0], sizes[-1]) == (128, 1)
     assert all(size & (size - 1) == 0 for size in sizes)
     assert len(set(sizes)) >= 4
 
