@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     from medrobust_lib.data.dataset import ImageDataset
     from medrobust_lib.data.registry import list_datasets, load_dataset
     from medrobust_lib.models.registry import list_models, load_model, register_model
-    from medrobust_lib.smoothing.certify import Certificate, certify, predict
+    from medrobust_lib.smoothing.certificate import Certificate
+    from medrobust_lib.smoothing.certify import certify, predict
     from medrobust_lib.smoothing.study import certify_dataset
 
 __version__ = "0.1.0"
@@ -31,7 +32,7 @@ __all__ = [
 ]
 
 _HOMES = {
-    "Certificate": "medrobust_lib.smoothing.certify",
+    "Certificate": "medrobust_lib.smoothing.certificate",
     "ImageDataset": "medrobust_lib.data.dataset",
     "certify": "medrobust_lib.smoothing.certify",
     "certify_dataset": "medrobust_lib.smoothing.study",

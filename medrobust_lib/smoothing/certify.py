@@ -6,9 +6,6 @@ every x' within an L2 radius of x. It is false with probability at most alpha, o
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from decimal import ROUND_DOWN, Context
-from typing import Any, Literal, Protocol, get_args
 
 import numpy as np
 import torch
@@ -16,163 +13,12 @@ from scipy.stats import binomtest
 from torch import Tensor
 
 from medrobust_lib.smoothing.batching import make_batches
-from medrobust_lib.smoothing.bounds import (
-    certified_radius,
-    check_alpha,
-    check_draws,
-    check_sigma,
-    lower_confidence_bound,
-    minimum_draws,
-)
+from medrobust_lib.smoothing.bounds import check_alpha, check_sigma, minimum_draws
+from medrobust_lib.smoothing.certificate import ABSTAIN, Certificate, Sampling
 from medrobust_lib.smoothing.noise import NoiseStream, Role, noisy_copies
-from medrobust_lib.smoothing.sequential import sequential_plan
+from medrobust_lib.smoothing.votes import Answers, check_mode_draws, checked_answers, count_votes, make_plan, take_votes
 
-ABSTAIN = -1
-
-Sampling = Literal["fixed", "sequential"]
-Mode = Literal["predict", "evaluate"]
-Guarantee = Literal["standard", "frozen-prompt", "candidate-set", "per-sample", "composite", "corrected"]
 Classifier = Callable[[Tensor], Tensor]
-Answers = Callable[[Role, int, int, Sequence[int]], Sequence[Tensor]]
-
-GUARANTEES: dict[Guarantee, str] = {
-    "standard": "the classifier was fixed before the image was seen; its smoothed answer is constant in the ball",
-    "frozen-prompt": (
-        "the prompt was fitted to this very image: the answer is constant in the ball for that frozen prompt only, "
-        "not for a pipeline that adapts to the attacked image"
-    ),
-    "candidate-set": (
-        "every prompt of a finite set, fixed in advance, gives this answer in the ball, so any choice among them does"
-    ),
-    "per-sample": "prompts are adapted inside the base classifier, noisy copy by noisy copy: constant in the ball",
-    "composite": "the label that the oracle gives to the model's text is constant in the ball",
-    "corrected": "the true label of the model's text is constant in the ball if the oracle's error model holds",
-}
-
-
-@dataclass(frozen=True)
-class Certificate:
-    """What is proved about one image at one noise level, and how.
-
-    Attributes
-    ----------
-    predicted : int
-        Class, or -1 for an abstention.
-    radius : float
-        L2 radius in [0, 1] pixel units at the size `image_shape`; 0 for an abstention.
-    p_lower : float
-        Lower bound of the probability that the base classifier gives `predicted` under noise; 0 where
-        sequential sampling has proved nothing.
-    k, n : int
-        Votes for the tested class among the estimation draws made.
-    n0 : int
-        Selection draws that chose the tested class; 0 if its label was given.
-    n_max : int
-        Estimation draws allowed.
-    alpha : float
-        Probability that the certificate is false is at most this.
-    sigma : float
-        Noise standard deviation in [0, 1] pixel units.
-    sampling : {"fixed", "sequential"}
-    mode : {"predict", "evaluate"}
-        Whether the class came from selection draws, or was the known label (for tables of certified accuracy
-        only: it cannot be used where the label is unknown).
-    guarantee : str
-        Key of `GUARANTEES`.
-    seed : int
-    model, dtype, device : str
-        The base classifier that was certified; a tower in bfloat16 is another classifier than one in float32.
-    image_shape : tuple of int
-        (3, H, W) of the certified pixels.
-    """
-
-    predicted: int
-    radius: float
-    p_lower: float
-    k: int
-    n: int
-    n0: int
-    n_max: int
-    alpha: float
-    sigma: float
-    sampling: Sampling
-    mode: Mode
-    guarantee: Guarantee
-    seed: int
-    model: str
-    dtype: str
-    device: str
-    image_shape: tuple[int, ...]
-
-    @property
-    def draws(self) -> int:
-        """Noisy copies classified in all."""
-        return self.n0 + self.n
-
-    @property
-    def abstained(self) -> bool:
-        """Whether nothing was proved."""
-        return self.predicted == ABSTAIN
-
-    def __str__(self) -> str:
-        how = f"{self.k} of {self.n} votes at sigma {self.sigma:g} ({self.sampling} sampling, alpha {self.alpha:g})"
-        known = "; the class was the known label, so this serves evaluation only" if self.mode == "evaluate" else ""
-        if self.abstained:
-            return f"abstain: {how} prove no majority{known}"
-        size = " x ".join(map(str, self.image_shape))
-        radius = _rounded_down(self.radius)
-        return (
-            f"class {self.predicted} within L2 radius {radius} of this image ([0, 1] pixels, {size}): {how} "
-            f"prove a probability above {_rounded_down(self.p_lower)}{known}. "
-            f"Guarantee ({self.guarantee}): {GUARANTEES[self.guarantee]}"
-        )
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """Outcome of the votes for one classifier; the fields mean what they mean in `Certificate`."""
-
-    predicted: int
-    radius: float
-    p_lower: float
-    k: int
-    n: int
-
-
-class Plan(Protocol):
-    """When to look at the votes and what they prove then."""
-
-    looks: Sequence[int]
-
-    def step(self, look: int, k: int, proved: int) -> tuple[int, bool]: ...  # noqa: D102
-    def p_lower(self, k: int, n: int, proved: int) -> float: ...  # noqa: D102
-    def radius(self, k: int, n: int, proved: int) -> float: ...  # noqa: D102
-
-
-@dataclass(frozen=True)
-class FixedPlan:
-    """One look after n draws, with the Clopper-Pearson bound: CERTIFY of Cohen et al. 2019."""
-
-    sigma: float
-    n: int
-    alpha: float
-
-    @property
-    def looks(self) -> tuple[int]:
-        """Numbers of draws after which the votes are looked at."""
-        return (self.n,)
-
-    def step(self, look: int, k: int, proved: int) -> tuple[int, bool]:
-        """Take the only look: (1 if a majority is proved else 0, True)."""
-        return int(self.p_lower(k, self.n, 0) > 0.5), True
-
-    def p_lower(self, k: int, n: int, proved: int) -> float:
-        """Clopper-Pearson bound of k in n."""
-        return lower_confidence_bound(k, n, self.alpha)
-
-    def radius(self, k: int, n: int, proved: int) -> float:
-        """Certified radius of k in n."""
-        return certified_radius(self.p_lower(k, n, proved), self.sigma)
 
 
 def predict(
@@ -231,7 +77,7 @@ def predict(
     answers = classifier_answers(
         classifier, image, sigma=sigma, seed=seed, dataset=dataset, index=index, batch_size=batch_size
     )
-    votes = _count(answers("select", 0, n, [0])[0])
+    votes = count_votes(answers("select", 0, n, [0])[0])
     if not votes.any():
         return ABSTAIN
     order = np.argsort(-votes, kind="stable")
@@ -308,7 +154,7 @@ def certify(
     answers = classifier_answers(
         classifier, image, sigma=sigma, seed=seed, dataset=dataset, index=index, batch_size=batch_size
     )
-    (verdict,) = take_votes(answers, 1, plan=plan, n0=n0, label=label)
+    (verdict,) = take_votes(answers, [plan], n0=n0, label=label)
     return Certificate(
         **vars(verdict),
         n0=0 if label is not None else n0,
@@ -324,77 +170,6 @@ def certify(
         device=image.device.type,
         image_shape=tuple(image.shape),
     )
-
-
-def make_plan(sampling: Sampling, *, sigma: float, radii: Sequence[float] | None, n: int, alpha: float) -> Plan:
-    """Check the numbers and return when to look and what is proved then.
-
-    Raises
-    ------
-    ValueError
-        Unknown sampling, sigma or alpha out of range, n too small to ever certify.
-    """
-    if sampling not in get_args(Sampling):
-        raise ValueError(f"unknown sampling {sampling!r}; choose one of {', '.join(get_args(Sampling))}")
-    check_sigma(sigma)
-    check_alpha(alpha)
-    check_draws(n, alpha)
-    if sampling == "fixed":
-        return FixedPlan(sigma=sigma, n=n, alpha=alpha)
-    return sequential_plan(sigma=sigma, radii=radii, n=n, alpha=alpha)
-
-
-def take_votes(answers: Answers, n_methods: int, *, plan: Plan, n0: int, label: int | None) -> list[Verdict]:
-    """Run selection and estimation for several base classifiers on the same noise.
-
-    Parameters
-    ----------
-    answers : callable of (role, first, count, positions)
-        Returns int64 [count] for each classifier named by its position.
-    n_methods : int
-        Number of classifiers.
-    plan : Plan
-    n0 : int
-        Selection draws.
-    label : int or None
-        Class to test for all classifiers, instead of selecting one.
-
-    Returns
-    -------
-    list of Verdict
-        Every certificate is valid on its own at the plan's alpha; sharing noise only makes them dependent.
-    """
-    everyone = range(n_methods)
-    if label is None:
-        selected = [_favourite(votes) for votes in answers("select", 0, n0, everyone)]
-    else:
-        selected = [label] * n_methods
-    verdicts: dict[int, Verdict] = {
-        position: Verdict(predicted=ABSTAIN, radius=0.0, p_lower=0.0, k=0, n=0)
-        for position in everyone
-        if selected[position] == ABSTAIN
-    }
-    active = [position for position in everyone if position not in verdicts]
-    counts, proved, done = [0] * n_methods, [0] * n_methods, 0
-    for look, draws in enumerate(int(value) for value in plan.looks):
-        if not active:
-            break
-        for position, labels in zip(active, answers("estimate", done, draws - done, active), strict=True):
-            counts[position] += int((labels == selected[position]).sum())
-        done = draws
-        for position in tuple(active):
-            proved[position], finished = plan.step(look, counts[position], proved[position])
-            if finished:
-                k, certified = counts[position], proved[position]
-                verdicts[position] = Verdict(
-                    predicted=selected[position] if certified else ABSTAIN,
-                    radius=plan.radius(k, draws, certified),
-                    p_lower=plan.p_lower(k, draws, certified),
-                    k=k,
-                    n=draws,
-                )
-                active.remove(position)
-    return [verdicts[position] for position in everyone]
 
 
 def classifier_answers(
@@ -422,29 +197,6 @@ def classifier_answers(
     return answers
 
 
-def checked_answers(answers: Any, count: int) -> Tensor:
-    """Bring a classifier's answers to the CPU, or say what is wrong with them.
-
-    Raises
-    ------
-    TypeError
-        Not int64 [count].
-    """
-    if not isinstance(answers, Tensor) or answers.dtype != torch.int64 or tuple(answers.shape) != (count,):
-        what = f"{answers.dtype} {tuple(answers.shape)}" if isinstance(answers, Tensor) else type(answers).__name__
-        raise TypeError(
-            f"a base classifier maps [b, 3, H, W] to labels int64 [b]: expected int64 ({count},), got {what}; "
-            "logits need .argmax(1)"
-        )
-    return answers.cpu()
-
-
-def check_mode_draws(n0: int, label_given: bool) -> None:
-    """Refuse a selection without draws."""
-    if not label_given and n0 < 1:
-        raise ValueError(f"n0={n0}: choosing a class takes at least one selection draw (100 is usual)")
-
-
 def _check_image(image: Tensor) -> None:
     if not isinstance(image, Tensor) or not image.is_floating_point() or image.ndim != 3 or len(image) != 3:
         what = f"{image.dtype} {tuple(image.shape)}" if isinstance(image, Tensor) else type(image).__name__
@@ -452,18 +204,3 @@ def _check_image(image: Tensor) -> None:
     low, high = (float(value) for value in torch.aminmax(image.detach()))
     if not (low >= 0 and high <= 1):  # also catches NaN
         raise ValueError(f"image values range over [{low:.4g}, {high:.4g}]: expected [0, 1], without normalisation")
-
-
-def _rounded_down(bound: float) -> str:
-    """Four digits that do not promise more than the bound: 0.99996 is not 1."""
-    return str(Context(prec=4, rounding=ROUND_DOWN).create_decimal(repr(float(bound))))
-
-
-def _count(labels: Tensor) -> np.ndarray:
-    answered = labels[labels >= 0].numpy()
-    return np.bincount(answered) if len(answered) else np.zeros(1, dtype=np.int64)
-
-
-def _favourite(labels: Tensor) -> int:
-    votes = _count(labels)
-    return int(votes.argmax()) if votes.any() else ABSTAIN

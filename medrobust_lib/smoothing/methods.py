@@ -15,7 +15,8 @@ from torch import Tensor
 
 from medrobust_lib.data.dataset import ImageDataset
 from medrobust_lib.models.dual_encoder import DualEncoder
-from medrobust_lib.smoothing.certify import Guarantee
+from medrobust_lib.smoothing.batching import Batches
+from medrobust_lib.smoothing.certificate import Guarantee
 from medrobust_lib.smoothing.noise import NoiseStream, noisy_copies
 
 FeatureClassifier = Callable[[Tensor], Tensor]
@@ -50,10 +51,25 @@ class AdaptationFeatures:
             )
 
     @classmethod
-    def draw(cls, model: DualEncoder, pixels: Tensor, stream: NoiseStream, *, count: int) -> "AdaptationFeatures":
-        """Encode `count` noisy copies of one prepared image, float32 [3, H, W]."""
-        with torch.no_grad():  # not inference mode, whose tensors no gradient of a prompt could pass
-            return cls(model.encode_image(noisy_copies(pixels, stream, count=count)), stream)
+    def draw(
+        cls,
+        model: DualEncoder,
+        pixels: Tensor,
+        stream: NoiseStream,
+        *,
+        count: int,
+        denoiser: "Denoiser | None" = None,
+        batches: Batches | None = None,
+    ) -> "AdaptationFeatures":
+        """Encode `count` noisy copies of one prepared image, float32 [3, H, W], denoised where asked."""
+
+        @torch.no_grad()  # not inference mode, whose tensors no gradient of a prompt could pass
+        def encode(first: int, count: int) -> Tensor:
+            noisy = noisy_copies(pixels, stream, first=first, count=count)
+            return model.encode_image(noisy if denoiser is None else denoiser(noisy, stream.sigma))
+
+        batches = batches or Batches(count)
+        return cls(torch.cat(list(batches.map(encode, first=0, count=count))), stream)
 
 
 class PromptMethod(Protocol):
@@ -133,6 +149,51 @@ class FixedPrompts:
             "name": self.name,
             "guarantee": self.guarantee,
             "class_features": fingerprint([self.class_features]),
+            "denoiser": denoiser_id(self.denoiser),
+        }
+
+
+@dataclass(frozen=True, eq=False)
+class CandidatePrompts:
+    """A finite set of prompts fixed in advance: certified if all agree, each at alpha / M, with the smallest radius.
+
+    Whatever rule chooses one of the candidates, on the clean or on an attacked image, gives the certified class
+    within the radius: the sound form of choosing a prompt per image.
+
+    Attributes
+    ----------
+    name : str
+    candidates : tuple of float32 [K, d]
+        Unit-norm text features of each prompt.
+    denoiser : callable or None
+
+    Raises
+    ------
+    ValueError
+        No candidate, or class features that are not unit-norm [K, d].
+    """
+
+    name: str
+    candidates: tuple[Tensor, ...] = field(repr=False)
+    denoiser: Denoiser | None = None
+    guarantee: Guarantee = field(default="candidate-set", init=False)
+    n_adapt: int = field(default=0, init=False)
+
+    def __post_init__(self) -> None:
+        if not self.candidates:
+            raise ValueError(f"method {self.name!r}: a candidate set needs at least one prompt")
+        self.classifiers()  # checks each
+
+    def classifiers(self, adaptation: AdaptationFeatures | None = None) -> list[FeatureClassifier]:
+        """One classifier of features per candidate."""
+        return [FixedPrompts(self.name, features).classifier() for features in self.candidates]
+
+    def record(self) -> dict[str, Any]:
+        """Name and fingerprints of the candidates."""
+        return {
+            "name": self.name,
+            "guarantee": self.guarantee,
+            "candidates": [fingerprint([features]) for features in self.candidates],
             "denoiser": denoiser_id(self.denoiser),
         }
 

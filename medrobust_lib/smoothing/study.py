@@ -17,20 +17,11 @@ from medrobust_lib.data.dataset import ImageDataset
 from medrobust_lib.experiments import map_items, open_store, progress
 from medrobust_lib.models.dual_encoder import DualEncoder
 from medrobust_lib.smoothing.batching import Batches, make_batches
-from medrobust_lib.smoothing.certify import (
-    GUARANTEES,
-    Answers,
-    Mode,
-    Plan,
-    Sampling,
-    Verdict,
-    check_mode_draws,
-    checked_answers,
-    make_plan,
-    take_votes,
-)
+from medrobust_lib.smoothing.certificate import GUARANTEES, Mode, Sampling
 from medrobust_lib.smoothing.methods import (
     AdaptationFeatures,
+    CandidatePrompts,
+    Denoiser,
     FeatureClassifier,
     PromptMethod,
     fingerprint,
@@ -38,6 +29,16 @@ from medrobust_lib.smoothing.methods import (
 )
 from medrobust_lib.smoothing.noise import NoiseStream, Role, noisy_copies
 from medrobust_lib.smoothing.sequential import plan_constants
+from medrobust_lib.smoothing.votes import (
+    Answers,
+    Plan,
+    Verdict,
+    agreement,
+    check_mode_draws,
+    checked_answers,
+    make_plan,
+    take_votes,
+)
 
 RADII = (0.0, 0.1, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
 """The radii of PromptSmooth's tables, in [0, 1] pixel units."""
@@ -50,13 +51,21 @@ class _Study:
     model: DualEncoder
     data: ImageDataset
     methods: tuple[PromptMethod, ...]
-    plans: dict[float, Plan]
+    plans: dict[tuple[float, int], Plan]  # by sigma and by the number of candidates that share alpha
     sampling: Sampling
     mode: Mode
     n0: int
     alpha: float
     seed: int
     batches: Batches
+
+
+@dataclass(frozen=True, eq=False)
+class _Member:
+    """One classifier of features and the denoiser in front of the image tower."""
+
+    classifier: FeatureClassifier
+    denoiser: Denoiser | None
 
 
 def certify_dataset(
@@ -140,7 +149,11 @@ def certify_dataset(
         model=model,
         data=data,
         methods=methods,
-        plans={sigma: make_plan(sampling, sigma=sigma, radii=radii, n=n, alpha=alpha) for sigma in sigmas},
+        plans={
+            (sigma, count): make_plan(sampling, sigma=sigma, radii=radii, n=n, alpha=alpha / count)
+            for sigma in sigmas
+            for count in {_n_candidates(method) for method in methods}
+        },
         sampling=sampling,
         mode=mode,
         n0=n0 if mode == "predict" else 0,
@@ -181,38 +194,55 @@ def _certify_item(study: _Study, item: tuple[int, float]) -> tuple[list[dict[str
     started = time.perf_counter()
     position, sigma = item
     index, label = int(study.data.indices[position]), int(study.data.labels[position])
-    plan = study.plans[sigma]
-    answers = _bank(study, position, sigma)
-    verdicts = take_votes(
-        answers, len(study.methods), plan=plan, n0=study.n0, label=label if study.mode == "evaluate" else None
-    )
-    rows = [
-        _row(study, method, verdict, index=index, label=label, sigma=sigma)
-        for method, verdict in zip(study.methods, verdicts, strict=True)
-    ]
+    pixels = study.model.prepare(study.data.images[position : position + 1])[0].to(study.model.device)
+    # Classifiers are complete before any noise of a certificate exists.
+    classifiers = _classifiers(study, pixels, index, sigma)
+    answers = _bank(study, [member for members in classifiers for member in members], pixels, index, sigma)
+    plans = [study.plans[sigma, len(members)] for members in classifiers for _ in members]
+    verdicts = iter(take_votes(answers, plans, n0=study.n0, label=label if study.mode == "evaluate" else None))
+    rows = []
+    for method, members in zip(study.methods, classifiers, strict=True):
+        verdict = agreement([next(verdicts) for _ in members])
+        rows.append(_row(study, method, verdict, index=index, label=label, sigma=sigma))
     return rows, time.perf_counter() - started
 
 
-def _bank(study: _Study, position: int, sigma: float) -> Answers:
-    """Noisy features of one image: drawn in batches, encoded once per denoiser, scored by every method."""
-    model, index = study.model, int(study.data.indices[position])
-    pixels = model.prepare(study.data.images[position : position + 1])[0].to(model.device)
-    # Classifiers are complete before any noise of a certificate exists.
-    classifiers = [_classifier(study, method, pixels, index, sigma) for method in study.methods]
+def _classifiers(study: _Study, pixels: Tensor, index: int, sigma: float) -> list[list[_Member]]:
+    """Classifiers of every method for one image; methods that adapt to the same noisy copies share them."""
+    stream = NoiseStream(study.seed, study.data.id, index, sigma, "adapt")
+    adaptations: dict[tuple[int, int], AdaptationFeatures] = {}
+    classifiers = []
+    for method in study.methods:
+        key = (method.n_adapt, id(method.denoiser))
+        if method.n_adapt and key not in adaptations:
+            adaptations[key] = AdaptationFeatures.draw(
+                study.model, pixels, stream, count=method.n_adapt, denoiser=method.denoiser, batches=study.batches
+            )
+        adaptation = adaptations.get(key)
+        if isinstance(method, CandidatePrompts):
+            found = method.classifiers(adaptation)
+        else:
+            found = [method.classifier(adaptation)]
+        classifiers.append([_Member(classifier, method.denoiser) for classifier in found])
+    return classifiers
+
+
+def _bank(study: _Study, members: Sequence[_Member], pixels: Tensor, index: int, sigma: float) -> Answers:
+    """Noisy features of one image: drawn in batches, encoded once per denoiser, scored by every classifier."""
 
     @torch.no_grad()  # not inference mode: a base classifier may adapt to each copy by a gradient of its own
     def answers(role: Role, first: int, count: int, positions: Sequence[int]) -> list[Tensor]:
         stream = NoiseStream(study.seed, study.data.id, index, sigma, role)
-        denoisers = {id(study.methods[place].denoiser): study.methods[place].denoiser for place in positions}
+        denoisers = {id(members[place].denoiser): members[place].denoiser for place in positions}
 
         def score(first: int, count: int) -> list[Tensor]:
             noisy = noisy_copies(pixels, stream, first=first, count=count)
             features = {
-                key: model.encode_image(noisy if denoise is None else denoise(noisy, sigma))
+                key: study.model.encode_image(noisy if denoise is None else denoise(noisy, sigma))
                 for key, denoise in denoisers.items()
             }
             return [
-                checked_answers(classifiers[place](features[id(study.methods[place].denoiser)]), count)
+                checked_answers(members[place].classifier(features[id(members[place].denoiser)]), count)
                 for place in positions
             ]
 
@@ -222,12 +252,8 @@ def _bank(study: _Study, position: int, sigma: float) -> Answers:
     return answers
 
 
-def _classifier(study: _Study, method: PromptMethod, pixels: Tensor, index: int, sigma: float) -> FeatureClassifier:
-    if not method.n_adapt:
-        return method.classifier(None)
-    stream = NoiseStream(study.seed, study.data.id, index, sigma, "adapt")
-    adaptation = AdaptationFeatures.draw(study.model, pixels, stream, count=method.n_adapt)
-    return method.classifier(adaptation)
+def _n_candidates(method: PromptMethod) -> int:
+    return len(method.candidates) if isinstance(method, CandidatePrompts) else 1
 
 
 def _row(

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from medrobust_lib import load_dataset, load_model
-from medrobust_lib.smoothing.certify import ABSTAIN, Certificate, certify, predict
+from medrobust_lib.smoothing.certificate import ABSTAIN, Certificate
+from medrobust_lib.smoothing.certify import certify, predict
 from medrobust_lib.smoothing.methods import PromptClassifier
 from medrobust_lib.smoothing.noise import NoiseStream, noisy_copies
 

@@ -6,7 +6,8 @@ import torch
 from scipy.stats import beta, binom, norm
 
 import medrobust_lib as mr
-from medrobust_lib.smoothing.certify import ABSTAIN, GUARANTEES, Certificate, certify, predict
+from medrobust_lib.smoothing.certificate import ABSTAIN, GUARANTEES, Certificate
+from medrobust_lib.smoothing.certify import certify, predict
 from medrobust_lib.smoothing.noise import NoiseStream, noisy_copies
 from medrobust_lib.smoothing.sequential import sequential_plan
 

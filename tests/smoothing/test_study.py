@@ -17,7 +17,8 @@ import medrobust_lib as mr
 from medrobust_lib.data.dataset import ImageDataset
 from medrobust_lib.experiments import HEADLESS_VARIABLE
 from medrobust_lib.models.dual_encoder import DualEncoder, Preprocessing
-from medrobust_lib.smoothing.certify import ABSTAIN, certify
+from medrobust_lib.smoothing.certificate import ABSTAIN
+from medrobust_lib.smoothing.certify import certify
 from medrobust_lib.smoothing.methods import AdaptationFeatures, FixedPrompts, PromptClassifier
 from medrobust_lib.smoothing.noise import NoiseStream
 from medrobust_lib.smoothing.study import certify_dataset

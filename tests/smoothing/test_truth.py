@@ -12,16 +12,10 @@ import torch
 from scipy.stats import binomtest, norm
 
 from medrobust_lib.smoothing import bounds
-from medrobust_lib.smoothing.certify import (
-    ABSTAIN,
-    GUARANTEES,
-    FixedPlan,
-    Verdict,
-    certify,
-    make_plan,
-    take_votes,
-)
+from medrobust_lib.smoothing.certificate import ABSTAIN, GUARANTEES
+from medrobust_lib.smoothing.certify import certify
 from medrobust_lib.smoothing.sequential import operating_characteristics
+from medrobust_lib.smoothing.votes import FixedPlan, Verdict, make_plan, take_votes
 
 ALPHA = 0.05  # far larger than in use, so that a few thousand cases can tell a broken bound
 N, N0, SIGMA = 300, 30, 0.5
@@ -36,7 +30,7 @@ lower_bound = functools.cache(bounds.lower_confidence_bound)
 
 @pytest.fixture(autouse=True)
 def remembered_bounds(monkeypatch):
-    monkeypatch.setattr("medrobust_lib.smoothing.certify.lower_confidence_bound", lower_bound)
+    monkeypatch.setattr("medrobust_lib.smoothing.votes.lower_confidence_bound", lower_bound)
 
 
 def simulated(p_one: float, rng: np.random.Generator):
@@ -70,7 +64,7 @@ def false_certificates(plan, mode: str, *, n_cases: int, seed: int) -> int:
         # In evaluate mode the known label need not be the class that the classifier prefers.
         label = int(rng.integers(2)) if mode == "evaluate" and rng.random() < 0.3 else int(margin > 0)
         answers = simulated(norm.cdf(margin / SIGMA), rng)
-        (verdict,) = take_votes(answers, 1, plan=plan, n0=N0, label=label if mode == "evaluate" else None)
+        (verdict,) = take_votes(answers, [plan], n0=N0, label=label if mode == "evaluate" else None)
         wrong += is_false(verdict, margin)
     return wrong
 
@@ -124,7 +118,7 @@ def test_the_count_of_false_certificates_tells_a_broken_bound(broken):
 def test_testing_again_until_it_succeeds_breaks_alpha():
     rng = np.random.default_rng(3)
     plan = RepeatedPlan(sigma=SIGMA, n=N, alpha=ALPHA)
-    verdicts = [take_votes(simulated(0.5, rng), 1, plan=plan, n0=N0, label=1)[0] for _ in range(200)]
+    verdicts = [take_votes(simulated(0.5, rng), [plan], n0=N0, label=1)[0] for _ in range(200)]
     assert more_often_than_alpha(sum(v.predicted != ABSTAIN for v in verdicts), 200) < 1e-6
 
 
@@ -190,7 +184,7 @@ def test_the_mean_radius_of_fixed_sampling_is_the_expected_one(p, mode):
     plan = make_plan("fixed", sigma=SIGMA, radii=None, n=N, alpha=ALPHA)
     # With 300 selection draws the wrong class has no chance at these p.
     label = 1 if mode == "evaluate" else None
-    radii = [take_votes(simulated(p, rng), 1, plan=plan, n0=300, label=label)[0].radius for _ in range(800)]
+    radii = [take_votes(simulated(p, rng), [plan], n0=300, label=label)[0].radius for _ in range(800)]
     expected = bounds.expected_radius(p, N, ALPHA, sigma=SIGMA)
     assert abs(np.mean(radii) - expected) < 4 * np.std(radii) / len(radii) ** 0.5
 
@@ -199,7 +193,7 @@ def test_the_mean_radius_of_fixed_sampling_is_the_expected_one(p, mode):
 def test_sequential_sampling_does_what_its_plan_predicts(p):
     rng = np.random.default_rng(7)
     plan = make_plan("sequential", sigma=SIGMA, radii=RADII, n=N, alpha=ALPHA)
-    verdicts = [take_votes(simulated(p, rng), 1, plan=plan, n0=N0, label=1)[0] for _ in range(700)]
+    verdicts = [take_votes(simulated(p, rng), [plan], n0=N0, label=1)[0] for _ in range(700)]
     proved, draws = operating_characteristics(plan, p)
     for radius, chance in zip(plan.radii, proved, strict=True):
         found = sum(v.predicted == 1 and v.radius >= radius for v in verdicts)
@@ -211,7 +205,7 @@ def test_sequential_sampling_does_what_its_plan_predicts(p):
 def test_sequential_sampling_of_a_wrong_label_stops_early():
     rng = np.random.default_rng(8)
     plan = make_plan("sequential", sigma=SIGMA, radii=RADII, n=N, alpha=ALPHA)
-    (verdict,) = take_votes(simulated(0.05, rng), 1, plan=plan, n0=N0, label=1)
+    (verdict,) = take_votes(simulated(0.05, rng), [plan], n0=N0, label=1)
     assert verdict.predicted == ABSTAIN
     assert verdict.n < N / 4
 

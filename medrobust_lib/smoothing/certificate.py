@@ -1,0 +1,110 @@
+"""The record of one certificate, and in words what it guarantees."""
+
+from dataclasses import dataclass
+from decimal import ROUND_DOWN, Context
+from typing import Literal
+
+ABSTAIN = -1
+
+Sampling = Literal["fixed", "sequential"]
+
+Mode = Literal["predict", "evaluate"]
+
+Guarantee = Literal["standard", "frozen-prompt", "candidate-set", "per-sample", "composite", "corrected"]
+
+GUARANTEES: dict[Guarantee, str] = {
+    "standard": "the classifier was fixed before the image was seen; its smoothed answer is constant in the ball",
+    "frozen-prompt": (
+        "the prompt was fitted to this very image: the answer is constant in the ball for that frozen prompt only, "
+        "not for a pipeline that adapts to the attacked image"
+    ),
+    "candidate-set": (
+        "every prompt of a finite set, fixed in advance, gives this answer in the ball, so any choice among them does"
+    ),
+    "per-sample": "prompts are adapted inside the base classifier, noisy copy by noisy copy: constant in the ball",
+    "composite": "the label that the oracle gives to the model's text is constant in the ball",
+    "corrected": "the true label of the model's text is constant in the ball if the oracle's error model holds",
+}
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """What is proved about one image at one noise level, and how.
+
+    Attributes
+    ----------
+    predicted : int
+        Class, or -1 for an abstention.
+    radius : float
+        L2 radius in [0, 1] pixel units at the size `image_shape`; 0 for an abstention.
+    p_lower : float
+        Lower bound of the probability that the base classifier gives `predicted` under noise; 0 where
+        sequential sampling has proved nothing.
+    k, n : int
+        Votes for the tested class among the estimation draws made.
+    n0 : int
+        Selection draws that chose the tested class; 0 if its label was given.
+    n_max : int
+        Estimation draws allowed.
+    alpha : float
+        Probability that the certificate is false is at most this.
+    sigma : float
+        Noise standard deviation in [0, 1] pixel units.
+    sampling : {"fixed", "sequential"}
+    mode : {"predict", "evaluate"}
+        Whether the class came from selection draws, or was the known label (for tables of certified accuracy
+        only: it cannot be used where the label is unknown).
+    guarantee : str
+        Key of `GUARANTEES`.
+    seed : int
+    model, dtype, device : str
+        The base classifier that was certified; a tower in bfloat16 is another classifier than one in float32.
+    image_shape : tuple of int
+        (3, H, W) of the certified pixels.
+    """
+
+    predicted: int
+    radius: float
+    p_lower: float
+    k: int
+    n: int
+    n0: int
+    n_max: int
+    alpha: float
+    sigma: float
+    sampling: Sampling
+    mode: Mode
+    guarantee: Guarantee
+    seed: int
+    model: str
+    dtype: str
+    device: str
+    image_shape: tuple[int, ...]
+
+    @property
+    def draws(self) -> int:
+        """Noisy copies classified in all."""
+        return self.n0 + self.n
+
+    @property
+    def abstained(self) -> bool:
+        """Whether nothing was proved."""
+        return self.predicted == ABSTAIN
+
+    def __str__(self) -> str:
+        how = f"{self.k} of {self.n} votes at sigma {self.sigma:g} ({self.sampling} sampling, alpha {self.alpha:g})"
+        known = "; the class was the known label, so this serves evaluation only" if self.mode == "evaluate" else ""
+        if self.abstained:
+            return f"abstain: {how} prove no majority{known}"
+        size = " x ".join(map(str, self.image_shape))
+        radius = _rounded_down(self.radius)
+        return (
+            f"class {self.predicted} within L2 radius {radius} of this image ([0, 1] pixels, {size}): {how} "
+            f"prove a probability above {_rounded_down(self.p_lower)}{known}. "
+            f"Guarantee ({self.guarantee}): {GUARANTEES[self.guarantee]}"
+        )
+
+
+def _rounded_down(bound: float) -> str:
+    """Four digits that do not promise more than the bound: 0.99996 is not 1."""
+    return str(Context(prec=4, rounding=ROUND_DOWN).create_decimal(repr(float(bound))))
