@@ -15,6 +15,9 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import BertConfig, CLIPConfig, CLIPModel, PreTrainedTokenizerFast
 
+from medrobust_lib.models.dual_encoder import DualEncoder
+from medrobust_lib.smoothing import prompts
+
 WORDS = ["a", "an", "image", "of", "tissue", "lymphocytes", "debris", "histology", "patch", ".", ","]
 REVISION = "0123456789abcdef0123456789abcdef01234567"
 
@@ -236,6 +239,35 @@ def plip_folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path
         return folder
 
     return made
+
+
+@pytest.fixture
+def check_prompts() -> Callable[[DualEncoder], None]:
+    """What prompt learning needs of a back end, whatever its tokenizer."""
+
+    def check(model: DualEncoder) -> None:
+        classes = ("tissue", "lymphocytes of tissue")
+        written = prompts.text_prompts(model, classes, "an image of {}.")
+        expected = model.encode_text(["an image of tissue.", "an image of lymphocytes of tissue."])
+        assert torch.equal(written.class_features(model), expected)
+        assert (expected[0] - expected[1]).abs().max() > 1e-4
+        for position in ("end", "middle", "front"):
+            frame = prompts.empty_frame(model, classes, n_context=3, position=position)
+            generator = torch.Generator().manual_seed(0)
+            shared = torch.randn(3, frame.embeddings.shape[2], generator=generator).requires_grad_(True)
+            features = frame.features(model, shared)
+            assert torch.allclose(features.norm(dim=1), torch.ones(2), atol=1e-5)
+            (gradient,) = torch.autograd.grad(features[0, 0] + features[1, 1], shared)
+            assert (gradient.abs().sum(dim=1) > 0).all(), position
+            own = shared.detach().expand(2, -1, -1).clone()
+            assert torch.allclose(frame.features(model, own), features, atol=1e-6)
+            own[1] = -own[1]  # a constant shift would vanish in layer normalisation
+            moved = frame.features(model, own) - features
+            assert moved[0].abs().max() < 1e-6 < 1e-4 < moved[1].abs().max()
+        with pytest.raises(ValueError, match="reads at most"):
+            prompts.empty_frame(model, classes, n_context=model.context_length)
+
+    return check
 
 
 @pytest.fixture

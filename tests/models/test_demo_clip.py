@@ -61,3 +61,7 @@ def test_any_text_has_tokens_and_unknown_words_still_differ(model):
     features = model.encode_text(["An H&E image patch of mucus.", "Привет", "🫀", ""])
     assert torch.isfinite(features).all()
     assert len(torch.unique(features, dim=0)) == 4
+
+
+def test_prompts_can_be_learned(model, check_prompts):
+    check_prompts(model)

@@ -487,3 +487,7 @@ def test_parameters_are_frozen_and_in_evaluation_mode(model):
 def test_unknown_id_needs_an_architecture(tmp_path):
     with pytest.raises(ValueError, match=r"'medclip-vitt'.*medclip-vit and medclip-rn50"):
         load_medclip(entry("medclip-vitt"), weights_dir=tmp_path, offline=True)
+
+
+def test_prompts_can_be_learned(model, check_prompts):
+    check_prompts(model)

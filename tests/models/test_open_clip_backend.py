@@ -431,3 +431,11 @@ def test_open_clip_encoder_wraps_a_model_made_elsewhere(demo_folder, images):
     encoder = OpenClipEncoder(model, open_clip.get_tokenizer(name), id="mine", provenance={"source": "a test"})
     assert encoder.provenance == {"source": "a test"}
     assert encoder.encode_image(encoder.prepare(images)).shape == (5, 24)
+
+
+def test_prompts_can_be_learned_with_biomedclip(builders, hub_cache, tmp_path, check_prompts):
+    folder = tmp_path / "weights" / "biomedclip"
+    folder.mkdir(parents=True)
+    builders.write_bert(folder)
+    builders.write_weights(folder, builders.biomedclip_configuration(str(folder)))
+    check_prompts(load_model("biomedclip", device="cpu", weights_dir=tmp_path / "weights", offline=True))

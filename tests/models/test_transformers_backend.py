@@ -193,3 +193,7 @@ def test_unsupported_preprocessing_is_refused(change):
     assert read_preprocessing(CLIPImageProcessorPil(**right)).interpolation == "bilinear"
     with pytest.raises(ValueError, match="unsupported preprocessing: size"):
         read_preprocessing(CLIPImageProcessorPil(**(right | change)))
+
+
+def test_prompts_can_be_learned(plip_folder, check_prompts):
+    check_prompts(load_plip(plip_folder))

@@ -223,3 +223,7 @@ def test_a_checkpoint_that_is_no_state_dict(tmp_path):
 def test_too_long_a_text_is_refused(model):
     with pytest.raises(ValueError, match=r"32 tokens.*at most 20"):
         model.encode_text(["retina " * 30])
+
+
+def test_prompts_can_be_learned(model, check_prompts):
+    check_prompts(model)

@@ -1,0 +1,335 @@
+"""Denoisers in front of a frozen model: denoised smoothing (DnCNN) and diffusion smoothing (a small DDPM).
+
+Randomized smoothing certifies any function of the noisy image that was fixed before the image was seen.
+"Denoise, then classify" is such a function: its noise is the nominal N(0, sigma^2) on the image itself, and
+neither denoiser draws noise of its own, clips its input or looks at the clean image. So the guarantee is the
+standard one, however good or bad the denoiser is; a bad one only costs radius.
+"""
+
+import copy
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, safe_open, save_file
+from torch import Tensor, nn
+
+from medrobust_lib.data.wording import suggest
+from medrobust_lib.downloads import check_sums
+from medrobust_lib.models.weights import explained_errors
+from medrobust_lib.smoothing.denoiser_networks import DIFFUSION_STEPS, DnCNN, UNet, diffusion_sigmas, matching_timestep
+from medrobust_lib.smoothing.methods import fingerprint
+
+Objective = Literal["mse", "stability"]
+Timestep = Literal["interpolated", "nearest"]
+
+DEMO_FOLDER = Path(__file__).resolve().parents[1] / "models" / "demo" / "denoisers"
+DEMO_FILES = {
+    "mse": "dncnn-mse.safetensors",
+    "stability": "dncnn-stability.safetensors",
+    "diffusion": "diffusion.safetensors",
+}
+
+_FORMAT = 1
+_HEADER = "denoiser"
+_TOLERANCE = 1e-6  # relative, between a noise level asked for and one trained for
+
+
+@dataclass(frozen=True, eq=False)
+class DnCNNDenoiser:
+    """Denoised smoothing: one frozen DnCNN per noise level, for the ``denoiser`` of a prompt method.
+
+    Attributes
+    ----------
+    networks : mapping of float to DnCNN
+        By the sigma that each was trained for; copied and frozen.
+    objective : {"mse", "stability"}
+        What they were trained to minimise.
+    provenance : dict
+        JSON values by the text of sigma.
+
+    Raises
+    ------
+    ValueError
+        No network, or an unknown objective.
+
+    References
+    ----------
+    Salman et al. 2020 (denoised smoothing), arXiv:2003.01908.
+    """
+
+    networks: Mapping[float, DnCNN]
+    objective: Objective
+    provenance: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check_objective(self.objective)
+        if not self.networks or not all(0 < sigma < math.inf for sigma in self.networks):
+            raise ValueError(f"a denoiser needs networks by noise level > 0, got levels {list(self.networks)}")
+        frozen = {float(sigma): _frozen(self.networks[sigma]) for sigma in sorted(self.networks)}
+        object.__setattr__(self, "networks", frozen)
+
+    @property
+    def sigmas(self) -> tuple[float, ...]:
+        """Noise levels that there is a network for."""
+        return tuple(self.networks)
+
+    @property
+    def id(self) -> str:
+        """Objective, noise levels and fingerprint of the networks."""
+        return f"dncnn-{self.objective} sigma {', '.join(map(str, self.sigmas))} {_digest(*self.networks.values())}"
+
+    def __call__(self, noisy: Tensor, sigma: float) -> Tensor:
+        """Denoise pixels, float32 [b, 3, H, W], with noise of sigma.
+
+        Raises
+        ------
+        ValueError
+            No network for this sigma, or sides that its pixel blocks do not divide.
+        """
+        known = [level for level in self.networks if math.isclose(level, sigma, rel_tol=_TOLERANCE)]
+        if not known:
+            raise ValueError(
+                f"no denoiser for sigma={sigma}: there is one each for {', '.join(map(str, self.sigmas))}; "
+                "train one with train_denoiser"
+            )
+        network = self.networks[known[0]].to(noisy.device)
+        _check_sides(noisy, network.side)
+        return network(noisy.float())
+
+    def joined(self, *others: "DnCNNDenoiser") -> "DnCNNDenoiser":
+        """Put the networks of several noise levels together; a later one replaces an earlier one of its level.
+
+        Raises
+        ------
+        ValueError
+            Objectives differ.
+        """
+        parts = (self, *others)
+        if len({part.objective for part in parts}) > 1:
+            raise ValueError(f"denoisers of different objectives: {', '.join(part.objective for part in parts)}")
+        networks = {sigma: network for part in parts for sigma, network in part.networks.items()}
+        provenance = {sigma: origin for part in parts for sigma, origin in part.provenance.items()}
+        return DnCNNDenoiser(networks, self.objective, provenance)
+
+    def save(self, path: Path | str) -> Path:
+        """Write all networks as one safetensors file; everything but the weights is JSON in its header."""
+        header = {
+            "kind": "dncnn",
+            "objective": self.objective,
+            "architectures": {str(sigma): network.architecture for sigma, network in self.networks.items()},
+            "provenance": self.provenance,
+        }
+        tensors = {
+            f"{sigma}/{name}": tensor
+            for sigma, network in self.networks.items()
+            for name, tensor in network.state_dict().items()
+        }
+        return _write(Path(path), tensors, header)
+
+    @classmethod
+    def load(cls, path: Path | str) -> "DnCNNDenoiser":
+        """Read what `save` wrote.
+
+        Raises
+        ------
+        FileNotFoundError
+            No such file.
+        ValueError
+            The file is damaged or holds something else.
+        """
+        header, tensors = _read(Path(path), "dncnn")
+        networks = {}
+        for sigma, architecture in header["architectures"].items():
+            prefix = f"{sigma}/"
+            weights = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+            networks[float(sigma)] = _filled(DnCNN, architecture, weights, Path(path))
+        return cls(networks, header["objective"], header["provenance"])
+
+
+@dataclass(frozen=True, eq=False)
+class DiffusionDenoiser:
+    """Diffusion smoothing: the one-shot estimate of the clean image by a DDPM's noise predictor.
+
+    Noisy pixels are mapped to [-1, 1], where their noise is 2 sigma, and scaled by sqrt(abar) = 1 / sqrt(1 +
+    4 sigma^2), as at timestep t* with sqrt((1 - abar) / abar) = 2 sigma. The noise predicted there is taken off
+    and the result clamped. Nothing is drawn: rounding t* up and adding noise to match would certify another
+    sigma than the nominal one.
+
+    Attributes
+    ----------
+    network : torch.nn.Module
+        (pixels float32 [b, 3, H, W], timesteps float32 [b]) -> predicted noise; copied and frozen. `UNet`, or any
+        other, wrapped to this call.
+    sigma_range : (float, float)
+        Lowest and highest noise level trained for, in [0, 1] pixel units.
+    timestep : {"interpolated", "nearest"}
+        Ask the network at t* itself, or at the nearest whole timestep, whose noise level `effective_sigma` tells.
+    provenance : dict
+        JSON values.
+
+    References
+    ----------
+    Carlini et al. 2023, arXiv:2206.10550.
+    """
+
+    network: nn.Module
+    sigma_range: tuple[float, float]
+    timestep: Timestep = "interpolated"
+    provenance: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.timestep not in get_args(Timestep):
+            raise ValueError(f"unknown timestep {self.timestep!r}; choose one of {', '.join(get_args(Timestep))}")
+        object.__setattr__(self, "network", _frozen(self.network))
+
+    @property
+    def id(self) -> str:
+        """How the timestep is chosen, and fingerprint of the network."""
+        return f"diffusion t* {self.timestep} {_digest(self.network)}"
+
+    def timestep_of(self, sigma: float) -> float:
+        """Timestep at which the network is asked.
+
+        Raises
+        ------
+        ValueError
+            Sigma lies outside the range that the network was trained for.
+        """
+        low, high = self.sigma_range
+        if not low * (1 - _TOLERANCE) <= sigma <= high * (1 + _TOLERANCE):
+            raise ValueError(f"sigma={sigma}: this diffusion was trained for noise levels from {low:.4g} to {high:.4g}")
+        exact = matching_timestep(sigma)
+        return exact if self.timestep == "interpolated" else float(round(exact))
+
+    def effective_sigma(self, sigma: float) -> float:
+        """Noise level of the timestep at which the network is asked; the certificate is for sigma all the same."""
+        place = self.timestep_of(sigma)
+        return math.exp(np.interp(place, np.arange(DIFFUSION_STEPS), np.log(diffusion_sigmas())))
+
+    def __call__(self, noisy: Tensor, sigma: float) -> Tensor:
+        """Denoise pixels, float32 [b, 3, H, W], with noise of sigma; the result lies in [0, 1].
+
+        Raises
+        ------
+        ValueError
+            A sigma that the network was not trained for, or sides that its levels do not divide.
+        """
+        place = self.timestep_of(sigma)
+        _check_sides(noisy, getattr(self.network, "side", 1))
+        signed = 2 * noisy.float() - 1
+        timesteps = torch.full((len(noisy),), place, device=noisy.device)
+        noise = self.network.to(noisy.device)(signed / math.sqrt(1 + 4 * sigma**2), timesteps)
+        return ((signed - 2 * sigma * noise).clamp(-1, 1) + 1) / 2
+
+    def save(self, path: Path | str) -> Path:
+        """Write a `UNet` as one safetensors file; everything but the weights is JSON in its header."""
+        if not isinstance(self.network, UNet):
+            raise ValueError(
+                f"only a UNet can be saved, not {type(self.network).__name__}, which is not ours to rebuild"
+            )
+        header = {
+            "kind": "diffusion",
+            "architecture": self.network.architecture,
+            "sigma_range": list(self.sigma_range),
+            "timestep": self.timestep,
+            "provenance": self.provenance,
+        }
+        return _write(Path(path), self.network.state_dict(), header)
+
+    @classmethod
+    def load(cls, path: Path | str) -> "DiffusionDenoiser":
+        """Read what `save` wrote.
+
+        Raises
+        ------
+        FileNotFoundError
+            No such file.
+        ValueError
+            The file is damaged or holds something else.
+        """
+        header, tensors = _read(Path(path), "diffusion")
+        network = _filled(UNet, header["architecture"], tensors, Path(path))
+        return cls(network, tuple(header["sigma_range"]), header["timestep"], header["provenance"])
+
+
+def load_demo_denoisers(kind: str) -> DnCNNDenoiser | DiffusionDenoiser:
+    """Load a denoiser shipped with the library: trained on synthetic phantoms, for the demo only.
+
+    Parameters
+    ----------
+    kind : {"mse", "stability", "diffusion"}
+
+    Raises
+    ------
+    ValueError
+        Unknown kind.
+    DownloadError
+        The file is not the one that was shipped.
+    """
+    if kind not in DEMO_FILES:
+        raise ValueError(f"unknown demo denoiser {kind!r}.{suggest(kind, list(DEMO_FILES))}")
+    check_sums(DEMO_FOLDER, [DEMO_FILES[kind]])
+    return (DiffusionDenoiser if kind == "diffusion" else DnCNNDenoiser).load(DEMO_FOLDER / DEMO_FILES[kind])
+
+
+def _frozen(network: nn.Module) -> nn.Module:
+    return copy.deepcopy(network).eval().requires_grad_(False)
+
+
+def _digest(*networks: nn.Module) -> str:
+    """Fingerprint of weights and architectures: the same weights behind another skip are another denoiser."""
+    architectures = json.dumps([getattr(network, "architecture", None) for network in networks])
+    weights = [tensor for network in networks for tensor in network.state_dict().values()]
+    return fingerprint([torch.tensor(list(architectures.encode()), dtype=torch.uint8), *weights])
+
+
+def check_objective(objective: str) -> None:
+    """Raise ValueError for an objective that no denoiser is trained for."""
+    if objective not in get_args(Objective):
+        raise ValueError(f"unknown objective {objective!r}; choose one of {', '.join(get_args(Objective))}")
+
+
+def _check_sides(pixels: Tensor, side: int) -> None:
+    height, width = pixels.shape[2:]
+    if height % side or width % side:
+        raise ValueError(f"images of {width} x {height} pixels: this denoiser takes sides that are multiples of {side}")
+
+
+def _write(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.part")
+    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    save_file(plain, partial, metadata={_HEADER: json.dumps({"format": _FORMAT, **header})})
+    partial.chmod(0o644)  # safetensors writes for the owner only, and a package is read by anyone
+    partial.replace(path)
+    return path
+
+
+def _read(path: Path, kind: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Header and tensors of a file of one kind."""
+    if not path.is_file():
+        raise FileNotFoundError(f"no denoiser at {path}; its method `save` writes one")
+    with explained_errors(str(path)):
+        with safe_open(path, framework="pt") as file:
+            header = json.loads((file.metadata() or {}).get(_HEADER, "{}"))
+        tensors = load_file(path)
+    if header.get("format") != _FORMAT or header.get("kind") != kind:
+        found = f"a denoiser of kind {header['kind']!r}" if "kind" in header else "something else"
+        raise ValueError(f"{path} holds {found}, not a denoiser of kind {kind!r} and format {_FORMAT}")
+    return header, tensors
+
+
+def _filled(
+    kind: type[nn.Module], architecture: Mapping[str, Any], weights: Mapping[str, Tensor], path: Path
+) -> nn.Module:
+    with torch.random.fork_rng(devices=[]):  # layers draw weights from the global stream when they are built
+        network = kind(**architecture)
+    with explained_errors(str(path)):
+        network.load_state_dict(weights)
+    return network

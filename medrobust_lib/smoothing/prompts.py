@@ -1,0 +1,530 @@
+"""Prompt learning on noisy features: CoOp, Few-Shot and Zero-Shot PromptSmooth, and sound variants.
+
+A prompt is a few context vectors among the word embeddings of "... {class}.". The image tower never sees it,
+so prompts are learned on features of noisy images that were encoded once.
+"""
+
+import json
+import math
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, safe_open, save_file
+from torch import Tensor
+from torch.nn import functional
+
+from medrobust_lib.data.dataset import ImageDataset
+from medrobust_lib.models.dual_encoder import DualEncoder, Tokens
+from medrobust_lib.smoothing.batching import Batches, suggested_batch_size
+from medrobust_lib.smoothing.noise import NoiseStream
+
+Position = Literal["end", "middle", "front"]
+TRAINING_SIGMAS = (0.25, 0.5, 0.75, 1.0)
+"""Noise levels that the authors of PromptSmooth train few-shot prompts with (issue 3 of their repository)."""
+
+_INITIAL_STD = 0.02  # of randomly initialised context, as in CoOp
+_FORMAT = 1
+
+
+@dataclass(frozen=True, eq=False)
+class PromptFrame:
+    """The tokens of K prompts with places for context vectors.
+
+    Attributes
+    ----------
+    tokens : Tokens
+        [K, L]; placeholders where the context goes.
+    embeddings : float32 [K, L, w]
+        Word embeddings of the tokens, frozen.
+    places : int64 [K, n_context]
+        Positions of the context in each prompt.
+    """
+
+    tokens: Tokens
+    embeddings: Tensor = field(repr=False)
+    places: Tensor
+
+    def features(self, model: DualEncoder, context: Tensor) -> Tensor:
+        """Unit-norm text features of the prompts with a context put in; differentiable in the context.
+
+        Parameters
+        ----------
+        model : DualEncoder
+        context : float32 [n_context, w] shared by the classes, or [K, n_context, w]
+
+        Returns
+        -------
+        float32 [K, d]
+        """
+        shape = (*self.places.shape, self.embeddings.shape[2])
+        filled = self.embeddings.scatter(1, self.places[..., None].expand(shape), context.float().expand(shape))
+        return model.encode_embeddings(filled, self.tokens)
+
+    @property
+    def text_context(self) -> Tensor:
+        """float32 [n_context, w]: the embeddings that stand at the places of the first prompt."""
+        return self.embeddings[0, self.places[0]].clone()
+
+
+@dataclass(frozen=True, eq=False)
+class PromptSet:
+    """Context vectors for the classes of one data set and one model.
+
+    Attributes
+    ----------
+    context : float32 [n_context, w] or [K, n_context, w]
+        Shared by all classes, or one per class.
+    classes : tuple of str
+        Prompt nouns, in label order.
+    model : str
+        Id of the model whose word embeddings the context lives among.
+    position : {"end", "middle", "front"}
+        Where the class name stands.
+    template : str
+        Hand-written prompt that the context replaces; empty for random initialisation.
+    suffix : str
+        Frozen text after the class name, where there is no template.
+    provenance : dict
+        JSON values: data set, shots, sigmas, seed, optimiser and whatever made the prompts.
+    """
+
+    context: Tensor = field(repr=False)
+    classes: tuple[str, ...]
+    model: str
+    position: Position = "end"
+    template: str = ""
+    suffix: str = "."
+    provenance: dict[str, Any] = field(default_factory=dict)
+
+    def frame(self, model: DualEncoder) -> PromptFrame:
+        """Build the prompts' tokens for a model.
+
+        Raises
+        ------
+        ValueError
+            The prompts belong to another model.
+        """
+        if model.id != self.model:
+            raise ValueError(
+                f"these prompts were learned for the model {self.model!r} and mean nothing to {model.id!r}; "
+                "learn prompts for it, or load the other model"
+            )
+        if self.template:
+            return frame_from_template(model, self.classes, self.template)
+        return empty_frame(
+            model, self.classes, n_context=self.context.shape[-2], position=self.position, suffix=self.suffix
+        )
+
+    def class_features(self, model: DualEncoder, classes: Sequence[str] | None = None) -> Tensor:
+        """Unit-norm text features [K, d] of the prompts.
+
+        Parameters
+        ----------
+        model : DualEncoder
+        classes : sequence of str, optional
+            Class nouns of the data they will be used on: checked to be those of the prompts, in this order.
+
+        Raises
+        ------
+        ValueError
+            Another model, or another list of classes.
+        """
+        if classes is not None and tuple(classes) != self.classes:
+            raise ValueError(
+                f"these prompts were learned for the classes {list(self.classes)}, not for {list(classes)}; "
+                "learn prompts for these classes"
+            )
+        with torch.no_grad():
+            return self.frame(model).features(model, self.context.to(model.device))
+
+    def save(self, path: Path | str) -> Path:
+        """Write the prompts as one safetensors file; everything but the vectors is JSON in its header."""
+        path = Path(path)
+        header = {
+            "format": _FORMAT, "classes": list(self.classes), "model": self.model, "position": self.position,
+            "template": self.template, "suffix": self.suffix, "provenance": self.provenance,
+        }  # fmt: skip
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f".{path.name}.part")
+        save_file(
+            {"context": self.context.detach().cpu().contiguous()}, partial, metadata={"prompts": json.dumps(header)}
+        )
+        partial.replace(path)
+        return path
+
+    @classmethod
+    def load(cls, path: Path | str) -> "PromptSet":
+        """Read prompts that `save` wrote.
+
+        Raises
+        ------
+        FileNotFoundError
+            No such file.
+        ValueError
+            The file holds no prompts of this format.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise FileNotFoundError(f"no prompts at {path}; PromptSet.save writes them")
+        with safe_open(path, framework="pt") as file:
+            header = json.loads((file.metadata() or {}).get("prompts", "{}"))
+        if header.pop("format", None) != _FORMAT:
+            raise ValueError(f"{path} holds no prompts of format {_FORMAT}; PromptSet.save writes them")
+        header["classes"] = tuple(header["classes"])
+        return cls(context=load_file(path)["context"], **header)
+
+
+def empty_frame(
+    model: DualEncoder, classes: Sequence[str], *, n_context: int, position: Position = "end", suffix: str = "."
+) -> PromptFrame:
+    """Prompts with `n_context` empty places before, around or after the class name.
+
+    Parameters
+    ----------
+    model : DualEncoder
+    classes : sequence of str
+        K prompt nouns.
+    n_context : int
+        Context tokens, >= 1.
+    position : {"end", "middle", "front"}
+        Where the class name stands. In the middle, half of the context (rounded down) precedes it.
+    suffix : str
+        Frozen text at the end.
+
+    Raises
+    ------
+    ValueError
+        No context, an unknown position, or prompts longer than the model reads.
+    """
+    if n_context < 1:
+        raise ValueError(f"n_context={n_context}: a learned prompt needs at least one context token")
+    if position not in get_args(Position):
+        raise ValueError(f"unknown position {position!r}; choose one of {', '.join(get_args(Position))}")
+    before = {"end": n_context, "middle": n_context // 2, "front": 0}[position]
+    (filler,) = _inner(model, ["x"])[0][:1]
+    rows, places = [], []
+    for name, whole in zip(_inner(model, classes), _inner(model, [noun + suffix for noun in classes]), strict=True):
+        if before < n_context and whole[: len(name)] != name:
+            raise ValueError(f"the tokenizer joins a class name and the text {suffix!r} after it; use position 'end'")
+        body = len(name) if before < n_context else len(whole)
+        rows.append([filler] * before + whole[:body] + [filler] * (n_context - before) + whole[body:])
+        after = range(before + body, body + n_context)
+        places.append([1 + place for place in (*range(before), *after)])
+    return _frame(model, rows, places)
+
+
+def frame_from_template(model: DualEncoder, classes: Sequence[str], template: str) -> PromptFrame:
+    """Hand-written prompts whose tokens before the class name are the places of the context.
+
+    Filled with its own `PromptFrame.text_context` the frame gives exactly the features of the written text.
+
+    Raises
+    ------
+    ValueError
+        A template without ``{}`` or without text before it.
+    """
+    prefix, found, _ = template.partition("{}")
+    if not found or not prefix.strip():
+        raise ValueError(f"the template {template!r} needs text before the class name {{}}, which becomes the context")
+    start = _inner(model, [prefix.strip()])[0]
+    rows = _inner(model, [template.replace("{}", noun) for noun in classes])
+    for noun, row in zip(classes, rows, strict=True):
+        if row[: len(start)] != start:
+            raise ValueError(f"the tokenizer joins {prefix!r} and {noun!r}; end the text before {{}} with a space")
+    return _frame(model, rows, [range(1, 1 + len(start))] * len(rows))
+
+
+def text_prompts(model: DualEncoder, classes: Sequence[str], template: str) -> PromptSet:
+    """Hand-written prompt as a `PromptSet`, for instance as the start of per-image adaptation."""
+    frame = frame_from_template(model, classes, template)
+    return PromptSet(
+        context=frame.text_context, classes=tuple(classes), model=model.id, template=template,
+        provenance={"method": "hand-written"},
+    )  # fmt: skip
+
+
+def learn_prompts(
+    model: DualEncoder,
+    dataset: ImageDataset,
+    *,
+    sigmas: Sequence[float] = TRAINING_SIGMAS,
+    shots: int = 16,
+    n_context: int = 5,
+    epochs: int = 50,
+    batch_size: int = 16,
+    learning_rate: float = 0.002,
+    draws_per_image: int = 16,
+    class_specific: bool = False,
+    position: Position = "end",
+    template: str = "",
+    seed: int = 0,
+) -> PromptSet:
+    """Few-Shot PromptSmooth: cross-entropy over noisy copies of a few labelled images.
+
+    With ``sigmas=(0.0,)`` this is naive prompt learning (CoOp). The features of ``draws_per_image`` noisy
+    copies of every shot are computed once and used in turn, epoch after epoch; as many draws as epochs is the
+    textbook procedure exactly.
+
+    Parameters
+    ----------
+    model : DualEncoder
+        Frozen.
+    dataset : ImageDataset
+        Labelled images, never those that will be certified.
+    sigmas : sequence of float
+        Noise levels in [0, 1] pixel units, >= 0; each noisy copy draws one of them.
+    shots : int
+        Images per class, drawn with the seed; a class with fewer gives all it has.
+    n_context : int
+        Context tokens; ignored with a template.
+    epochs, batch_size, learning_rate
+        SGD with momentum .9 and weight decay 5e-4; the first epoch at 1e-5, then a cosine to 0.
+    draws_per_image : int
+        Noisy copies of each shot.
+    class_specific : bool
+        One context per class instead of a shared one.
+    position : {"end", "middle", "front"}
+        Where the class name stands.
+    template : str
+        Start from this hand-written prompt instead of from random vectors (standard deviation 0.02).
+    seed : int
+        Of shots, noise, initialisation and order.
+
+    Returns
+    -------
+    PromptSet
+
+    Raises
+    ------
+    ValueError
+        A parameter out of range, or a class without images.
+
+    References
+    ----------
+    Zhou et al. 2022 (CoOp), arXiv:2109.01134; PromptSmooth, Eq. 1.
+    """
+    sigmas = _checked_sigmas(sigmas)
+    for name, value in {"epochs": epochs, "batch_size": batch_size, "draws_per_image": draws_per_image}.items():
+        if value < 1:
+            raise ValueError(f"{name}={value}: at least 1 is needed")
+    if not learning_rate > 0:
+        raise ValueError(f"learning_rate={learning_rate}: must be > 0")
+    draw = np.random.default_rng(seed)
+    chosen = draw_shots(dataset, shots, draw)
+    bank = noisy_bank(model, chosen, sigmas=sigmas, draws=draws_per_image, seed=seed, choose=draw)
+    generator = torch.Generator().manual_seed(seed)
+    if template:
+        start = text_prompts(model, dataset.classes, template)
+    else:
+        width = model.embed_tokens(model.tokenize(["x"])).shape[2]
+        vectors = torch.empty(n_context, width).normal_(0, _INITIAL_STD, generator=generator)
+        start = PromptSet(context=vectors, classes=dataset.classes, model=model.id, position=position)
+    if class_specific:
+        start = replace(start, context=start.context.expand(len(dataset.classes), -1, -1).clone())
+    context = _fit(
+        model, start, bank, torch.from_numpy(chosen.labels), epochs=epochs, batch_size=batch_size,
+        learning_rate=learning_rate, generator=generator,
+    )  # fmt: skip
+    provenance = {
+        "method": "CoOp" if sigmas == (0.0,) else "Few-Shot PromptSmooth",
+        "dataset": dataset.id, "split": dataset.split, "images": [int(index) for index in chosen.indices],
+        "shots": shots, "sigmas": list(sigmas), "epochs": epochs, "batch_size": batch_size,
+        "learning_rate": learning_rate, "draws_per_image": draws_per_image, "class_specific": class_specific,
+        "seed": seed,
+    }  # fmt: skip
+    return replace(start, context=context, provenance=provenance)
+
+
+def draw_shots(dataset: ImageDataset, shots: int, draw: np.random.Generator) -> ImageDataset:
+    """Draw the same number of images of every class; a class with fewer gives all, with a warning.
+
+    Raises
+    ------
+    ValueError
+        shots below 1, or a class without images.
+    """
+    if shots < 1:
+        raise ValueError(f"shots={shots}: few-shot learning needs at least one image per class")
+    positions = []
+    for label, noun in enumerate(dataset.classes):
+        members = np.flatnonzero(dataset.labels == label)
+        if not len(members):
+            raise ValueError(f"{dataset.id}: no image of class {noun!r} to learn from")
+        if len(members) < shots:
+            warnings.warn(
+                f"{dataset.id}: class {noun!r} has {len(members)} images, fewer than shots={shots}; all are used",
+                UserWarning,
+                stacklevel=3,
+            )
+        positions.extend(draw.permutation(members)[:shots])
+    return dataset.subset(np.array(positions))
+
+
+@torch.no_grad()
+def noisy_bank(
+    model: DualEncoder,
+    dataset: ImageDataset,
+    *,
+    sigmas: Sequence[float],
+    draws: int,
+    seed: int,
+    choose: np.random.Generator,
+) -> Tensor:
+    """Encode noisy copies of every image, each at a noise level drawn from a set.
+
+    Returns
+    -------
+    float32 [n, draws, d]
+        Unit-norm features; the noise has the role "adapt".
+    """
+    levels = choose.choice(np.asarray(sigmas, dtype=np.float64), size=(len(dataset), draws))
+    batches = Batches(suggested_batch_size(model.device, (3, model.image_size, model.image_size)))
+    rows = []
+    for position, index in enumerate(dataset.indices):
+        pixels = model.prepare(dataset.images[position : position + 1])[0].to(model.device)
+
+        def encode(
+            first: int, count: int, pixels: Tensor = pixels, index: int = int(index), position: int = position
+        ) -> Tensor:
+            copies = [
+                NoiseStream(seed, dataset.id, index, float(levels[position, number]), "adapt").draw(
+                    tuple(pixels.shape), first=number, device=pixels.device
+                )
+                for number in range(first, first + count)
+            ]
+            return model.encode_image(torch.cat(copies).add_(pixels))
+
+        rows.append(torch.cat(list(batches.map(encode, first=0, count=draws))))
+    return torch.stack(rows)
+
+
+def mean_prediction_entropy(logits: Tensor) -> Tensor:
+    """Entropy of the mean prediction over noisy copies; at least the mean of their entropies, by concavity.
+
+    Parameters
+    ----------
+    logits : float [..., T, K]
+
+    Returns
+    -------
+    float [...], in nats
+
+    References
+    ----------
+    PromptSmooth, Eq. 2; Shu et al. 2022 (TPT), arXiv:2209.07511.
+    """
+    log_mean = functional.log_softmax(logits, dim=-1).logsumexp(dim=-2) - math.log(logits.shape[-2])
+    return -(log_mean.exp() * log_mean).sum(dim=-1)
+
+
+def sharpen(
+    model: DualEncoder,
+    frame: PromptFrame,
+    context: Tensor,
+    features: Tensor,
+    *,
+    steps: int = 1,
+    learning_rate: float = 5e-3,
+) -> Tensor:
+    """Zero-Shot PromptSmooth: take steps that lower the entropy of the mean prediction over noisy copies.
+
+    Parameters
+    ----------
+    model : DualEncoder
+    frame : PromptFrame
+    context : float32 [n_context, w] or [K, n_context, w]
+        Where the steps start; not changed.
+    features : float32 [T, d]
+        Unit-norm features of noisy copies.
+    steps : int
+        AdamW steps (weight decay .01); the optimiser starts anew at every call.
+    learning_rate : float
+
+    Returns
+    -------
+    float32, shape of context
+    """
+    if steps < 1:
+        raise ValueError(f"steps={steps}: adaptation takes at least one step; use FixedPrompts for none")
+    with torch.enable_grad():
+        learned = context.detach().float().clone().requires_grad_(True)
+        optimiser = torch.optim.AdamW([learned], lr=learning_rate)
+        for _ in range(steps):
+            optimiser.zero_grad()
+            logits = model.logit_scale * features.detach().float() @ frame.features(model, learned).T
+            mean_prediction_entropy(logits).backward()
+            optimiser.step()
+    return learned.detach()
+
+
+def _fit(
+    model: DualEncoder,
+    start: PromptSet,
+    bank: Tensor,
+    labels: Tensor,
+    *,
+    epochs: int,
+    batch_size: int,
+    learning_rate: float,
+    generator: torch.Generator,
+) -> Tensor:
+    """Minimise the cross-entropy of the bank; the context stays in float32 whatever the model computes in."""
+    frame, labels = start.frame(model), labels.to(bank.device)
+    context = start.context.detach().float().to(model.device).clone().requires_grad_(True)
+    optimiser = torch.optim.SGD([context], lr=learning_rate, momentum=0.9, weight_decay=5e-4)
+
+    def rate(epoch: int) -> float:
+        return 1e-5 / learning_rate if epoch == 0 else (1 + math.cos(math.pi * epoch / epochs)) / 2
+
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, rate)
+    for epoch in range(epochs):
+        order = torch.randperm(len(bank), generator=generator).to(bank.device)
+        for rows in order.split(batch_size):
+            optimiser.zero_grad()
+            logits = model.logit_scale * bank[rows, epoch % bank.shape[1]] @ frame.features(model, context).T
+            functional.cross_entropy(logits, labels[rows]).backward()
+            optimiser.step()
+        schedule.step()
+    return context.detach().cpu()
+
+
+def _checked_sigmas(sigmas: Sequence[float]) -> tuple[float, ...]:
+    sigmas = tuple(float(sigma) for sigma in sigmas)
+    if not sigmas or not all(0 <= sigma < math.inf for sigma in sigmas):
+        raise ValueError(f"sigmas={sigmas}: give noise levels >= 0 in [0, 1] pixel units; (0.0,) is prompt learning "
+                         "without noise (CoOp)")  # fmt: skip
+    return sigmas
+
+
+def _inner(model: DualEncoder, texts: Sequence[str]) -> list[list[int]]:
+    """Token ids of each text without its start and end token."""
+    tokens = model.tokenize(list(texts))
+    return [ids[mask].tolist()[1:-1] for ids, mask in zip(tokens.ids, tokens.mask, strict=True)]
+
+
+def _frame(model: DualEncoder, rows: Sequence[Sequence[int]], places: Sequence[Sequence[int]]) -> PromptFrame:
+    """Put start and end tokens around rows of ids and pad them as the model's tokenizer does."""
+    reference = model.tokenize([""])
+    start, end = reference.ids[0, reference.mask[0]].tolist()
+    longest = max(len(row) for row in rows) + 2
+    if longest > model.context_length:
+        raise ValueError(
+            f"prompts of {longest} tokens (start and end included) do not fit {model.id}, which reads at most "
+            f"{model.context_length}; use fewer context tokens or shorter class names"
+        )
+    # A tokenizer that pads to a fixed width (MedCLIP's 25) does so because its features depend on the width.
+    length = max(longest, reference.ids.shape[1])
+    pad = int(reference.ids[0, -1]) if not reference.mask[0, -1] else 0
+    ids = torch.full((len(rows), length), pad, dtype=torch.int64)
+    mask = torch.zeros((len(rows), length), dtype=torch.bool)
+    for number, row in enumerate(rows):
+        ids[number, : len(row) + 2] = torch.tensor([start, *row, end])
+        mask[number, : len(row) + 2] = True
+    tokens = Tokens(ids, mask)
+    embeddings = model.embed_tokens(tokens).detach().float()
+    return PromptFrame(tokens, embeddings, torch.tensor([list(row) for row in places], device=embeddings.device))

@@ -1,0 +1,248 @@
+"""Learned prompts: their tokens, their training on cached features, their files."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional
+
+import medrobust_lib as mr
+from medrobust_lib.smoothing import prompts
+from medrobust_lib.smoothing.noise import NoiseStream
+from medrobust_lib.smoothing.prompts import PromptSet, learn_prompts, mean_prediction_entropy, sharpen
+
+
+@pytest.fixture(scope="module")
+def model():
+    return mr.load_model("demo-clip")
+
+
+@pytest.fixture(scope="module")
+def train():
+    return mr.load_dataset("phantom/breast", split="train", n=24)
+
+
+@pytest.fixture(scope="module")
+def learned(model, train):
+    return learn_prompts(model, train, sigmas=(0.1,), shots=4, epochs=2, draws_per_image=2, learning_rate=0.02)
+
+
+# Tokens
+
+
+@pytest.mark.parametrize("dataset", ["phantom/histology", "phantom/chest"])
+def test_starting_from_text_and_taking_no_step_gives_the_written_prompt_bit_for_bit(model, dataset):
+    data = mr.load_dataset(dataset, n=9)
+    for template in data.templates:
+        written = prompts.text_prompts(model, data.classes, template)
+        texts = [template.replace("{}", noun) for noun in data.classes]
+        assert torch.equal(written.class_features(model), model.encode_text(texts)), template
+
+
+def test_context_is_counted_in_tokens_not_in_words(model):
+    frame = prompts.frame_from_template(model, ["mucus"], "An H&E image patch of {}.")
+    assert frame.places.shape[1] == len(model.tokenize(["An H&E image patch of"]).ids[0]) - 2 > 5
+
+
+@pytest.mark.parametrize(
+    ("position", "places"), [("end", [1, 2, 3, 4]), ("middle", [1, 2, 5, 6]), ("front", [3, 4, 5, 6])]
+)
+def test_the_class_name_stands_where_it_should(model, position, places):
+    frame = prompts.empty_frame(model, ["adipose tissue"], n_context=4, position=position)
+    assert frame.places.tolist() == [places]
+    ids = frame.tokens.ids[0].tolist()
+    written = model.tokenize(["adipose tissue."]).ids[0].tolist()
+    assert [ids[i] for i in range(len(ids)) if i not in places] == written
+
+
+def test_padding_after_the_end_token_can_be_cut_exactly(model):
+    """What the text tower reads is as long as the longest prompt, not as its context."""
+    texts = ["a benign mass.", "a malignant mass with a spiculated margin."]
+    tokens = model.tokenize(texts)
+    padded = prompts.Tokens(
+        functional.pad(tokens.ids, (0, model.context_length - tokens.ids.shape[1])),
+        functional.pad(tokens.mask, (0, model.context_length - tokens.mask.shape[1])),
+    )
+    assert tokens.ids.shape[1] < model.context_length
+    long = model.encode_embeddings(model.embed_tokens(padded), padded)
+    assert torch.allclose(model.encode_embeddings(model.embed_tokens(tokens), tokens), long, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"n_context": 0}, "n_context=0: a learned prompt needs at least one"),
+        ({"n_context": 60}, r"prompts of \d+ tokens .* demo-clip, which reads at most 48"),
+        ({"position": "centre"}, "unknown position 'centre'; choose one of end, middle, front"),
+    ],
+)
+def test_frames_that_cannot_be_are_refused(model, change, message):
+    with pytest.raises(ValueError, match=message):
+        prompts.empty_frame(model, ["mucus"], **({"n_context": 4} | change))
+
+
+@pytest.mark.parametrize("template", ["no place", "{} alone"])
+def test_a_template_needs_text_before_its_class(model, template):
+    with pytest.raises(ValueError, match="needs text before the class name"):
+        prompts.frame_from_template(model, ["mucus"], template)
+
+
+# Few-shot
+
+
+def test_learning_lowers_the_loss_on_noisy_shots(model, train):
+    change = {"sigmas": (0.1,), "shots": 8, "draws_per_image": 2, "n_context": 4}
+    short = learn_prompts(model, train, epochs=1, **change)  # the warm-up epoch hardly moves
+    long = learn_prompts(model, train, epochs=12, learning_rate=0.02, **change)
+    bank = prompts.noisy_bank(model, train, sigmas=(0.1,), draws=2, seed=9, choose=np.random.default_rng(0))
+    labels = torch.from_numpy(train.labels).repeat_interleave(2)
+
+    def loss(found):
+        logits = model.logit_scale * bank.flatten(0, 1) @ found.class_features(model).T
+        return float(functional.cross_entropy(logits, labels))
+
+    assert loss(long) < loss(short) - 0.05
+
+
+def test_only_the_context_is_learned_and_in_float32(model, train, learned):
+    assert learned.context.dtype == torch.float32
+    assert learned.context.shape == (5, 128)
+    assert not any(parameter.requires_grad or parameter.grad is not None for parameter in model.parameters())
+    own = learn_prompts(model, train, sigmas=(0.1,), shots=2, epochs=2, draws_per_image=1, class_specific=True)
+    assert own.context.shape == (2, 5, 128)
+    assert not torch.equal(own.context[0], own.context[1])
+
+
+def test_the_seed_decides_everything(model, train, learned):
+    change = {"sigmas": (0.1,), "shots": 4, "epochs": 2, "draws_per_image": 2, "learning_rate": 0.02}
+    assert torch.equal(learn_prompts(model, train, **change).context, learned.context)
+    assert not torch.equal(learn_prompts(model, train, seed=1, **change).context, learned.context)
+
+
+def test_as_many_draws_as_epochs_is_learning_on_fresh_noise(model, train):
+    """The same steps written out, every image encoded anew at every visit."""
+    epochs, shots, rate = 3, 2, 0.05
+    cached = learn_prompts(
+        model, train, sigmas=(0.1, 0.2), shots=shots, epochs=epochs, draws_per_image=epochs, learning_rate=rate
+    )
+    draw = np.random.default_rng(0)
+    chosen = prompts.draw_shots(train, shots, draw)
+    levels = draw.choice(np.array([0.1, 0.2]), size=(len(chosen), epochs))
+    generator = torch.Generator().manual_seed(0)
+    frame = prompts.empty_frame(model, train.classes, n_context=5)
+    context = torch.empty(5, 128).normal_(0, 0.02, generator=generator).requires_grad_(True)
+    optimiser = torch.optim.SGD([context], lr=rate, momentum=0.9, weight_decay=5e-4)
+    pixels = model.prepare(chosen.images)
+    for epoch in range(epochs):
+        for group in optimiser.param_groups:
+            group["lr"] = 1e-5 if epoch == 0 else rate * (1 + math.cos(math.pi * epoch / epochs)) / 2
+        for rows in torch.randperm(len(chosen), generator=generator).split(16):
+            noisy = torch.stack([
+                pixels[row] + NoiseStream(0, train.id, int(chosen.indices[row]), levels[row, epoch], "adapt").draw(
+                    tuple(pixels.shape[1:]), first=epoch)[0]
+                for row in rows.tolist()
+            ])  # fmt: skip
+            logits = model.logit_scale * model.encode_image(noisy) @ frame.features(model, context).T
+            optimiser.zero_grad()
+            functional.cross_entropy(logits, torch.from_numpy(chosen.labels)[rows]).backward()
+            optimiser.step()
+    assert torch.allclose(cached.context, context.detach(), atol=1e-5)
+
+
+def test_shots_are_balanced_and_too_few_are_told(train):
+    draw = np.random.default_rng(0)
+    chosen = prompts.draw_shots(train, 3, draw)
+    assert list(np.bincount(chosen.labels)) == [3, 3]
+    with pytest.warns(UserWarning, match="has 12 images, fewer than shots=50; all are used"):
+        assert len(prompts.draw_shots(train, 50, draw)) == 24
+
+
+def test_coop_is_the_noiseless_case(model, train):
+    naive = learn_prompts(model, train, sigmas=(0.0,), shots=2, epochs=1, draws_per_image=1)
+    assert naive.provenance["method"] == "CoOp"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"sigmas": ()}, r"sigmas=\(\): give noise levels >= 0"),
+        ({"sigmas": (-0.1,)}, r"sigmas=\(-0.1,\): give noise levels >= 0"),
+        ({"shots": 0}, "shots=0: few-shot learning needs at least one image per class"),
+        ({"epochs": 0}, "epochs=0: at least 1"),
+        ({"draws_per_image": 0}, "draws_per_image=0: at least 1"),
+        ({"learning_rate": 0.0}, "learning_rate=0.0: must be > 0"),
+    ],
+)
+def test_impossible_training_is_refused(model, train, change, message):
+    with pytest.raises(ValueError, match=message):
+        learn_prompts(model, train, **change)
+
+
+def test_a_class_without_images_is_named(model, train):
+    benign = train.subset(train.labels == 0)
+    with pytest.raises(ValueError, match=f"no image of class {train.classes[1]!r}"):
+        learn_prompts(model, benign, shots=2, epochs=1)
+
+
+# Zero-shot
+
+
+def test_entropy_of_the_mean_is_at_least_the_mean_of_the_entropies():
+    logits = torch.randn(7, 20, 5, generator=torch.Generator().manual_seed(0)) * 3
+    probabilities = logits.softmax(-1)
+    by_hand = -(probabilities.mean(1) * probabilities.mean(1).log()).sum(-1)
+    assert torch.allclose(mean_prediction_entropy(logits), by_hand, atol=1e-6)
+    each = -(probabilities * probabilities.log()).sum(-1).mean(1)
+    assert (mean_prediction_entropy(logits) >= each - 1e-6).all()
+    assert mean_prediction_entropy(torch.zeros(4, 5)) == pytest.approx(math.log(5))
+
+
+def test_a_step_lowers_the_entropy_starts_anew_and_leaves_its_start_alone(model, train):
+    frame = prompts.frame_from_template(model, train.classes, train.templates[0])
+    start = frame.text_context
+    before = start.clone()
+    features = prompts.noisy_bank(
+        model, train.subset([0]), sigmas=(0.1,), draws=30, seed=0, choose=np.random.default_rng(0)
+    )[0]
+
+    def entropy(context):
+        return float(mean_prediction_entropy(model.logit_scale * features @ frame.features(model, context).T))
+
+    once = sharpen(model, frame, start, features)
+    assert entropy(once) < entropy(start)
+    assert entropy(sharpen(model, frame, start, features, steps=5)) < entropy(once)
+    assert torch.equal(start, before)
+    assert torch.equal(once, sharpen(model, frame, start, features))
+    # AdamW's first step moves every coordinate by the learning rate, whatever the gradient's size.
+    assert (once - start).abs().max() == pytest.approx(5e-3, rel=0.05)
+    with pytest.raises(ValueError, match="steps=0: adaptation takes at least one step"):
+        sharpen(model, frame, start, features, steps=0)
+
+
+# Files
+
+
+def test_prompts_survive_saving(model, learned, tmp_path):
+    path = learned.save(tmp_path / "below" / "prompts.safetensors")
+    again = PromptSet.load(path)
+    assert torch.equal(again.context, learned.context)
+    assert (again.classes, again.model, again.provenance) == (learned.classes, learned.model, learned.provenance)
+    assert torch.equal(again.class_features(model, learned.classes), learned.class_features(model))
+    assert again.provenance["images"] and again.provenance["sigmas"] == [0.1]
+    assert [file.name for file in path.parent.iterdir()] == ["prompts.safetensors"]
+
+
+def test_prompts_of_another_model_or_class_list_are_refused_with_both_named(model, learned):
+    with pytest.raises(ValueError, match="learned for the model 'plip' and mean nothing to 'demo-clip'"):
+        PromptSet(context=learned.context, classes=learned.classes, model="plip").class_features(model)
+    with pytest.raises(ValueError, match=r"learned for the classes \['malignant.* not for \['cat', 'dog'\]"):
+        learned.class_features(model, ["cat", "dog"])
+
+
+def test_files_that_hold_no_prompts_are_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no prompts at .*missing.safetensors"):
+        PromptSet.load(tmp_path / "missing.safetensors")
+    prompts.save_file({"context": torch.zeros(1)}, tmp_path / "other.safetensors")
+    with pytest.raises(ValueError, match="holds no prompts of format 1"):
+        PromptSet.load(tmp_path / "other.safetensors")
