@@ -50,8 +50,8 @@ lint: $(STAMP)  ## ruff: style, types and docstrings
 format: $(STAMP)  ## let ruff format the code
 	@$(BIN)/ruff check --fix . && $(BIN)/ruff format .
 
-bench: $(STAMP)  ## side-by-side timings and draw counts of the certification engine (about 10 minutes)
-	@$(DEMO_ENV) $(BIN)/python benchmarks/certification.py
+bench: $(STAMP)  ## side-by-side timings and draw counts (about 12 minutes)
+	@for script in benchmarks/*.py; do $(DEMO_ENV) $(BIN)/python $$script || exit 1; done
 
 coverage: $(STAMP)  ## line coverage of the library by the unit tests
 	@$(DEMO_ENV) $(BIN)/python -m pytest tests --cov --cov-report=term
