@@ -205,6 +205,8 @@ def certified_accuracy(rows: pd.DataFrame, radii: Sequence[float], *, per_class:
     DataFrame
         The grouping columns and radius, certified_accuracy, low, high (95 % Clopper-Pearson interval over
         images), n (all images, abstentions included), and chance (1 / n_classes) where n_classes is known.
+        NaN for a radius that sequential sampling was not asked for but could have certified, by the columns
+        radius_tested and radius_reach.
 
     Raises
     ------
@@ -226,6 +228,8 @@ def certified_accuracy(rows: pd.DataFrame, radii: Sequence[float], *, per_class:
             hits = int((correct & (group["radius"] >= radius).to_numpy()).sum())
             low, high = accuracy_interval(hits, len(group))
             share = {"certified_accuracy": hits / len(group), "low": low, "high": high, "n": len(group)}
+            if _not_tested(group, radius):
+                share |= dict.fromkeys(("certified_accuracy", "low", "high"), float("nan"))
             table.append(dict(zip(groups, key, strict=True)) | {"radius": radius} | share)
     table = pd.DataFrame(table)
     return table.assign(chance=1 / table["n_classes"]).drop(columns="n_classes") if "n_classes" in table else table
@@ -273,7 +277,8 @@ def average_certified_radius(rows: pd.DataFrame) -> float:
     Parameters
     ----------
     rows : DataFrame
-        Columns label, predicted, radius; rows of one method and one noise level.
+        Columns label, predicted, radius; rows of one method and one noise level. With sequential sampling
+        radii are rounded down to those asked for, and so is their mean; the default grid of `certify` is fine.
 
     Returns
     -------
@@ -310,8 +315,16 @@ def certified_envelope(table: pd.DataFrame) -> pd.DataFrame:
     groups = [column for column in table.columns if column not in values]
     table = table.reset_index(drop=True)  # tables are often concatenated with repeating row numbers
     ordered = table.sort_values("sigma", kind="stable")
+    ordered = ordered[ordered["certified_accuracy"].notna()]
     best = ordered.groupby(groups, sort=False, dropna=False)["certified_accuracy"].idxmax()
     return table.loc[best].sort_index().assign(convention="best sigma per radius").reset_index(drop=True)
+
+
+def _not_tested(rows: pd.DataFrame, radius: float) -> bool:
+    """Whether sequential sampling could have certified a radius but was not asked to."""
+    if not {"radius_tested", "radius_reach"} <= set(rows.columns):
+        return False
+    return bool(((rows["radius_tested"] < radius) & (radius <= rows["radius_reach"])).any())
 
 
 def _certificate_groups(rows: pd.DataFrame, *further: str) -> list[str]:

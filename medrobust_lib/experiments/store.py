@@ -168,7 +168,8 @@ def open_store(folder: str | Path, *, parameters: Mapping[str, Any]) -> RowStore
     Raises
     ------
     ValueError
-        The store belongs to other parameters (every difference is named), or one of its files is corrupt.
+        The store belongs to other parameters (every difference is named), one of its files is corrupt, or the
+        folder holds other things and no store.
     TypeError
         A parameter is no JSON value.
     RuntimeError
@@ -176,8 +177,9 @@ def open_store(folder: str | Path, *, parameters: Mapping[str, Any]) -> RowStore
     """
     folder = Path(folder)
     wanted = _json_values(parameters)
-    folder.mkdir(parents=True, exist_ok=True)
     journal = folder / "journal.jsonl"
+    _check_own_folder(folder, journal)
+    folder.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(journal, os.O_RDWR | os.O_CREAT | os.O_APPEND | getattr(os, "O_BINARY", 0), 0o644)
     try:
         _lock(descriptor, folder)
@@ -190,6 +192,17 @@ def open_store(folder: str | Path, *, parameters: Mapping[str, Any]) -> RowStore
     except BaseException:
         os.close(descriptor)
         raise
+
+
+def _check_own_folder(folder: Path, journal: Path) -> None:
+    """Refuse a folder of other things: `finish` would replace a table.csv among them."""
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is a file; a store needs a folder")
+    if folder.is_dir() and not journal.exists():
+        others = sorted(path.name for path in folder.iterdir() if path.name[0] != "." and path.name != "manifest.json")
+        if others:
+            named = ", ".join(others[:3]) + (", ..." if len(others) > 3 else "")
+            raise ValueError(f"{folder} holds other files ({named}) and no store; give the store a folder of its own")
 
 
 def _lock(descriptor: int, folder: Path) -> None:

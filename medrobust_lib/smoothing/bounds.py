@@ -10,8 +10,28 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.stats import beta, binom, norm
 
+__all__ = [
+    "certified_radius",
+    "check_alpha",
+    "check_draws",
+    "check_sigma",
+    "checked_probabilities",
+    "draws_for_radius",
+    "draws_for_ratio",
+    "expected_radius",
+    "lower_confidence_bound",
+    "maximum_radius",
+    "minimum_count",
+    "minimum_draws",
+    "needed_probability",
+    "probability_of_radius",
+    "radius_ratio_rule",
+    "upper_confidence_bound",
+]
+
 _SCAN = 4096  # sample sizes evaluated at a time when the smallest sufficient one is looked for
 _LARGEST_PLAN = 10_000_000
+_LARGEST_SIGMA = 10.0  # no image survives this; 0 to 255 units begin here
 
 
 def lower_confidence_bound(k: ArrayLike, n: ArrayLike, alpha: float) -> float | NDArray[np.float64]:
@@ -312,6 +332,11 @@ def check_sigma(sigma: float) -> None:
     if not 0 < sigma < math.inf:
         raise ValueError(
             f"sigma={sigma}: certificates need noise, a standard deviation > 0 in [0, 1] pixel units such as 0.25"
+        )
+    if sigma > _LARGEST_SIGMA:
+        raise ValueError(
+            f"sigma={sigma}: noise levels are in [0, 1] pixel units; divide a level in 0 to 255 units by 255 "
+            f"({sigma / 255:.4g})"
         )
 
 

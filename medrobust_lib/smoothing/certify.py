@@ -16,7 +16,15 @@ from medrobust_lib.smoothing.batching import make_batches
 from medrobust_lib.smoothing.bounds import check_alpha, check_sigma, minimum_draws
 from medrobust_lib.smoothing.certificate import ABSTAIN, Certificate, Sampling
 from medrobust_lib.smoothing.noise import NoiseStream, Role, noisy_copies
-from medrobust_lib.smoothing.votes import Answers, check_mode_draws, checked_answers, count_votes, make_plan, take_votes
+from medrobust_lib.smoothing.votes import (
+    Answers,
+    check_mode_draws,
+    check_not_training,
+    checked_answers,
+    count_votes,
+    make_plan,
+    take_votes,
+)
 
 Classifier = Callable[[Tensor], Tensor]
 
@@ -74,6 +82,7 @@ def predict(
     if n < fewest:
         raise ValueError(f"n={n} draws can never answer at alpha={alpha}, unanimous or not; use n >= {fewest}")
     _check_image(image)
+    check_not_training(classifier)
     answers = classifier_answers(
         classifier, image, sigma=sigma, seed=seed, dataset=dataset, index=index, batch_size=batch_size
     )
@@ -107,8 +116,8 @@ def certify(
     ----------
     classifier : callable
         float32 [b, 3, H, W] in pixel units -> int64 [b]; an answer below 0 counts for no class. It must be fixed
-        before the image is seen: the certificate's guarantee is "standard". Its attributes ``id`` and ``dtype``,
-        where it has them, are recorded.
+        before the image is seen, and one answer must not depend on the rest of the batch: the certificate's
+        guarantee is "standard". Its attributes ``id`` and ``dtype``, where it has them, are recorded.
     image : float32 [3, H, W]
         In [0, 1], at the classifier's size, not normalised; noise is drawn on its device.
     sigma : float
@@ -127,7 +136,8 @@ def certify(
     label : int, optional
         Evaluate mode: test this known label directly, without selection. For certified-accuracy tables only.
     seed, dataset, index
-        Address of the noise.
+        Address of the noise. Give every image an index of its own: certificates on the same noise are each valid,
+        but err together.
     batch_size : int, optional
         Default: from the free memory. It is halved when memory runs out.
 
@@ -147,6 +157,7 @@ def certify(
     Cohen et al. 2019, arXiv:1902.02918, section 3.2.2 and Proposition 2; `medrobust_lib.smoothing.sequential`.
     """
     _check_image(image)
+    check_not_training(classifier)
     check_mode_draws(n0, label is not None)
     if label is not None and label < 0:
         raise ValueError(f"label={label}: the known label is a class, 0 or higher; None lets selection draws choose")

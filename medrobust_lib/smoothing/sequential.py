@@ -43,6 +43,15 @@ from medrobust_lib.smoothing.bounds import (
     needed_probability,
 )
 
+__all__ = [
+    "SequentialPlan",
+    "crossing_probability",
+    "operating_characteristics",
+    "plan_constants",
+    "price_of_radii",
+    "sequential_plan",
+]
+
 LOOK_RATIO = 1.2  # each look comes after 20 % more draws
 FUTILITY = 0.005  # stop when the next radius is reached with less than this predictive probability
 GRID_STEP = 0.05  # of sigma: the radii asked for where none are named
@@ -86,6 +95,11 @@ class SequentialPlan:
     def thresholds(self) -> NDArray[np.float64]:
         """float64 [J]: the probability that must be exceeded for each radius."""
         return np.asarray(needed_probability(np.asarray(self.radii), self.sigma))
+
+    @property
+    def largest_radius(self) -> float:
+        """Largest radius that can come out."""
+        return self.radii[-1]
 
     def step(self, look: int, k: int, proved: int) -> tuple[int, bool]:
         """Take one look at the count.

@@ -1,6 +1,7 @@
 """Certify a whole data set: one bank of noisy features per image and noise level serves every method."""
 
 import time
+import warnings
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -17,6 +18,7 @@ from medrobust_lib.data.dataset import ImageDataset
 from medrobust_lib.experiments import map_items, open_store, progress
 from medrobust_lib.models.dual_encoder import DualEncoder
 from medrobust_lib.smoothing.batching import Batches, make_batches
+from medrobust_lib.smoothing.bounds import maximum_radius
 from medrobust_lib.smoothing.certificate import GUARANTEES, Mode, Sampling
 from medrobust_lib.smoothing.methods import (
     AdaptationFeatures,
@@ -35,6 +37,7 @@ from medrobust_lib.smoothing.votes import (
     Verdict,
     agreement,
     check_mode_draws,
+    check_not_training,
     checked_answers,
     make_plan,
     take_votes,
@@ -126,9 +129,10 @@ def certify_dataset(
     -------
     DataFrame
         One row per image, sigma and method, in this order, with columns dataset, image (index in the full
-        split), label, model, method, guarantee, n_classes, sigma, predicted (-1: abstain), radius, p_lower,
-        k, n, n0, draws, alpha, sampling, mode, seed, seconds (of the image at this sigma, all methods
-        together; the same in every row of it).
+        split), label, model, method, guarantee, n_classes, sigma, predicted (-1: abstain), radius,
+        radius_tested (the largest that was asked for and can be certified), radius_reach (the largest that
+        n draws can certify), p_lower, k, n, n0, draws, alpha, sampling, mode, seed, seconds (of the image at
+        this sigma, all methods together; the same in every row of it).
 
     Raises
     ------
@@ -141,9 +145,10 @@ def certify_dataset(
     Counts do not depend on batch size, number of workers or resumption, up to votes that are tied to
     within the rounding of floating-point sums.
     """
+    _check_kinds(model, data)
     methods = tuple(methods) if methods is not None else tuple(zero_shot_methods(model, data))
-    sigmas = tuple(dict.fromkeys(float(sigma) for sigma in sigmas))
-    _check_request(methods, sigmas, mode)
+    sigmas = tuple(dict.fromkeys(float(sigma) for sigma in np.atleast_1d(sigmas)))
+    _check_request(model, methods, sigmas, mode)
     check_mode_draws(n0, mode == "evaluate")
     study = _Study(
         model=model,
@@ -161,6 +166,7 @@ def certify_dataset(
         seed=seed,
         batches=make_batches(batch_size, model.device, (3, model.image_size, model.image_size)),
     )
+    _warn_of_unreachable_radii(study, radii)
     items = {_key(data, position, sigma): (position, sigma) for position in range(len(data)) for sigma in sigmas}
     finished: dict[str, tuple[list[dict[str, Any]], float]] = {}
     with ExitStack() as stack:
@@ -203,7 +209,8 @@ def _certify_item(study: _Study, item: tuple[int, float]) -> tuple[list[dict[str
     rows = []
     for method, members in zip(study.methods, classifiers, strict=True):
         verdict = agreement([next(verdicts) for _ in members])
-        rows.append(_row(study, method, verdict, index=index, label=label, sigma=sigma))
+        plan = study.plans[sigma, len(members)]
+        rows.append(_row(study, method, verdict, plan, index=index, label=label, sigma=sigma))
     return rows, time.perf_counter() - started
 
 
@@ -257,7 +264,7 @@ def _n_candidates(method: PromptMethod) -> int:
 
 
 def _row(
-    study: _Study, method: PromptMethod, verdict: Verdict, *, index: int, label: int, sigma: float
+    study: _Study, method: PromptMethod, verdict: Verdict, plan: Plan, *, index: int, label: int, sigma: float
 ) -> dict[str, Any]:
     return {
         "dataset": study.data.id,
@@ -270,6 +277,8 @@ def _row(
         "sigma": sigma,
         "predicted": verdict.predicted,
         "radius": verdict.radius,
+        "radius_tested": plan.largest_radius,
+        "radius_reach": maximum_radius(plan.n, plan.alpha, sigma),
         "p_lower": verdict.p_lower,
         "k": verdict.k,
         "n": verdict.n,
@@ -314,7 +323,37 @@ def _key(data: ImageDataset, position: int, sigma: float) -> str:
     return f"image {int(data.indices[position])} ({fingerprint(content)}), sigma {sigma!r}"
 
 
-def _check_request(methods: tuple[PromptMethod, ...], sigmas: tuple[float, ...], mode: str) -> None:
+def _check_kinds(model: Any, data: Any) -> None:
+    if not isinstance(model, DualEncoder):
+        raise TypeError(
+            f"certify_dataset scores prompts with a DualEncoder (`load_model` gives one), not {type(model).__name__}; "
+            "for any other classifier call `certify(classifier, image, index=i, ...)` image by image"
+        )
+    if not isinstance(data, ImageDataset):
+        raise TypeError(f"data must be an ImageDataset (`load_dataset` gives one), not {type(data).__name__}")
+
+
+def _warn_of_unreachable_radii(study: _Study, radii: Sequence[float] | None) -> None:
+    if study.sampling == "fixed" or radii is None or not any(radius > 0 for radius in radii):
+        return
+    for (sigma, _), plan in study.plans.items():
+        if plan.largest_radius == 0:
+            reach = maximum_radius(plan.n, plan.alpha, sigma)
+            warnings.warn(
+                f"at sigma {sigma:g} {plan.n} draws reach radius {reach:.3g}, so none of the radii asked for can be "
+                "certified there and every radius will be 0; ask for smaller radii or for more draws",
+                UserWarning,
+                stacklevel=3,
+            )
+
+
+def _check_request(model: DualEncoder, methods: tuple[PromptMethod, ...], sigmas: tuple[float, ...], mode: str) -> None:
+    check_not_training(model)
+    for method in methods:
+        if not callable(getattr(method, "record", None)):
+            raise TypeError(
+                f"{method!r} is no prompt method; `FixedPrompts(name, model.class_features(classes, templates))` is one"
+            )
     if mode not in get_args(Mode):
         raise ValueError(f"unknown mode {mode!r}; choose one of {', '.join(get_args(Mode))}")
     if not methods or not sigmas:

@@ -14,6 +14,7 @@ from medrobust_lib.smoothing.bounds import (
     check_draws,
     check_sigma,
     lower_confidence_bound,
+    maximum_radius,
 )
 from medrobust_lib.smoothing.certificate import ABSTAIN, Sampling
 from medrobust_lib.smoothing.noise import Role
@@ -37,6 +38,9 @@ class Plan(Protocol):
     """When to look at the votes and what they prove then."""
 
     looks: Sequence[int]
+    n: int
+    alpha: float
+    largest_radius: float
 
     def step(self, look: int, k: int, proved: int) -> tuple[int, bool]: ...  # noqa: D102
     def p_lower(self, k: int, n: int, proved: int) -> float: ...  # noqa: D102
@@ -55,6 +59,11 @@ class FixedPlan:
     def looks(self) -> tuple[int]:
         """Numbers of draws after which the votes are looked at."""
         return (self.n,)
+
+    @property
+    def largest_radius(self) -> float:
+        """Largest radius that can come out."""
+        return maximum_radius(self.n, self.alpha, self.sigma)
 
     def step(self, look: int, k: int, proved: int) -> tuple[int, bool]:
         """Take the only look: (1 if a majority is proved else 0, True)."""
@@ -162,9 +171,18 @@ def checked_answers(answers: Any, count: int) -> Tensor:
         what = f"{answers.dtype} {tuple(answers.shape)}" if isinstance(answers, Tensor) else type(answers).__name__
         raise TypeError(
             f"a base classifier maps [b, 3, H, W] to labels int64 [b]: expected int64 ({count},), got {what}; "
-            "logits need .argmax(1)"
+            "logits need .argmax(1), other integers .long()"
         )
     return answers.cpu()
+
+
+def check_not_training(classifier: Any) -> None:
+    """Refuse a network whose answers depend on the batch or on chance of its own (batch norm, dropout)."""
+    if getattr(classifier, "training", False):
+        raise ValueError(
+            f"{type(classifier).__name__} is in training mode, so an answer depends on the rest of its batch and is "
+            "no fixed function of the noisy image; call .eval() first"
+        )
 
 
 def check_mode_draws(n0: int, label_given: bool) -> None:

@@ -237,3 +237,13 @@ def test_a_full_disk_leaves_no_half_line(store, monkeypatch):
     assert (store.folder / "journal.jsonl").read_bytes() == before
     store.append("b", [row()], seconds=1.0)
     assert store.done == {"a", "b"}
+
+
+def test_a_folder_of_other_things_is_never_a_store(tmp_path):
+    (tmp_path / "table.csv").write_text("my,own,results\n")
+    with pytest.raises(ValueError, match=r"holds other files \(table.csv\) and no store; give"):
+        open_store(tmp_path, parameters={})
+    assert [path.name for path in tmp_path.iterdir()] == ["table.csv"]
+    assert (tmp_path / "table.csv").read_text() == "my,own,results\n"
+    with pytest.raises(ValueError, match=r"table.csv is a file; a store needs a folder"):
+        open_store(tmp_path / "table.csv", parameters={})

@@ -432,3 +432,15 @@ def test_bad_images_are_refused(image, function, broken, error, message):
 def test_bad_answers_are_refused(image, function, classifier, message):
     with pytest.raises(TypeError, match=message):
         function(classifier, image, sigma=SIGMA)
+
+
+def test_a_network_in_training_mode_is_refused():
+    network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Dropout())
+    for ask in (certify, predict):
+        with pytest.raises(ValueError, match=r"Sequential is in training mode.*call .eval\(\) first"):
+            ask(network, torch.zeros(3, 2, 2), sigma=0.1)
+
+
+def test_noise_in_units_of_0_to_255_is_refused():
+    with pytest.raises(ValueError, match=r"sigma=64.0: .* divide a level in 0 to 255 units by 255 \(0.251\)"):
+        certify(lambda pixels: torch.zeros(len(pixels), dtype=torch.int64), torch.zeros(3, 2, 2), sigma=64.0)

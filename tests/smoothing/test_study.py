@@ -14,6 +14,7 @@ import torch
 from torch.nn import functional
 
 import medrobust_lib as mr
+from medrobust_lib import metrics
 from medrobust_lib.data.dataset import ImageDataset
 from medrobust_lib.experiments import HEADLESS_VARIABLE
 from medrobust_lib.models.dual_encoder import DualEncoder, Preprocessing
@@ -27,7 +28,20 @@ SIGMAS = (0.1, 0.25)
 NUMBERS = {"sigmas": SIGMAS, "n0": 20, "n": 80, "alpha": 0.05, "radii": (0, 0.1, 0.25)}
 COLUMNS = [
     *["dataset", "image", "label", "model", "method", "guarantee", "n_classes", "sigma", "predicted", "radius"],
-    *["p_lower", "k", "n", "n0", "draws", "alpha", "sampling", "mode", "seed", "seconds"],
+    *[
+        "radius_tested",
+        "radius_reach",
+        "p_lower",
+        "k",
+        "n",
+        "n0",
+        "draws",
+        "alpha",
+        "sampling",
+        "mode",
+        "seed",
+        "seconds",
+    ],
 ]
 
 
@@ -46,6 +60,7 @@ class ColourEncoder(DualEncoder):
         )
         self.gain = torch.nn.Parameter(torch.ones(3), requires_grad=False)
         self.batches, self.fails_after, self.pause = [], fails_after, pause
+        self.eval()
 
     def _image_features(self, pixels):
         if self.fails_after is not None and len(self.batches) >= self.fails_after:
@@ -680,3 +695,45 @@ def test_headless_progress_is_one_line(encoder, data, tmp_path, capsys, monkeypa
 
 def test_certify_dataset_is_a_public_name():
     assert mr.certify_dataset is certify_dataset
+
+
+# What was not asked is not zero
+
+
+def test_radii_that_were_not_asked_for_are_unknown_and_those_out_of_reach_are_zero(encoder, data):
+    rows = certify_dataset(encoder, data, [prompts()], **(NUMBERS | {"sigmas": [0.1], "radii": [0.05]}))
+    reach = rows.radius_reach[0]
+    assert (rows.radius_tested[0], rows.radius_tested.nunique()) == (0.05, 1)
+    table = metrics.certified_accuracy(rows, [0, 0.05, 0.1, 2 * reach]).set_index("radius")
+    assert table.certified_accuracy[[0.0, 0.05]].notna().all()
+    assert table.loc[0.1, ["certified_accuracy", "low", "high"]].isna().all()
+    assert table.certified_accuracy[2 * reach] == 0
+    assert 0.1 not in set(metrics.certified_envelope(table.reset_index()).radius)
+    fixed = certify_dataset(encoder, data, [prompts()], **(NUMBERS | {"sigmas": [0.1], "sampling": "fixed"}))
+    assert (fixed.radius_tested == fixed.radius_reach).all()
+    assert metrics.certified_accuracy(fixed, [0.1]).certified_accuracy.notna().all()
+
+
+def test_a_level_at_which_no_radius_asked_for_can_be_certified_is_told(encoder, data):
+    with pytest.warns(UserWarning, match=r"at sigma 0.1 80 draws reach radius 0.1\d+, so none of the radii"):
+        rows = certify_dataset(encoder, data.subset([0]), [prompts()], **(NUMBERS | {"sigmas": [0.1], "radii": [0.5]}))
+    assert rows.radius[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model": torch.nn.Identity()}, r"scores prompts with a DualEncoder .* not Identity; .* call `certify\("),
+        ({"data": "phantom/blood"}, "data must be an ImageDataset .* not str"),
+        ({"methods": ["zero-shot"]}, "'zero-shot' is no prompt method; `FixedPrompts"),
+    ],
+)
+def test_other_kinds_of_things_are_refused_with_what_to_use(encoder, data, change, message):
+    given = {"model": encoder, "data": data, "methods": [prompts()]} | change
+    with pytest.raises(TypeError, match=message):
+        certify_dataset(given["model"], given["data"], given["methods"], **NUMBERS)
+
+
+def test_a_model_in_training_mode_is_no_fixed_function(encoder, data):
+    with pytest.raises(ValueError, match=r"ColourEncoder is in training mode.*call .eval\(\) first"):
+        certify_dataset(encoder.train(), data, [prompts()], **NUMBERS)
