@@ -39,6 +39,7 @@ class ColourEncoder(DualEncoder):
             id="colours", preprocessing=grey, embed_dim=3, context_length=8, logit_scale=10.0, provenance={}
         )
         self.encoded = 0
+        self.eval()
 
     def _image_features(self, pixels):
         self.encoded += len(pixels)
