@@ -462,6 +462,7 @@ def sharpen(
     return learned.detach()
 
 
+@torch.enable_grad()  # notebooks often switch gradients off as a whole
 def _fit(
     model: DualEncoder,
     start: PromptSet,
