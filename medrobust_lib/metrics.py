@@ -205,8 +205,8 @@ def certified_accuracy(rows: pd.DataFrame, radii: Sequence[float], *, per_class:
     DataFrame
         The grouping columns and radius, certified_accuracy, low, high (95 % Clopper-Pearson interval over
         images), n (all images, abstentions included), and chance (1 / n_classes) where n_classes is known.
-        NaN for a radius that sequential sampling was not asked for but could have certified, by the columns
-        radius_tested and radius_reach.
+        Between radii that sequential sampling was asked for the share is a lower bound; beyond the largest of
+        them, up to what its draws could have certified (columns radius_tested and radius_reach), it is NaN.
 
     Raises
     ------
@@ -290,6 +290,12 @@ def average_certified_radius(rows: pd.DataFrame) -> float:
     """
     if rows.empty:
         raise ValueError("there are no certificates to average over")
+    mixed = [column for column in CERTIFICATE_GROUPS if column in rows.columns and rows[column].nunique() > 1]
+    if mixed:
+        raise ValueError(
+            f"the certificates differ in {', '.join(mixed)}; an average over them means nothing, "
+            "`certification_summary` averages each group"
+        )
     return float(rows["radius"].where(rows["predicted"] == rows["label"], 0.0).mean())
 
 

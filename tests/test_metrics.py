@@ -220,6 +220,12 @@ def test_average_certified_radius_counts_wrong_answers_and_abstentions_as_zero()
     assert metrics.average_certified_radius(certificates(predicted=[-1] * 5)) == 0
 
 
+def test_an_average_over_different_noise_levels_is_refused():
+    mixed = pd.concat([certificates(), certificates().assign(sigma=2.0)])
+    with pytest.raises(ValueError, match="differ in sigma; an average over them means nothing"):
+        metrics.average_certified_radius(mixed)
+
+
 def test_average_certified_radius_is_the_area_under_the_certified_accuracy():
     rng = np.random.default_rng(1)
     rows = pd.DataFrame({"sigma": 1.0, "label": 0, "predicted": rng.integers(-1, 2, 300), "radius": rng.random(300)})

@@ -18,8 +18,9 @@ from medrobust_lib.experiments.cards import (
     start_run,
     write_text_atomically,
 )
+from medrobust_lib.experiments.progress_bars import progress
 from medrobust_lib.experiments.store import RowStore, open_store
-from medrobust_lib.experiments.work import map_items, progress
+from medrobust_lib.experiments.work import map_items
 
 __all__ = [
     "HEADLESS_VARIABLE",

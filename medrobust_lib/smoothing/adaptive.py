@@ -9,6 +9,7 @@ set, or adapt inside the base classifier.
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -23,8 +24,7 @@ from medrobust_lib.smoothing.methods import (
     denoiser_id,
     fingerprint,
 )
-from medrobust_lib.smoothing.noise import NoiseStream, noisy_copies
-from medrobust_lib.smoothing.prompts import PromptSet, mean_prediction_entropy, sharpen
+from medrobust_lib.smoothing.prompts import PromptSet, mean_prediction_entropy, noisy_bank, sharpen
 
 ADAPTATION_DRAWS = 100
 """Noisy copies that PromptSmooth adapts to."""
@@ -199,13 +199,7 @@ def adapt_to_pool(
     _check_steps(steps, learning_rate)
     if copies < 1:
         raise ValueError(f"copies={copies}: at least one noisy copy of each image is needed")
-    features = []
-    for position, index in enumerate(pool.indices):
-        pixels = model.prepare(pool.images[position : position + 1])[0].to(model.device)
-        stream = NoiseStream(seed, pool.id, int(index), sigma, "adapt")
-        with torch.no_grad():
-            features.append(model.encode_image(noisy_copies(pixels, stream, count=copies)))
-    bank = torch.stack(features)  # [n, copies, d]
+    bank = noisy_bank(model, pool, sigmas=(sigma,), draws=copies, seed=seed, choose=np.random.default_rng(seed))
     frame = start.frame(model)
     context = start.context.detach().float().to(model.device).clone().requires_grad_(True)
     optimiser = torch.optim.AdamW([context], lr=learning_rate)

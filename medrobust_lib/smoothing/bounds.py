@@ -232,7 +232,7 @@ def draws_for_radius(radius: float, sigma: float, *, p: float, alpha: float, pow
         True probability of the predicted class under noise.
     alpha : float in (0, 1)
     power : float in (0, 1)
-        Wanted probability of success.
+        Wanted probability of success. It is a saw-tooth in n, so slightly more draws may have slightly less of it.
 
     Returns
     -------
@@ -300,7 +300,7 @@ def draws_for_ratio(ratio: float, alpha: float, *, p: ArrayLike | None = None) -
         raise ValueError(f"ratio={ratio}: the share of the ideal radius lies in (0, 1)")
     check_alpha(alpha)
     if p is None:
-        return math.ceil((1.64 * norm.isf(alpha) / (1 - ratio)) ** 2)
+        return _affordable(math.ceil((1.64 * norm.isf(alpha) / (1 - ratio)) ** 2), ratio)
     p = np.atleast_1d(np.asarray(p, dtype=np.float64))
     if not np.all((p > 0.5) & (p < 1)):
         raise ValueError(f"p={p}: probabilities to plan for lie in (0.5, 1); at 0.5 there is no radius to keep")
@@ -311,14 +311,18 @@ def draws_for_ratio(ratio: float, alpha: float, *, p: ArrayLike | None = None) -
 
     high = minimum_draws(alpha)
     while not keeps(high):
-        high *= 2
-        if high > _LARGEST_PLAN:
-            raise ValueError(f"ratio {ratio} needs more than {_LARGEST_PLAN:,} draws; ask for less")
+        high = _affordable(2 * high, ratio)
     low = high // 2
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (low, middle) if keeps(middle) else (middle, high)
     return high
+
+
+def _affordable(n: int, ratio: float) -> int:
+    if n > _LARGEST_PLAN:
+        raise ValueError(f"ratio {ratio} needs more than {_LARGEST_PLAN:,} draws; ask for less")
+    return n
 
 
 def check_alpha(alpha: float) -> None:

@@ -272,8 +272,8 @@ def price_of_radii(
     DataFrame with columns radius, needed_probability, minimum_count, minimum_draws, expected_draws, certified
         ``minimum_count`` of n fixed draws and ``minimum_draws`` (an unbroken run of successes; infinite where the
         needed probability cannot be told from 1) are for fixed sampling; ``expected_draws`` and ``certified``
-        (probability) for sequential sampling of the radii up to this one. A radius that n draws cannot certify
-        has expected_draws n and certified 0.
+        (probability) for sequential sampling of the radii up to this one, selection draws left
+        out. A radius that n draws cannot certify has expected_draws n and certified 0.
     """
     rows = []
     for radius in sorted(radii):

@@ -394,3 +394,8 @@ def test_draws_for_a_ratio_at_known_probabilities_is_the_smallest_sample(p, rati
 def test_bad_input_is_named(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_more_draws_than_anyone_makes_are_not_planned():
+    with pytest.raises(ValueError, match="ratio 0.99999 needs more than 10,000,000 draws; ask for less"):
+        bounds.draws_for_ratio(0.99999, 0.001)

@@ -8,6 +8,7 @@ import torch
 from torch.nn import functional
 
 import medrobust_lib as mr
+from medrobust_lib.models.dual_encoder import Tokens
 from medrobust_lib.smoothing import prompts
 from medrobust_lib.smoothing.noise import NoiseStream
 from medrobust_lib.smoothing.prompts import PromptSet, learn_prompts, mean_prediction_entropy, sharpen
@@ -60,7 +61,7 @@ def test_padding_after_the_end_token_can_be_cut_exactly(model):
     """What the text tower reads is as long as the longest prompt, not as its context."""
     texts = ["a benign mass.", "a malignant mass with a spiculated margin."]
     tokens = model.tokenize(texts)
-    padded = prompts.Tokens(
+    padded = Tokens(
         functional.pad(tokens.ids, (0, model.context_length - tokens.ids.shape[1])),
         functional.pad(tokens.mask, (0, model.context_length - tokens.mask.shape[1])),
     )
