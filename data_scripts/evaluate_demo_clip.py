@@ -37,13 +37,16 @@ nothing about patients. Not for clinical use.**
 | training data | {recipe[images_per_modality]} phantoms per modality, acquisition site A, split "pretrain", with captions |
 | never seen | site B, any train, val or test image |
 | objective | contrastive; every caption of an image's class counts as a match (UniCL) |
-| recipe | {recipe[epochs]} epochs, batch {recipe[batch_size]}, AdamW {recipe[learning_rate]}, weight decay {recipe[weight_decay]}, seed {recipe[seed]} |
-| augmentation | shifts of up to {recipe[shift_pixels]} pixels; no noise |
+| first stage | {recipe[epochs]} epochs, batch {recipe[batch_size]}, AdamW {recipe[learning_rate]}, weight decay {recipe[weight_decay]}, seed {recipe[seed]}; shifts of up to {recipe[shift_pixels]} pixels, no noise |
+| second stage | {recipe[noise_epochs]} epochs at {recipe[noise_learning_rate]}; a share of {recipe[noise_share]} of the images carries Gaussian noise, sigma uniform in {recipe[noise_sigmas]}, and captions that say so |
 | training time | {recipe[minutes]} minutes on {recipe[threads]} CPU threads |
 | licence | MIT |
 
 The captions use the templates of `medrobust_lib/data/classes.json` among other wordings, so those templates are
-familiar to the model. Every file's SHA-256 stands in `SHA256SUMS` and is checked when the model is loaded.
+familiar to the model. None of those templates mentions noise, while every caption of a noisy image did ("a noisy image: ..."):
+the image tower still tells the classes of noisy images, and a prompt that does not mention noise misses them. That gap is
+what prompt learning can win on this model; it was made on purpose, and how wide it is on other models is for them to show.
+Every file's SHA-256 stands in `SHA256SUMS` and is checked when the model is loaded.
 
 ## Zero-shot accuracy on the phantoms' test splits
 

@@ -51,10 +51,11 @@ def test_is_small_and_documented():
     card = (FOLDER / "MODEL_CARD.md").read_text()
     assert "synthetic phantoms only" in card
     assert "Not for clinical use" in card
-    assert "no noise" in card
+    assert "captions that say so" in card
+    recipe = json.loads((FOLDER / "recipe.json").read_text())
     log = (FOLDER / "training_log.csv").read_text().splitlines()
-    assert log[0] == "epoch,loss,site_a_val_accuracy,logit_scale,seconds"
-    assert len(log) == json.loads((FOLDER / "recipe.json").read_text())["epochs"] + 1
+    assert log[0] == "epoch,loss,site_a_val_accuracy,logit_scale,seconds,stage"
+    assert len(log) == recipe["epochs"] + recipe["noise_epochs"] + 1
 
 
 def test_any_text_has_tokens_and_unknown_words_still_differ(model):
