@@ -33,13 +33,14 @@ def caveats(model: DualEncoder, dataset: ImageDataset) -> list[str]:
         set, so that those of several sets can be merged without repetition.
     """
     found = []
+    origin = model.provenance.get("base", {}).get("id", model.id)  # a re-trained copy has seen what its base saw
     if dataset.synthetic:
         found.append(SYNTHETIC)
-        if model.id != DEMO_MODEL:
+        if origin != DEMO_MODEL:
             found.append(OTHER_MODELS_ON_PHANTOMS)
         elif dataset.id.endswith(SITE_A):
             found.append(OWN_SITE)
-    elif model.id == DEMO_MODEL:
+    elif origin == DEMO_MODEL:
         found.append(DEMO_ON_REAL)
     return [*found, *_size_caveats(model, dataset), NOT_CLINICAL]
 

@@ -9,7 +9,7 @@ from medrobust_lib.models.caveats import NOT_CLINICAL, caveats
 
 
 def encoder(id: str = "demo-clip", image_size: int = 64) -> SimpleNamespace:
-    return SimpleNamespace(id=id, image_size=image_size)
+    return SimpleNamespace(id=id, image_size=image_size, provenance={})
 
 
 def images(id: str = "folder:mine", *, side: int = 64, synthetic: bool = False) -> ImageDataset:
@@ -45,6 +45,13 @@ def test_demo_clip_on_its_training_site_is_flattered():
     assert "trained on phantoms of this very site" in " ".join(
         caveats(encoder(), load_dataset("phantom/oct-site-a", n=4))
     )
+
+
+def test_a_retrained_copy_carries_the_caveats_of_its_base():
+    copied = encoder("demo-clip retrained at sigma 0.25")
+    copied.provenance["base"] = {"id": "demo-clip"}
+    for data in (images(), images("phantom/blood", synthetic=True)):
+        assert caveats(copied, data) == caveats(encoder(), data)
 
 
 def test_other_models_are_not_ranked_by_phantoms():

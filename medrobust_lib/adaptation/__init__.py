@@ -1,0 +1,1 @@
+"""Adaptation of a model to degraded images by training some of its weights."""

@@ -1,0 +1,359 @@
+"""Re-training of the image tower on noisy images, one model per noise level (Gaussian data augmentation).
+
+The oldest way to a base classifier that stands the noise of randomized smoothing. It gives up what makes a
+vision-language model convenient: there is one more set of image weights for every noise level, and it takes labels.
+"""
+
+import copy
+import json
+import math
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, safe_open, save_file
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.nn.modules.batchnorm import _BatchNorm  # what all batch normalisation layers have in common
+
+from medrobust_lib.data.dataset import ImageDataset
+from medrobust_lib.experiments import progress
+from medrobust_lib.models.dual_encoder import DualEncoder
+from medrobust_lib.models.weights import explained_errors
+from medrobust_lib.smoothing.methods import fingerprint
+from medrobust_lib.smoothing.noise import NoiseStream, noisy_copies
+from medrobust_lib.smoothing.prompts import draw_shots
+from medrobust_lib.smoothing.votes import check_not_training
+
+_METHOD = "noise-augmented re-training"
+_FORMAT = 1
+_HEADER = "retrained"
+
+
+def retrain_on_noise(
+    model: DualEncoder,
+    data: ImageDataset,
+    *,
+    sigma: float,
+    shots: int | None = None,
+    templates: Sequence[str] | None = None,
+    epochs: int = 20,
+    batch_size: int = 32,
+    learning_rate: float = 3e-3,
+    weight_decay: float = 0.01,
+    seed: int = 0,
+) -> DualEncoder:
+    """Train a copy of the image tower on noisy images against the fixed class features of the text tower.
+
+    Minimises the cross-entropy of ``logit_scale`` times the cosine between class features and features of
+    ``x + sigma * N(0, I)``, with fresh noise in every epoch and nothing clipped. The copy exists before any
+    image is certified, so it is a fixed classifier of the noisy image and its certificates are the standard ones.
+
+    Trained are the parameters that image features depend on and text features do not; the text tower stays bit for
+    bit. Batch normalisation of the image tower uses the statistics of the noisy batches; those that it keeps are
+    averages over the last epoch, so they belong to noisy images and to (almost) final weights. Dropout and
+    stochastic depth stay off.
+
+    Parameters
+    ----------
+    model : DualEncoder
+        In evaluation mode; not changed. Training is in float32 even if it computes in half precision, to which
+        the copy returns: there the finest changes are rounded away.
+    data : ImageDataset
+        Labelled images to train on, never those that will be certified.
+    sigma : float
+        Noise level in [0, 1] pixel units, >= 0; 0 is ordinary fine-tuning.
+    shots : int, optional
+        Images per class, the same as `learn_prompts` draws with this seed; a class with fewer gives all it has,
+        with a warning. None takes all images.
+    templates : sequence of str, optional
+        Prompts of the class features; default: the first of the data set.
+    epochs : int
+    batch_size : int
+        At most so many images a step; the steps of an epoch are of equal size, give or take one image.
+    learning_rate, weight_decay : float
+        AdamW; the rate falls to 0 along a cosine. The default suits demo-clip; large pre-trained transformers are
+        usually fine-tuned at about 1e-5.
+    seed : int
+        Of shots, order and noise. Equal seeds give equal weights on the same CPU.
+
+    Returns
+    -------
+    DualEncoder
+        A frozen copy in evaluation mode, on the device and in the type of `model`. Its ``id`` names sigma, its
+        ``provenance`` holds the recipe.
+
+    Warns
+    -----
+    UserWarning
+        The loss of the last epoch is no better than that of guessing; or see `shots`.
+
+    Raises
+    ------
+    ValueError
+        A parameter out of range, a class without images, a model in training mode or without a trainable image
+        tower, batches too small for batch normalisation, or training that diverges.
+
+    References
+    ----------
+    Cohen et al. 2019, arXiv:1902.02918, section 3.3; Lecuyer et al. 2019, arXiv:1802.03471.
+    """
+    check_not_training(model)
+    for name, value in {"epochs": epochs, "batch_size": batch_size}.items():
+        if value < 1:
+            raise ValueError(f"{name}={value}: at least 1 is needed")
+    if not 0 < learning_rate < math.inf:
+        raise ValueError(f"learning_rate={learning_rate}: must be > 0")
+    if not 0 <= weight_decay < math.inf:
+        raise ValueError(f"weight_decay={weight_decay}: must be >= 0")
+    for noun, count in data.class_counts().items():
+        if not count:
+            raise ValueError(f"{data.id}: no image of class {noun!r} to learn from; train on a split that has all")
+    chosen = data if shots is None else draw_shots(data, shots, np.random.default_rng(seed))
+    streams = [NoiseStream(seed, data.id, int(index), sigma, "adapt") for index in chosen.indices]
+    templates = list(data.templates[:1] if templates is None else templates)
+    # Notebooks often switch gradients off as a whole, some by inference mode.
+    with torch.inference_mode(False), torch.enable_grad():
+        texts = model.class_features(data.classes, templates).detach()
+        retrained = copy.deepcopy(model).eval().to(torch.promote_types(model.dtype, torch.float32))
+        tower = _image_tower(retrained)
+        _check_batches(tower, len(chosen), batch_size)
+        fitted = _fit(
+            retrained, tower, chosen, streams, texts, epochs=epochs, batch_size=batch_size,
+            learning_rate=learning_rate, weight_decay=weight_decay, seed=seed,
+        )  # fmt: skip
+        retrained = retrained.eval().requires_grad_(False).to(model.dtype)
+    guessing = math.log(len(data.classes))
+    if fitted["last_loss"] >= guessing:
+        warnings.warn(
+            f"re-training {model.id} at sigma {sigma:g} ended at a loss of {fitted['last_loss']:.2f}, no better than "
+            f"guessing ({guessing:.2f}): try a lower learning_rate than {learning_rate:g} (large pre-trained towers "
+            f"take about 1e-5) or more epochs than {epochs}",
+            UserWarning,
+            stacklevel=2,
+        )
+    retrained.id = f"{model.id} retrained at sigma {sigma:g}"
+    retrained.provenance = {
+        "method": _METHOD, "base": {**model.provenance, **_identity(model)}, "dataset": data.id, "split": data.split,
+        "images": [int(index) for index in chosen.indices], "shots": shots, "templates": templates,
+        "sigma": float(sigma), "epochs": epochs, "batch_size": batch_size, "optimiser": "AdamW, cosine to 0",
+        "learning_rate": learning_rate, "weight_decay": weight_decay, "seed": seed, **fitted,
+    }  # fmt: skip
+    return retrained
+
+
+def save_retrained(model: DualEncoder, path: Path | str) -> Path:
+    """Write the image tower of a re-trained model as one safetensors file, its provenance as JSON in the header.
+
+    Raises
+    ------
+    ValueError
+        The model does not come from `retrain_on_noise`.
+    """
+    if model.provenance.get("method") != _METHOD:
+        raise ValueError(f"{model.id!r} is not re-trained, so there is nothing to save; retrain_on_noise makes one")
+    path = Path(path)
+    with torch.inference_mode(False), torch.enable_grad():
+        tensors = _image_tower(copy.deepcopy(model)).tensors()
+    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    header = {
+        "format": _FORMAT, "id": model.id, "provenance": model.provenance, "tensors": _fingerprint_of_named(plain),
+    }  # fmt: skip
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.part")
+    save_file(plain, partial, metadata={_HEADER: json.dumps(header)})
+    partial.chmod(0o644)  # safetensors writes for the owner only
+    partial.replace(path)
+    return path
+
+
+def load_retrained(path: Path | str, base_model: DualEncoder) -> DualEncoder:
+    """Put a saved image tower into a copy of the model that it was trained from.
+
+    Parameters
+    ----------
+    path : path
+        What `save_retrained` wrote.
+    base_model : DualEncoder
+        The same model with the same weights in the same type; not changed.
+
+    Returns
+    -------
+    DualEncoder
+        A frozen copy in evaluation mode, on the device of `base_model`.
+
+    Raises
+    ------
+    FileNotFoundError
+        No such file.
+    ValueError
+        The file is damaged or holds something else, or it was trained from another model or other weights.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no re-trained image tower at {path}; save_retrained writes one")
+    with explained_errors(str(path)):
+        with safe_open(path, framework="pt") as file:
+            header = json.loads((file.metadata() or {}).get(_HEADER, "{}"))
+        tensors = load_file(path)
+    if header.get("format") != _FORMAT:
+        raise ValueError(f"{path} holds no re-trained image tower of format {_FORMAT}; save_retrained writes one")
+    if header["tensors"] != _fingerprint_of_named(tensors):
+        raise ValueError(f"{path} is damaged: its tensors are not those that were saved; train again or copy it anew")
+    wanted, given = ({key: origin[key] for key in ("id", "dtype", "weights")} for origin in (
+        header["provenance"]["base"], _identity(base_model)
+    ))  # fmt: skip
+    if wanted != given:
+        raise ValueError(f"{path} was trained from {_described(wanted)}, not from {_described(given)}; load that model")
+    with torch.inference_mode(False):
+        retrained = copy.deepcopy(base_model).eval().requires_grad_(False)
+    with explained_errors(str(path)):
+        retrained.load_state_dict(retrained.state_dict() | tensors)
+    retrained.id, retrained.provenance = header["id"], header["provenance"]
+    return retrained
+
+
+@dataclass(frozen=True, eq=False)
+class _ImageTower:
+    """What only image features depend on: parameters and batch normalisation layers, by their names in the model."""
+
+    parameters: dict[str, nn.Parameter]
+    norms: dict[str, _BatchNorm]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All that training changes."""
+        statistics = {
+            f"{name}.{part}": buffer for name, norm in self.norms.items() for part, buffer in norm.named_buffers()
+        }
+        return {**self.parameters, **statistics}
+
+
+def _image_tower(model: DualEncoder) -> _ImageTower:
+    """Find the image tower by one backward pass, whatever the back end calls its parts.
+
+    Afterwards exactly the parameters of the tower require a gradient, so give a copy.
+    """
+    model.requires_grad_(True)
+    grey = torch.full((1, 3, model.image_size, model.image_size), 0.5, device=model.device)
+    own = _reached(model, lambda: model.encode_image(grey)) - _reached(model, lambda: model.encode_text(["x"]))
+    model.requires_grad_(False)
+    parameters = {name: parameter for name, parameter in model.named_parameters() if name in own}
+    if not parameters:
+        raise ValueError(
+            f"{model.id}: image features depend on no parameter of their own that a gradient reaches, so there is no "
+            "image tower to train"
+        )
+    for parameter in parameters.values():
+        parameter.requires_grad_(True)
+    return _ImageTower(parameters, {name: norm for name, norm in _norms(model).items() if name in own})
+
+
+def _reached(model: DualEncoder, encode: Callable[[], Tensor]) -> set[str]:
+    """Names of the parameters and batch normalisation layers that features depend on."""
+    found: set[str] = set()
+    hooks = [norm.register_forward_hook(lambda *_, name=name: found.add(name)) for name, norm in _norms(model).items()]
+    try:
+        features = encode()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if features.requires_grad:
+        names, parameters = zip(*model.named_parameters(), strict=True)
+        gradients = torch.autograd.grad(features.sum(), parameters, allow_unused=True)
+        found.update(name for name, gradient in zip(names, gradients, strict=True) if gradient is not None)
+    return found
+
+
+def _norms(model: nn.Module) -> dict[str, _BatchNorm]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, _BatchNorm)}
+
+
+def _check_batches(tower: _ImageTower, images: int, batch_size: int) -> None:
+    """Refuse steps of one image where their statistics are needed."""
+    if tower.norms and images // math.ceil(images / batch_size) < 2:
+        raise ValueError(
+            f"batch_size={batch_size}: {images} images would be split into steps of one image, too few for the batch "
+            "normalisation of this image tower; give a batch_size of 3 or more"
+        )
+
+
+def _fit(
+    model: DualEncoder,
+    tower: _ImageTower,
+    chosen: ImageDataset,
+    streams: Sequence[NoiseStream],
+    texts: Tensor,
+    *,
+    epochs: int,
+    batch_size: int,
+    learning_rate: float,
+    weight_decay: float,
+    seed: int,
+) -> dict[str, Any]:
+    """Train the tower in place; returns the mean loss of the first and the last epoch, and time."""
+    started = time.monotonic()
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.from_numpy(chosen.labels).to(model.device)
+    optimiser = torch.optim.AdamW(tower.parameters.values(), lr=learning_rate, weight_decay=weight_decay)
+    per_epoch = math.ceil(len(chosen) / batch_size)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, epochs * per_epoch)
+    momenta = {name: norm.momentum for name, norm in tower.norms.items()}
+    for norm in tower.norms.values():
+        norm.train().momentum = None  # a plain average since the last reset
+    losses = []
+    steps = progress(
+        range(epochs * per_epoch), total=epochs * per_epoch, unit="steps", resumes=False,
+        description=f"re-train {model.id}, sigma {streams[0].sigma:g}",
+    )  # fmt: skip
+    for step in steps:
+        epoch, place = divmod(step, per_epoch)
+        if place == 0:
+            batches = torch.randperm(len(chosen), generator=generator).tensor_split(per_epoch)
+            for norm in tower.norms.values():
+                norm.reset_running_stats()
+        rows = batches[place]
+        pixels = model.prepare(chosen.images[rows.numpy()]).to(model.device)
+        noisy = torch.cat([
+            noisy_copies(image, streams[row], first=epoch) for image, row in zip(pixels, rows.tolist(), strict=True)
+        ])  # fmt: skip
+        logits = model.logit_scale * model.encode_image(noisy) @ texts.T
+        loss = functional.cross_entropy(logits, labels[rows.to(model.device)])
+        losses.append(loss.item())
+        if not math.isfinite(losses[-1]):
+            raise ValueError(f"training diverged in epoch {epoch + 1}: lower learning_rate={learning_rate}")
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        schedule.step()
+    optimiser.zero_grad()
+    for name, norm in tower.norms.items():
+        norm.momentum = momenta[name]
+    return {
+        "first_loss": float(np.mean(losses[:per_epoch])),
+        "last_loss": float(np.mean(losses[-per_epoch:])),
+        "seconds": round(time.monotonic() - started, 1),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _identity(model: DualEncoder) -> dict[str, str]:
+    return {
+        "id": model.id,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "weights": fingerprint(list(model.state_dict().values())),
+    }
+
+
+def _described(identity: dict[str, str]) -> str:
+    return f"{identity['id']!r} in {identity['dtype']} with weights {identity['weights']}"
+
+
+def _fingerprint_of_named(tensors: dict[str, Tensor]) -> str:
+    names = sorted(tensors)
+    listing = torch.tensor(list("\n".join(names).encode()), dtype=torch.uint8)
+    return fingerprint([listing, *(tensors[name] for name in names)])
