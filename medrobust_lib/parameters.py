@@ -67,6 +67,7 @@ def assign_parameters(notebooks: Mapping[str, Path], parameters: Mapping[str, An
     """Give each notebook the parameters it knows, after checking all that can be known before a kernel starts.
 
     Paths in ids (``folder:``, ``csv:``, ``local-dir:``) become absolute: a notebook works in another folder.
+    Where `n_images` is not given and a data set has fewer test images than its default, it becomes their number.
 
     Raises
     ------
@@ -94,7 +95,10 @@ def assign_parameters(notebooks: Mapping[str, Path], parameters: Mapping[str, An
     _check_models({id for given in assigned.values() for name in MODEL_PARAMETERS for id in _ids(given.get(name))})
     for number, given in assigned.items():
         if given.keys() & {*DATASET_PARAMETERS, "n_images", "wording_of"}:
-            _check_datasets({name: _default(spec) for name, spec in known[number].items()} | given)
+            defaults = {name: _default(spec) for name, spec in known[number].items()}
+            smallest = _smallest_dataset(defaults | given, wanted=given.get("n_images"))
+            if "n_images" in defaults and "n_images" not in given and smallest < defaults["n_images"]:
+                given["n_images"] = smallest
     return assigned
 
 
@@ -178,14 +182,16 @@ def _check_models(ids: Collection[str]) -> None:
             )
 
 
-def _check_datasets(parameters: Mapping[str, Any]) -> None:
-    """Raise unless every data set can be loaded and holds as many images as are wanted of it."""
+def _smallest_dataset(parameters: Mapping[str, Any], *, wanted: int | None) -> float:
+    """Test images of the smallest data set; raise unless each can be loaded and holds as many as are wanted."""
     from medrobust_lib.data.registry import load_dataset
 
-    wanted = parameters.get("n_images")
+    smallest = math.inf
     for id in dict.fromkeys(id for name in DATASET_PARAMETERS for id in _ids(parameters.get(name))):
         wording = parameters.get("wording_of") or None if id == parameters.get("dataset") else None
         # One image of a set meets the errors that the notebook would meet half a minute later.
         size = load_dataset(id, n=1, image_size=64, like=wording).provenance["split_size"]
         if wanted is not None and wanted > size:
             raise ParameterError(f"parameter n_images={wanted}: the test split of {id} has {size} images")
+        smallest = min(smallest, size)
+    return smallest

@@ -121,6 +121,15 @@ def test_relative_paths_are_those_of_the_caller_not_of_the_notebooks_folder(stud
     assert parameters.assign_parameters(studies, given)["01"] == {"dataset": here, "n_images": 2, "compare": [here]}
 
 
+def test_a_data_set_smaller_than_the_default_is_taken_whole(studies, tmp_path):
+    for name in ("ape", "bee"):
+        (tmp_path / name).mkdir()
+        Image.new("RGB", (16, 16)).save(tmp_path / name / "1.png")
+    given = {"dataset": f"folder:{tmp_path}"}
+    assert parameters.assign_parameters(studies, given)["01"] == given | {"n_images": 2}
+    assert parameters.assign_parameters(studies, {"dataset": "phantom/oct"})["01"] == {"dataset": "phantom/oct"}
+
+
 @pytest.mark.parametrize(
     ("name", "value", "wanted"),
     [

@@ -28,6 +28,19 @@ def certified_table(*, methods=("zero-shot",), sigmas=(0.1, 0.25)):
     return table.assign(low=table.certified_accuracy - 0.1, high=table.certified_accuracy + 0.1)
 
 
+def methods_table(**guarantees):
+    """One noise level as `metrics.over_prompt_seeds` summarises it; methods by name and guarantee."""
+    rows = [(m, g, r, 0.8 - r) for m, g in guarantees.items() for r in (0.25, 0.0, 0.1)]
+    table = pd.DataFrame(rows, columns=["method", "guarantee", "radius", "certified_accuracy"]).assign(sigma=0.25)
+    return table.assign(lowest=table.certified_accuracy - 0.1, highest=table.certified_accuracy + 0.1)
+
+
+def variants_table(variants=("4", "1", "16"), radii=(0.25, 0.0)):
+    rows = [(v, r, 0.1 * i + 0.5 - r) for i, v in enumerate(variants) for r in radii]
+    table = pd.DataFrame(rows, columns=["variant", "radius", "certified_accuracy"])
+    return table.assign(low=table.certified_accuracy - 0.1, high=table.certified_accuracy + 0.1)
+
+
 def test_every_plot_labels_its_axes_with_units(answers):
     labels, predictions = answers
     probabilities = np.random.default_rng(1).dirichlet(np.ones(3), 60)
@@ -51,6 +64,8 @@ def test_every_plot_labels_its_axes_with_units(answers):
         "shares": lambda ax: plots.plot_prediction_shares(shares, ax),
         "spectrum": lambda ax: plots.plot_spectrum(spectrum, ax),
         "votes": lambda ax: plots.plot_votes([3, 1, 0], CLASSES, ax, truth=1),
+        "methods": lambda ax: plots.plot_certified_methods(methods_table(plain="standard"), ax, chance=0.5),
+        "ablation": lambda ax: plots.plot_ablation(variants_table(), ax, chance=0.5),
         "similarity": lambda ax: plots.plot_similarity(pd.Series([0.1, 0.2], CLASSES[:2]), ax, truth="first"),
     }
     for name, plot in draw.items():
@@ -134,6 +149,84 @@ def test_certified_accuracy_has_a_line_per_sigma_and_method_in_order_of_the_radi
         plots.plot_certified_accuracy(table, other)
         assert [text.get_text() for text in other.get_legend().get_texts()][: len(labels)] == labels
         plt.close(figure)
+
+
+def legend_texts(ax):
+    return [text.get_text() for text in ax.get_legend().get_texts()]
+
+
+def test_certified_methods_are_broken_where_only_the_frozen_prompt_is_certified(ax):
+    kinds = {"plain": "standard", "adapted": "frozen-prompt", "pool": "standard", "set": "candidate-set"}
+    plots.plot_certified_methods(methods_table(**kinds), ax, chance=0.125)
+    assert [line.get_linestyle() for line in ax.lines] == ["-", "--", "-", "-", ":"]
+    assert legend_texts(ax) == [*kinds, "chance"]
+    assert ax.get_legend().get_title().get_text() == "broken: frozen prompt only"
+    assert "[0, 1] pixel units" in ax.get_xlabel()
+    # Every method is known by its marker too, and none hides another of the same share.
+    assert len({line.get_marker() for line in ax.lines[:4]}) == 4
+    assert [line.get_ydata().tolist() for line in ax.lines[:4]] == [pytest.approx([0.8, 0.7, 0.55])] * 4
+    starts = [line.get_xdata()[0] for line in ax.lines[:4]]
+    assert len(set(starts)) == 4 and max(map(abs, starts)) < 0.05  # of 0.1 to the next radius
+    bars = ax.collections[0].get_segments()
+    assert [tuple(bar[:, 1]) for bar in bars] == [pytest.approx((y - 0.1, y + 0.1)) for y in (0.8, 0.7, 0.55)]
+
+
+def test_the_legend_of_methods_covers_no_data_and_can_be_left_out(ax):
+    plots.plot_certified_methods(methods_table(plain="standard", adapted="frozen-prompt"), ax)
+    ax.figure.canvas.draw()
+    assert ax.get_legend().get_window_extent().x0 >= ax.get_window_extent().x1
+    assert "chance" not in legend_texts(ax)
+    figure, others = plt.subplots(1, 2)
+    plots.plot_certified_methods(methods_table(plain="standard"), others[0], legend=False)
+    plots.plot_ablation(variants_table(), others[1], legend=False)
+    assert [other.get_legend() for other in others] == [None, None]
+    plt.close(figure)
+
+
+def test_shares_that_are_unknown_are_not_drawn(ax):
+    table = methods_table(plain="standard")
+    plots.plot_certified_methods(
+        table.assign(certified_accuracy=table.certified_accuracy.where(table.radius < 0.2)), ax
+    )
+    assert ax.lines[0].get_ydata().tolist() == pytest.approx([0.8, 0.7])
+
+
+def test_methods_at_one_radius_only_can_be_drawn(ax):
+    table = methods_table(plain="standard", pool="standard")
+    plots.plot_certified_methods(table[table.radius == 0.1], ax)
+    assert ax.lines[0].get_xdata() == pytest.approx([0.07])
+
+
+def test_several_noise_levels_in_one_axes_are_refused(ax):
+    table = pd.concat([methods_table(plain="standard").assign(sigma=sigma) for sigma in (0.25, 1.0)])
+    with pytest.raises(ValueError, match=r"one noise level per axes; the table holds sigma 0.25, 1$"):
+        plots.plot_certified_methods(table, ax)
+
+
+def test_ablation_keeps_the_order_of_its_variants_and_has_a_line_per_radius(ax):
+    plots.plot_ablation(variants_table(), ax, chance=0.125)
+    assert [label.get_text() for label in ax.get_xticklabels()] == ["4", "1", "16"]
+    assert legend_texts(ax) == ["radius 0", "radius 0.25", "chance"]
+    assert ax.lines[0].get_ydata().tolist() == pytest.approx([0.5, 0.6, 0.7])
+    assert ax.lines[1].get_ydata().tolist() == pytest.approx([0.25, 0.35, 0.45])
+    assert all(ax.lines[0].get_xdata() < ax.lines[1].get_xdata())
+    assert tuple(ax.collections[1].get_segments()[2][:, 1]) == pytest.approx((0.35, 0.55))
+    assert ax.get_xlabel() == "variant"
+
+
+def test_ablation_leaves_a_gap_where_a_variant_was_not_measured_at_a_radius(ax):
+    table = variants_table()
+    plots.plot_ablation(table[(table.variant != "1") | (table.radius != 0.25)], ax)
+    assert np.isnan(ax.lines[1].get_ydata()).tolist() == [False, True, False]
+
+
+def test_ablation_names_its_setting_and_breaks_long_names(ax):
+    table = variants_table(["authors'", "sigma of the certificate"]).assign(setting="training noise")
+    plots.plot_ablation(table, ax)
+    assert ax.get_xlabel() == "training noise"
+    assert [label.get_text() for label in ax.get_xticklabels()] == ["authors'", "sigma of the\ncertificate"]
+    with pytest.raises(ValueError, match='variant "authors\'" occurs twice at radius 0.25; draw one setting at a time'):
+        plots.plot_ablation(pd.concat([table, table]), ax)
 
 
 def test_noise_axis_says_its_unit(ax):

@@ -50,6 +50,8 @@ class Split:
         Ascending positions -> uint8 [H, W, 3] images, one at a time.
     source : str
         File or folder that was read.
+    splits : tuple of str
+        All splits of the source; ``("all",)`` where it is not divided.
     """
 
     split: str
@@ -59,6 +61,7 @@ class Split:
     shapes: Callable[[], set[tuple[int, int]]]
     read: Callable[[NDArray[np.int64]], Images]
     source: str
+    splits: tuple[str, ...] = SPLITS
 
 
 def medmnist_file(folder: Path, name: str, image_size: int | None) -> Path | None:
@@ -106,6 +109,7 @@ def medmnist_split(path: Path, split: str, wording: ClassWording) -> Split:
         shapes=lambda: {(shape[1], shape[2])},
         read=lambda positions: map(_rgb, member_rows(path, f"{split}_images", positions)),
         source=str(path),
+        splits=tuple(name for name in SPLITS if f"{name}_images" in keys),
     )
 
 
@@ -153,7 +157,8 @@ def medimeta_split(folder: Path, split: str, wording: ClassWording) -> Split:
         paths = [_existing(folder / "images" / f"{member:06d}.tiff") for member in members]
         shapes, read = _file_images(paths)
     labels = np.array([to_label[int(number)] for number in numbers], dtype=np.int64)
-    return Split(split, labels, wording.names, wording.prompt_nouns, shapes, read, str(folder))
+    splits = tuple(name for name in SPLITS if (folder / "splits" / f"{name}.txt").is_file())
+    return Split(split, labels, wording.names, wording.prompt_nouns, shapes, read, str(folder), splits)
 
 
 def class_folder_split(root: Path, split: str) -> Split:
@@ -192,7 +197,7 @@ def class_folder_split(root: Path, split: str) -> Split:
         raise ValueError(f"no images in split {split!r} of {root} ({folders[split]})")
     shapes, read = _file_images([path for path, _ in files])
     labels = np.array([label for _, label in files], dtype=np.int64)
-    return Split(split, labels, codes, _names(codes, (root, base)), shapes, read, str(root))
+    return Split(split, labels, codes, _names(codes, (root, base)), shapes, read, str(root), tuple(folders))
 
 
 def csv_split(path: Path, split: str) -> Split:
@@ -228,8 +233,8 @@ def csv_split(path: Path, split: str) -> Split:
         if file in seen:
             raise ValueError(f"{path}, lines {seen[file]} and {number}: {file} is listed twice")
         seen[file] = number
-    splits = sorted({row_split for _, _, row_split in rows})
-    split = resolve_split(split, tuple(splits), str(path))
+    splits = tuple(sorted({row_split for _, _, row_split in rows}))
+    split = resolve_split(split, splits, str(path))
     codes = _ordered({label for _, label, _ in rows})
     label_of = {code: label for label, code in enumerate(codes)}
     chosen = [(file, label_of[label]) for file, label, row_split in rows if row_split == split]
@@ -238,7 +243,7 @@ def csv_split(path: Path, split: str) -> Split:
             raise FileNotFoundError(f"{path}, line {seen[file]}: no image file at {file}")
     shapes, read = _file_images([file for file, _ in chosen])
     labels = np.array([label for _, label in chosen], dtype=np.int64)
-    return Split(split, labels, codes, _names(codes, (path.parent,)), shapes, read, str(path))
+    return Split(split, labels, codes, _names(codes, (path.parent,)), shapes, read, str(path), splits)
 
 
 def resolve_split(split: str, available: Sequence[str], source: str) -> str:

@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,15 @@ from medrobust_lib.data.readers import (
 )
 from medrobust_lib.data.wording import SITE_A, ClassWording, class_wording, suggest
 
-__all__ = ["ClassWording", "class_wording", "default_data_root", "list_datasets", "load_dataset"]
+__all__ = [
+    "ClassWording",
+    "OpenSplit",
+    "class_wording",
+    "default_data_root",
+    "list_datasets",
+    "load_dataset",
+    "open_split",
+]
 
 
 def default_data_root() -> Path:
@@ -88,6 +97,73 @@ def load_dataset(
         Unknown id, split or wording, ``n`` outside the split, a label outside the class list, a corrupt
         file, or fewer than two classes.
     """
+    found = open_split(id, split=split, root=root, image_size=image_size, wording=wording, like=like)
+    return found.read(stratified_positions(found.labels, n=n, seed=seed), n=n, seed=seed)
+
+
+@dataclass(frozen=True)
+class OpenSplit:
+    """A split of a data set that is found and labelled, with no image decoded yet; made by `open_split`."""
+
+    row: DatasetEntry
+    words: ClassWording
+    listed: Split
+    image_size: int | None
+
+    @property
+    def labels(self) -> NDArray[np.int64]:
+        """Label of every image of the split, int64 [N]."""
+        return self.listed.labels
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Prompt noun of each label."""
+        return self.words.prompt_nouns
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        """The splits of the data set in the order train, val, test; empty where it is not divided."""
+        return tuple(name for name in SPLITS if name in self.listed.splits)
+
+    def read(self, positions: NDArray[np.int64], **drawn: Any) -> ImageDataset:
+        """Decode the images at ascending positions; ``drawn`` (JSON values) says in the provenance how they came."""
+        images, resized = _decode(self.listed, positions, self.image_size)
+        provenance = {
+            "source": self.row.source,
+            "read_from": self.listed.source,
+            "synthetic": self.row.kind == "phantom",
+            "split_size": len(self.labels),
+            **drawn,
+            "resized": resized,
+            "wording": f"{self.words.set_name}: {self.words.wording}",
+        }
+        return ImageDataset(
+            id=self.row.id,
+            split=self.listed.split,
+            images=images,
+            labels=self.labels[positions],
+            classes=self.classes,
+            templates=self.words.templates,
+            modality=self.row.modality,
+            licence=self.row.licence,
+            provenance=provenance,
+            indices=positions,
+        )
+
+
+def open_split(
+    id: str,
+    *,
+    split: str = "test",
+    root: str | Path | None = None,
+    image_size: int | None = None,
+    wording: str = "paper",
+    like: str | None = None,
+) -> OpenSplit:
+    """Find a split and its labels without decoding an image, for draws that `load_dataset` does not offer.
+
+    Parameters, errors and the meaning of ``split`` are those of `load_dataset`.
+    """
     _check_size(image_size)
     scheme, _, path = id.partition(":")
     if scheme in {"folder", "csv"} and path:
@@ -100,30 +176,7 @@ def load_dataset(
     else:
         raise ValueError(f"unknown data set {id!r}.{suggest(id, [*DATASETS, 'folder:PATH', 'csv:PATH'])}")
     check_classes(words.prompt_nouns, listed.source)
-    positions = stratified_positions(listed.labels, n=n, seed=seed)
-    images, resized = _decode(listed, positions, image_size or (FALLBACK_SIZE if row.kind == "folders" else None))
-    provenance = {
-        "source": row.source,
-        "read_from": listed.source,
-        "synthetic": row.kind == "phantom",
-        "split_size": len(listed.labels),
-        "n": n,
-        "seed": seed,
-        "resized": resized,
-        "wording": f"{words.set_name}: {words.wording}",
-    }
-    return ImageDataset(
-        id=row.id,
-        split=listed.split,
-        images=images,
-        labels=listed.labels[positions],
-        classes=words.prompt_nouns,
-        templates=words.templates,
-        modality=row.modality,
-        licence=row.licence,
-        provenance=provenance,
-        indices=positions,
-    )
+    return OpenSplit(row, words, listed, image_size or (FALLBACK_SIZE if row.kind == "folders" else None))
 
 
 def list_datasets(*, root: str | Path | None = None) -> pd.DataFrame:
@@ -270,7 +323,7 @@ def _renamed(listed: Split, words: ClassWording) -> Split:
         target.append(label)
     labels = np.array(target, dtype=np.int64)[listed.labels]
     check_labels(labels, words.names, listed.source)
-    return Split(listed.split, labels, words.names, words.prompt_nouns, listed.shapes, listed.read, listed.source)
+    return replace(listed, labels=labels, codes=words.names, names=words.prompt_nouns)
 
 
 def _decode(

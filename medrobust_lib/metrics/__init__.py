@@ -3,9 +3,12 @@
 from medrobust_lib.metrics.certified import (
     CERTIFICATE_GROUPS,
     average_certified_radius,
+    balanced_certified_accuracy,
     certification_summary,
     certified_accuracy,
     certified_envelope,
+    over_prompt_seeds,
+    table_of_radii,
 )
 from medrobust_lib.metrics.classification import (
     CONSTANT_SHARE,
@@ -18,20 +21,50 @@ from medrobust_lib.metrics.classification import (
     majority_share,
     per_class_recall,
 )
+from medrobust_lib.metrics.corruption import (
+    AGGREGATIONS,
+    LEAST_RISE,
+    GuardedMean,
+    average_accuracy,
+    bootstrap_interval,
+    corruption_error,
+    degradation,
+    mean_corruption_error,
+    relative_clean_error,
+    relative_corruption_error,
+    relative_mean_corruption_error,
+)
+from medrobust_lib.metrics.corruption_tables import balanced_error_table, corruption_error_table
 
 __all__ = [
+    "AGGREGATIONS",
     "CERTIFICATE_GROUPS",
     "CONSTANT_SHARE",
+    "LEAST_RISE",
+    "GuardedMean",
     "accuracy",
     "accuracy_interval",
+    "average_accuracy",
     "average_certified_radius",
     "balanced_accuracy",
+    "balanced_certified_accuracy",
+    "balanced_error_table",
+    "bootstrap_interval",
     "calibration_bins",
     "certification_summary",
     "certified_accuracy",
     "certified_envelope",
+    "corruption_error",
+    "corruption_error_table",
+    "degradation",
     "expected_calibration_error",
     "is_constant_predictor",
     "majority_share",
+    "mean_corruption_error",
+    "over_prompt_seeds",
     "per_class_recall",
+    "relative_clean_error",
+    "relative_corruption_error",
+    "relative_mean_corruption_error",
+    "table_of_radii",
 ]

@@ -1,6 +1,6 @@
 """Certified accuracy: pure functions of tables of certificates, one row per image, sigma and method."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import pandas as pd
 
@@ -9,6 +9,10 @@ from medrobust_lib.metrics.classification import accuracy, accuracy_interval, ma
 CERTIFICATE_GROUPS = (
     "dataset", "model", "method", "guarantee", "sampling", "mode", "alpha", "seed", "n_classes", "sigma",
 )  # fmt: skip
+# What a row measures; all other columns say of what.
+MEASURED = frozenset({"certified_accuracy", "clean_accuracy", "low", "high", "lowest", "highest", "seeds", "n"})
+
+Reach = Mapping[float, float] | Mapping[float | tuple[str, float], float]
 
 
 def certified_accuracy(rows: pd.DataFrame, radii: Sequence[float], *, per_class: bool = False) -> pd.DataFrame:
@@ -58,6 +62,97 @@ def certified_accuracy(rows: pd.DataFrame, radii: Sequence[float], *, per_class:
             table.append(dict(zip(groups, key, strict=True)) | {"radius": radius} | share)
     table = pd.DataFrame(table)
     return table.assign(chance=1 / table["n_classes"]).drop(columns="n_classes") if "n_classes" in table else table
+
+
+def balanced_certified_accuracy(rows: pd.DataFrame, radii: Sequence[float]) -> pd.DataFrame:
+    """Certified accuracy beside its mean over classes, of which a constant answer gets one share in all.
+
+    Parameters
+    ----------
+    rows, radii
+        As in `certified_accuracy`.
+
+    Returns
+    -------
+    DataFrame
+        The table of `certified_accuracy` (low and high belong to its plain share) and the columns balanced (mean
+        over the classes that occur of their certified accuracy; at most 1 / classes for a constant answer),
+        classes_certified (how many of them have a certified image) and classes (how many occur). Where one
+        class was not tested at a radius, balanced and classes_certified are missing.
+
+    Raises
+    ------
+    ValueError
+        As `certified_accuracy`.
+    """
+    radii = list(dict.fromkeys(radii))  # a radius asked for twice would count each class twice
+    plain = certified_accuracy(rows, radii)
+    keys = [column for column in plain.columns if column not in MEASURED]
+    by_class = certified_accuracy(rows, radii, per_class=True).groupby(keys, sort=False, dropna=False)
+    added = by_class["certified_accuracy"].agg(
+        balanced=lambda shares: shares.mean(skipna=False),
+        classes_certified=lambda shares: (shares > 0).sum() if shares.notna().all() else float("nan"),
+        classes="size",
+    )
+    table = plain.merge(added.reset_index(), on=keys, how="left", validate="one_to_one")
+    return table.astype({"classes_certified": "Int64"})
+
+
+def over_prompt_seeds(table: pd.DataFrame) -> pd.DataFrame:
+    """Summarise certified accuracy over the seeds that prompts were learned with.
+
+    Two uncertainties stand side by side: other seeds (lowest to highest) and other images (low to high).
+
+    Parameters
+    ----------
+    table : DataFrame
+        As `certified_accuracy` returns it, with a column prompt_seed; rows that agree in all columns but
+        prompt_seed and what is measured form a group. Every seed of a group was measured on the same images.
+
+    Returns
+    -------
+    DataFrame
+        The grouping columns and certified_accuracy (mean over the seeds), lowest and highest (of the seeds; not
+        an interval), low and high (95 % Clopper-Pearson interval of the mean number of certified images out
+        of n, rounded outwards: how far other images would move the mean of these very prompts), seeds (their
+        number; one of them has no spread, which says nothing about other seeds), and n (images). Where one seed
+        was not tested at a radius, all shares are NaN.
+
+    Raises
+    ------
+    ValueError
+        Columns are missing, a seed occurs twice in a group, or its seeds were measured on different numbers of
+        images.
+    """
+    _require(table, "method", "sigma", "radius", "prompt_seed", "certified_accuracy", "n")
+    keys = [column for column in table.columns if column not in MEASURED | {"prompt_seed"}]
+    if table.duplicated([*keys, "prompt_seed"]).any():
+        repeated = table[table.duplicated([*keys, "prompt_seed"])].iloc[0]
+        raise ValueError(
+            f"prompt seed {repeated['prompt_seed']} occurs twice for {repeated['method']!r} at sigma "
+            f"{repeated['sigma']:g} and radius {repeated['radius']:g}"
+        )
+    summary = []
+    for key, group in table.groupby(keys, sort=False, dropna=False):
+        shares, images = group["certified_accuracy"], group["n"].unique()
+        if len(images) > 1:
+            raise ValueError(
+                f"the seeds of {group['method'].iloc[0]!r} at sigma {group['sigma'].iloc[0]:g} were measured on "
+                f"{', '.join(map(str, images))} images; their mean would compare nothing, summarise them separately"
+            )
+        n, tested = int(images[0]), bool(shares.notna().all())
+        values = dict.fromkeys(("certified_accuracy", "lowest", "highest", "low", "high"), float("nan"))
+        if tested:
+            hits = int((shares * n).round().sum())
+            values = {
+                "certified_accuracy": shares.mean(),
+                "lowest": shares.min(),
+                "highest": shares.max(),
+                "low": accuracy_interval(hits // len(group), n)[0],
+                "high": accuracy_interval(-(-hits // len(group)), n)[1],
+            }
+        summary.append(dict(zip(keys, key, strict=True)) | values | {"seeds": len(group), "n": n})
+    return pd.DataFrame(summary)
 
 
 def certification_summary(rows: pd.DataFrame) -> pd.DataFrame:
@@ -124,7 +219,7 @@ def average_certified_radius(rows: pd.DataFrame) -> float:
     return float(rows["radius"].where(rows["predicted"] == rows["label"], 0.0).mean())
 
 
-def certified_envelope(table: pd.DataFrame) -> pd.DataFrame:
+def certified_envelope(table: pd.DataFrame, *, reach: Reach | None = None) -> pd.DataFrame:
     """Best noise level for each radius: the convention of published tables, not a guarantee.
 
     A deployed classifier has one sigma, chosen before the image is seen; the maximum over sigma of certified
@@ -133,22 +228,108 @@ def certified_envelope(table: pd.DataFrame) -> pd.DataFrame:
     Parameters
     ----------
     table : DataFrame
-        As `certified_accuracy` returns it, with several values of sigma.
+        As `certified_accuracy` or `over_prompt_seeds` returns it, with several values of sigma, which may
+        differ from method to method.
+    reach : mapping, optional
+        Largest radius that the draws can prove, by sigma, or by (method, sigma) where a method has draws or
+        an alpha of its own. Noise levels that do not reach a radius are left out: their zeros say nothing
+        about the classifier.
 
     Returns
     -------
     DataFrame
-        The rows of the best sigma per radius and group (the smallest sigma on ties), with a column convention.
+        The rows of the best sigma per radius and group (the smallest sigma on ties), with the columns
+        clean_accuracy (certified accuracy at radius 0 and the same sigma, NaN where it was not asked for)
+        and convention. A group has no row where no noise level reaches the radius or was tested at it.
+
+    Raises
+    ------
+    ValueError
+        Columns are missing, or reach does not name a noise level.
     """
-    if not {"sigma", "radius", "certified_accuracy"} <= set(table.columns):
-        raise ValueError(f"an envelope needs columns sigma, radius and certified_accuracy, got {list(table.columns)}")
-    values = {"sigma", "certified_accuracy", "low", "high", "n"}
-    groups = [column for column in table.columns if column not in values]
+    _require(table, "sigma", "radius", "certified_accuracy")
+    groups = [column for column in table.columns if column not in MEASURED | {"sigma"}]
     table = table.reset_index(drop=True)  # tables are often concatenated with repeating row numbers
-    ordered = table.sort_values("sigma", kind="stable")
-    ordered = ordered[ordered["certified_accuracy"].notna()]
+    others = [column for column in (*groups, "sigma") if column != "radius"]
+    clean = table.loc[table["radius"] == 0, [*others, "certified_accuracy"]].drop_duplicates(others)
+    clean = clean.rename(columns={"certified_accuracy": "clean_accuracy"})
+    table = table.drop(columns="clean_accuracy", errors="ignore").merge(clean, on=others, how="left")
+    ordered = table if reach is None else table[_within_reach(table, reach)]
+    ordered = ordered[ordered["certified_accuracy"].notna()].sort_values("sigma", kind="stable")
     best = ordered.groupby(groups, sort=False, dropna=False)["certified_accuracy"].idxmax()
     return table.loc[best].sort_index().assign(convention="best sigma per radius").reset_index(drop=True)
+
+
+def table_of_radii(table: pd.DataFrame, radii: Sequence[float], *, reach: Reach) -> pd.DataFrame:
+    """Lay certified accuracy out for reading, as published tables do: method x radius, the best sigma for each.
+
+    The numbers are those of `certified_envelope`, which keeps them as numbers, one a row.
+
+    Parameters
+    ----------
+    table : DataFrame
+        As in `certified_envelope`, of one model and data set, with columns method and guarantee and with the
+        radius 0, whose certified accuracy is called clean. Methods may differ in noise levels, radii and n.
+    radii : sequence of float
+        Which radii to show, in [0, 1] pixel units.
+    reach : mapping
+        As in `certified_envelope`.
+
+    Returns
+    -------
+    DataFrame of str
+        Index (method, guarantee) in the order of the table, a column per radius. A cell reads
+        "certified (clean)" in percent, clean at the sigma that won; "–" where no noise level reaches the
+        radius, and nothing where it was not measured.
+
+    Raises
+    ------
+    ValueError
+        Columns or radii are missing, rows occur twice (for instance of two data sets), or reach does not
+        name a noise level.
+    """
+    keys = ["method", "guarantee", "sigma", "radius"]
+    _require(table, *keys, "certified_accuracy")
+    missing = sorted({0.0, *radii} - set(table["radius"]))
+    if missing:
+        raise ValueError(
+            f"the table has no radius {', '.join(f'{radius:g}' for radius in missing)} (0 gives the clean "
+            f"accuracy); it has {', '.join(f'{radius:g}' for radius in sorted(set(table['radius'])))}"
+        )
+    if table.duplicated(keys).any():
+        mixed = [column for column in table.columns if column not in MEASURED | {*keys} and table[column].nunique() > 1]
+        raise ValueError(f"rows occur twice for one {', '.join(keys)}; give one at a time of: {', '.join(mixed)}")
+    best = certified_envelope(table[[*keys, "certified_accuracy"]], reach=reach)
+    texts = [
+        f"{100 * share:.1f} ({'not measured' if pd.isna(clean) else f'{100 * clean:.1f}'})"
+        for share, clean in zip(best["certified_accuracy"], best["clean_accuracy"], strict=True)
+    ]
+    index = pd.MultiIndex.from_frame(table[["method", "guarantee"]].drop_duplicates())
+    cells = best.assign(text=texts).set_index(["method", "guarantee", "radius"])["text"].unstack("radius")
+    within = table.assign(within=_within_reach(table, reach)).groupby(["method", "guarantee", "radius"])["within"].any()
+    beyond = within.eq(False).unstack("radius", fill_value=False)
+    columns = list(dict.fromkeys(radii))
+    cells, beyond = (part.reindex(index=index, columns=columns) for part in (cells, beyond))
+    cells = cells.astype(object).mask(beyond.eq(True), "–").fillna("")
+    return cells.rename(columns="{:g}".format).rename_axis(columns="radius")
+
+
+def _within_reach(table: pd.DataFrame, reach: Reach) -> pd.Series:
+    """Whether the draws behind each row can prove its radius."""
+    methods = table["method"] if "method" in table else [None] * len(table)
+    rows = list(zip(methods, table["sigma"], strict=True))
+    largest = [reach.get((method, sigma), reach.get(sigma)) for method, sigma in rows]
+    unnamed = sorted({sigma for (_, sigma), radius in zip(rows, largest, strict=True) if radius is None})
+    if unnamed:
+        missing = ", ".join(f"{sigma:g}" for sigma in unnamed)
+        raise ValueError(f"reach names no largest radius for sigma {missing}; it names {list(reach)}")
+    return pd.Series(largest, index=table.index, dtype=float) >= table["radius"]
+
+
+def _require(table: pd.DataFrame, *columns: str) -> None:
+    missing = [column for column in columns if column not in table.columns]
+    if missing:
+        raise ValueError(f"the table has no column {', '.join(missing)}; its columns are {', '.join(table.columns)}")
 
 
 def _not_tested(rows: pd.DataFrame, radius: float) -> bool:

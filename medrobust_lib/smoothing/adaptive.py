@@ -167,7 +167,7 @@ def adapt_to_pool(
     *,
     sigma: float,
     copies: int = 1,
-    steps: int = 8,
+    steps: int = 1,
     learning_rate: float = 5e-3,
     seed: int = 0,
 ) -> PromptSet:
@@ -184,7 +184,8 @@ def adapt_to_pool(
     copies : int
         Noisy copies of each image; the entropy of their mean prediction is averaged over images.
     steps : int
-        AdamW steps over the whole pool.
+        AdamW steps over the whole pool. One, as for the per-image prompt: every further step makes answers surer,
+        right or wrong.
     learning_rate : float
     seed : int
         Of the noise.

@@ -1,19 +1,25 @@
 import pandas as pd
 import pytest
 
+from medrobust_lib.data.catalogue import DATASETS
 from medrobust_lib.data.published_tables import list_published, load_published
+from medrobust_lib.data.wording import class_wording
 
 BLOCK = ["collection", "dataset"]
 ROWS = {
+    "medmnist_c_alexnet": 50,
     "promptsmooth_table2": 49,
     "promptsmooth_table3": 40,
     "promptsmooth_table4": 8,
     "promptsmooth_table5": 9,
+    "robustmedclip_readme": 5,
     "robustmedclip_table2_mce": 450,
     "robustmedclip_table3_accuracy": 400,
     "robustmedclip_table3_average": 50,
     "robustmedclip_table6": 8,
+    "test_class_counts": 32,
 }
+NUMBERED = [name for name in ROWS if "_table" in name]
 
 
 def only(table, column, **where):
@@ -33,17 +39,24 @@ def test_every_table_is_listed_and_complete():
 def test_rows_say_where_they_come_from(name):
     table = load_published(name)
     assert set(table["status"]) == {"reported"}
-    assert table["paper"].str.startswith(("PromptSmooth (", "RobustMedCLIP (")).all()
-    assert set(table["table"]) == {name.split("_table")[1][0]}
+    assert table["paper"].notna().all()
+    assert table["table"].notna().all()
     measured = {"as_printed", *table.select_dtypes("float").columns} - {"radius", "few_shot_fraction"}
     keys = [column for column in table if column not in measured]
     assert not table.duplicated(keys).any()
 
 
+@pytest.mark.parametrize("name", NUMBERED)
+def test_rows_of_papers_name_the_paper_and_the_table(name):
+    table = load_published(name)
+    assert table["paper"].str.startswith(("PromptSmooth (", "RobustMedCLIP (")).all()
+    assert set(table["table"]) == {name.split("_table")[1][0]}
+
+
 @pytest.mark.parametrize("name", ROWS)
 def test_accuracies_and_shares_are_fractions(name):
     table = load_published(name)
-    for column in table.columns[table.columns.str.contains("accuracy|fraction")]:
+    for column in table.columns[table.columns.str.contains("accuracy|fraction|balanced_error")]:
         assert table[column].between(0, 1).all(), column
         assert table[column].max() > 0.01, column
 
@@ -102,7 +115,7 @@ def test_average_accuracy_is_the_mean_over_the_corruptions():
     assert (corrupted - average).abs().max() <= 1e-4
 
 
-def test_table_6_agrees_with_the_others_except_for_its_misprint():
+def test_clean_errors_of_table_6_follow_from_its_accuracies_but_for_one():
     six = load_published("robustmedclip_table6")
     clip = only(
         load_published("robustmedclip_table3_accuracy"),
@@ -112,13 +125,72 @@ def test_table_6_agrees_with_the_others_except_for_its_misprint():
         corruption="clean",
     )
     deviation = (100 * (1 - six["clean_accuracy"]) / (1 - clip) - six["clean_error_percent_of_clip"]).abs()
-    misprint = (six["variant"] == "RobustMedCLIP-ResNet") & (six["few_shot_fraction"] == 0.03)
-    assert deviation[~misprint].max() <= 0.1
-    assert deviation[misprint].item() == pytest.approx(2.98, abs=0.01)
+    other = (six["variant"] == "RobustMedCLIP-ResNet") & (six["few_shot_fraction"] == 0.03)
+    assert deviation[~other].max() <= 0.1
+    assert deviation[other].item() == pytest.approx(2.98, abs=0.01)
+
+
+def test_every_model_has_every_cell():
+    """Ten data sets, five models; clean, seven corruptions and the means."""
+    models, corruptions = {"CLIP", "MedCLIP", "BioMedCLIP", "UniMedCLIP", "RobustMedCLIP"}, 7
+    two, three = load_published("robustmedclip_table2_mce"), load_published("robustmedclip_table3_accuracy")
+    for table, cells in ((two, corruptions + 2), (three, corruptions + 1)):
+        sizes = table.groupby([*BLOCK, "model"]).size()
+        assert set(table["model"]) == models
+        assert len(sizes) == 50
+        assert set(sizes) == {cells}
+    assert (two[two["model"] == "CLIP"]["percent_of_clip"] == 100).all()
+    assert two["corruption"].nunique() == three["corruption"].nunique() == corruptions + 1
+
+
+def test_the_repository_s_summary_names_its_source():
+    readme = load_published("robustmedclip_readme")
+    assert readme["source"].str.startswith("https://github.com/BioMedIA-MBZUAI/RobustMedCLIP/").all()
+    assert only(readme, "clean_error_percent_of_clip", model="BioMedCLIP") == 116.3
+    assert only(readme, "mce_percent_of_clip", model="UniMedCLIP") == 98.87
+
+
+def test_alexnet_s_balanced_errors():
+    table = load_published("medmnist_c_alexnet")
+    sizes = table.groupby("dataset").size().to_dict()
+    assert sizes == {  # the official corruptions and the clean images
+        "medmnist/blood": 12,
+        "medmnist/breast": 8,
+        "medmnist/pneumonia": 14,
+        "medmnist/retina": 9,
+        "medmnist/oct": 7,
+    }
+    assert only(table, "balanced_error", dataset="medmnist/blood", corruption="clean") == 0.018369
+    assert only(table, "balanced_error", dataset="medmnist/retina", corruption="motion_blur") == 0.707576
+    pneumonia = table[table["dataset"] == "medmnist/pneumonia"].set_index("corruption")["balanced_error"]
+    assert set(pneumonia.index[pneumonia < pneumonia["clean"]]) == {"contrast_up", "gamma_corr_up"}
+
+
+def test_class_counts_add_up_to_the_papers_test_splits():
+    counts = load_published("test_class_counts").groupby(BLOCK)["images"].agg(["sum", "size"])
+    assert dict(zip(counts.index, counts.itertuples(index=False, name=None), strict=True)) == {
+        ("MediMeta-C", "Mammo"): (326, 2),
+        ("MediMeta-C", "Pneumonia"): (624, 3),
+        ("MediMeta-C", "Fundus"): (640, 2),
+        ("MediMeta-C", "OCT"): (1000, 4),
+        ("MedMNIST-C", "BloodMNIST"): (3421, 8),
+        ("MedMNIST-C", "BreastMNIST"): (156, 2),
+        ("MedMNIST-C", "PneumoniaMNIST"): (624, 2),
+        ("MedMNIST-C", "RetinaMNIST"): (400, 5),
+        ("MedMNIST-C", "OCTMNIST"): (1000, 4),
+    }
+
+
+def test_class_counts_speak_of_registered_data_sets_and_their_classes():
+    for dataset, rows in load_published("test_class_counts").groupby("dataset_id"):
+        assert dataset in DATASETS
+        assert len(rows) == len(class_wording(dataset).names)
+        assert rows["images"].sum() == DATASETS[dataset].sizes[2]
 
 
 def test_unknown_table_names_the_closest():
     with pytest.raises(
-        ValueError, match=r"'promptsmoth_table2'; did you mean 'promptsmooth_table2'\? Available: prompt"
+        ValueError,
+        match=r"'promptsmoth_table2'; did you mean 'promptsmooth_table2'\? Available: medmnist_c_alexnet, prompt",
     ):
         load_published("promptsmoth_table2")

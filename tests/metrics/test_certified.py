@@ -231,10 +231,226 @@ def test_envelope_keeps_methods_and_classes_apart():
         ),
         (
             lambda: metrics.certified_envelope(pd.DataFrame({"radius": [0.0]})),
-            r"an envelope needs columns sigma, radius and certified_accuracy, got \['radius'\]",
+            "the table has no column sigma, certified_accuracy; its columns are radius",
         ),
     ],
 )
 def test_bad_certificates_are_named(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+# by class
+
+
+def test_balanced_certified_accuracy_of_five_images():
+    table = metrics.balanced_certified_accuracy(certificates(), [0, 0.5])
+    # Classes 0, 1, 2 hold 2, 2 and 1 images: all, none and all are right; at 0.5 half of class 0 is left.
+    assert table["balanced"].tolist() == pytest.approx([2 / 3, 0.5 / 3])
+    assert table["classes_certified"].tolist() == [2, 1]
+    assert table["classes"].tolist() == [3, 3]
+    plain = metrics.certified_accuracy(certificates(), [0, 0.5])
+    pd.testing.assert_frame_equal(table[plain.columns], plain)
+
+
+def test_a_constant_answer_gets_one_share_of_the_classes_however_skewed_the_images():
+    labels = np.repeat([0, 1, 2, 3], [90, 5, 3, 2])
+    rows = pd.DataFrame({"sigma": 1.0, "image": range(100), "label": labels, "predicted": 0, "radius": 3.0})
+    row = metrics.balanced_certified_accuracy(rows, [1.0]).iloc[0]
+    assert (row["certified_accuracy"], row["balanced"], row["classes_certified"]) == (0.9, 0.25, 1)
+
+
+def test_balanced_certified_accuracy_keeps_groups_apart_and_unknown_models():
+    rows = pd.concat([certificates(model=None), certificates(model=None, sigma=1.0, predicted=[-1] * 5)])
+    table = metrics.balanced_certified_accuracy(rows, [0, 0, 0.5])
+    assert table.set_index(["sigma", "radius"])["balanced"].to_dict() == pytest.approx(
+        {(0.5, 0): 2 / 3, (0.5, 0.5): 0.5 / 3, (1.0, 0): 0, (1.0, 0.5): 0}
+    )
+    assert (table["classes"] == 3).all()
+
+
+def test_where_one_class_was_not_tested_nothing_balanced_is_known():
+    # The draws of class 2's image could have certified 0.5, but only 0.25 was asked for.
+    rows = certificates(radius_tested=[1.0, 1.0, 1.0, 1.0, 0.25], radius_reach=1.0)
+    table = metrics.balanced_certified_accuracy(rows, [0.25, 0.5, 2.0]).set_index("radius")
+    assert table.loc[0.25, "classes_certified"] == 1 and table.loc[2.0, "balanced"] == 0
+    assert table.loc[0.5, ["certified_accuracy", "balanced", "classes_certified"]].isna().all()
+    assert table.loc[0.5, "classes"] == 3
+
+
+# over the seeds of the prompts
+
+
+def by_seed(*shares, n=20, **columns):
+    """Certified accuracy of one method at one radius, a row per prompt seed."""
+    rows = {"method": "few-shot", "guarantee": "standard", "sigma": 0.25, "radius": 0.1, "chance": 0.125}
+    rows |= {"prompt_seed": range(len(shares)), "certified_accuracy": shares, "low": 0.0, "high": 1.0, "n": n}
+    return pd.DataFrame(rows | columns)
+
+
+def test_over_prompt_seeds_gives_mean_extremes_and_an_interval_over_images():
+    summary = metrics.over_prompt_seeds(by_seed(0.5, 0.7, 0.45))
+    assert len(summary) == 1
+    row = summary.iloc[0]
+    assert row["certified_accuracy"] == pytest.approx(0.55)
+    assert (row["lowest"], row["highest"], row["seeds"], row["n"], row["chance"]) == (0.45, 0.7, 3, 20, 0.125)
+    assert (row["low"], row["high"]) == pytest.approx(metrics.accuracy_interval(11, 20))
+
+
+def test_a_mean_between_two_counts_has_the_wider_interval():
+    row = metrics.over_prompt_seeds(by_seed(0.5, 0.55)).iloc[0]  # 10 and 11 of 20
+    assert row["low"] == metrics.accuracy_interval(10, 20)[0]
+    assert row["high"] == metrics.accuracy_interval(11, 20)[1]
+    # Shares are floats: three times 14 of 90 must stay 14, not become 14 to 15.
+    row = metrics.over_prompt_seeds(by_seed(14 / 90, 14 / 90, 14 / 90, n=90)).iloc[0]
+    assert (row["low"], row["high"]) == metrics.accuracy_interval(14, 90)
+
+
+def test_methods_of_one_seed_or_of_fewer_images_stand_beside_the_others():
+    table = pd.concat([by_seed(0.5, 0.7), by_seed(0.25, method="denoised", n=8), by_seed(0.5, 0.5, sigma=0.5)])
+    summary = metrics.over_prompt_seeds(table).set_index(["method", "sigma"])
+    assert list(summary.index) == [("few-shot", 0.25), ("denoised", 0.25), ("few-shot", 0.5)]
+    assert summary["seeds"].tolist() == [2, 1, 2] and summary["n"].tolist() == [20, 8, 20]
+    alone = summary.loc[("denoised", 0.25)]
+    assert alone["lowest"] == alone["certified_accuracy"] == alone["highest"] == 0.25
+    assert (alone["low"], alone["high"]) == pytest.approx(metrics.accuracy_interval(2, 8))
+
+
+def test_a_seed_that_was_not_tested_leaves_no_mean():
+    summary = metrics.over_prompt_seeds(by_seed(0.5, math.nan))
+    assert summary[["certified_accuracy", "lowest", "highest", "low", "high"]].isna().all(axis=None)
+    assert summary["seeds"].item() == 2
+
+
+def test_seeds_of_real_tables_are_summarised_group_by_group():
+    rows = pd.concat([certificates(), certificates(method="ensemble", model=None)])
+    table = pd.concat(metrics.certified_accuracy(rows, [0, 0.5]).assign(prompt_seed=seed) for seed in (3, 5))
+    summary = metrics.over_prompt_seeds(table)
+    assert len(summary) == 4 and (summary["seeds"] == 2).all()
+    assert {"dataset", "model", "guarantee"} < set(summary.columns) and "prompt_seed" not in summary
+
+
+# the layout of published tables
+
+
+def levels_table():
+    """Two methods at two noise levels, and one on fewer images at one level of its own."""
+    shares = {
+        ("zero-shot", "standard", 0.25): {0.0: 0.6, 0.1: 0.4, 0.5: 0.0, 1.0: 0.0},
+        ("zero-shot", "standard", 1.0): {0.0: 0.3, 0.1: 0.3, 0.5: 0.2, 1.0: 0.1},
+        ("adapted", "frozen-prompt", 0.25): {0.0: 0.7, 0.1: 0.7, 0.5: 0.0, 1.0: 0.0},
+        ("adapted", "frozen-prompt", 1.0): {0.0: 0.7, 0.1: 0.7, 0.5: 0.6, 1.0: 0.6},
+        ("denoised", "standard", 0.12): {0.0: 0.5, 0.1: 0.25},
+    }
+    rows = [
+        {
+            "method": method,
+            "guarantee": guarantee,
+            "sigma": sigma,
+            "radius": radius,
+            "certified_accuracy": share,
+            "n": n,
+        }
+        for (method, guarantee, sigma), found in shares.items()
+        for n in [8 if method == "denoised" else 40]
+        for radius, share in found.items()
+    ]
+    return pd.DataFrame(rows)
+
+
+REACH = {0.12: 0.2, 0.25: 0.45, 1.0: 1.5}
+
+
+def test_table_of_radii_reads_as_published_tables_do():
+    table = metrics.table_of_radii(levels_table(), [0.1, 0.5, 1.0], reach=REACH)
+    assert list(table.columns) == ["0.1", "0.5", "1"]
+    assert list(table.index) == [("zero-shot", "standard"), ("adapted", "frozen-prompt"), ("denoised", "standard")]
+    assert table.loc["zero-shot"].iloc[0].tolist() == ["40.0 (60.0)", "20.0 (30.0)", "10.0 (30.0)"]
+    # On a tie the smaller noise level is kept; what was not measured stays empty.
+    assert table.loc["adapted"].iloc[0].tolist() == ["70.0 (70.0)", "60.0 (70.0)", "60.0 (70.0)"]
+    assert table.loc["denoised"].iloc[0].tolist() == ["25.0 (50.0)", "", ""]
+
+
+def test_a_radius_that_no_draws_can_prove_is_a_dash_and_not_a_zero():
+    some = levels_table().query("sigma != 1")
+    table = metrics.table_of_radii(some, [1.0, 0.5, 0.1], reach=REACH)
+    assert list(table.columns) == ["1", "0.5", "0.1"]
+    assert table.loc["zero-shot"].iloc[0].tolist() == ["–", "–", "40.0 (60.0)"]
+    assert table.loc["denoised"].iloc[0].tolist() == ["", "", "25.0 (50.0)"]
+    nothing = metrics.table_of_radii(some, [1.0], reach=REACH)
+    assert nothing["1"].tolist() == ["–", "–", ""]
+    # A true zero stays one.
+    none_left = some.assign(certified_accuracy=some.certified_accuracy.where(some.radius == 0, 0.0))
+    assert metrics.table_of_radii(none_left, [0.1], reach=REACH)["0.1"].iloc[0] == "0.0 (60.0)"
+
+
+def test_reach_may_differ_from_method_to_method():
+    reach = REACH | {("zero-shot", 1.0): 0.6}
+    table = metrics.table_of_radii(levels_table(), [1.0], reach=reach)
+    assert table["1"].tolist() == ["–", "60.0 (70.0)", ""]
+
+
+def test_untested_shares_are_left_empty():
+    table = levels_table().query("method == 'zero-shot'")
+    unknown = table.assign(certified_accuracy=table.certified_accuracy.where(table.radius < 1.0))
+    found = metrics.table_of_radii(unknown, [0.5, 1.0], reach=REACH)
+    assert found.iloc[0].tolist() == ["20.0 (30.0)", ""]
+    assert metrics.certified_envelope(unknown, reach=REACH)["radius"].tolist() == [0.0, 0.1, 0.5]
+
+
+def test_the_envelope_keeps_the_numbers_behind_the_table():
+    table = levels_table().assign(lowest=lambda t: t.certified_accuracy - 0.01, highest=0.9, seeds=3)
+    envelope = metrics.certified_envelope(table, reach=REACH).set_index(["method", "radius"])
+    columns = ["sigma", "certified_accuracy", "clean_accuracy", "n"]
+    assert envelope.loc[("zero-shot", 0.5), columns].tolist() == [1.0, 0.2, 0.3, 40]
+    assert envelope.loc[("zero-shot", 0.1), columns].tolist() == [0.25, 0.4, 0.6, 40]
+    assert envelope.loc[("denoised", 0.1), columns].tolist() == [0.12, 0.25, 0.5, 8]
+    assert envelope.loc[("zero-shot", 0.5), "lowest"] == pytest.approx(0.19)
+    # Without reach, zeros of draws that cannot prove the radius take part.
+    some = table.query("method == 'adapted' and sigma == 0.25")
+    assert metrics.certified_envelope(some)["certified_accuracy"].tolist() == [0.7, 0.7, 0, 0]
+    assert metrics.certified_envelope(some, reach=REACH)["certified_accuracy"].tolist() == [0.7, 0.7]
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (
+            lambda: metrics.over_prompt_seeds(by_seed(0.5).drop(columns=["n", "prompt_seed"])),
+            "the table has no column prompt_seed, n; its columns are method, guarantee",
+        ),
+        (
+            lambda: metrics.over_prompt_seeds(by_seed(0.5, 0.6, prompt_seed=7)),
+            "prompt seed 7 occurs twice for 'few-shot' at sigma 0.25 and radius 0.1",
+        ),
+        (
+            lambda: metrics.over_prompt_seeds(by_seed(0.5, 0.6, n=[20, 9])),
+            "the seeds of 'few-shot' at sigma 0.25 were measured on 20, 9 images",
+        ),
+        (
+            lambda: metrics.table_of_radii(levels_table().drop(columns="guarantee"), [0.1], reach=REACH),
+            "the table has no column guarantee; its columns are method, sigma",
+        ),
+        (
+            lambda: metrics.table_of_radii(levels_table(), [0.1, 0.75], reach=REACH),
+            r"the table has no radius 0.75 \(0 gives the clean accuracy\); it has 0, 0.1, 0.5, 1",
+        ),
+        (
+            lambda: metrics.table_of_radii(levels_table().query("radius > 0"), [0.1], reach=REACH),
+            r"the table has no radius 0 \(0 gives the clean",
+        ),
+        (
+            lambda: metrics.table_of_radii(levels_table(), [0.1], reach={0.25: 0.4}),
+            r"reach names no largest radius for sigma 0.12, 1; it names \[0.25\]",
+        ),
+        (
+            lambda: metrics.table_of_radii(
+                pd.concat([levels_table().assign(dataset=name) for name in "ab"]), [0.1], reach=REACH
+            ),
+            "rows occur twice for one method, guarantee, sigma, radius; give one at a time of: dataset",
+        ),
+    ],
+)
+def test_bad_tables_are_named(call, message):
     with pytest.raises(ValueError, match=message):
         call()

@@ -1,0 +1,153 @@
+"""Images to learn from, an unlabelled pool and test images of one data set, whether or not it has splits."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from medrobust_lib.data.dataset import ImageDataset, stratified_positions
+from medrobust_lib.data.registry import OpenSplit, open_split
+
+Positions = NDArray[np.int64]
+
+
+@dataclass(frozen=True, eq=False)
+class LearningSplits:
+    """What a method may learn from and what it is judged on; `learning_splits` makes it.
+
+    Attributes
+    ----------
+    train : ImageDataset
+        Labelled images to learn from, none of them in ``test``.
+    pool : ImageDataset
+        Images whose labels a method does not look at, none of them in ``test``; other images than those of
+        ``train`` as far as there are any.
+    test : ImageDataset
+    divided : bool
+        Whether the data set itself keeps ``train`` and ``test`` apart. If not, both come out of one split:
+        with images of one patient on both sides, results look better than they are.
+    notes : tuple of str
+        Sentences for the reader: where the images come from, and which classes are short of them.
+    """
+
+    train: ImageDataset
+    pool: ImageDataset
+    test: ImageDataset
+    divided: bool
+    notes: tuple[str, ...]
+
+
+def learning_splits(
+    dataset: str, *, shots: int, n_test: int, n_pool: int, seed: int = 0, **options: Any
+) -> LearningSplits:
+    """Draw labelled images to learn from, an unlabelled pool and test images, reproducibly and disjoint.
+
+    A data set with the splits train and test keeps them; its pool is the split val. Without a train split
+    (a folder or table that is not divided, or one with test images only) each class is divided: half of its
+    images at most, and one at least, are learned from. Without a val split the pool is drawn from images
+    that are neither learned from nor tested, and where these are too few, from the learned ones too.
+    Only the images drawn are decoded.
+
+    Parameters
+    ----------
+    dataset : str
+        As in `load_dataset`.
+    shots : int
+        Images per class that a method will learn from. ``train`` has up to twice as many of each class, so
+        that a learner with another seed draws partly other images.
+    n_test, n_pool : int
+        Numbers of images, stratified by class; all where there are fewer.
+    seed : int
+    **options
+        root, image_size, wording and like, as in `load_dataset`.
+
+    Returns
+    -------
+    LearningSplits
+
+    Raises
+    ------
+    FileNotFoundError, ValueError
+        As `load_dataset`.
+    ValueError
+        A number below 1, or no image is left to test.
+    """
+    _check_whole_numbers(least=1, shots=shots, n_test=n_test, n_pool=n_pool)
+    _check_whole_numbers(least=0, seed=seed)
+    testing = open_split(dataset, split="test", **options)
+    divided = "train" in testing.splits
+    learning = open_split(dataset, split="train", **options) if divided else testing
+    learned = _learned(learning.labels, most=2 * shots, share=1.0 if divided else 0.5, seed=seed)
+    left = _others(testing.labels, np.array([], np.int64) if divided else learned)
+    if not len(left):
+        raise ValueError(
+            f"{dataset}: {len(learned)} images of {len(learned)} classes, one each, are all needed to learn from and "
+            "none is left to test; add images, or keep test images apart in a split 'test' beside 'train'"
+        )
+    tested = _stratified(testing.labels, left, n=n_test, seed=seed)
+    train = learning.read(learned, n=len(learned), seed=seed, drawn=f"at most {2 * shots} of each class")
+    test = testing.read(tested, n=len(tested), seed=seed)
+    notes = [_source_note(testing, divided), *_class_notes(learning, learned, shots, divided)]
+    if "val" in testing.splits:
+        unlabelled = open_split(dataset, split="val", **options)
+        drawn = _stratified(unlabelled.labels, np.arange(len(unlabelled.labels)), n=n_pool, seed=seed)
+        pool = unlabelled.read(drawn, n=len(drawn), seed=seed)
+    else:
+        others = _others(learning.labels, learned if divided else np.union1d(learned, tested))
+        drawn = _stratified(learning.labels, others, n=n_pool, seed=seed)
+        again = _stratified(learning.labels, learned, n=n_pool - len(drawn), seed=seed)
+        pool = learning.read(np.union1d(drawn, again), n=len(drawn) + len(again), seed=seed)
+        shared = f"; {len(again)} of its {len(pool)} images are learned from too" if len(again) else ""
+        notes.append(f"no val split: the pool comes from the split {pool.split!r}{shared}")
+    return LearningSplits(train, pool, test, divided, tuple(notes))
+
+
+def _learned(labels: Positions, *, most: int, share: float, seed: int) -> Positions:
+    """Draw at most ``most`` images, and at most a share of the images, of each class; one at least."""
+    values, counts = np.unique(labels, return_counts=True)
+    takes = np.clip((share * counts).astype(np.int64), 1, most)
+    # A permutation per class, keyed as in `stratified_positions`: other classes do not change what is drawn of one.
+    chosen = [
+        np.random.default_rng([seed, int(value)]).permutation(np.flatnonzero(labels == value))[:take]
+        for value, take in zip(values, takes, strict=True)
+    ]
+    return np.sort(np.concatenate(chosen)).astype(np.int64)
+
+
+def _stratified(labels: Positions, among: Positions, *, n: int, seed: int) -> Positions:
+    """Draw at most n of the positions ``among``, class by class."""
+    n = min(n, len(among))
+    return among[stratified_positions(labels[among], n=n, seed=seed)] if n > 0 else among[:0]
+
+
+def _others(labels: Positions, used: Positions) -> Positions:
+    return np.setdiff1d(np.arange(len(labels)), used)
+
+
+def _source_note(testing: OpenSplit, divided: bool) -> str:
+    if divided:
+        return "train and test are the data set's own splits"
+    has = f"has no train split ({', '.join(testing.splits)} only)" if testing.splits else "has no splits"
+    return f"the data set {has}: its images were divided class by class, patients may be on both sides"
+
+
+def _class_notes(learning: OpenSplit, learned: Positions, shots: int, divided: bool) -> list[str]:
+    counts = np.bincount(learning.labels, minlength=len(learning.classes))
+    kept = np.bincount(learning.labels[learned], minlength=len(learning.classes))
+    classes = np.array(learning.classes, dtype=object)
+    short = [f"{name} {count}" for name, count in zip(classes, kept, strict=True) if 0 < count < shots]
+    notes = []
+    if (counts == 0).any():
+        notes.append(f"no image to learn from: {', '.join(classes[counts == 0])}")
+    if short:
+        notes.append(f"fewer than {shots} images to learn from: {', '.join(short)}")
+    if not divided and (counts == 1).any():
+        notes.append(f"one image only, learned from and not tested: {', '.join(classes[counts == 1])}")
+    return notes
+
+
+def _check_whole_numbers(*, least: int, **values: object) -> None:
+    for name, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
+            raise ValueError(f"{name}={value!r}: give a whole number, {least} or more")
