@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 from medrobust_lib._torchvision import install_guard
 
 if TYPE_CHECKING:
+    from medrobust_lib.corruptions.corrupt import corrupt
+    from medrobust_lib.corruptions.suites import SUITES
     from medrobust_lib.data.dataset import ImageDataset
     from medrobust_lib.data.registry import list_datasets, load_dataset
     from medrobust_lib.models.registry import list_models, load_model, register_model
@@ -19,10 +21,12 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
+    "SUITES",
     "Certificate",
     "ImageDataset",
     "certify",
     "certify_dataset",
+    "corrupt",
     "list_datasets",
     "list_models",
     "load_dataset",
@@ -32,10 +36,12 @@ __all__ = [
 ]
 
 _HOMES = {
+    "SUITES": "medrobust_lib.corruptions.suites",
     "Certificate": "medrobust_lib.smoothing.certificate",
     "ImageDataset": "medrobust_lib.data.dataset",
     "certify": "medrobust_lib.smoothing.certify",
     "certify_dataset": "medrobust_lib.smoothing.study",
+    "corrupt": "medrobust_lib.corruptions.corrupt",
     "list_datasets": "medrobust_lib.data.registry",
     "load_dataset": "medrobust_lib.data.registry",
     "list_models": "medrobust_lib.models.registry",

@@ -1,0 +1,61 @@
+"""Write MediMeta-C: 7 corruptions x 5 severities of five MedIMeta sets, 175 corrupted sets in 31 GB.
+
+Layout: OUT/SET/SPLIT/CORRUPTION_severity_S.npz with images and labels, clean.npz beside them, and a manifest with
+every parameter and the SHA-256 of every file. A run that was stopped goes on when it is started again. Any data
+set of the library may be named; `--datasets phantom/histology phantom/chest --n 20` needs no download.
+
+The benchmark is Imam, Marew and Yaqub, On the robustness of medical vision-language models, MIUA 2025; its authors
+published no constants, so these are ImageNet-C's, and the files are not the authors' files.
+"""
+
+from pathlib import Path
+
+import typer
+
+from medrobust_lib.corruptions import command
+from medrobust_lib.data.preparation import data_root
+
+DATASETS = [f"medimeta/{name}" for name in ("pbc", "mammo", "pneumonia", "fundus", "oct")]
+
+app = typer.Typer(add_completion=False, rich_markup_mode="markdown")
+
+
+@app.command(help=__doc__)
+def main(
+    named: command.Named = None,
+    datasets: command.Datasets = None,
+    out: command.Out = None,
+    corruptions: command.Corruptions = "",
+    severities: command.Severities = command.ALL_SEVERITIES,
+    layout: command.LayoutOption = None,
+    split: command.Split = "test",
+    n: command.Number = None,
+    image_size: command.ImageSize = None,
+    seed: command.Seed = 0,
+    jobs: command.Jobs = -1,
+    root: command.Root = None,
+    dry_run: command.DryRun = False,
+    check: command.Check = False,
+) -> None:
+    """Write, plan or check the collection."""
+    folder: Path = out or data_root(root) / "MediMeta-C"
+    command.run_command(
+        folder,
+        [*(datasets or []), *(named or [])] or DATASETS,
+        suite="medimeta-c",
+        corruptions=corruptions,
+        severities=severities,
+        layout=layout and layout.value,
+        split=split,
+        n=n,
+        image_size=image_size,
+        seed=seed,
+        root=root,
+        jobs=jobs,
+        dry_run=dry_run,
+        check=check,
+    )
+
+
+if __name__ == "__main__":
+    app()

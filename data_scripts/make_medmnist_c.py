@@ -1,0 +1,68 @@
+"""Write MedMNIST-C from five MedMNIST sets: the papers' seven corruptions, or the official suite.
+
+`--suite medimeta-c` (the default) writes what the MediMeta-C paper evaluates as MedMNIST-C: 7 corruptions x 5
+severities, 175 corrupted sets, as OUT/SET/SPLIT/CORRUPTION_severity_S.npz. `--suite medmnist-c` writes the official
+MedMNIST-C, whose corruptions and parameters differ by data set, as OUT/SET/CORRUPTION.npz with the severities one
+after the other. The sets are read in the largest size on this computer; both papers use 224 px (30 GB):
+`python data_scripts/download_medmnist.py --size 224`. A run that was stopped goes on when it is started again.
+
+Official suite: Di Salvo et al., MedMNIST-C: comprehensive benchmark and improved classifier robustness, 2024. Its
+random numbers cannot be repeated image by image, so these are not its authors' files.
+"""
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from medrobust_lib.corruptions import SUITES, command
+from medrobust_lib.data.preparation import data_root
+
+DATASETS = [f"medmnist/{name}" for name in ("blood", "breast", "pneumonia", "retina", "oct")]
+FOLDERS = {"medimeta-c": "MedMNIST-C", "medmnist-c": "MedMNIST-C-official"}
+SuiteName = StrEnum("SuiteName", {name.replace("-", "_"): name for name in SUITES})
+
+app = typer.Typer(add_completion=False, rich_markup_mode="markdown")
+
+
+@app.command(help=__doc__)
+def main(
+    named: command.Named = None,
+    datasets: command.Datasets = None,
+    suite: Annotated[SuiteName, typer.Option(help="Whose corruptions and parameters.")] = SuiteName.medimeta_c,
+    out: command.Out = None,
+    corruptions: command.Corruptions = "",
+    severities: command.Severities = command.ALL_SEVERITIES,
+    layout: command.LayoutOption = None,
+    split: command.Split = "test",
+    n: command.Number = None,
+    image_size: command.ImageSize = None,
+    seed: command.Seed = 0,
+    jobs: command.Jobs = -1,
+    root: command.Root = None,
+    dry_run: command.DryRun = False,
+    check: command.Check = False,
+) -> None:
+    """Write, plan or check the collection."""
+    folder: Path = out or data_root(root) / FOLDERS[suite]
+    command.run_command(
+        folder,
+        [*(datasets or []), *(named or [])] or DATASETS,
+        suite=suite.value,
+        corruptions=corruptions,
+        severities=severities,
+        layout=layout and layout.value,
+        split=split,
+        n=n,
+        image_size=image_size,
+        seed=seed,
+        root=root,
+        jobs=jobs,
+        dry_run=dry_run,
+        check=check,
+    )
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,286 @@
+"""The two benchmark suites: which corruptions they hold and what their five severities mean.
+
+Parameters are in pixels of a 224 x 224 image and in grey levels, and are applied unchanged at every size, as the
+benchmarks' authors do: a blur of 41 pixels is far stronger at 28 x 28 than at 224 x 224. Compare results at one size.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from difflib import get_close_matches
+from types import MappingProxyType
+
+import numpy as np
+
+from medrobust_lib.corruptions.blur import defocus_blur, gaussian_blur, motion_blur, zoom_blur
+from medrobust_lib.corruptions.colour import (
+    brightness,
+    contrast,
+    gamma_correction,
+    saturate,
+    scale_brightness,
+    scale_contrast,
+)
+from medrobust_lib.corruptions.digital import jpeg_compression, pixelate
+from medrobust_lib.corruptions.microscopy import bubble, stain_deposit
+from medrobust_lib.corruptions.noise import gaussian_noise, impulse_noise, shot_noise, speckle_noise
+from medrobust_lib.corruptions.pixels import Pixels
+
+SEVERITIES = (1, 2, 3, 4, 5)
+RANDOM = frozenset({gaussian_noise, impulse_noise, speckle_noise, shot_noise, motion_blur, stain_deposit, bubble})
+
+Parameter = float | int | tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Corruption:
+    """A function with the parameters of its five severities.
+
+    Attributes
+    ----------
+    name : str
+        The name in the benchmark's files.
+    function : callable
+        Pure function of an image and keyword parameters; it takes ``rng`` too if it draws anything.
+    severities : tuple of five mappings
+        Parameters of severity 1 to 5.
+    """
+
+    name: str
+    function: Callable[..., Pixels]
+    severities: tuple[Mapping[str, Parameter], ...]
+
+    @property
+    def random(self) -> bool:
+        """Whether the corruption draws random numbers."""
+        return self.function in RANDOM
+
+    def apply(self, image: Pixels, *, severity: int, rng: np.random.Generator) -> Pixels:
+        """Corrupt one image, uint8 [H, W, 3] or [H, W], at severity 1 to 5."""
+        parameters = self.severities[severity - 1]
+        return self.function(image, **parameters, rng=rng) if self.random else self.function(image, **parameters)
+
+
+@dataclass(frozen=True)
+class Suite:
+    """Corruptions of a benchmark.
+
+    Attributes
+    ----------
+    id : str
+    corruptions : tuple of str
+        Names in the benchmark's order; for a suite with a list per data set, the union of the lists.
+    extra : tuple of str
+        Further names that the suite can make and the benchmark does not evaluate.
+    families : mapping of str to tuple of Corruption
+        What each family of data sets gets. One family named "" serves every data set.
+    gray : frozenset of str
+        Families whose results are luma, whatever the channels of the images, as in the benchmark's files.
+    """
+
+    id: str
+    corruptions: tuple[str, ...]
+    extra: tuple[str, ...]
+    families: Mapping[str, tuple[Corruption, ...]]
+    gray: frozenset[str] = frozenset()
+
+    def family(self, dataset: str = "") -> str:
+        """Family whose parameters a data set gets.
+
+        Parameters
+        ----------
+        dataset : str
+            Id such as "phantom/blood", "medmnist/oct" or "medimeta/pbc", or a family's name.
+
+        Raises
+        ------
+        ValueError
+            The suite has parameters per data set and none for this one; those it has are listed.
+        """
+        if "" in self.families:
+            return ""
+        last = dataset.rsplit("/", 1)[-1]
+        found = _FAMILY_OF.get(last, last)
+        if found not in self.families:
+            raise ValueError(
+                f"suite {self.id} has its own parameters for each kind of data set and none for {dataset!r}; "
+                f"it knows {', '.join(self.families)}{_closest(last, (*self.families, *_FAMILY_OF))}"
+            )
+        return found
+
+    def names(self, dataset: str = "") -> tuple[str, ...]:
+        """Names that are evaluated on a data set, in order."""
+        return tuple(c.name for c in self.families[self.family(dataset)] if c.name not in self.extra)
+
+    def corruption(self, name: str, *, dataset: str = "") -> Corruption:
+        """Look up a corruption and its parameters for a data set.
+
+        Raises
+        ------
+        ValueError
+            Unknown name; the valid ones, the closest match and a suite that has the name are given.
+        """
+        family = self.family(dataset)
+        offered = {corruption.name: corruption for corruption in self.families[family]}
+        if name not in offered:
+            elsewhere = [other.id for other in SUITES.values() if other.id != self.id and _has(other, name)]
+            raise ValueError(
+                f"unknown corruption {name!r} in suite {self.id}{f' for {family}' if family else ''}; "
+                f"choose one of {', '.join(offered)}{_closest(name, offered)}"
+                + (f"; suite {elsewhere[0]} has {name!r}" if elsewhere else "")
+            )
+        return offered[name]
+
+
+def find_suite(suite: str | Suite) -> Suite:
+    """Suite of an id.
+
+    Raises
+    ------
+    ValueError
+        Unknown id; the valid ones and the closest match are given.
+    """
+    if isinstance(suite, Suite):
+        return suite
+    if suite not in SUITES:
+        raise ValueError(f"unknown suite {suite!r}; choose one of {', '.join(SUITES)}{_closest(suite, SUITES)}")
+    return SUITES[suite]
+
+
+def check_severity(severity: object) -> int:
+    """Severity as an int, or a ValueError that lists the valid ones."""
+    if isinstance(severity, bool) or not isinstance(severity, int | np.integer) or not 0 <= severity <= 5:
+        raise ValueError(f"severity {severity!r}: choose 1, 2, 3, 4 or 5, or 0 for the unchanged image")
+    return int(severity)
+
+
+def _has(suite: Suite, name: str) -> bool:
+    return name in suite.corruptions or name in suite.extra
+
+
+def _closest(name: object, among: Iterable[str]) -> str:
+    close = get_close_matches(str(name), list(among), n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def _row(name: str, function: Callable[..., Pixels], **columns: tuple[Parameter, ...]) -> Corruption:
+    """Corruption from one column of five values per parameter."""
+    values = zip(*columns.values(), strict=True)
+    return Corruption(name, function, tuple(MappingProxyType(dict(zip(columns, row, strict=True))) for row in values))
+
+
+def _zooms(stop: float, step: float) -> tuple[float, ...]:
+    """Zoom factors from 1 on, to the last bit those of the public implementation: a crop's size can hang on it."""
+    return tuple(np.arange(1, stop, step).tolist())
+
+
+# ImageNet-C's constants (Hendrycks and Dietterich 2019). Imam et al. (2025) name ImageNet-C as their model and publish
+# no constants, so that MediMeta-C was made with these is an assumption.
+_IMAGENET_C = (
+    _row("gaussian_noise", gaussian_noise, sigma=(0.08, 0.12, 0.18, 0.26, 0.38)),
+    _row("impulse_noise", impulse_noise, amount=(0.03, 0.06, 0.09, 0.17, 0.27)),
+    _row("motion_blur", motion_blur, radius=(10, 15, 15, 15, 20), sigma=(3, 5, 8, 12, 15)),
+    _row(
+        "zoom_blur",
+        zoom_blur,
+        factors=(_zooms(1.11, 0.01), _zooms(1.16, 0.01), _zooms(1.21, 0.02), _zooms(1.26, 0.02), _zooms(1.31, 0.03)),
+    ),
+    _row("brightness", brightness, added=(0.1, 0.2, 0.3, 0.4, 0.5)),
+    _row("contrast", contrast, factor=(0.4, 0.3, 0.2, 0.1, 0.05)),
+    _row("pixelate", pixelate, factor=(0.6, 0.5, 0.4, 0.3, 0.25)),
+    _row("jpeg_compression", jpeg_compression, quality=(25, 18, 15, 10, 7)),
+)
+
+# The official MedMNIST-C registry (Di Salvo et al. 2024, package medmnistc 0.1.0), its evaluated five severities.
+_JPEG = _row("jpeg_compression", jpeg_compression, quality=(50, 30, 15, 10, 7))
+_COARSE_PIXELS = _row("pixelate", pixelate, factor=(0.3, 0.25, 0.2, 0.15, 0.1))
+_BRIGHTER = _row("brightness_up", scale_brightness, factor=(1.1, 1.2, 1.3, 1.4, 1.5))
+_DARKER = _row("brightness_down", scale_brightness, factor=(0.9, 0.8, 0.7, 0.6, 0.5))
+_FLATTER = _row("contrast_down", scale_contrast, factor=(0.9, 0.8, 0.7, 0.6, 0.4))
+_SPECKLE = _row("speckle_noise", speckle_noise, sigma=(0.1, 0.15, 0.2, 0.25, 0.3))
+
+_REGISTRY: Mapping[str, tuple[Corruption, ...]] = MappingProxyType(
+    {
+        "blood": (
+            _row("pixelate", pixelate, factor=(0.6, 0.5, 0.4, 0.3, 0.25)),
+            _JPEG,
+            _row("defocus_blur", defocus_blur, radius=(2, 3, 4, 5, 6), edge_sigma=(0.01, 0.1, 0.1, 0.1, 0.1)),
+            _row("motion_blur", motion_blur, radius=(3, 5, 10, 10, 10), sigma=(3, 5, 5, 7, 9)),
+            _row("brightness_up", scale_brightness, factor=(1.1, 1.2, 1.3, 1.35, 1.4)),
+            _DARKER,
+            _row("contrast_up", scale_contrast, factor=(1.1, 1.15, 1.2, 1.25, 1.3)),
+            _row("contrast_down", scale_contrast, factor=(0.9, 0.8, 0.7, 0.6, 0.5)),
+            _row("saturate", saturate, added=(0.05, 0.1, 0.15, 0.17, 0.2)),
+            _row("stain_deposit", stain_deposit, most=(1, 2, 3, 3, 3), side=(24, 24, 24, 24, 32)),
+            _row("bubble", bubble, largest_radius=(5, 7, 10, 12, 15), most=(10, 10, 10, 12, 12)),
+        ),
+        "breast": (
+            _COARSE_PIXELS,
+            _JPEG,
+            _SPECKLE,
+            _row("motion_blur", motion_blur, radius=(5, 9, 9, 13, 17), sigma=(5, 7, 10, 10, 12)),
+            _row("brightness_up", scale_brightness, factor=(1.4, 1.5, 1.6, 1.8, 2.0)),
+            _row("brightness_down", scale_brightness, factor=(0.55, 0.5, 0.45, 0.4, 0.3)),
+            _FLATTER,
+        ),
+        "pneumonia": (
+            _row("pixelate", pixelate, factor=(0.8, 0.7, 0.6, 0.5, 0.4)),
+            _JPEG,
+            _row("gaussian_noise", gaussian_noise, sigma=(0.04, 0.05, 0.06, 0.07, 0.08)),
+            _row("speckle_noise", speckle_noise, sigma=(0.05, 0.07, 0.1, 0.15, 0.2)),
+            _row("impulse_noise", impulse_noise, amount=(0.005, 0.01, 0.013, 0.017, 0.02)),
+            _row("shot_noise", shot_noise, photons=(300, 200, 150, 100, 80)),
+            _row("gaussian_blur", gaussian_blur, width=(3, 5, 7, 9, 11)),
+            _BRIGHTER,
+            _DARKER,
+            _row("contrast_up", scale_contrast, factor=(1.1, 1.2, 1.3, 1.4, 1.6)),
+            _FLATTER,
+            _row("gamma_corr_up", gamma_correction, exponent=(1.1, 1.2, 1.3, 1.4, 1.6)),
+            _row("gamma_corr_down", gamma_correction, exponent=(0.9, 0.8, 0.7, 0.6, 0.4)),
+        ),
+        "retina": (
+            _row("pixelate", pixelate, factor=(0.8, 0.6, 0.5, 0.4, 0.35)),
+            _row("jpeg_compression", jpeg_compression, quality=(30, 25, 20, 10, 5)),
+            _row("gaussian_noise", gaussian_noise, sigma=(0.04, 0.08, 0.12, 0.16, 0.2)),
+            _SPECKLE,
+            _row("defocus_blur", defocus_blur, radius=(4, 5, 6, 7, 8), edge_sigma=(0.1, 0.2, 0.3, 0.4, 0.5)),
+            _row("motion_blur", motion_blur, radius=(8, 15, 15, 15, 20), sigma=(5, 5, 8, 12, 15)),
+            _DARKER,
+            _FLATTER,
+        ),
+        "oct": (
+            _COARSE_PIXELS,
+            _row("jpeg_compression", jpeg_compression, quality=(30, 15, 10, 7, 5)),
+            _row("speckle_noise", speckle_noise, sigma=(0.15, 0.3, 0.4, 0.5, 0.6)),
+            _row("defocus_blur", defocus_blur, radius=(0.5, 1, 1.5, 2, 2.5), edge_sigma=(0.6, 0.5, 0.1, 0.5, 0.1)),
+            _row("motion_blur", motion_blur, radius=(10, 15, 15, 15, 20), sigma=(3, 5, 8, 12, 15)),
+            _row("contrast_down", scale_contrast, factor=(0.6, 0.4, 0.3, 0.2, 0.15)),
+        ),
+    }
+)
+_FAMILY_OF = MappingProxyType(
+    {
+        "bloodmnist": "blood",
+        "pbc": "blood",
+        "breastmnist": "breast",
+        "pneumoniamnist": "pneumonia",
+        "chest": "pneumonia",
+        "retinamnist": "retina",
+        "fundus": "retina",
+        "octmnist": "oct",
+    }
+)
+
+MEDIMETA_C = Suite(
+    id="medimeta-c",
+    corruptions=tuple(corruption.name for corruption in _IMAGENET_C[:7]),
+    extra=("jpeg_compression",),
+    families=MappingProxyType({"": _IMAGENET_C}),
+)
+MEDMNIST_C = Suite(
+    id="medmnist-c",
+    corruptions=tuple(dict.fromkeys(row.name for rows in _REGISTRY.values() for row in rows)),
+    extra=(),
+    families=_REGISTRY,
+    gray=frozenset({"breast", "pneumonia", "oct"}),
+)
+SUITES: Mapping[str, Suite] = MappingProxyType({suite.id: suite for suite in (MEDIMETA_C, MEDMNIST_C)})
