@@ -24,6 +24,7 @@ from medrobust_lib.smoothing.methods import (
     denoiser_id,
     fingerprint,
 )
+from medrobust_lib.smoothing.prompt_frames import PromptFrame
 from medrobust_lib.smoothing.prompts import PromptSet, mean_prediction_entropy, noisy_bank, sharpen
 
 ADAPTATION_DRAWS = 100
@@ -59,23 +60,26 @@ class AdaptedPrompts:
     learning_rate: float = 5e-3
     denoiser: Denoiser | None = None
     guarantee: Guarantee = field(default="frozen-prompt", init=False)
+    _frame: PromptFrame = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         _check_steps(self.steps, self.learning_rate)
         if self.n_adapt < 1:
             raise ValueError(f"n_adapt={self.n_adapt}: adaptation needs at least one noisy copy (100 is usual)")
+        # Tokens and word embeddings are the same for every image; a gradient has to pass through them.
+        with torch.inference_mode(False):
+            object.__setattr__(self, "_frame", self.start.frame(self.model))
 
     def classifier(self, adaptation: AdaptationFeatures | None) -> FeatureClassifier:
         """Adapt to the image and freeze the result."""
         if adaptation is None:
             raise ValueError(f"method {self.name!r} adapts to the image and needs its adaptation features")
-        frame = self.start.frame(self.model)
         context = sharpen(
-            self.model, frame, self.start.context.to(self.model.device), adaptation.features, steps=self.steps,
+            self.model, self._frame, self.start.context.to(self.model.device), adaptation.features, steps=self.steps,
             learning_rate=self.learning_rate,
         )  # fmt: skip
         with torch.no_grad():
-            return FixedPrompts(self.name, frame.features(self.model, context)).classifier()
+            return FixedPrompts(self.name, self._frame.features(self.model, context)).classifier()
 
     def record(self) -> dict[str, Any]:
         """Everything that shapes the answers."""
