@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING
 from medrobust_lib._torchvision import install_guard
 
 if TYPE_CHECKING:
+    from medrobust_lib.corruptions.benchmark import corrupted
     from medrobust_lib.corruptions.corrupt import corrupt
+    from medrobust_lib.corruptions.stored import read_corrupted
     from medrobust_lib.corruptions.suites import SUITES
     from medrobust_lib.data.dataset import ImageDataset
     from medrobust_lib.data.registry import list_datasets, load_dataset
@@ -27,11 +29,13 @@ __all__ = [
     "certify",
     "certify_dataset",
     "corrupt",
+    "corrupted",
     "list_datasets",
     "list_models",
     "load_dataset",
     "load_model",
     "predict",
+    "read_corrupted",
     "register_model",
 ]
 
@@ -42,11 +46,13 @@ _HOMES = {
     "certify": "medrobust_lib.smoothing.certify",
     "certify_dataset": "medrobust_lib.smoothing.study",
     "corrupt": "medrobust_lib.corruptions.corrupt",
+    "corrupted": "medrobust_lib.corruptions.benchmark",
     "list_datasets": "medrobust_lib.data.registry",
     "load_dataset": "medrobust_lib.data.registry",
     "list_models": "medrobust_lib.models.registry",
     "load_model": "medrobust_lib.models.registry",
     "predict": "medrobust_lib.smoothing.certify",
+    "read_corrupted": "medrobust_lib.corruptions.stored",
     "register_model": "medrobust_lib.models.registry",
 }
 

@@ -19,8 +19,6 @@ from medrobust_lib.corruptions.suites import SEVERITIES, Suite, check_severity, 
 from medrobust_lib.data.registry import load_dataset
 from medrobust_lib.data.wording import suggest
 
-_GRAY_FAMILIES = frozenset({"breast", "pneumonia", "oct"})
-
 
 @dataclass(frozen=True)
 class PlannedFile:
@@ -149,7 +147,8 @@ def plan_benchmark(
 
 def keeps_gray(suite: str, dataset: str) -> bool:
     """Whether a suite's images of a data set are gray: the official MedMNIST-C ends with the luma of each image."""
-    return suite == "medmnist-c" and find_suite(suite).family(dataset) in _GRAY_FAMILIES
+    found = find_suite(suite)
+    return found.family(dataset) in found.gray
 
 
 def _constants(suite: Suite) -> dict[str, Any]:

@@ -323,6 +323,6 @@ def reported_errors() -> Iterator[None]:
     """Turn what a user can mend into one line on standard error and exit code 1."""
     try:
         yield
-    except (DownloadError, OSError, ValueError, ImportError) as error:
+    except (DownloadError, OSError, ValueError, ImportError, RuntimeError) as error:  # RuntimeError: a store in use
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(1) from error
