@@ -13,6 +13,8 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from medrobust_lib.corruptions.benchmark import corrupted
+from medrobust_lib.corruptions.suites import find_suite
 from medrobust_lib.data.dataset import ImageDataset
 from medrobust_lib.models.dual_encoder import DualEncoder
 from medrobust_lib.plots import plot_similarity, plot_votes, shorten
@@ -89,6 +91,53 @@ def noise_view(
     return figure
 
 
+@torch.inference_mode()
+def corruption_view(
+    model: DualEncoder,
+    dataset: ImageDataset,
+    class_features: Tensor,
+    *,
+    index: int,
+    corruption: str,
+    severity: int,
+    suite: str = "medimeta-c",
+    seed: int = 0,
+) -> Figure:
+    """Draw one image, its corrupted version, and the cosine similarity of both with each class text.
+
+    Parameters
+    ----------
+    model : DualEncoder
+    dataset : ImageDataset
+    class_features : float [K, d]
+    index : int
+        Position in the data set, 0 to n-1.
+    corruption : str
+        A corruption of the suite.
+    severity : int
+        0 (clean) to 5.
+    suite : {"medimeta-c", "medmnist-c"}
+    seed : int
+    """
+    clean = dataset.subset([index])
+    worse = corrupted(clean, corruption, severity=severity, seed=seed, suite=suite)
+    figure, axes = plt.subplots(1, 4, figsize=(10, 2.5), width_ratios=(1, 1.1, 1, 1.1), layout="constrained")
+    truth = dataset.classes[clean.labels[0]]
+    for picture, bars, shown, name in (
+        (axes[0], axes[1], clean, f"clean\n{shorten(truth, 18)}"),
+        (axes[2], axes[3], worse, f"{corruption}\nseverity {severity}"),
+    ):
+        cosine = model.encode_image(model.prepare(shown.images)) @ class_features.to(model.device).T  # [1, K]
+        similarities = pd.Series(cosine[0].cpu().numpy(), index=list(dataset.classes))
+        picture.imshow(shown.images[0])
+        picture.set_axis_off()
+        picture.set_title(name, fontsize=10)
+        plot_similarity(similarities, bars, truth=truth)
+        bars.set_title(f"closest text:\n{shorten(similarities.idxmax())}", fontsize=10)
+    axes[3].tick_params(axis="y", labelleft=False)
+    return figure
+
+
 def explore_similarity(model: DualEncoder, dataset: ImageDataset) -> "Widget":
     """Build the instrument of notebook 01: pick an image, edit the prompts, see the similarities move."""
     import ipywidgets as widgets
@@ -117,6 +166,23 @@ def explore_noise(model: DualEncoder, dataset: ImageDataset, class_features: Ten
         return noise_view(model, dataset, class_features, index=index, sigma=sigma, seed=seed)
 
     return _instrument(draw, index=index, sigma=sigma)
+
+
+def explore_corruptions(
+    model: DualEncoder, dataset: ImageDataset, class_features: Tensor, *, suite: str = "medimeta-c", seed: int = 0
+) -> "Widget":
+    """Build the instrument of notebook 05: choose image, corruption and severity, see image and answer change."""
+    import ipywidgets as widgets
+
+    index = widgets.IntSlider(0, 0, len(dataset) - 1, description="image", continuous_update=False)
+    corruption = widgets.Dropdown(options=find_suite(suite).names(dataset.id), description="corruption")
+    severity = widgets.IntSlider(3, min=0, max=5, description="severity", continuous_update=False)
+
+    def draw(index: int, corruption: str, severity: int) -> Figure:
+        shown = {"index": index, "corruption": corruption, "severity": severity}
+        return corruption_view(model, dataset, class_features, **shown, suite=suite, seed=seed)
+
+    return _instrument(draw, index=index, corruption=corruption, severity=severity)
 
 
 def _instrument(draw: Callable[..., Figure], **controls: "Widget") -> "Widget":

@@ -1,4 +1,4 @@
-"""Store the figures of executed notebooks with 256 colours, so that the files stay small in version control.
+"""Store the figures of executed notebooks with few colours, so that the files stay small in version control.
 
 Run by ``make nb-refresh``; the figures that a run saves to disk are not touched.
 """
@@ -11,13 +11,23 @@ from pathlib import Path
 import nbformat
 from PIL import Image
 
+LARGE = 15_000  # bytes; beyond it fewer colours, chosen with more care, look the same
+
 
 def shrink(png: str) -> str:
-    """Reduce a base64 PNG to a palette of 256 colours."""
+    """Reduce a base64 PNG to a palette of 256 colours, a large one to 64."""
     picture = Image.open(io.BytesIO(base64.b64decode(png))).convert("RGB")
+    smaller = _with_colours(picture, 256)
+    if len(smaller) > LARGE:
+        smaller = _with_colours(picture, 64)
+    return base64.b64encode(smaller).decode("ascii")
+
+
+def _with_colours(picture: Image.Image, colours: int) -> bytes:
     buffer = io.BytesIO()
-    picture.quantize(256, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE).save(buffer, "PNG", optimize=True)
-    return base64.b64encode(buffer.getvalue()).decode("ascii")
+    reduced = picture.quantize(colours, method=Image.Quantize.MEDIANCUT, kmeans=2, dither=Image.Dither.NONE)
+    reduced.save(buffer, "PNG", optimize=True)
+    return buffer.getvalue()
 
 
 def main(paths: list[str]) -> None:

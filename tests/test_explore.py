@@ -1,7 +1,9 @@
 import matplotlib.pyplot as plt
+import numpy as np
 import pytest
 
-from medrobust_lib import explore, load_dataset, load_model
+from medrobust_lib import SUITES, explore, load_dataset, load_model
+from medrobust_lib.corruptions.benchmark import corrupted
 
 
 @pytest.fixture(scope="module")
@@ -82,3 +84,23 @@ def test_a_long_class_name_does_not_run_into_the_bars(model):
         figure.canvas.draw()
         title = figure.axes[0].title.get_window_extent()
         assert title.x1 < figure.axes[1].get_tightbbox().x0
+
+
+def test_corruption_view_shows_clean_and_corrupted(model, data):
+    texts = model.class_features(data.classes, data.templates[:1])
+    figure = explore.corruption_view(model, data, texts, index=1, corruption="contrast", severity=4)
+    clean, _, worse, _ = figure.axes
+    np.testing.assert_array_equal(clean.images[0].get_array(), data.images[1])
+    expected = corrupted(data.subset([1]), "contrast", severity=4)
+    np.testing.assert_array_equal(worse.images[0].get_array(), expected.images[0])
+    assert worse.get_title(loc="center") + worse.get_title(loc="left") == "contrast\nseverity 4"
+
+
+def test_the_severity_slider_changes_the_picture(model, data, drawn):
+    texts = model.class_features(data.classes, data.templates[:1])
+    box = explore.explore_corruptions(model, data, texts)
+    _, corruption, severity, _ = box.children
+    assert corruption.options == SUITES["medimeta-c"].corruptions
+    before = len(drawn)
+    severity.value = 5
+    assert len(drawn) > before

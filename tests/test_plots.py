@@ -2,6 +2,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
+from matplotlib.collections import PathCollection
+from matplotlib.colors import to_rgb
 
 from medrobust_lib import metrics, plots
 
@@ -126,7 +128,7 @@ def test_a_dominating_answer_is_named_on_its_bar(ax):
 
 
 def test_class_colours_are_distinct():
-    colours = np.array([plots.to_rgb(colour) for colour in plots.CLASS_COLOURS])
+    colours = np.array([to_rgb(colour) for colour in plots.CLASS_COLOURS])
     distance = np.linalg.norm(colours[:, None] - colours[None], axis=2)
     assert distance[~np.eye(len(colours), dtype=bool)].min() > 0.2
 
@@ -255,3 +257,47 @@ def test_palette_is_told_apart_in_gray_and_under_deuteranopia():
     for i in range(4):
         for j in range(i):
             assert max(abs(luminance[i] - luminance[j]), abs(colours[i, 2] - colours[j, 2])) > 0.05
+
+
+CURVES = pd.DataFrame(
+    {
+        "model": ["a"] * 3 + ["b"] * 3,
+        "severity": [5, 0, 1] * 2,
+        "accuracy": [0.2, 0.9, 0.5] * 2,
+        "mce": [90, 80, 85] * 2,
+    }
+)
+
+
+def test_severity_curves_run_from_clean_to_worst(ax):
+    plots.plot_severity_curves(CURVES, ax, chance=0.25)
+    first, second, chance = ax.lines
+    assert first.get_xdata().tolist() == [0, 1, 5]
+    assert first.get_ydata().tolist() == [0.9, 0.5, 0.2]
+    assert (second.get_label(), chance.get_label()) == ("b", "chance")
+
+
+def test_severity_curves_of_errors_mark_the_reference(ax):
+    plots.plot_severity_curves(CURVES, ax, value="mce")
+    assert ax.lines[-1].get_ydata() == [100, 100]
+
+
+def test_robustness_marks_models_by_colour_sets_by_marker_and_constants_hollow(ax):
+    table = pd.DataFrame(
+        {"dataset": ["x", "x"], "model": ["a", "b"], "average_accuracy": [0.4, 0.6], "mce": [100, 70.0],
+         "low": [100, 60.0], "high": [100, 80.0], "constant": [False, True]}
+    )  # fmt: skip
+    plots.plot_robustness(table, ax)
+    points = [collection for collection in ax.collections if isinstance(collection, PathCollection)]
+    assert [tuple(point.get_offsets()[0]) for point in points] == [(0.4, 100), (0.6, 70)]
+    assert points[0].get_facecolor()[0][:3] == pytest.approx(points[0].get_edgecolor()[0][:3])
+    assert points[1].get_facecolor()[0][:3].tolist() == [1, 1, 1]
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["a", "b", "x"]
+
+
+def test_grid_names_rows_and_takes_titles_for_the_first_row_only():
+    images = np.zeros((6, 8, 8, 3), np.uint8)
+    figure = plots.image_grid(images, ["one", "two", "three"], n_columns=3, rows=["top", "bottom"])
+    assert [axis.get_title(loc="center") for axis in figure.axes] == ["one", "two", "three", "", "", ""]
+    assert [axis.texts[0].get_text() for axis in (figure.axes[0], figure.axes[3])] == ["top", "bottom"]
+    plt.close(figure)

@@ -24,7 +24,7 @@ RUN_DIR_VARIABLE = "MEDROBUST_RUN_DIR"
 HEADLESS_VARIABLE = "MEDROBUST_HEADLESS"
 BY_HAND = "by-hand"  # the run of notebooks that a person executes
 CAPTION_KEY = "Description"  # the PNG specification's keyword for a caption
-LOWER_IS_BETTER = ("error", "ece", "mce", "majority_share", "abstain_rate")
+LOWER_IS_BETTER = ("error", "ece", "mce", "degradation", "majority_share", "abstain_rate")
 _DATASET_ID = re.compile(r"[a-z][\w-]*/[\w-]+|(folder|csv):.+")
 _RECORDED_PACKAGES = ("medrobust-lib", "torch", "open_clip_torch", "transformers", "peft", "numpy", "scipy")
 

@@ -1,0 +1,120 @@
+"""Zero-shot classifiers on corrupted images: answers to every corruption and severity, and their table."""
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from medrobust_lib import metrics
+from medrobust_lib.corruptions.benchmark import corrupted
+from medrobust_lib.corruptions.suites import SEVERITIES, find_suite
+from medrobust_lib.data.dataset import ImageDataset
+from medrobust_lib.models.dual_encoder import DualEncoder
+
+CLEAN = "clean"
+Answers = dict[tuple[str, str, int], NDArray[np.int64]]
+
+
+class Candidate(NamedTuple):
+    """A zero-shot classifier: an image tower and the features of its class texts."""
+
+    encoder: DualEncoder
+    class_features: Tensor  # float [K, d], unit norm
+
+
+@torch.inference_mode()
+def corruption_answers(
+    candidates: Mapping[str, Candidate],
+    data: ImageDataset,
+    *,
+    suite: str = "medimeta-c",
+    severities: Sequence[int] = SEVERITIES,
+    seed: int = 0,
+    batch_size: int = 64,
+) -> Answers:
+    """Answers of classifiers on the clean images and on every corruption and severity of a suite.
+
+    Each corrupted set is made once, in memory, and every classifier sees the same one; classifiers that share an
+    image tower (the same object) share its features.
+
+    Parameters
+    ----------
+    candidates : mapping of str to Candidate
+        Classifiers under the names that tables will show.
+    data : ImageDataset
+    suite : {"medimeta-c", "medmnist-c"}
+    severities : sequence of int
+        Of 1 to 5.
+    seed : int
+        Of the corruptions.
+    batch_size : int
+        Changes memory and speed.
+
+    Returns
+    -------
+    dict of (name, corruption, severity) to int64 [n]
+        Predicted classes; clean images are ``(name, "clean", 0)``.
+
+    Raises
+    ------
+    ValueError
+        No candidates, or as from `medrobust_lib.corruptions.benchmark.corrupted`.
+    """
+    if not candidates:
+        raise ValueError("no candidates to evaluate; give at least one")
+    variants = [(CLEAN, 0), *((c, s) for c in find_suite(suite).names(data.id) for s in severities)]
+    found: Answers = {}
+    for corruption, severity in variants:
+        shown = data if severity == 0 else corrupted(data, corruption, severity=severity, seed=seed, suite=suite)
+        features: dict[int, Tensor] = {}
+        for name, (encoder, class_features) in candidates.items():
+            if id(encoder) not in features:
+                features[id(encoder)] = _encoded(encoder, shown.images, batch_size)
+            probabilities = encoder.probabilities(features[id(encoder)], class_features)
+            found[name, corruption, severity] = probabilities.argmax(1).cpu().numpy()
+    return found
+
+
+def accuracy_table(answers: Answers, data: ImageDataset) -> pd.DataFrame:
+    """Tidy accuracies of `corruption_answers`, as `medrobust_lib.metrics.corruption_error_table` takes them.
+
+    Parameters
+    ----------
+    answers : dict of (name, corruption, severity) to int64 [n]
+    data : ImageDataset
+        The images that were answered.
+
+    Returns
+    -------
+    DataFrame, one row per name, corruption and severity
+        dataset, model, corruption, severity, n, accuracy with its 95 % Clopper-Pearson interval low and high,
+        balanced_accuracy, majority_share, constant (gives nearly one answer).
+    """
+    rows = []
+    for (name, corruption, severity), answer in answers.items():
+        low, high = metrics.accuracy_interval(int((answer == data.labels).sum()), len(data))
+        rows.append(
+            {
+                "dataset": data.id,
+                "model": name,
+                "corruption": corruption,
+                "severity": severity,
+                "n": len(data),
+                "accuracy": metrics.accuracy(data.labels, answer),
+                "low": low,
+                "high": high,
+                "balanced_accuracy": metrics.balanced_accuracy(data.labels, answer),
+                "majority_share": metrics.majority_share(answer),
+                "constant": metrics.is_constant_predictor(answer),
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def _encoded(encoder: DualEncoder, images: NDArray[np.uint8], batch_size: int) -> Tensor:
+    starts = range(0, len(images), batch_size)
+    return torch.cat([encoder.encode_image(encoder.prepare(images[i : i + batch_size])) for i in starts])

@@ -1,0 +1,54 @@
+"""Figures: each function draws one table or array on the axes it is given and reads no file."""
+
+from medrobust_lib.plots.answers import (
+    plot_accuracy_against_sigma,
+    plot_confusion,
+    plot_feature_map,
+    plot_prediction_shares,
+    plot_recall,
+    plot_reliability,
+    plot_similarity,
+    plot_spectrum,
+    plot_template_accuracy,
+    plot_votes,
+)
+from medrobust_lib.plots.certified import plot_ablation, plot_certified_accuracy, plot_certified_methods
+from medrobust_lib.plots.corruption import plot_robustness, plot_severity_curves
+from medrobust_lib.plots.style import (
+    CLASS_COLOURS,
+    CORRECT,
+    MARKERS,
+    PALETTE,
+    REFERENCE,
+    WRONG,
+    image_grid,
+    set_style,
+    shorten,
+)
+
+__all__ = [
+    "CLASS_COLOURS",
+    "CORRECT",
+    "MARKERS",
+    "PALETTE",
+    "REFERENCE",
+    "WRONG",
+    "image_grid",
+    "plot_ablation",
+    "plot_accuracy_against_sigma",
+    "plot_certified_accuracy",
+    "plot_certified_methods",
+    "plot_confusion",
+    "plot_feature_map",
+    "plot_prediction_shares",
+    "plot_recall",
+    "plot_reliability",
+    "plot_robustness",
+    "plot_severity_curves",
+    "plot_similarity",
+    "plot_spectrum",
+    "plot_template_accuracy",
+    "plot_votes",
+    "set_style",
+    "shorten",
+]

@@ -1,0 +1,70 @@
+import numpy as np
+import pytest
+import torch
+
+import medrobust_lib as mr
+from medrobust_lib import metrics
+from medrobust_lib.corruptions.benchmark import corrupted
+from medrobust_lib.evaluation import Candidate, accuracy_table, corruption_answers
+
+
+@pytest.fixture(scope="module")
+def encoder():
+    return mr.load_model("demo-clip")
+
+
+@pytest.fixture(scope="module")
+def data():
+    return mr.load_dataset("phantom/chest", n=6)
+
+
+@pytest.fixture(scope="module")
+def candidates(encoder, data):
+    words = encoder.class_features(data.classes, data.templates[:1])
+    return {"as is": Candidate(encoder, words), "reversed": Candidate(encoder, words.flip(0))}
+
+
+@pytest.fixture(scope="module")
+def answers(candidates, data):
+    return corruption_answers(candidates, data, severities=(2, 5), seed=3, batch_size=4)
+
+
+def test_every_corruption_and_severity_is_answered_by_everyone(answers, data):
+    names = mr.SUITES["medimeta-c"].corruptions
+    expected = {(who, c, s) for who in ("as is", "reversed") for c in names for s in (2, 5)}
+    assert set(answers) == expected | {(who, "clean", 0) for who in ("as is", "reversed")}
+    assert all(answer.shape == (len(data),) and answer.dtype == np.int64 for answer in answers.values())
+
+
+def test_answers_are_those_of_the_corrupted_images_one_by_one(answers, encoder, candidates, data):
+    shown = corrupted(data, "impulse_noise", severity=5, seed=3)
+    features = torch.cat([encoder.encode_image(encoder.prepare(shown.images[i : i + 1])) for i in range(len(data))])
+    expected = (features @ candidates["as is"].class_features.T).argmax(1).numpy()
+    np.testing.assert_array_equal(answers["as is", "impulse_noise", 5], expected)
+
+
+def test_class_texts_decide_and_a_shared_tower_is_encoded_once(answers, candidates, data, monkeypatch):
+    for key, answer in answers.items():
+        if key[0] == "as is":
+            np.testing.assert_array_equal(answers["reversed", *key[1:]], len(data.classes) - 1 - answer)
+    calls = []
+    encoder = candidates["as is"].encoder
+    whole = encoder.encode_image
+    monkeypatch.setattr(encoder, "encode_image", lambda pixels: calls.append(len(pixels)) or whole(pixels))
+    corruption_answers(candidates, data, severities=(1,))
+    assert sum(calls) == len(data) * 8  # clean and seven corruptions, not twice
+
+
+def test_no_candidates_are_refused(data):
+    with pytest.raises(ValueError, match="no candidates"):
+        corruption_answers({}, data)
+
+
+def test_table_fits_the_metrics(answers, data):
+    table = accuracy_table(answers, data)
+    assert len(table) == 2 * 15
+    row = table[(table.model == "as is") & (table.corruption == "contrast") & (table.severity == 5)].iloc[0]
+    assert row.accuracy == np.mean(answers["as is", "contrast", 5] == data.labels)
+    assert row.low <= row.accuracy <= row.high
+    errors = metrics.corruption_error_table(table, reference="as is").set_index("model")
+    assert errors.mce["as is"] == pytest.approx(100)
