@@ -18,10 +18,12 @@ from medrobust_lib import metrics
 from medrobust_lib.data.dataset import ImageDataset
 from medrobust_lib.experiments import HEADLESS_VARIABLE
 from medrobust_lib.models.dual_encoder import DualEncoder, Preprocessing
+from medrobust_lib.smoothing.adaptive import AdaptedPrompts
 from medrobust_lib.smoothing.certificate import ABSTAIN
 from medrobust_lib.smoothing.certify import certify
 from medrobust_lib.smoothing.methods import AdaptationFeatures, FixedPrompts, PromptClassifier
 from medrobust_lib.smoothing.noise import NoiseStream
+from medrobust_lib.smoothing.prompts import text_prompts
 from medrobust_lib.smoothing.study import certify_dataset
 
 SIGMAS = (0.1, 0.25)
@@ -266,6 +268,20 @@ def test_workers_give_the_same_table_and_keep_it_in_the_same_store(data, tmp_pat
         cloudpickle.unregister_pickle_by_value(here)
     assert_same(found, run(tmp_path / "one", data))
     assert (tmp_path / "two" / "table.csv").read_bytes() == (tmp_path / "one" / "table.csv").read_bytes()
+
+
+def test_demo_clip_gives_the_same_table_in_worker_processes_with_prompts_that_adapt():
+    model, phantoms = mr.load_model("demo-clip", device="cpu"), mr.load_dataset("phantom/blood", n=2)
+    hand_written = text_prompts(model, phantoms.classes, phantoms.templates[0])
+    methods = [
+        FixedPrompts("zero-shot", model.class_features(phantoms.classes, phantoms.templates[:1])),
+        AdaptedPrompts("zero-shot PromptSmooth", model, hand_written, n_adapt=8),
+    ]
+    numbers = {**NUMBERS, "sigmas": [0.1], "radii": (0, 0.1), "n": 40}
+    assert_same(
+        mr.certify_dataset(model, phantoms, methods, **numbers, jobs=2),
+        mr.certify_dataset(model, phantoms, methods, **numbers),
+    )
 
 
 def test_demo_clip_gives_one_table_whatever_the_batches():
