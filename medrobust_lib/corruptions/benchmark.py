@@ -77,6 +77,8 @@ def corrupted(
     TypeError, ValueError
         As from `corrupt`: unknown corruption, severity or suite.
     """
+    if not isinstance(data, ImageDataset):
+        raise TypeError(f"data must be an ImageDataset, not {type(data).__name__}; bare arrays go to `corrupt`")
     gray = keeps_gray(suite, data.id)
     images = corrupt(
         _luma(data.images) if gray else data.images,

@@ -7,7 +7,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.ticker import PercentFormatter
 
-from medrobust_lib.plots.style import MARKERS, PALETTE, REFERENCE
+from medrobust_lib.plots.style import CLASS_COLOURS, MARKERS, PALETTE, REFERENCE
 
 
 def plot_certified_accuracy(table: pd.DataFrame, ax: Axes, *, chance: float | None = None) -> None:
@@ -73,7 +73,7 @@ def plot_certified_methods(table: pd.DataFrame, ax: Axes, *, chance: float | Non
     apart = 0.06 * (gaps.min() if len(gaps) else 1.0)
     for i, ((method, guarantee), rows) in enumerate(groups):
         rows = rows.dropna(subset="certified_accuracy").sort_values("radius")
-        colour, line = PALETTE[i % 10], "--" if guarantee == "frozen-prompt" else "-"
+        colour, line = CLASS_COLOURS[i % 10], "--" if guarantee == "frozen-prompt" else "-"
         beside = rows.radius + apart * (i - (len(groups) - 1) / 2)
         ax.vlines(beside, rows.lowest, rows.highest, color=colour, lw=2.5)
         # A dark rim keeps the palette's light colours visible on white.

@@ -49,7 +49,7 @@ class AdaptedPrompts:
 
     References
     ----------
-    PromptSmooth, section 3.3 and Eq. 2; the optimiser and its rate are those of the authors' code.
+    PromptSmooth, section 3.2 and Eq. 2; the optimiser and its rate are those of the authors' code.
     """
 
     name: str

@@ -250,18 +250,21 @@ def draw_shots(dataset: ImageDataset, shots: int, draw: np.random.Generator) -> 
     """
     if shots < 1:
         raise ValueError(f"shots={shots}: few-shot learning needs at least one image per class")
-    positions = []
+    positions, short = [], []
     for label, noun in enumerate(dataset.classes):
         members = np.flatnonzero(dataset.labels == label)
         if not len(members):
             raise ValueError(f"{dataset.id}: no image of class {noun!r} to learn from")
         if len(members) < shots:
-            warnings.warn(
-                f"{dataset.id}: class {noun!r} has {len(members)} images, fewer than shots={shots}; all are used",
-                UserWarning,
-                stacklevel=3,
-            )
+            short.append(f"{noun!r} has {len(members)}")
         positions.extend(draw.permutation(members)[:shots])
+    if short:
+        warnings.warn(
+            f"{dataset.id}: {len(short)} of {len(dataset.classes)} classes have fewer images than shots={shots} "
+            f"({', '.join(short)}); all are used",
+            UserWarning,
+            stacklevel=3,
+        )
     return dataset.subset(np.array(positions))
 
 
@@ -395,7 +398,7 @@ def _fit(
 
 
 def _checked_sigmas(sigmas: Sequence[float]) -> tuple[float, ...]:
-    sigmas = tuple(float(sigma) for sigma in sigmas)
+    sigmas = tuple(float(sigma) for sigma in np.atleast_1d(sigmas))
     if not sigmas or not all(0 <= sigma < math.inf for sigma in sigmas):
         raise ValueError(f"sigmas={sigmas}: give noise levels >= 0 in [0, 1] pixel units; (0.0,) is prompt learning "
                          "without noise (CoOp)")  # fmt: skip

@@ -149,6 +149,7 @@ def certify_dataset(
     methods = tuple(methods) if methods is not None else tuple(zero_shot_methods(model, data))
     sigmas = tuple(dict.fromkeys(float(sigma) for sigma in np.atleast_1d(sigmas)))
     _check_request(model, methods, sigmas, mode)
+    _check_classes(methods, data)
     check_mode_draws(n0, mode == "evaluate")
     study = _Study(
         model=model,
@@ -345,6 +346,23 @@ def _warn_of_unreachable_radii(study: _Study, radii: Sequence[float] | None) -> 
                 UserWarning,
                 stacklevel=3,
             )
+
+
+def _check_classes(methods: tuple[PromptMethod, ...], data: ImageDataset) -> None:
+    """Raise where prompts were made for other classes: their answers would be numbers without a meaning."""
+    wanted = list(data.classes)
+    for method in methods:
+        start = getattr(method, "start", None)
+        if start is not None and list(start.classes) != wanted:
+            raise ValueError(
+                f"method {method.name!r}: its prompts are for the classes {list(start.classes)}, {data.id} has {wanted}"
+            )
+        own = getattr(method, "class_features", None)
+        for features in getattr(method, "candidates", () if own is None else (own,)):
+            if len(features) != len(wanted):
+                raise ValueError(
+                    f"method {method.name!r} has {len(features)} class texts, {data.id} has {len(wanted)} classes"
+                )
 
 
 def _check_request(model: DualEncoder, methods: tuple[PromptMethod, ...], sigmas: tuple[float, ...], mode: str) -> None:

@@ -18,10 +18,10 @@ from medrobust_lib import metrics
 from medrobust_lib.data.dataset import ImageDataset
 from medrobust_lib.experiments import HEADLESS_VARIABLE
 from medrobust_lib.models.dual_encoder import DualEncoder, Preprocessing
-from medrobust_lib.smoothing.adaptive import AdaptedPrompts
+from medrobust_lib.smoothing.adaptive import AdaptedPrompts, PerSamplePrompts
 from medrobust_lib.smoothing.certificate import ABSTAIN
 from medrobust_lib.smoothing.certify import certify
-from medrobust_lib.smoothing.methods import AdaptationFeatures, FixedPrompts, PromptClassifier
+from medrobust_lib.smoothing.methods import AdaptationFeatures, CandidatePrompts, FixedPrompts, PromptClassifier
 from medrobust_lib.smoothing.noise import NoiseStream
 from medrobust_lib.smoothing.prompts import text_prompts
 from medrobust_lib.smoothing.study import certify_dataset
@@ -282,6 +282,19 @@ def test_demo_clip_gives_the_same_table_in_worker_processes_with_prompts_that_ad
         mr.certify_dataset(model, phantoms, methods, **numbers, jobs=2),
         mr.certify_dataset(model, phantoms, methods, **numbers),
     )
+
+
+def test_prompts_for_other_classes_are_refused():
+    model, eyes = mr.load_model("demo-clip", device="cpu"), mr.load_dataset("phantom/fundus", n=2)
+    other = text_prompts(model, ("benign", "malignant"), "a {}")
+    message = r"method 'p': its prompts are for the classes \['benign', 'malignant'\], phantom/fundus has \['"
+    for method in (AdaptedPrompts("p", model, other), PerSamplePrompts("p", model, other)):
+        with pytest.raises(ValueError, match=message):
+            mr.certify_dataset(model, eyes, [method], sigmas=[0.1], n=20)
+    three = model.class_features(["a", "b", "c"], ["{}"])
+    for method in (FixedPrompts("p", three), CandidatePrompts("p", (three, three))):
+        with pytest.raises(ValueError, match="method 'p' has 3 class texts, phantom/fundus has 2 classes"):
+            mr.certify_dataset(model, eyes, [method], sigmas=[0.1], n=20)
 
 
 def test_demo_clip_gives_one_table_whatever_the_batches():
