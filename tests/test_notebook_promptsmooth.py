@@ -1,6 +1,8 @@
 """Notebook 03 as someone runs it who has PLIP's weights and prepared tiles, with random weights and drawn tiles."""
 
 import json
+import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +20,8 @@ from medrobust_lib.models.registry import load_model
 
 TISSUES = ("ADI", "BACK", "DEB", "LYM", "MUC", "MUS", "NORM", "STR", "TUM")
 TEN_TILES = dict.fromkeys(TISSUES, 1) | {"NORM": 2}
+REAL = Path(os.environ.get("MEDROBUST_REAL_DATA") or Path(__file__).parents[2] / "shared" / "data" / "real")
+REAL_TILES = REAL / "folders" / "colon_tiles"
 
 
 @pytest.fixture(scope="module")
@@ -58,8 +62,11 @@ def weights(tmp_path_factory):
     return folder.parent
 
 
-def write_tiles(data: Path, **counts: dict[str, int]) -> Path:
-    """Tiles of 224 px, each class in a colour of its own, in the layout that prepare_pathology.py leaves."""
+def write_tiles(data: Path, *, real: bool = False, **counts: dict[str, int]) -> Path:
+    """Tiles of 224 px in the layout that prepare_pathology.py leaves: drawn, each class in a colour of its own.
+
+    With ``real``, real colon tiles take their place where a copy of them is at hand.
+    """
     folder = data / "pathology" / "kather"
     draw = np.random.default_rng(0)
     for split, classes in counts.items():
@@ -70,6 +77,11 @@ def write_tiles(data: Path, **counts: dict[str, int]) -> Path:
                 Image.fromarray(colour.clip(0, 255).astype(np.uint8)).save(
                     folder / "images" / split / code / f"{code}-{number}.tif"
                 )
+    if real and REAL_TILES.is_dir():
+        for code in TISSUES:
+            drawn = sorted((folder / "images").glob(f"*/{code}/*.tif"))
+            for tile, path in zip(sorted(REAL_TILES.glob(f"*{code}-*.tif")), drawn, strict=True):
+                shutil.copy(tile, path)
     (folder / "manifest.json").write_text(json.dumps({"counts": counts}))
     return data
 
@@ -100,7 +112,7 @@ def test_the_pieces_that_the_notebook_needs_are_found(user):
     ids=["train and test", "test only"],
 )
 def test_notebook_runs_on_prepared_tiles_with_plip(user, tiles, sigmas, tested):
-    write_tiles(user / "data", **tiles)
+    write_tiles(user / "data", real="train" not in tiles, **tiles)
     parameters = {"model": "plip", "dataset": "pathology/kather", "sigmas": sigmas, "n_draws": 30}
     assignments = [word for name, value in parameters.items() for word in ("-p", f"{name}={value}")]
     result = CliRunner().invoke(cli.app, ["run", "03", *assignments, "--out", str(user / "out")])
