@@ -7,7 +7,7 @@ denominator.
 import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike, NDArray
-from scipy.stats import binomtest
+from scipy.stats import beta
 
 CONSTANT_SHARE = 0.95  # a predictor this one-sided carries almost no information about the image
 
@@ -116,9 +116,22 @@ def accuracy_interval(correct: int, n: int, *, confidence: float = 0.95) -> tupl
     Returns
     -------
     low, high : float in [0, 1]
+
+    Raises
+    ------
+    ValueError
+        Counts or confidence out of range.
     """
-    interval = binomtest(int(correct), int(n)).proportion_ci(confidence_level=confidence, method="exact")
-    return float(interval.low), float(interval.high)
+    if not 0 <= correct <= n or n < 1 or not 0 < confidence < 1:
+        raise ValueError(
+            f"correct={correct}, n={n}, confidence={confidence}: give 0 <= correct <= n, n >= 1 and a confidence "
+            "between 0 and 1"
+        )
+    # The quantiles themselves: binomtest also works out a p-value, which takes most of a table's time.
+    tail = (1 - confidence) / 2
+    low = beta.ppf(tail, correct, n - correct + 1) if correct else 0.0
+    high = beta.ppf(1 - tail, correct + 1, n - correct) if correct < n else 1.0
+    return float(low), float(high)
 
 
 def calibration_bins(probabilities: ArrayLike, labels: ArrayLike, *, n_bins: int = 10) -> pd.DataFrame:

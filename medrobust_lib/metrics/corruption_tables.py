@@ -24,7 +24,7 @@ from medrobust_lib.metrics.corruption import (
 def corruption_error_table(
     table: pd.DataFrame,
     *,
-    reference: str,
+    reference: str = "clip-vit-b16",
     measure: str = "accuracy",
     groups: Sequence[str] = ("dataset",),
     least_rise: float = LEAST_RISE,
@@ -38,7 +38,7 @@ def corruption_error_table(
         severity (0: the clean images) and ``measure``; also read where present: n, and constant (bool) or
         majority_share (of the most frequent answer).
     reference : str
-        Model relative to which errors are given.
+        Model relative to which errors are given; the papers' is OpenAI's CLIP ViT-B/16.
     measure : str
         Column of fractions in [0, 1]: accuracy or balanced_accuracy.
     groups : sequence of str

@@ -1,6 +1,6 @@
 import numpy as np
 import pytest
-from scipy.stats import beta
+from scipy.stats import binomtest
 from sklearn.metrics import accuracy_score, balanced_accuracy_score, recall_score
 
 from medrobust_lib import metrics
@@ -49,11 +49,18 @@ def test_recall_of_an_absent_class_is_nan_and_left_out_of_the_mean():
 
 
 def test_interval_is_clopper_pearson():
-    low, high = metrics.accuracy_interval(85, 100)
-    assert low == pytest.approx(beta.ppf(0.025, 85, 16))
-    assert high == pytest.approx(beta.ppf(0.975, 86, 15))
+    for k, n, confidence in ((85, 100, 0.95), (1, 7, 0.9), (0, 10, 0.95), (10, 10, 0.95), (30, 90, 0.999)):
+        exact = binomtest(k, n).proportion_ci(confidence_level=confidence, method="exact")
+        found = metrics.accuracy_interval(k, n, confidence=confidence)
+        assert found == pytest.approx((exact.low, exact.high), abs=1e-9)
     assert metrics.accuracy_interval(0, 10)[0] == 0
     assert metrics.accuracy_interval(10, 10)[1] == 1
+
+
+@pytest.mark.parametrize(("k", "n", "confidence"), [(5, 4, 0.95), (-1, 4, 0.95), (0, 0, 0.95), (1, 2, 1.0)])
+def test_counts_that_cannot_be_are_named(k, n, confidence):
+    with pytest.raises(ValueError, match=f"correct={k}, n={n}, confidence={confidence}: give"):
+        metrics.accuracy_interval(k, n, confidence=confidence)
 
 
 def test_interval_covers_the_truth_at_least_as_often_as_it_says():

@@ -197,3 +197,15 @@ def test_what_the_baseline_lacks_is_named():
     fewer = baseline[baseline["corruption"] != "motion_blur"]
     with pytest.raises(ValueError, match=r"no error for motion_blur of medmnist/oct"):
         metrics.balanced_error_table(table, fewer)
+
+
+def test_the_reference_is_clip_unless_another_is_named():
+    rows = [
+        {"dataset": "d", "model": model, "corruption": "contrast", "severity": severity, "accuracy": accuracy}
+        for model, shares in {"clip-vit-b16": (0.5, 0.2), "other": (0.9, 0.6)}.items()
+        for severity, accuracy in enumerate(shares)
+    ]
+    table = metrics.corruption_error_table(pd.DataFrame(rows)).set_index("model")
+    assert table.mce.to_dict() == pytest.approx({"clip-vit-b16": 100, "other": 50})
+    with pytest.raises(ValueError, match="clip-vit-b16"):
+        metrics.corruption_error_table(pd.DataFrame(rows[2:]))
