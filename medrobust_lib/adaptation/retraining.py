@@ -9,23 +9,21 @@ import json
 import math
 import time
 import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from safetensors.torch import load_file, safe_open, save_file
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
-from torch.nn.modules.batchnorm import _BatchNorm  # what all batch normalisation layers have in common
 
 from medrobust_lib.data.dataset import ImageDataset
 from medrobust_lib.experiments import progress
 from medrobust_lib.models.dual_encoder import DualEncoder
-from medrobust_lib.models.weights import explained_errors
-from medrobust_lib.smoothing.methods import fingerprint
+from medrobust_lib.models.image_tower import ImageTower, find_image_tower
+from medrobust_lib.models.weights import explained_errors, fingerprint
 from medrobust_lib.smoothing.noise import NoiseStream, noisy_copies
 from medrobust_lib.smoothing.prompts import draw_shots
 from medrobust_lib.smoothing.votes import check_not_training
@@ -121,7 +119,7 @@ def retrain_on_noise(
     with torch.inference_mode(False), torch.enable_grad():
         texts = model.class_features(data.classes, templates).detach()
         retrained = copy.deepcopy(model).eval().to(torch.promote_types(model.dtype, torch.float32))
-        tower = _image_tower(retrained)
+        tower = find_image_tower(retrained)
         _check_batches(tower, len(chosen), batch_size)
         fitted = _fit(
             retrained, tower, chosen, streams, texts, epochs=epochs, batch_size=batch_size,
@@ -159,7 +157,7 @@ def save_retrained(model: DualEncoder, path: Path | str) -> Path:
         raise ValueError(f"{model.id!r} is not re-trained, so there is nothing to save; retrain_on_noise makes one")
     path = Path(path)
     with torch.inference_mode(False), torch.enable_grad():
-        tensors = _image_tower(copy.deepcopy(model)).tensors()
+        tensors = find_image_tower(copy.deepcopy(model)).tensors()
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     header = {
         "format": _FORMAT, "id": model.id, "provenance": model.provenance, "tensors": _fingerprint_of_named(plain),
@@ -218,62 +216,7 @@ def load_retrained(path: Path | str, base_model: DualEncoder) -> DualEncoder:
     return retrained
 
 
-@dataclass(frozen=True, eq=False)
-class _ImageTower:
-    """What only image features depend on: parameters and batch normalisation layers, by their names in the model."""
-
-    parameters: dict[str, nn.Parameter]
-    norms: dict[str, _BatchNorm]
-
-    def tensors(self) -> dict[str, Tensor]:
-        """All that training changes."""
-        statistics = {
-            f"{name}.{part}": buffer for name, norm in self.norms.items() for part, buffer in norm.named_buffers()
-        }
-        return {**self.parameters, **statistics}
-
-
-def _image_tower(model: DualEncoder) -> _ImageTower:
-    """Find the image tower by one backward pass, whatever the back end calls its parts.
-
-    Afterwards exactly the parameters of the tower require a gradient, so give a copy.
-    """
-    model.requires_grad_(True)
-    grey = torch.full((1, 3, model.image_size, model.image_size), 0.5, device=model.device)
-    own = _reached(model, lambda: model.encode_image(grey)) - _reached(model, lambda: model.encode_text(["x"]))
-    model.requires_grad_(False)
-    parameters = {name: parameter for name, parameter in model.named_parameters() if name in own}
-    if not parameters:
-        raise ValueError(
-            f"{model.id}: image features depend on no parameter of their own that a gradient reaches, so there is no "
-            "image tower to train"
-        )
-    for parameter in parameters.values():
-        parameter.requires_grad_(True)
-    return _ImageTower(parameters, {name: norm for name, norm in _norms(model).items() if name in own})
-
-
-def _reached(model: DualEncoder, encode: Callable[[], Tensor]) -> set[str]:
-    """Names of the parameters and batch normalisation layers that features depend on."""
-    found: set[str] = set()
-    hooks = [norm.register_forward_hook(lambda *_, name=name: found.add(name)) for name, norm in _norms(model).items()]
-    try:
-        features = encode()
-    finally:
-        for hook in hooks:
-            hook.remove()
-    if features.requires_grad:
-        names, parameters = zip(*model.named_parameters(), strict=True)
-        gradients = torch.autograd.grad(features.sum(), parameters, allow_unused=True)
-        found.update(name for name, gradient in zip(names, gradients, strict=True) if gradient is not None)
-    return found
-
-
-def _norms(model: nn.Module) -> dict[str, _BatchNorm]:
-    return {name: module for name, module in model.named_modules() if isinstance(module, _BatchNorm)}
-
-
-def _check_batches(tower: _ImageTower, images: int, batch_size: int) -> None:
+def _check_batches(tower: ImageTower, images: int, batch_size: int) -> None:
     """Refuse steps of one image where their statistics are needed."""
     if tower.norms and images // math.ceil(images / batch_size) < 2:
         raise ValueError(
@@ -284,7 +227,7 @@ def _check_batches(tower: _ImageTower, images: int, batch_size: int) -> None:
 
 def _fit(
     model: DualEncoder,
-    tower: _ImageTower,
+    tower: ImageTower,
     chosen: ImageDataset,
     streams: Sequence[NoiseStream],
     texts: Tensor,

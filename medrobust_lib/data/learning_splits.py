@@ -73,38 +73,52 @@ def learning_splits(
     ValueError
         A number below 1, or no image is left to test.
     """
-    _check_whole_numbers(least=1, shots=shots, n_test=n_test, n_pool=n_pool)
-    _check_whole_numbers(least=0, seed=seed)
+    check_whole_numbers(least=1, shots=shots, n_test=n_test, n_pool=n_pool)
+    check_whole_numbers(least=0, seed=seed)
     testing = open_split(dataset, split="test", **options)
     divided = "train" in testing.splits
     learning = open_split(dataset, split="train", **options) if divided else testing
-    learned = _learned(learning.labels, most=2 * shots, share=1.0 if divided else 0.5, seed=seed)
-    left = _others(testing.labels, np.array([], np.int64) if divided else learned)
+    learned = draw_of_each_class(learning.labels, most=2 * shots, share=1.0 if divided else 0.5, seed=seed)
+    left = other_positions(testing.labels, np.array([], np.int64) if divided else learned)
     if not len(left):
         raise ValueError(
             f"{dataset}: {len(learned)} images of {len(learned)} classes, one each, are all needed to learn from and "
             "none is left to test; add images, or keep test images apart in a split 'test' beside 'train'"
         )
-    tested = _stratified(testing.labels, left, n=n_test, seed=seed)
+    tested = draw_among(testing.labels, left, n=n_test, seed=seed)
     train = learning.read(learned, n=len(learned), seed=seed, drawn=f"at most {2 * shots} of each class")
     test = testing.read(tested, n=len(tested), seed=seed)
-    notes = [_source_note(testing, divided), *_class_notes(learning, learned, shots, divided)]
+    notes = [source_note(testing, divided), *class_notes(learning, learned, shots=shots, divided=divided)]
     if "val" in testing.splits:
         unlabelled = open_split(dataset, split="val", **options)
-        drawn = _stratified(unlabelled.labels, np.arange(len(unlabelled.labels)), n=n_pool, seed=seed)
+        drawn = draw_among(unlabelled.labels, np.arange(len(unlabelled.labels)), n=n_pool, seed=seed)
         pool = unlabelled.read(drawn, n=len(drawn), seed=seed)
     else:
-        others = _others(learning.labels, learned if divided else np.union1d(learned, tested))
-        drawn = _stratified(learning.labels, others, n=n_pool, seed=seed)
-        again = _stratified(learning.labels, learned, n=n_pool - len(drawn), seed=seed)
+        others = other_positions(learning.labels, learned if divided else np.union1d(learned, tested))
+        drawn = draw_among(learning.labels, others, n=n_pool, seed=seed)
+        again = draw_among(learning.labels, learned, n=n_pool - len(drawn), seed=seed)
         pool = learning.read(np.union1d(drawn, again), n=len(drawn) + len(again), seed=seed)
         shared = f"; {len(again)} of its {len(pool)} images are learned from too" if len(again) else ""
         notes.append(f"no val split: the pool comes from the split {pool.split!r}{shared}")
     return LearningSplits(train, pool, test, divided, tuple(notes))
 
 
-def _learned(labels: Positions, *, most: int, share: float, seed: int) -> Positions:
-    """Draw at most ``most`` images, and at most a share of the images, of each class; one at least."""
+def draw_of_each_class(labels: Positions, *, share: float, seed: int, most: int | None = None) -> Positions:
+    """Draw at most ``most`` images, and at most a share of the images, of each class; one at least.
+
+    Parameters
+    ----------
+    labels : int64 [N]
+    share : float in [0, 1]
+    seed : int
+    most : int, optional
+        1 or more; None: no limit but the share.
+
+    Returns
+    -------
+    int64 [n]
+        Ascending positions.
+    """
     values, counts = np.unique(labels, return_counts=True)
     takes = np.clip((share * counts).astype(np.int64), 1, most)
     # A permutation per class, keyed as in `stratified_positions`: other classes do not change what is drawn of one.
@@ -115,24 +129,27 @@ def _learned(labels: Positions, *, most: int, share: float, seed: int) -> Positi
     return np.sort(np.concatenate(chosen)).astype(np.int64)
 
 
-def _stratified(labels: Positions, among: Positions, *, n: int, seed: int) -> Positions:
-    """Draw at most n of the positions ``among``, class by class."""
+def draw_among(labels: Positions, among: Positions, *, n: int, seed: int) -> Positions:
+    """Draw at most n of the positions ``among`` by `stratified_positions`; none for n = 0."""
     n = min(n, len(among))
     return among[stratified_positions(labels[among], n=n, seed=seed)] if n > 0 else among[:0]
 
 
-def _others(labels: Positions, used: Positions) -> Positions:
+def other_positions(labels: Positions, used: Positions) -> Positions:
+    """Positions of the images that are not among ``used``, ascending."""
     return np.setdiff1d(np.arange(len(labels)), used)
 
 
-def _source_note(testing: OpenSplit, divided: bool) -> str:
+def source_note(testing: OpenSplit, divided: bool) -> str:
+    """Say whether the data set itself keeps train and test apart."""
     if divided:
         return "train and test are the data set's own splits"
     has = f"has no train split ({', '.join(testing.splits)} only)" if testing.splits else "has no splits"
     return f"the data set {has}: its images were divided class by class, patients may be on both sides"
 
 
-def _class_notes(learning: OpenSplit, learned: Positions, shots: int, divided: bool) -> list[str]:
+def class_notes(learning: OpenSplit, learned: Positions, *, shots: int, divided: bool) -> list[str]:
+    """Name the classes with nothing to learn from, with fewer images than ``shots`` and, if divided here, with one."""
     counts = np.bincount(learning.labels, minlength=len(learning.classes))
     kept = np.bincount(learning.labels[learned], minlength=len(learning.classes))
     classes = np.array(learning.classes, dtype=object)
@@ -147,7 +164,8 @@ def _class_notes(learning: OpenSplit, learned: Positions, shots: int, divided: b
     return notes
 
 
-def _check_whole_numbers(*, least: int, **values: object) -> None:
+def check_whole_numbers(*, least: int, **values: object) -> None:
+    """Raise ValueError naming the first value that is not a whole number of at least ``least``."""
     for name, value in values.items():
         if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
             raise ValueError(f"{name}={value!r}: give a whole number, {least} or more")

@@ -5,6 +5,7 @@ import logging
 import sys
 import threading
 import time
+import warnings
 from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -174,6 +175,8 @@ class _LokyRounds:
         from joblib import Parallel, cpu_count, delayed, parallel_config
         from joblib.externals.loky.process_executor import TerminatedWorkerError
 
+        # A worker whose memory grows, as models do to it, is replaced between two items; nothing is lost by that.
+        warnings.filterwarnings("ignore", message="A worker stopped while some jobs were given", module="joblib")
         # A killed single worker would be this process itself, hence two even if one item is left.
         jobs = max(2, min(self.jobs, len(positions)))
         threads = max(1, cpu_count() // self.jobs)

@@ -93,6 +93,7 @@ def load_model(
     dtype: str | torch.dtype = "auto",
     weights_dir: str | Path | None = None,
     offline: bool | None = None,
+    adapter: str | Path | None = None,
 ) -> DualEncoder:
     """Load a model, ready for inference.
 
@@ -109,6 +110,8 @@ def load_model(
         Folder with ``<model id>/<files>``; by default :func:`default_weights_dir`. The hub cache comes next.
     offline : bool, optional
         Never download; by default what the environment variable ``HF_HUB_OFFLINE`` says.
+    adapter : path, optional
+        Folder of low-rank adapters trained on this model; they are merged into its weights in float32.
 
     Returns
     -------
@@ -118,9 +121,10 @@ def load_model(
     Raises
     ------
     ValueError
-        For an unknown id, device or dtype, weights that do not fit (keys listed), or a wrong SHA-256.
+        For an unknown id, device or dtype, weights that do not fit (keys listed), a wrong SHA-256, or an adapter that
+        is damaged or of another model.
     FileNotFoundError
-        If the weights are missing; names the places looked at and the script that fetches them.
+        If the weights are missing; names the places looked at and the script that fetches them. If the adapter is.
     """
     entry = find_model(id)
     target = resolve_device(device)
@@ -134,6 +138,10 @@ def load_model(
         model = loader(entry, weights_dir=folder, offline=offline)
     if not isinstance(model, DualEncoder):
         raise TypeError(f"the loader of {id!r} must return a DualEncoder, not {type(model).__name__}")
+    if adapter is not None:
+        from medrobust_lib.models.low_rank import load_adapter  # peft is slow to import
+
+        model = load_adapter(model.eval(), adapter)
     # Convolutions run up to twice as fast with the channels innermost; other layers do not mind.
     return model.requires_grad_(False).eval().to(device=target, dtype=precision, memory_format=torch.channels_last)
 

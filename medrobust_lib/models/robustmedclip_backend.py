@@ -1,8 +1,8 @@
 """RobustMedCLIP: BiomedCLIP with the authors' low-rank adapters on queries, keys and values.
 
 The authors wrap the fused ``qkv`` layer of every block of the vision tower and add three separate low-rank
-products, without any scaling (Imam et al. 2025, arXiv:2505.15425, and its public code). The same map is
-written here as one peft adapter of three times the rank: the three A stacked, the three B as a block diagonal.
+products, without any scaling (Imam et al. 2025, arXiv:2505.15425, and its public code). Here the fused layer is taken
+apart and peft adapts q, k and v, as in `medrobust_lib.models.low_rank`.
 """
 
 import re
@@ -12,16 +12,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
 from medrobust_lib.models.catalogue import ModelEntry
 from medrobust_lib.models.checkpoints import describe_files, find_weights, load_strictly, read_state_dict
+from medrobust_lib.models.lora_layers import ADAPTER, adapter_parameters, inject_adapters, remove_adapters
 from medrobust_lib.models.open_clip_backend import CONFIG_NAME, OpenClipEncoder, load_open_clip
+from medrobust_lib.models.qkv import PARTS, split_qkv
 from medrobust_lib.models.registry import find_model
 
 WEIGHT_NAMES = ("model.pth", "lora_weights.safetensors")
-PARTS = ("q", "k", "v")
 
 _SHORT_KEY = re.compile(r"w_(?P<side>[ab])_(?P<number>\d+)")
 _HEAD_KEY = re.compile(r"fc_\d+in_\d+out")
@@ -62,12 +62,6 @@ class QKVAdapter:
     def width(self) -> int:
         """Width d of the block."""
         return next(iter(self.factors.values()))[0].shape[1]
-
-    def fused(self) -> tuple[Tensor, Tensor]:
-        """One pair A [3r, d], B [3d, 3r] for the whole ``qkv`` layer; an absent third is zero."""
-        none = (torch.zeros(self.rank, self.width), torch.zeros(self.width, self.rank))
-        factors = [self.factors.get(part, none) for part in PARTS]
-        return torch.cat([a for a, _ in factors]), torch.block_diag(*(b for _, b in factors))
 
 
 def short_adapters(tensors: Mapping[str, Tensor], *, blocks: int, source: str | Path) -> list[QKVAdapter]:
@@ -165,21 +159,17 @@ def split_full_checkpoint(
     return adapters, backbone
 
 
-def attach_adapters(visual: nn.Module, adapters: Sequence[QKVAdapter]) -> PeftModel:
-    """Put the authors' adapters on a vision tower, through peft.
+def attach_published_adapters(visual: nn.Module, adapters: Sequence[QKVAdapter]) -> None:
+    """Put the authors' adapters on a vision tower in place; `remove_adapters` merges them into its weights.
+
+    Afterwards every block computes ``qkv(x) + [B_q A_q x, B_k A_k x, B_v A_v x]``; an absent product is zero.
 
     Parameters
     ----------
     visual : Module
-        open_clip's timm tower, with ``trunk.blocks[i].attn.qkv``; changed in place.
+        open_clip's timm tower, with ``trunk.blocks[i].attn.qkv``.
     adapters : sequence of QKVAdapter
         One for each block, all of rank r.
-
-    Returns
-    -------
-    PeftModel
-        Computes ``qkv(x) + [B_q A_q x, B_k A_k x, B_v A_v x]`` in every block. ``merge_and_unload()`` gives the
-        tower back with the products added to its weights.
 
     Raises
     ------
@@ -194,34 +184,32 @@ def attach_adapters(visual: nn.Module, adapters: Sequence[QKVAdapter]) -> PeftMo
             f"{len(adapters)} adapters of rank {sorted(ranks)} and width {sorted(widths)} do not fit a tower of "
             f"{len(layers)} blocks of width {layers[0].in_features}; all ranks must be equal"
         )
-    fused_rank = len(PARTS) * ranks.pop()
-    # alpha = rank: peft scales by alpha / rank, the authors do not scale.
-    config = LoraConfig(r=fused_rank, lora_alpha=fused_rank, target_modules=["qkv"], bias="none")
-    model = get_peft_model(visual, config)
+    split_qkv(visual.trunk.blocks)
+    places = [f"trunk.blocks.{block}.attn.qkv" for block in range(len(layers))]
+    inject_adapters(visual, [f"{place}.{part}" for place in places for part in PARTS], rank=ranks.pop())
+    published = {
+        f"{place}.{part}.lora_{side}.{ADAPTER}.weight": factor
+        for place, adapter in zip(places, adapters, strict=True)
+        for part, pair in adapter.factors.items()
+        for side, factor in zip("AB", pair, strict=True)
+    }
     with torch.no_grad():
-        for block, adapter in zip(visual.trunk.blocks, adapters, strict=True):
-            a, b = adapter.fused()
-            block.attn.qkv.lora_A["default"].weight.copy_(a)
-            block.attn.qkv.lora_B["default"].weight.copy_(b)
-    return model
+        for name, parameter in adapter_parameters(visual).items():
+            if name in published:
+                parameter.copy_(published[name])
 
 
-def apply_checkpoint(clip: nn.Module, tensors: Mapping[str, Tensor], *, source: str | Path) -> PeftModel:
-    """Turn BiomedCLIP into RobustMedCLIP with either of the authors' two files.
+def apply_checkpoint(clip: nn.Module, tensors: Mapping[str, Tensor], *, source: str | Path) -> None:
+    """Turn BiomedCLIP into RobustMedCLIP with either of the authors' two files, in place and unmerged.
 
     Parameters
     ----------
     clip : Module
-        open_clip model with a timm vision tower; changed in place.
+        open_clip model with a timm vision tower.
     tensors : mapping of str to Tensor
         Content of ``lora_weights.safetensors`` or ``model.pth``.
     source : str or Path
         Named in errors and warnings.
-
-    Returns
-    -------
-    PeftModel
-        The adapted vision tower, not merged.
 
     Warns
     -----
@@ -256,7 +244,7 @@ def apply_checkpoint(clip: nn.Module, tensors: Mapping[str, Tensor], *, source: 
             UserWarning,
             stacklevel=2,
         )
-    return attach_adapters(visual, adapters)
+    attach_published_adapters(visual, adapters)
 
 
 def load_robustmedclip(entry: ModelEntry, *, weights_dir: Path | None, offline: bool) -> OpenClipEncoder:
@@ -297,8 +285,8 @@ def load_robustmedclip(entry: ModelEntry, *, weights_dir: Path | None, offline: 
     if (weights.parent / CONFIG_NAME).is_file():
         base_entry = replace(base_entry, id=entry.id)
     encoder = load_open_clip(base_entry, weights_dir=weights_dir, offline=offline)
-    adapted = apply_checkpoint(encoder.model, read_state_dict(weights), source=weights)
-    encoder.model.visual = adapted.merge_and_unload()
+    apply_checkpoint(encoder.model, read_state_dict(weights), source=weights)
+    remove_adapters(encoder.model.visual)
     encoder.id = entry.id
     encoder.provenance = {
         **describe_files(entry, weights),

@@ -1,15 +1,18 @@
 """Weight files: where they lie, whether they are intact, and errors that say what to do when they are not."""
 
+import hashlib
 import os
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError  # only to recognise torch's refusal: nothing is unpickled here
 from typing import TYPE_CHECKING
 
+import torch
 from huggingface_hub import constants, try_to_load_from_cache
 from safetensors import SafetensorError
+from torch import Tensor
 
 from medrobust_lib.downloads import file_sha256, read_sums
 
@@ -46,6 +49,15 @@ def hub_snapshot(repository: str, filename: str) -> Path | None:
     """Folder of a hub repository's cached main revision, if ``filename`` is in it."""
     path = try_to_load_from_cache(repository, filename)
     return Path(path).parent if isinstance(path, str) else None
+
+
+def fingerprint(tensors: Sequence[Tensor]) -> str:
+    """First 16 hex digits of the BLAKE2 hash of the tensors' shapes, types and bytes."""
+    digest = hashlib.blake2b(digest_size=8)
+    for tensor in tensors:
+        digest.update(f"{tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def file_hashes(folder: Path) -> dict[str, str]:

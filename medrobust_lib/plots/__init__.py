@@ -1,5 +1,6 @@
 """Figures: each function draws one table or array on the axes it is given and reads no file."""
 
+from medrobust_lib.plots.adaptation import plot_before_after, plot_fractions
 from medrobust_lib.plots.answers import (
     plot_accuracy_against_sigma,
     plot_confusion,
@@ -36,10 +37,12 @@ __all__ = [
     "image_grid",
     "plot_ablation",
     "plot_accuracy_against_sigma",
+    "plot_before_after",
     "plot_certified_accuracy",
     "plot_certified_methods",
     "plot_confusion",
     "plot_feature_map",
+    "plot_fractions",
     "plot_prediction_shares",
     "plot_recall",
     "plot_reliability",

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from medrobust_lib.data.dataset import ImageDataset
 from medrobust_lib.models.dual_encoder import DualEncoder
+from medrobust_lib.models.weights import fingerprint
 from medrobust_lib.smoothing.certificate import Guarantee
 from medrobust_lib.smoothing.methods import (
     AdaptationFeatures,
@@ -22,7 +23,6 @@ from medrobust_lib.smoothing.methods import (
     FeatureClassifier,
     FixedPrompts,
     denoiser_id,
-    fingerprint,
 )
 from medrobust_lib.smoothing.prompt_frames import PromptFrame
 from medrobust_lib.smoothing.prompts import PromptSet, mean_prediction_entropy, noisy_bank, sharpen

@@ -14,6 +14,7 @@ from medrobust_lib.data.dataset import ImageDataset
 from medrobust_lib.experiments import progress
 from medrobust_lib.models.dual_encoder import DualEncoder
 from medrobust_lib.models.registry import resolve_device
+from medrobust_lib.models.weights import fingerprint
 from medrobust_lib.smoothing.denoiser_networks import (
     DIFFUSION_STEPS,
     DnCNN,
@@ -23,7 +24,6 @@ from medrobust_lib.smoothing.denoiser_networks import (
     matching_timestep,
 )
 from medrobust_lib.smoothing.denoisers import DiffusionDenoiser, DnCNNDenoiser, Objective, check_objective
-from medrobust_lib.smoothing.methods import fingerprint
 
 
 def train_denoiser(

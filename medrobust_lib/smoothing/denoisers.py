@@ -21,9 +21,8 @@ from torch import Tensor, nn
 
 from medrobust_lib.data.wording import suggest
 from medrobust_lib.downloads import check_sums
-from medrobust_lib.models.weights import explained_errors
+from medrobust_lib.models.weights import explained_errors, fingerprint
 from medrobust_lib.smoothing.denoiser_networks import DIFFUSION_STEPS, DnCNN, UNet, diffusion_sigmas, matching_timestep
-from medrobust_lib.smoothing.methods import fingerprint
 
 Objective = Literal["mse", "stability"]
 Timestep = Literal["interpolated", "nearest"]

@@ -5,8 +5,7 @@ that adapts to an image gets `AdaptationFeatures`, which only noise of the role 
 return its classifier before the first selection or estimation noise is drawn.
 """
 
-import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from medrobust_lib.data.dataset import ImageDataset
 from medrobust_lib.models.dual_encoder import DualEncoder
+from medrobust_lib.models.weights import fingerprint
 from medrobust_lib.smoothing.batching import Batches
 from medrobust_lib.smoothing.certificate import Guarantee
 from medrobust_lib.smoothing.noise import NoiseStream, noisy_copies
@@ -249,12 +249,3 @@ def denoiser_id(denoiser: Denoiser | None) -> str | None:
         f"the denoiser {denoiser!r} has no `id`, so a store cannot tell it from another one; "
         "set its attribute `id` to a text that changes with its weights"
     )
-
-
-def fingerprint(tensors: Sequence[Tensor]) -> str:
-    """First 16 hex digits of the BLAKE2 hash of the tensors' shapes, types and bytes."""
-    digest = hashlib.blake2b(digest_size=8)
-    for tensor in tensors:
-        digest.update(f"{tuple(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()

@@ -17,6 +17,7 @@ from medrobust_lib import __version__
 from medrobust_lib.data.dataset import ImageDataset
 from medrobust_lib.experiments import map_items, open_store, progress
 from medrobust_lib.models.dual_encoder import DualEncoder
+from medrobust_lib.models.weights import fingerprint
 from medrobust_lib.smoothing.batching import Batches, make_batches
 from medrobust_lib.smoothing.bounds import maximum_radius
 from medrobust_lib.smoothing.certificate import GUARANTEES, Mode, Sampling
@@ -26,7 +27,6 @@ from medrobust_lib.smoothing.methods import (
     Denoiser,
     FeatureClassifier,
     PromptMethod,
-    fingerprint,
     zero_shot_methods,
 )
 from medrobust_lib.smoothing.noise import NoiseStream, Role, noisy_copies

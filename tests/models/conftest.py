@@ -270,7 +270,7 @@ def check_prompts() -> Callable[[DualEncoder], None]:
     return check
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def builders() -> type:
     """The functions above, for test modules (which cannot import each other)."""
 

@@ -10,6 +10,7 @@ from huggingface_hub import constants
 import medrobust_lib
 from medrobust_lib.models import registry
 from medrobust_lib.models.dual_encoder import DualEncoder, Preprocessing, Tokens
+from medrobust_lib.models.low_rank import adapter_parameters, attach_adapters, merge_adapters, save_adapter
 from medrobust_lib.models.registry import (
     ModelEntry,
     available_offline,
@@ -305,3 +306,28 @@ def test_loading_leaves_the_callers_random_stream_alone():
     torch.manual_seed(5)
     load_model("demo-clip", device="cpu")
     assert torch.equal(torch.rand(3), expected)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_an_adapter_is_merged_in_float32_before_the_type_changes(tmp_path, dtype):
+    base = load_model("demo-clip", device="cpu")
+    adapted = attach_adapters(base, rank=2)
+    with torch.no_grad():
+        for parameter in adapter_parameters(adapted).values():
+            parameter.add_(0.05)
+    folder = save_adapter(adapted, tmp_path / "tissue", provenance={"epochs": 0})
+    model = load_model("demo-clip", device="cpu", dtype=dtype, adapter=str(folder))
+    expected = merge_adapters(adapted).to(model.dtype).state_dict()
+    assert model.id == "demo-clip + tissue"
+    assert model.provenance["epochs"] == 0
+    assert list(model.state_dict()) == list(expected)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in model.state_dict().items())
+    assert not torch.equal(model.model.visual.conv1.weight, base.model.visual.conv1.weight.to(model.dtype))
+    assert model.model.visual.conv2.weight.is_contiguous(memory_format=torch.channels_last)
+    assert not model.training
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_a_missing_adapter_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no adapter folder .*nowhere"):
+        load_model("demo-clip", device="cpu", adapter=tmp_path / "nowhere")

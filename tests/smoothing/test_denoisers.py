@@ -13,6 +13,7 @@ import medrobust_lib as mr
 from medrobust_lib.data.dataset import ImageDataset
 from medrobust_lib.downloads import DownloadError, read_sums
 from medrobust_lib.models.dual_encoder import DualEncoder, Preprocessing
+from medrobust_lib.models.weights import fingerprint
 from medrobust_lib.smoothing import denoisers
 from medrobust_lib.smoothing.denoiser_networks import DnCNN, UNet, diffusion_sigmas, matching_timestep
 from medrobust_lib.smoothing.denoiser_training import (
@@ -23,7 +24,7 @@ from medrobust_lib.smoothing.denoiser_training import (
     train_diffusion,
 )
 from medrobust_lib.smoothing.denoisers import DiffusionDenoiser, DnCNNDenoiser, load_demo_denoisers
-from medrobust_lib.smoothing.methods import FixedPrompts, fingerprint
+from medrobust_lib.smoothing.methods import FixedPrompts
 
 KINDS = ("mse", "stability", "diffusion")
 SIGMAS = (0.1, 0.25, 0.5, 1.0)

@@ -1,16 +1,15 @@
 import dataclasses
 
-import numpy as np
 import pytest
 import torch
 from torch.nn import functional
 
 from medrobust_lib import load_dataset, load_model
+from medrobust_lib.models.weights import fingerprint
 from medrobust_lib.smoothing.methods import (
     AdaptationFeatures,
     FixedPrompts,
     PromptClassifier,
-    fingerprint,
     zero_shot_methods,
 )
 from medrobust_lib.smoothing.noise import NoiseStream, noisy_copies
@@ -155,51 +154,3 @@ def test_zero_shot_methods_are_the_first_template_and_the_ensemble(model, data, 
 def test_one_template_needs_no_ensemble(model, data):
     (only,) = zero_shot_methods(model, dataclasses.replace(data, templates=data.templates[:1]))
     assert only.name == "zero-shot"
-
-
-# Fingerprints
-
-
-def test_a_fingerprint_changes_with_one_bit(texts):
-    changed = texts.clone()
-    changed.view(torch.int32)[3, 5] ^= 1
-    assert fingerprint([changed]) != fingerprint([texts])
-    assert fingerprint([texts.clone()]) == fingerprint([texts])
-    assert len(fingerprint([texts])) == 16
-
-
-def test_a_fingerprint_survives_another_layout_in_memory():
-    values = torch.arange(240, dtype=torch.float32).reshape(2, 3, 5, 8)
-    same = [
-        values.to(memory_format=torch.channels_last),
-        values.permute(3, 2, 1, 0).contiguous().permute(3, 2, 1, 0),
-        torch.cat([values, values])[:2],
-        values.clone().requires_grad_(True),
-    ]
-    assert {fingerprint([tensor]) for tensor in same} == {fingerprint([values])}
-
-
-def test_a_fingerprint_tells_shape_type_order_and_borders_apart():
-    values = torch.arange(6)
-    different = [
-        [values],
-        [values.reshape(2, 3)],
-        [values.reshape(3, 2)],
-        [values.int()],
-        [values[:3], values[3:]],
-        [values[3:], values[:3]],
-        [values.flip(0)],
-        [values, torch.zeros(())],
-        [],
-    ]
-    assert len({fingerprint(tensors) for tensors in different}) == len(different)
-
-
-@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.bfloat16, torch.float16, torch.float64, torch.int64])
-def test_any_type_has_a_fingerprint(dtype):
-    zero, one = torch.zeros(3, dtype=dtype), torch.ones(3, dtype=dtype)
-    assert fingerprint([zero]) != fingerprint([one])
-
-
-def test_a_fingerprint_is_the_same_on_every_machine():
-    assert fingerprint([torch.from_numpy(np.arange(4.0))]) == "dabd3a487e9764cc"

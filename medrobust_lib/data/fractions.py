@@ -1,0 +1,180 @@
+"""A fraction of the train split to learn from, with validation and test images that do not depend on the draw."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from medrobust_lib.data.dataset import ImageDataset
+from medrobust_lib.data.learning_splits import (
+    check_whole_numbers,
+    class_notes,
+    draw_among,
+    draw_of_each_class,
+    other_positions,
+    source_note,
+)
+from medrobust_lib.data.registry import OpenSplit, open_split
+
+_HELD_OUT = 0.2  # of each class of the train images, for validation, where there is no val split
+
+
+@dataclass(frozen=True, eq=False)
+class FractionSplits:
+    """What a method learns from, chooses by and is judged on; `fraction_splits` makes it.
+
+    No image is in two of the three.
+
+    Attributes
+    ----------
+    train : ImageDataset
+        The share ``fraction`` of the train images.
+    val : ImageDataset
+        To choose among check points or settings.
+    test : ImageDataset
+    fraction : float
+    divided : bool
+        Whether the data set itself keeps ``train`` and ``test`` apart. If not, both come out of one split:
+        with images of one patient on both sides, results look better than they are.
+    notes : tuple of str
+        Sentences for the reader: where the images come from, and where a class is short of them.
+    """
+
+    train: ImageDataset
+    val: ImageDataset
+    test: ImageDataset
+    fraction: float
+    divided: bool
+    notes: tuple[str, ...]
+
+
+def fraction_splits(
+    dataset: str, *, fraction: float, n_val: int, n_test: int, seed: int = 0, test_seed: int = 0, **options: Any
+) -> FractionSplits:
+    """Draw a stratified fraction of the train split, and validation and test images, reproducibly and disjoint.
+
+    Every class that the train split has gives at least one image, so a small fraction of a small split may be
+    more images than it says; otherwise classes keep their shares as `stratified_positions` rounds them. For one
+    ``seed`` a larger fraction contains the smaller one, but for a rare image where that rounding takes one from
+    a class. Validation and test images depend on ``test_seed`` alone, so that draws with other seeds or fractions
+    are judged on the same images.
+
+    Without a train split (a folder or table that is not divided, or one with test images only) each class is
+    divided by ``test_seed``: half of its images at most, and one at least, are train images. Without a val split
+    a fifth of the train images of each class, at least one where there are two or more, is set aside before the
+    fraction is drawn, and at most ``n_val`` of those are used; the others go back. The fraction is always one of
+    all train images, the validation images among them; a fraction near 1 then takes all that are left. Only the
+    images drawn are decoded.
+
+    Parameters
+    ----------
+    dataset : str
+        As in `load_dataset`.
+    fraction : float
+        Of the train images, in (0, 1].
+    n_val, n_test : int
+        Numbers of images, stratified by class; all where there are fewer.
+    seed : int
+        Which train images.
+    test_seed : int
+        Which validation and test images.
+    **options
+        root, image_size, wording and like, as in `load_dataset`.
+
+    Returns
+    -------
+    FractionSplits
+        ``train.provenance`` holds fraction, of (the number of train images), seed and test_seed;
+        ``train.indices`` are the images chosen.
+
+    Raises
+    ------
+    FileNotFoundError, ValueError
+        As `load_dataset`.
+    ValueError
+        ``fraction`` outside (0, 1], a number below 1, or no image is left to test or to validate.
+    """
+    _check_fraction(fraction)
+    check_whole_numbers(least=1, n_val=n_val, n_test=n_test)
+    check_whole_numbers(least=0, seed=seed, test_seed=test_seed)
+    testing = open_split(dataset, split="test", **options)
+    divided = "train" in testing.splits
+    learning = open_split(dataset, split="train", **options) if divided else testing
+    pool = np.arange(len(learning.labels))
+    left = np.arange(len(testing.labels))
+    if not divided:
+        pool = draw_of_each_class(testing.labels, share=0.5, seed=test_seed)
+        left = other_positions(testing.labels, pool)
+    if not len(left):
+        raise ValueError(
+            f"{dataset}: each class has one image, which is needed to learn from, and none is left to test; add "
+            "images, or keep test images apart in a split 'test' beside 'train'"
+        )
+    notes = [source_note(testing, divided)]
+    if "val" in testing.splits:
+        validating = open_split(dataset, split="val", **options)
+        validated = draw_among(validating.labels, np.arange(len(validating.labels)), n=n_val, seed=test_seed)
+        free = pool
+    else:
+        validating = learning
+        validated = _held_out(learning.labels, pool, n=n_val, seed=test_seed, dataset=dataset)
+        free = np.setdiff1d(pool, validated)
+        notes.append(
+            f"no val split: {len(validated)} of the {len(pool)} train images are kept for validation and not learned "
+            "from"
+        )
+    asked = round(fraction * len(pool))
+    wanted = max(asked, len(np.unique(learning.labels[pool])))
+    learned = draw_among(learning.labels, free, n=wanted, seed=seed)
+    train = learning.read(
+        learned, n=len(learned), seed=seed, test_seed=test_seed, fraction=float(fraction), of=len(pool),
+        drawn="stratified fraction of the train images, at least one of each class",
+    )  # fmt: skip
+    if len(learned) != asked:
+        reason = "one of each class" if len(learned) > asked else "all but those for validation"
+        notes.append(
+            f"{100 * fraction:.3g} % of {len(pool)} train images would be {asked}; {len(learned)} are learned from, "
+            f"{reason}"
+        )
+    notes += class_notes(learning, learned, shots=0, divided=divided)
+    notes += _missing_in_validation(learning, learned, validating.labels[validated])
+    return FractionSplits(
+        train=train,
+        val=validating.read(validated, n=len(validated), seed=test_seed),
+        test=_read_test(testing, left, n=n_test, seed=test_seed),
+        fraction=float(fraction),
+        divided=divided,
+        notes=tuple(notes),
+    )
+
+
+def _held_out(
+    labels: NDArray[np.int64], pool: NDArray[np.int64], *, n: int, seed: int, dataset: str
+) -> NDArray[np.int64]:
+    """Positions for validation, none from a class with one image only."""
+    counts = np.bincount(labels[pool])
+    shared = pool[counts[labels[pool]] > 1]
+    if not len(shared):
+        raise ValueError(
+            f"{dataset}: no class has two images to learn from, so none is left for validation; add images, or keep "
+            "validation images apart in a split 'val' beside 'test'"
+        )
+    held = shared[draw_of_each_class(labels[shared], share=_HELD_OUT, seed=seed)]
+    return draw_among(labels, held, n=n, seed=seed)
+
+
+def _read_test(testing: OpenSplit, left: NDArray[np.int64], *, n: int, seed: int) -> ImageDataset:
+    tested = draw_among(testing.labels, left, n=n, seed=seed)
+    return testing.read(tested, n=len(tested), seed=seed)
+
+
+def _missing_in_validation(learning: OpenSplit, learned: NDArray[np.int64], validated: NDArray[np.int64]) -> list[str]:
+    missing = [learning.classes[label] for label in np.setdiff1d(learning.labels[learned], validated)]
+    return [f"no image for validation: {', '.join(missing)}"] if missing else []
+
+
+def _check_fraction(fraction: object) -> None:
+    number = isinstance(fraction, int | float | np.number) and not isinstance(fraction, bool)
+    if not number or not 0 < fraction <= 1:
+        raise ValueError(f"fraction={fraction!r}: give a share of the train images above 0 and up to 1, such as 0.1")

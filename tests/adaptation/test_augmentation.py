@@ -1,0 +1,149 @@
+"""Random changes of training images: what they keep, how often they happen, and that generators decide them."""
+
+import numpy as np
+import pytest
+import torch
+
+from medrobust_lib.adaptation.augmentation import (
+    Augmentation,
+    add_noise,
+    corrupt_at_random,
+    crop_and_flip,
+    draw_degradations,
+)
+from medrobust_lib.corruptions.suites import MEDIMETA_C
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.fixture
+def pixels():
+    return torch.rand(200, 3, 16, 16, generator=seeded(9))
+
+
+@pytest.fixture
+def ramps():
+    """Images whose red is the x position and whose green is the y position, both from -1 to 1 at the outer edges."""
+    line = (torch.arange(64) + 0.5) / 32 - 1
+    across, down = line.expand(64, 64), line[:, None].expand(64, 64)
+    return torch.stack([across, down, torch.zeros(64, 64)]).expand(2000, 3, 64, 64)
+
+
+def rectangles(ramps, augmentation):
+    """Left, right, top and bottom edge of what was cut out, in units of half a side."""
+    cut = crop_and_flip(ramps, augmentation, generator=seeded())
+    centre, half = {}, {}
+    for channel, axis in ((0, 3), (1, 2)):
+        # In the middle of the crop no border is near, where values are repeated.
+        low, high = (cut.select(axis, place)[:, channel, 32] for place in (16, 47))
+        half[channel], centre[channel] = (high - low) / (31 / 32), (high + low) / 2
+    return centre[0], half[0], centre[1], half[1]
+
+
+def test_crops_lie_in_the_image_and_keep_their_share_and_aspect(ramps):
+    x, width, y, height = rectangles(ramps, Augmentation(crop=0.6, flip=False))
+    area, aspect = width * height, width / height
+    assert 0.6 - 1e-4 <= area.min() < 0.61 and 0.99 < area.max() <= 1 + 1e-4
+    assert abs(float(area.mean()) - 0.8) < 0.01
+    assert 3 / 4 - 1e-3 < aspect.min() < 0.8 and 1.25 < aspect.max() < 4 / 3 + 1e-3
+    for centre, side in ((x, width), (y, height)):
+        assert (centre.abs() + side <= 1 + 1e-4).all()
+        moved = centre / (1 - side).clamp(min=1e-3)  # where in its leeway the rectangle lies
+        assert moved.min() < -0.95 and moved.max() > 0.95 and abs(float(moved.mean())) < 0.05
+
+
+def test_half_of_the_images_are_mirrored_left_to_right(ramps):
+    _, width, _, height = rectangles(ramps, Augmentation())
+    assert 0.45 < (width < 0).float().mean() < 0.55
+    assert (height > 0).all()
+    assert (width[:20] > 0).any() and (width[:20] < 0).any()
+
+
+def test_without_a_crop_images_stay_exact(pixels):
+    flipped = crop_and_flip(pixels, Augmentation(crop=1), generator=seeded())
+    same = [torch.equal(a, b) for a, b in zip(flipped, pixels, strict=True)]
+    mirrored = [torch.equal(a, b.flip(2)) for a, b in zip(flipped, pixels, strict=True)]
+    assert 80 < sum(same) < 120 and sum(same) + sum(mirrored) == 200
+    assert torch.equal(crop_and_flip(pixels, Augmentation(crop=1, flip=False), generator=seeded()), pixels)
+
+
+def test_flat_images_stay_flat():
+    flat = torch.full((5, 3, 8, 8), 0.7)
+    assert torch.allclose(crop_and_flip(flat, Augmentation(crop=0.1), generator=seeded()), flat)
+
+
+def test_generators_decide_everything(pixels):
+    recipe = Augmentation(sigmas=(0.1, 0.5))
+    before = torch.get_rng_state()
+    for change in (crop_and_flip, add_noise):
+        first, again, other = (change(pixels, recipe, generator=seeded(seed)) for seed in (1, 1, 2))
+        assert torch.equal(first, again)
+        assert not torch.equal(first, other)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_each_image_gets_noise_of_one_of_the_levels():
+    noise = add_noise(torch.zeros(300, 3, 32, 32), Augmentation(sigmas=(0.1, 0.5)), generator=seeded())
+    spread = noise.flatten(1).std(dim=1)
+    weak = (spread - 0.1).abs() < 0.01
+    assert (weak | ((spread - 0.5).abs() < 0.05)).all()
+    assert 110 < weak.sum() < 190
+    assert noise.min() < -1 and noise.max() > 1  # nothing is clipped
+
+
+@pytest.mark.parametrize(
+    ("recipe", "shares"),
+    [
+        (Augmentation(), (1, 0, 0)),
+        (Augmentation(sigmas=(0.1,)), (0.5, 0.5, 0)),
+        (Augmentation(corruptions=("contrast",), share=0.2), (0.8, 0, 0.2)),
+        (Augmentation(sigmas=(0.1,), corruptions=("contrast",), share=0.8), (0.2, 0.4, 0.4)),
+        (Augmentation(sigmas=(0.1,), share=1), (0, 1, 0)),
+        (Augmentation(sigmas=(0.1,), share=0), (1, 0, 0)),
+    ],
+)
+def test_the_wanted_share_is_degraded(recipe, shares):
+    kinds = draw_degradations(recipe, 4000, rng=np.random.default_rng(0))
+    assert np.allclose(np.bincount(kinds, minlength=3) / 4000, shares, atol=0.03)
+
+
+def test_each_corruption_and_severity_is_drawn_equally_often():
+    image = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+    images = np.repeat(image[None], 1000, axis=0)
+    before = images.copy()
+    corrupted = corrupt_at_random(
+        images, Augmentation(corruptions=("brightness", "contrast")), rng=np.random.default_rng(1)
+    )
+    assert np.array_equal(images, before)
+    expected = [
+        MEDIMETA_C.corruption(name).apply(image, severity=severity, rng=np.random.default_rng(0))
+        for name in ("brightness", "contrast") for severity in (1, 2, 3, 4, 5)
+    ]  # fmt: skip
+    counts = [sum(np.array_equal(other, each) for other in corrupted) for each in expected]
+    assert sum(counts) == 1000 and min(counts) > 70
+
+
+def test_random_corruptions_differ_between_images_and_follow_the_generator():
+    images = np.full((2, 32, 32, 3), 128, np.uint8)
+    recipe = Augmentation(corruptions=["gaussian_noise"])
+    first, again = (corrupt_at_random(images, recipe, rng=np.random.default_rng(4)) for _ in range(2))
+    assert np.array_equal(first, again)
+    assert not np.array_equal(first[0], first[1])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"crop": 0}, "crop=0: give the least share of the area that is kept"),
+        ({"crop": 1.5}, "crop=1.5"),
+        ({"share": -0.1}, "share=-0.1: give the share of images"),
+        ({"sigmas": (0.1, -1)}, "sigma -1.0: noise levels are standard deviations >= 0"),
+        ({"sigmas": (float("nan"),)}, "sigma nan"),
+        ({"corruptions": ("contrst",)}, "unknown corruption 'contrst' in suite medimeta-c.*contrast"),
+    ],
+)
+def test_impossible_augmentations_are_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        Augmentation(**change)

@@ -1,0 +1,249 @@
+"""A stratified fraction to learn from: what is drawn, what stays apart, and what does not depend on the draw."""
+
+import json
+import os
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from medrobust_lib.data import registry
+from medrobust_lib.data.fractions import fraction_splits
+from medrobust_lib.data.registry import load_dataset
+
+ROOT = Path(os.environ.get("MEDROBUST_REAL_DATA") or Path(__file__).parents[3] / "shared" / "data" / "real")
+FRACTIONS = (0.01, 0.03, 0.07, 0.1, 0.5, 1.0)
+PARTS = ("train", "val", "test")
+
+
+def class_folders(root, counts):
+    """Class folders "c0", "c1", ... with as many images as wanted; no two images are alike."""
+    value = 0
+    for name, count in enumerate(counts):
+        for number in range(count):
+            path = root / f"c{name}" / f"{number:03}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            value += 1
+            Image.fromarray(np.full((8, 8, 3), (value // 256, value % 256, name), np.uint8)).save(path)
+    return root
+
+
+def split_folders(root, **splits):
+    for offset, (split, counts) in enumerate(splits.items()):
+        class_folders(root / split, counts)
+        # Marks the split, so that images of two splits differ.
+        for path in (root / split).rglob("*.png"):
+            Image.fromarray(np.asarray(Image.open(path)) + np.uint8([0, 0, 32 * (offset + 1)])).save(path)
+    return root
+
+
+def draw(dataset, fraction=0.1, *, n_val=10, n_test=20, **options):
+    return fraction_splits(str(dataset), fraction=fraction, n_val=n_val, n_test=n_test, **options)
+
+
+def counts(dataset):
+    return list(dataset.class_counts().values())
+
+
+def pixels(dataset):
+    return {tuple(colour) for colour in dataset.images[:, 0, 0].tolist()}
+
+
+def assert_disjoint(found):
+    shown = [pixels(getattr(found, part)) for part in PARTS]
+    assert len(set.union(*shown)) == sum(map(len, shown)) == sum(len(getattr(found, part)) for part in PARTS)
+
+
+def test_phantoms_keep_their_own_splits_and_the_images_that_everyone_draws():
+    found = draw("phantom/blood", 0.01, n_val=16, n_test=24, image_size=32, seed=3)
+    assert found.divided and found.fraction == 0.01
+    assert [getattr(found, part).split for part in PARTS] == ["train", "val", "test"]
+    assert len(found.train) == 14 and set(counts(found.train)) == {1, 2}
+    assert found.notes == ("train and test are the data set's own splits",)
+    for split, n in (("val", 16), ("test", 24)):
+        same = load_dataset("phantom/blood", split=split, n=n, seed=0, image_size=32)
+        np.testing.assert_array_equal(getattr(found, split).images, same.images)
+        assert getattr(found, split).provenance == same.provenance
+    learned = load_dataset("phantom/blood", split="train", n=14, seed=3, image_size=32)
+    np.testing.assert_array_equal(found.train.images, learned.images)
+
+
+def test_classes_keep_their_shares_and_each_gives_one_image(tmp_path):
+    folder = f"folder:{split_folders(tmp_path, train=[60, 30, 10], val=[5, 5, 5], test=[9, 9, 9])}"
+    assert [counts(draw(folder, fraction).train) for fraction in (0.1, 0.5, 1)] == [
+        [6, 3, 1],
+        [30, 15, 5],
+        [60, 30, 10],
+    ]
+    few = draw(folder, 0.01)
+    assert counts(few.train) == [1, 1, 1]
+    assert few.notes[1:] == ("1 % of 100 train images would be 1; 3 are learned from, one of each class",)
+    assert draw(folder, 0.1).notes == ("train and test are the data set's own splits",)
+    assert_disjoint(draw(folder, 1, n_val=100, n_test=100))
+
+
+def test_shares_are_rounded_to_the_nearest_number_of_images(tmp_path):
+    folder = f"folder:{split_folders(tmp_path, train=[50, 50], val=[2, 2], test=[2, 2])}"
+    # 0.07 * 100 is 7.000000000000001 and 0.29 * 100 is 28.999999999999996 in binary.
+    assert [len(draw(folder, fraction).train) for fraction in (0.07, 0.29, 0.034, 0.036)] == [7, 29, 3, 4]
+
+
+SOURCES = {
+    "own splits": {"train": [60, 30, 10], "val": [6, 6, 6], "test": [9, 9, 9]},
+    "no val split": {"train": [60, 30, 10], "test": [9, 9, 9]},
+    "test only": {"test": [60, 30, 10]},
+}
+
+
+@pytest.fixture(params=[*SOURCES, "no splits", "val and test"])
+def folder(request, tmp_path):
+    if request.param == "no splits":
+        return f"folder:{class_folders(tmp_path, [60, 30, 10])}"
+    splits = SOURCES.get(request.param, {"val": [6, 6, 6], "test": [60, 30, 10]})
+    return f"folder:{split_folders(tmp_path, **splits)}"
+
+
+def test_larger_fractions_contain_the_smaller_and_nothing_is_shared(folder):
+    previous = set()
+    for fraction in FRACTIONS:
+        found = draw(folder, fraction)
+        assert_disjoint(found)
+        assert previous <= pixels(found.train)
+        previous = pixels(found.train)
+    assert len(previous) > 30
+
+
+def test_other_seeds_and_fractions_are_judged_on_the_same_images(folder):
+    first = draw(folder, 0.1, seed=0)
+    for other in (draw(folder, 0.1, seed=1), draw(folder, 0.5, seed=2), draw(folder, 1.0)):
+        assert pixels(first.train) != pixels(other.train)
+        for part in ("val", "test"):
+            np.testing.assert_array_equal(getattr(first, part).images, getattr(other, part).images)
+            assert getattr(first, part).provenance == getattr(other, part).provenance
+    judged_otherwise = draw(folder, 0.1, test_seed=1)
+    for part in ("val", "test"):
+        assert pixels(getattr(first, part)) != pixels(getattr(judged_otherwise, part))
+    again = draw(folder, 0.1, seed=0)
+    np.testing.assert_array_equal(first.train.indices, again.train.indices)
+
+
+def test_without_a_val_split_a_fifth_of_each_class_is_kept_from_training(tmp_path):
+    folder = f"folder:{split_folders(tmp_path, train=[20, 10, 3, 2, 1], test=[2] * 5)}"
+    found = draw(folder, 1.0, n_val=100)
+    assert counts(found.val) == [4, 2, 1, 1, 0] and counts(found.train) == [16, 8, 2, 1, 1]
+    assert (found.train.split, found.val.split, found.test.split) == ("train", "train", "test")
+    assert found.notes[1:] == (
+        "no val split: 8 of the 36 train images are kept for validation and not learned from",
+        "100 % of 36 train images would be 36; 28 are learned from, all but those for validation",
+        "no image for validation: c4",
+    )
+    few = draw(folder, 1.0, n_val=3)
+    assert len(few.val) == 3 and len(few.train) == 33  # what validation does not need goes back
+    tenth = draw(folder, 0.25)
+    assert len(tenth.train) == 9 and tenth.train.provenance["of"] == 36  # of all train images
+
+
+@pytest.mark.parametrize("images", [[10, 7, 4], [5, 4], [60, 4, 2]])
+def test_a_folder_without_splits_is_divided_class_by_class(tmp_path, images):
+    folder = f"folder:{class_folders(tmp_path, images)}"
+    found = draw(folder, 1.0, n_val=100, n_test=100, seed=5)
+    half = [max(1, count // 2) for count in images]
+    kept = [max(1, count // 5) if count > 1 else 0 for count in half]
+    assert not found.divided
+    assert counts(found.test) == [count - learned for count, learned in zip(images, half, strict=True)]
+    assert counts(found.val) == kept
+    assert counts(found.train) == [learned - out for learned, out in zip(half, kept, strict=True)]
+    assert_disjoint(found)
+    assert "patients may be on both sides" in found.notes[0]
+    assert found.train.provenance["of"] == sum(half)
+
+
+def test_provenance_says_how_the_images_came_and_can_be_stored(tmp_path):
+    found = draw(f"folder:{split_folders(tmp_path, **SOURCES['own splits'])}", np.float64(0.1), seed=4, test_seed=2)
+    facts = json.loads(json.dumps(found.train.provenance))
+    assert {key: facts[key] for key in ("fraction", "of", "n", "seed", "test_seed", "split_size")} == {
+        "fraction": 0.1, "of": 100, "n": 10, "seed": 4, "test_seed": 2, "split_size": 100,
+    }  # fmt: skip
+    assert found.test.provenance["seed"] == found.val.provenance["seed"] == 2
+
+
+def test_only_the_images_drawn_are_decoded(tmp_path, monkeypatch):
+    folder = f"folder:{class_folders(tmp_path, [40, 40])}"
+    opened = []
+    original = registry._decode
+
+    def decode(listed, positions, image_size):
+        opened.extend(positions)
+        return original(listed, positions, image_size)
+
+    monkeypatch.setattr(registry, "_decode", decode)
+    found = draw(folder, 0.1, n_val=4, n_test=6, image_size=8)
+    assert sorted(opened) == sorted(np.concatenate([getattr(found, part).indices for part in PARTS]))
+    assert len(opened) == 4 + 4 + 6
+
+
+def test_a_class_of_the_list_without_images_is_named(tmp_path):
+    for split in PARTS:
+        for value, code in enumerate(("ADI", "TUM")):
+            path = tmp_path / "pathology" / "kather" / "images" / split / code / "1.png"
+            path.parent.mkdir(parents=True)
+            Image.fromarray(np.full((8, 8, 3), value, np.uint8)).save(path)
+    found = draw("pathology/kather", 1.0, root=tmp_path)
+    assert len(found.train) == 2
+    assert re.match("no image to learn from: background, .*normal colon mucosa", found.notes[1])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        *(
+            ({"fraction": wrong}, f"fraction={wrong!r}: give a share of the train images above 0 and up to 1")
+            for wrong in (0, -0.1, 1.01, 10, True, "0.1", float("nan"))
+        ),
+        ({"n_val": 0}, "n_val=0: give a whole number, 1 or more"),
+        ({"n_test": 2.5}, "n_test=2.5: give a whole number, 1 or more"),
+        ({"seed": -1}, "seed=-1: give a whole number, 0 or more"),
+        ({"test_seed": True}, "test_seed=True: give a whole number, 0 or more"),
+        ({"image_size": 3}, "image_size=3: give a whole number of pixels"),
+    ],
+)
+def test_bad_numbers_are_named(change, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        draw("phantom/blood", **change)
+
+
+def test_sets_too_small_for_three_parts_are_refused_with_what_to_do(tmp_path):
+    with pytest.raises(ValueError, match="each class has one image, .* none is left to test; add images"):
+        draw(f"folder:{class_folders(tmp_path / 'one', [1, 1, 1])}")
+    message = "no class has two images to learn from, so none is left for validation; add images, or keep"
+    for name, folders in {"undivided": {"test": [2, 3]}, "train": {"train": [1, 1], "test": [2, 2]}}.items():
+        with pytest.raises(ValueError, match=message):
+            draw(f"folder:{split_folders(tmp_path / name, **folders)}")
+
+
+@pytest.mark.skipif(
+    not (ROOT / "folders").is_dir(), reason=f"no real images at {ROOT}; name their folder with MEDROBUST_REAL_DATA"
+)
+@pytest.mark.parametrize(
+    ("name", "like", "sizes"),
+    [("pbc", "medimeta/pbc", [8, 56, 560]), ("breast_us", "medmnist/breast", [5, 55, 546])],
+)
+def test_fractions_of_real_folders(name, like, sizes):
+    folder = f"folder:{ROOT / 'folders' / name}"
+    options = {"n_val": 1000, "n_test": 20, "like": like, "image_size": 32}
+    found = [draw(folder, fraction, **options) for fraction in (0.01, 0.1, 1)]
+    assert [len(one.train) for one in found] == sizes
+    assert set(found[0].train.indices) < set(found[1].train.indices) < set(found[2].train.indices)
+    assert all(min(counts(one.train)) >= 1 for one in found)
+
+
+@pytest.mark.skipif(
+    not (ROOT / "medmnist").is_dir(), reason=f"no real images at {ROOT}; name their folder with MEDROBUST_REAL_DATA"
+)
+def test_a_tenth_of_a_medmnist_file():
+    found = draw("medmnist/breast", root=ROOT, n_val=78, n_test=156)
+    assert [len(getattr(found, part)) for part in PARTS] == [55, 78, 156]
+    whole = np.array(counts(load_dataset("medmnist/breast", split="train", root=ROOT)))
+    np.testing.assert_allclose(counts(found.train), 0.1 * whole, atol=0.75)  # 54.6 in all
