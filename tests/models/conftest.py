@@ -2,6 +2,7 @@
 
 import functools
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -12,10 +13,14 @@ import torch
 from huggingface_hub import constants
 from open_clip.tokenizer import SimpleTokenizer
 from safetensors.torch import save_file
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
-from transformers import BertConfig, CLIPConfig, CLIPModel, PreTrainedTokenizerFast
+from tokenizers import BertWordPieceTokenizer, Tokenizer, models, normalizers, pre_tokenizers, processors
+from torch.nn import functional
+from transformers import BertConfig, CLIPConfig, CLIPModel, PreTrainedTokenizerFast, SwinConfig
 
 from medrobust_lib.models.dual_encoder import DualEncoder
+from medrobust_lib.models.low_rank import adapter_parameters, attach_adapters
+from medrobust_lib.models.medclip_backend import MedCLIPArchitecture, MedCLIPEncoder, MedCLIPNetwork
+from medrobust_lib.models.registry import load_model
 from medrobust_lib.smoothing import prompts
 
 WORDS = ["a", "an", "image", "of", "tissue", "lymphocytes", "debris", "histology", "patch", ".", ","]
@@ -241,6 +246,99 @@ def plip_folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path
     return made
 
 
+KINDS = ("timm ViT", "open_clip ViT", "HF CLIP", "HF Swin", "torchvision ResNet", "CLIP ResNet")
+FORMS = [*((kind, "separate") for kind in KINDS), ("timm ViT", "fused"), ("open_clip ViT", "fused")]
+
+
+def medclip(vision: SwinConfig | tuple[int, ...], folder: Path, *, image_size: int) -> MedCLIPEncoder:
+    """MedCLIP's layout with a tiny text tower; a tuple is the number of blocks in the stages of a ResNet."""
+    words = write_word_pieces(folder)
+    bert = BertConfig(
+        vocab_size=words, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48
+    )
+    network = MedCLIPNetwork(MedCLIPArchitecture(vision=vision, text=bert, embed_dim=24, image_size=image_size))
+    tokenizer = BertWordPieceTokenizer(str(folder / "vocab.txt"), lowercase=True)
+    return MedCLIPEncoder(network, tokenizer, id="medclip", image_size=image_size, provenance={"source": "this test"})
+
+
+@pytest.fixture(scope="session")
+def loaded(
+    plip_folders: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], DualEncoder]:
+    """Function giving a tiny model of one of `KINDS`, made once; none of the functions under test may change it."""
+
+    @functools.cache
+    def made(kind: str) -> DualEncoder:
+        folder = tmp_path_factory.mktemp("models")
+        torch.manual_seed(0)
+        if kind == "timm ViT":
+            write_bert(folder)
+            write_weights(folder, biomedclip_configuration(str(folder)))
+        elif kind == "open_clip ViT":
+            size = write_word_tokenizer(folder, context_length=16)
+            write_weights(folder, tiny_configuration(size, hf_tokenizer_name="beside"))
+        elif kind == "HF CLIP":
+            shutil.copytree(plip_folders(2, True), folder / "plip")
+            return load_model("plip", device="cpu", weights_dir=folder)
+        elif kind == "HF Swin":
+            swin = SwinConfig(image_size=56, embed_dim=16, depths=(2, 2), num_heads=(2, 4), window_size=7)
+            return randomise(medclip(swin, folder, image_size=56)).requires_grad_(False)
+        elif kind == "torchvision ResNet":
+            return randomise(medclip((1, 1, 1, 1), folder, image_size=64)).requires_grad_(False)
+        else:
+            return load_model("demo-clip", device="cpu")
+        return load_model(f"local-dir:{folder}", device="cpu")
+
+    return made
+
+
+@pytest.fixture(params=KINDS)
+def each_kind(request: pytest.FixtureRequest) -> str:
+    """Every kind of image tower."""
+    return request.param
+
+
+@pytest.fixture(params=FORMS, ids="-".join)
+def form(request: pytest.FixtureRequest) -> tuple[str, str]:
+    """Every kind of image tower, with separate adapters and, where there is a fused projection, with a fused one."""
+    return request.param
+
+
+@pytest.fixture
+def demo(loaded: Callable[[str], DualEncoder]) -> DualEncoder:
+    """demo-clip, not to be changed."""
+    return loaded("CLIP ResNet")
+
+
+@pytest.fixture(scope="session")
+def pixels() -> Callable[[DualEncoder], torch.Tensor]:
+    """Function giving three random images in a model's size."""
+
+    def drawn(model: DualEncoder) -> torch.Tensor:
+        size = model.image_size
+        return torch.rand(3, 3, size, size, generator=torch.Generator().manual_seed(1))
+
+    return drawn
+
+
+@pytest.fixture(scope="session")
+def trained(pixels: Callable[[DualEncoder], torch.Tensor]) -> Callable[..., DualEncoder]:
+    """Function giving a model whose adapters took a few optimiser steps on random targets."""
+
+    def train(model: DualEncoder, **options: object) -> DualEncoder:
+        adapted = attach_adapters(model, **{"rank": 4, **options})
+        images, generator = pixels(adapted), torch.Generator().manual_seed(2)
+        targets = functional.normalize(torch.randn(3, model.embed_dim, generator=generator), dim=1)
+        optimiser = torch.optim.AdamW(adapter_parameters(adapted).values(), lr=1e-2)
+        for _ in range(3):
+            optimiser.zero_grad()
+            (-(adapted.encode_image(images) * targets).sum()).backward()
+            optimiser.step()
+        return adapted
+
+    return train
+
+
 @pytest.fixture
 def check_prompts() -> Callable[[DualEncoder], None]:
     """What prompt learning needs of a back end, whatever its tokenizer."""
@@ -276,6 +374,7 @@ def builders() -> type:
 
     class Builders:
         biomedclip_configuration = staticmethod(biomedclip_configuration)
+        medclip = staticmethod(medclip)
         randomise = staticmethod(randomise)
         tiny_configuration = staticmethod(tiny_configuration)
         write_bert = staticmethod(write_bert)
