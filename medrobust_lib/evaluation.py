@@ -1,6 +1,6 @@
 """Zero-shot classifiers on corrupted images: answers to every corruption and severity, and their table."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -39,7 +39,7 @@ def corruption_answers(
     """Answers of classifiers on the clean images and on every corruption and severity of a suite.
 
     Each corrupted set is made once, in memory, and every classifier sees the same one; classifiers that share an
-    image tower (the same object) share its features.
+    image tower (the same object) share its features, those of one geometry the prepared images.
 
     Parameters
     ----------
@@ -70,10 +70,8 @@ def corruption_answers(
     found: Answers = {}
     for corruption, severity in variants:
         shown = data if severity == 0 else corrupted(data, corruption, severity=severity, seed=seed, suite=suite)
-        features: dict[int, Tensor] = {}
+        features = _features([encoder for encoder, _ in candidates.values()], shown.images, batch_size)
         for name, (encoder, class_features) in candidates.items():
-            if id(encoder) not in features:
-                features[id(encoder)] = _encoded(encoder, shown.images, batch_size)
             probabilities = encoder.probabilities(features[id(encoder)], class_features)
             found[name, corruption, severity] = probabilities.argmax(1).cpu().numpy()
     return found
@@ -115,6 +113,15 @@ def accuracy_table(answers: Answers, data: ImageDataset) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def _encoded(encoder: DualEncoder, images: NDArray[np.uint8], batch_size: int) -> Tensor:
-    starts = range(0, len(images), batch_size)
-    return torch.cat([encoder.encode_image(encoder.prepare(images[i : i + batch_size])) for i in starts])
+def _features(encoders: Sequence[DualEncoder], images: NDArray[np.uint8], batch_size: int) -> dict[int, Tensor]:
+    """Features by ``id`` of the encoder, each computed once; encoders of one geometry share the prepared images."""
+    different = {id(encoder): encoder for encoder in encoders}
+    parts: dict[int, list[Tensor]] = {key: [] for key in different}
+    for start in range(0, len(images), batch_size):
+        prepared: dict[Hashable, Tensor] = {}
+        for key, encoder in different.items():
+            geometry = (type(encoder).prepare, encoder.preprocessing)  # an own model may prepare in its own way
+            if geometry not in prepared:
+                prepared[geometry] = encoder.prepare(images[start : start + batch_size])
+            parts[key].append(encoder.encode_image(prepared[geometry]))
+    return {key: torch.cat(found) for key, found in parts.items()}

@@ -1,3 +1,5 @@
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -53,6 +55,31 @@ def test_class_texts_decide_and_a_shared_tower_is_encoded_once(answers, candidat
     monkeypatch.setattr(encoder, "encode_image", lambda pixels: calls.append(len(pixels)) or whole(pixels))
     corruption_answers(candidates, data, severities=(1,))
     assert sum(calls) == len(data) * 8  # clean and seven corruptions, not twice
+
+
+def test_towers_of_one_geometry_share_the_prepared_images_and_an_own_geometry_is_kept(encoder, candidates, data):
+    class Upside(type(encoder)):
+        def prepare(self, images):
+            return super().prepare(images).flip(2)
+
+    prepared = []
+
+    class Counting(type(encoder)):
+        def prepare(self, images):
+            prepared.append(len(images))
+            return super().prepare(images)
+
+    towers = [copy.deepcopy(encoder) for _ in range(3)]
+    for tower, kind in zip(towers, (Counting, Counting, Upside), strict=True):
+        tower.__class__ = kind
+    words = candidates["as is"].class_features
+    found = corruption_answers({str(i): Candidate(t, words) for i, t in enumerate(towers)}, data, severities=(1,))
+    assert sum(prepared) == len(data) * 8
+    plain = corruption_answers({"plain": Candidate(encoder, words)}, data, severities=(1,))
+    flipped = encoder.encode_image(encoder.prepare(data.images).flip(2)) @ words.T
+    for _, corruption, severity in plain:
+        np.testing.assert_array_equal(found["1", corruption, severity], plain["plain", corruption, severity])
+    np.testing.assert_array_equal(found["2", "clean", 0], flipped.argmax(1).numpy())
 
 
 def test_no_candidates_are_refused(data):
