@@ -50,7 +50,7 @@ lint: $(STAMP)  ## ruff: style, types and docstrings
 format: $(STAMP)  ## let ruff format the code
 	@$(BIN)/ruff check --fix . && $(BIN)/ruff format .
 
-bench: $(STAMP)  ## side-by-side timings and draw counts (about 13 minutes)
+bench: $(STAMP)  ## side-by-side timings and draw counts (about 15 minutes)
 	@for script in benchmarks/*.py; do $(DEMO_ENV) $(BIN)/python $$script || exit 1; done
 
 coverage: $(STAMP)  ## line coverage of the library by the unit tests

@@ -46,7 +46,8 @@ def test_scripts_exist(command):
 
 
 @pytest.mark.parametrize("code", BLOCKS["python"])
-def test_python_examples_run(code):
+def test_python_examples_run(code, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # some write files
     scope: dict = {}
     exec(compile(code, "README.md", "exec"), scope)
     assert "data" not in scope or len(scope["answers"]) == len(scope["data"])

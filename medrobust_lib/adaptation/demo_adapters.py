@@ -7,6 +7,7 @@ from types import MappingProxyType
 from typing import Any
 
 from medrobust_lib.adaptation.augmentation import PAPER_AUGMENTATION, Augmentation
+from medrobust_lib.adaptation.joint_training import Recipe
 from medrobust_lib.models.dual_encoder import DualEncoder
 from medrobust_lib.models.low_rank import weights_identity
 from medrobust_lib.models.weights import DEMO_FOLDER
@@ -59,4 +60,5 @@ def find_demo_adapter(
     if tuple(datasets) != DATASETS or not folder.is_dir():
         return None
     stored = json.loads((folder / "provenance.json").read_text(encoding="utf-8"))
-    return folder if stored["adapter"]["base"]["weights"] == weights_identity(model) else None
+    same_recipe = stored["recipe"] == Recipe(**RECIPE, augmentation=augmentation, seed=seed).as_json()
+    return folder if same_recipe and stored["adapter"]["base"]["weights"] == weights_identity(model) else None

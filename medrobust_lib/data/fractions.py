@@ -63,9 +63,9 @@ def fraction_splits(
     Without a train split (a folder or table that is not divided, or one with test images only) each class is
     divided by ``test_seed``: half of its images at most, and one at least, are train images. Without a val split
     a fifth of the train images of each class, at least one where there are two or more, is set aside before the
-    fraction is drawn, and at most ``n_val`` of those are used; the others go back. The fraction is always one of
-    all train images, the validation images among them; a fraction near 1 then takes all that are left. Only the
-    images drawn are decoded.
+    fraction is drawn, and at most ``n_val`` of those are used, so that ``n_val`` changes no train image. The
+    fraction is always one of all train images, those set aside among them; a fraction near 1 then takes all that
+    are left. Only the images drawn are decoded.
 
     Parameters
     ----------
@@ -118,10 +118,12 @@ def fraction_splits(
         free = pool
     else:
         validating = learning
-        validated = _held_out(learning.labels, pool, n=n_val, seed=test_seed, dataset=dataset)
-        free = np.setdiff1d(pool, validated)
+        held = _held_out(learning.labels, pool, seed=test_seed, dataset=dataset)
+        validated = draw_among(learning.labels, held, n=n_val, seed=test_seed)
+        free = np.setdiff1d(pool, held)
+        used = "" if len(validated) == len(held) else f", {len(validated)} of them used,"
         notes.append(
-            f"no val split: {len(validated)} of the {len(pool)} train images are kept for validation and not learned "
+            f"no val split: {len(held)} of the {len(pool)} train images are kept for validation{used} and not learned "
             "from"
         )
     asked = round(fraction * len(pool))
@@ -149,9 +151,7 @@ def fraction_splits(
     )
 
 
-def _held_out(
-    labels: NDArray[np.int64], pool: NDArray[np.int64], *, n: int, seed: int, dataset: str
-) -> NDArray[np.int64]:
+def _held_out(labels: NDArray[np.int64], pool: NDArray[np.int64], *, seed: int, dataset: str) -> NDArray[np.int64]:
     """Positions for validation, none from a class with one image only."""
     counts = np.bincount(labels[pool])
     shared = pool[counts[labels[pool]] > 1]
@@ -160,8 +160,7 @@ def _held_out(
             f"{dataset}: no class has two images to learn from, so none is left for validation; add images, or keep "
             "validation images apart in a split 'val' beside 'test'"
         )
-    held = shared[draw_of_each_class(labels[shared], share=_HELD_OUT, seed=seed)]
-    return draw_among(labels, held, n=n, seed=seed)
+    return shared[draw_of_each_class(labels[shared], share=_HELD_OUT, seed=seed)]
 
 
 def _read_test(testing: OpenSplit, left: NDArray[np.int64], *, n: int, seed: int) -> ImageDataset:

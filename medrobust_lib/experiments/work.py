@@ -5,7 +5,6 @@ import logging
 import sys
 import threading
 import time
-import warnings
 from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ Results = Generator[tuple[int, Any], None, None]
 Element = TypeVar("Element")
 
 _SECONDS_WITHOUT_WORKERS = 20.0
+_LARGEST_GROWTH = 4 * 2**30  # bytes
 
 _logger = logging.getLogger(__name__)
 
@@ -134,8 +134,14 @@ _WORKER_MEMORY = _WorkerMemory()
 def _work(numbered_item: tuple[int, Any], content: np.ndarray, digest: str, threads: int | None) -> tuple[int, Any]:
     """One item, in a worker process."""
     function, context = _WORKER_MEMORY.unpack(content, digest)
-    if threads is not None and "torch" in sys.modules:
-        sys.modules["torch"].set_num_threads(threads)
+    if threads is not None:
+        from joblib.externals.loky import process_executor
+
+        # joblib takes a worker that has grown by 300 MB for leaking and starts another. Models and the libraries
+        # behind them are larger, and importing those anew takes seconds.
+        process_executor._MAX_MEMORY_LEAK_SIZE = _LARGEST_GROWTH
+        if "torch" in sys.modules:
+            sys.modules["torch"].set_num_threads(threads)
     position, item = numbered_item
     return position, _call(function, context, position, item)
 
@@ -175,8 +181,6 @@ class _LokyRounds:
         from joblib import Parallel, cpu_count, delayed, parallel_config
         from joblib.externals.loky.process_executor import TerminatedWorkerError
 
-        # A worker whose memory grows, as models do to it, is replaced between two items; nothing is lost by that.
-        warnings.filterwarnings("ignore", message="A worker stopped while some jobs were given", module="joblib")
         # A killed single worker would be this process itself, hence two even if one item is left.
         jobs = max(2, min(self.jobs, len(positions)))
         threads = max(1, cpu_count() // self.jobs)

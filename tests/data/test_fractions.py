@@ -129,6 +129,15 @@ def test_other_seeds_and_fractions_are_judged_on_the_same_images(folder):
     np.testing.assert_array_equal(first.train.indices, again.train.indices)
 
 
+def test_train_images_do_not_depend_on_how_many_are_validated(tmp_path):
+    folder = f"folder:{split_folders(tmp_path, train=[20, 10, 3], test=[2] * 3)}"
+    few, many = (draw(folder, 0.5, n_val=n_val) for n_val in (1, 100))
+    assert few.train.indices.tolist() == many.train.indices.tolist()
+    assert (len(few.val), len(many.val)) == (1, 7)
+    assert set(few.val.indices) <= set(many.val.indices)
+    assert "7 of the 33 train images are kept for validation, 1 of them used, and" in few.notes[1]
+
+
 def test_without_a_val_split_a_fifth_of_each_class_is_kept_from_training(tmp_path):
     folder = f"folder:{split_folders(tmp_path, train=[20, 10, 3, 2, 1], test=[2] * 5)}"
     found = draw(folder, 1.0, n_val=100)
@@ -140,7 +149,7 @@ def test_without_a_val_split_a_fifth_of_each_class_is_kept_from_training(tmp_pat
         "no image for validation: c4",
     )
     few = draw(folder, 1.0, n_val=3)
-    assert len(few.val) == 3 and len(few.train) == 33  # what validation does not need goes back
+    assert len(few.val) == 3 and len(few.train) == 28
     tenth = draw(folder, 0.25)
     assert len(tenth.train) == 9 and tenth.train.provenance["of"] == 36  # of all train images
 

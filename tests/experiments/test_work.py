@@ -296,3 +296,22 @@ def test_a_person_in_a_notebook_sees_a_bar_and_a_runner_does_not(monkeypatch, ca
     else:
         first = {"total": 5, "initial": 2, "desc": "certify phantom/blood", "unit": " images"}
         assert (lines, calls) == ([], [first, "update", "update", "update", "close"])
+
+
+def test_a_worker_that_holds_a_model_is_kept():
+    def grow(_, item):
+        import os
+        import sys
+        import time
+
+        import numpy as np
+
+        if item >= 2:  # joblib measures a worker for the first time after its first item
+            sys.modules["kept_by_the_test"] = np.ones(50_000_000)  # 400 MB, as much as libraries and weights
+        time.sleep(1.2)  # it measures no more than once a second
+        return os.getpid()
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        workers = {pid for _, pid in map_items(grow, range(7), jobs=2)}
+    assert len(workers) == 2

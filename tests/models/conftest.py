@@ -262,9 +262,7 @@ def medclip(vision: SwinConfig | tuple[int, ...], folder: Path, *, image_size: i
 
 
 @pytest.fixture(scope="session")
-def loaded(
-    plip_folders: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
-) -> Callable[[str], DualEncoder]:
+def loaded(plip_folders: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], DualEncoder]:
     """Function giving a tiny model of one of `KINDS`, made once; none of the functions under test may change it."""
 
     @functools.cache
@@ -290,6 +288,23 @@ def loaded(
         return load_model(f"local-dir:{folder}", device="cpu")
 
     return made
+
+
+def hollow(build: Callable[[], torch.nn.Module]) -> torch.nn.Module:
+    """A network of full size whose zeros take no time to draw."""
+    with torch.device("meta"):
+        network = build()
+    network = network.to_empty(device="cpu")
+    with torch.no_grad():
+        for tensor in (*network.parameters(), *network.buffers()):
+            tensor.zero_()
+    return network
+
+
+@pytest.fixture
+def kinds() -> tuple[str, ...]:
+    """Every kind of image tower that adapters go on."""
+    return KINDS
 
 
 @pytest.fixture(params=KINDS)
@@ -374,6 +389,7 @@ def builders() -> type:
 
     class Builders:
         biomedclip_configuration = staticmethod(biomedclip_configuration)
+        hollow = staticmethod(hollow)
         medclip = staticmethod(medclip)
         randomise = staticmethod(randomise)
         tiny_configuration = staticmethod(tiny_configuration)

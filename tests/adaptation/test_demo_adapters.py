@@ -1,0 +1,189 @@
+"""The adapters that come with demo-clip: small, honest about their training, and found only where they fit."""
+
+import copy
+import importlib.util
+import json
+import re
+import tomllib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import medrobust_lib as mr
+from medrobust_lib import metrics
+from medrobust_lib.adaptation import demo_adapters
+from medrobust_lib.adaptation.augmentation import PAPER_AUGMENTATION, Augmentation
+from medrobust_lib.adaptation.demo_adapters import DATASETS, FOLDER, NOISY, RECIPE, find_demo_adapter, folder_name
+from medrobust_lib.data.fractions import fraction_splits
+from medrobust_lib.models.low_rank import attached_adapters, load_adapter
+
+ROOT = Path(__file__).parents[2]
+CARD = (FOLDER / "MODEL_CARD.md").read_text(encoding="utf-8")
+NAMES = re.findall(r"^\| `(\S+)` \|", CARD, re.MULTILINE)
+ONE = {"fraction": 0.1, "rank": 16, "seed": 1}
+LARGEST = 2_000_000  # bytes of all folders together
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Small tensors are slower on several threads, above all beside other processes."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return mr.load_model("demo-clip", device="cpu")
+
+
+@pytest.fixture(scope="module")
+def planned():
+    """The adapters that the script makes."""
+    path = ROOT / "data_scripts" / "train_demo_adapters.py"
+    spec = importlib.util.spec_from_file_location("train_demo_adapters", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return {module.name_of(job): job for job in module.JOBS}
+
+
+def stored(name):
+    return json.loads((FOLDER / name / "provenance.json").read_text(encoding="utf-8"))
+
+
+def test_card_script_and_folders_name_the_same_adapters(planned):
+    assert len(NAMES) >= 11
+    assert list(planned) == NAMES
+    assert sorted(NAMES) == sorted(path.name for path in FOLDER.iterdir() if path.is_dir())
+    assert "**They have seen synthetic phantoms only. Not for clinical use.**" in CARD
+
+
+def test_all_folders_together_are_small():
+    files = [path for path in FOLDER.rglob("*") if path.is_file()]
+    assert len(files) == 1 + 3 * len(NAMES)
+    assert 0 < sum(path.stat().st_size for path in files) <= LARGEST
+
+
+def test_they_are_package_data():
+    package = ROOT / "medrobust_lib"
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    patterns = settings["tool"]["setuptools"]["package-data"]["medrobust_lib"]
+    covered = {path for pattern in patterns for path in package.glob(pattern)}
+    assert {path for path in FOLDER.rglob("*") if path.is_file()} <= covered
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_each_loads_on_demo_clip_and_changes_its_image_features_only(model, name):
+    adapted = load_adapter(model, FOLDER / name)
+    assert adapted.id == f"demo-clip + {name}"
+    assert attached_adapters(adapted) is None
+    pixels = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    change = (adapted.encode_image(pixels) - model.encode_image(pixels)).norm(dim=1)
+    assert (change > 0.02).all()
+    assert torch.equal(adapted.encode_text(["a scan"]), model.encode_text(["a scan"]))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_each_was_trained_as_its_name_says_on_train_images_only(planned, name):
+    job, facts = planned[name], stored(name)
+    augmentation = NOISY if job.noisy else PAPER_AUGMENTATION
+    assert folder_name(fraction=job.fraction, rank=job.rank, seed=job.seed, augmentation=augmentation) == name
+    assert (facts["rank"], facts["adapter"]["rank"], facts["recipe"]["seed"]) == (job.rank, job.rank, job.seed)
+    assert RECIPE.items() <= facts["recipe"].items()
+    assert facts["recipe"]["augmentation"]["sigmas"] == ([0.1, 0.2] if job.noisy else [])
+    assert facts["trainable"] == facts["adapter"]["parameters"] == job.rank * 4507
+    for role, split, fraction in (("train", "train", job.fraction), ("validation", "val", None)):
+        assert list(facts[role]) == list(DATASETS)
+        for part in facts[role].values():
+            assert (part["split"], part["fraction"], part["synthetic"]) == (split, fraction, True)
+            assert len(set(part["indices"])) == part["n"] == len(part["indices"])
+    assert not re.search(r'"test"', json.dumps(facts))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_each_improves_validation_by_its_own_record(name):
+    facts = stored(name)
+    means = [row["val_mean"] for row in facts["history"]]
+    assert facts["best_epoch"] == int(np.argmax(means)) > 0
+    assert max(means) > means[0] + 0.1
+    assert means[0] == pytest.approx(0.748, abs=0.001)  # they all start from the same weights and images
+    row = next(line for line in CARD.splitlines() if f"`{name}`" in line)
+    assert f"| {means[0]:.3f} | {max(means):.3f} |" in row
+
+
+def test_the_improvement_can_be_measured(model):
+    """On the val images of the record, with half-precision weights as they are shipped."""
+    facts = stored(folder_name(**ONE))
+    adapted = load_adapter(model, FOLDER / folder_name(**ONE))
+    scores = {model.id: [], adapted.id: []}
+    for name in DATASETS:
+        part = fraction_splits(name, fraction=0.01, n_val=60, n_test=1)
+        assert part.val.indices.tolist() == facts["validation"][name]["indices"]
+        texts = model.class_features(part.val.classes, facts["validation"][name]["templates"])
+        for tower in (model, adapted):
+            with torch.inference_mode():
+                answers = (tower.encode_image(model.prepare(part.val.images)) @ texts.T).argmax(1).numpy()
+            scores[tower.id].append(metrics.balanced_accuracy(part.val.labels, answers))
+    means = [row["val_mean"] for row in facts["history"]]
+    before, after = (np.mean(values) for values in scores.values())
+    assert before == pytest.approx(means[0], abs=0.01)
+    assert after == pytest.approx(max(means), abs=0.01)
+    assert after > before + 0.1
+
+
+def test_an_adapter_is_found_for_exactly_its_training(model):
+    assert find_demo_adapter(model, list(DATASETS), **ONE) == FOLDER / "rank16-10percent-seed1"
+    noisy = find_demo_adapter(model, DATASETS, fraction=0.1, rank=16, seed=0, augmentation=NOISY)
+    assert noisy == FOLDER / "rank16-10percent-seed0-noise"
+    assert find_demo_adapter(model, DATASETS, fraction=0.07, rank=16, seed=0).name == "rank16-7percent-seed0"
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"datasets": DATASETS[:5]},
+        {"datasets": DATASETS[::-1]},
+        {"datasets": (*DATASETS, "medmnist/breast")},
+        {"fraction": 0.2},
+        {"fraction": 0.101},
+        {"rank": 2},
+        {"seed": 7},
+        {"augmentation": NOISY},  # there is one for seed 0 only
+    ],
+    ids=lambda other: "-".join(other),
+)
+def test_nothing_is_found_for_another_training(model, other):
+    asked = {"datasets": DATASETS, **ONE, **other}
+    assert find_demo_adapter(model, asked.pop("datasets"), **asked) is None
+
+
+@pytest.mark.parametrize(
+    "augmentation",
+    [
+        Augmentation(crop=0.5),
+        Augmentation(flip=False),
+        Augmentation(corruptions=("pixelate",)),
+        Augmentation(sigmas=(0.5,)),
+        Augmentation(sigmas=(0.1, 0.2), share=1.0),
+    ],
+    ids=str,
+)
+def test_nothing_is_found_for_another_augmentation(model, augmentation):
+    assert find_demo_adapter(model, DATASETS, fraction=0.1, rank=16, seed=0, augmentation=augmentation) is None
+    assert find_demo_adapter(model, DATASETS, **ONE, augmentation=augmentation) is None
+
+
+def test_nothing_is_found_for_other_weights(model):
+    changed = copy.deepcopy(model)
+    with torch.no_grad():
+        changed.model.visual.conv1.weight[0, 0, 0, 0] += 0.1
+    assert find_demo_adapter(changed, DATASETS, **ONE) is None
+    assert find_demo_adapter(copy.deepcopy(model).to(torch.bfloat16), DATASETS, **ONE) is not None
+
+
+def test_a_folder_without_adapters_holds_none(model, tmp_path, monkeypatch):
+    monkeypatch.setattr(demo_adapters, "FOLDER", tmp_path)
+    assert find_demo_adapter(model, DATASETS, **ONE) is None
