@@ -25,7 +25,7 @@ from torch import nn
 from medrobust_lib.adaptation.augmentation import PAPER_AUGMENTATION, Augmentation
 from medrobust_lib.adaptation.joint_training import Recipe, Schedule, Softmax, templates_of, train_jointly
 from medrobust_lib.data.dataset import ImageDataset
-from medrobust_lib.experiments import write_text_atomically
+from medrobust_lib.experiments import parameter_differences, write_text_atomically
 from medrobust_lib.models.dual_encoder import DualEncoder
 from medrobust_lib.models.image_tower import find_image_tower
 from medrobust_lib.models.weights import explained_errors, fingerprint
@@ -352,23 +352,11 @@ def _stored(out: Path, plan: Mapping[str, Any]) -> dict[str, Any]:
         record = dict(json.loads(path.read_text(encoding="utf-8")))
     except ValueError as error:
         raise ValueError(f"{path} is damaged ({error}); delete {out} and train anew") from error
-    stored = _flat({name: record.get(name) for name in plan})
-    wanted = _flat(plan)
-    differences = [
-        f"\n  {name}: {str(stored.get(name, 'nothing'))[:100]} there, {str(wanted.get(name, 'nothing'))[:100]} asked"
-        for name in sorted({*stored, *wanted})
-        if stored.get(name) != wanted.get(name)
-    ]
+    stored = {name: record[name] for name in plan if name in record}
+    differences = [f"\n  {line}" for line in parameter_differences(stored, plan, holder="the folder")]
     if differences:
         raise ValueError(f"{out} was trained with other parameters; give another folder:{''.join(differences)}")
     return record
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat = {}
-    for name, value in values.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
-    return flat
 
 
 def _save_tower(parameters: Mapping[str, nn.Parameter], out: Path, record: Mapping[str, Any]) -> None:

@@ -23,7 +23,7 @@ from medrobust_lib.adaptation.training_state import load_state, save_state
 from medrobust_lib.data.dataset import ImageDataset
 from medrobust_lib.experiments import open_store, progress
 from medrobust_lib.models.dual_encoder import DualEncoder
-from medrobust_lib.smoothing.batching import is_out_of_memory
+from medrobust_lib.smoothing.batching import is_out_of_memory, release_cached_memory
 
 Schedule = Literal["constant", "one-cycle"]
 Softmax = Literal["masked", "global"]
@@ -215,8 +215,7 @@ class _Parts:
             # Outside the handler, where what the failed attempt held is no longer referenced.
             self.size //= 2
             logger.warning("out of memory: going on with %d images at a time, gradients accumulated", self.size)
-            if torch.accelerator.is_available():
-                torch.get_device_module(torch.accelerator.current_accelerator()).empty_cache()
+            release_cached_memory()
 
 
 class _Run:

@@ -19,7 +19,7 @@ from medrobust_lib.experiments.cards import (
     write_text_atomically,
 )
 from medrobust_lib.experiments.progress_bars import progress
-from medrobust_lib.experiments.store import RowStore, open_store
+from medrobust_lib.experiments.store import RowStore, open_store, parameter_differences
 from medrobust_lib.experiments.work import map_items
 
 __all__ = [
@@ -34,6 +34,7 @@ __all__ = [
     "leaderboard",
     "map_items",
     "open_store",
+    "parameter_differences",
     "peak_memory_mb",
     "progress",
     "project_root",

@@ -255,7 +255,7 @@ def _check_manifest(path: Path, wanted: dict[str, Any], *, is_new: bool) -> None
         raise ValueError(f"{path} is no manifest of a store ({error!r}); restore it or use another folder") from error
     if version != STORE_FORMAT:
         raise ValueError(f"{path} has store format {version}, this version reads {STORE_FORMAT}; use another folder")
-    differences = list(_differences(stored, wanted))
+    differences = list(parameter_differences(stored, wanted, holder="the store"))
     if differences:
         listed = "".join(f"\n  {line}" for line in differences)
         raise ValueError(
@@ -264,13 +264,26 @@ def _check_manifest(path: Path, wanted: dict[str, Any], *, is_new: bool) -> None
         )
 
 
-def _differences(stored: Mapping[str, Any], wanted: Mapping[str, Any], prefix: str = "") -> Iterable[str]:
+def parameter_differences(
+    stored: Mapping[str, Any], wanted: Mapping[str, Any], *, holder: str, prefix: str = ""
+) -> Iterable[str]:
+    """Name every JSON value in which two nested mappings differ, one line each, for a refusal.
+
+    Parameters
+    ----------
+    stored, wanted : mapping
+        What the `holder` was made with, and what is asked now.
+    holder : str
+        For the reader: "the store" has one value, this run asks another.
+    prefix : str
+        In front of every name.
+    """
     for name in sorted({*stored, *wanted}):
         old, new = stored.get(name, _ABSENT), wanted.get(name, _ABSENT)
         if isinstance(old, dict) and isinstance(new, dict):
-            yield from _differences(old, new, f"{prefix}{name}.")
+            yield from parameter_differences(old, new, holder=holder, prefix=f"{prefix}{name}.")
         elif (name in stored) != (name in wanted) or _canonical(old) != _canonical(new):
-            yield f"{prefix}{name}: the store has {_shown(old)}, this run asks {_shown(new)}"
+            yield f"{prefix}{name}: {holder} has {_shown(old)}, this run asks {_shown(new)}"
 
 
 def _shown(value: object) -> str:

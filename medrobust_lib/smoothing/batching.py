@@ -71,7 +71,7 @@ class Batches:
             # Outside the handler, where the failed batch is no longer referenced.
             self.size = step // 2
             logger.warning("out of memory with batches of %d noisy copies; going on with %d", step, self.size)
-            _release_cached_memory()
+            release_cached_memory()
 
 
 def make_batches(size: int | None, device: torch.device, shape: tuple[int, ...]) -> Batches:
@@ -112,6 +112,7 @@ def _free_memory(device: torch.device) -> int:
     return psutil.virtual_memory().available
 
 
-def _release_cached_memory() -> None:
+def release_cached_memory() -> None:
+    """Give memory that torch keeps for later back to the accelerator, if there is one."""
     if torch.accelerator.is_available():
         torch.get_device_module(torch.accelerator.current_accelerator()).empty_cache()
