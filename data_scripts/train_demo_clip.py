@@ -10,7 +10,6 @@ About 45 minutes on two CPU cores. Not for clinical use.
 
 import json
 import time
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated
@@ -30,7 +29,8 @@ from torch.nn import functional
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
-from medrobust_lib.data.phantoms import MODALITIES, SPLITS, phantom_classes, render_phantoms
+from medrobust_lib.data.phantoms import MODALITIES, SPLITS, phantom_classes
+from medrobust_lib.data.phantoms.pretraining import render_many, shifted
 from medrobust_lib.data.wording import class_wording
 from medrobust_lib.experiments import write_text_atomically
 
@@ -108,8 +108,8 @@ def main(
     tokenizer = train_tokenizer([text for texts in captions for text in texts])
     config = model_config(tokenizer)
     model = open_clip.CLIP(**config["model_cfg"])
-    pixels, labels = render_all("pretrain", "A", images)
-    validation = render_all("val", "A", 60)
+    pixels, labels = render_many(tuple(MODALITIES), split="pretrain", site="A", count=images, image_size=IMAGE_SIZE)
+    validation = render_many(tuple(MODALITIES), split="val", site="A", count=60, image_size=IMAGE_SIZE)
     preprocess = config["preprocess_cfg"]
     clean = tokenized(tokenizer, captions)
     if first_stage is None:
@@ -128,7 +128,7 @@ def main(
 
 
 def caption_table() -> list[list[str]]:
-    """Captions of every (modality, class) pair, in the order of `render_all`'s labels."""
+    """Captions of every (modality, class) pair, in the order of `render_many`'s labels."""
     table = []
     for modality in MODALITIES:
         wordings = [class_wording(f"phantom/{modality}", wording=wording) for wording in ("paper", "clear")]
@@ -153,31 +153,6 @@ def tokenized(tokenizer: PreTrainedTokenizerFast, captions: list[list[str]]) -> 
         torch.tensor(tokenizer(texts, padding="max_length", truncation=True, max_length=CONTEXT_LENGTH)["input_ids"])
         for texts in captions
     ]
-
-
-def render_all(split: str, site: str, count: int) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
-    """Render the first images of a split for all modalities; labels run over all classes of all modalities."""
-    chunk = 60
-    jobs = [
-        (modality, range(start, min(start + chunk, count)), split, site)
-        for modality in MODALITIES
-        for start in range(0, count, chunk)
-    ]
-    offsets = np.cumsum([0, *(len(phantom_classes(modality)) for modality in MODALITIES)])
-    images, labels = [], []
-    with ProcessPoolExecutor() as pool:
-        for (modality, *_), (part, classes) in zip(
-            jobs, tqdm(pool.map(render_job, jobs), total=len(jobs), desc=f"phantoms {split}"), strict=True
-        ):
-            images.append(part)
-            labels.append(classes + offsets[list(MODALITIES).index(modality)])
-    return np.concatenate(images), np.concatenate(labels)
-
-
-def render_job(job: tuple[str, range, str, str]) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
-    """Render one chunk in a worker process."""
-    modality, indices, split, site = job
-    return render_phantoms(modality, list(indices), split=split, site=site, image_size=IMAGE_SIZE)
 
 
 def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
@@ -277,7 +252,7 @@ def train(
         order, losses = rng.permutation(len(labels)), []
         for step in tqdm(range(batches), desc=f"epoch {epoch}/{epochs}"):
             chosen = order[step * recipe.batch_size : (step + 1) * recipe.batch_size]
-            images = normalise(augment(pixels[chosen], recipe.shift_pixels, rng), preprocess)
+            images = normalise(shifted(pixels[chosen], recipe.shift_pixels, rng), preprocess)
             image_labels = torch.from_numpy(labels[chosen])
             if noisy_tokens is not None:
                 images, carry_noise = add_noise(images, recipe, preprocess, rng, noise)
@@ -365,14 +340,6 @@ def draw_captions(
     """Draw `count` captions of every class: tokens int64 [28 * count, L] and their classes."""
     texts = [texts[rng.choice(len(texts), count, replace=False)] for texts in tokens]
     return torch.cat(texts), torch.arange(len(tokens)).repeat_interleave(count)
-
-
-def augment(images: NDArray[np.uint8], shift: int, rng: np.random.Generator) -> NDArray[np.uint8]:
-    """Shift each image by a few pixels (edges repeated): the only augmentation there is."""
-    padded = np.pad(images, ((0, 0), (shift, shift), (shift, shift), (0, 0)), mode="edge")
-    side = images.shape[1]
-    offsets = rng.integers(0, 2 * shift + 1, (len(images), 2))
-    return np.stack([image[y : y + side, x : x + side] for image, (y, x) in zip(padded, offsets, strict=True)])
 
 
 def normalise(images: NDArray[np.uint8], preprocess: dict) -> torch.Tensor:

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-Geometry = Literal["shortest-edge-crop", "pad-square", "squash"]
+Geometry = Literal["shortest-edge-crop", "pad-square", "letterbox", "squash"]
 Interpolation = Literal["bicubic", "bilinear"]
 ImageInput = np.ndarray | Sequence[Image.Image | np.ndarray | str | Path]
 
@@ -26,11 +26,12 @@ class Preprocessing:
     ----------
     image_size : int
         S, side of the square that the model reads, in pixels.
-    geometry : {"shortest-edge-crop", "pad-square", "squash"}
+    geometry : {"shortest-edge-crop", "pad-square", "letterbox", "squash"}
         ``shortest-edge-crop`` (CLIP): the shorter edge is resized to S and the longer one to
         ``int(S * long / short)``, then the central S x S is cut out.
         ``pad-square`` (MedCLIP): the image is centred on a black square of side ``max(S, H, W)``, which is resized
         to S; an image smaller than S is thus framed, not enlarged.
+        ``letterbox`` (generative models): the same with a square of side ``max(H, W)``, so that nothing is cut off.
         ``squash`` (SigLIP): both edges are resized to S whatever the aspect.
     interpolation : {"bicubic", "bilinear"}
         Pillow's filter, which is antialiased when it shrinks.
@@ -164,8 +165,8 @@ def _square(image: Image.Image, preprocessing: Preprocessing) -> Image.Image:
     size, resampling = preprocessing.image_size, _RESAMPLING[preprocessing.interpolation]
     image = image.convert("L" if preprocessing.grayscale else "RGB")
     width, height = image.size
-    if preprocessing.geometry == "pad-square":
-        side = max(size, width, height)
+    if preprocessing.geometry in ("pad-square", "letterbox"):
+        side = max(width, height, size if preprocessing.geometry == "pad-square" else 0)
         canvas = Image.new(image.mode, (side, side))
         canvas.paste(image, ((side - width) // 2, (side - height) // 2))
         image = canvas

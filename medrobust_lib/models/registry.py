@@ -38,6 +38,7 @@ __all__ = [
     "load_model",
     "register_model",
     "resolve_device",
+    "resolve_dtype",
 ]
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -128,7 +129,7 @@ def load_model(
     """
     entry = find_model(id)
     target = resolve_device(device)
-    precision = _resolve_dtype(dtype, target)
+    precision = resolve_dtype(dtype, target)
     if offline is None:
         offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
     loader = _resolve_loader(entry)
@@ -258,7 +259,14 @@ def resolve_device(device: str | torch.device) -> torch.device:
     return target
 
 
-def _resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
+def resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
+    """Floating-point type by name; ``"auto"`` is float32 on the CPU and bfloat16 elsewhere.
+
+    Raises
+    ------
+    ValueError
+        If the name is unknown.
+    """
     if dtype == "auto":
         return torch.float32 if device.type == "cpu" else torch.bfloat16
     if isinstance(dtype, torch.dtype) and dtype in _DTYPES.values():

@@ -1,0 +1,126 @@
+"""The rows of the table of generative vision-language models: what each is and where its weights come from."""
+
+from dataclasses import dataclass
+
+from medrobust_lib.data.wording import suggest
+
+DEMO_VLM = "demo-vlm"
+FOLDER_PREFIX = "local-dir:"
+HUB_PREFIX = "hf:"
+_DEFAULT_SIZE = 336  # of models that the table does not know: the size of LLaVA's image tower
+
+_MODEL_PAGE = "see the model page"
+_ONE_TILE = (("do_image_splitting", False),)
+
+
+@dataclass(frozen=True)
+class VlmEntry:
+    """One row of the table of generative models.
+
+    Attributes
+    ----------
+    id : str
+        Name for `load_vlm`.
+    family : str
+        Architecture in a few words.
+    image_size : int
+        S: noise is added to [0, 1] pixels of S x S, before the model's own processor resizes or tiles them.
+    parameters : int or None
+        Number of parameters; None if not known.
+    licence : str
+        Licence of the weights.
+    source : str
+        ``hf:OWNER/NAME`` on the hub, ``local-dir:PATH``, or a sentence for what ships with the package.
+    citation : str
+        Paper to cite.
+    image_options : tuple of (str, object)
+        Names and values of the image processor's settings that differ from the model's own.
+    """
+
+    id: str
+    family: str
+    image_size: int
+    parameters: int | None
+    licence: str
+    source: str
+    citation: str
+    image_options: tuple[tuple[str, object], ...] = ()
+
+
+BUILT_IN: tuple[VlmEntry, ...] = (
+    VlmEntry(
+        id=DEMO_VLM,
+        family="tiny LLaVA (CLIP tower and Llama) trained on synthetic phantoms",
+        image_size=64,
+        parameters=None,
+        licence="MIT",
+        source="shipped with medrobust_lib (models/demo/vlm)",
+        citation="this package",
+    ),
+    VlmEntry(
+        id="llava-1.6-mistral-7b",
+        family="LLaVA-1.6 (LLaVA-NeXT) on Mistral-7B",
+        image_size=336,
+        parameters=7_566_747_648,
+        licence=_MODEL_PAGE,
+        source="hf:llava-hf/llava-v1.6-mistral-7b-hf",
+        citation="Liu et al. 2024, arXiv:2310.03744",
+    ),
+    VlmEntry(
+        id="llava-1.6-vicuna-7b",
+        family="LLaVA-1.6 (LLaVA-NeXT) on Vicuna-7B",
+        image_size=336,
+        parameters=7_063_427_072,
+        licence=_MODEL_PAGE,
+        source="hf:llava-hf/llava-v1.6-vicuna-7b-hf",
+        citation="Liu et al. 2024, arXiv:2310.03744",
+    ),
+    VlmEntry(
+        id="smolvlm-256m",
+        family="SmolVLM 256M, images in one tile",
+        image_size=512,
+        parameters=256_484_928,
+        licence="Apache-2.0",
+        source="hf:HuggingFaceTB/SmolVLM-256M-Instruct",
+        citation="Marafioti et al. 2025, arXiv:2504.05299",
+        image_options=_ONE_TILE,
+    ),
+    VlmEntry(
+        id="smolvlm-500m",
+        family="SmolVLM 500M, images in one tile",
+        image_size=512,
+        parameters=507_482_304,
+        licence="Apache-2.0",
+        source="hf:HuggingFaceTB/SmolVLM-500M-Instruct",
+        citation="Marafioti et al. 2025, arXiv:2504.05299",
+        image_options=_ONE_TILE,
+    ),
+    VlmEntry(
+        id="qwen2-vl-2b",
+        family="Qwen2-VL 2B",
+        image_size=448,
+        parameters=2_208_985_600,
+        licence="Apache-2.0",
+        source="hf:Qwen/Qwen2-VL-2B-Instruct",
+        citation="Wang et al. 2024, arXiv:2409.12191",
+    ),
+)
+
+
+def find_vlm(id: str) -> VlmEntry:
+    """Row of a generative model; ``local-dir:PATH`` and ``hf:OWNER/NAME`` make one.
+
+    Raises
+    ------
+    ValueError
+        If the id is unknown; the closest ids are named.
+    """
+    if id.startswith((FOLDER_PREFIX, HUB_PREFIX)):
+        return VlmEntry(id, "model in transformers' format", _DEFAULT_SIZE, None, "not stated", id, "")
+    rows = {entry.id: entry for entry in BUILT_IN}
+    if id not in rows:
+        raise ValueError(
+            f"unknown vision-language model {id!r}.{suggest(id, rows)} {FOLDER_PREFIX}PATH and {HUB_PREFIX}OWNER/NAME "
+            "work too"
+        )
+    return rows[id]
