@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from medrobust_lib.data import mm_safetybench
 from medrobust_lib.data.dataset import ImageDataset
 from medrobust_lib.data.phantoms import MODALITIES
 from medrobust_lib.data.registry import load_dataset
@@ -109,7 +110,7 @@ def load_questions(
     FileNotFoundError
         The set is not on this computer; the message names the script that fetches it.
     """
-    if id.startswith("mm-safetybench/"):
+    if id.startswith(mm_safetybench.PREFIX):
         return _jailbreak_questions(id, n=n, seed=seed, root=root)
     if task not in PHANTOM_TASKS:
         raise ValueError(f"unknown task {task!r}.{suggest(task, PHANTOM_TASKS)}")
@@ -200,8 +201,9 @@ def _truths(data: ImageDataset, task: str) -> tuple[list[str], tuple[str, ...]]:
 
 
 def _jailbreak_questions(id: str, *, n: int | None, seed: int, root: Path | None) -> QuestionSet:
-    from medrobust_lib.data import mm_safetybench
-
+    # One id for one set, so that its noise does not depend on how it was spelled.
+    scenario, image_type = mm_safetybench.parse_id(id)
+    id = f"{mm_safetybench.PREFIX}{scenario[:2]}-{image_type}"
     rows = mm_safetybench.read_scenario(id, n=n, seed=seed, root=root)
     return QuestionSet(
         id=id,

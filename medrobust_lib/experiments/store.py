@@ -66,6 +66,19 @@ class RowStore:
         """Keys of the items that need not be computed again."""
         return frozenset(self._items)
 
+    def __contains__(self, key: str) -> bool:
+        return key in self._items
+
+    def rows(self, key: str) -> tuple[Row, ...]:
+        """Rows of one finished item.
+
+        Raises
+        ------
+        KeyError
+            It is not done.
+        """
+        return self._items[key].rows
+
     def append(self, key: str, rows: Sequence[Row], *, seconds: float) -> None:
         """Keep the rows of one finished item; they are in the file when this returns.
 

@@ -74,12 +74,14 @@ class Batches:
             release_cached_memory()
 
 
-def make_batches(size: int | None, device: torch.device, shape: tuple[int, ...]) -> Batches:
+def make_batches(
+    size: int | None, device: torch.device, shape: tuple[int, ...], *, bytes_each: int | None = None
+) -> Batches:
     """Batches of the given size, or of what the free memory of the device affords for images of a shape."""
-    return Batches(suggested_batch_size(device, shape) if size is None else size)
+    return Batches(suggested_batch_size(device, shape, bytes_each=bytes_each) if size is None else size)
 
 
-def suggested_batch_size(device: torch.device, shape: tuple[int, ...]) -> int:
+def suggested_batch_size(device: torch.device, shape: tuple[int, ...], *, bytes_each: int | None = None) -> int:
     """Choose a batch size from the free memory of a device.
 
     Parameters
@@ -87,13 +89,15 @@ def suggested_batch_size(device: torch.device, shape: tuple[int, ...]) -> int:
     device : torch.device
     shape : tuple of int
         Shape of one image, for example ``(3, 224, 224)``.
+    bytes_each : int, optional
+        Memory that one copy takes, where it is known better than from its shape.
 
     Returns
     -------
     int
         A power of two, 1 to 128 on a CPU and to 1024 elsewhere.
     """
-    per_image = _WORKING_SET * torch.Size(shape).numel() * torch.float32.itemsize
+    per_image = bytes_each or _WORKING_SET * torch.Size(shape).numel() * torch.float32.itemsize
     affordable = max(1, int(_SHARE_OF_FREE_MEMORY * _free_memory(device) / per_image))
     return min(_LARGEST.get(device.type, _LARGEST_ON_ACCELERATORS), 1 << (affordable.bit_length() - 1))
 

@@ -81,7 +81,7 @@ def predict(
     fewest = minimum_draws(alpha / 2)  # the test is two-sided
     if n < fewest:
         raise ValueError(f"n={n} draws can never answer at alpha={alpha}, unanimous or not; use n >= {fewest}")
-    _check_image(image)
+    check_image(image)
     check_not_training(classifier)
     answers = classifier_answers(
         classifier, image, sigma=sigma, seed=seed, dataset=dataset, index=index, batch_size=batch_size
@@ -156,7 +156,7 @@ def certify(
     ----------
     Cohen et al. 2019, arXiv:1902.02918, section 3.2.2 and Proposition 2; `medrobust_lib.smoothing.sequential`.
     """
-    _check_image(image)
+    check_image(image)
     check_not_training(classifier)
     check_mode_draws(n0, label is not None)
     if label is not None and label < 0:
@@ -208,7 +208,8 @@ def classifier_answers(
     return answers
 
 
-def _check_image(image: Tensor) -> None:
+def check_image(image: Tensor) -> None:
+    """Refuse anything but float [3, H, W] in [0, 1]."""
     if not isinstance(image, Tensor) or not image.is_floating_point() or image.ndim != 3 or len(image) != 3:
         what = f"{image.dtype} {tuple(image.shape)}" if isinstance(image, Tensor) else type(image).__name__
         raise TypeError(f"image must be float [3, H, W] in [0, 1], not {what}; `model.prepare(images)[0]` gives one")

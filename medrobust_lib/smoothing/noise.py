@@ -81,14 +81,18 @@ class NoiseStream:
             noise[row].normal_(0, self.sigma, generator=generator.manual_seed(seed))
         return noise
 
-    def _draw_seeds(self, first: int, count: int) -> Iterator[int]:
+    def decoding_seeds(self, first: int, count: int) -> list[int]:
+        """Seeds for a randomised classifier, one a draw; independent of the noise of the same draw."""
+        return list(self._draw_seeds(first, count, purpose=', "decoding"'))
+
+    def _draw_seeds(self, first: int, count: int, *, purpose: str = "") -> Iterator[int]:
         """Hash the address of each draw; hashing the common beginning once takes most of the cost away."""
         # 1 and 1.0, or numpy's numbers, are the same address.
         address = json.dumps([int(self.seed), self.dataset, int(self.index), float(self.sigma), self.role])
         common = hashlib.blake2b(address.removesuffix("]").encode(), digest_size=8)
         for number in range(first, first + count):
             whole = common.copy()
-            whole.update(f", {number}]".encode())
+            whole.update(f", {number}{purpose}]".encode())
             yield int.from_bytes(whole.digest(), "big", signed=True)
 
 

@@ -1,0 +1,331 @@
+"""Answers of a generative model to noisy copies of one image: drawn when asked for, then kept for every oracle."""
+
+import time
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from medrobust_lib import __version__
+from medrobust_lib.data.questions import QuestionSet
+from medrobust_lib.experiments import RowStore, map_items, open_store, progress
+from medrobust_lib.models.generative import Completion
+from medrobust_lib.smoothing.batching import Batches, make_batches
+from medrobust_lib.smoothing.bounds import check_sigma
+from medrobust_lib.smoothing.certify import check_image
+from medrobust_lib.smoothing.noise import NoiseStream, Role, noisy_copies
+
+Address = tuple[Role, int]
+
+
+class GenerativeModel(Protocol):
+    """What a model must offer; `load_vlm` gives one, and anybody's wrapper of a remote model may be another.
+
+    Its answer to a copy must depend on that copy and its seed alone. It may also have ``complete`` (as `generate`,
+    but with a `Completion` for each image), ``device``, ``dtype``, ``provenance`` and ``bytes_per_copy``.
+    """
+
+    id: str
+
+    def generate(
+        self, pixels: Tensor, prompt: str, *, max_new_tokens: int, temperature: float, seed: Sequence[int]
+    ) -> Sequence[str | None]:
+        """Text for each of the images [n, 3, H, W]; None where none came out, for instance in time."""
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """How answers are drawn.
+
+    Attributes
+    ----------
+    sigma : float
+        Noise standard deviation, > 0, in [0, 1] pixel units at the size of the image.
+    seed : int
+        Of noise and decoding.
+    max_new_tokens : int
+        Longer answers are cut; the cut is part of the certified function.
+    temperature : float
+        0 decodes greedily. Above, every answer draws its own tokens, independently: a randomised base classifier.
+    """
+
+    sigma: float
+    seed: int = 0
+    max_new_tokens: int = 64
+    temperature: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_sigma(self.sigma)
+        if self.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens={self.max_new_tokens}: an answer has at least one token")
+        if not 0 <= self.temperature < float("inf"):
+            raise ValueError(f"temperature={self.temperature}: 0 (greedy) or a finite number above")
+
+
+class AnswerBank:
+    """Answers to one question about noisy copies of one image.
+
+    Every copy has an address (seed, data set, image, sigma, role, number), so its answer does not depend on how many
+    others are asked for. Certificates by several oracles, or from fewer draws, share the answers.
+
+    Parameters
+    ----------
+    vlm : GenerativeModel
+    image : float32 [3, H, W]
+        In [0, 1]; H x W is where the noise is added.
+    prompt : str
+    how : Drawing
+    dataset : str
+    index : int
+        Position of the image in its split: part of the address of the noise.
+    batch_size : int, optional
+        Copies at a time; default: from the free memory. It is halved when memory runs out.
+    kept : mutable mapping of (role, number) to Completion or None, optional
+        Answers that are there already; new ones are put there at once (see `StoredAnswers`).
+
+    Attributes
+    ----------
+    seconds : float
+        Spent on drawing answers so far.
+
+    Raises
+    ------
+    TypeError, ValueError
+        An image of the wrong type, shape or range, or an empty prompt.
+    """
+
+    def __init__(
+        self,
+        vlm: GenerativeModel,
+        image: Tensor,
+        prompt: str,
+        how: Drawing,
+        *,
+        dataset: str = "",
+        index: int = 0,
+        batch_size: int | None = None,
+        kept: MutableMapping[Address, Completion | None] | None = None,
+    ) -> None:
+        check_image(image)
+        if not isinstance(prompt, str) or not prompt.strip():
+            raise ValueError(f"prompt={prompt!r}: give the question as text")
+        self.vlm, self.image, self.prompt, self.how = vlm, image, prompt, how
+        self.dataset, self.index = dataset, index
+        self.kept = {} if kept is None else kept
+        self.seconds = 0.0
+        self._batches = _batches(vlm, image, prompt, how, batch_size)
+
+    def answers(self, role: Role, first: int, count: int) -> list[Completion | None]:
+        """Answers to copies number ``first`` to ``first + count - 1``; those not kept yet are drawn now."""
+        missing = [number for number in range(first, first + count) if (role, number) not in self.kept]
+        for start, length in _runs(missing):
+            for drawn in self._batches.map(partial(self._draw, role), first=start, count=length):
+                self.kept.update(drawn)
+        return [self.kept[role, number] for number in range(first, first + count)]
+
+    def texts(self, role: Role, first: int, count: int) -> list[str | None]:
+        """Texts of `answers`; None where none came out."""
+        return [None if answer is None else answer.text for answer in self.answers(role, first, count)]
+
+    def _draw(self, role: Role, first: int, count: int) -> dict[Address, Completion | None]:
+        started = time.perf_counter()
+        stream = NoiseStream(self.how.seed, self.dataset, self.index, self.how.sigma, role)
+        copies = noisy_copies(self.image, stream, first=first, count=count)
+        answer = getattr(self.vlm, "complete", self.vlm.generate)
+        drawn = answer(
+            copies,
+            self.prompt,
+            max_new_tokens=self.how.max_new_tokens,
+            temperature=self.how.temperature,
+            seed=stream.decoding_seeds(first, count),
+        )
+        if len(drawn) != count:
+            raise ValueError(f"{self.vlm.id} gave {len(drawn)} answers for {count} images; it must give one for each")
+        self.seconds += time.perf_counter() - started
+        completions = [Completion(text, finished=True) if isinstance(text, str) else text for text in drawn]
+        return {(role, number): answer for number, answer in enumerate(completions, start=first)}
+
+
+class StoredAnswers(MutableMapping[Address, Completion | None]):
+    """Answers of one image in a `RowStore`: each is on disk when it is set, and stays as it is.
+
+    Parameters
+    ----------
+    store : RowStore
+        From `open_answers`.
+    index : int
+        Of the image.
+    sigma : float
+    """
+
+    def __init__(self, store: RowStore, *, index: int, sigma: float) -> None:
+        self._store = store
+        self._prefix = f"image {index}, sigma {sigma!r}, "
+
+    def __getitem__(self, address: Address) -> Completion | None:
+        key = self._key(address)
+        if key not in self._store:
+            raise KeyError(address)
+        (row,) = self._store.rows(key)
+        return None if row["text"] is None else Completion(**row)
+
+    def __setitem__(self, address: Address, answer: Completion | None) -> None:
+        row = {"text": None, "finished": False} if answer is None else vars(answer)
+        self._store.append(self._key(address), [row], seconds=0.0)
+
+    def __delitem__(self, address: Address) -> None:
+        raise TypeError("kept answers are never deleted; use another folder")
+
+    def __iter__(self) -> Iterator[Address]:
+        for key in self._store.done:
+            if key.startswith(self._prefix):
+                role, number = key.removeprefix(self._prefix).split()
+                yield role, int(number)
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+    def _key(self, address: Address) -> str:
+        return f"{self._prefix}{address[0]} {address[1]}"
+
+
+def open_answers(
+    folder: Path | str, vlm: GenerativeModel, how: Drawing, *, dataset: str, prompts: Sequence[str]
+) -> RowStore:
+    """Open a folder that keeps answers: a new one, or the one of an interrupted run.
+
+    Raises
+    ------
+    ValueError, RuntimeError
+        As `open_store`: other parameters (each difference named), or a folder in use.
+    """
+    provenance = getattr(vlm, "provenance", {})
+    parameters = {
+        "medrobust_lib": __version__,
+        "model": vlm.id,
+        "files": provenance.get("files", {}),
+        "revision": provenance.get("revision"),
+        "image_size": getattr(vlm, "image_size", None),
+        "dtype": str(getattr(vlm, "dtype", "unknown")).removeprefix("torch."),
+        "device": _device(vlm).type,
+        "dataset": dataset,
+        "prompts": sorted(set(prompts)),
+        **asdict(how),
+    }
+    return open_store(folder, parameters=parameters)
+
+
+def collect_answers(
+    vlm: Any,
+    questions: QuestionSet,
+    how: Drawing,
+    *,
+    n0: int,
+    n: int,
+    jobs: int = 1,
+    batch_size: int | None = None,
+    store: Path | str | None = None,
+) -> list[AnswerBank]:
+    """Answers to noisy copies of every image of a question set, n0 for selection and n for estimation each.
+
+    Parameters
+    ----------
+    vlm : GenerativeModel
+        With ``prepare``, as `load_vlm` gives it.
+    questions : QuestionSet
+    how : Drawing
+    n0, n : int
+    jobs : int
+        Worker processes on the CPU; -1 for one per core.
+    batch_size : int, optional
+    store : path, optional
+        Folder that keeps the answers of finished images: an interrupted run goes on there, and more draws may be asked
+        for later; any other change is refused.
+
+    Returns
+    -------
+    list of AnswerBank
+        Complete up to n0 and n, in the order of the images.
+
+    Raises
+    ------
+    ValueError
+        A parameter out of range, or a store that holds other answers, with the differences named.
+    """
+    images = [vlm.prepare([image])[0].to(_device(vlm)) for image in questions.images]
+    addresses: list[Address] = [
+        *(("select", number) for number in range(n0)),
+        *(("estimate", number) for number in range(n)),
+    ]
+    with ExitStack() as stack:
+        stored: list[Mapping[Address, Completion | None]] = [{} for _ in images]
+        if store is not None:
+            opened = stack.enter_context(
+                open_answers(store, vlm, how, dataset=questions.id, prompts=questions.questions)
+            )
+            stored = [StoredAnswers(opened, index=int(index), sigma=how.sigma) for index in questions.indices]
+        # Banks outlive the store, so what they hold is in memory.
+        banks = [
+            AnswerBank(
+                vlm, image, prompt, how, dataset=questions.id, index=int(index), batch_size=batch_size,
+                kept={address: kept[address] for address in addresses if address in kept},
+            )
+            for image, prompt, index, kept in zip(
+                images, questions.questions, questions.indices, stored, strict=True
+            )
+        ]  # fmt: skip
+        missing = [place for place, bank in enumerate(banks) if len(bank.kept) < len(addresses)]
+        work = [(images[place], questions.questions[place], int(questions.indices[place])) for place in missing]
+        results = map_items(_collect, work, context=(vlm, how, questions.id, n0, n, batch_size), jobs=jobs)
+        shown = progress(
+            results,
+            total=len(banks),
+            done=len(banks) - len(missing),
+            description=f"answers on {questions.id}",
+            unit="images",
+            resumes=store is not None,
+        )
+        for position, (answers, seconds) in shown:
+            bank, kept = banks[missing[position]], stored[missing[position]]
+            if isinstance(kept, StoredAnswers):
+                kept.update({address: answer for address, answer in answers.items() if address not in kept})
+            bank.kept.update(answers)
+            bank.seconds = seconds
+    return banks
+
+
+def _collect(
+    context: tuple[Any, Drawing, str, int, int, int | None], item: tuple[Tensor, str, int]
+) -> tuple[dict[Address, Completion | None], float]:
+    vlm, how, dataset, n0, n, batch_size = context
+    image, prompt, index = item
+    bank = AnswerBank(vlm, image, prompt, how, dataset=dataset, index=index, batch_size=batch_size)
+    bank.answers("select", 0, n0)
+    bank.answers("estimate", 0, n)
+    return dict(bank.kept), bank.seconds
+
+
+def _batches(vlm: Any, image: Tensor, prompt: str, how: Drawing, size: int | None) -> Batches:
+    if size is None and hasattr(vlm, "bytes_per_copy"):
+        return make_batches(
+            None, image.device, tuple(image.shape), bytes_each=vlm.bytes_per_copy(prompt, how.max_new_tokens)
+        )
+    return make_batches(size, image.device, tuple(image.shape))
+
+
+def _runs(numbers: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """Start and length of each run of consecutive numbers, in ascending order."""
+    start = 0
+    for place, number in enumerate(numbers):
+        if place + 1 == len(numbers) or numbers[place + 1] != number + 1:
+            yield numbers[start], place + 1 - start
+            start = place + 1
+
+
+def _device(vlm: Any) -> torch.device:
+    return torch.device(getattr(vlm, "device", "cpu"))

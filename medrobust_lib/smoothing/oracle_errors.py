@@ -1,0 +1,257 @@
+r"""What an oracle's errors do to a certificate about the true label of a text, and how often it errs.
+
+A certificate bounds q, the probability under noise that the *oracle's* label is y. Its guarantee is "composite" and
+needs no assumption. Who wants the probability p that the *true* label is y must assume how the oracle errs on the
+texts that this model writes for noisy copies of this very image. Three assumptions, and what follows from each:
+
+- symmetric: labels are exchanged with one probability :math:`\epsilon`, whatever the text says. Then
+  :math:`q = \epsilon + p (1 - 2 \epsilon)`, so :math:`p = (q - \epsilon) / (1 - 2 \epsilon)`, which *grows* with
+  :math:`\epsilon` for q above one half: only a LOWER bound of the rate is safe.
+- false positives: other texts are taken for y with probability at most :math:`\epsilon`:
+  :math:`p \ge (q - \epsilon) / (1 - \epsilon)`, which falls with :math:`\epsilon`: an UPPER bound is needed.
+- total: anything may happen on a share of at most :math:`\epsilon` of the texts: :math:`p \ge q - \epsilon`, likewise.
+
+Each map grows with q, so a lower bound of q becomes one of p.
+
+References
+----------
+Seferis et al. 2025, arXiv:2509.16088, Theorems 4.1 and 4.2 (the symmetric case).
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+from medrobust_lib.smoothing.bounds import check_alpha, lower_confidence_bound, upper_confidence_bound
+
+
+class InconsistentErrorRateError(ValueError):
+    """An error rate that cannot be true together with the observed votes."""
+
+
+@dataclass(frozen=True)
+class ErrorRate:
+    """A rate that is known, or estimated from labelled texts.
+
+    Attributes
+    ----------
+    value : float or None
+        In [0, 1], if the rate is known exactly.
+    errors, trials : int or None
+        If it is estimated: errors among trials, independent and drawn from the texts the certificate is about.
+
+    Raises
+    ------
+    ValueError
+        Neither or both are given, or one is out of range.
+    """
+
+    value: float | None = None
+    errors: int | None = None
+    trials: int | None = None
+
+    def __post_init__(self) -> None:
+        counted = self.errors is not None and self.trials is not None
+        if (self.value is not None) == counted or (self.errors is None) != (self.trials is None):
+            raise ValueError(f"{self}: give either value=RATE, or errors=COUNT and trials=COUNT")
+        if self.value is not None and not 0 <= self.value <= 1:
+            raise ValueError(f"error rate {self.value}: a rate lies in [0, 1]")
+        if counted and not 0 <= self.errors <= self.trials >= 1:
+            raise ValueError(f"{self.errors} errors in {self.trials} trials: counts need 0 <= errors <= trials >= 1")
+
+    @property
+    def is_estimated(self) -> bool:
+        """Whether a part of alpha must be spent on the rate."""
+        return self.value is None
+
+    def lower(self, alpha: float) -> float:
+        """Lower bound of the rate, exceeding it with probability at most alpha; the rate itself if it is known."""
+        if self.value is not None:
+            return self.value
+        return lower_confidence_bound(self.errors, self.trials, alpha)
+
+    def upper(self, alpha: float) -> float:
+        """Upper bound of the rate, below it with probability at most alpha; the rate itself if it is known."""
+        if self.value is not None:
+            return self.value
+        return upper_confidence_bound(self.errors, self.trials, alpha)
+
+    def __str__(self) -> str:
+        return f"{self.value:g}" if self.value is not None else f"{self.errors} of {self.trials} labelled texts"
+
+
+class ErrorModel(Protocol):
+    """An assumption about an oracle's errors, and what a bound of q then says about p."""
+
+    @property
+    def assumption(self) -> str:
+        """The assumption in words; it is printed with every certificate that rests on it."""
+
+    @property
+    def is_estimated(self) -> bool:
+        """Whether a part of alpha must be spent on an error rate."""
+
+    def corrected(self, q_lower: float, *, label: str, alpha: float) -> float:
+        """Lower bound of p from one of q.
+
+        Parameters
+        ----------
+        q_lower : float in [0, 1]
+        label : str
+            The certified label.
+        alpha : float in (0, 1)
+            Spent on the error rate, where it is estimated.
+
+        Raises
+        ------
+        InconsistentErrorRateError
+            The rate contradicts the votes: p would exceed 1.
+        """
+
+
+@dataclass(frozen=True)
+class SymmetricErrors:
+    """Labels are exchanged with one probability, whatever the text says: Theorem 4.1.
+
+    Attributes
+    ----------
+    rate : ErrorRate or None
+        Known, or estimated: then its LOWER bound is used. None: unknown but below one half, for which q itself is a
+        lower bound of p (Theorem 4.2).
+    n_labels : int
+        K. For K above 2 an error picks each of the other labels with the same probability.
+
+    Raises
+    ------
+    ValueError
+        A known rate at or above (K - 1) / K, where the oracle says nothing.
+    """
+
+    rate: ErrorRate | None = None
+    n_labels: int = 2
+
+    def __post_init__(self) -> None:
+        if self.n_labels < 2:
+            raise ValueError(f"n_labels={self.n_labels}: errors exchange labels, so there are at least 2")
+        if self.rate is not None and not self.rate.is_estimated:
+            self._check(self.rate.value)
+
+    @property
+    def assumption(self) -> str:
+        """The assumption in words."""
+        known = "a rate below one half" if self.rate is None else f"a rate of {self.rate}"
+        return (
+            f"for noisy copies of this image the oracle exchanges its {self.n_labels} labels with one probability, "
+            f"whatever the text says ({known}{', lower bound used' if self.is_estimated else ''})"
+        )
+
+    @property
+    def is_estimated(self) -> bool:
+        """Whether a part of alpha must be spent on the rate."""
+        return self.rate is not None and self.rate.is_estimated
+
+    def corrected(self, q_lower: float, *, label: str, alpha: float) -> float:
+        """Lower bound of p; see `ErrorModel`."""
+        if self.rate is None:
+            return q_lower
+        rate = self.rate.lower(alpha)
+        self._check(rate)
+        others = self.n_labels - 1
+        p_lower = (q_lower - rate / others) / (1 - rate * self.n_labels / others)
+        if p_lower > 1:
+            raise InconsistentErrorRateError(
+                f"an oracle that errs symmetrically at the rate {rate:g} gives no label with probability above "
+                f"{1 - rate:g}, but the votes prove {q_lower:.4g}: the rate is too high or the errors are not symmetric"
+            )
+        return max(p_lower, 0.0)
+
+    def _check(self, rate: float) -> None:
+        useless = (self.n_labels - 1) / self.n_labels
+        if rate >= useless:
+            raise InconsistentErrorRateError(
+                f"symmetric error rate {rate:g}: with {self.n_labels} labels it must be below {useless:g}, "
+                "where the label says nothing about the text"
+            )
+
+
+@dataclass(frozen=True)
+class FalsePositives:
+    """Texts of another label are taken for the certified one at most so often; missed ones do no harm.
+
+    Attributes
+    ----------
+    rates : mapping of label to ErrorRate
+        P[oracle says label | truth is another]; estimated ones enter with their UPPER bound.
+    """
+
+    rates: Mapping[str, ErrorRate]
+
+    @property
+    def assumption(self) -> str:
+        """The assumption in words."""
+        listed = "; ".join(f"{label}: {rate}" for label, rate in self.rates.items())
+        return (
+            "among texts for noisy copies of this image whose true label is another one, the oracle takes at most this "
+            f"share for the certified label ({listed}{'; upper bounds used' if self.is_estimated else ''})"
+        )
+
+    @property
+    def is_estimated(self) -> bool:
+        """Whether a part of alpha must be spent on a rate."""
+        return any(rate.is_estimated for rate in self.rates.values())
+
+    def corrected(self, q_lower: float, *, label: str, alpha: float) -> float:
+        """Lower bound of p; see `ErrorModel`."""
+        if label not in self.rates:
+            raise InconsistentErrorRateError(
+                f"no false-positive rate is given for the label {label!r}, only for {', '.join(self.rates) or 'none'}"
+            )
+        rate = self.rates[label].upper(alpha)
+        return 0.0 if rate >= 1 else max((q_lower - rate) / (1 - rate), 0.0)
+
+
+@dataclass(frozen=True)
+class TotalErrors:
+    """The oracle is wrong on at most this share of the texts, in any way it likes.
+
+    Attributes
+    ----------
+    rate : ErrorRate
+        P[oracle's label is not the truth] for noisy copies of this image; the UPPER bound of an estimated one is used.
+    """
+
+    rate: ErrorRate
+
+    @property
+    def assumption(self) -> str:
+        """The assumption in words."""
+        used = ", upper bound used" if self.is_estimated else ""
+        return (
+            f"for noisy copies of this image the oracle is wrong on at most this share of the texts ({self.rate}{used})"
+        )
+
+    @property
+    def is_estimated(self) -> bool:
+        """Whether a part of alpha must be spent on the rate."""
+        return self.rate.is_estimated
+
+    def corrected(self, q_lower: float, *, label: str, alpha: float) -> float:
+        """Lower bound of p; see `ErrorModel`."""
+        return max(q_lower - self.rate.upper(alpha), 0.0)
+
+
+def split_alpha(model: ErrorModel | None, alpha: float, *, share: float = 0.5) -> tuple[float, float]:
+    """Share alpha between the votes and an estimated error rate.
+
+    Returns
+    -------
+    (float, float)
+        For q and for the rate; they sum to alpha, so both bounds hold together with probability 1 - alpha. A known
+        rate takes none of it.
+    """
+    check_alpha(alpha)
+    if not 0 < share < 1:
+        raise ValueError(f"share={share}: the part of alpha for the error rate lies in (0, 1)")
+    if model is None or not model.is_estimated:
+        return alpha, 0.0
+    return alpha * (1 - share), alpha * share
