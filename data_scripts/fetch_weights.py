@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from huggingface_hub import HfApi, hf_hub_download
+from huggingface_hub import HfApi, hf_hub_download, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
 from medrobust_lib.data.preparation import reported_errors
@@ -25,6 +25,8 @@ from medrobust_lib.downloads import (
     record_sums,
 )
 from medrobust_lib.models.registry import ModelEntry, WeightFile, default_weights_dir, find_model, list_models
+from medrobust_lib.models.vlm_catalogue import BUILT_IN as VLMS
+from medrobust_lib.models.vlm_catalogue import HUB_PREFIX, VlmEntry
 from medrobust_lib.models.weights import HUB_URL
 
 AUTHORS_HUB = "razaimam45/RobustMedCLIP"
@@ -33,6 +35,9 @@ HUB_PATTERNS = {
     "unimedclip": (AUTHORS_HUB, ("*unimed_clip_vit_b16.pt",)),
     "robustmedclip": (AUTHORS_HUB, ("*exp-rank-16/vit/fewshot_100_percent/checkpoints/best_model/*",)),
 }
+# Of a generative model's repository: no second copy of the weights in another format.
+REPOSITORY_SUFFIXES = (".json", ".jinja", ".model", ".safetensors", ".txt")
+REPOSITORY_FILES = [f"*{suffix}" for suffix in REPOSITORY_SUFFIXES]
 HUB_ERRORS = (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError)
 
 app = typer.Typer(add_completion=False, rich_markup_mode="markdown")
@@ -40,19 +45,38 @@ app = typer.Typer(add_completion=False, rich_markup_mode="markdown")
 
 @app.command(help=__doc__)
 def main(
-    models: Annotated[list[str], typer.Argument(help="Model ids, as in `medrobust models`.")],
+    models: Annotated[list[str], typer.Argument(help="Model ids, as in `medrobust models`; generative ones too.")],
     weights_dir: Annotated[
         Path | None, typer.Option(help="Folder of weights; default MEDROBUST_WEIGHTS or ./weights.")
     ] = None,
 ) -> None:
     """Fetch the weights of the models asked for."""
     with reported_errors():
-        for entry in [find_model(model) for model in models]:
+        generative = {entry.id: entry for entry in VLMS}
+        # All ids are looked up before anything is fetched.
+        for entry in [generative.get(model) or find_model(model) for model in models]:
             folder = (weights_dir or default_weights_dir()) / entry.id
-            for file in published_files(entry):
-                fetch(file, folder)
+            if isinstance(entry, VlmEntry):
+                fetch_repository(entry, folder)
+            else:
+                for file in published_files(entry):
+                    fetch(file, folder)
             check_sums(folder)
             typer.echo(f"{folder}  ready")
+
+
+def fetch_repository(entry: VlmEntry, folder: Path) -> None:
+    """Put the files of a generative model's hub repository into the folder, and record their SHA-256."""
+    if not entry.source.startswith(HUB_PREFIX):
+        raise ValueError(f"{entry.id} needs no download ({entry.source})")
+    repository = entry.source.removeprefix(HUB_PREFIX)
+    try:
+        # It goes on where it stopped, and each file takes its name when it is whole.
+        snapshot_download(repository, local_dir=folder, allow_patterns=REPOSITORY_FILES)
+    except HUB_ERRORS as error:
+        raise DownloadError(hub_advice(f"{HUB_URL}{repository} (save its files in {folder})", error)) from error
+    fetched = [path.name for path in sorted(folder.iterdir()) if path.is_file() and path.suffix in REPOSITORY_SUFFIXES]
+    record_sums(folder, [name for name in fetched if name not in read_sums(folder)])
 
 
 def published_files(entry: ModelEntry) -> list[WeightFile]:

@@ -15,25 +15,33 @@ if TYPE_CHECKING:
     from medrobust_lib.corruptions.stored import read_corrupted
     from medrobust_lib.corruptions.suites import SUITES
     from medrobust_lib.data.dataset import ImageDataset
+    from medrobust_lib.data.questions import load_questions
     from medrobust_lib.data.registry import list_datasets, load_dataset
+    from medrobust_lib.models.generative import list_vlms, load_vlm
     from medrobust_lib.models.registry import list_models, load_model, register_model
     from medrobust_lib.smoothing.certificate import Certificate
     from medrobust_lib.smoothing.certify import certify, predict
+    from medrobust_lib.smoothing.generative import GenerativeCertificate, certify_generative
     from medrobust_lib.smoothing.study import certify_dataset
 
 __version__ = "0.1.0"
 __all__ = [
     "SUITES",
     "Certificate",
+    "GenerativeCertificate",
     "ImageDataset",
     "certify",
     "certify_dataset",
+    "certify_generative",
     "corrupt",
     "corrupted",
     "list_datasets",
     "list_models",
+    "list_vlms",
     "load_dataset",
     "load_model",
+    "load_questions",
+    "load_vlm",
     "predict",
     "read_corrupted",
     "register_model",
@@ -42,15 +50,20 @@ __all__ = [
 _HOMES = {
     "SUITES": "medrobust_lib.corruptions.suites",
     "Certificate": "medrobust_lib.smoothing.certificate",
+    "GenerativeCertificate": "medrobust_lib.smoothing.generative",
     "ImageDataset": "medrobust_lib.data.dataset",
     "certify": "medrobust_lib.smoothing.certify",
     "certify_dataset": "medrobust_lib.smoothing.study",
+    "certify_generative": "medrobust_lib.smoothing.generative",
     "corrupt": "medrobust_lib.corruptions.corrupt",
     "corrupted": "medrobust_lib.corruptions.benchmark",
     "list_datasets": "medrobust_lib.data.registry",
-    "load_dataset": "medrobust_lib.data.registry",
     "list_models": "medrobust_lib.models.registry",
+    "list_vlms": "medrobust_lib.models.generative",
+    "load_dataset": "medrobust_lib.data.registry",
     "load_model": "medrobust_lib.models.registry",
+    "load_questions": "medrobust_lib.data.questions",
+    "load_vlm": "medrobust_lib.models.generative",
     "predict": "medrobust_lib.smoothing.certify",
     "read_corrupted": "medrobust_lib.corruptions.stored",
     "register_model": "medrobust_lib.models.registry",

@@ -74,10 +74,15 @@ def run(
 def models(
     as_json: Annotated[bool, typer.Option("--json", help="JSON instead of a table.")] = False,
 ) -> None:
-    """List the models that `load_model` knows."""
-    from medrobust_lib import list_models
+    """List the models that `load_model` knows, and the generative ones of `load_vlm`."""
+    from medrobust_lib import list_models, list_vlms
 
-    _show(list_models(), as_json=as_json, title="models", columns=MODEL_COLUMNS)
+    tables = {"models": list_models(), "generative models (vlm)": list_vlms()}
+    if as_json:
+        _show(pd.concat(tables.values()), as_json=True, title="")
+        return
+    for title, table in tables.items():
+        _show(table, as_json=False, title=title, columns=MODEL_COLUMNS)
 
 
 @app.command()
@@ -85,10 +90,15 @@ def datasets(
     root: Annotated[Path | None, typer.Option(help="Folder of downloaded data.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="JSON instead of a table.")] = False,
 ) -> None:
-    """List the data sets that `load_dataset` knows."""
+    """List the data sets that `load_dataset` knows, and the scenarios of MM-SafetyBench for notebook 06."""
     from medrobust_lib import list_datasets
+    from medrobust_lib.data.mm_safetybench import list_scenarios
 
     _show(list_datasets(root=root), as_json=as_json, title="data sets", columns=DATASET_COLUMNS)
+    if not as_json:
+        _show(
+            list_scenarios(root=root), as_json=False, title="questions that try to break a model's rules (notebook 06)"
+        )
 
 
 @app.command()

@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 MODEL_PARAMETERS = ("model", "models", "compare_with")
+VLM_PARAMETERS = ("vlm",)
 DATASET_PARAMETERS = ("dataset", "datasets", "compare")
 ALL_AVAILABLE = ["available"]  # in a list of models: every one whose weights are here
 _PATH_SCHEMES = ("folder", "csv", "local-dir")
@@ -93,6 +94,7 @@ def assign_parameters(notebooks: Mapping[str, Path], parameters: Mapping[str, An
                 annotation = str(specification[name]["inferred_type_name"])
                 assigned[number][name] = _in_range(name, _absolute(name, _checked(name, value, annotation)))
     _check_models({id for given in assigned.values() for name in MODEL_PARAMETERS for id in _ids(given.get(name))})
+    _check_vlms({id for given in assigned.values() for name in VLM_PARAMETERS for id in _ids(given.get(name))})
     for number, given in assigned.items():
         if given.keys() & {*DATASET_PARAMETERS, "n_images", "wording_of"}:
             defaults = {name: _default(spec) for name, spec in known[number].items()}
@@ -151,7 +153,7 @@ def _absolute(name: str, value: Any) -> Any:
     """Make the path in each id of a model or data set absolute."""
     if isinstance(value, list):
         return [_absolute(name, item) for item in value]
-    if name not in (*MODEL_PARAMETERS, *DATASET_PARAMETERS) or not isinstance(value, str):
+    if name not in (*MODEL_PARAMETERS, *VLM_PARAMETERS, *DATASET_PARAMETERS) or not isinstance(value, str):
         return value
     scheme, _, path = value.partition(":")
     return f"{scheme}:{Path(path).expanduser().resolve()}" if scheme in _PATH_SCHEMES and path else value
@@ -176,22 +178,49 @@ def _check_models(ids: Collection[str]) -> None:
         # Sources that are web pages are fetched by the script only, never by the loader.
         fetched_by_loader = not constants.HF_HUB_OFFLINE and not entry.source.startswith("https://")
         if not available_offline(entry, weights_dir=default_weights_dir()) and not fetched_by_loader:
-            raise FileNotFoundError(
-                f"the weights of {id!r} are not on this computer; fetch them with\n"
-                f"    python data_scripts/fetch_weights.py {id}"
-            )
+            raise _not_here(id)
+
+
+def _check_vlms(ids: Collection[str]) -> None:
+    """Raise unless every generative model is known and its weights are here or can be downloaded."""
+    if not ids:
+        return
+    from huggingface_hub import constants
+
+    from medrobust_lib.models.generative import vlm_available_offline
+    from medrobust_lib.models.registry import default_weights_dir
+    from medrobust_lib.models.vlm_catalogue import find_vlm
+
+    for id in sorted(ids):
+        if not vlm_available_offline(find_vlm(id), weights_dir=default_weights_dir()) and constants.HF_HUB_OFFLINE:
+            raise _not_here(id)
+
+
+def _not_here(id: str) -> FileNotFoundError:
+    return FileNotFoundError(
+        f"the weights of {id!r} are not on this computer; fetch them with\n"
+        f"    python data_scripts/fetch_weights.py {id}"
+    )
 
 
 def _smallest_dataset(parameters: Mapping[str, Any], *, wanted: int | None) -> float:
     """Test images of the smallest data set; raise unless each can be loaded and holds as many as are wanted."""
+    from medrobust_lib.data import mm_safetybench
     from medrobust_lib.data.registry import load_dataset
 
     smallest = math.inf
     for id in dict.fromkeys(id for name in DATASET_PARAMETERS for id in _ids(parameters.get(name))):
+        if id.startswith(mm_safetybench.PREFIX):
+            smallest = min(smallest, _checked_size(id, mm_safetybench.scenario_size(id), wanted))
+            continue
         wording = parameters.get("wording_of") or None if id == parameters.get("dataset") else None
         # One image of a set meets the errors that the notebook would meet half a minute later.
         size = load_dataset(id, n=1, image_size=64, like=wording).provenance["split_size"]
-        if wanted is not None and wanted > size:
-            raise ParameterError(f"parameter n_images={wanted}: the test split of {id} has {size} images")
-        smallest = min(smallest, size)
+        smallest = min(smallest, _checked_size(id, size, wanted))
     return smallest
+
+
+def _checked_size(id: str, size: int, wanted: int | None) -> int:
+    if wanted is not None and wanted > size:
+        raise ParameterError(f"parameter n_images={wanted}: the test split of {id} has {size} images")
+    return size

@@ -18,7 +18,10 @@ from medrobust_lib.data import preparation
 from medrobust_lib.data.registry import list_datasets, load_dataset
 
 SCRIPTS = Path(__file__).parents[1] / "data_scripts"
-NAMES = ["download_medmnist", "download_medimeta", "prepare_pathology", "prepare_chest_xray", "fetch_weights"]
+NAMES = [
+    "download_medmnist", "download_medimeta", "download_mm_safetybench", "prepare_pathology", "prepare_chest_xray",
+    "fetch_weights",
+]  # fmt: skip
 CLOSED = "http://127.0.0.1:9"  # the discard port: nothing listens there
 KATHER = ["ADI", "BACK", "DEB", "LYM", "MUC", "MUS", "NORM", "STR", "TUM"]
 
@@ -572,6 +575,39 @@ def test_weights_offline_or_unknown(scripts, tmp_path):
     assert "error: unknown model 'plib': did you mean 'plip'" in result.stderr
     result = invoke(script, "demo-clip", "--weights-dir", tmp_path, exit_code=1)
     assert "demo-clip needs no download" in result.stderr
+
+
+def test_a_generative_models_repository_is_fetched_whole_and_recorded(scripts, tmp_path, monkeypatch):
+    script = scripts["fetch_weights"]
+    asked = []
+
+    def snapshot_download(repository, *, local_dir, allow_patterns):
+        asked.append((repository, sorted(allow_patterns)))
+        local_dir.mkdir(parents=True, exist_ok=True)
+        for name in ("config.json", "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"):
+            if not (local_dir / name).exists():
+                (local_dir / name).write_bytes(name.encode())
+
+    monkeypatch.setattr(script, "snapshot_download", snapshot_download)
+    for _ in range(2):
+        invoke(script, "llava-1.6-mistral-7b", "--weights-dir", tmp_path)
+    assert (
+        asked == [("llava-hf/llava-v1.6-mistral-7b-hf", ["*.jinja", "*.json", "*.model", "*.safetensors", "*.txt"])] * 2
+    )
+    folder = tmp_path / "llava-1.6-mistral-7b"
+    assert set(downloads.read_sums(folder)) == {path.name for path in folder.iterdir()} - {"SHA256SUMS"}
+    (folder / "config.json").write_bytes(b"tampered")
+    result = invoke(script, "llava-1.6-mistral-7b", "--weights-dir", tmp_path, exit_code=1)
+    assert "config.json is not the file that was fetched" in result.stderr
+
+
+def test_generative_models_offline_or_shipped(scripts, tmp_path):
+    script = scripts["fetch_weights"]
+    result = invoke(script, "smolvlm-256m", "--weights-dir", tmp_path, exit_code=1)
+    assert "error: cannot fetch https://huggingface.co/HuggingFaceTB/SmolVLM-256M-Instruct" in result.stderr
+    assert "unset HF_HUB_OFFLINE" in result.stderr
+    result = invoke(script, "demo-vlm", "--weights-dir", tmp_path, exit_code=1)
+    assert "demo-vlm needs no download" in result.stderr
 
 
 def test_a_hub_file_with_a_wrong_hash_is_kept_aside(scripts, tmp_path, monkeypatch):

@@ -1,5 +1,6 @@
 """What notebooks are given is matched by name and checked before a kernel starts."""
 
+import json
 import math
 
 import pytest
@@ -101,6 +102,45 @@ def test_values_that_cannot_work_are_refused_before_a_kernel_starts(
     with pytest.raises(error, match=message):
         run_notebooks(studies, {name: value}, tmp_path / "out", announce=lambda _: None)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("vlm", "error", "message"),
+    [
+        ("llava-1.6", ValueError, "unknown vision-language model 'llava-1.6'.*'llava-1.6-vicuna-7b'"),
+        ("qwen2-vl-2b", FileNotFoundError, "'qwen2-vl-2b' are not .*\n.*fetch_weights.py qwen2-vl-2b"),
+    ],
+)
+def test_generative_models_that_cannot_be_loaded_are_refused(
+    tmp_path, write_notebook, monkeypatch, vlm, error, message
+):
+    monkeypatch.setenv("MEDROBUST_WEIGHTS", str(tmp_path / "weights"))
+    path = write_notebook(tmp_path, "01_a", parameters='vlm: str = "demo-vlm"  # model id\n')
+    with pytest.raises(error, match=message):
+        parameters.assign_parameters({"01": path}, {"vlm": vlm})
+    assert parameters.assign_parameters({"01": path}, {"vlm": "demo-vlm"}) == {"01": {"vlm": "demo-vlm"}}
+
+
+def test_scenarios_of_questions_are_data_sets_too(tmp_path, write_notebook, monkeypatch):
+    monkeypatch.setenv("MEDROBUST_DATA", str(tmp_path))
+    cell = 'dataset: str = "phantom/blood"  # data set\nn_images: int = 5  # how many\n'
+    path = write_notebook(tmp_path, "01_a", parameters=cell)
+    with pytest.raises(
+        FileNotFoundError, match=r"mm-safetybench/01 is not on .*\n.*download_mm_safetybench"
+    ):
+        parameters.assign_parameters({"01": path}, {"dataset": "mm-safetybench/01"})
+    folder = tmp_path / "mm-safetybench"
+    name = "01-Illegal_Activitiy"
+    (folder / "processed_questions").mkdir(parents=True)
+    entries = {str(number): {"Rephrased Question(SD)": f"made-up question {number}"} for number in range(3)}
+    (folder / "processed_questions" / f"{name}.json").write_text(json.dumps(entries))
+    (folder / "imgs" / name / "SD").mkdir(parents=True)
+    for number in range(3):
+        Image.new("RGB", (16, 16)).save(folder / "imgs" / name / "SD" / f"{number}.jpg")
+    given = {"dataset": "mm-safetybench/01"}
+    assert parameters.assign_parameters({"01": path}, given)["01"] == given | {"n_images": 3}
+    with pytest.raises(parameters.ParameterError, match="n_images=4: the test split of mm-safetybench/01 has 3"):
+        parameters.assign_parameters({"01": path}, given | {"n_images": 4})
 
 
 def test_values_that_can_work_pass_unchanged(studies):

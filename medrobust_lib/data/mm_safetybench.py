@@ -149,6 +149,18 @@ def read_scenario(
     )
 
 
+def scenario_size(id: str, *, root: str | Path | None = None) -> int:
+    """Count the questions of a scenario on this computer.
+
+    Raises
+    ------
+    FileNotFoundError, ValueError
+        As `read_scenario`.
+    """
+    read_scenario(id, n=1, root=root)
+    return len(read_questions(question_file(parse_id(id)[0], Path(root) if root else default_data_root())))
+
+
 def list_scenarios(*, root: str | Path | None = None) -> pd.DataFrame:
     """Tabulate the 39 sets: 13 scenarios with three types of images each.
 

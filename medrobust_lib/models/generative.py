@@ -1,35 +1,27 @@
-"""Generative vision-language models: noisy images and a question to text, through transformers alone.
-
-Noise is added to [0, 1] pixels of a stated size, before the model's own processor normalises, resizes or tiles
-them: everything behind the noise belongs to the base classifier of a certificate.
-"""
+"""Generative vision-language models by name: the table, and the one call that loads any of them with transformers."""
 
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import torch
-from torch import Tensor
-from torch.nn import functional
-from transformers import (
-    AutoModelForImageTextToText,
-    AutoProcessor,
-    GenerationConfig,
-    LogitsProcessor,
-    LogitsProcessorList,
-)
+from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars
+from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, ProcessorMixin
+from transformers.utils import logging
 
-from medrobust_lib.models.dual_encoder import PIXEL_LIMIT, ImageInput
-from medrobust_lib.models.geometry import Preprocessing, prepare_images
 from medrobust_lib.models.registry import default_weights_dir, resolve_device, resolve_dtype
+from medrobust_lib.models.vision_language import Completion, RowSampler, VisionLanguageModel
 from medrobust_lib.models.vlm_catalogue import BUILT_IN, DEMO_VLM, FOLDER_PREFIX, HUB_PREFIX, VlmEntry, find_vlm
 from medrobust_lib.models.weights import (
     check_hashes,
     explained_errors,
     file_hashes,
+    has_checkpoint,
     hub_access,
     hub_snapshot,
     local_folder,
@@ -37,288 +29,18 @@ from medrobust_lib.models.weights import (
     read_sums,
 )
 
+__all__ = [
+    "DEMO_VLM_FOLDER",
+    "Completion",
+    "RowSampler",
+    "VisionLanguageModel",
+    "list_vlms",
+    "load_vlm",
+    "vlm_available_offline",
+]
+
 DEMO_VLM_FOLDER = Path(__file__).parent / "demo" / "vlm"
 _COMMIT_DIGITS = 40
-_IGNORED_LABEL = -100  # of tokens that the loss of transformers' models leaves out
-
-
-@dataclass(frozen=True)
-class Completion:
-    """One generated text.
-
-    Attributes
-    ----------
-    text : str
-        Without special tokens and surrounding white space; may be empty.
-    finished : bool
-        Whether the model ended it; otherwise it was cut at the largest number of tokens.
-    """
-
-    text: str
-    finished: bool
-
-
-class VisionLanguageModel(torch.nn.Module):
-    """A model of ``transformers.AutoModelForImageTextToText`` that answers questions about images in pixel units.
-
-    Parameters
-    ----------
-    model : transformers.PreTrainedModel
-        The network, with its weights.
-    processor : transformers.ProcessorMixin
-        Its image processor, tokenizer and chat template.
-    id : str
-        Name of the model.
-    image_size : int
-        S, the side in pixels at which noise is added.
-    image_options : dict
-        Settings of the image processor that differ from its own.
-    provenance : dict
-        JSON values: source, files with their SHA-256, licence.
-    """
-
-    def __init__(
-        self,
-        model: Any,
-        processor: Any,
-        *,
-        id: str,
-        image_size: int,
-        image_options: dict[str, Any],
-        provenance: dict[str, Any],
-    ) -> None:
-        super().__init__()
-        self.model = model
-        self.processor = processor
-        self.id = id
-        self.image_size = image_size
-        self.image_options = image_options
-        self.provenance = provenance
-        tokenizer = processor.tokenizer
-        tokenizer.padding_side = "left"  # a decoder goes on from the last position of every row
-        if tokenizer.pad_token is None:
-            tokenizer.pad_token = tokenizer.eos_token
-        own = model.generation_config
-        # Beams, penalties and truncations of a checkpoint's own settings would be another decoder than the one stated.
-        model.generation_config = GenerationConfig(
-            bos_token_id=own.bos_token_id,
-            eos_token_id=own.eos_token_id if own.eos_token_id is not None else tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-
-    @property
-    def device(self) -> torch.device:
-        """Device on which the model lies."""
-        return self.model.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Floating-point type of the weights."""
-        return self.model.dtype
-
-    def prepare(self, images: ImageInput | Sequence[Any]) -> Tensor:
-        """Bring images to the size at which noise is added; nothing is cut off.
-
-        Parameters
-        ----------
-        images : array or sequence
-            As `DualEncoder.prepare` takes them. Images that are not square are centred on a black square.
-
-        Returns
-        -------
-        Tensor
-            float32 [n, 3, S, S] in [0, 1], on the CPU.
-        """
-        return prepare_images(
-            images, Preprocessing(self.image_size, "letterbox", "bicubic", mean=(0.0,) * 3, std=(1.0,) * 3)
-        )
-
-    def generate(
-        self,
-        pixels: Tensor,
-        prompt: str,
-        *,
-        max_new_tokens: int = 64,
-        temperature: float = 0.0,
-        seed: int | Sequence[int] = 0,
-    ) -> list[str]:
-        """Answer a question about each image.
-
-        Parameters
-        ----------
-        pixels : float [n, 3, S, S]
-            In [0, 1] before noise; noise may carry values out of it.
-        prompt : str
-            The question, the same for all images; it is put into the model's own chat template.
-        max_new_tokens : int
-            Longer answers are cut.
-        temperature : float
-            0 decodes greedily; above, tokens are drawn from the softmax at this temperature.
-        seed : int, or sequence of n int
-            Of the drawing. One for each image makes an answer independent of the batch it is computed in; a single
-            seed stands for ``seed, seed + 1, ...``.
-
-        Returns
-        -------
-        list of n str
-
-        Raises
-        ------
-        TypeError, ValueError
-            For pixels of another type, shape or range, or a parameter out of range.
-        """
-        answers = self.complete(pixels, prompt, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
-        return [answer.text for answer in answers]
-
-    @torch.inference_mode()
-    def complete(
-        self,
-        pixels: Tensor,
-        prompt: str,
-        *,
-        max_new_tokens: int = 64,
-        temperature: float = 0.0,
-        seed: int | Sequence[int] = 0,
-    ) -> list[Completion]:
-        """As `generate`, saying of each text whether the model ended it."""
-        self._check_pixels(pixels)
-        if max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens={max_new_tokens}: an answer has at least one token")
-        if not 0 <= temperature < float("inf"):
-            raise ValueError(f"temperature={temperature}: 0 (greedy) or a finite number above")
-        seeds = [seed + row for row in range(len(pixels))] if isinstance(seed, int) else list(seed)
-        if len(seeds) != len(pixels):
-            raise ValueError(f"{len(seeds)} seeds for {len(pixels)} images; give one integer, or one for each image")
-        inputs = self._inputs(pixels, [self._chat(prompt)] * len(pixels))
-        sampler = [RowSampler(temperature, seeds, self.device)] if temperature > 0 else []
-        ids = self.model.generate(
-            **inputs, max_new_tokens=max_new_tokens, do_sample=False, logits_processor=LogitsProcessorList(sampler)
-        )
-        new = ids[:, inputs["input_ids"].shape[1] :]
-        ends = torch.as_tensor(self.model.generation_config.eos_token_id, device=new.device).reshape(-1)
-        finished = torch.isin(new, ends).any(dim=1).tolist()
-        texts = self.processor.batch_decode(new, skip_special_tokens=True)
-        return [Completion(text.strip(), bool(end)) for text, end in zip(texts, finished, strict=True)]
-
-    def log_likelihood(self, pixels: Tensor, prompt: str, answer: str) -> Tensor:
-        """Log-probability of an answer; differentiable with respect to ``pixels`` where the processor is.
-
-        Parameters
-        ----------
-        pixels : float [n, 3, S, S]
-        prompt, answer : str
-
-        Returns
-        -------
-        float32 [n]
-            Sum over the answer's tokens and the token that ends it.
-        """
-        self._check_pixels(pixels)
-        asked, end = self._chat(prompt), self.processor.tokenizer.eos_token or ""
-        inputs = self._inputs(pixels, [f"{asked} {answer}{end}" if answer else asked] * len(pixels))
-        n_asked = self._inputs(pixels[:1].detach(), [asked])["input_ids"].shape[1]
-        labels = inputs["input_ids"].clone()
-        labels[:, :n_asked] = _IGNORED_LABEL
-        logits = self.model(**inputs).logits[:, :-1].float()
-        losses = functional.cross_entropy(
-            logits.transpose(1, 2), labels[:, 1:], ignore_index=_IGNORED_LABEL, reduction="none"
-        )
-        return -losses.sum(dim=1)
-
-    @torch.inference_mode()
-    def text_features(self, texts: Sequence[str]) -> Tensor:
-        """Unit-norm features of texts: the mean of the language model's last states over a text's tokens.
-
-        Parameters
-        ----------
-        texts : sequence of str
-            k texts; an empty one has the feature of the model's end token.
-
-        Returns
-        -------
-        float32 [k, d]
-        """
-        end = self.processor.tokenizer.eos_token or ""
-        tokens = self.processor.tokenizer([text or end for text in texts], return_tensors="pt", padding=True)
-        tokens = {name: tokens[name].to(self.device) for name in ("input_ids", "attention_mask")}
-        states = self.model.model(**tokens).last_hidden_state.float()
-        mask = tokens["attention_mask"][..., None].float()
-        return functional.normalize((states * mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1), dim=-1)
-
-    def extra_repr(self) -> str:
-        """Facts that ``print(model)`` shows beside the layers."""
-        return f"id={self.id!r}, image_size={self.image_size}"
-
-    def __repr__(self) -> str:
-        # The network's hundreds of layers would drown the facts; print(model.model) shows them.
-        return (
-            f"VisionLanguageModel(id={self.id!r}, {type(self.model).__name__}, noise at {self.image_size} px, "
-            f"dtype={self.dtype}, device={str(self.device)!r})"
-        )
-
-    def _chat(self, prompt: str) -> str:
-        """The prompt in the model's chat template, with the place of the image."""
-        if not isinstance(prompt, str) or not prompt.strip():
-            raise ValueError(f"prompt={prompt!r}: give the question as text")
-        message = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": prompt}]}
-        return self.processor.apply_chat_template([message], add_generation_prompt=True, tokenize=False)
-
-    def _inputs(self, pixels: Tensor, texts: Sequence[str]) -> dict[str, Tensor]:
-        """What the network reads, on its device; pixels keep their gradient if they have one."""
-        options = {"do_rescale": False, "return_tensors": "pt", **self.image_options}
-        images = [[image] for image in pixels.detach().float()]
-        inputs = self.processor(images=images, text=list(texts), padding=True, **options)
-        if pixels.requires_grad:
-            inputs |= self.processor.image_processor(images=list(pixels.float()), **options)
-            if not inputs["pixel_values"].requires_grad:
-                raise RuntimeError(f"the image processor of {self.id} passes no gradient on to the pixels")
-        return {
-            name: value.to(self.device, self.dtype) if value.is_floating_point() else value.to(self.device)
-            for name, value in inputs.items()
-            if isinstance(value, Tensor)
-        }
-
-    def _check_pixels(self, pixels: Tensor) -> None:
-        size = self.image_size
-        if not isinstance(pixels, Tensor) or not pixels.is_floating_point():
-            what = pixels.dtype if isinstance(pixels, Tensor) else type(pixels).__name__
-            raise TypeError(f"pixels must be a floating point torch.Tensor in [0, 1], not {what}; use prepare() first")
-        if pixels.ndim != 4 or tuple(pixels.shape[1:]) != (3, size, size) or len(pixels) == 0:
-            raise ValueError(
-                f"pixels must be [n, 3, {size}, {size}] for {self.id}, not {tuple(pixels.shape)}; use prepare() first"
-            )
-        low, high = (float(value) for value in torch.aminmax(pixels.detach()))
-        if not max(-low, high) <= PIXEL_LIMIT:  # also catches NaN
-            raise ValueError(
-                f"pixels range over [{low:.4g}, {high:.4g}]: expected [0, 1] plus noise; divide 0..255 by 255"
-            )
-
-
-class RowSampler(LogitsProcessor):
-    """Makes greedy decoding draw from the softmax: the largest of logits plus Gumbel noise is such a draw.
-
-    Every row has a generator of its own, so what it draws does not depend on the batch, and torch's global random
-    state stays untouched.
-
-    Parameters
-    ----------
-    temperature : float
-        Above 0.
-    seeds : sequence of int
-        One a row.
-    device : torch.device
-        Where the logits are.
-    """
-
-    def __init__(self, temperature: float, seeds: Sequence[int], device: torch.device) -> None:
-        self.temperature = temperature
-        self.generators = [torch.Generator(device).manual_seed(int(seed) % 2**63) for seed in seeds]
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """Logits [n, vocabulary] over the temperature plus Gumbel noise."""
-        scores = scores.float()
-        waits = [torch.empty_like(row).exponential_(generator=g) for row, g in zip(scores, self.generators, strict=True)]
-        return scores / self.temperature - torch.stack(waits).log()
 
 
 def load_vlm(
@@ -358,6 +80,8 @@ def load_vlm(
         For an unknown id, device or dtype, weights that do not fit, a wrong SHA-256, or remote code that is not pinned.
     FileNotFoundError
         If the weights are missing; names the places looked at and the script that fetches them.
+    ImportError
+        If transformers needs another package for this model (num2words for SmolVLM2); names it.
     """
     entry = find_vlm(id)
     if trust_remote_code and not _is_commit(revision):
@@ -365,41 +89,39 @@ def load_vlm(
             f"trust_remote_code=True runs code from the repository of {id!r}: pin it with revision=COMMIT "
             f"({_COMMIT_DIGITS} hexadecimal digits, not {revision!r}), and read it first"
         )
+    if image_size is not None and image_size < 1:
+        raise ValueError(f"image_size={image_size}: give a number of pixels, or None for {entry.image_size}")
     target = resolve_device(device)
     precision = resolve_dtype(dtype, target)
     if offline is None:
         offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
     folder = _folder(entry, Path(weights_dir).expanduser() if weights_dir is not None else default_weights_dir())
     place = entry.source.removeprefix(HUB_PREFIX) if folder is None else str(folder)
+    files: dict[str, str] = {}
     if folder is not None:
-        check_hashes(folder, read_sums(folder))
-    options = {"trust_remote_code": trust_remote_code, **({"revision": revision} if folder is None else {})}
+        if not folder.is_dir():
+            raise _missing(entry, folder, offline=offline, reason=FileNotFoundError("there is no such folder"))
+        files = check_hashes(folder, read_sums(folder))
+    pinned = {"revision": revision} if folder is None else {}
+    # Code may also lie in another repository than the weights: it is pinned, too.
+    code = {"trust_remote_code": trust_remote_code, **({"code_revision": revision} if trust_remote_code else {})}
     try:
-        with hub_access(offline=offline), explained_errors(place), torch.random.fork_rng(devices=[]):
-            model, report = AutoModelForImageTextToText.from_pretrained(
-                place, dtype=precision, output_loading_info=True, **options
-            )
-            processor = AutoProcessor.from_pretrained(place, **options)
+        with hub_access(offline=offline), _no_progress_bar(), torch.random.fork_rng(devices=[]):
+            network = _read_network(place, dtype=precision, **pinned, **code)
+            processor = _read_processor(place, **pinned, **code)
     except OSError as error:
         raise _missing(entry, folder, offline=offline, reason=error) from error
-    missing, unexpected = report["missing_keys"], report["unexpected_keys"]
-    if missing or unexpected:
-        raise mismatch_error(place, missing=missing, unexpected=unexpected)
-    if processor.chat_template is None:
-        raise ValueError(f"{place} has no chat template, so its question has no agreed form; add chat_template.jinja")
-    folder = folder or hub_snapshot(place, "config.json")
+    if folder is None:
+        snapshot = try_to_load_from_cache(place, "config.json", revision=revision)
+        if isinstance(snapshot, str):
+            revision, files = Path(snapshot).parent.name, file_hashes(Path(snapshot).parent)
     return VisionLanguageModel(
-        model.requires_grad_(False).eval().to(target),
+        network.requires_grad_(False).eval().to(target),
         processor,
         id=id,
         image_size=image_size or entry.image_size,
         image_options=dict(entry.image_options),
-        provenance={
-            "source": entry.source,
-            "revision": revision,
-            "licence": entry.licence,
-            "files": {} if folder is None else file_hashes(folder),
-        },
+        provenance={"source": entry.source, "revision": revision, "licence": entry.licence, "files": files},
     ).eval()
 
 
@@ -412,16 +134,17 @@ def list_vlms(*, weights_dir: str | Path | None = None) -> pd.DataFrame:
         One row per model: id, family, image_size (pixels), parameters, licence, source, available_offline, citation.
     """
     folder = Path(weights_dir).expanduser() if weights_dir is not None else default_weights_dir()
-    rows = [{**vars(entry), "available_offline": vlm_available_offline(entry, weights_dir=folder)} for entry in BUILT_IN]
+    rows = [
+        {**vars(entry), "available_offline": vlm_available_offline(entry, weights_dir=folder)} for entry in BUILT_IN
+    ]
     columns = ("id", "family", "image_size", "parameters", "licence", "source", "available_offline", "citation")
     return pd.DataFrame(rows, columns=list(columns)).astype({"parameters": "Int64"})
 
 
 def vlm_available_offline(entry: VlmEntry, *, weights_dir: Path) -> bool:
     """Whether a model's weights are in the package, in ``weights_dir`` or in the hub cache."""
-    if _folder(entry, weights_dir) is not None:
-        return True
-    return hub_snapshot(entry.source.removeprefix(HUB_PREFIX), "config.json") is not None
+    folder = _folder(entry, weights_dir) or hub_snapshot(entry.source.removeprefix(HUB_PREFIX), "config.json")
+    return folder is not None and has_checkpoint(folder)
 
 
 def _folder(entry: VlmEntry, weights_dir: Path) -> Path | None:
@@ -433,6 +156,52 @@ def _folder(entry: VlmEntry, weights_dir: Path) -> Path | None:
     return local_folder(entry.id, weights_dir)
 
 
+def _read_network(place: str, **options: Any) -> PreTrainedModel:
+    """The network with its weights, every one of which has a place in it and comes from the files."""
+    with explained_errors(place):
+        # Wrong shapes are asked for here to be refused below, by name.
+        network, report = AutoModelForImageTextToText.from_pretrained(
+            place, output_loading_info=True, ignore_mismatched_sizes=True, **options
+        )
+    missing, unexpected = report["missing_keys"], report["unexpected_keys"]
+    misshapen = [key for key, *_ in report["mismatched_keys"]]
+    if missing or unexpected or misshapen:
+        raise mismatch_error(place, missing=missing, unexpected=unexpected, misshapen=misshapen)
+    return network
+
+
+def _read_processor(place: str, **options: Any) -> ProcessorMixin:
+    """Image processor, tokenizer and chat template, all of them."""
+    try:
+        processor = AutoProcessor.from_pretrained(place, **options)
+    except ValueError as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(
+            f"cannot make the processor of {place}; are its tokenizer's files complete? {reason}"
+        ) from error
+    if processor.chat_template is None:
+        raise ValueError(f"{place} has no chat template, so its question has no agreed form; add chat_template.jinja")
+    return processor
+
+
+@contextmanager
+def _no_progress_bar() -> Iterator[None]:
+    """Keep transformers from drawing a progress bar over what a notebook or a command shows, for a while."""
+    shown, of_hub = logging.is_progress_bar_enabled(), not are_progress_bars_disabled()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the hub's own environment variable has the last word, and it says so
+        logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            if shown:
+                logging.enable_progress_bar()
+            if not of_hub:
+                disable_progress_bars()
+
+
 def _missing(entry: VlmEntry, folder: Path | None, *, offline: bool, reason: Exception) -> FileNotFoundError:
     remedy = (
         "the folder must hold config.json, model.safetensors, and the files of its tokenizer and processor"
@@ -440,8 +209,9 @@ def _missing(entry: VlmEntry, folder: Path | None, *, offline: bool, reason: Exc
         else f"run `python data_scripts/fetch_weights.py {entry.id}` where there is a network"
     )
     looked = folder or f"the weights folder and the hub cache ({'offline' if offline else 'a download failed'})"
+    first_line = str(reason).splitlines()[0]
     return FileNotFoundError(
-        f"cannot load {entry.id!r} from {looked}: {remedy}; source: {entry.source}. Reason: {str(reason).splitlines()[0]}"
+        f"cannot load {entry.id!r} from {looked}: {remedy}; source: {entry.source}. Reason: {first_line}"
     )
 
 

@@ -9,8 +9,8 @@ FOLDER_PREFIX = "local-dir:"
 HUB_PREFIX = "hf:"
 _DEFAULT_SIZE = 336  # of models that the table does not know: the size of LLaVA's image tower
 
-_MODEL_PAGE = "see the model page"
-_ONE_TILE = (("do_image_splitting", False),)
+# Without `do_resize` an image would be enlarged to four times the side of the tile that it is then shrunk to.
+_ONE_TILE = (("do_image_splitting", False), ("do_resize", False))
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ BUILT_IN: tuple[VlmEntry, ...] = (
         family="LLaVA-1.6 (LLaVA-NeXT) on Mistral-7B",
         image_size=336,
         parameters=7_566_747_648,
-        licence=_MODEL_PAGE,
+        licence="Apache-2.0",
         source="hf:llava-hf/llava-v1.6-mistral-7b-hf",
         citation="Liu et al. 2024, arXiv:2310.03744",
     ),
@@ -70,8 +70,8 @@ BUILT_IN: tuple[VlmEntry, ...] = (
         id="llava-1.6-vicuna-7b",
         family="LLaVA-1.6 (LLaVA-NeXT) on Vicuna-7B",
         image_size=336,
-        parameters=7_063_427_072,
-        licence=_MODEL_PAGE,
+        parameters=7_063_431_168,
+        licence="Llama 2 Community License",
         source="hf:llava-hf/llava-v1.6-vicuna-7b-hf",
         citation="Liu et al. 2024, arXiv:2310.03744",
     ),

@@ -203,7 +203,12 @@ class _PipelineJudge:
             return []
         chats = [[{"role": "user", "content": prompt}] for prompt in prompts]
         replies = self.pipeline(
-            chats, do_sample=False, num_beams=1, max_new_tokens=self.max_new_tokens, return_full_text=False, batch_size=1
+            chats,
+            do_sample=False,
+            num_beams=1,
+            max_new_tokens=self.max_new_tokens,
+            return_full_text=False,
+            batch_size=1,
         )
         return [reply[0]["generated_text"] for reply in replies]
 
@@ -324,18 +329,57 @@ class _ChatEndpoint:
             try:
                 response = session.post(self.url, json=payload, timeout=self.timeout, allow_redirects=False)
             except requests.RequestException as error:
-                reason = self._cause(error, key)
+                reason = _cause(error)
             else:
                 if response.status_code == 200:
                     return _content(response)
-                reason = f"it answered {response.status_code} {response.reason}"
+                reason = f"{response.status_code} {response.reason}"
                 if response.status_code not in (408, 429) and response.status_code < 500:
-                    raise OracleUnavailableError(f"{self.address}: {self._refusal(response, key)}")
+                    raise self._unavailable(f"refused the request: {reason}{self._details(response)}", key)
                 asked = response.headers.get("Retry-After", "")
                 pause = max(pause, min(int(asked), _LONGEST_PAUSE)) if asked.isdecimal() else pause
             if attempt < self.attempts:
                 self.sleep(pause)
-        raise OracleUnavailableError(
-            f"{self.address} gave no reply in {self.attempts} attempts; the last: {reason}. Finished work is kept: "
-            "make the same call again when the server answers, and it resumes"
+        raise self._unavailable(f"gave no reply in {self.attempts} attempts, the last: {reason}.", key)
+
+    def _details(self, response: requests.Response) -> str:
+        if response.status_code in (401, 403):  # servers like to quote the key here
+            where = f"the environment variable {self.api_key_variable}" if self.api_key_variable else "api_key_variable"
+            return f". Check the key: {where}."
+        said = " ".join(response.text[:200].split())
+        return f" ({said}). Check the url and the model {self.model!r}."
+
+    def _unavailable(self, what: str, key: str | None) -> OracleUnavailableError:
+        for secret in (key, urlsplit(self.url).query):
+            what = what.replace(secret, "***") if secret else what
+        return OracleUnavailableError(
+            f"{self.address} {what} Finished work is kept: the same call resumes it once the server answers"
         )
+
+
+class _Bearer(requests.auth.AuthBase):
+    """Sends the key, or nothing; never what a .netrc file holds for the host."""
+
+    def __init__(self, key: str | None) -> None:
+        self._key = key
+
+    def __call__(self, request: requests.PreparedRequest) -> requests.PreparedRequest:
+        if self._key is not None:
+            request.headers["Authorization"] = f"Bearer {self._key}"
+        return request
+
+
+def _content(response: requests.Response) -> str | None:
+    try:
+        choice = response.json()["choices"][0]
+        content, ending = choice["message"]["content"], choice.get("finish_reason")
+    except (ValueError, LookupError, TypeError, AttributeError):
+        return None
+    return content if isinstance(content, str) and ending not in ("length", "content_filter") else None
+
+
+def _cause(error: requests.RequestException) -> str:
+    # The outer message repeats the whole address, its query included.
+    inner = error.args[0] if error.args else error
+    cause = getattr(inner, "reason", None) or inner
+    return f"{type(cause).__name__}: {cause}"

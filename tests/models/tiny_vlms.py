@@ -1,7 +1,6 @@
 """Tiny generative models with random weights in the file layouts of the public ones."""
 
-import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import torch

@@ -1,0 +1,346 @@
+"""The generative model itself: noisy images and a question to text, to log-probabilities, or to a feature.
+
+Noise is added to [0, 1] pixels of a stated size, before the model's own processor normalises, resizes or tiles
+them: everything behind the noise belongs to the base classifier of a certificate.
+"""
+
+import itertools
+import numbers
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+
+from medrobust_lib.models.dual_encoder import PIXEL_LIMIT, ImageInput
+from medrobust_lib.models.geometry import Preprocessing, prepare_images
+
+_IGNORED_LABEL = -100  # of tokens that the loss of transformers' models leaves out
+_TOWER_WORKING_SET = 64  # activations of an image tower, in float32 copies of its input, with a margin
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One generated text.
+
+    Attributes
+    ----------
+    text : str
+        Without special tokens and surrounding white space; may be empty.
+    finished : bool
+        Whether the model ended it; otherwise it was cut at the largest number of tokens.
+    """
+
+    text: str
+    finished: bool
+
+
+class VisionLanguageModel(torch.nn.Module):
+    """A model of ``transformers.AutoModelForImageTextToText`` that answers questions about images in pixel units.
+
+    Parameters
+    ----------
+    model : transformers.PreTrainedModel
+        The network, with its weights.
+    processor : transformers.ProcessorMixin
+        Its image processor, tokenizer and chat template.
+    id : str
+        Name of the model.
+    image_size : int
+        S, the side in pixels at which noise is added.
+    image_options : dict
+        Settings of the image processor that differ from its own.
+    provenance : dict
+        JSON values: source, files with their SHA-256, licence.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        processor: Any,
+        *,
+        id: str,
+        image_size: int,
+        image_options: dict[str, Any],
+        provenance: dict[str, Any],
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.processor = processor
+        self.id = id
+        self.image_size = image_size
+        self.image_options = image_options
+        self.provenance = provenance
+        tokenizer = processor.tokenizer
+        tokenizer.padding_side = "left"  # a decoder goes on from the last position of every row
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        own = model.generation_config
+        # Beams, penalties and truncations of a checkpoint's own settings would be another decoder than the one stated.
+        model.generation_config = GenerationConfig(
+            bos_token_id=own.bos_token_id,
+            eos_token_id=own.eos_token_id if own.eos_token_id is not None else tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+
+    @property
+    def device(self) -> torch.device:
+        """Device on which the model lies."""
+        return self.model.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Floating-point type of the weights."""
+        return self.model.dtype
+
+    def prepare(self, images: ImageInput | Sequence[Any]) -> Tensor:
+        """Bring images to the size at which noise is added; nothing is cut off.
+
+        Parameters
+        ----------
+        images : array or sequence
+            As `DualEncoder.prepare` takes them. Images that are not square are centred on a black square.
+
+        Returns
+        -------
+        Tensor
+            float32 [n, 3, S, S] in [0, 1], on the CPU.
+        """
+        return prepare_images(
+            images, Preprocessing(self.image_size, "letterbox", "bicubic", mean=(0.0,) * 3, std=(1.0,) * 3)
+        )
+
+    def generate(
+        self,
+        pixels: Tensor,
+        prompt: str,
+        *,
+        max_new_tokens: int = 64,
+        temperature: float = 0.0,
+        seed: int | Sequence[int] = 0,
+    ) -> list[str]:
+        """Answer a question about each image.
+
+        Parameters
+        ----------
+        pixels : float [n, 3, S, S]
+            In [0, 1] before noise; noise may carry values out of it.
+        prompt : str
+            The question, the same for all images; it is put into the model's own chat template.
+        max_new_tokens : int
+            Longer answers are cut.
+        temperature : float
+            0 decodes greedily; above, tokens are drawn from the softmax at this temperature.
+        seed : int, or sequence of n int
+            Of the drawing. One for each image makes an answer independent of the batch it is computed in; a single
+            seed stands for ``seed, seed + 1, ...``.
+
+        Returns
+        -------
+        list of n str
+
+        Raises
+        ------
+        TypeError, ValueError
+            For pixels of another type, shape or range, or a parameter out of range.
+        """
+        answers = self.complete(pixels, prompt, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
+        return [answer.text for answer in answers]
+
+    @torch.inference_mode()
+    def complete(
+        self,
+        pixels: Tensor,
+        prompt: str,
+        *,
+        max_new_tokens: int = 64,
+        temperature: float = 0.0,
+        seed: int | Sequence[int] = 0,
+    ) -> list[Completion]:
+        """As `generate`, saying of each text whether the model ended it."""
+        self._check_pixels(pixels)
+        if max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens={max_new_tokens}: an answer has at least one token")
+        if not 0 <= temperature < float("inf"):
+            raise ValueError(f"temperature={temperature}: 0 (greedy) or a finite number above")
+        seeds = [seed + row for row in range(len(pixels))] if isinstance(seed, numbers.Integral) else list(seed)
+        if len(seeds) != len(pixels):
+            raise ValueError(f"{len(seeds)} seeds for {len(pixels)} images; give one integer, or one for each image")
+        inputs = self._inputs(pixels, [self._chat(prompt)] * len(pixels))
+        sampler = [RowSampler(temperature, seeds, self.device)] if temperature > 0 else []
+        ids = self.model.generate(
+            **inputs, max_new_tokens=max_new_tokens, do_sample=False, logits_processor=LogitsProcessorList(sampler)
+        )
+        new = ids[:, inputs["input_ids"].shape[1] :]
+        ends = torch.as_tensor(self.model.generation_config.eos_token_id, device=new.device).reshape(-1)
+        finished = torch.isin(new, ends).any(dim=1).tolist()
+        texts = self.processor.batch_decode(new, skip_special_tokens=True)
+        return [Completion(text.strip(), bool(end)) for text, end in zip(texts, finished, strict=True)]
+
+    def log_likelihood(self, pixels: Tensor, prompt: str, answer: str) -> Tensor:
+        """Log-probability of an answer; differentiable with respect to ``pixels`` where the processor is.
+
+        Parameters
+        ----------
+        pixels : float [n, 3, S, S]
+        prompt, answer : str
+            The answer follows the question after the white space with which the chat template ends, or one space.
+
+        Returns
+        -------
+        float32 [n]
+            Sum over the answer's tokens and the token that ends it.
+
+        Raises
+        ------
+        RuntimeError
+            If the pixels require a gradient and the model's image processor passes none on.
+        """
+        self._check_pixels(pixels)
+        asked, end = self._chat(prompt), self.processor.tokenizer.eos_token or ""
+        space = "" if asked[-1:].isspace() or not answer else " "
+        inputs = self._inputs(pixels, [f"{asked}{space}{answer}{end}"] * len(pixels))
+        question = self._inputs(pixels[:1].detach(), [asked])["input_ids"][0].tolist()
+        both = zip(question, inputs["input_ids"][0].tolist(), strict=False)
+        n_asked = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], both))
+        labels = inputs["input_ids"].clone()
+        labels[:, :n_asked] = _IGNORED_LABEL
+        logits = self.model(**inputs).logits[:, :-1].float()
+        losses = functional.cross_entropy(
+            logits.transpose(1, 2), labels[:, 1:], ignore_index=_IGNORED_LABEL, reduction="none"
+        )
+        return -losses.sum(dim=1)
+
+    @torch.inference_mode()
+    def text_features(self, texts: Sequence[str]) -> Tensor:
+        """Unit-norm features of texts: the mean of the language model's last states over a text's tokens.
+
+        Parameters
+        ----------
+        texts : sequence of str
+            k texts; an empty one has the feature of the model's end token.
+
+        Returns
+        -------
+        float32 [k, d]
+        """
+        end = self.processor.tokenizer.eos_token or ""
+        tokens = self.processor.tokenizer([text or end for text in texts], return_tensors="pt", padding=True)
+        tokens = {name: tokens[name].to(self.device) for name in ("input_ids", "attention_mask")}
+        states = self.model.model(**tokens).last_hidden_state.float()
+        mask = tokens["attention_mask"][..., None].float()
+        return functional.normalize((states * mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1), dim=-1)
+
+    def cache_bytes(self, prompt: str, max_new_tokens: int) -> int:
+        """Bytes that keys and values of one image, its question and a longest answer take, exactly."""
+        return self._n_tokens(prompt, max_new_tokens)[0] * self._cached_numbers() * self.dtype.itemsize
+
+    def bytes_per_copy(self, prompt: str, max_new_tokens: int) -> int:
+        """Estimate the memory that one noisy copy takes in `complete`, beside the weights.
+
+        Parameters
+        ----------
+        prompt : str
+        max_new_tokens : int
+
+        Returns
+        -------
+        int
+            The cache of keys and values (`cache_bytes`, exact), the activations of one decoder layer over all tokens,
+            and 64 float32 copies of what the image tower reads; the last two are a margin, not a measurement.
+        """
+        tokens, tower_input = self._n_tokens(prompt, max_new_tokens)
+        config = self.model.config.get_text_config()
+        activations = 4 * config.hidden_size + 3 * config.intermediate_size
+        decoder = tokens * (self._cached_numbers() + activations) * self.dtype.itemsize
+        return decoder + _TOWER_WORKING_SET * tower_input * torch.float32.itemsize
+
+    def extra_repr(self) -> str:
+        """Facts that ``print(model)`` shows beside the layers."""
+        return f"id={self.id!r}, image_size={self.image_size}"
+
+    def __repr__(self) -> str:
+        # The network's hundreds of layers would drown the facts; print(model.model) shows them.
+        return (
+            f"VisionLanguageModel(id={self.id!r}, {type(self.model).__name__}, noise at {self.image_size} px, "
+            f"dtype={self.dtype}, device={str(self.device)!r})"
+        )
+
+    def _chat(self, prompt: str) -> str:
+        """The prompt in the model's chat template, with the place of the image."""
+        if not isinstance(prompt, str) or not prompt.strip():
+            raise ValueError(f"prompt={prompt!r}: give the question as text")
+        message = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": prompt}]}
+        return self.processor.apply_chat_template([message], add_generation_prompt=True, tokenize=False)
+
+    def _inputs(self, pixels: Tensor, texts: Sequence[str]) -> dict[str, Tensor]:
+        """What the network reads, on its device; pixels keep their gradient if they have one."""
+        options = {"do_rescale": False, "return_tensors": "pt", **self.image_options}
+        images = [[image] for image in pixels.float()]
+        inputs = self.processor(images=images, text=list(texts), padding=True, **options)
+        if pixels.requires_grad and torch.is_grad_enabled() and not inputs["pixel_values"].requires_grad:
+            raise RuntimeError(f"the image processor of {self.id} passes no gradient on to the pixels")
+        return {
+            name: value.to(self.device, self.dtype) if value.is_floating_point() else value.to(self.device)
+            for name, value in inputs.items()
+            if isinstance(value, Tensor)
+        }
+
+    def _n_tokens(self, prompt: str, max_new_tokens: int) -> tuple[int, int]:
+        """Tokens of an image, its question and a longest answer; numbers that the image tower reads."""
+        inputs = self._inputs(torch.zeros(1, 3, self.image_size, self.image_size), [self._chat(prompt)])
+        return inputs["input_ids"].shape[1] + max_new_tokens, inputs["pixel_values"].numel()
+
+    def _cached_numbers(self) -> int:
+        """Keys and values of one token in all layers of the decoder."""
+        config = self.model.config.get_text_config()
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        return 2 * config.num_hidden_layers * heads * width
+
+    def _check_pixels(self, pixels: Tensor) -> None:
+        size = self.image_size
+        if not isinstance(pixels, Tensor) or not pixels.is_floating_point():
+            what = pixels.dtype if isinstance(pixels, Tensor) else type(pixels).__name__
+            raise TypeError(f"pixels must be a floating point torch.Tensor in [0, 1], not {what}; use prepare() first")
+        if pixels.ndim != 4 or tuple(pixels.shape[1:]) != (3, size, size) or len(pixels) == 0:
+            raise ValueError(
+                f"pixels must be [n, 3, {size}, {size}] for {self.id}, not {tuple(pixels.shape)}; use prepare() first"
+            )
+        low, high = (float(value) for value in torch.aminmax(pixels.detach()))
+        if not max(-low, high) <= PIXEL_LIMIT:  # also catches NaN
+            raise ValueError(
+                f"pixels range over [{low:.4g}, {high:.4g}]: expected [0, 1] plus noise; divide 0..255 by 255"
+            )
+
+
+class RowSampler(LogitsProcessor):
+    """Makes greedy decoding draw from the softmax: the largest of logits plus Gumbel noise is such a draw.
+
+    Every row has a generator of its own, so what it draws does not depend on the batch, and torch's global random
+    state stays untouched.
+
+    Parameters
+    ----------
+    temperature : float
+        Above 0.
+    seeds : sequence of int
+        One a row.
+    device : torch.device
+        Where the logits are.
+    """
+
+    def __init__(self, temperature: float, seeds: Sequence[int], device: torch.device) -> None:
+        self.temperature = temperature
+        self.generators = [torch.Generator(device).manual_seed(int(seed) % 2**63) for seed in seeds]
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Logits [n, vocabulary] over the temperature plus Gumbel noise."""
+        scores = scores.float()
+        waits = [
+            torch.empty_like(row).exponential_(generator=g) for row, g in zip(scores, self.generators, strict=True)
+        ]
+        return scores / self.temperature - torch.stack(waits).log()
