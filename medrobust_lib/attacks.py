@@ -39,7 +39,7 @@ def projected_gradient(
     Raises
     ------
     ValueError
-        A radius or a number of steps that is not positive.
+        A radius or a number of steps that is not positive, or an objective without one value for each image.
 
     References
     ----------
@@ -55,12 +55,17 @@ def projected_gradient(
         generator = torch.Generator(clean.device).manual_seed(seed)
         direction = torch.empty_like(clean).normal_(generator=generator)
         moved = _projected(clean + direction, clean, radius)
-    best, best_value = moved.clone(), torch.full((len(clean),), -torch.inf, device=clean.device)
+    best, best_value = moved.clone(), None
     for step in range(steps + 1):
         moved = moved.detach().requires_grad_(step < steps)
-        value = objective(moved)
-        better = value.detach() > best_value
-        best[better], best_value[better] = moved.detach()[better], value.detach()[better]
+        with torch.enable_grad():
+            value = objective(moved)
+        if tuple(value.shape) != (len(clean),):
+            raise ValueError(f"the objective returned {tuple(value.shape)} for {len(clean)} images, not one value each")
+        reached = value.detach()
+        best_value = torch.full_like(reached, -torch.inf) if best_value is None else best_value
+        better = reached > best_value
+        best[better], best_value[better] = moved.detach()[better], reached[better]
         if step < steps:
             (gradient,) = torch.autograd.grad(value.sum(), moved)
             moved = _projected(moved.detach() + step_size * _unit(gradient), clean, radius)

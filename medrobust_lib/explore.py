@@ -4,7 +4,8 @@ The views also serve as static figures in headless runs. ipywidgets is loaded on
 """
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from textwrap import fill
+from typing import TYPE_CHECKING, Any
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -16,9 +17,12 @@ from torch import Tensor
 from medrobust_lib.corruptions.benchmark import corrupted
 from medrobust_lib.corruptions.suites import find_suite
 from medrobust_lib.data.dataset import ImageDataset
+from medrobust_lib.data.questions import QuestionSet
 from medrobust_lib.models.dual_encoder import DualEncoder
-from medrobust_lib.plots import plot_similarity, plot_votes, shorten
+from medrobust_lib.plots import plot_label_votes, plot_similarity, plot_votes, shorten
+from medrobust_lib.smoothing.answers import AnswerBank, Drawing
 from medrobust_lib.smoothing.noise import NoiseStream, noisy_copies, vote
+from medrobust_lib.smoothing.oracle import Oracle, judged
 
 if TYPE_CHECKING:
     from ipywidgets import Widget
@@ -138,6 +142,47 @@ def corruption_view(
     return figure
 
 
+def answer_view(
+    vlm: Any, questions: QuestionSet, oracle: Oracle, *, index: int, sigma: float, n: int = 60, seed: int = 0
+) -> Figure:
+    """Draw an image, noisy copies of it with the model's answers, and the oracle's votes.
+
+    Parameters
+    ----------
+    vlm : VisionLanguageModel
+    questions : QuestionSet
+    oracle : Oracle
+    index : int
+        Position in `questions`.
+    sigma : float
+        Noise standard deviation, > 0, in [0, 1] pixel units.
+    n : int
+        Noisy copies.
+    seed : int
+    """
+    pixels = vlm.prepare([questions.images[index]])[0].to(vlm.device)
+    how = Drawing(sigma=sigma, seed=seed)
+    address = {"dataset": questions.id, "index": int(questions.indices[index])}
+    bank = AnswerBank(vlm, pixels, questions.questions[index], how, **address)
+    texts = bank.texts("select", 0, n)
+    labels = judged(oracle, texts).labels
+    copies = noisy_copies(pixels, NoiseStream(seed, questions.id, address["index"], sigma, "select"), count=3).cpu()
+    figure, axes = plt.subplots(1, 5, figsize=(11.5, 2.6), width_ratios=(1, 1, 1, 1, 1.4), layout="constrained")
+    truth = questions.truths[index]
+    shown = [(pixels.cpu(), f"clean\n{'' if truth is None else 'truth: ' + truth}")]
+    shown += [(copy, fill(texts[number] or "(no answer)", 24)) for number, copy in enumerate(copies)]
+    for ax, (picture, title) in zip(axes[:4], shown, strict=True):
+        ax.imshow(picture.clamp(0, 1).permute(1, 2, 0))
+        ax.set_axis_off()
+        ax.set_title(title, fontsize=8, loc="center")
+    votes = {name: labels.count(name) for name in oracle.labels if name in labels}
+    if None in labels:
+        votes["no label"] = labels.count(None)
+    plot_label_votes(votes, axes[4], answer=max(votes, key=votes.get))
+    axes[4].set_title(f"{n} copies, sigma = {sigma:g}", fontsize=9)
+    return figure
+
+
 def explore_similarity(model: DualEncoder, dataset: ImageDataset) -> "Widget":
     """Build the instrument of notebook 01: pick an image, edit the prompts, see the similarities move."""
     import ipywidgets as widgets
@@ -183,6 +228,19 @@ def explore_corruptions(
         return corruption_view(model, dataset, class_features, **shown, suite=suite, seed=seed)
 
     return _instrument(draw, index=index, corruption=corruption, severity=severity)
+
+
+def explore_answers(vlm: Any, questions: QuestionSet, oracle: Oracle, *, seed: int = 0) -> "Widget":
+    """Build the instrument of notebook 06: choose image and noise, read the answers, see the votes."""
+    import ipywidgets as widgets
+
+    index = widgets.IntSlider(0, 0, len(questions) - 1, description="image", continuous_update=False)
+    sigma = widgets.FloatSlider(0.25, min=0.05, max=1, step=0.05, description="sigma", continuous_update=False)
+
+    def draw(index: int, sigma: float) -> Figure:
+        return answer_view(vlm, questions, oracle, index=index, sigma=sigma, seed=seed)
+
+    return _instrument(draw, index=index, sigma=sigma)
 
 
 def _instrument(draw: Callable[..., Figure], **controls: "Widget") -> "Widget":

@@ -1,8 +1,12 @@
 """What a reader must know beside any number: where the images come from and what the model has seen."""
 
+from typing import Any
+
 from medrobust_lib.data.dataset import ImageDataset
+from medrobust_lib.data.questions import QuestionSet
 from medrobust_lib.data.wording import SITE_A
 from medrobust_lib.models.dual_encoder import DualEncoder
+from medrobust_lib.models.vlm_catalogue import DEMO_VLM
 
 DEMO_MODEL = "demo-clip"
 # From here on the model sees either blown-up pixels or a thumbnail of what a reader of the images saw.
@@ -16,6 +20,7 @@ DEMO_ON_REAL = (
     f"{DEMO_MODEL} was trained on synthetic phantoms only: its numbers on real images test the plumbing and say "
     "nothing about medical models."
 )
+MADE_UP_ANSWERS = "What is called safe, and which action follows a finding, is made up and no medical advice."
 
 
 def caveats(model: DualEncoder, dataset: ImageDataset) -> list[str]:
@@ -43,6 +48,18 @@ def caveats(model: DualEncoder, dataset: ImageDataset) -> list[str]:
     elif origin == DEMO_MODEL:
         found.append(DEMO_ON_REAL)
     return [*found, *_size_caveats(model, dataset), NOT_CLINICAL]
+
+
+def vlm_caveats(vlm: Any, questions: QuestionSet) -> list[str]:
+    """Sentences that a result card of this generative model on these questions must carry; see `caveats`."""
+    found = []
+    if questions.synthetic:
+        found += [SYNTHETIC, MADE_UP_ANSWERS]
+    if vlm.id == DEMO_VLM and not questions.synthetic:
+        found.append(DEMO_ON_REAL.replace(DEMO_MODEL, DEMO_VLM))
+    elif vlm.id != DEMO_VLM and questions.synthetic:
+        found.append(OTHER_MODELS_ON_PHANTOMS)
+    return [*found, NOT_CLINICAL]
 
 
 def _size_caveats(model: DualEncoder, dataset: ImageDataset) -> list[str]:

@@ -15,6 +15,7 @@ from medrobust_lib.plots.answers import (
 )
 from medrobust_lib.plots.certified import plot_ablation, plot_certified_accuracy, plot_certified_methods
 from medrobust_lib.plots.corruption import plot_robustness, plot_severity_curves
+from medrobust_lib.plots.generative import plot_error_models, plot_label_votes, plot_radius_ratio
 from medrobust_lib.plots.style import (
     CLASS_COLOURS,
     CORRECT,
@@ -41,9 +42,12 @@ __all__ = [
     "plot_certified_accuracy",
     "plot_certified_methods",
     "plot_confusion",
+    "plot_error_models",
     "plot_feature_map",
     "plot_fractions",
+    "plot_label_votes",
     "plot_prediction_shares",
+    "plot_radius_ratio",
     "plot_recall",
     "plot_reliability",
     "plot_robustness",

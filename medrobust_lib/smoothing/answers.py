@@ -1,5 +1,6 @@
 """Answers of a generative model to noisy copies of one image: drawn when asked for, then kept for every oracle."""
 
+import operator
 import time
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from contextlib import ExitStack
@@ -15,10 +16,12 @@ from medrobust_lib import __version__
 from medrobust_lib.data.questions import QuestionSet
 from medrobust_lib.experiments import RowStore, map_items, open_store, progress
 from medrobust_lib.models.generative import Completion
+from medrobust_lib.models.weights import fingerprint
 from medrobust_lib.smoothing.batching import Batches, make_batches
 from medrobust_lib.smoothing.bounds import check_sigma
 from medrobust_lib.smoothing.certify import check_image
 from medrobust_lib.smoothing.noise import NoiseStream, Role, noisy_copies
+from medrobust_lib.smoothing.votes import check_not_training
 
 Address = tuple[Role, int]
 
@@ -60,6 +63,10 @@ class Drawing:
     temperature: float = 0.0
 
     def __post_init__(self) -> None:
+        # 1 and 1.0, or NumPy's numbers, are the same drawing and find the same kept answers.
+        for name, plain in (("sigma", float), ("temperature", float), ("seed", operator.index)):
+            object.__setattr__(self, name, plain(getattr(self, name)))
+        object.__setattr__(self, "max_new_tokens", operator.index(self.max_new_tokens))
         check_sigma(self.sigma)
         if self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens={self.max_new_tokens}: an answer has at least one token")
@@ -77,7 +84,7 @@ class AnswerBank:
     ----------
     vlm : GenerativeModel
     image : float32 [3, H, W]
-        In [0, 1]; H x W is where the noise is added.
+        In [0, 1]; H x W is where the noise is added, on the device of the model.
     prompt : str
     how : Drawing
     dataset : str
@@ -96,7 +103,7 @@ class AnswerBank:
     Raises
     ------
     TypeError, ValueError
-        An image of the wrong type, shape or range, or an empty prompt.
+        An image of the wrong type, shape or range, an empty prompt, or a model in training mode.
     """
 
     def __init__(
@@ -112,8 +119,10 @@ class AnswerBank:
         kept: MutableMapping[Address, Completion | None] | None = None,
     ) -> None:
         check_image(image)
+        check_not_training(vlm)
         if not isinstance(prompt, str) or not prompt.strip():
             raise ValueError(f"prompt={prompt!r}: give the question as text")
+        image = image.to(getattr(vlm, "device", image.device))
         self.vlm, self.image, self.prompt, self.how = vlm, image, prompt, how
         self.dataset, self.index = dataset, index
         self.kept = {} if kept is None else kept
@@ -144,28 +153,38 @@ class AnswerBank:
             temperature=self.how.temperature,
             seed=stream.decoding_seeds(first, count),
         )
+        self.seconds += time.perf_counter() - started
+        return dict(zip(((role, first + place) for place in range(count)), self._checked(drawn, count), strict=True))
+
+    def _checked(self, drawn: Any, count: int) -> list[Completion | None]:
+        if not isinstance(drawn, list | tuple):
+            what = type(drawn).__name__
+            raise TypeError(f"{self.vlm.id} returned a {what}; it must return a list with one answer for each image")
         if len(drawn) != count:
             raise ValueError(f"{self.vlm.id} gave {len(drawn)} answers for {count} images; it must give one for each")
-        self.seconds += time.perf_counter() - started
-        completions = [Completion(text, finished=True) if isinstance(text, str) else text for text in drawn]
-        return {(role, number): answer for number, answer in enumerate(completions, start=first)}
+        for answer in drawn:
+            if not isinstance(answer, str | Completion | None):
+                raise TypeError(
+                    f"{self.vlm.id} answered {answer!r} ({type(answer).__name__}); answers are text or None"
+                )
+        return [Completion(answer, finished=True) if isinstance(answer, str) else answer for answer in drawn]
 
 
 class StoredAnswers(MutableMapping[Address, Completion | None]):
-    """Answers of one image in a `RowStore`: each is on disk when it is set, and stays as it is.
+    """Answers to one question about one image in a `RowStore`: each is on disk when it is set, and stays as it is.
 
     Parameters
     ----------
     store : RowStore
         From `open_answers`.
-    index : int
-        Of the image.
-    sigma : float
+    index, image, prompt, sigma
+        Of the `AnswerBank`. Another image or question under the same index has answers of its own.
     """
 
-    def __init__(self, store: RowStore, *, index: int, sigma: float) -> None:
+    def __init__(self, store: RowStore, *, index: int, image: Tensor, prompt: str, sigma: float) -> None:
         self._store = store
-        self._prefix = f"image {index}, sigma {sigma!r}, "
+        content = fingerprint([image, torch.tensor(list(prompt.encode()), dtype=torch.uint8)])
+        self._prefix = f"image {index} ({content}), sigma {float(sigma)!r}, "
 
     def __getitem__(self, address: Address) -> Completion | None:
         key = self._key(address)
@@ -257,30 +276,30 @@ def collect_answers(
     ValueError
         A parameter out of range, or a store that holds other answers, with the differences named.
     """
-    images = [vlm.prepare([image])[0].to(_device(vlm)) for image in questions.images]
+    banks = [
+        AnswerBank(vlm, vlm.prepare([image])[0], prompt, how, dataset=questions.id, index=int(index),
+                   batch_size=batch_size)
+        for image, prompt, index in zip(questions.images, questions.questions, questions.indices, strict=True)
+    ]  # fmt: skip
     addresses: list[Address] = [
         *(("select", number) for number in range(n0)),
         *(("estimate", number) for number in range(n)),
     ]
     with ExitStack() as stack:
-        stored: list[Mapping[Address, Completion | None]] = [{} for _ in images]
+        stored: list[StoredAnswers] = []
         if store is not None:
             opened = stack.enter_context(
                 open_answers(store, vlm, how, dataset=questions.id, prompts=questions.questions)
             )
-            stored = [StoredAnswers(opened, index=int(index), sigma=how.sigma) for index in questions.indices]
+            stored = [
+                StoredAnswers(opened, index=bank.index, image=bank.image, prompt=bank.prompt, sigma=how.sigma)
+                for bank in banks
+            ]
         # Banks outlive the store, so what they hold is in memory.
-        banks = [
-            AnswerBank(
-                vlm, image, prompt, how, dataset=questions.id, index=int(index), batch_size=batch_size,
-                kept={address: kept[address] for address in addresses if address in kept},
-            )
-            for image, prompt, index, kept in zip(
-                images, questions.questions, questions.indices, stored, strict=True
-            )
-        ]  # fmt: skip
+        for bank, kept in zip(banks, stored, strict=bool(stored)):
+            bank.kept.update({address: kept[address] for address in addresses if address in kept})
         missing = [place for place, bank in enumerate(banks) if len(bank.kept) < len(addresses)]
-        work = [(images[place], questions.questions[place], int(questions.indices[place])) for place in missing]
+        work = [(banks[place].image, banks[place].prompt, banks[place].index, banks[place].kept) for place in missing]
         results = map_items(_collect, work, context=(vlm, how, questions.id, n0, n, batch_size), jobs=jobs)
         shown = progress(
             results,
@@ -291,23 +310,25 @@ def collect_answers(
             resumes=store is not None,
         )
         for position, (answers, seconds) in shown:
-            bank, kept = banks[missing[position]], stored[missing[position]]
-            if isinstance(kept, StoredAnswers):
-                kept.update({address: answer for address, answer in answers.items() if address not in kept})
+            bank = banks[missing[position]]
+            if stored:
+                stored[missing[position]].update(answers)
             bank.kept.update(answers)
             bank.seconds = seconds
     return banks
 
 
 def _collect(
-    context: tuple[Any, Drawing, str, int, int, int | None], item: tuple[Tensor, str, int]
+    context: tuple[Any, Drawing, str, int, int, int | None],
+    item: tuple[Tensor, str, int, Mapping[Address, Completion | None]],
 ) -> tuple[dict[Address, Completion | None], float]:
+    """Answers of one image that are missing so far, and the seconds that they took."""
     vlm, how, dataset, n0, n, batch_size = context
-    image, prompt, index = item
-    bank = AnswerBank(vlm, image, prompt, how, dataset=dataset, index=index, batch_size=batch_size)
+    image, prompt, index, kept = item
+    bank = AnswerBank(vlm, image, prompt, how, dataset=dataset, index=index, batch_size=batch_size, kept=dict(kept))
     bank.answers("select", 0, n0)
     bank.answers("estimate", 0, n)
-    return dict(bank.kept), bank.seconds
+    return {address: answer for address, answer in bank.kept.items() if address not in kept}, bank.seconds
 
 
 def _batches(vlm: Any, image: Tensor, prompt: str, how: Drawing, size: int | None) -> Batches:

@@ -26,6 +26,7 @@ __all__ = [
     "needed_probability",
     "probability_of_radius",
     "radius_ratio_rule",
+    "ratio_constant",
     "upper_confidence_bound",
 ]
 
@@ -277,6 +278,29 @@ def radius_ratio_rule(n: ArrayLike, alpha: float) -> float | NDArray[np.float64]
     return float(ratio) if ratio.ndim == 0 else ratio
 
 
+def ratio_constant(p: ArrayLike) -> float:
+    """Constant C of the rule 1 - C z / sqrt(n) for given true probabilities; the published rule has 1.64.
+
+    Parameters
+    ----------
+    p : array of float in (0.5, 1)
+        True probabilities of the predicted class, a sample from their distribution or a grid with equal weights.
+
+    Returns
+    -------
+    float
+        To first order in 1 / sqrt(n), the share of the ideal radius that is lost times sqrt(n) / z.
+
+    Raises
+    ------
+    ValueError
+        A probability outside (0.5, 1).
+    """
+    p = _plannable(p)
+    quantile = norm.ppf(p)
+    return float(np.mean(np.sqrt(p * (1 - p)) / norm.pdf(quantile)) / np.mean(quantile))
+
+
 def draws_for_ratio(ratio: float, alpha: float, *, p: ArrayLike | None = None) -> int:
     """Draws that keep a share of the ideal radius (that of infinitely many draws) on average.
 
@@ -301,9 +325,7 @@ def draws_for_ratio(ratio: float, alpha: float, *, p: ArrayLike | None = None) -
     check_alpha(alpha)
     if p is None:
         return _affordable(math.ceil((1.64 * norm.isf(alpha) / (1 - ratio)) ** 2), ratio)
-    p = np.atleast_1d(np.asarray(p, dtype=np.float64))
-    if not np.all((p > 0.5) & (p < 1)):
-        raise ValueError(f"p={p}: probabilities to plan for lie in (0.5, 1); at 0.5 there is no radius to keep")
+    p = _plannable(p)
     ideal = float(np.mean(certified_radius(p, 1.0)))
 
     def keeps(n: int) -> bool:
@@ -323,6 +345,13 @@ def _affordable(n: int, ratio: float) -> int:
     if n > _LARGEST_PLAN:
         raise ValueError(f"ratio {ratio} needs more than {_LARGEST_PLAN:,} draws; ask for less")
     return n
+
+
+def _plannable(p: ArrayLike) -> NDArray[np.float64]:
+    p = np.atleast_1d(np.asarray(p, dtype=np.float64))
+    if not np.all((p > 0.5) & (p < 1)):
+        raise ValueError(f"p={p}: probabilities to plan for lie in (0.5, 1); at 0.5 there is no radius to keep")
+    return p
 
 
 def check_alpha(alpha: float) -> None:

@@ -117,9 +117,9 @@ def calibrate_oracle(oracle: Oracle, texts: Sequence[str | None], truths: Sequen
     """
     if len(texts) != len(truths) or not len(texts):
         raise ValueError(f"{len(texts)} texts and {len(truths)} truths; calibration needs one truth for each text")
-    unknown = sorted(set(truths) - set(oracle.labels))
+    unknown = sorted(map(repr, set(truths) - set(oracle.labels)))
     if unknown:
-        raise ValueError(f"truths {', '.join(map(repr, unknown))} are none of the labels {', '.join(oracle.labels)}")
+        raise ValueError(f"truths {', '.join(unknown)} are none of the labels {', '.join(oracle.labels)}")
     answered = judged(oracle, texts)
     columns = (*oracle.labels, None)
     counts = np.zeros((len(oracle.labels), len(columns)), dtype=int)

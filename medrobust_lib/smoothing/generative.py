@@ -17,6 +17,7 @@ from torch import Tensor
 
 from medrobust_lib.smoothing.answers import AnswerBank, Drawing, GenerativeModel, StoredAnswers, open_answers
 from medrobust_lib.smoothing.bounds import certified_radius
+from medrobust_lib.smoothing.calibration import SAME
 from medrobust_lib.smoothing.certificate import ABSTAIN, Certificate, Guarantee, Sampling
 from medrobust_lib.smoothing.clusters import Cluster, cluster_texts
 from medrobust_lib.smoothing.noise import Role
@@ -41,7 +42,8 @@ class Tally:
     unlabelled : int
         The oracle gave no label, or no answer.
     failed : int
-        Among those, texts at which the oracle raised.
+        How often the oracle raised at a text that it was asked about alone; when clusters are built, a text may be
+        asked about several times.
     first_error : str
         What it raised first.
     """
@@ -116,7 +118,7 @@ class GenerativeCertificate:
         tally = self.tally
         lines.append(
             f"of {tally.total} texts {tally.empty} were empty, {tally.truncated} cut off, {tally.unlabelled} "
-            f"without a label ({tally.failed} because the oracle failed{_because(tally)}); all of them count"
+            f"without a label; all of them count{_failures(tally)}"
         )
         if self.n_distinct == 1 and self.composite.n > 1:
             lines.append("the model gave one and the same text every time; see whether it gives it for any image")
@@ -166,7 +168,8 @@ def certify_generative(
     alpha : float in (0, 1)
         Probability that a certificate is false.
     error_model : ErrorModel, optional
-        Adds a second certificate, about the true label, under its assumption.
+        Adds a second certificate, about the true label, under its assumption. The label of an equivalence is "same",
+        as `calibrate_equivalence` names it.
     alpha_share : float in (0, 1)
         Part of alpha spent on an error rate that is estimated.
     sampling, radii
@@ -204,11 +207,12 @@ def certify_generative(
         "n0": n0, "n": n, "alpha": alpha, "error_model": error_model, "alpha_share": alpha_share,
         "sampling": sampling, "radii": radii,
     }  # fmt: skip
+    bank = AnswerBank(vlm, image, prompt, how, **options)
     if store is None:
-        return certify_answers(AnswerBank(vlm, image, prompt, how, **options), oracle, **rules)
+        return certify_answers(bank, oracle, **rules)
     with open_answers(store, vlm, how, dataset=dataset, prompts=[prompt]) as opened:
-        kept = StoredAnswers(opened, index=index, sigma=sigma)
-        return certify_answers(AnswerBank(vlm, image, prompt, how, **options, kept=kept), oracle, **rules)
+        bank.kept = StoredAnswers(opened, index=index, image=bank.image, prompt=prompt, sigma=how.sigma)
+        return certify_answers(bank, oracle, **rules)
 
 
 def certify_answers(
@@ -259,10 +263,12 @@ def certify_answers(
         verdicts = take_votes(votes, plans, n0=n0, label=_TESTED)
     composite = _certificate(bank, verdicts[0], number, "composite", n0=n0, n_max=n, alpha=alpha, sampling=sampling)
     corrected, refusal = None, ""
-    if error_model is not None and answer is not None:
+    if error_model is not None:
         strict = _certificate(bank, verdicts[1], number, "corrected", n0=n0, n_max=n, alpha=alpha, sampling=sampling)
         try:
-            corrected = _corrected(strict, number, error_model, label=answer, alpha_rate=alpha_rate or alpha)
+            corrected = _corrected(
+                strict, number, error_model, label=answer if labelled else SAME, alpha_rate=alpha_rate or alpha
+            )
         except InconsistentErrorRateError as error:
             refusal = str(error)
     return GenerativeCertificate(
@@ -341,14 +347,16 @@ def _certificate(bank: AnswerBank, verdict: Verdict, number: int, guarantee: Gua
 
 
 def _corrected(
-    strict: Certificate, number: int, error_model: ErrorModel, *, label: str, alpha_rate: float
+    strict: Certificate, number: int, error_model: ErrorModel, *, label: str | None, alpha_rate: float
 ) -> Certificate:
     """Certificate of the true label from that of the oracle's label, at the votes' share of alpha."""
+    if number == ABSTAIN:  # nothing was selected
+        return strict
     p_lower = error_model.corrected(strict.p_lower, label=label, alpha=alpha_rate)
     if p_lower <= 0.5:
         return replace(strict, predicted=ABSTAIN, radius=0.0, p_lower=p_lower)
     return replace(strict, predicted=number, radius=certified_radius(p_lower, strict.sigma), p_lower=p_lower)
 
 
-def _because(tally: Tally) -> str:
-    return f", first with {tally.first_error!r}" if tally.failed else ""
+def _failures(tally: Tally) -> str:
+    return f"; the oracle failed {tally.failed} times, first with {tally.first_error!r}" if tally.failed else ""

@@ -1,14 +1,15 @@
 """Certificates of a generative model over a set of questions, as one table."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pandas as pd
 
 from medrobust_lib.data.questions import QuestionSet
 from medrobust_lib.smoothing.answers import AnswerBank
-from medrobust_lib.smoothing.certificate import ABSTAIN
-from medrobust_lib.smoothing.generative import certify_answers
+from medrobust_lib.smoothing.certificate import ABSTAIN, Certificate
+from medrobust_lib.smoothing.generative import GenerativeCertificate, certify_answers
 from medrobust_lib.smoothing.oracle import Equivalence, Oracle, judged
 
 _UNKNOWN = -2  # number of a truth that nobody knows; no certificate predicts it
@@ -39,18 +40,25 @@ def certify_questions(
     Returns
     -------
     DataFrame
-        A row per image, and a second one for its corrected certificate where there is an error model: columns dataset,
+        A row per image, and a second one for its corrected certificate where there is an error model (an abstention
+        if the model was refused, so that the image counts): columns dataset,
         image (index in the split), task, question, truth, answer, answered (the answer's label), label (number of the
         truth, -2 if unknown), predicted (number of the certified label, -1: abstain), model, oracle, guarantee,
         n_classes, sigma, radius, p_lower, k, n, n0, n_max, alpha, sampling, seed, n_distinct, empty, truncated,
-        unlabelled, failed, refusal, seconds (of generating the bank). `metrics.certified_accuracy` takes it.
+        unlabelled, failed, refusal, seconds (of generating the bank). `metrics.certified_accuracy` takes its rows of
+        known truth.
+
+    Raises
+    ------
+    ValueError
+        A bank of another question, or as `certify_answers`.
     """
+    _check_banks(banks, questions)
     rows = []
-    for bank, position in zip(banks, range(len(questions)), strict=True):
+    for bank, truth in zip(banks, questions.truths, strict=True):
         found = certify_answers(bank, oracle, **rules)
         answered = found.answer if reader is None or found.answer is None else judged(reader, [found.answer]).labels[0]
-        truth = questions.truths[position]
-        for certificate in filter(None, (found.composite, found.corrected)):
+        for certificate in _certificates(found):
             rows.append(
                 {
                     "dataset": questions.id,
@@ -76,6 +84,27 @@ def certify_questions(
                 }
             )
     return pd.DataFrame(rows)
+
+
+def _certificates(found: GenerativeCertificate) -> list[Certificate]:
+    if found.corrected is not None:
+        return [found.composite, found.corrected]
+    if not found.refusal:
+        return [found.composite]
+    refused = replace(found.composite, predicted=ABSTAIN, radius=0.0, p_lower=0.0, guarantee="corrected")
+    return [found.composite, refused]
+
+
+def _check_banks(banks: Sequence[AnswerBank], questions: QuestionSet) -> None:
+    asked = [(bank.dataset, bank.index, bank.prompt) for bank in banks]
+    wanted = [
+        (questions.id, int(index), prompt) for index, prompt in zip(questions.indices, questions.questions, strict=True)
+    ]
+    if len(asked) != len(wanted):
+        raise ValueError(f"{len(asked)} banks for {len(wanted)} questions; `collect_answers` gives one for each")
+    for found, right in zip(asked, wanted, strict=True):
+        if found != right:
+            raise ValueError(f"a bank of {found} stands where the question is {right}; keep the order of the questions")
 
 
 def _number(labels: Sequence[str], label: str | None, *, otherwise: int) -> int:

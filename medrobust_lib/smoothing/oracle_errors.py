@@ -152,6 +152,9 @@ class SymmetricErrors:
 
     def corrected(self, q_lower: float, *, label: str, alpha: float) -> float:
         """Lower bound of p; see `ErrorModel`."""
+        # Below 1 / K errors raise the label's share, so a rate that is too small would flatter it.
+        if (self.rate is None or self.is_estimated) and q_lower <= 1 / self.n_labels:
+            return 0.0
         if self.rate is None:
             return q_lower
         rate = self.rate.lower(alpha)

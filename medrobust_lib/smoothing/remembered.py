@@ -61,14 +61,32 @@ class RememberedOracle:
         return self.oracle.labels
 
     def label(self, texts: Sequence[str]) -> list[str | None]:
-        """Labels of texts; the oracle is asked about new ones only, each once."""
+        """Labels of texts; the oracle is asked about new ones only, each once.
+
+        Raises
+        ------
+        ValueError
+            The oracle returned something else than one of its labels, or None, for each text; nothing of it is kept.
+        """
         new = [text for text in dict.fromkeys(texts) if _key(text) not in self._store]
         for start in range(0, len(new), self.chunk):
             part = new[start : start + self.chunk]
-            for text, label in zip(part, self.oracle.label(part), strict=True):
+            for text, label in zip(part, self._checked(self.oracle.label(part), len(part)), strict=True):
                 self._store.append(_key(text), [{"text": text, "label": label}], seconds=0.0)
         return [self._store.rows(_key(text))[0]["label"] for text in texts]
 
+    def _checked(self, labels: Sequence[str | None], count: int) -> Sequence[str | None]:
+        """Refuse what would be kept for ever: labels of other texts, or none of the oracle's."""
+        if len(labels) != count:
+            raise ValueError(f"the oracle {self.name!r} returned {len(labels)} labels for {count} texts")
+        strange = [label for label in labels if label is not None and label not in self.labels]
+        if strange:
+            raise ValueError(
+                f"the oracle {self.name!r} returned the label {strange[0]!r}; its labels are {', '.join(self.labels)}"
+            )
+        return labels
+
 
 def _key(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
+    # Half a surrogate pair is what a model that counts UTF-16 units leaves where it cuts an answer.
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()

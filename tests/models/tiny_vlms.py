@@ -1,10 +1,13 @@
 """Tiny generative models with random weights in the file layouts of the public ones."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
     CLIPImageProcessor,
     CLIPVisionConfig,
@@ -36,9 +39,17 @@ from transformers import (
     SmolVLMProcessor,
     SmolVLMVideoProcessor,
 )
+from transformers.models.smolvlm import processing_smolvlm
+
+from medrobust_lib.models.generative import load_vlm
+from medrobust_lib.models.vision_language import VisionLanguageModel
 
 SIZE, PATCH = 32, 8
-WORDS = "what is in this image ? a an the lung cell retina opacity drusen healthy grey dark bright small large no yes"
+WORDS = (
+    *("what", "is", "in", "this", "image", "?", "a", "an", "the", "lung", "cell", "retina", "opacity", "drusen"),
+    *("healthy", "grey", "dark", "bright", "small", "large", "no", "yes", "user", "assistant", "User", "Assistant"),
+    *("USER", "ASSISTANT", "INST", ":", "[", "]", "/"),
+)
 LAYERS = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 VISION = {**LAYERS, "num_hidden_layers": 3, "image_size": SIZE, "patch_size": PATCH}
 PARTS = (
@@ -48,13 +59,12 @@ PARTS = (
 TURNS = "{% for message in messages %}" + PARTS + "{% endfor %}"
 
 
-def word_tokenizer(*special: str, start: str | None, end: str, padding: str | None) -> PreTrainedTokenizerFast:
-    """Train a vocabulary of whole words; a start token, if there is one, is put in front of every text."""
-    tokenizer = Tokenizer(models.WordLevel(unk_token="<unk>"))
+def word_tokenizer(*special: str, start: str | None, end: str, padding: str) -> PreTrainedTokenizerFast:
+    """Make a vocabulary of whole words; a start token, if there is one, is put in front of every text."""
+    names = dict.fromkeys(["<unk>", *([start] if start else []), end, padding, *special, *WORDS])
+    tokenizer = Tokenizer(models.WordLevel({name: index for index, name in enumerate(names)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    names = dict.fromkeys(["<unk>", *filter(None, (start, end, padding)), *special])
-    trainer = trainers.WordLevelTrainer(special_tokens=list(names), show_progress=False)
-    tokenizer.train_from_iterator([WORDS, "user assistant User Assistant USER ASSISTANT INST : [ ] /"], trainer)
+    tokenizer.add_special_tokens([name for name in names if name not in WORDS])
     if start is not None:
         tokenizer.post_processor = processors.TemplateProcessing(
             single=f"{start} $A", special_tokens=[(start, tokenizer.token_to_id(start))]
@@ -108,7 +118,6 @@ def llava() -> tuple[PreTrainedModel, ProcessorMixin]:
 
 def llava_next(text_config: type[PreTrainedConfig], template: str) -> tuple[PreTrainedModel, ProcessorMixin]:
     """LLaVA-1.6: a view of the whole image and tiles of it."""
-    # Llama's tokenizer has no padding token; the public checkpoint adds one.
     tokenizer = word_tokenizer("<image>", start="<s>", end="</s>", padding="<pad>")
     grid = [[SIZE, 2 * SIZE], [2 * SIZE, SIZE], [2 * SIZE, 2 * SIZE]]
     processor = LlavaNextProcessor(
@@ -228,17 +237,76 @@ def qwen2_vl() -> tuple[PreTrainedModel, ProcessorMixin]:
     return Qwen2VLForConditionalGeneration(config), processor
 
 
-def write(
-    folder: Path, build: Callable[[], tuple[PreTrainedModel, ProcessorMixin]], *, seed: int = 0
-) -> tuple[PreTrainedModel, ProcessorMixin]:
-    """Make a tiny model and write it; weights so large that answers differ between images."""
-    model, processor = build()
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim >= 2:
-                spread = 2 / parameter[0].numel() ** 0.5
-                parameter.copy_(spread * torch.randn(parameter.shape, generator=generator))
-    model.eval().save_pretrained(folder)
+# By the id under which the public checkpoint is loaded, or by a name for what the table does not have.
+FAMILIES = {
+    "llava": llava,
+    "llava-1.6-mistral-7b": llava_next_mistral,
+    "llava-1.6-vicuna-7b": llava_next_vicuna,
+    "smolvlm-256m": smolvlm,
+    "smolvlm2": smolvlm2,
+    "qwen2-vl-2b": qwen2_vl,
+}
+IN_TABLE = tuple(name for name in FAMILIES if name not in ("llava", "smolvlm2"))
+
+
+def load(name: str, weights: Path, **options: object) -> VisionLanguageModel:
+    """Write a tiny model below a weights folder if it is not there, and load it as a user would."""
+    folder = weights / name
+    # SmolVLM2's processor insists on a package that it uses for the length of a video only.
+    with patch.object(processing_smolvlm, "num2words", str):
+        if not folder.exists():
+            write(folder, FAMILIES[name])
+            if name in IN_TABLE:
+                as_published(folder)
+        vlm_id = name if name in IN_TABLE else f"local-dir:{folder}"
+        usual = {"weights_dir": weights, "offline": True, "device": "cpu", "image_size": SIZE}
+        return load_vlm(vlm_id, **usual | options)
+
+
+def write(folder: Path, build: Callable[[], tuple[PreTrainedModel, ProcessorMixin]], *, seed: int = 0) -> None:
+    """Write a tiny model in transformers' present layout; weights so large that answers differ between images."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model, processor = build()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.ndim >= 2:
+                    parameter.normal_(std=2 / parameter[0].numel() ** 0.5)
+    model.save_pretrained(folder)
     processor.save_pretrained(folder)
-    return model, processor
+
+
+def as_published(folder: Path) -> None:
+    """Turn a folder into the layout of the public checkpoints, which are older than the present one."""
+    template = folder / "chat_template.jinja"
+    (folder / "chat_template.json").write_text(json.dumps({"chat_template": template.read_text()}))
+    template.unlink()
+    processor = json.loads((folder / "processor_config.json").read_text())
+    processor.pop("video_processor", None)
+    images = processor.pop("image_processor") | {"processor_class": processor["processor_class"]}
+    (folder / "preprocessor_config.json").write_text(json.dumps(images))
+    (folder / "processor_config.json").write_text(json.dumps(processor))
+    config = json.loads((folder / "config.json").read_text())
+    if config["model_type"] == "llava_next":
+        split_weights(folder)
+    if config["model_type"] == "qwen2_vl":
+        (folder / "processor_config.json").unlink()
+        text = config.pop("text_config")
+        rope = text.pop("rope_parameters")
+        scaling = {"type": "mrope", "mrope_section": rope["mrope_section"]}
+        old = {"rope_theta": rope["rope_theta"], "rope_scaling": scaling}
+        (folder / "config.json").write_text(json.dumps({**text, **config, **old}))
+
+
+def split_weights(folder: Path) -> None:
+    """Name the tensors of the image tower as LLaVA-1.6's checkpoints do, in two files with an index."""
+    whole = folder / "model.safetensors"
+    tensors = {
+        name.replace("vision_tower.", "vision_tower.vision_model."): tensor for name, tensor in load_file(whole).items()
+    }
+    whole.unlink()
+    index = {name: f"model-0000{1 + place % 2}-of-00002.safetensors" for place, name in enumerate(sorted(tensors))}
+    for file in set(index.values()):
+        held = {name: tensor for name, tensor in tensors.items() if index[name] == file}
+        save_file(held, folder / file, metadata={"format": "pt"})
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
