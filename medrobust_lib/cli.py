@@ -92,13 +92,14 @@ def datasets(
 ) -> None:
     """List the data sets that `load_dataset` knows, and the scenarios of MM-SafetyBench for notebook 06."""
     from medrobust_lib import list_datasets
-    from medrobust_lib.data.mm_safetybench import list_scenarios
+    from medrobust_lib.data.mm_safetybench import PREFIX, list_scenarios
 
     _show(list_datasets(root=root), as_json=as_json, title="data sets", columns=DATASET_COLUMNS)
     if not as_json:
-        _show(
-            list_scenarios(root=root), as_json=False, title="questions that try to break a model's rules (notebook 06)"
-        )
+        scenarios = list_scenarios(root=root).groupby("scenario", sort=False)
+        table = scenarios.agg(questions=("questions", "first"), available=("available", "all")).reset_index()
+        table.insert(0, "id", PREFIX + table["scenario"].str[:2])
+        _show(table, as_json=False, title="questions for generative models (images: SD, TYPO, SD_TYPO)")
 
 
 @app.command()

@@ -142,7 +142,10 @@ def test_models_and_datasets_as_table_and_json(invoke):
     datasets = json.loads(invoke("datasets", "--json")[1])
     assert next(row for row in datasets if row["id"] == "phantom/oct")["available"] is True
     assert "demo-clip" in invoke("models")[1]
-    assert "phantom/oct" in invoke("datasets")[1]
+    shown = invoke("datasets")[1]
+    assert "phantom/oct" in shown
+    assert re.search(r"mm-safetybench/13 +13-Gov_Decision +149 +no", shown)
+    assert {"demo-vlm", "llava-1.6-mistral-7b"} <= {row["id"] for row in models}
 
 
 def test_leaderboard_sorts_by_a_metric_and_writes_csv(invoke, runs, tmp_path):

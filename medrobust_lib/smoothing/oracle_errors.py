@@ -24,6 +24,8 @@ from typing import Protocol
 
 from medrobust_lib.smoothing.bounds import check_alpha, lower_confidence_bound, upper_confidence_bound
 
+_ROUNDING = 1e-12  # 0.8 - 0.2 is above 0.6
+
 
 class InconsistentErrorRateError(ValueError):
     """An error rate that cannot be true together with the observed votes."""
@@ -161,12 +163,12 @@ class SymmetricErrors:
         self._check(rate)
         others = self.n_labels - 1
         p_lower = (q_lower - rate / others) / (1 - rate * self.n_labels / others)
-        if p_lower > 1:
+        if p_lower > 1 + _ROUNDING:
             raise InconsistentErrorRateError(
                 f"an oracle that errs symmetrically at the rate {rate:g} gives no label with probability above "
                 f"{1 - rate:g}, but the votes prove {q_lower:.4g}: the rate is too high or the errors are not symmetric"
             )
-        return max(p_lower, 0.0)
+        return min(max(p_lower, 0.0), 1.0)
 
     def _check(self, rate: float) -> None:
         useless = (self.n_labels - 1) / self.n_labels
