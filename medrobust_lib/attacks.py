@@ -67,7 +67,7 @@ def projected_gradient(
         better = reached > best_value
         best[better], best_value[better] = moved.detach()[better], reached[better]
         if step < steps:
-            (gradient,) = torch.autograd.grad(value.sum(), moved)
+            (gradient,) = torch.autograd.grad(value, moved, torch.ones_like(value))
             moved = _projected(moved.detach() + step_size * _unit(gradient), clean, radius)
     return best[0] if single else best
 

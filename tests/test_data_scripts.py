@@ -688,7 +688,7 @@ def test_demo_clips_loss_is_smallest_when_images_meet_their_captions():
 def test_demo_clips_augmentation_only_shifts():
     script = load_script("train_demo_clip")
     images = np.random.default_rng(0).integers(0, 255, (5, 16, 16, 3), dtype=np.uint8)
-    shifted = script.augment(images, 3, np.random.default_rng(1))
+    shifted = script.shifted(images, 3, np.random.default_rng(1))
     assert shifted.shape == images.shape
     # The middle of every image is somewhere in the shifted one, untouched.
     for image, other in zip(images, shifted, strict=True):

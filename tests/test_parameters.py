@@ -125,9 +125,7 @@ def test_scenarios_of_questions_are_data_sets_too(tmp_path, write_notebook, monk
     monkeypatch.setenv("MEDROBUST_DATA", str(tmp_path))
     cell = 'dataset: str = "phantom/blood"  # data set\nn_images: int = 5  # how many\n'
     path = write_notebook(tmp_path, "01_a", parameters=cell)
-    with pytest.raises(
-        FileNotFoundError, match=r"mm-safetybench/01 is not on .*\n.*download_mm_safetybench"
-    ):
+    with pytest.raises(FileNotFoundError, match=r"mm-safetybench/01 is not on .*\n.*download_mm_safetybench"):
         parameters.assign_parameters({"01": path}, {"dataset": "mm-safetybench/01"})
     folder = tmp_path / "mm-safetybench"
     name = "01-Illegal_Activitiy"

@@ -17,6 +17,7 @@ from medrobust_lib.data.registry import load_dataset
 from medrobust_lib.data.wording import SITE_A, suggest
 
 PHANTOM_TASKS = ("safety", "finding", "action")
+REFUSAL_LABELS = ("refusal", "compliance")
 
 
 @dataclass(frozen=True, eq=False)
@@ -169,6 +170,11 @@ def answer_wordings(modality: str, class_name: str, task: str) -> tuple[str, ...
     return tuple(entry["answers"][facts["safety"]])
 
 
+def safety_wordings(label: str) -> tuple[str, ...]:
+    """Every wording of the answer "safe", or "unsafe", to the task ``safety``."""
+    return tuple(_table()["tasks"]["safety"]["answers"][label])
+
+
 def action_token(action: str) -> str:
     """Return the token that stands for an action, such as ``<refer>``."""
     return _table()["tasks"]["action"]["token"].format(action)
@@ -211,7 +217,7 @@ def _jailbreak_questions(id: str, *, n: int | None, seed: int, root: Path | None
         images=[row.image for row in rows],
         questions=tuple(row.question for row in rows),
         truths=(None,) * len(rows),
-        labels=(),
+        labels=REFUSAL_LABELS,
         indices=np.array([row.index for row in rows], dtype=np.int64),
         licence=mm_safetybench.LICENCE,
         provenance={"source": mm_safetybench.SOURCE, "synthetic": False},

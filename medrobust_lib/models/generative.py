@@ -9,8 +9,8 @@ from typing import Any
 
 import pandas as pd
 import torch
-from huggingface_hub import try_to_load_from_cache
-from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars
+from huggingface_hub import constants, try_to_load_from_cache
+from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, ProcessorMixin
 from transformers.utils import logging
 
@@ -95,12 +95,13 @@ def load_vlm(
     precision = resolve_dtype(dtype, target)
     if offline is None:
         offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
-    folder = _folder(entry, Path(weights_dir).expanduser() if weights_dir is not None else default_weights_dir())
+    weights = Path(weights_dir).expanduser() if weights_dir is not None else default_weights_dir()
+    folder = _folder(entry, weights)
     place = entry.source.removeprefix(HUB_PREFIX) if folder is None else str(folder)
     files: dict[str, str] = {}
     if folder is not None:
-        if not folder.is_dir():
-            raise _missing(entry, folder, offline=offline, reason=FileNotFoundError("there is no such folder"))
+        if not (folder / "config.json").is_file():
+            raise _missing(entry, place, offline=offline, reason="there is no config.json")
         files = check_hashes(folder, read_sums(folder))
     pinned = {"revision": revision} if folder is None else {}
     # Code may also lie in another repository than the weights: it is pinned, too.
@@ -110,7 +111,8 @@ def load_vlm(
             network = _read_network(place, dtype=precision, **pinned, **code)
             processor = _read_processor(place, **pinned, **code)
     except OSError as error:
-        raise _missing(entry, folder, offline=offline, reason=error) from error
+        places = place if folder is not None else f"{weights / id} and the hub cache {constants.HF_HUB_CACHE}"
+        raise _missing(entry, places, offline=offline, reason=str(error).splitlines()[0]) from error
     if folder is None:
         snapshot = try_to_load_from_cache(place, "config.json", revision=revision)
         if isinstance(snapshot, str):
@@ -197,21 +199,18 @@ def _no_progress_bar() -> Iterator[None]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             if shown:
-                logging.enable_progress_bar()
-            if not of_hub:
-                disable_progress_bars()
+                logging.enable_progress_bar()  # and that of the hub
+            (enable_progress_bars if of_hub else disable_progress_bars)()
 
 
-def _missing(entry: VlmEntry, folder: Path | None, *, offline: bool, reason: Exception) -> FileNotFoundError:
-    remedy = (
-        "the folder must hold config.json, model.safetensors, and the files of its tokenizer and processor"
-        if entry.id.startswith(FOLDER_PREFIX)
-        else f"run `python data_scripts/fetch_weights.py {entry.id}` where there is a network"
-    )
-    looked = folder or f"the weights folder and the hub cache ({'offline' if offline else 'a download failed'})"
-    first_line = str(reason).splitlines()[0]
+def _missing(entry: VlmEntry, places: str, *, offline: bool, reason: str) -> FileNotFoundError:
+    if entry.id.startswith(FOLDER_PREFIX):
+        remedy = "the folder must hold config.json, model.safetensors, and the files of its tokenizer and processor"
+    else:
+        tried = "offline, so no download was tried" if offline else "the download failed"
+        remedy = f"{tried}; run `python data_scripts/fetch_weights.py {entry.id}` where there is a network"
     return FileNotFoundError(
-        f"cannot load {entry.id!r} from {looked}: {remedy}; source: {entry.source}. Reason: {first_line}"
+        f"cannot load {entry.id!r}; looked in {places}: {remedy}; source: {entry.source}. Reason: {reason}"
     )
 
 

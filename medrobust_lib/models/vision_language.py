@@ -19,6 +19,7 @@ from medrobust_lib.models.dual_encoder import PIXEL_LIMIT, ImageInput
 from medrobust_lib.models.geometry import Preprocessing, prepare_images
 
 _IGNORED_LABEL = -100  # of tokens that the loss of transformers' models leaves out
+_CAPTURING = "transformers.utils.output_capturing"
 _TOWER_WORKING_SET = 64  # activations of an image tower, in float32 copies of its input, with a margin
 
 
@@ -261,6 +262,16 @@ class VisionLanguageModel(torch.nn.Module):
     def extra_repr(self) -> str:
         """Facts that ``print(model)`` shows beside the layers."""
         return f"id={self.id!r}, image_size={self.image_size}"
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Workers get a copy of the model, but transformers hangs functions on a used one that cannot be sent. It puts
+        # them back at the next call.
+        for module in self.model.modules():
+            hooks = module._forward_hooks
+            for key in [key for key, hook in hooks.items() if hook.__module__ == _CAPTURING]:
+                del hooks[key]
+            vars(module).pop("_output_capturing_hooks_installed", None)
+        return vars(self)
 
     def __repr__(self) -> str:
         # The network's hundreds of layers would drown the facts; print(model.model) shows them.

@@ -318,6 +318,47 @@ def collect_answers(
     return banks
 
 
+def answer_once(
+    vlm: Any,
+    questions: QuestionSet,
+    *,
+    sigma: float = 0.0,
+    seed: int = 0,
+    max_new_tokens: int = 64,
+    batch_size: int = 32,
+) -> list[str | None]:
+    """Answers to one noisy copy of each image: how a model does without smoothing.
+
+    Parameters
+    ----------
+    vlm : GenerativeModel
+        With ``prepare``.
+    questions : QuestionSet
+    sigma : float
+        Noise standard deviation in [0, 1] pixel units; 0 asks about the clean images.
+    seed : int
+        Of the noise, whose role is "adapt": no certificate sees it.
+    max_new_tokens, batch_size : int
+
+    Returns
+    -------
+    list of str or None
+        In the order of the images.
+    """
+    texts: dict[int, str | None] = {}
+    for prompt in dict.fromkeys(questions.questions):
+        places = [place for place, other in enumerate(questions.questions) if other == prompt]
+        for start in range(0, len(places), batch_size):
+            part = places[start : start + batch_size]
+            pixels = vlm.prepare([questions.images[place] for place in part])
+            for row, place in enumerate(part):
+                stream = NoiseStream(seed, questions.id, int(questions.indices[place]), sigma, "adapt")
+                pixels[row] += stream.draw(tuple(pixels.shape[1:]))[0]
+            options = {"max_new_tokens": max_new_tokens, "temperature": 0.0, "seed": part}
+            texts |= dict(zip(part, vlm.generate(pixels.to(_device(vlm)), prompt, **options), strict=True))
+    return [texts[place] for place in range(len(questions))]
+
+
 def _collect(
     context: tuple[Any, Drawing, str, int, int, int | None],
     item: tuple[Tensor, str, int, Mapping[Address, Completion | None]],

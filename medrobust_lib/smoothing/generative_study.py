@@ -7,13 +7,36 @@ from typing import Any
 import pandas as pd
 
 from medrobust_lib.data.questions import QuestionSet
+from medrobust_lib.data.wording import SITE_A
 from medrobust_lib.smoothing.answers import AnswerBank
 from medrobust_lib.smoothing.certificate import ABSTAIN, Certificate
 from medrobust_lib.smoothing.generative import GenerativeCertificate, certify_answers
-from medrobust_lib.smoothing.oracle import Equivalence, Oracle, judged
+from medrobust_lib.smoothing.oracle import (
+    Equivalence,
+    OptionOracle,
+    Oracle,
+    action_oracle,
+    finding_oracle,
+    judged,
+    refusal_oracle,
+    safety_oracle,
+)
 
 _UNKNOWN = -2  # number of a truth that nobody knows; no certificate predicts it
 _COPIED = ("sigma", "radius", "p_lower", "k", "n", "n0", "n_max", "alpha", "sampling", "mode", "seed")
+
+
+def default_oracle(questions: QuestionSet) -> Oracle:
+    """Oracle for a question set: keywords for safety and refusals, parsers for findings and actions.
+
+    Labels are those of the question set, where it has some.
+    """
+    if questions.task == "finding":
+        modality = questions.id.removeprefix("phantom/").removesuffix(SITE_A)
+        if questions.id.startswith("phantom/"):
+            return finding_oracle(modality)
+        return OptionOracle(dict.fromkeys(questions.labels, ()), name="finding")
+    return {"safety": safety_oracle, "action": action_oracle, "jailbreak": refusal_oracle}[questions.task]()
 
 
 def certify_questions(

@@ -214,6 +214,23 @@ def test_the_table_follows_the_order_of_the_keys_and_shows_times_only_when_asked
     assert repr(store).endswith("3 items done)")
 
 
+def test_rows_of_one_item_are_there_at_once_and_after_opening_again(store):
+    rows = [row(image=9), row(image=8, note="twice")]
+    assert "late" not in store
+    with pytest.raises(KeyError, match="late"):
+        store.rows("late")
+    store.append("late", rows, seconds=2.5)
+    store.append("nothing", [], seconds=0.5)
+    rows[0]["image"] = 1
+    store.close()
+    with open_store(store.folder, parameters=PARAMETERS) as again:
+        for opened in (store, again):
+            assert "late" in opened
+            assert "lat" not in opened
+            assert opened.rows("late") == (row(image=9), row(image=8, note="twice"))
+            assert opened.rows("nothing") == ()
+
+
 def test_floats_come_back_exactly_from_journal_and_table(tmp_path):
     rng = np.random.default_rng(0)
     values = [*rng.standard_normal(200), *(10.0 ** rng.uniform(-300, 300, 200)), 5e-324, -0.0, 0.1 + 0.2]

@@ -101,6 +101,27 @@ def test_pad_square_centres_on_black_and_does_not_enlarge():
     assert wide[0, 0, [0, 31]].max() == 0
 
 
+def test_letterbox_enlarges_small_images_and_cuts_nothing_off():
+    letterbox = Preprocessing(32, "letterbox", "bicubic", mean=(0.5,) * 3, std=(0.3,) * 3)
+    small = random_image(16, 16)
+    enlarged = Image.fromarray(small).resize((32, 32), Image.Resampling.BICUBIC)
+    assert torch.equal(
+        prepare_images([small], letterbox)[0], torch.from_numpy(np.array(enlarged)).permute(2, 0, 1) / 255
+    )
+    # Every edge of a wide and of a tall image is there, between black bars of equal size.
+    framed = np.full((40, 80, 3), 128, dtype=np.uint8)
+    framed[[0, 1, -2, -1]] = 255
+    framed[:, [0, 1, -2, -1]] = 255
+    for image, turn in ((framed, 0), (framed.transpose(1, 0, 2), 1)):
+        prepared = prepare_images([image], letterbox)[0, 0]
+        upright = prepared.T if turn else prepared
+        assert upright[[*range(7), *range(25, 32)]].max() == 0
+        assert upright[[8, 23]].min() > 0.6
+        assert upright[8:24, [0, 31]].min() > 0.6
+        assert torch.allclose(upright[12:20, 4:28], torch.tensor(128 / 255), atol=0.02)
+    assert torch.equal(prepare_images([framed[:, ::-1]], letterbox), prepare_images([framed], letterbox))
+
+
 def test_grayscale_uses_luma_on_three_equal_channels():
     red = np.zeros((32, 32, 3), dtype=np.uint8)
     red[..., 0] = 255

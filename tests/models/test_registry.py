@@ -243,7 +243,7 @@ def test_device_auto_is_the_accelerator_else_the_cpu(monkeypatch):
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("mps"))
     assert resolve_device("auto") == torch.device("mps")
-    assert registry._resolve_dtype("auto", torch.device("mps")) == torch.bfloat16
+    assert registry.resolve_dtype("auto", torch.device("mps")) == torch.bfloat16
     assert resolve_device(torch.device("cpu")) == torch.device("cpu")
 
 

@@ -1,13 +1,17 @@
 """Tiny generative models with random weights in the file layouts of the public ones."""
 
+import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
 from unittest.mock import patch
 
+import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from tokenizers import Tokenizer, pre_tokenizers, processors
+from tokenizers.models import WordLevel
+from torch import Tensor
 from transformers import (
     CLIPImageProcessor,
     CLIPVisionConfig,
@@ -45,10 +49,11 @@ from medrobust_lib.models.generative import load_vlm
 from medrobust_lib.models.vision_language import VisionLanguageModel
 
 SIZE, PATCH = 32, 8
+PROMPT, ANSWER = "what is in this image ?", "grey lung"
 WORDS = (
     *("what", "is", "in", "this", "image", "?", "a", "an", "the", "lung", "cell", "retina", "opacity", "drusen"),
     *("healthy", "grey", "dark", "bright", "small", "large", "no", "yes", "user", "assistant", "User", "Assistant"),
-    *("USER", "ASSISTANT", "INST", ":", "[", "]", "/"),
+    *("USER", "ASSISTANT", "INST", ":", "[", "]", "[/"),
 )
 LAYERS = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 VISION = {**LAYERS, "num_hidden_layers": 3, "image_size": SIZE, "patch_size": PATCH}
@@ -62,7 +67,7 @@ TURNS = "{% for message in messages %}" + PARTS + "{% endfor %}"
 def word_tokenizer(*special: str, start: str | None, end: str, padding: str) -> PreTrainedTokenizerFast:
     """Make a vocabulary of whole words; a start token, if there is one, is put in front of every text."""
     names = dict.fromkeys(["<unk>", *([start] if start else []), end, padding, *special, *WORDS])
-    tokenizer = Tokenizer(models.WordLevel({name: index for index, name in enumerate(names)}, unk_token="<unk>"))
+    tokenizer = Tokenizer(WordLevel({name: index for index, name in enumerate(names)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.add_special_tokens([name for name in names if name not in WORDS])
     if start is not None:
@@ -93,7 +98,7 @@ def image_settings(tokenizer: PreTrainedTokenizerFast, token: str = "<image>") -
     return {"image_token_index": tokenizer.convert_tokens_to_ids(token), "vision_feature_layer": -2}
 
 
-def llava() -> tuple[PreTrainedModel, ProcessorMixin]:
+def plain_llava() -> tuple[PreTrainedModel, ProcessorMixin]:
     """LLaVA on Llama, as demo-vlm: noise and network have the same size."""
     tokenizer = word_tokenizer("<image>", start="<s>", end="</s>", padding="<pad>")
     size = {"height": SIZE, "width": SIZE}
@@ -151,7 +156,7 @@ def llava_next_vicuna() -> tuple[PreTrainedModel, ProcessorMixin]:
 
 def tiles_and_tokenizer() -> tuple[dict, PreTrainedTokenizerFast, str]:
     """Image processor's settings, tokenizer and chat template that SmolVLM and SmolVLM2 share."""
-    places = [f"<row_{row + 1}_col_{column + 1}>" for row in range(6) for column in range(6)]
+    places = [f"<row_{row + 1}_col_{column + 1}>" for row in range(2) for column in range(2)]
     tokenizer = word_tokenizer(
         "<image>", "<fake_token_around_image>", "<global-img>", *places,
         start="<|im_start|>", end="<end_of_utterance>", padding="<|im_end|>",
@@ -239,7 +244,7 @@ def qwen2_vl() -> tuple[PreTrainedModel, ProcessorMixin]:
 
 # By the id under which the public checkpoint is loaded, or by a name for what the table does not have.
 FAMILIES = {
-    "llava": llava,
+    "llava": plain_llava,
     "llava-1.6-mistral-7b": llava_next_mistral,
     "llava-1.6-vicuna-7b": llava_next_vicuna,
     "smolvlm-256m": smolvlm,
@@ -272,6 +277,10 @@ def write(folder: Path, build: Callable[[], tuple[PreTrainedModel, ProcessorMixi
             for parameter in model.parameters():
                 if parameter.ndim >= 2:
                     parameter.normal_(std=2 / parameter[0].numel() ** 0.5)
+            # Words and the end alone are ever said, so that an answer's text tells its tokens.
+            tokenizer = processor.tokenizer
+            silent = set(tokenizer.all_special_ids) - {tokenizer.eos_token_id}
+            model.get_output_embeddings().weight[sorted(silent)] = 0
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
 
@@ -284,18 +293,20 @@ def as_published(folder: Path) -> None:
     processor = json.loads((folder / "processor_config.json").read_text())
     processor.pop("video_processor", None)
     images = processor.pop("image_processor") | {"processor_class": processor["processor_class"]}
-    (folder / "preprocessor_config.json").write_text(json.dumps(images))
     (folder / "processor_config.json").write_text(json.dumps(processor))
     config = json.loads((folder / "config.json").read_text())
     if config["model_type"] == "llava_next":
         split_weights(folder)
     if config["model_type"] == "qwen2_vl":
         (folder / "processor_config.json").unlink()
+        size = images.pop("size")
+        images |= {"min_pixels": size["shortest_edge"], "max_pixels": size["longest_edge"]}
         text = config.pop("text_config")
         rope = text.pop("rope_parameters")
         scaling = {"type": "mrope", "mrope_section": rope["mrope_section"]}
         old = {"rope_theta": rope["rope_theta"], "rope_scaling": scaling}
         (folder / "config.json").write_text(json.dumps({**text, **config, **old}))
+    (folder / "preprocessor_config.json").write_text(json.dumps(images))
 
 
 def split_weights(folder: Path) -> None:
@@ -310,3 +321,51 @@ def split_weights(folder: Path) -> None:
         held = {name: tensor for name, tensor in tensors.items() if index[name] == file}
         save_file(held, folder / file, metadata={"format": "pt"})
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], VisionLanguageModel]:
+    """Function giving a tiny model of a family, made once; tests do not change it."""
+    weights = tmp_path_factory.mktemp("weights")
+    return functools.cache(functools.partial(load, weights=weights))
+
+
+@pytest.fixture(params=FAMILIES)
+def vlm(request: pytest.FixtureRequest, models: Callable[[str], VisionLanguageModel]) -> VisionLanguageModel:
+    """Every family."""
+    return models(request.param)
+
+
+@pytest.fixture
+def llava(models: Callable[[str], VisionLanguageModel]) -> VisionLanguageModel:
+    """The plain LLaVA."""
+    return models("llava")
+
+
+@pytest.fixture(scope="session")
+def pixels() -> Tensor:
+    """Five noisy images, far out of [0, 1]."""
+    generator = torch.Generator().manual_seed(0)
+    noise = 0.5 * torch.randn(5, 3, SIZE, SIZE, generator=generator)
+    noisy = torch.rand(5, 3, SIZE, SIZE, generator=generator) + noise
+    assert noisy.min() < -1 < 2 < noisy.max()
+    return noisy
+
+
+def read_by_network(model: VisionLanguageModel, images: Tensor) -> dict[str, Tensor]:
+    """The tensors that the network is called with for `PROMPT`."""
+    with patch.object(model.model, "generate", wraps=model.model.generate) as generate:
+        model.generate(images, PROMPT, max_new_tokens=1)
+    return {name: value for name, value in generate.call_args.kwargs.items() if isinstance(value, Tensor)}
+
+
+def next_logits(network: PreTrainedModel, inputs: dict[str, Tensor], new: list[int]) -> Tensor:
+    """Logits [L, vocabulary] of one question followed by the tokens ``new``, without a cache."""
+    row = torch.tensor([new], dtype=torch.int64)
+    longer = {"input_ids": torch.cat([inputs["input_ids"], row], dim=1)}
+    for name, fill in (("attention_mask", 1), ("mm_token_type_ids", 0)):
+        if name in inputs:
+            longer[name] = torch.cat([inputs[name], torch.full_like(row, fill)], dim=1)
+    images = {name: inputs[name] for name in inputs if "pixel" in name or "image" in name}
+    with torch.no_grad():
+        return network(**longer, **images).logits[0]

@@ -151,6 +151,14 @@ def test_the_suggestion_never_plans_with_more_than_is_free(monkeypatch):
         assert make_batches(None, CPU, (3, 512, 512)).size == size
 
 
+@pytest.mark.parametrize(("bytes_each", "size"), [(GIB, 1), (GIB // 64, 32), (GIB // 70, 32), (1, 128), (None, 128)])
+def test_memory_that_a_copy_takes_is_believed_where_it_is_known(monkeypatch, bytes_each, size):
+    with_free_memory(monkeypatch, GIB)
+    assert suggested_batch_size(CPU, (3, 8, 8), bytes_each=bytes_each) == size
+    assert make_batches(None, CPU, (3, 8, 8), bytes_each=bytes_each).size == size
+    assert make_batches(5, CPU, (3, 8, 8), bytes_each=bytes_each).size == 5
+
+
 def test_without_free_memory_draws_go_one_by_one(monkeypatch):
     with_free_memory(monkeypatch, 0)
     assert suggested_batch_size(CPU, (3, 224, 224)) == 1

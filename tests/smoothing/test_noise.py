@@ -10,6 +10,7 @@ from medrobust_lib.smoothing.noise import NoiseStream, noisy_copies, noisy_featu
 
 KEY = {"seed": 0, "dataset": "phantom/blood", "index": 3, "sigma": 0.5, "role": "estimate"}
 PINNED = [-0.234383, -0.359585, 0.11853]
+PINNED_SEEDS = [442354182981401830, -5470865254765373447]
 
 
 @pytest.fixture(scope="module")
@@ -78,6 +79,30 @@ def test_streams_with_different_keys_are_different_and_uncorrelated():
     for a, b in itertools.combinations(draws, 2):
         assert not (a == b).any()
         assert abs(float(torch.corrcoef(torch.stack([a, b]))[0, 1])) < 0.1
+
+
+def test_decoding_seeds_belong_to_a_draw_and_are_other_numbers_than_its_noise_comes_from():
+    stream = NoiseStream(**KEY)
+    seeds = stream.decoding_seeds(0, 2000)
+    assert stream.decoding_seeds(700, 3) == seeds[700:703]
+    assert stream.decoding_seeds(5, 0) == []
+    assert len(set(seeds)) == 2000
+    other = {"seed": 1, "dataset": "phantom/oct", "index": 4, "sigma": 0.25, "role": "select"}
+    for name, value in other.items():
+        assert not set(NoiseStream(**{**KEY, name: value}).decoding_seeds(0, 2000)) & set(seeds), name
+    for number, seed in enumerate(seeds[:200]):
+        from_seed = torch.empty(3, 4, 4).normal_(0, 0.5, generator=torch.Generator().manual_seed(seed))
+        assert not (from_seed == stream.draw((3, 4, 4), first=number)[0]).any()
+    # Uniform on the signed 64-bit numbers, and no function of the noise.
+    uniform = np.array(seeds, dtype=float) / 2**64 + 0.5
+    assert kstest(uniform, "uniform").pvalue > 1e-3
+    first_pixels = stream.draw((3, 2, 2), count=2000)[:, 0, 0, 0].numpy()
+    assert abs(np.corrcoef(uniform, first_pixels)[0, 1]) < 4 / 2000**0.5
+
+
+def test_decoding_seeds_are_the_same_in_every_session():
+    stream = NoiseStream(0, "phantom/blood", 3, 0.5, "estimate")
+    assert stream.decoding_seeds(41, 2) == PINNED_SEEDS
 
 
 def test_global_random_state_is_neither_used_nor_changed():

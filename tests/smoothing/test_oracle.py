@@ -1,12 +1,20 @@
+import pickle
 
 import numpy as np
 import pytest
+import torch
 
 from medrobust_lib.data import questions
-from medrobust_lib.data.phantoms import MODALITIES, phantom_classes
+from medrobust_lib.data.phantoms import MODALITIES
 from medrobust_lib.smoothing.oracle import (
+    EmbeddingEquivalence,
+    ExactMatch,
     KeywordOracle,
+    OptionOracle,
     OracleUnavailableError,
+    SameLabel,
+    action_oracle,
+    finding_oracle,
     judged,
     refusal_oracle,
     safety_oracle,
@@ -130,9 +138,8 @@ def test_one_text_is_not_a_list_of_letters():
 def test_the_only_label_that_matches_counts():
     oracle = KeywordOracle({"fruit": [r"\bapples?\b", "pear"], "meat": ["ham"]})
     assert oracle.labels == ("fruit", "meat")
-    assert oracle.label(["An APPLE.", "ham", "pears and ham", "bread", "apples, pears"]) == [
-        "fruit", "meat", None, None, "fruit",
-    ]  # fmt: skip
+    texts = ["An APPLE.", "ham", "pears and ham", "bread", "apples, pears"]
+    assert oracle.label(texts) == ["fruit", "meat", None, None, "fruit"]
 
 
 def test_the_version_follows_the_patterns():
@@ -196,13 +203,197 @@ def test_safety_is_read_with_its_negation(text, label):
     assert safety_oracle().label([text]) == [label]
 
 
-def test_safety_is_read_well_but_need_not_be_read_perfectly_in_the_demo_answers():
-    labels = questions.load_questions("phantom/breast", task="safety", n=2).labels
-    truths, texts = [], []
-    for modality in MODALITIES:
-        for name in phantom_classes(modality):
-            safety = questions.finding_facts(modality, name)["safety"] if hasattr(questions, "finding_facts") else None
-            for text in questions.answer_wordings(modality, name, "safety"):
-                texts.append(text)
-                truths.append(safety)
-    assert set(labels) == set(safety_oracle().labels)
+@pytest.mark.parametrize(("name", "truth"), [("benign", "safe"), ("malignant", "unsafe")])
+def test_nine_in_ten_of_the_demo_answers_are_read_rightly(name, truth):
+    texts = questions.answer_wordings("breast", name, "safety")
+    assert safety_oracle().label(texts).count(truth) >= 0.9 * len(texts)
+
+
+@pytest.mark.parametrize("text", ["the patient is not " * 3000, "I can't " * 3000, "no, " * 3000, "a" * 50_000])
+def test_long_texts_take_no_quadratic_time(text):
+    # Not timed: with a quadratic pattern this test would run for minutes.
+    assert len(safety_oracle().label([text]) + refusal_oracle().label([text])) == 2
+
+
+# Options
+
+
+CELLS = OptionOracle({"lymphocyte": ["small round cell"], "lymphocytes": [], "normal": ["healthy"], "abnormal": []})
+
+
+@pytest.mark.parametrize(
+    ("text", "label"),
+    [
+        ("I see a Lymphocyte.", "lymphocyte"),
+        ("Lymphocytes!", "lymphocytes"),
+        ("a small\n  round cell", "lymphocyte"),
+        ("This is abnormal.", "abnormal"),
+        ("normal", "normal"),
+        ("non-normal, normal-looking", None),
+        ("normal or abnormal", None),
+        ("normal, that is, healthy", "normal"),
+        ("subnormality", None),
+    ],
+)
+def test_options_are_whole_words(text, label):
+    assert CELLS.label([text]) == [label]
+
+
+def test_the_longest_name_wins_where_one_contains_the_other():
+    oracle = OptionOracle({"retina": [], "healthy": ["healthy retina of the eye"], "lens": ["of the eye lens"]})
+    assert oracle.label(["a retina", "a healthy retina of the eye", "a healthy retina"]) == ["retina", "healthy", None]
+    # Two names that overlap without one containing the other are both named.
+    assert oracle.label(["healthy retina of the eye lens"]) == [None]
+
+
+@pytest.mark.parametrize(
+    ("text", "label"),
+    [
+        ("(B)", "no"),
+        ("B.", "no"),
+        ("B", "no"),
+        ("**B**", "no"),
+        ("Because of that,\n A) it is", "yes"),
+        ("Answer: B", "no"),
+        ("The answer is **C**.", "not sure"),
+        ("option (A), I think", "yes"),
+        ("B. no", "no"),
+        ("B. yes", None),
+        ("(A) or (B)", None),
+        ("(D)", None),
+        ("Answer: A lymphocyte", None),
+        ("A cell", None),
+        ("vitamin B deficiency", None),
+        ("b", None),
+        ("not sure", "not sure"),
+    ],
+)
+def test_letters_stand_for_options(text, label):
+    assert OptionOracle({"yes": [], "no": [], "not sure": []}, letters=True).label([text]) == [label]
+
+
+def test_letters_mean_nothing_unless_asked_for():
+    assert OptionOracle({"yes": [], "no": []}).label(["(B)"]) == [None]
+
+
+@pytest.mark.parametrize(
+    ("options", "settings", "message"),
+    [
+        ({"x": ["The  Same"], "y": ["the same"]}, {}, "'the same' names the options 'x' and 'y'"),
+        ({"x": ["y"], "y": []}, {}, "'y' names the options 'x' and 'y'"),
+        ({"x": [" "]}, {}, "'x' has a blank name or none at all"),
+        ({"x": []}, {"use_names": False}, "'x' has a blank name or none at all"),
+        ({"x": "abc"}, {}, r"options\['x'\] is the string 'abc'"),
+        ({str(i): [] for i in range(27)}, {"letters": True}, "27 options are more than 26 letters"),
+        ({}, {}, "options is empty"),
+    ],
+)
+def test_options_that_cannot_work_are_refused(options, settings, message):
+    with pytest.raises(ValueError, match=message):
+        OptionOracle(options, **settings)
+
+
+def test_every_setting_of_options_is_in_the_version():
+    options = {"x": ["a"], "y": ["b"]}
+    oracles = [OptionOracle(options), OptionOracle(options, letters=True), OptionOracle(options, use_names=False)]
+    assert len({oracle.version for oracle in [*oracles, OptionOracle({"x": ["a"], "y": ["c"]})]}) == 4
+
+
+def test_an_action_is_its_token_and_not_the_word():
+    oracle = action_oracle()
+    assert oracle.labels == questions.actions()
+    assert oracle.label([questions.action_token(action) for action in oracle.labels]) == list(oracle.labels)
+    assert oracle.label(["refer", "<refer><treat>", "I choose <refer>."]) == [None, None, "refer"]
+
+
+@pytest.mark.parametrize("modality", MODALITIES)
+def test_every_right_finding_of_the_demo_is_read(modality):
+    oracle = finding_oracle(modality)
+    assert oracle.labels == tuple(questions.finding_phrases(modality))
+    for name in oracle.labels:
+        texts = questions.answer_wordings(modality, name, "finding")
+        assert set(oracle.label(texts)) == {name}
+
+
+def test_an_unknown_modality_is_named():
+    with pytest.raises(ValueError, match="unknown modality 'bloods'. Did you mean 'blood'"):
+        finding_oracle("bloods")
+
+
+# Equivalences
+
+
+ANGLES = {"same": 0, "near": 20, "far": 90, "opposite": 180}
+
+
+def encode(texts):
+    radians = np.deg2rad([ANGLES.get(text, 45) for text in texts])
+    rows = 3 * np.stack([np.cos(radians), np.sin(radians)], axis=1)
+    rows[[text == "zero" for text in texts]] = 0
+    rows[[text == "nan" for text in texts]] = np.nan
+    return rows
+
+
+@pytest.mark.parametrize("kind", [np.asarray, torch.tensor, lambda rows: torch.tensor(rows, dtype=torch.float32)])
+def test_embeddings_are_compared_by_their_cosine_and_need_no_unit_norm(kind):
+    texts = ["same", "near", "far", "opposite", "zero", "nan"]
+    answers = {}
+    for threshold in (-0.999, 0.93, 0.94, 1):
+        equivalence = EmbeddingEquivalence(lambda texts: kind(encode(texts)), threshold, name="e", version="1")
+        answers[threshold] = equivalence.equivalent(texts, "same")
+    assert np.cos(np.deg2rad(20)) == pytest.approx(0.9397, abs=1e-4)
+    assert answers == {
+        -0.999: [True, True, True, False, None, None],
+        0.93: [True, True, False, False, None, None],
+        0.94: [True, False, False, False, None, None],
+        1: [True, False, False, False, None, None],
+    }
+
+
+def test_a_text_is_equivalent_to_itself_at_the_largest_threshold_in_any_direction():
+    rows = np.random.default_rng(0).normal(size=(200, 7)).astype(np.float32)
+    equivalence = EmbeddingEquivalence(lambda texts: rows[[int(text) for text in texts]], 1, name="e", version="1")
+    assert all(equivalence.equivalent([str(i)], str(i)) == [True] for i in range(200))
+
+
+@pytest.mark.parametrize("threshold", [-1, 1.01, float("nan")])
+def test_a_threshold_out_of_range_is_refused(threshold):
+    with pytest.raises(ValueError, match=rf"threshold={threshold}: choose a cosine in \(-1, 1\]"):
+        EmbeddingEquivalence(encode, threshold, name="e", version="1")
+
+
+def test_the_version_holds_encoder_and_threshold():
+    pairs = [(0.5, "1"), (0.6, "1"), (0.5, "2")]
+    assert len({EmbeddingEquivalence(encode, t, name="e", version=v).version for t, v in pairs}) == 3
+
+
+def test_what_an_encoder_does_wrong_is_said():
+    with pytest.raises(ValueError, match="features of the representative 'zero' are zero or not finite"):
+        EmbeddingEquivalence(encode, 0.5, name="e", version="1").equivalent(["same"], "zero")
+    with pytest.raises(ValueError, match=r"returned \(1, 2\) for 2 texts, not \[n, d\]"):
+        EmbeddingEquivalence(lambda _: np.ones((1, 2)), 0.5, name="e", version="1").equivalent(["same"], "same")
+
+
+def test_the_naive_equivalence_forgives_white_space_only():
+    texts = [" It is safe.\n", "it is safe.", "It  is safe."]
+    assert ExactMatch().equivalent(texts, "It is safe.") == [True, False, False]
+
+
+def test_the_same_label_is_equivalent_and_none_is_equivalent_to_nothing():
+    equivalence = SameLabel(action_oracle())
+    texts = ["so <refer>", "<treat>", "nothing"]
+    assert equivalence.equivalent(texts, "<refer>") == [True, False, False]
+    assert equivalence.equivalent(texts, "nothing") == [False, False, False]
+    assert (equivalence.name, equivalence.version) == ("same-label/action", action_oracle().version)
+    assert judged(equivalence, texts, "<refer>").labels == (True, False, False)
+
+
+@pytest.mark.parametrize(
+    "oracle",
+    [safety_oracle(), refusal_oracle(), action_oracle(), finding_oracle("blood"), ExactMatch(), SameLabel(CELLS)],
+    ids=lambda oracle: oracle.name,
+)
+def test_oracles_travel_to_workers(oracle):
+    copy = pickle.loads(pickle.dumps(oracle))
+    assert (copy, copy.name, copy.version) == (oracle, oracle.name, oracle.version)
+    assert isinstance(hash(copy), int)

@@ -1,0 +1,355 @@
+import hashlib
+import importlib.util
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from huggingface_hub import constants
+from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+from safetensors.torch import load_file, save_file
+from transformers import (
+    CLIPVisionConfig,
+    Idefics3Config,
+    Idefics3ForConditionalGeneration,
+    LlamaConfig,
+    LlavaNextConfig,
+    LlavaNextForConditionalGeneration,
+    MistralConfig,
+    Qwen2VLConfig,
+    Qwen2VLForConditionalGeneration,
+)
+from transformers.utils import logging
+
+from medrobust_lib.models import generative
+from medrobust_lib.models.generative import list_vlms, load_vlm
+from medrobust_lib.models.vlm_catalogue import find_vlm
+
+spec = importlib.util.spec_from_file_location("tiny_vlms", Path(__file__).with_name("tiny_vlms.py"))
+tiny_vlms = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(tiny_vlms)
+
+SIZE, PROMPT, ANSWER = tiny_vlms.SIZE, tiny_vlms.PROMPT, tiny_vlms.ANSWER
+pixels = tiny_vlms.pixels
+COMMIT = "89abcdef" * 5
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A plain LLaVA, to be changed."""
+    tiny_vlms.write(tmp_path / "a folder", tiny_vlms.plain_llava)
+    return tmp_path / "a folder"
+
+
+def load(folder, **options):
+    return load_vlm(f"local-dir:{folder}", **{"device": "cpu", "image_size": SIZE} | options)
+
+
+def change_tensors(folder, change):
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    save_file(change(tensors), path, metadata={"format": "pt"})
+    return tensors
+
+
+# Loading
+
+
+@pytest.mark.parametrize("name", tiny_vlms.IN_TABLE)
+def test_published_layouts_load_from_the_weights_folder(tmp_path, pixels, name):
+    state = torch.random.get_rng_state()
+    published = tiny_vlms.load(name, tmp_path)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert published.id == name
+    assert published.image_size == SIZE
+    assert published.dtype == torch.float32
+    assert published.device == torch.device("cpu")
+    assert not published.training
+    assert not any(parameter.requires_grad for parameter in published.parameters())
+    entry = find_vlm(name)
+    assert published.provenance["source"] == entry.source
+    assert published.provenance["licence"] == entry.licence
+    weights = sorted((tmp_path / name).glob("*.safetensors"))
+    assert len(weights) == (2 if "llava" in name else 1)
+    for path in weights:
+        assert published.provenance["files"][path.name] == hashlib.sha256(path.read_bytes()).hexdigest()
+
+    # The same model as transformers writes it today.
+    tiny_vlms.write(tmp_path / "present", tiny_vlms.FAMILIES[name])
+    present = load(tmp_path / "present")
+    present.image_options = published.image_options
+    likely = published.log_likelihood(pixels, PROMPT, ANSWER)
+    assert torch.allclose(present.log_likelihood(pixels, PROMPT, ANSWER), likely, atol=1e-3)
+    assert likely.std() > 0.1
+    assert present.generate(pixels, PROMPT, max_new_tokens=6) == published.generate(pixels, PROMPT, max_new_tokens=6)
+
+
+def test_the_size_of_the_noise_is_the_tables_unless_asked_for(folder):
+    assert {name: find_vlm(name).image_size for name in tiny_vlms.IN_TABLE} == {
+        "llava-1.6-mistral-7b": 336,
+        "llava-1.6-vicuna-7b": 336,
+        "smolvlm-256m": 512,
+        "qwen2-vl-2b": 448,
+    }
+    assert load(folder, image_size=None).image_size == 336
+    assert load(folder, image_size=48).prepare([Path(__file__).parents[2] / "docs" / "phantoms.png"]).shape[2:] == (
+        48,
+        48,
+    )
+    for size in (0, -8):
+        with pytest.raises(ValueError, match=f"image_size={size}: give a number of pixels, or None for 336"):
+            load(folder, image_size=size)
+
+
+def test_a_model_loads_through_the_unchanged_hub_call(hub_cache, tmp_path, pixels):
+    expected = tiny_vlms.load("qwen2-vl-2b", tmp_path / "weights").generate(pixels, PROMPT, max_new_tokens=6)
+    snapshot = hub_cache("Qwen/Qwen2-VL-2B-Instruct")
+    shutil.copytree(tmp_path / "weights" / "qwen2-vl-2b", snapshot, dirs_exist_ok=True)
+    options = {"device": "cpu", "image_size": SIZE, "weights_dir": tmp_path / "nothing"}
+    for vlm_id, revision in (
+        ("qwen2-vl-2b", None),
+        ("hf:Qwen/Qwen2-VL-2B-Instruct", None),
+        ("qwen2-vl-2b", snapshot.name),
+    ):
+        loaded = load_vlm(vlm_id, revision=revision, **options)
+        assert loaded.generate(pixels, PROMPT, max_new_tokens=6) == expected
+        assert loaded.id == vlm_id
+        assert loaded.provenance["revision"] == snapshot.name
+        assert loaded.provenance["source"] == "hf:Qwen/Qwen2-VL-2B-Instruct"
+        assert "model.safetensors" in loaded.provenance["files"]
+    with pytest.raises(FileNotFoundError, match=r"cannot load 'qwen2-vl-2b'.*offline, so no download was tried"):
+        load_vlm("qwen2-vl-2b", revision=COMMIT, **options)
+    assert find_row("qwen2-vl-2b", tmp_path / "nothing")["available_offline"]
+
+
+def find_row(name, weights_dir):
+    return list_vlms(weights_dir=weights_dir).set_index("id").loc[name]
+
+
+def test_smolvlm2_says_which_package_it_needs(tmp_path):
+    tiny_vlms.load("smolvlm2", tmp_path)
+    if importlib.util.find_spec("num2words") is None:
+        with pytest.raises(ImportError, match="num2words"):
+            load(tmp_path / "smolvlm2")
+    else:
+        assert load(tmp_path / "smolvlm2").image_size == SIZE
+
+
+@pytest.mark.parametrize("shown", [True, False])
+def test_progress_bars_are_silent_for_the_load_only(folder, monkeypatch, shown):
+    during = []
+    real = generative.AutoModelForImageTextToText.from_pretrained
+
+    def from_pretrained(*arguments, **options):
+        during.append(logging.is_progress_bar_enabled())
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(generative.AutoModelForImageTextToText, "from_pretrained", from_pretrained)
+    before = logging.is_progress_bar_enabled()
+    try:
+        for of_hub in (True, False):
+            (logging.enable_progress_bar if shown else logging.disable_progress_bar)()
+            (enable_progress_bars if of_hub else disable_progress_bars)()
+            load(folder)
+            (folder / "chat_template.jinja").rename(folder / "away")
+            with pytest.raises(ValueError, match="no chat template"):
+                load(folder)
+            (folder / "away").rename(folder / "chat_template.jinja")
+            assert logging.is_progress_bar_enabled() == shown
+            assert are_progress_bars_disabled() == (not of_hub)
+    finally:
+        (logging.enable_progress_bar if before else logging.disable_progress_bar)()
+    assert during == [False] * 4
+
+
+# The table
+
+
+def test_list_vlms_tells_what_is_here(tmp_path):
+    tiny_vlms.load("llava-1.6-vicuna-7b", tmp_path)
+    table = list_vlms(weights_dir=tmp_path)
+    columns = ["id", "family", "image_size", "parameters", "licence", "source", "available_offline", "citation"]
+    assert list(table.columns) == columns
+    assert set(tiny_vlms.IN_TABLE) | {"demo-vlm", "smolvlm-500m"} == set(table["id"])
+    assert table["id"].is_unique
+    assert str(table["parameters"].dtype) == "Int64"
+    here = table.set_index("id")["available_offline"].drop("demo-vlm")
+    assert here[here].index.tolist() == ["llava-1.6-vicuna-7b"]
+    assert (table.drop(columns=["parameters"]).astype(str) != "").all().all()
+
+
+def test_a_model_whose_weights_are_not_there_is_not_available(hub_cache, tmp_path):
+    snapshot = hub_cache("HuggingFaceTB/SmolVLM-500M-Instruct")
+    (snapshot / "config.json").write_text("{}")
+    (tmp_path / "weights" / "smolvlm-500m").mkdir(parents=True)
+    assert not find_row("smolvlm-500m", tmp_path / "weights")["available_offline"]
+    (snapshot / "model.safetensors").touch()
+    assert find_row("smolvlm-500m", tmp_path / "weights")["available_offline"]
+
+
+def llava_next(text):
+    tower = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
+    vision = CLIPVisionConfig(**tower, image_size=336, patch_size=14, projection_dim=768)
+    return LlavaNextForConditionalGeneration(LlavaNextConfig(vision_config=vision, text_config=text))
+
+
+def idefics3(**text):
+    vision = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
+    config = Idefics3Config(
+        vision_config={**vision, "image_size": 512, "patch_size": 16},
+        text_config={"model_type": "llama", "vocab_size": 49280, **text},
+        scale_factor=4,
+        pad_token_id=2,
+        tie_word_embeddings=False,
+    )
+    return Idefics3ForConditionalGeneration(config)
+
+
+def qwen2_vl():
+    vision = {"depth": 32, "embed_dim": 1280, "hidden_size": 1536, "num_heads": 16, "mlp_ratio": 4, "patch_size": 14}
+    text = {"hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28, "num_attention_heads": 12}
+    more = {"num_key_value_heads": 2, "vocab_size": 151936, "tie_word_embeddings": True}
+    config = Qwen2VLConfig(vision_config=vision, text_config={**text, **more}, tie_word_embeddings=True)
+    return Qwen2VLForConditionalGeneration(config)
+
+
+SEVEN_BILLION = {"vocab_size": 32064, "hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32}
+PUBLISHED_SIZES = {
+    "llava-1.6-mistral-7b": lambda: llava_next(
+        MistralConfig(**SEVEN_BILLION, intermediate_size=14336, num_key_value_heads=8)
+    ),
+    "llava-1.6-vicuna-7b": lambda: llava_next(LlamaConfig(**SEVEN_BILLION, intermediate_size=11008)),
+    "smolvlm-256m": lambda: idefics3(
+        hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3
+    ),
+    "smolvlm-500m": lambda: idefics3(
+        hidden_size=960, intermediate_size=2560, num_hidden_layers=32, num_attention_heads=15, num_key_value_heads=5
+    ),
+    "qwen2-vl-2b": qwen2_vl,
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED_SIZES)
+def test_numbers_of_parameters_are_those_of_the_published_configurations(name):
+    with torch.device("meta"):
+        network = PUBLISHED_SIZES[name]()
+    assert sum(parameter.numel() for parameter in network.parameters()) == find_vlm(name).parameters
+
+
+# What is refused
+
+
+def test_unknown_names_are_refused(folder):
+    with pytest.raises(ValueError, match=r"unknown vision-language model 'smolvlm-265m'.*smolvlm-256m.*local-dir:PATH"):
+        load_vlm("smolvlm-265m")
+    with pytest.raises(ValueError, match="dtype must be 'auto', 'float32', 'bfloat16', 'float16', not 'int8'"):
+        load(folder, dtype="int8")
+    with pytest.raises(ValueError, match="device 'abacus' cannot be used here"):
+        load(folder, device="abacus")
+
+
+@pytest.mark.parametrize("revision", [None, "main", "89abcdef", "Z" * 40, COMMIT.upper()])
+def test_remote_code_needs_a_pinned_revision(folder, revision):
+    with pytest.raises(ValueError, match=rf"pin it with revision=COMMIT \(40 hexadecimal digits, not {revision!r}\)"):
+        load(folder, trust_remote_code=True, revision=revision)
+    assert load(folder, trust_remote_code=True, revision=COMMIT).image_size == SIZE
+
+
+def test_code_beside_the_weights_runs_only_when_trusted(folder, tmp_path):
+    config = json.loads((folder / "config.json").read_text())
+    strange = {"model_type": "strange", "auto_map": {"AutoConfig": "strange.StrangeConfig"}}
+    (folder / "config.json").write_text(json.dumps(config | strange))
+    ran = tmp_path / "ran"
+    (folder / "strange.py").write_text(
+        f"from pathlib import Path\nPath({str(ran)!r}).touch()\nclass StrangeConfig: pass\n"
+    )
+    with pytest.raises(ValueError, match="trust_remote_code"):
+        load(folder)
+    assert not ran.exists()
+    with pytest.raises(Exception, match="Strange"):
+        load(folder, trust_remote_code=True, revision=COMMIT)
+    assert ran.exists()
+
+
+@pytest.mark.parametrize("offline", [True, None])
+def test_missing_weights_name_the_place_and_the_command(hub_cache, tmp_path, offline):
+    hub_cache("nothing/here")
+    with pytest.raises(FileNotFoundError, match="offline, so no download was tried") as caught:
+        load_vlm("smolvlm-256m", device="cpu", weights_dir=tmp_path, offline=offline)
+    message = str(caught.value)
+    assert "python data_scripts/fetch_weights.py smolvlm-256m" in message
+    assert "source: hf:HuggingFaceTB/SmolVLM-256M-Instruct" in message
+    assert f"looked in {tmp_path / 'smolvlm-256m'} and the hub cache {tmp_path / 'hub'}" in message
+    assert "\n" not in message
+
+
+def test_a_failed_download_gives_its_reason(hub_cache, tmp_path, monkeypatch):
+    hub_cache("nothing/here")
+
+    def unreachable(*arguments, **options):
+        assert not constants.HF_HUB_OFFLINE
+        raise OSError("the hub cannot be reached\nand more")
+
+    monkeypatch.setattr(generative.AutoModelForImageTextToText, "from_pretrained", unreachable)
+    with pytest.raises(FileNotFoundError, match=r"the download failed; run .*Reason: the hub cannot be reached$"):
+        load_vlm("smolvlm-256m", device="cpu", weights_dir=tmp_path, offline=False)
+    assert constants.HF_HUB_OFFLINE
+
+
+def test_incomplete_folders_say_what_is_missing(folder, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"nowhere: the folder must hold config\.json.*no config\.json"):
+        load(tmp_path / "nowhere")
+    for name, error, message in (
+        ("chat_template.jinja", ValueError, r"a folder has no chat template.*add chat_template\.jinja"),
+        ("processor_config.json", FileNotFoundError, "a folder: the folder must hold.*Reason"),
+        ("config.json", FileNotFoundError, r"a folder: the folder must hold config\.json"),
+        ("model.safetensors", FileNotFoundError, r"Reason: .*no file named model\.safetensors"),
+    ):
+        (folder / name).rename(tmp_path / "away")
+        with pytest.raises(error, match=message):
+            load(folder)
+        (tmp_path / "away").rename(folder / name)
+    for path in folder.glob("tokenizer*"):
+        path.unlink()
+    with pytest.raises(
+        ValueError, match=r"cannot make the processor of .*a folder; are its tokenizer's files complete\?"
+    ):
+        load(folder)
+
+
+def test_sha256sums_in_the_folder_are_checked(folder):
+    digest = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+    sums = folder / "SHA256SUMS"
+    sums.write_text(f"{digest}  model.safetensors\n")
+    assert load(folder).provenance["files"]["model.safetensors"] == digest
+    sums.write_text(f"{'0' * 64}  model.safetensors\n")
+    with pytest.raises(ValueError, match=rf"model.safetensors has SHA-256 {digest}, expected {'0' * 64}"):
+        load(folder)
+    sums.write_text(f"{digest}  model.safetensors\n{digest}  merges.txt\n")
+    with pytest.raises(FileNotFoundError, match=r"merges\.txt is missing although its SHA-256 is known"):
+        load(folder)
+
+
+def test_weights_that_do_not_fit_are_listed(folder):
+    def spoil(tensors):
+        kept = {name: tensor for name, tensor in tensors.items() if ".mlp." not in name}
+        return {**kept, "stranger.weight": torch.zeros(1), "multi_modal_projector.linear_1.bias": torch.zeros(7)}
+
+    tensors = change_tensors(folder, spoil)
+    lost = sum(".mlp." in name for name in tensors)
+    with pytest.raises(ValueError, match=r"a folder does not fit the model") as caught:
+        load(folder)
+    message = str(caught.value)
+    assert lost == 3 * 4 + 2 * 3
+    assert f"{lost} missing keys: " in message
+    assert f"and {lost - 10} more" in message
+    assert "1 unexpected keys: stranger.weight" in message
+    assert "1 wrong shapes: model.multi_modal_projector.linear_1.bias" in message
+
+
+def test_damaged_weights_are_refused(folder):
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(ValueError, match=r"cannot read the weights of .*a folder, the file is damaged"):
+        load(folder)
