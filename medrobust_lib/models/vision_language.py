@@ -19,7 +19,6 @@ from medrobust_lib.models.dual_encoder import PIXEL_LIMIT, ImageInput
 from medrobust_lib.models.geometry import Preprocessing, prepare_images
 
 _IGNORED_LABEL = -100  # of tokens that the loss of transformers' models leaves out
-_CAPTURING = "transformers.utils.output_capturing"
 _TOWER_WORKING_SET = 64  # activations of an image tower, in float32 copies of its input, with a margin
 
 
@@ -217,7 +216,10 @@ class VisionLanguageModel(torch.nn.Module):
 
     @torch.inference_mode()
     def text_features(self, texts: Sequence[str]) -> Tensor:
-        """Unit-norm features of texts: the mean of the language model's last states over a text's tokens.
+        """Unit-norm features of texts: the sum of the language model's word embeddings over a text's tokens.
+
+        In a decoder the last states foretell the next word, and are nearly parallel for all texts; word embeddings tell
+        texts apart better, without their order.
 
         Parameters
         ----------
@@ -228,12 +230,11 @@ class VisionLanguageModel(torch.nn.Module):
         -------
         float32 [k, d]
         """
-        end = self.processor.tokenizer.eos_token or ""
-        tokens = self.processor.tokenizer([text or end for text in texts], return_tensors="pt", padding=True)
-        tokens = {name: tokens[name].to(self.device) for name in ("input_ids", "attention_mask")}
-        states = self.model.model(**tokens).last_hidden_state.float()
-        mask = tokens["attention_mask"][..., None].float()
-        return functional.normalize((states * mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1), dim=-1)
+        tokenizer = self.processor.tokenizer
+        words = [tokenizer(text, add_special_tokens=False)["input_ids"] or [tokenizer.eos_token_id] for text in texts]
+        embed = self.model.get_input_embeddings()
+        sums = [embed(torch.tensor(ids, device=self.device)).float().sum(dim=0) for ids in words]
+        return functional.normalize(torch.stack(sums), dim=-1)
 
     def cache_bytes(self, prompt: str, max_new_tokens: int) -> int:
         """Bytes that keys and values of one image, its question and a longest answer take, exactly."""
@@ -263,15 +264,12 @@ class VisionLanguageModel(torch.nn.Module):
         """Facts that ``print(model)`` shows beside the layers."""
         return f"id={self.id!r}, image_size={self.image_size}"
 
-    def __getstate__(self) -> dict[str, Any]:
-        # Workers get a copy of the model, but transformers hangs functions on a used one that cannot be sent. It puts
-        # them back at the next call.
-        for module in self.model.modules():
-            hooks = module._forward_hooks
-            for key in [key for key, hook in hooks.items() if hook.__module__ == _CAPTURING]:
-                del hooks[key]
-            vars(module).pop("_output_capturing_hooks_installed", None)
-        return vars(self)
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Workers get a copy. transformers hangs functions on a used model that cannot be sent, and keeps facts about
+        # its class in the process that built it; so the copy is built there, from the configuration and the weights.
+        facts = {name: getattr(self, name) for name in ("id", "image_size", "image_options", "provenance")}
+        network = (type(self.model), self.model.config, self.model.generation_config, self.model.state_dict())
+        return _rebuilt, (network, self.processor, facts)
 
     def __repr__(self) -> str:
         # The network's hundreds of layers would drown the facts; print(model.model) shows them.
@@ -326,6 +324,18 @@ class VisionLanguageModel(torch.nn.Module):
             raise ValueError(
                 f"pixels range over [{low:.4g}, {high:.4g}]: expected [0, 1] plus noise; divide 0..255 by 255"
             )
+
+
+def _rebuilt(network: tuple[Any, ...], processor: Any, facts: dict[str, Any]) -> VisionLanguageModel:
+    """Build a copy of a model in another process."""
+    kind, config, decoding, weights = network
+    with torch.random.fork_rng(devices=[]):
+        model = kind(config)
+    model.generation_config = decoding
+    model.load_state_dict(weights, assign=True)
+    model.tie_weights()
+    model.to(next(iter(weights.values())).device)  # the buffers that are not among the weights
+    return VisionLanguageModel(model.requires_grad_(False).eval(), processor, **facts).eval()
 
 
 class RowSampler(LogitsProcessor):

@@ -1,4 +1,3 @@
-import hashlib
 import importlib.util
 import json
 import shutil
@@ -22,6 +21,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
+from medrobust_lib.downloads import file_sha256
 from medrobust_lib.models import generative
 from medrobust_lib.models.generative import list_vlms, load_vlm
 from medrobust_lib.models.vlm_catalogue import find_vlm
@@ -73,7 +73,7 @@ def test_published_layouts_load_from_the_weights_folder(tmp_path, pixels, name):
     weights = sorted((tmp_path / name).glob("*.safetensors"))
     assert len(weights) == (2 if "llava" in name else 1)
     for path in weights:
-        assert published.provenance["files"][path.name] == hashlib.sha256(path.read_bytes()).hexdigest()
+        assert published.provenance["files"][path.name] == file_sha256(path)
 
     # The same model as transformers writes it today.
     tiny_vlms.write(tmp_path / "present", tiny_vlms.FAMILIES[name])
@@ -121,6 +121,21 @@ def test_a_model_loads_through_the_unchanged_hub_call(hub_cache, tmp_path, pixel
     with pytest.raises(FileNotFoundError, match=r"cannot load 'qwen2-vl-2b'.*offline, so no download was tried"):
         load_vlm("qwen2-vl-2b", revision=COMMIT, **options)
     assert find_row("qwen2-vl-2b", tmp_path / "nothing")["available_offline"]
+
+
+def test_a_pinned_commit_is_the_one_that_is_loaded(hub_cache, tmp_path, pixels):
+    newest = hub_cache("somebody/llava")
+    older = newest.parent / COMMIT
+    for seed, snapshot in enumerate((newest, older)):
+        tiny_vlms.write(snapshot, tiny_vlms.plain_llava, seed=seed)
+    options = {"device": "cpu", "image_size": SIZE, "weights_dir": tmp_path / "nothing"}
+    for revision, snapshot in ((None, newest), (COMMIT, older)):
+        loaded = load_vlm("hf:somebody/llava", revision=revision, **options)
+        expected = load(snapshot)
+        assert loaded.generate(pixels, PROMPT, max_new_tokens=6) == expected.generate(pixels, PROMPT, max_new_tokens=6)
+        assert loaded.provenance["revision"] == snapshot.name
+        assert loaded.provenance["files"] == expected.provenance["files"]
+    assert file_sha256(newest / "model.safetensors") != file_sha256(older / "model.safetensors")
 
 
 def find_row(name, weights_dir):
@@ -319,7 +334,7 @@ def test_incomplete_folders_say_what_is_missing(folder, tmp_path):
 
 
 def test_sha256sums_in_the_folder_are_checked(folder):
-    digest = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+    digest = file_sha256(folder / "model.safetensors")
     sums = folder / "SHA256SUMS"
     sums.write_text(f"{digest}  model.safetensors\n")
     assert load(folder).provenance["files"]["model.safetensors"] == digest
@@ -332,12 +347,19 @@ def test_sha256sums_in_the_folder_are_checked(folder):
 
 
 def test_weights_that_do_not_fit_are_listed(folder):
+    shorter = {"multi_modal_projector.linear_1.bias": torch.zeros(7)}
+    whole = change_tensors(folder, lambda tensors: {**tensors, **shorter})
+    with pytest.raises(
+        ValueError, match=r"fit the model; 1 wrong shapes: model\.multi_modal_projector\.linear_1\.bias$"
+    ):
+        load(folder)
+
     def spoil(tensors):
         kept = {name: tensor for name, tensor in tensors.items() if ".mlp." not in name}
-        return {**kept, "stranger.weight": torch.zeros(1), "multi_modal_projector.linear_1.bias": torch.zeros(7)}
+        return {**kept, "stranger.weight": torch.zeros(1)}
 
-    tensors = change_tensors(folder, spoil)
-    lost = sum(".mlp." in name for name in tensors)
+    change_tensors(folder, spoil)
+    lost = sum(".mlp." in name for name in whole)
     with pytest.raises(ValueError, match=r"a folder does not fit the model") as caught:
         load(folder)
     message = str(caught.value)

@@ -175,9 +175,8 @@ def test_text_features_are_unit_norm_and_do_not_depend_on_their_batch(vlm):
     assert torch.allclose(vlm.text_features([end])[0], features[2], atol=1e-4)
 
 
-def test_text_features_are_the_mean_of_the_last_states(llava):
-    ids = llava.processor.tokenizer("grey lung", return_tensors="pt")["input_ids"]
-    with torch.no_grad():
-        states = llava.model.model.language_model(input_ids=ids).last_hidden_state[0]
-    expected = functional.normalize(states.mean(dim=0), dim=0)
+def test_text_features_are_the_sum_of_the_word_embeddings(llava):
+    ids = llava.processor.tokenizer("grey lung", add_special_tokens=False)["input_ids"]
+    expected = functional.normalize(llava.model.get_input_embeddings().weight[ids].sum(dim=0), dim=0)
     assert torch.allclose(llava.text_features(["grey lung"])[0], expected, atol=1e-5)
+    assert torch.allclose(llava.text_features(["lung"])[0] @ llava.text_features(["lung"])[0], torch.ones(()))
