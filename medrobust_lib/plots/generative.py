@@ -62,7 +62,7 @@ def plot_error_models(table: pd.DataFrame, ax: Axes) -> None:
         rows = rows.sort_values("rate")
         ax.plot(rows.rate, rows.p_lower, color=PALETTE[i % 10], marker=MARKERS[i % 10], ms=5, lw=1.8, label=str(model))
     ax.axhline(0.5, color=REFERENCE, ls=":", lw=1)
-    ax.text(ax.get_xlim()[1], 0.5, "abstains below ", ha="right", va="bottom", fontsize=8, color=REFERENCE)
+    ax.text(0.01, 0.5, "abstains below", transform=ax.get_yaxis_transform(), va="bottom", fontsize=8, color=REFERENCE)
     ax.set(xlabel="error rate of the oracle", ylabel="lower bound of p, the true label's share")
     ax.set_ylim(top=min(1.02, np.nanmax(table.p_lower) + 0.08))
     ax.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
