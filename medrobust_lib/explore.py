@@ -172,7 +172,7 @@ def answer_view(
     shown = [(pixels.cpu(), f"clean\n{'' if truth is None else 'truth: ' + truth}")]
     shown += [(copy, fill(texts[number] or "(no answer)", 24)) for number, copy in enumerate(copies)]
     for ax, (picture, title) in zip(axes[:4], shown, strict=True):
-        ax.imshow(picture.clamp(0, 1).permute(1, 2, 0))
+        ax.imshow(picture.clamp(0, 1).permute(1, 2, 0).numpy())
         ax.set_axis_off()
         ax.set_title(title, fontsize=8, loc="center")
     votes = {name: labels.count(name) for name in oracle.labels if name in labels}

@@ -80,6 +80,13 @@ def test_the_best_point_met_is_returned_not_the_last(weights):
     assert float(recorded(found[None])) == pytest.approx(max(values[:8]), abs=1e-5)
 
 
+def test_a_best_point_inside_the_ball_is_found_there(weights):
+    image = random_image(6, 0.4, 0.6)
+    best = image + 0.2 * weights / weights.norm()
+    found = projected_gradient(lambda x: -(x - best).pow(2).sum(dim=(1, 2, 3)), image, radius=0.5, steps=100)
+    assert float(distances(found, best)) < 2.5 * 0.5 / 100  # the length of a step
+
+
 def test_an_image_that_cannot_be_improved_is_returned_itself():
     image = random_image(3)
     found = projected_gradient(lambda pixels: -(pixels - image).pow(2).sum(dim=(1, 2, 3)), image, radius=0.5)

@@ -2,8 +2,9 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 
-from medrobust_lib import SUITES, explore, load_dataset, load_model
+from medrobust_lib import SUITES, explore, load_dataset, load_model, load_questions, load_vlm
 from medrobust_lib.corruptions.benchmark import corrupted
+from medrobust_lib.smoothing.generative_study import default_oracle
 
 
 @pytest.fixture(scope="module")
@@ -104,3 +105,20 @@ def test_the_severity_slider_changes_the_picture(model, data, drawn):
     before = len(drawn)
     severity.value = 5
     assert len(drawn) > before
+
+
+def test_answer_view_counts_every_copy_and_shows_sentences():
+    asked = load_questions("phantom/blood", task="action", n=8)
+    figure = explore.answer_view(
+        load_vlm("demo-vlm", device="cpu"), asked, default_oracle(asked), index=3, sigma=0.25, n=12
+    )
+    clean, *noisy, bars = figure.axes
+    assert clean.get_title() == f"clean\ntruth: {asked.truths[3]}"
+    assert all(ax.get_title().startswith("<") for ax in noisy)
+    assert sum(bar.get_width() for bar in bars.patches) == 12
+
+
+def test_the_instrument_of_notebook_06_has_its_sliders():
+    asked = load_questions("phantom/blood", task="action", n=8)
+    box = explore.explore_answers(load_vlm("demo-vlm", device="cpu"), asked, default_oracle(asked))
+    assert [control.description for control in box.children[:2]] == ["image", "sigma"]

@@ -3,9 +3,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from medrobust_lib import load_dataset, load_model
+from medrobust_lib import load_dataset, load_model, load_questions
 from medrobust_lib.data.dataset import ImageDataset
-from medrobust_lib.models.caveats import NOT_CLINICAL, caveats
+from medrobust_lib.data.questions import ask
+from medrobust_lib.models.caveats import MADE_UP_ANSWERS, NOT_CLINICAL, SYNTHETIC, caveats, vlm_caveats
 
 
 def encoder(id: str = "demo-clip", image_size: int = 64) -> SimpleNamespace:
@@ -77,3 +78,17 @@ def test_sizes_far_apart_are_named_by_the_shorter_edge(side, input_size, said):
     found = [s for s in caveats(encoder("plip", input_size), images(side=side)) if s.startswith("Preprocessing")]
     assert len(found) == (said is not None)
     assert said is None or said in found[0]
+
+
+def test_generative_models_on_phantoms_say_that_answers_are_made_up():
+    asked = load_questions("phantom/blood", n=8)
+    assert vlm_caveats(SimpleNamespace(id="demo-vlm"), asked) == [SYNTHETIC, MADE_UP_ANSWERS, NOT_CLINICAL]
+    assert (
+        "says nothing about which is best on real images" in vlm_caveats(SimpleNamespace(id="smolvlm-256m"), asked)[2]
+    )
+
+
+def test_generative_models_on_real_images():
+    real = ask(images(), "finding")
+    assert vlm_caveats(SimpleNamespace(id="smolvlm-256m"), real) == [NOT_CLINICAL]
+    assert vlm_caveats(SimpleNamespace(id="demo-vlm"), real)[0].startswith("demo-vlm was trained on synthetic phantoms")

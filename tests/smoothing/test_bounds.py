@@ -399,3 +399,25 @@ def test_bad_input_is_named(call, message):
 def test_more_draws_than_anyone_makes_are_not_planned():
     with pytest.raises(ValueError, match="ratio 0.99999 needs more than 10,000,000 draws; ask for less"):
         bounds.draws_for_ratio(0.99999, 0.001)
+
+
+@pytest.mark.parametrize(
+    ("low", "constant"), [(0.5, 2.0238), (0.6, 1.7641), (0.7, 1.5894), (0.8, 1.4859), (0.9, 1.4908)]
+)
+def test_ratio_constant_of_uniform_distributions(low, constant):
+    p = low + (1 - low) * (np.arange(200_000) + 0.5) / 200_000
+    assert bounds.ratio_constant(p) == pytest.approx(constant, abs=6e-4)
+
+
+def test_ratio_constant_of_one_probability_is_the_published_pointwise_value():
+    assert bounds.ratio_constant(0.8) == pytest.approx(1.698, abs=1e-3)
+    with pytest.raises(ValueError, match=r"lie in \(0\.5, 1\)"):
+        bounds.ratio_constant([0.4, 0.8])
+
+
+def test_the_numbers_of_notebook_06s_first_exercise():
+    composite = bounds.lower_confidence_bound(90, 100, 0.001)
+    assert (round(composite, 3), round(bounds.certified_radius(composite, 0.5), 3)) == (0.775, 0.378)
+    rate, q = bounds.upper_confidence_bound(10, 100, 0.0005), bounds.lower_confidence_bound(90, 100, 0.0005)
+    assert (round(rate, 3), round(q, 3), round(q - rate, 3)) == (0.234, 0.766, 0.532)
+    assert round(bounds.certified_radius(q - rate, 0.5), 3) == 0.041
