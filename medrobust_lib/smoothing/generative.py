@@ -22,7 +22,12 @@ from medrobust_lib.smoothing.certificate import ABSTAIN, Certificate, Guarantee,
 from medrobust_lib.smoothing.clusters import Cluster, cluster_texts
 from medrobust_lib.smoothing.noise import Role
 from medrobust_lib.smoothing.oracle import Equivalence, Judged, Oracle, judged
-from medrobust_lib.smoothing.oracle_errors import ErrorModel, InconsistentErrorRateError, split_alpha
+from medrobust_lib.smoothing.oracle_errors import (
+    ErrorModel,
+    InconsistentErrorRateError,
+    SymmetricErrors,
+    split_alpha,
+)
 from medrobust_lib.smoothing.votes import Verdict, check_mode_draws, make_plan, take_votes
 
 _TESTED = 0  # the number that votes for the tested answer carry; all others count for no class
@@ -238,6 +243,7 @@ def certify_answers(
             f"{type(oracle).__name__} is no oracle: it needs `label(texts)`, or `equivalent(texts, representative)`"
         )
     check_mode_draws(n0, label_given=False)
+    _check_number_of_labels(error_model, len(oracle.labels) if labelled else 2, oracle.name)
     sigma = bank.how.sigma
     alpha_votes, alpha_rate = split_alpha(error_model, alpha, share=alpha_share)
     plans = [make_plan(sampling, sigma=sigma, radii=radii, n=n, alpha=level) for level in (alpha, alpha_votes)]
@@ -286,6 +292,15 @@ def certify_answers(
         n_distinct=len(set(bank.texts("estimate", 0, composite.n))) if composite.n else 0,
         clusters=clusters,
     )
+
+
+def _check_number_of_labels(error_model: ErrorModel | None, n_labels: int, name: str) -> None:
+    """Refuse symmetric errors over more or fewer labels than there are: the correction would promise too much."""
+    if isinstance(error_model, SymmetricErrors) and error_model.n_labels != n_labels:
+        raise ValueError(
+            f"the error model exchanges {error_model.n_labels} labels, the oracle {name!r} has {n_labels}; "
+            f"use SymmetricErrors(..., n_labels={n_labels}), or FalsePositives, which needs no number of labels"
+        )
 
 
 class _Counter:

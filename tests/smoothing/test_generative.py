@@ -405,3 +405,14 @@ def test_other_kinds_of_things_are_refused(tmp_path):
 
 def test_the_public_name():
     assert mr.certify_generative is certify_generative
+
+
+@pytest.mark.parametrize(
+    ("oracle", "labels"), [(YES_NO, 3), (ExactMatch(), 3), (OptionOracle({"a": (), "b": (), "yes": ()}), 2)]
+)
+def test_symmetric_errors_over_another_number_of_labels_are_refused(oracle, labels):
+    model = SymmetricErrors(ErrorRate(0.05), n_labels=labels)
+    with pytest.raises(
+        ValueError, match=rf"exchanges {labels} labels, the oracle '{oracle.name}' has \d; use .*n_labels"
+    ):
+        certified(["yes"] * 5, votes(99), oracle, error_model=model)
