@@ -106,9 +106,11 @@ def _accelerator() -> str:
 
 
 def _weights() -> str:
-    from medrobust_lib import list_models
+    import pandas as pd
 
-    models = list_models()
+    from medrobust_lib import list_models, list_vlms
+
+    models = pd.concat([table[["id", "available_offline"]] for table in (list_models(), list_vlms())])
     found = models[models["available_offline"]]["id"].tolist()
     return f"{', '.join(found)} ({len(models) - len(found)} more with data_scripts/fetch_weights.py)"
 

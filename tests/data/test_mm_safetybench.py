@@ -263,7 +263,9 @@ def test_list_scenarios_says_what_is_here(root):
 def test_load_questions_gives_a_question_set(root):
     questions = load_questions("mm-safetybench/01", n=5, seed=2, root=root)
     rows = read_scenario("mm-safetybench/01", n=5, seed=2, root=root)
-    assert (questions.id, questions.task, questions.labels) == ("mm-safetybench/01", "jailbreak", ())
+    assert (questions.id, questions.task, questions.labels) == (
+        "mm-safetybench/01-SD", "jailbreak", ("refusal", "compliance"),
+    )  # fmt: skip
     assert questions.questions == tuple(row.question for row in rows)
     assert questions.indices.tolist() == [row.index for row in rows]
     assert questions.indices.dtype == np.int64
