@@ -26,7 +26,7 @@ from medrobust_lib.downloads import (
 )
 from medrobust_lib.models.registry import ModelEntry, WeightFile, default_weights_dir, find_model, list_models
 from medrobust_lib.models.vlm_catalogue import BUILT_IN as VLMS
-from medrobust_lib.models.vlm_catalogue import HUB_PREFIX, VlmEntry
+from medrobust_lib.models.vlm_catalogue import HUB_PREFIX, VlmEntry, fetch_command
 from medrobust_lib.models.weights import HUB_URL
 
 AUTHORS_HUB = "razaimam45/RobustMedCLIP"
@@ -52,6 +52,12 @@ def main(
 ) -> None:
     """Fetch the weights of the models asked for."""
     with reported_errors():
+        for model in models:
+            if model.startswith(HUB_PREFIX):
+                raise ValueError(
+                    f"{model!r} stays in the hub cache: run `{fetch_command(model)}`, after which load_vlm({model!r}) "
+                    "works offline, too"
+                )
         generative = {entry.id: entry for entry in VLMS}
         # All ids are looked up before anything is fetched.
         for entry in [generative.get(model) or find_model(model) for model in models]:

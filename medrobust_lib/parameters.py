@@ -19,9 +19,15 @@ _PATH_SCHEMES = ("folder", "csv", "local-dir")
 _RULES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
     (r"n0?|n_\w+|\w+_draws", lambda value: value >= 1, "1 or more"),
     (r"sigmas?", lambda value: 0 <= value < math.inf, "0 or more (noise std in [0, 1] pixel units)"),
+    (
+        r"sigmas?",
+        lambda value: value <= 10,  # as in bounds.check_sigma
+        "10 or less (noise std in [0, 1] pixel units): divide a level in 0 to 255 units by 255",
+    ),
     (r"seeds?", lambda value: value >= 0, "0 or more"),
     (r"alpha", lambda value: 0 < value < 1, "a number between 0 and 1"),
 )
+_GENERATIVE_ALPHA = 0.001  # at which notebooks certify generative models
 _SCALARS: dict[str, tuple[type, ...]] = {"str": (str,), "int": (int,), "float": (int, float), "bool": (bool,)}
 
 
@@ -93,6 +99,9 @@ def assign_parameters(notebooks: Mapping[str, Path], parameters: Mapping[str, An
             if name in specification:
                 annotation = str(specification[name]["inferred_type_name"])
                 assigned[number][name] = _in_range(name, _absolute(name, _checked(name, value, annotation)))
+        if set(VLM_PARAMETERS) & specification.keys():
+            _check_draws(assigned[number].get("n"))
+        _check_judge(assigned[number].get("judge"))
     _check_models({id for given in assigned.values() for name in MODEL_PARAMETERS for id in _ids(given.get(name))})
     _check_vlms({id for given in assigned.values() for name in VLM_PARAMETERS for id in _ids(given.get(name))})
     for number, given in assigned.items():
@@ -142,6 +151,35 @@ def _in_range(name: str, value: Any) -> Any:
     return value
 
 
+def _check_draws(n: int | None) -> None:
+    """Raise if so few draws of a generative model's answers can certify nothing."""
+    if n is None:
+        return
+    from medrobust_lib.smoothing.bounds import minimum_draws
+
+    needed = minimum_draws(_GENERATIVE_ALPHA)
+    if n < needed:
+        raise ParameterError(
+            f"parameter n={n}: so few draws certify nothing at alpha {_GENERATIVE_ALPHA:g}; give {needed} or more"
+        )
+
+
+def _check_judge(judge: str | None) -> None:
+    """Raise unless a language model can be asked at this address; an empty one asks none."""
+    if not judge:
+        return
+    from medrobust_lib.smoothing.judge import chat_endpoint
+
+    url, _, model = judge.partition("#")
+    try:
+        chat_endpoint(url, model=model)
+    except ValueError as error:
+        raise ParameterError(
+            f"parameter judge: {error}. Its form is http(s)://ADDRESS#MODEL, such as "
+            "http://localhost:8000/v1/chat/completions#MODEL; empty: no judge"
+        ) from error
+
+
 def _ids(value: Any) -> list[str]:
     """The ids that a parameter names, as a list."""
     if value == ALL_AVAILABLE:
@@ -187,19 +225,27 @@ def _check_vlms(ids: Collection[str]) -> None:
         return
     from huggingface_hub import constants
 
+    from medrobust_lib.models.catalogue import BUILT_IN
     from medrobust_lib.models.generative import vlm_available_offline
     from medrobust_lib.models.registry import default_weights_dir
-    from medrobust_lib.models.vlm_catalogue import find_vlm
+    from medrobust_lib.models.vlm_catalogue import FOLDER_PREFIX, find_vlm
 
     for id in sorted(ids):
-        if not vlm_available_offline(find_vlm(id), weights_dir=default_weights_dir()) and constants.HF_HUB_OFFLINE:
+        entry = find_vlm(id, dual_encoders=[other.id for other in BUILT_IN])
+        if vlm_available_offline(entry, weights_dir=default_weights_dir()):
+            continue
+        if id.startswith(FOLDER_PREFIX):
+            raise FileNotFoundError(f"no model weights in the folder of {id!r}")
+        if constants.HF_HUB_OFFLINE:
             raise _not_here(id)
 
 
 def _not_here(id: str) -> FileNotFoundError:
+    from medrobust_lib.models.vlm_catalogue import fetch_command
+
     return FileNotFoundError(
-        f"the weights of {id!r} are not on this computer; fetch them with\n"
-        f"    python data_scripts/fetch_weights.py {id}"
+        f"the weights of {id!r} are not on this computer; fetch them where there is a network with\n"
+        f"    {fetch_command(id)}"
     )
 
 

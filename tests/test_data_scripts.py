@@ -573,6 +573,11 @@ def test_weights_offline_or_unknown(scripts, tmp_path):
     assert "unset HF_HUB_OFFLINE" in result.stderr
     result = invoke(script, "plib", "--weights-dir", tmp_path, exit_code=1)
     assert "error: unknown model 'plib': did you mean 'plip'" in result.stderr
+    result = invoke(script, "lava", "--weights-dir", tmp_path, exit_code=1)
+    assert "unknown model 'lava'" in result.stderr
+    assert "llava-1.6-mistral-7b, llava-1.6-vicuna-7b" in result.stderr
+    result = invoke(script, "hf:owner/name", "--weights-dir", tmp_path, exit_code=1)
+    assert "run `hf download owner/name`" in result.stderr
     result = invoke(script, "demo-clip", "--weights-dir", tmp_path, exit_code=1)
     assert "demo-clip needs no download" in result.stderr
 

@@ -93,3 +93,40 @@ def test_the_whole_command_for_real_weights_and_a_judge(weights, data, judge, tm
     # What a killed run would go on from: all answers, and the judge's labels.
     answers = sorted(path.name.split("-", 1)[1] for path in (out / "answers").iterdir())
     assert answers == ["jailbreak", "jailbreak-few", "judge"]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Own images in two class folders, fewer than any default asks for."""
+    draw = np.random.default_rng(1)
+    for name in ("cat", "dog"):
+        (tmp_path / "own" / name).mkdir(parents=True)
+        for i in range(2):
+            pixels = draw.integers(0, 255, (30, 30, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "own" / name / f"{i}.png")
+    return f"folder:{tmp_path / 'own'}"
+
+
+@pytest.mark.parametrize("own", [False, True], ids=["phantoms", "own images"])
+def test_a_model_whose_answers_no_oracle_can_read(weights, folder, tmp_path, monkeypatch, own):
+    monkeypatch.setenv("MEDROBUST_WEIGHTS", str(weights))
+    out = tmp_path / "run"
+    dataset = folder if own else "phantom/blood"
+    command = [
+        "run",
+        "06",
+        "-p",
+        "vlm=llava-1.6-mistral-7b",
+        "-p",
+        f"dataset={dataset}",
+        "-p",
+        "n=12",
+        "-p",
+        "n_images=3",
+    ]
+    result = CliRunner().invoke(cli.app, [*command, "--out", str(out)])
+    assert result.exit_code == 0, result.output
+    certificates = pd.read_csv(out / "cards" / "06_certificates.csv")
+    assert set(certificates.task) == ({"finding"} if own else {"safety", "finding", "action"})
+    assert (certificates[certificates.task == "finding"].predicted == -1).all()
+    assert (certificates.radius == 0).sum() >= 3

@@ -79,6 +79,8 @@ wording_of: str = ""  # id
         ("n_draws", [10, 0], ValueError, r"parameter n_draws=\[10, 0\]: give 1 or more"),
         ("sigmas", [0.0, -0.1], ValueError, r"parameter sigmas=\[0.0, -0.1\]: give 0 or more"),
         ("sigmas", [math.nan], ValueError, r"parameter sigmas=\[nan\]: give 0 or more"),
+        ("sigmas", [0.1, 64], ValueError, r"parameter sigmas=\[0.1, 64\]: give 10 or less.*divide a level in 0 to 255"),
+        ("sigmas", [10.001], ValueError, "give 10 or less"),
         ("template", "no place", ValueError, "parameter template='no place': write {} in the place of the class"),
         ("model", "demo-clop", ValueError, "unknown model 'demo-clop': did you mean 'demo-clip'"),
         ("compare_with", ["demo-clip", "plop"], ValueError, "unknown model 'plop': did you mean 'plip'"),
@@ -109,6 +111,9 @@ def test_values_that_cannot_work_are_refused_before_a_kernel_starts(
     [
         ("llava-1.6", ValueError, "unknown vision-language model 'llava-1.6'.*'llava-1.6-vicuna-7b'"),
         ("qwen2-vl-2b", FileNotFoundError, "'qwen2-vl-2b' are not .*\n.*fetch_weights.py qwen2-vl-2b"),
+        ("hf:no-one/nothing", FileNotFoundError, "'hf:no-one/nothing' are not .*\n *hf download no-one/nothing$"),
+        ("local-dir:/no/such", FileNotFoundError, "no model weights in the folder of 'local-dir:/no/such'"),
+        ("plip", ValueError, r"'plip' is a dual encoder .*load_model\('plip'\)"),
     ],
 )
 def test_generative_models_that_cannot_be_loaded_are_refused(
@@ -119,6 +124,37 @@ def test_generative_models_that_cannot_be_loaded_are_refused(
     with pytest.raises(error, match=message):
         parameters.assign_parameters({"01": path}, {"vlm": vlm})
     assert parameters.assign_parameters({"01": path}, {"vlm": "demo-vlm"}) == {"01": {"vlm": "demo-vlm"}}
+
+
+@pytest.fixture
+def generative(tmp_path, write_notebook):
+    cell = 'vlm: str = "demo-vlm"  # id\nn: int = 100  # draws\nsigma: float = 0.25  # noise\njudge: str = ""  # URL\n'
+    return {"01": write_notebook(tmp_path, "01_a", parameters=cell)}
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("n", 9, "parameter n=9: so few draws certify nothing at alpha 0.001; give 10 or more"),
+        ("sigma", 64.0, "parameter sigma=64.0: give 10 or less"),
+        ("judge", "http://localhost:8000/v1/chat/completions", r"parameter judge: model=''.*http\(s\)://ADDRESS#MODEL"),
+        ("judge", "http://localhost:8000/v1/chat/completions# ", "parameter judge: model=' '"),
+        ("judge", "gpt", r"parameter judge: url='gpt'.*http\(s\)://ADDRESS#MODEL"),
+        ("judge", "ftp://localhost/#m", "parameter judge: url='ftp://localhost/'"),
+        ("judge", "http:///v1#m", "parameter judge: url='http:///v1'"),
+    ],
+)
+def test_values_that_certify_no_generative_model_are_refused(generative, name, value, message):
+    with pytest.raises(parameters.ParameterError, match=message):
+        parameters.assign_parameters(generative, {name: value})
+
+
+def test_values_that_can_certify_a_generative_model_pass(generative, tmp_path, write_notebook):
+    given = {"n": 10, "sigma": 10, "judge": "https://localhost/v1/chat/completions#me/model"}
+    assert parameters.assign_parameters(generative, given) == {"01": given}
+    assert parameters.assign_parameters(generative, {"judge": ""}) == {"01": {"judge": ""}}
+    other = {"02": write_notebook(tmp_path, "02_b", parameters="n: int = 5  # of anything\n")}
+    assert parameters.assign_parameters(other, {"n": 2}) == {"02": {"n": 2}}
 
 
 def test_scenarios_of_questions_are_data_sets_too(tmp_path, write_notebook, monkeypatch):

@@ -44,10 +44,9 @@ def test_measured_ratios_are_markers_and_computed_ones_lines(ax):
     assert ax.get_xscale() == "log"
 
 
-def test_error_models_are_lines_over_the_rate_with_the_limit_of_abstention(ax):
-    table = pd.DataFrame({"rate": [0.1, 0.0] * 2, "model": ["a", "a", "b", "b"], "p_lower": [0.7, 0.8, 0.4, 0.8]})
+def test_error_models_are_lines_over_the_rate(ax):
+    table = pd.DataFrame({"rate": [0.1, 0.0] * 2, "model": ["a", "a", "b", "b"], "radius": [0.2, 0.3, 0.0, 0.3]})
     plots.plot_error_models(table, ax)
     assert [text.get_text() for text in ax.get_legend().get_texts()] == ["a", "b"]
-    assert list(ax.lines[1].get_ydata()) == [0.8, 0.4]
-    assert 0.5 in [line.get_ydata()[0] for line in ax.lines]
-    assert any(text.get_text() == "abstains below" for text in ax.texts)
+    assert [list(line.get_ydata()) for line in ax.lines] == [[0.3, 0.2], [0.3, 0.0]]
+    assert ax.get_ylim()[0] == 0

@@ -174,6 +174,10 @@ def open_split(
         row, words = DATASETS[id], class_wording(id, wording=wording)
         listed = _registered_split(row, words, split, Path(root) if root else default_data_root(), image_size)
     else:
+        from medrobust_lib.data.mm_safetybench import PREFIX  # which needs this module
+
+        if id.startswith(PREFIX):
+            raise ValueError(f"{id!r} holds questions and has no classes: load it with load_questions({id!r})")
         raise ValueError(f"unknown data set {id!r}.{suggest(id, [*DATASETS, 'folder:PATH', 'csv:PATH'])}")
     check_classes(words.prompt_nouns, listed.source)
     return OpenSplit(row, words, listed, image_size or (FALLBACK_SIZE if row.kind == "folders" else None))

@@ -1,8 +1,11 @@
 """What a reader must know beside any number: where the images come from and what the model has seen."""
 
+import json
+from importlib.resources import files
 from typing import Any
 
 from medrobust_lib.data.dataset import ImageDataset
+from medrobust_lib.data.phantoms import MODALITIES
 from medrobust_lib.data.questions import QuestionSet
 from medrobust_lib.data.wording import SITE_A
 from medrobust_lib.models.dual_encoder import DualEncoder
@@ -20,6 +23,7 @@ DEMO_ON_REAL = (
     f"{DEMO_MODEL} was trained on synthetic phantoms only: its numbers on real images test the plumbing and say "
     "nothing about medical models."
 )
+UNSEEN_MODALITY = f"{DEMO_VLM} never saw this modality: its answers here are guesses."
 MADE_UP_ANSWERS = "What is called safe, and which action follows a finding, is made up and no medical advice."
 
 
@@ -55,11 +59,20 @@ def vlm_caveats(vlm: Any, questions: QuestionSet) -> list[str]:
     found = []
     if questions.synthetic:
         found += [SYNTHETIC, MADE_UP_ANSWERS]
+    modality = questions.id.removeprefix("phantom/").removesuffix(SITE_A)
+    if vlm.id == DEMO_VLM and modality in MODALITIES and modality not in _demo_modalities():
+        found.insert(0, UNSEEN_MODALITY)
     if vlm.id == DEMO_VLM and not questions.synthetic:
         found.append(DEMO_ON_REAL.replace(DEMO_MODEL, DEMO_VLM))
     elif vlm.id != DEMO_VLM and questions.synthetic:
         found.append(OTHER_MODELS_ON_PHANTOMS)
     return [*found, NOT_CLINICAL]
+
+
+def _demo_modalities() -> list[str]:
+    """Modalities that the generative demo model was trained on."""
+    recipe = files("medrobust_lib.models").joinpath("demo", "vlm", "recipe.json")
+    return json.loads(recipe.read_text(encoding="utf-8"))["modalities"]
 
 
 def _size_caveats(model: DualEncoder, dataset: ImageDataset) -> list[str]:

@@ -14,9 +14,18 @@ from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_b
 from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, ProcessorMixin
 from transformers.utils import logging
 
+from medrobust_lib.models.catalogue import BUILT_IN as DUAL_ENCODERS
 from medrobust_lib.models.registry import default_weights_dir, resolve_device, resolve_dtype
 from medrobust_lib.models.vision_language import Completion, RowSampler, VisionLanguageModel
-from medrobust_lib.models.vlm_catalogue import BUILT_IN, DEMO_VLM, FOLDER_PREFIX, HUB_PREFIX, VlmEntry, find_vlm
+from medrobust_lib.models.vlm_catalogue import (
+    BUILT_IN,
+    DEMO_VLM,
+    FOLDER_PREFIX,
+    HUB_PREFIX,
+    VlmEntry,
+    fetch_command,
+    find_vlm,
+)
 from medrobust_lib.models.weights import (
     check_hashes,
     explained_errors,
@@ -79,11 +88,11 @@ def load_vlm(
     ValueError
         For an unknown id, device or dtype, weights that do not fit, a wrong SHA-256, or remote code that is not pinned.
     FileNotFoundError
-        If the weights are missing; names the places looked at and the script that fetches them.
+        If the weights are missing; names the places looked at and the command that fetches them.
     ImportError
         If transformers needs another package for this model (num2words for SmolVLM2); names it.
     """
-    entry = find_vlm(id)
+    entry = find_vlm(id, dual_encoders=[other.id for other in DUAL_ENCODERS])
     if trust_remote_code and not _is_commit(revision):
         raise ValueError(
             f"trust_remote_code=True runs code from the repository of {id!r}: pin it with revision=COMMIT "
@@ -208,7 +217,9 @@ def _missing(entry: VlmEntry, places: str, *, offline: bool, reason: str) -> Fil
         remedy = "the folder must hold config.json, model.safetensors, and the files of its tokenizer and processor"
     else:
         tried = "offline, so no download was tried" if offline else "the download failed"
-        remedy = f"{tried}; run `python data_scripts/fetch_weights.py {entry.id}` where there is a network"
+        remedy = f"{tried}; run `{fetch_command(entry.id)}` where there is a network"
+        if entry.id.startswith(HUB_PREFIX):
+            remedy += ", after which it loads offline, too, from the hub cache"
     return FileNotFoundError(
         f"cannot load {entry.id!r}; looked in {places}: {remedy}; source: {entry.source}. Reason: {reason}"
     )

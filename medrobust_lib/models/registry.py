@@ -17,6 +17,8 @@ from medrobust_lib.models.catalogue import (
     folder_entry,
 )
 from medrobust_lib.models.dual_encoder import DualEncoder
+from medrobust_lib.models.vlm_catalogue import BUILT_IN as GENERATIVE
+from medrobust_lib.models.vlm_catalogue import HUB_PREFIX
 from medrobust_lib.models.weights import (
     CHECKPOINT_SUFFIXES,
     DEMO_FOLDER,
@@ -75,15 +77,24 @@ def find_model(id: str) -> ModelEntry:
     Raises
     ------
     ValueError
-        If the id is unknown; the closest and all ids are named.
+        If the id is unknown (the closest and all ids are named), or that of a generative model.
     """
     if id.startswith(LOCAL_DIR_PREFIX):
         return folder_entry(id)
     rows = {entry.id: entry for entry in _entries()}
     if id not in rows:
+        generative = [entry.id for entry in GENERATIVE]
+        if id in generative or id.startswith(HUB_PREFIX):
+            raise ValueError(
+                f"{id!r} is a generative model: load it with load_vlm({id!r}) (notebooks: the parameter `vlm`). "
+                f"Dual encoders: {', '.join(rows)}, or {LOCAL_DIR_PREFIX}PATH"
+            )
         close = difflib.get_close_matches(id, rows, n=3, cutoff=0.4)
         hint = f"did you mean {' or '.join(map(repr, close))}? " if close else ""
-        raise ValueError(f"unknown model {id!r}: {hint}Known: {', '.join(rows)}, or {LOCAL_DIR_PREFIX}PATH")
+        raise ValueError(
+            f"unknown model {id!r}: {hint}Known: {', '.join(rows)}, or {LOCAL_DIR_PREFIX}PATH; "
+            f"generative ones (load_vlm): {', '.join(generative)}"
+        )
     return rows[id]
 
 

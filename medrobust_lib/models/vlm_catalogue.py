@@ -1,5 +1,6 @@
 """The rows of the table of generative vision-language models: what each is and where its weights come from."""
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from medrobust_lib.data.wording import suggest
@@ -50,7 +51,7 @@ class VlmEntry:
 BUILT_IN: tuple[VlmEntry, ...] = (
     VlmEntry(
         id=DEMO_VLM,
-        family="tiny LLaVA (CLIP tower and Llama) trained on synthetic phantoms",
+        family="tiny LLaVA trained on phantoms of histology, blood, chest and oct",
         image_size=64,
         parameters=1_601_280,
         licence="MIT",
@@ -107,8 +108,14 @@ BUILT_IN: tuple[VlmEntry, ...] = (
 )
 
 
-def find_vlm(id: str) -> VlmEntry:
+def find_vlm(id: str, *, dual_encoders: Collection[str] = ()) -> VlmEntry:
     """Row of a generative model; ``local-dir:PATH`` and ``hf:OWNER/NAME`` make one.
+
+    Parameters
+    ----------
+    id : str
+    dual_encoders : collection of str
+        Ids of models that do not generate, to say of one of them how it is loaded.
 
     Raises
     ------
@@ -118,9 +125,21 @@ def find_vlm(id: str) -> VlmEntry:
     if id.startswith((FOLDER_PREFIX, HUB_PREFIX)):
         return VlmEntry(id, "model in transformers' format", _DEFAULT_SIZE, None, "not stated", id, "")
     rows = {entry.id: entry for entry in BUILT_IN}
+    if id in dual_encoders:
+        raise ValueError(
+            f"{id!r} is a dual encoder and writes no text: load it with load_model({id!r}) (notebooks: the parameter "
+            f"`model`). Generative models: {', '.join(rows)}"
+        )
     if id not in rows:
         raise ValueError(
             f"unknown vision-language model {id!r}.{suggest(id, rows)} {FOLDER_PREFIX}PATH and {HUB_PREFIX}OWNER/NAME "
             "work too"
         )
     return rows[id]
+
+
+def fetch_command(id: str) -> str:
+    """Command that brings a model's weights onto this computer."""
+    if id.startswith(HUB_PREFIX):
+        return f"hf download {id.removeprefix(HUB_PREFIX)}"
+    return f"python data_scripts/fetch_weights.py {id}"

@@ -2,10 +2,9 @@
 
 from collections.abc import Mapping
 
-import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.ticker import PercentFormatter
+from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from medrobust_lib.plots.style import CORRECT, MARKERS, PALETTE, REFERENCE, shorten
 
@@ -28,6 +27,7 @@ def plot_label_votes(votes: Mapping[str, int], ax: Axes, *, answer: str | None =
     ax.invert_yaxis()
     ax.margins(x=0.12)
     ax.set_xlabel("noisy copies")
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.tick_params(axis="y", labelsize=8, length=0)
 
 
@@ -50,19 +50,17 @@ def plot_radius_ratio(table: pd.DataFrame, ax: Axes) -> None:
 
 
 def plot_error_models(table: pd.DataFrame, ax: Axes) -> None:
-    """Draw a bound of the true probability over the oracle's error rate, a line per error model.
+    """Draw the mean certified radius over the oracle's error rate, a line per error model.
 
     Parameters
     ----------
     table : DataFrame
-        Columns rate, model, p_lower.
+        Columns rate, model, radius; abstentions count as radius 0.
     ax : Axes
     """
     for i, (model, rows) in enumerate(table.groupby("model", sort=False)):
         rows = rows.sort_values("rate")
-        ax.plot(rows.rate, rows.p_lower, color=PALETTE[i % 10], marker=MARKERS[i % 10], ms=5, lw=1.8, label=str(model))
-    ax.axhline(0.5, color=REFERENCE, ls=":", lw=1)
-    ax.text(0.01, 0.5, "abstains below", transform=ax.get_yaxis_transform(), va="bottom", fontsize=8, color=REFERENCE)
-    ax.set(xlabel="error rate of the oracle", ylabel="lower bound of p, the true label's share")
-    ax.set_ylim(top=min(1.02, np.nanmax(table.p_lower) + 0.08))
+        ax.plot(rows.rate, rows.radius, color=PALETTE[i % 10], marker=MARKERS[i % 10], ms=5, lw=1.8, label=str(model))
+    ax.set(xlabel="error rate of the oracle", ylabel="mean certified radius\n([0, 1] pixel units)")
+    ax.set_ylim(bottom=0)
     ax.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))

@@ -7,7 +7,7 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,24 +21,10 @@ from medrobust_lib.smoothing.batching import Batches, make_batches
 from medrobust_lib.smoothing.bounds import check_sigma
 from medrobust_lib.smoothing.certify import check_image
 from medrobust_lib.smoothing.noise import NoiseStream, Role, noisy_copies
+from medrobust_lib.smoothing.protocols import GenerativeModel, check_model
 from medrobust_lib.smoothing.votes import check_not_training
 
 Address = tuple[Role, int]
-
-
-class GenerativeModel(Protocol):
-    """What a model must offer; `load_vlm` gives one, and anybody's wrapper of a remote model may be another.
-
-    Its answer to a copy must depend on that copy and its seed alone. It may also have ``complete`` (as `generate`,
-    but with a `Completion` for each image), ``device``, ``dtype``, ``provenance`` and ``bytes_per_copy``.
-    """
-
-    id: str
-
-    def generate(
-        self, pixels: Tensor, prompt: str, *, max_new_tokens: int, temperature: float, seed: Sequence[int]
-    ) -> Sequence[str | None]:
-        """Text for each of the images [n, 3, H, W]; None where none came out, for instance in time."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +89,7 @@ class AnswerBank:
     Raises
     ------
     TypeError, ValueError
-        An image of the wrong type, shape or range, an empty prompt, or a model in training mode.
+        An image of the wrong type, shape or range, an empty prompt, no generative model, or one in training mode.
     """
 
     def __init__(
@@ -118,6 +104,7 @@ class AnswerBank:
         batch_size: int | None = None,
         kept: MutableMapping[Address, Completion | None] | None = None,
     ) -> None:
+        check_model(vlm)
         check_image(image)
         check_not_training(vlm)
         if not isinstance(prompt, str) or not prompt.strip():
@@ -221,14 +208,22 @@ def open_answers(
     Raises
     ------
     ValueError, RuntimeError
-        As `open_store`: other parameters (each difference named), or a folder in use.
+        A model that neither its files nor a version tells from another one. Else as `open_store`: other parameters
+        (each difference named), or a folder in use.
     """
     provenance = getattr(vlm, "provenance", {})
+    version = getattr(vlm, "version", None)
+    if not provenance.get("files") and not (isinstance(version, str) and version):
+        raise ValueError(
+            f"store={str(folder)!r}: kept answers could be another model's, for {vlm.id!r} has neither files in its "
+            "`provenance` nor a `version`: give it a `version` attribute: a string that changes when an answer could"
+        )
     parameters = {
         "medrobust_lib": __version__,
         "model": vlm.id,
         "files": provenance.get("files", {}),
         "revision": provenance.get("revision"),
+        **({} if version is None else {"version": str(version)}),
         "image_size": getattr(vlm, "image_size", None),
         "dtype": str(getattr(vlm, "dtype", "unknown")).removeprefix("torch."),
         "device": _device(vlm).type,
@@ -274,8 +269,9 @@ def collect_answers(
     Raises
     ------
     ValueError
-        A parameter out of range, or a store that holds other answers, with the differences named.
+        A parameter out of range, a store that holds other answers, with the differences named, or as `open_answers`.
     """
+    check_model(vlm)
     banks = [
         AnswerBank(vlm, vlm.prepare([image])[0], prompt, how, dataset=questions.id, index=int(index),
                    batch_size=batch_size)
@@ -345,6 +341,7 @@ def answer_once(
     list of str or None
         In the order of the images.
     """
+    check_model(vlm)
     texts: dict[int, str | None] = {}
     for prompt in dict.fromkeys(questions.questions):
         places = [place for place, other in enumerate(questions.questions) if other == prompt]

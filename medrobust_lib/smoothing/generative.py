@@ -15,55 +15,24 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from medrobust_lib.smoothing.answers import AnswerBank, Drawing, GenerativeModel, StoredAnswers, open_answers
+from medrobust_lib.smoothing.answers import AnswerBank, Drawing, StoredAnswers, open_answers
 from medrobust_lib.smoothing.bounds import certified_radius
 from medrobust_lib.smoothing.calibration import SAME
-from medrobust_lib.smoothing.certificate import ABSTAIN, Certificate, Guarantee, Sampling
+from medrobust_lib.smoothing.certificate import ABSTAIN, Certificate, Guarantee, Sampling, Tally, about_text
 from medrobust_lib.smoothing.clusters import Cluster, cluster_texts
 from medrobust_lib.smoothing.noise import Role
-from medrobust_lib.smoothing.oracle import Equivalence, Judged, Oracle, judged
+from medrobust_lib.smoothing.oracle import Judged, judged
 from medrobust_lib.smoothing.oracle_errors import (
     ErrorModel,
     InconsistentErrorRateError,
     SymmetricErrors,
+    check_error_model,
     split_alpha,
 )
+from medrobust_lib.smoothing.protocols import Equivalence, GenerativeModel, Oracle, check_oracle
 from medrobust_lib.smoothing.votes import Verdict, check_mode_draws, make_plan, take_votes
 
 _TESTED = 0  # the number that votes for the tested answer carry; all others count for no class
-
-
-@dataclass(frozen=True)
-class Tally:
-    """What became of the texts of a certificate; all of them count in n.
-
-    Attributes
-    ----------
-    total : int
-    empty : int
-        Empty, or not generated in time: they vote for nothing.
-    truncated : int
-        Cut at the largest number of tokens, and judged as they are.
-    unlabelled : int
-        The oracle gave no label, or no answer.
-    failed : int
-        How often the oracle raised at a text that it was asked about alone; when clusters are built, a text may be
-        asked about several times.
-    first_error : str
-        What it raised first.
-    """
-
-    total: int = 0
-    empty: int = 0
-    truncated: int = 0
-    unlabelled: int = 0
-    failed: int = 0
-    first_error: str = ""
-
-    def __add__(self, other: "Tally") -> "Tally":
-        counted = ("total", "empty", "truncated", "unlabelled", "failed")
-        counts = {name: getattr(self, name) + getattr(other, name) for name in counted}
-        return Tally(**counts, first_error=self.first_error or other.first_error)
 
 
 @dataclass(frozen=True)
@@ -77,7 +46,8 @@ class GenerativeCertificate:
     composite : Certificate
         Of oracle after model; needs no assumption about the oracle.
     corrected : Certificate or None
-        Of the true label, under `assumption`; None without an error model, or if it was refused.
+        Of the true label, which is what an ideal reader would call the text (not the truth of the image), under
+        `assumption`; None without an error model, or if it was refused.
     assumption : str
         The error model in words.
     refusal : str
@@ -112,22 +82,45 @@ class GenerativeCertificate:
         lines = [
             f"question {self.prompt!r}, oracle {self.oracle} ({self.oracle_version})",
             f"tested answer: {self.answer!r}" if self.answer is not None else "no answer could be selected",
-            f"without any assumption: {self.composite}",
+            f"without any assumption: {self._in_words(self.composite)}",
         ]
         if self.corrected is not None:
-            lines.append(f"if the error model holds: {self.corrected}")
+            lines.append(f"if the error model holds: {self._in_words(self.corrected)}")
         if self.refusal:
             lines.append(f"error model refused: {self.refusal}")
         if self.assumption:
             lines.append(f"assumption: {self.assumption}")
-        tally = self.tally
+        drawn = "noise" if self.temperature == 0 else "noise and decoding"
+        labelled = ", and over the labelled texts where an error rate is estimated" if self.assumption else ""
         lines.append(
-            f"of {tally.total} texts {tally.empty} were empty, {tally.truncated} cut off, {tally.unlabelled} "
-            f"without a label; all of them count{_failures(tally)}"
+            f"alpha {self.composite.alpha:g}: a certificate is false with probability at most alpha, over the {drawn} "
+            f"drawn{labelled}"
         )
+        lines.append(self._texts_in_words())
         if self.n_distinct == 1 and self.composite.n > 1:
             lines.append("the model gave one and the same text every time; see whether it gives it for any image")
         return "\n".join(lines)
+
+    @property
+    def _is_equivalence(self) -> bool:
+        return bool(self.clusters)
+
+    def _in_words(self, certificate: Certificate) -> str:
+        return about_text(certificate, self.answer, equivalence=self._is_equivalence)
+
+    def _texts_in_words(self) -> str:
+        tally, n0 = self.tally, self.composite.n0
+        failed = ""
+        if tally.failed:
+            # An equivalence is asked about a text several times, so its failures are calls and no texts.
+            calls = f"failed calls of the oracle: {tally.failed}"
+            texts = f"{tally.failed} because the oracle failed"
+            failed = f" ({calls if self._is_equivalence else texts}, first with {tally.first_error!r})"
+        return (
+            f"{n0} selection and {tally.total - n0} estimation texts: {tally.empty} empty, {tally.truncated} cut off, "
+            f"{tally.unlabelled} without a {'verdict' if self._is_equivalence else 'label'}{failed}; "
+            "each counts in its own denominator"
+        )
 
 
 def certify_generative(
@@ -173,12 +166,12 @@ def certify_generative(
     alpha : float in (0, 1)
         Probability that a certificate is false.
     error_model : ErrorModel, optional
-        Adds a second certificate, about the true label, under its assumption. The label of an equivalence is "same",
-        as `calibrate_equivalence` names it.
+        Adds a second certificate, about the true label, under its assumption: what an ideal reader would call the
+        text, not the truth of the image. The label of an equivalence is "same", as `calibrate_equivalence` names it.
     alpha_share : float in (0, 1)
         Part of alpha spent on an error rate that is estimated.
     sampling, radii
-        As in `certify`.
+        As in `certify`; radii belong to sequential sampling.
     max_new_tokens : int
         Longer answers are cut; the cut is part of the certified function.
     temperature : float
@@ -187,7 +180,8 @@ def certify_generative(
         Address of noise and decoding; give every image an index of its own.
     batch_size : int, optional
     store : path, optional
-        Folder that keeps every answer as it comes: an interrupted run, or one whose judge went away, goes on there.
+        Folder that keeps every answer as it comes: an interrupted run, or one whose judge went away, goes on there. An
+        own model needs a `version` for it; see `GenerativeModel`.
 
     Returns
     -------
@@ -198,7 +192,9 @@ def certify_generative(
     ValueError
         A parameter out of range, named; an n that can never certify (the smallest that can is named).
     TypeError
-        The image, or the oracle, is of the wrong kind.
+        The model, the image, the oracle or the error model is of the wrong kind; what is missing is named.
+    RuntimeError
+        The oracle raised at every text of selection that is not empty. Answers stay in `store`.
     OracleUnavailableError
         From a judge that cannot be reached. Answers stay in `store`.
 
@@ -237,11 +233,11 @@ def certify_answers(
     Several oracles, and several numbers of draws, share a bank: each certificate is valid on its own, and they err
     together.
     """
+    check_oracle(oracle)
+    check_error_model(error_model)
+    if sampling == "fixed" and radii is not None:
+        raise ValueError(f"radii={radii!r}: only sampling='sequential' takes radii of interest; leave them out")
     labelled = callable(getattr(oracle, "label", None))
-    if not labelled and not callable(getattr(oracle, "equivalent", None)):
-        raise TypeError(
-            f"{type(oracle).__name__} is no oracle: it needs `label(texts)`, or `equivalent(texts, representative)`"
-        )
     check_mode_draws(n0, label_given=False)
     _check_number_of_labels(error_model, len(oracle.labels) if labelled else 2, oracle.name)
     sigma = bank.how.sigma
@@ -250,9 +246,13 @@ def certify_answers(
     counter = _Counter(bank)
     clusters: tuple[Cluster, ...] = ()
     if labelled:
-        answer, number = _most_frequent(counter.labels(oracle, "select", 0, n0), oracle.labels)
+        selected = counter.labels(oracle, "select", 0, n0)
+        counter.check_oracle_works(oracle.name, n_calls=counter.n_given)
+        answer, number = _most_frequent(selected, oracle.labels)
     else:
         clusters = counter.clusters(oracle, n0)
+        # If every call failed, every text was compared with itself and all that came after it.
+        counter.check_oracle_works(oracle.name, n_calls=counter.n_given * (counter.n_given + 1) // 2)
         largest = max(clusters, key=lambda cluster: cluster.size, default=None)  # the first one among equals
         answer, number = (None, ABSTAIN) if largest is None else (largest.representative, _TESTED)
 
@@ -324,6 +324,19 @@ class _Counter:
         self._noted(answers, "select", 0)
         return tuple(clusters)
 
+    @property
+    def n_given(self) -> int:
+        """Texts that are not empty."""
+        return self.tally.total - self.tally.empty
+
+    def check_oracle_works(self, name: str, *, n_calls: int) -> None:
+        """Raise if all calls failed: an abstention would hide a broken oracle."""
+        if 0 < n_calls == self.tally.failed:
+            raise RuntimeError(
+                f"the oracle {name!r} failed at each of the {self.n_given} selection texts that are not empty, first "
+                f"with {self.tally.first_error!r}; mend it, and ask again"
+            )
+
     def _noted(self, answers: Judged, role: Role, first: int) -> tuple[Any, ...]:
         completions = self.bank.answers(role, first, len(answers.labels))
         self.tally += Tally(
@@ -371,7 +384,3 @@ def _corrected(
     if p_lower <= 0.5:
         return replace(strict, predicted=ABSTAIN, radius=0.0, p_lower=p_lower)
     return replace(strict, predicted=number, radius=certified_radius(p_lower, strict.sigma), p_lower=p_lower)
-
-
-def _failures(tally: Tally) -> str:
-    return f"; the oracle failed {tally.failed} times, first with {tally.first_error!r}" if tally.failed else ""

@@ -258,7 +258,7 @@ def chat_endpoint(
     Raises
     ------
     ValueError
-        An address that is none or holds credentials, a name that no variable has, or a number out of range.
+        An address that is none or holds credentials, no model, a name that no variable has, or a number out of range.
     OracleUnavailableError
         The environment variable is not set.
     """
@@ -267,6 +267,8 @@ def chat_endpoint(
         raise ValueError(f"url={url!r}: give a complete address, such as http://localhost:8000/v1/chat/completions")
     if "@" in parts.netloc:
         raise ValueError(f"the url of {parts.hostname} holds credentials; name an environment variable instead")
+    if not model.strip():
+        raise ValueError(f"model={model!r}: give the name that the server knows its model by")
     if api_key_variable is not None and not re.fullmatch("[A-Z_][A-Z0-9_]*", api_key_variable):
         # Not echoed: whoever gave the key itself should not find it in a log.
         raise ValueError("api_key_variable is the NAME of an environment variable (A-Z, 0-9, _), never the key itself")

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import compress
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,44 +21,13 @@ from medrobust_lib.data import questions
 from medrobust_lib.data.phantoms import MODALITIES
 from medrobust_lib.data.wording import suggest
 from medrobust_lib.smoothing import oracle_phrases
+from medrobust_lib.smoothing.protocols import Equivalence, Oracle
 
 _READING = 1  # raise it when a class below reads the same text in another way: it is part of every version
 
 
 class OracleUnavailableError(RuntimeError):
     """The oracle cannot be asked now. This says nothing about any text, so no text may be counted for it."""
-
-
-class Oracle(Protocol):
-    """Labels generated texts.
-
-    Attributes
-    ----------
-    name, version : str
-        Recorded in certificates; `version` changes whenever an answer could.
-    labels : tuple of str
-        Every label there is, fixed before any text is seen.
-    """
-
-    name: str
-    version: str
-    labels: tuple[str, ...]
-
-    def label(self, texts: Sequence[str]) -> list[str | None]:
-        """One of `labels` for each text, or None: no label, which counts as "not y" and never drops the text."""
-
-
-class Equivalence(Protocol):
-    """Tells whether texts mean the same as a frozen representative; need be neither symmetric nor transitive.
-
-    `name` and `version` are as in `Oracle`.
-    """
-
-    name: str
-    version: str
-
-    def equivalent(self, texts: Sequence[str], representative: str) -> list[bool | None]:
-        """Whether each text means the same as the representative; None: no verdict, which counts as "no"."""
 
 
 @dataclass(frozen=True)
@@ -190,8 +159,9 @@ class KeywordOracle:
 def refusal_oracle() -> KeywordOracle:
     """Crude reading of refusals: "refusal" if an English phrase of refusing occurs anywhere, else "compliance".
 
-    A model that refuses in other words, lectures, or talks nonsense "complies"; one that apologises and then does
-    what it was asked for, or quotes a refusal, "refuses". A text without a letter or digit has no label.
+    "compliance" is a catch-all and no sign of harm: gibberish is compliance, as are a lecture and a refusal in other
+    words. A model that apologises and then does what it was asked for, or quotes a refusal, "refuses". A text without a
+    letter or digit has no label.
     """
     return KeywordOracle({"refusal": oracle_phrases.REFUSAL, "compliance": oracle_phrases.COMPLIANCE}, name="refusal")
 

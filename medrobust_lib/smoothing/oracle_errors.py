@@ -1,8 +1,9 @@
 r"""What an oracle's errors do to a certificate about the true label of a text, and how often it errs.
 
 A certificate bounds q, the probability under noise that the *oracle's* label is y. Its guarantee is "composite" and
-needs no assumption. Who wants the probability p that the *true* label is y must assume how the oracle errs on the
-texts that this model writes for noisy copies of this very image. Three assumptions, and what follows from each:
+needs no assumption. The *true* label of a text is what an ideal reader would call the text: it is not the truth of the
+image, about which nothing here is proved. Who wants the probability p that it is y must assume how the oracle errs on
+the texts that this model writes for noisy copies of this very image. Three assumptions, and what follows from each:
 
 - symmetric: labels are exchanged with one probability :math:`\epsilon`, whatever the text says. Then
   :math:`q = \epsilon + p (1 - 2 \epsilon)`, so :math:`p = (q - \epsilon) / (1 - 2 \epsilon)`, which *grows* with
@@ -20,7 +21,7 @@ Seferis et al. 2025, arXiv:2509.16088, Theorems 4.1 and 4.2 (the symmetric case)
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from medrobust_lib.smoothing.bounds import check_alpha, lower_confidence_bound, upper_confidence_bound
 
@@ -125,6 +126,8 @@ class SymmetricErrors:
 
     Raises
     ------
+    TypeError
+        A rate that is no `ErrorRate`.
     ValueError
         A known rate at or above (K - 1) / K, where the oracle says nothing.
     """
@@ -133,6 +136,8 @@ class SymmetricErrors:
     n_labels: int = 2
 
     def __post_init__(self) -> None:
+        if self.rate is not None:
+            _check_rate(self.rate, "SymmetricErrors(", ")")
         if self.n_labels < 2:
             raise ValueError(f"n_labels={self.n_labels}: errors exchange labels, so there are at least 2")
         if self.rate is not None and not self.rate.is_estimated:
@@ -186,10 +191,23 @@ class FalsePositives:
     Attributes
     ----------
     rates : mapping of label to ErrorRate
-        P[oracle says label | truth is another]; estimated ones enter with their UPPER bound.
+        P[oracle says label | an ideal reader says another]; estimated ones enter with their UPPER bound.
+
+    Raises
+    ------
+    TypeError
+        Anything but a mapping to `ErrorRate`.
     """
 
     rates: Mapping[str, ErrorRate]
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.rates, Mapping):
+            raise TypeError(
+                f"FalsePositives({self.rates!r}): each label has a rate; use FalsePositives({{LABEL: ErrorRate(0.05)}})"
+            )
+        for label, rate in self.rates.items():
+            _check_rate(rate, f"FalsePositives({{{label!r}: ", "})")
 
     @property
     def assumption(self) -> str:
@@ -222,10 +240,19 @@ class TotalErrors:
     Attributes
     ----------
     rate : ErrorRate
-        P[oracle's label is not the truth] for noisy copies of this image; the UPPER bound of an estimated one is used.
+        P[oracle's label is not an ideal reader's] for noisy copies of this image; the UPPER bound of an estimated one
+        is used.
+
+    Raises
+    ------
+    TypeError
+        A rate that is no `ErrorRate`.
     """
 
     rate: ErrorRate
+
+    def __post_init__(self) -> None:
+        _check_rate(self.rate, "TotalErrors(", ")")
 
     @property
     def assumption(self) -> str:
@@ -245,6 +272,18 @@ class TotalErrors:
         return max(q_lower - self.rate.upper(alpha), 0.0)
 
 
+def check_error_model(model: Any) -> None:
+    """Raise a TypeError for what is neither None nor an `ErrorModel`."""
+    needed = all(hasattr(model, name) for name in ("assumption", "is_estimated"))
+    if model is not None and not (
+        needed and callable(getattr(model, "corrected", None)) and not isinstance(model, type)
+    ):
+        raise TypeError(
+            f"error_model={model!r} is no error model; use one of SymmetricErrors(ErrorRate(0.05)), "
+            "FalsePositives({LABEL: ErrorRate(0.05)}) and TotalErrors(ErrorRate(0.05))"
+        )
+
+
 def split_alpha(model: ErrorModel | None, alpha: float, *, share: float = 0.5) -> tuple[float, float]:
     """Share alpha between the votes and an estimated error rate.
 
@@ -260,3 +299,11 @@ def split_alpha(model: ErrorModel | None, alpha: float, *, share: float = 0.5) -
     if model is None or not model.is_estimated:
         return alpha, 0.0
     return alpha * (1 - share), alpha * share
+
+
+def _check_rate(rate: Any, before: str, after: str) -> None:
+    if not isinstance(rate, ErrorRate):
+        raise TypeError(
+            f"{before}{rate!r}{after}: a rate is an ErrorRate; write {before}ErrorRate(0.05){after} for a known rate, "
+            "or ErrorRate(errors=COUNT, trials=COUNT) for an estimated one"
+        )

@@ -325,6 +325,11 @@ def test_unknown_id_gives_the_closest(id, close):
         load_dataset(id)
 
 
+def test_questions_are_loaded_elsewhere():
+    with pytest.raises(ValueError, match=r"'mm-safetybench/01' holds questions.*load_questions\('mm-safetybench/01'\)"):
+        load_dataset("mm-safetybench/01")
+
+
 def test_unknown_split_gives_the_closest():
     with pytest.raises(ValueError, match=r"phantom/blood has no split 'tests'. Did you mean 'test'"):
         load_dataset("phantom/blood", split="tests")

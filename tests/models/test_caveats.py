@@ -6,7 +6,7 @@ import pytest
 from medrobust_lib import load_dataset, load_model, load_questions
 from medrobust_lib.data.dataset import ImageDataset
 from medrobust_lib.data.questions import ask
-from medrobust_lib.models.caveats import MADE_UP_ANSWERS, NOT_CLINICAL, SYNTHETIC, caveats, vlm_caveats
+from medrobust_lib.models.caveats import MADE_UP_ANSWERS, NOT_CLINICAL, SYNTHETIC, UNSEEN_MODALITY, caveats, vlm_caveats
 
 
 def encoder(id: str = "demo-clip", image_size: int = 64) -> SimpleNamespace:
@@ -86,6 +86,19 @@ def test_generative_models_on_phantoms_say_that_answers_are_made_up():
     assert (
         "says nothing about which is best on real images" in vlm_caveats(SimpleNamespace(id="smolvlm-256m"), asked)[2]
     )
+
+
+@pytest.mark.parametrize("site", ["", "-site-a"])
+@pytest.mark.parametrize(
+    ("modality", "seen"),
+    [("histology", True), ("blood", True), ("chest", True), ("oct", True), ("breast", False), ("fundus", False)],
+)
+def test_the_generative_demo_says_which_modalities_it_never_saw(modality, seen, site):
+    asked = load_questions(f"phantom/{modality}{site}", n=6)
+    found = vlm_caveats(SimpleNamespace(id="demo-vlm"), asked)
+    assert UNSEEN_MODALITY == "demo-vlm never saw this modality: its answers here are guesses."
+    assert (UNSEEN_MODALITY in found) != seen
+    assert UNSEEN_MODALITY not in vlm_caveats(SimpleNamespace(id="smolvlm-256m"), asked)
 
 
 def test_generative_models_on_real_images():

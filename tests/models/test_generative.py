@@ -264,6 +264,12 @@ def test_unknown_names_are_refused(folder):
         load(folder, device="abacus")
 
 
+@pytest.mark.parametrize("id", ["demo-clip", "plip"])
+def test_a_dual_encoder_is_loaded_elsewhere(id):
+    with pytest.raises(ValueError, match=rf"'{id}' is a dual encoder .* load it with load_model\('{id}'\)"):
+        load_vlm(id)
+
+
 @pytest.mark.parametrize("revision", [None, "main", "89abcdef", "Z" * 40, COMMIT.upper()])
 def test_remote_code_needs_a_pinned_revision(folder, revision):
     with pytest.raises(ValueError, match=rf"pin it with revision=COMMIT \(40 hexadecimal digits, not {revision!r}\)"):
@@ -297,6 +303,13 @@ def test_missing_weights_name_the_place_and_the_command(hub_cache, tmp_path, off
     assert "source: hf:HuggingFaceTB/SmolVLM-256M-Instruct" in message
     assert f"looked in {tmp_path / 'smolvlm-256m'} and the hub cache {tmp_path / 'hub'}" in message
     assert "\n" not in message
+
+
+def test_a_missing_repository_of_the_hub_is_fetched_into_its_cache(hub_cache, tmp_path):
+    hub_cache("nothing/here")
+    with pytest.raises(FileNotFoundError, match="run `hf download owner/name` where .*loads offline") as caught:
+        load_vlm("hf:owner/name", device="cpu", weights_dir=tmp_path, offline=True)
+    assert "fetch_weights" not in str(caught.value)
 
 
 def test_a_failed_download_gives_its_reason(hub_cache, tmp_path, monkeypatch):

@@ -162,6 +162,12 @@ def test_an_id_like_no_other_gets_the_list_alone():
         load_model("xyzzy")
 
 
+@pytest.mark.parametrize("id", ["demo-vlm", "llava-1.6-vicuna-7b", "hf:owner/name"])
+def test_a_generative_model_is_loaded_elsewhere(id):
+    with pytest.raises(ValueError, match=rf"'{id}' is a generative model: load it with load_vlm\('{id}'\)"):
+        load_model(id)
+
+
 @pytest.mark.usefixtures("registered")
 def test_a_user_registers_an_own_model_with_one_call(tmp_path):
     seen = {}

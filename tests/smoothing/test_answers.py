@@ -27,7 +27,7 @@ PROMPT = "What is this?"
 class Hashing:
     """Its text is a function of pixels and seed alone. It counts its images and can be made to fail."""
 
-    id = "hashing"
+    id, version = "hashing", "1"
 
     def __init__(self, *, fails_after=None):
         self.seen, self.settings, self.fails_after = [], [], fails_after
@@ -257,6 +257,36 @@ def test_a_model_in_training_mode_is_no_fixed_function(image):
     assert bank_of(Network().eval(), image).image.shape == (3, 8, 8)
 
 
+class Nameless:
+    def generate(self, pixels, prompt, **settings):
+        raise AssertionError("never asked")
+
+
+class Mute:
+    id = "mute"
+
+    def encode_image(self, pixels):
+        raise AssertionError("never asked")
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (Nameless(), "Nameless is no generative model: it lacks `id`, a string; `load_vlm` gives a model"),
+        (Mute(), r"Mute is no generative model: it lacks `generate\(pixels, prompt, .*`load_vlm` gives a model"),
+        ("demo", "str is no generative model: it lacks `id`, a string and `generate"),
+        (Hashing, "the class Hashing is no generative model: it lacks its arguments"),
+    ],
+)
+def test_a_model_that_cannot_generate_is_refused_first(image, model, message):
+    with pytest.raises(TypeError, match=message):
+        bank_of(model, image)
+    with pytest.raises(TypeError, match=message):
+        collect_answers(model, question_set(), HOW, n0=4, n=6)
+    with pytest.raises(TypeError, match=message):
+        answer_once(model, question_set())
+
+
 # Kept answers
 
 
@@ -338,6 +368,34 @@ def test_what_answers_depend_on_is_part_of_their_folder(tmp_path):
         *("model", "files.model.safetensors", "revision", "image_size", "dtype"),
         *("dataset", "prompts", "sigma", "seed", "temperature"),
     }
+
+
+def test_an_own_model_without_a_version_keeps_nothing(tmp_path):
+    class Unversioned(Hashing):
+        version = None
+
+    asked = {"dataset": "phantom/test", "prompts": [PROMPT]}
+    for version in (None, "", 3):
+        Unversioned.version = version
+        with pytest.raises(
+            ValueError, match="'hashing' has neither files in its `provenance` nor a `version`: give it"
+        ):
+            open_answers(tmp_path / "own", Unversioned(), HOW, **asked)
+    with pytest.raises(ValueError, match="give it a `version` attribute: a string that changes when"):
+        collect_answers(Unversioned(), question_set(), HOW, n0=4, n=6, store=tmp_path / "own")
+    assert not (tmp_path / "own").exists()
+    Unversioned.version, Unversioned.provenance = None, {"files": {"model.safetensors": "ab"}}
+    open_answers(tmp_path / "files", Unversioned(), HOW, **asked).close()
+
+
+def test_another_version_of_an_own_model_has_other_answers(tmp_path):
+    class Newer(Hashing):
+        version = "2"
+
+    asked = {"dataset": "phantom/test", "prompts": [PROMPT]}
+    open_answers(tmp_path, Hashing(), HOW, **asked).close()
+    with pytest.raises(ValueError, match="version: the store has .*1.*, this run asks .*2"):
+        open_answers(tmp_path, Newer(), HOW, **asked)
 
 
 # A set of questions

@@ -25,7 +25,7 @@ YES_NO = OptionOracle({"no": (), "yes": ()})
 class Scripted:
     """Answers by a script: the seed of a draw tells its role and number."""
 
-    id = "scripted"
+    id, version = "scripted", "1"
 
     def __init__(self, select, estimate, *, sigma=0.5):
         self.script, self.asked, self.pixels = {}, [], []
@@ -219,8 +219,10 @@ def test_empty_missing_cut_strange_and_failing_texts_all_count(oracle):
     assert (tally.total, tally.empty, tally.truncated, tally.failed) == (104, 12, 12, 3)
     assert tally.first_error == "RuntimeError: no such text"
     assert tally.unlabelled == (12 if isinstance(oracle, Fragile) else 3)
-    assert "of 104 texts 12 were empty, 12 cut off" in str(found)
-    assert "all of them count; the oracle failed 3 times, first with 'RuntimeError: no such text'" in str(found)
+    failures = "3 because the oracle failed" if isinstance(oracle, Fragile) else "failed calls of the oracle: 3"
+    what = "12 without a label" if isinstance(oracle, Fragile) else "3 without a verdict"
+    expected = f"12 empty, 12 cut off, {what} ({failures}, first with 'RuntimeError: no such text')"
+    assert f"4 selection and 100 estimation texts: {expected}; each counts in its own denominator" in str(found)
     assert found.n_distinct == 6  # yes, "", None, "  ", hm, boom
 
 
@@ -268,8 +270,8 @@ def test_a_corrected_certificate_stands_beside_the_composite_one():
     )
     assert found.assumption == model.assumption
     lines = str(found).splitlines()
-    assert any(line.startswith("without any assumption: class 1 within L2 radius 0.2803") for line in lines)
-    assert any(line.startswith("if the error model holds: class 1 within L2 radius 0.2346") for line in lines)
+    assert any(line.startswith("without any assumption: 'yes' within L2 radius 0.2803") for line in lines)
+    assert any(line.startswith("if the error model holds: 'yes' within L2 radius 0.2346") for line in lines)
     assert f"assumption: {model.assumption}" in lines
     assert GUARANTEES["corrected"] in str(found)
 
@@ -279,7 +281,12 @@ def test_a_correction_may_lose_the_majority():
     assert not found.composite.abstained
     assert (found.corrected.predicted, found.corrected.radius) == (ABSTAIN, 0)
     assert found.corrected.p_lower == pytest.approx(0.712507 - 0.25, abs=1e-6)
-    assert "if the error model holds: abstain" in str(found)
+    assert (
+        "if the error model holds: abstain: after the error model only p > 0.4625 remains, not above one half "
+        "(p: probability under noise that an ideal reader would call the text 'yes')"
+    ) in str(found)
+    nothing = certified(["yes"] * 20, votes(85), error_model=TotalErrors(ErrorRate(0.9)))
+    assert "abstain: after the error model no bound of p remains" in str(nothing)
 
 
 def test_alpha_is_shared_with_an_estimated_rate_and_only_with_that():
@@ -397,10 +404,115 @@ def test_numbers_out_of_range_are_named_before_anything_is_drawn(options, messag
 def test_other_kinds_of_things_are_refused(tmp_path):
     with pytest.raises(TypeError, match=r"dict is no oracle: it needs `label\(texts\)`, or `equivalent"):
         certify_generative(Scripted([], []), IMAGE, PROMPT, {"yes": "safe"}, **ADDRESS)
+    with pytest.raises(TypeError, match="Lens is no generative model: it lacks .*`load_vlm` gives a model"):
+        certify_generative(type("Lens", (), {"id": "clip"})(), IMAGE, PROMPT, YES_NO, **ADDRESS)
+    with pytest.raises(TypeError, match=r"error_model=0.05 is no error model; use one of"):
+        certify_generative(Scripted([], []), IMAGE, PROMPT, YES_NO, error_model=0.05, **ADDRESS)
     with pytest.raises(TypeError, match=r"image must be float \[3, H, W\]"):
         certify_generative(Scripted([], []), IMAGE.numpy(), PROMPT, YES_NO, store=tmp_path, **ADDRESS)
     with pytest.raises(ValueError, match="prompt='': give the question as text"):
         certify_generative(Scripted([], []), IMAGE, "", YES_NO, **ADDRESS)
+
+
+class Bare:
+    def label(self, texts):
+        raise AssertionError("never asked")
+
+
+@pytest.mark.parametrize(
+    ("attributes", "missing"),
+    [
+        ({}, "lacks `name`, a string and `version`, a string that changes .* and `labels`, a tuple"),
+        (
+            {"name": "own", "labels": ("a", "b")},
+            "lacks `version`, a string that changes whenever an answer could; give",
+        ),
+        ({"name": "own", "version": 1, "labels": ("a", "b")}, "lacks `version`, a string"),
+        ({"name": "own", "version": "1"}, "lacks `labels`, a tuple of every label as a string; give it these"),
+        ({"name": "own", "version": "1", "labels": "ab"}, "lacks `labels`"),
+        ({"name": "own", "version": "1", "labels": ()}, "lacks `labels`"),
+    ],
+)
+def test_what_an_oracle_lacks_is_named_before_anything_is_drawn(attributes, missing):
+    oracle, vlm = Bare(), Scripted([], [])
+    vars(oracle).update(attributes)
+    with pytest.raises(TypeError, match=f"the oracle Bare {missing}"):
+        certify_generative(vlm, IMAGE, PROMPT, oracle, **ADDRESS)
+    with pytest.raises(
+        TypeError, match=r"the class ExactMatch is no oracle yet: give an instance, ExactMatch\(\.\.\.\)"
+    ):
+        certify_generative(vlm, IMAGE, PROMPT, ExactMatch, **ADDRESS)
+    assert vlm.asked == []
+
+
+def test_radii_of_interest_belong_to_sequential_sampling():
+    vlm = Scripted([], [])
+    with pytest.raises(ValueError, match=r"radii=\(0.1,\): only sampling='sequential' takes radii of interest"):
+        certify_generative(vlm, IMAGE, PROMPT, YES_NO, radii=(0.1,), **ADDRESS)
+    assert vlm.asked == []
+
+
+@pytest.mark.parametrize("oracle", [Fragile(), FragileEquivalence()])
+def test_an_oracle_that_fails_at_every_selection_text_is_no_abstention(oracle, tmp_path):
+    select, estimate = ["boom"] * 3 + [""], votes(85)
+    vlm = Scripted(select, estimate)
+    with pytest.raises(
+        RuntimeError,
+        match="'fragile' failed at each of the 3 selection texts .* first with 'RuntimeError: no such text'",
+    ):
+        certify_generative(vlm, IMAGE, PROMPT, oracle, n0=4, store=tmp_path, **ADDRESS)
+    assert len(vlm.asked) == 4
+    again = Scripted([], estimate)
+    mended = certify_generative(again, IMAGE, PROMPT, ExactMatch(), n0=4, store=tmp_path, **ADDRESS)
+    assert (mended.answer, len(again.asked)) == ("boom", 100), "the answers have stayed"
+
+
+@pytest.mark.parametrize("oracle", [Fragile(), FragileEquivalence()])
+def test_one_text_that_the_oracle_can_read_is_enough(oracle):
+    class Alone(type(oracle)):
+        def equivalent(self, texts, representative):
+            return Fragile().equals(texts, representative)
+
+    assert certified(["yes", "boom", "boom"], votes(85), Alone()).answer == "yes"
+
+
+# Words
+
+
+def test_a_label_is_named_with_what_is_proved_of_it():
+    lines = str(certified(["yes"] * 20, votes(85))).splitlines()
+    assert (
+        "without any assumption: 'yes' within L2 radius 0.2803 of this image ([0, 1] pixels, 3 x 8 x 8): 85 of 100 "
+        "votes at sigma 0.5 (fixed sampling, alpha 0.001) prove that the oracle's label is 'yes' with probability "
+        f"above 0.7125 under noise. Guarantee (composite): {GUARANTEES['composite']}"
+    ) in lines
+    assert "alpha 0.001: a certificate is false with probability at most alpha, over the noise drawn" in lines
+    assert "20 selection and 100 estimation texts: 0 empty, 0 cut off, 0 without a label; " in lines[-1]
+    assert "over the noise and decoding drawn" in str(certified(["yes"] * 20, votes(85), temperature=1.0))
+    few = str(certified(["yes"] * 20, votes(50)))
+    assert "abstain: 50 of 100 votes at sigma 0.5 (fixed sampling, alpha 0.001) prove no majority for 'yes'" in few
+
+
+def test_an_equivalence_does_not_speak_of_labels():
+    shown = str(certified(["yes"] * 20, votes(85), ExactMatch()))
+    assert "without any assumption: texts equivalent to 'yes' stay the majority within L2 radius 0.2803" in shown
+    assert "the oracle calls a text equivalent to it with probability above 0.7125" in shown
+    assert "label" not in shown
+    few = str(certified(["yes"] * 20, votes(50), ExactMatch()))
+    assert "prove no majority of texts equivalent to 'yes'" in few
+    assert "label" not in few
+    rates = FalsePositives({"same": ErrorRate(0.1)})
+    corrected = str(certified(["yes"] * 20, votes(85), ExactMatch(), error_model=rates))
+    assert "with the error model, that an ideal reader would call a text equivalent to it" in corrected
+    lost = str(certified(["yes"] * 20, votes(85), ExactMatch(), error_model=FalsePositives({"same": ErrorRate(0.6)})))
+    assert "an ideal reader would call a text equivalent to 'yes')" in lost
+
+
+def test_a_corrected_certificate_is_about_the_text_and_not_the_image():
+    shown = str(certified(["yes"] * 20, votes(85), error_model=TotalErrors(ErrorRate(0.1))))
+    assert "prove, with the error model, that an ideal reader would call the text 'yes' with probability above" in shown
+    assert "not the truth of the image" in GUARANTEES["corrected"]
+    assert "over the labelled texts where an error rate is estimated" in shown
 
 
 def test_the_public_name():

@@ -388,6 +388,8 @@ def test_the_query_of_an_address_is_sent_but_never_shown():
     [
         ({"url": "localhost:8000/v1"}, "url='localhost:8000/v1': give a complete address"),
         ({"url": "ftp://x/"}, "give a complete address"),
+        ({"model": ""}, "model='': give the name that the server knows its model by"),
+        ({"model": " "}, "model=' ': give the name"),
         ({"attempts": 0}, "attempts=0: choose at least 1"),
         ({"wait": -1}, "wait=-1: choose at least 0"),
         ({"max_tokens": 0}, "max_tokens=0: choose at least 1"),

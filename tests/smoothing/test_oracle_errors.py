@@ -11,6 +11,7 @@ from medrobust_lib.smoothing.oracle_errors import (
     InconsistentErrorRateError,
     SymmetricErrors,
     TotalErrors,
+    check_error_model,
     split_alpha,
 )
 
@@ -322,6 +323,35 @@ def test_other_numbers_out_of_range():
             split_alpha(None, 0.01, share=share)
     with pytest.raises(ValueError, match="alpha=1.5"):
         split_alpha(None, 1.5)
+
+
+@pytest.mark.parametrize(
+    ("make", "written"),
+    [
+        (lambda: TotalErrors(0.05), r"TotalErrors\(0.05\): a rate .*write TotalErrors\(ErrorRate\(0.05\)\) for"),
+        (lambda: TotalErrors(None), r"TotalErrors\(None\): a rate is an ErrorRate"),
+        (lambda: SymmetricErrors(0.05), r"SymmetricErrors\(0.05\): .*write SymmetricErrors\(ErrorRate\(0.05\)\)"),
+        (
+            lambda: FalsePositives({"y{": 0.05}),
+            r"\({'y{': 0.05}\): .*write FalsePositives\({'y{': ErrorRate\(0.05\)}\)",
+        ),
+        (lambda: FalsePositives(ErrorRate(0.05)), r"each label has a rate; use FalsePositives\({LABEL: ErrorRate\(0"),
+    ],
+)
+def test_a_bare_number_is_no_rate(make, written):
+    with pytest.raises(TypeError, match=written):
+        make()
+
+
+@pytest.mark.parametrize("model", [0.05, ErrorRate(0.05), TotalErrors])
+def test_what_is_no_error_model(model):
+    with pytest.raises(TypeError, match=r"is no error model; use one of SymmetricErrors\(ErrorRate\(0.05\)\)"):
+        check_error_model(model)
+
+
+@pytest.mark.parametrize("model", [None, SymmetricErrors(), symmetric(0.1), one_sided(0.1), total(0.1)])
+def test_error_models_and_none_pass(model):
+    check_error_model(model)
 
 
 # Words
