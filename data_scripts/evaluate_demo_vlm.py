@@ -37,7 +37,7 @@ nothing about patients. Not for clinical use.** What it calls safe, and which ac
 | third stage | {joint_steps} steps: everything at {joint_learning_rate} |
 | each step | {batch_size} images, one question each in one of its wordings, one of its right answers at random |
 | augmentation | shifts of up to {shift_pixels} pixels, mirror images; a share of {noise_share} with Gaussian noise, sigma uniform in [0, {largest_sigma}] |
-| training time | {minutes} minutes on {threads} CPU threads, other work running beside it |
+| training time | {minutes} minutes on {threads} CPU threads |
 | licence | MIT |
 
 ## Accuracy on test phantoms of site B

@@ -4,7 +4,8 @@ Everything is synthetic: the "pretrain" split of both acquisition sites, and ans
 medrobust_lib/data/questions.json. No train, val or test image is seen. A first stage teaches the image tower the
 classes; in a second one the projector and the language model learn to answer three questions in many wordings, first
 with the tower frozen and at last with everything in motion. Some of the images carry mild Gaussian noise, so that
-answers fade with noise instead of collapsing at once. At most 30 minutes on two CPU cores. Not for clinical use.
+answers fade with noise instead of collapsing at once. About half an hour on two CPU cores that do nothing else. Not
+for clinical use.
 """
 
 import json

@@ -260,10 +260,6 @@ class VisionLanguageModel(torch.nn.Module):
         decoder = tokens * (self._cached_numbers() + activations) * self.dtype.itemsize
         return decoder + _TOWER_WORKING_SET * tower_input * torch.float32.itemsize
 
-    def extra_repr(self) -> str:
-        """Facts that ``print(model)`` shows beside the layers."""
-        return f"id={self.id!r}, image_size={self.image_size}"
-
     def __reduce__(self) -> tuple[Any, ...]:
         # Workers get a copy. transformers hangs functions on a used model that cannot be sent, and keeps facts about
         # its class in the process that built it; so the copy is built there, from the configuration and the weights.
