@@ -98,7 +98,7 @@ def main(
 def measure(model: DualEncoder, dataset: str, *, n: int, sigma: float) -> dict[str, float | str]:
     """Zero-shot accuracy with interval, chance and majority share of one set at one noise level."""
     data = mr.load_dataset(dataset, n=n)
-    features = noisy_features(model, data, sigma=sigma)
+    features = noisy_features(model, data, sigma=sigma, role="estimate")
     texts = model.class_features(data.classes, data.templates[:1])
     answers = model.probabilities(features, texts).argmax(1).numpy()
     low, high = metrics.accuracy_interval(int((answers == data.labels).sum()), len(data))

@@ -83,6 +83,11 @@ def test_confusion_rows_are_shares_of_the_true_class(ax):
     assert [text.get_text() for text in ax.texts] == ["0.50", "0.50", "0.00", "1.00"]
 
 
+def test_an_abstention_stays_in_the_confusion_matrix_denominator(ax):
+    plots.plot_confusion(np.array([0, 0, 1, 1]), np.array([0, -1, 1, 1]), ["a", "b"], ax)
+    assert [text.get_text() for text in ax.texts] == ["0.50", "0.00", "0.00", "1.00"]
+
+
 def test_votes_title_counts_all_votes_and_colours_the_truth(ax):
     plots.plot_votes([30, 12, 8], CLASSES, ax, truth=1)
     assert ax.get_xlabel() == "votes out of 50"

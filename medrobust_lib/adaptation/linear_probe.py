@@ -95,7 +95,7 @@ def linear_probe(
     _check_strengths(strengths)
     _check_data(train, validation)
     features, shown = (
-        noisy_features(model, data, sigma=0.0, batch_size=batch_size).numpy().astype(np.float64)
+        noisy_features(model, data, sigma=0.0, role="adapt", batch_size=batch_size).numpy().astype(np.float64)
         for data in (train, validation)
     )
     rows, fitted = [], {}

@@ -51,7 +51,7 @@ def load_published(name: str) -> pd.DataFrame:
     names = list_published()
     if name not in names:
         close = get_close_matches(name, names, n=1)
-        hint = f"; did you mean {close[0]!r}?" if close else ""
-        raise ValueError(f"no published table {name!r}{hint} Available: {', '.join(names)}")
+        hint = f" Did you mean {close[0]!r}?" if close else ""
+        raise ValueError(f"no published table {name!r}.{hint} Available: {', '.join(names)}")
     with (_FOLDER / f"{name}.csv").open(encoding="utf-8") as stream:
         return pd.read_csv(stream, dtype={"table": "string"})

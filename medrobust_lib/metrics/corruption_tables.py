@@ -65,8 +65,8 @@ def corruption_error_table(
         errors, clean_error, models, corruptions = _errors(cells, measure)
         if reference not in models:
             close = get_close_matches(reference, models, n=1)
-            hint = f"; did you mean {close[0]!r}?" if close else ""
-            raise ValueError(f"no reference model {reference!r} for {key}{hint} Models there: {', '.join(models)}")
+            hint = f" Did you mean {close[0]!r}?" if close else ""
+            raise ValueError(f"no reference model {reference!r} for {key}.{hint} Models there: {', '.join(models)}")
         base, clean_base = errors[models.index(reference)], clean_error[models.index(reference)]
         relative = relative_mean_corruption_error(errors, clean_error, base, clean_base, least_rise=least_rise)
         parts.append(

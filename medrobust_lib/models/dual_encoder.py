@@ -5,20 +5,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from medrobust_lib.models.geometry import ImageInput, Preprocessing, prepare_images
+from medrobust_lib.models.geometry import ImageInput, Preprocessing, check_pixels, prepare_images
 
 __all__ = ["DualEncoder", "ImageInput", "Preprocessing", "Tokens", "check_text_lengths"]
 
 TEXT_CHUNK = 64
 """Texts encoded at a time by :meth:`DualEncoder.encode_text`: bounds memory, not the result."""
-
-PIXEL_LIMIT = 32.0
-"""Largest magnitude accepted as a noisy [0, 1] pixel; anything above is an image in 0..255."""
 
 
 @dataclass(frozen=True)
@@ -212,7 +208,7 @@ class DualEncoder(torch.nn.Module, abc.ABC):
         TypeError, ValueError
             If ``pixels`` is not floating point, not [n, 3, S, S], not finite, or in 0..255.
         """
-        self._check_pixels(pixels)
+        check_pixels(pixels, image_size=self.image_size, model=self.id)
         pixels = pixels.to(device=self.device, dtype=torch.promote_types(torch.float32, self.dtype))
         mean = pixels.new_tensor(self.preprocessing.mean).view(1, 3, 1, 1)
         std = pixels.new_tensor(self.preprocessing.std).view(1, 3, 1, 1)
@@ -328,27 +324,6 @@ class DualEncoder(torch.nn.Module, abc.ABC):
             f"{type(self).__name__}(id={self.id!r}, image_size={self.image_size}, embed_dim={self.embed_dim}, "
             f"context_length={self.context_length}, dtype={self.dtype}, device={str(self.device)!r})"
         )
-
-    def _check_pixels(self, pixels: Tensor) -> None:
-        size = self.image_size
-        if not isinstance(pixels, Tensor):
-            raise TypeError(f"pixels must be a torch.Tensor from prepare(), not {type(pixels).__name__}")
-        if not pixels.is_floating_point():
-            raise TypeError(f"pixels must be floating point in [0, 1], not {pixels.dtype}; use prepare() first")
-        if pixels.ndim != 4 or tuple(pixels.shape[1:]) != (3, size, size):
-            raise ValueError(
-                f"pixels must be [n, 3, {size}, {size}] for {self.id}, not {tuple(pixels.shape)}; use prepare() first"
-            )
-        if len(pixels) == 0:
-            raise ValueError("pixels hold no image")
-        low, high = (float(value) for value in torch.aminmax(pixels.detach()))
-        if not (np.isfinite(low) and np.isfinite(high)):
-            broken = (~torch.isfinite(pixels.detach())).flatten(1).any(dim=1).nonzero().flatten().tolist()
-            raise ValueError(f"pixels hold NaN or infinite values in image {broken[0]} ({len(broken)} in all)")
-        if max(-low, high) > PIXEL_LIMIT:
-            raise ValueError(
-                f"pixels range over [{low:.4g}, {high:.4g}]: expected [0, 1] plus noise; divide 0..255 by 255"
-            )
 
 
 def _text_list(texts: Sequence[str]) -> list[str]:

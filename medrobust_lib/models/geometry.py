@@ -10,9 +10,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from medrobust_lib.data.decoding import read_image
+
 Geometry = Literal["shortest-edge-crop", "pad-square", "letterbox", "squash"]
 Interpolation = Literal["bicubic", "bilinear"]
 ImageInput = np.ndarray | Sequence[Image.Image | np.ndarray | str | Path]
+
+PIXEL_LIMIT = 32.0  # largest magnitude taken for a noisy pixel; values in 0 to 255 were never scaled
 
 _RESAMPLING = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 _EIGHT_BIT_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr")
@@ -117,7 +121,7 @@ def _pillow_images(images: ImageInput) -> Iterable[Image.Image]:
 def _pillow_image(image: Image.Image | np.ndarray | str | Path, index: int) -> Image.Image:
     """One input as an 8-bit Pillow image; ``index`` is named in errors."""
     if isinstance(image, (str, Path)):
-        return _read_image(Path(image))
+        return Image.fromarray(read_image(image))
     if isinstance(image, np.ndarray):
         _check_array(image, f"image {index}")
         if image.ndim not in (2, 3) or (image.ndim == 3 and image.shape[-1] != 3) or 0 in image.shape:
@@ -139,18 +143,6 @@ def _check_array(array: np.ndarray, name: str) -> None:
     else:
         found = str(array.dtype)
     raise TypeError(f"{name}: expected uint8 in 0..255, found {found}; scale to 0..255, round and cast to uint8")
-
-
-def _read_image(path: Path) -> Image.Image:
-    """Decode an image file completely, naming it when that fails."""
-    try:
-        with Image.open(path) as file:
-            file.load()
-            return _check_mode(file.copy(), str(path))
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"no image file {path}") from error
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"cannot read the image file {path}: {error}") from error
 
 
 def _check_mode(image: Image.Image, name: str) -> Image.Image:
@@ -182,3 +174,33 @@ def _square(image: Image.Image, preprocessing: Preprocessing) -> Image.Image:
         left, top = (round((edge - size) / 2) for edge in target)
         image = image.crop((left, top, left + size, top + size))
     return image.convert("RGB")
+
+
+def check_pixels(pixels: Tensor, *, image_size: int, model: str) -> None:
+    """Refuse what a model cannot take for prepared images plus noise.
+
+    Raises
+    ------
+    TypeError
+        No floating point tensor.
+    ValueError
+        No image, another shape than [n, 3, image_size, image_size], NaN or infinite values, or values so far from
+        [0, 1] that they were never scaled.
+    """
+    if not isinstance(pixels, Tensor):
+        raise TypeError(f"pixels must be a torch.Tensor from prepare(), not {type(pixels).__name__}")
+    if not pixels.is_floating_point():
+        raise TypeError(f"pixels must be floating point in [0, 1], not {pixels.dtype}; use prepare() first")
+    if pixels.ndim != 4 or tuple(pixels.shape[1:]) != (3, image_size, image_size):
+        raise ValueError(
+            f"pixels must be [n, 3, {image_size}, {image_size}] for {model}, not {tuple(pixels.shape)}; "
+            "use prepare() first"
+        )
+    if len(pixels) == 0:
+        raise ValueError("pixels hold no image")
+    low, high = (float(value) for value in torch.aminmax(pixels.detach()))
+    if not (np.isfinite(low) and np.isfinite(high)):
+        broken = (~torch.isfinite(pixels.detach())).flatten(1).any(dim=1).nonzero().flatten().tolist()
+        raise ValueError(f"pixels hold NaN or infinite values in image {broken[0]} ({len(broken)} in all)")
+    if max(-low, high) > PIXEL_LIMIT:
+        raise ValueError(f"pixels range over [{low:.4g}, {high:.4g}]: expected [0, 1] plus noise; divide 0..255 by 255")

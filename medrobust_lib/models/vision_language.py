@@ -15,8 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
-from medrobust_lib.models.dual_encoder import PIXEL_LIMIT, ImageInput
-from medrobust_lib.models.geometry import Preprocessing, prepare_images
+from medrobust_lib.models.geometry import ImageInput, Preprocessing, check_pixels, prepare_images
 
 _IGNORED_LABEL = -100  # of tokens that the loss of transformers' models leaves out
 _TOWER_WORKING_SET = 64  # activations of an image tower, in float32 copies of its input, with a margin
@@ -161,7 +160,7 @@ class VisionLanguageModel(torch.nn.Module):
         seed: int | Sequence[int] = 0,
     ) -> list[Completion]:
         """As `generate`, saying of each text whether the model ended it."""
-        self._check_pixels(pixels)
+        check_pixels(pixels, image_size=self.image_size, model=self.id)
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens={max_new_tokens}: an answer has at least one token")
         if not 0 <= temperature < float("inf"):
@@ -199,7 +198,7 @@ class VisionLanguageModel(torch.nn.Module):
         RuntimeError
             If the pixels require a gradient and the model's image processor passes none on.
         """
-        self._check_pixels(pixels)
+        check_pixels(pixels, image_size=self.image_size, model=self.id)
         asked, end = self._chat(prompt), self.processor.tokenizer.eos_token or ""
         space = "" if asked[-1:].isspace() or not answer else " "
         inputs = self._inputs(pixels, [f"{asked}{space}{answer}{end}"] * len(pixels))
@@ -305,21 +304,6 @@ class VisionLanguageModel(torch.nn.Module):
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         return 2 * config.num_hidden_layers * heads * width
-
-    def _check_pixels(self, pixels: Tensor) -> None:
-        size = self.image_size
-        if not isinstance(pixels, Tensor) or not pixels.is_floating_point():
-            what = pixels.dtype if isinstance(pixels, Tensor) else type(pixels).__name__
-            raise TypeError(f"pixels must be a floating point torch.Tensor in [0, 1], not {what}; use prepare() first")
-        if pixels.ndim != 4 or tuple(pixels.shape[1:]) != (3, size, size) or len(pixels) == 0:
-            raise ValueError(
-                f"pixels must be [n, 3, {size}, {size}] for {self.id}, not {tuple(pixels.shape)}; use prepare() first"
-            )
-        low, high = (float(value) for value in torch.aminmax(pixels.detach()))
-        if not max(-low, high) <= PIXEL_LIMIT:  # also catches NaN
-            raise ValueError(
-                f"pixels range over [{low:.4g}, {high:.4g}]: expected [0, 1] plus noise; divide 0..255 by 255"
-            )
 
 
 def _rebuilt(network: tuple[Any, ...], processor: Any, facts: dict[str, Any]) -> VisionLanguageModel:

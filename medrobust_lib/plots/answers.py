@@ -26,11 +26,20 @@ def plot_similarity(similarities: pd.Series, ax: Axes, *, truth: str | None = No
 
 
 def plot_confusion(labels: NDArray, predictions: NDArray, classes: Sequence[str], ax: Axes) -> None:
-    """Draw the row-normalised confusion matrix: row = truth, column = prediction."""
+    """Draw the confusion matrix as shares of each true class: row = truth, column = prediction.
+
+    Parameters
+    ----------
+    labels, predictions : int64 [n]
+        A prediction below 0 is an abstention: it stays in the denominator, so its row sums to less than 1.
+    classes : sequence of str
+    ax : Axes
+    """
     k = len(classes)
     counts = np.zeros((k, k))
-    np.add.at(counts, (labels, predictions), 1)
-    share = counts / np.maximum(counts.sum(1, keepdims=True), 1)
+    answered = predictions >= 0
+    np.add.at(counts, (labels[answered], predictions[answered]), 1)
+    share = counts / np.maximum(np.bincount(labels, minlength=k)[:, None], 1)
     short = [shorten(name) for name in classes]
     sns.heatmap(
         share, vmin=0, vmax=1, cmap="cividis", annot=k <= 10, fmt=".2f", annot_kws={"size": 7}, ax=ax,

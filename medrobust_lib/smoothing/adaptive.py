@@ -16,6 +16,7 @@ from torch import Tensor
 from medrobust_lib.data.dataset import ImageDataset
 from medrobust_lib.models.dual_encoder import DualEncoder
 from medrobust_lib.models.weights import fingerprint
+from medrobust_lib.smoothing.bounds import check_sigma
 from medrobust_lib.smoothing.certificate import Guarantee
 from medrobust_lib.smoothing.methods import (
     AdaptationFeatures,
@@ -199,8 +200,7 @@ def adapt_to_pool(
     PromptSet
         To be used with `FixedPrompts`.
     """
-    if not sigma > 0:
-        raise ValueError(f"sigma={sigma}: adaptation to noise needs a noise level > 0 in [0, 1] pixel units")
+    check_sigma(sigma)
     _check_steps(steps, learning_rate)
     if copies < 1:
         raise ValueError(f"copies={copies}: at least one noisy copy of each image is needed")

@@ -364,7 +364,7 @@ def check_sigma(sigma: float) -> None:
     """Refuse a noise level that smooths nothing."""
     if not 0 < sigma < math.inf:
         raise ValueError(
-            f"sigma={sigma}: certificates need noise, a standard deviation > 0 in [0, 1] pixel units such as 0.25"
+            f"sigma={sigma}: smoothing needs noise, a standard deviation > 0 in [0, 1] pixel units such as 0.25"
         )
     if sigma > _LARGEST_SIGMA:
         raise ValueError(

@@ -5,12 +5,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
-from scipy.stats import binomtest
 
+from medrobust_lib.metrics import accuracy_interval
 from medrobust_lib.smoothing.oracle import Equivalence, Oracle, judged
 from medrobust_lib.smoothing.oracle_errors import ErrorRate, FalsePositives
 
-INTERVAL = 0.95
 SAME, DIFFERENT = "same", "different"
 
 
@@ -76,7 +75,7 @@ class Calibration:
             kinds += [("false negative", self.false_negatives)] * (own > 0)
             for kind, rate_of in kinds:
                 rate = rate_of(label)
-                low, high = binomtest(rate.errors, rate.trials).proportion_ci(INTERVAL, method="exact")
+                low, high = accuracy_interval(rate.errors, rate.trials)
                 rows.append(
                     {
                         "oracle": self.oracle,

@@ -121,8 +121,8 @@ def noisy_features(
     dataset: ImageDataset,
     *,
     sigma: float,
+    role: Role,
     seed: int = 0,
-    role: Role = "estimate",
     batch_size: int = 64,
 ) -> Tensor:
     """Encode one noisy copy of every image.
@@ -133,8 +133,10 @@ def noisy_features(
     dataset : ImageDataset
     sigma : float
         Noise standard deviation in [0, 1] pixel units at the model's input size; 0 is the clean image.
-    seed : int
     role : {"adapt", "select", "estimate"}
+        Features to learn from take "adapt". The splits of a data set share its id, so fitting on "estimate" noise
+        would be fitting on the noise that certifies the image of the same index.
+    seed : int
     batch_size : int
         Changes memory and speed, never the noise.
 
@@ -146,7 +148,7 @@ def noisy_features(
     features = []
     for start in range(0, len(dataset), batch_size):
         pixels = model.prepare(dataset.images[start : start + batch_size])  # [b, 3, H, W]
-        for row, index in enumerate(dataset.indices[start : start + batch_size]):
+        for row, index in enumerate(dataset.indices[start : start + batch_size] if sigma else ()):
             stream = NoiseStream(seed, dataset.id, int(index), sigma, role)
             pixels[row] += stream.draw(tuple(pixels.shape[1:]))[0]
         features.append(model.encode_image(pixels).float().cpu())

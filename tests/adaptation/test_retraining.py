@@ -79,7 +79,7 @@ def patterns(seed, n=72, split="train"):
 
 
 def accuracy(model, data, sigma):
-    features = noisy_features(model, data, sigma=sigma, seed=99)
+    features = noisy_features(model, data, sigma=sigma, role="estimate", seed=99)
     texts = model.class_features(data.classes, data.templates[:1])
     return float(((features @ texts.T).argmax(1).numpy() == data.labels).mean())
 

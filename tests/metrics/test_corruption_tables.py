@@ -120,9 +120,9 @@ def test_data_sets_with_different_corruptions_stand_in_one_table(table):
         (
             lambda t: t,
             "demo-clp",
-            r"no reference model 'demo-clp' for phantom/blood; did you mean 'demo-clip'\? Models",
+            r"no reference model 'demo-clp' for phantom/blood\. Did you mean 'demo-clip'\? Models",
         ),
-        (lambda t: t, "x", r"no reference model 'x' for phantom/blood Models there: demo-clip, adapted, other"),
+        (lambda t: t, "x", r"no reference model 'x' for phantom/blood\. Models there: demo-clip, adapted, other"),
         (lambda t: t.drop(columns="severity"), "other", r"missing columns \['severity'\]"),
         (lambda t: t.iloc[:0], "other", r"no accuracies to summarise: 0 rows"),
         (

@@ -24,7 +24,7 @@ def zero_shot(model, dataset: str, *, sigma: float = 0.0) -> tuple[float, float,
     """Accuracy, its lower 95 % bound and the number of classes."""
     data = load_dataset(dataset, n=120)
     texts = model.class_features(data.classes, data.templates[:1])
-    answers = model.probabilities(noisy_features(model, data, sigma=sigma), texts).argmax(1).numpy()
+    answers = model.probabilities(noisy_features(model, data, sigma=sigma, role="estimate"), texts).argmax(1).numpy()
     low, _ = accuracy_interval(int((answers == data.labels).sum()), len(data))
     return accuracy(data.labels, answers), low, len(data.classes)
 

@@ -8,6 +8,7 @@ from PIL import Image
 from transformers import CLIPImageProcessor, CLIPImageProcessorPil
 
 import medrobust_lib
+from medrobust_lib.data.decoding import read_image
 from medrobust_lib.models.dual_encoder import DualEncoder, Preprocessing, Tokens, check_text_lengths
 from medrobust_lib.models.geometry import prepare_images
 
@@ -180,15 +181,22 @@ def test_prepare_says_what_is_wrong_with_an_image(encoder, bad, error, message):
 
 
 def test_prepare_names_missing_and_corrupt_files(encoder, tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"no image file .*absent\.png"):
+    with pytest.raises(FileNotFoundError, match=r"no image file at .*absent\.png"):
         encoder.prepare([tmp_path / "absent.png"])
     (tmp_path / "text.png").write_text("not an image")
-    with pytest.raises(ValueError, match=r"cannot read the image file .*text\.png"):
+    with pytest.raises(ValueError, match=r"text\.png is not a readable image"):
         encoder.prepare([tmp_path / "text.png"])
     Image.fromarray(random_image(64, 64)).save(tmp_path / "whole.png")
     (tmp_path / "half.png").write_bytes((tmp_path / "whole.png").read_bytes()[:3000])
-    with pytest.raises(ValueError, match=r"cannot read the image file .*half\.png"):
+    with pytest.raises(ValueError, match=r"half\.png is not a readable image"):
         encoder.prepare([tmp_path / "whole.png", tmp_path / "half.png"])
+
+
+def test_prepare_reads_files_as_data_sets_do(encoder, tmp_path):
+    deep = np.linspace(0, 65535, 64 * 64).astype(np.uint16).reshape(64, 64)
+    Image.fromarray(deep).save(tmp_path / "deep.png")
+    expected = encoder.prepare(read_image(tmp_path / "deep.png")[None])
+    torch.testing.assert_close(encoder.prepare([tmp_path / "deep.png"]), expected)
 
 
 def test_encode_image_normalises_pixels_inside_and_returns_unit_norm(encoder, images):

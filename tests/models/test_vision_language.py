@@ -184,9 +184,9 @@ def test_wrong_pixels_are_refused(llava, pixels):
         (images.numpy(), TypeError, "not ndarray"),
         (pixels[0], ValueError, r"must be \[n, 3, 32, 32\] for local-dir:.*not \(3, 32, 32\)"),
         (pixels[..., :31], ValueError, r"not \(5, 3, 32, 31\)"),
-        (pixels[:0], ValueError, r"not \(0, 3, 32, 32\)"),
+        (pixels[:0], ValueError, "pixels hold no image"),
         (images.float(), ValueError, r"range over \[0, 255\]: expected \[0, 1\] plus noise; divide 0\.\.255 by 255"),
-        (pixels.where(pixels < 1, torch.nan), ValueError, r"range over \[nan, nan\]"),
+        (pixels.where(pixels < 1, torch.nan), ValueError, "pixels hold NaN or infinite values in image 0"),
     ):
         for call in (llava.generate, functools.partial(llava.log_likelihood, answer=ANSWER)):
             with pytest.raises(error, match=message):

@@ -115,7 +115,7 @@ def test_a_pool_of_other_images_lowers_their_entropy_and_keeps_the_standard_guar
         (lambda m, s, p: AdaptedPrompts("x", m, s, n_adapt=0), "n_adapt=0: adaptation needs at least one noisy copy"),
         (lambda m, s, p: AdaptedPrompts("x", m, s, steps=0), "steps=0: adaptation takes at least one step"),
         (lambda m, s, p: PerSamplePrompts("x", m, s, learning_rate=-1.0), "learning_rate=-1.0: must be > 0"),
-        (lambda m, s, p: adapt_to_pool(m, s, p, sigma=0.0), "sigma=0.0: adaptation to noise needs"),
+        (lambda m, s, p: adapt_to_pool(m, s, p, sigma=0.0), "sigma=0.0: smoothing needs noise"),
         (lambda m, s, p: adapt_to_pool(m, s, p, sigma=0.1, copies=0), "copies=0: at least one noisy copy"),
     ],
 )

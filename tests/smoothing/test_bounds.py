@@ -375,7 +375,7 @@ def test_draws_for_a_ratio_at_known_probabilities_is_the_smallest_sample(p, rati
         (lambda: bounds.minimum_count(10.7, ALPHA), "n=10.7: counts are integers"),
         (lambda: bounds.certified_radius(1.2, 0.5), "p_lower=1.2: a probability lies in"),
         (lambda: bounds.certified_radius(math.nan, 0.5), "p_lower=nan"),
-        (lambda: bounds.certified_radius(0.7, 0.0), "sigma=0.0: certificates need noise"),
+        (lambda: bounds.certified_radius(0.7, 0.0), "sigma=0.0: smoothing needs noise"),
         (lambda: bounds.certified_radius(0.7, math.inf), "sigma=inf"),
         (lambda: bounds.needed_probability(-0.1, 0.5), "radius=-0.1: certified radii are finite and >= 0"),
         (lambda: bounds.needed_probability(math.inf, 0.5), "radius=inf"),

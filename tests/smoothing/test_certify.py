@@ -358,7 +358,7 @@ def test_predict_is_wrong_no_more_often_than_alpha(image):
         ({"n": 0}, "n=0 draws can never certify"),
         ({"alpha": 0.0}, r"alpha=0\.0: the failure probability of a certificate lies in \(0, 1\)"),
         ({"alpha": 1.0}, r"alpha=1\.0"),
-        ({"sigma": 0.0}, r"sigma=0\.0: certificates need noise"),
+        ({"sigma": 0.0}, r"sigma=0\.0: smoothing needs noise"),
         ({"sigma": float("nan")}, "sigma=nan"),
         ({"sampling": "adaptive"}, "unknown sampling 'adaptive'; choose one of fixed, sequential"),
         ({"n0": 0}, "n0=0: choosing a class takes at least one selection draw"),

@@ -128,14 +128,14 @@ def test_noise_is_not_clipped():
 
 @pytest.mark.parametrize("batch_size", [1, 7, 64])
 def test_features_do_not_depend_on_the_batch_size(model, data, batch_size):
-    reference = noisy_features(model, data, sigma=0.25, batch_size=5)
-    found = noisy_features(model, data, sigma=0.25, batch_size=batch_size)
+    reference = noisy_features(model, data, sigma=0.25, role="estimate", batch_size=5)
+    found = noisy_features(model, data, sigma=0.25, role="estimate", batch_size=batch_size)
     torch.testing.assert_close(found, reference, atol=1e-5, rtol=0)
 
 
 def test_features_follow_the_image_not_its_place(model, data):
-    everything = noisy_features(model, data, sigma=0.25)
-    some = noisy_features(model, data.subset([7, 2]), sigma=0.25)
+    everything = noisy_features(model, data, sigma=0.25, role="estimate")
+    some = noisy_features(model, data.subset([7, 2]), sigma=0.25, role="estimate")
     torch.testing.assert_close(some, everything[[7, 2]], atol=1e-5, rtol=0)
 
 

@@ -443,7 +443,7 @@ def test_the_bound_of_a_fixed_sample_is_never_beaten_at_the_same_count():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: sequential_plan(sigma=0), "sigma=0: certificates need noise"),
+        (lambda: sequential_plan(sigma=0), "sigma=0: smoothing needs noise"),
         (lambda: sequential_plan(sigma=0.5, alpha=1), "alpha=1: the failure probability"),
         (lambda: sequential_plan(sigma=0.5, n=9), "n=9 draws can never certify at alpha=0.001: even 9 of 9 .* n >= 10"),
         (lambda: sequential_plan(sigma=0.5, radii=[0.1, -0.2]), r"radius=\[ 0.1 -0.2\]: certified radii are finite"),

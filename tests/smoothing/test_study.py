@@ -671,7 +671,7 @@ def test_killed_at_any_moment_and_resumed_the_table_is_the_same_byte_for_byte(tm
         ({"sigmas": []}, "nothing to certify: 1 methods and 0 noise levels were given"),
         ({"mode": "test"}, "unknown mode 'test'; choose one of predict, evaluate"),
         ({"sampling": "all"}, "unknown sampling 'all'; choose one of fixed, sequential"),
-        ({"sigmas": [0.1, 0]}, r"sigma=0\.0: certificates need noise"),
+        ({"sigmas": [0.1, 0]}, r"sigma=0\.0: smoothing needs noise"),
         ({"n0": 0}, "n0=0: choosing a class takes at least one"),
         ({"n": 3}, r"n=3 draws can never certify at alpha=0\.05"),
         ({"alpha": 5}, "alpha=5"),
