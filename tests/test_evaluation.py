@@ -12,7 +12,7 @@ from medrobust_lib.evaluation import Candidate, accuracy_table, corruption_answe
 
 @pytest.fixture(scope="module")
 def encoder():
-    return mr.load_model("demo-clip")
+    return mr.load_model("demo-clip", device="cpu")
 
 
 @pytest.fixture(scope="module")

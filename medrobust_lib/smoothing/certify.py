@@ -152,6 +152,15 @@ def certify(
     TypeError
         The image or the classifier's answers have the wrong type or shape.
 
+    Notes
+    -----
+    The fixed procedure is CERTIFY of Cohen et al. (2019), with f the classifier:
+
+    1. choose    class = the most frequent f(image + noise) over n0 draws (role "select")
+    2. count     k = how many of n fresh draws (role "estimate") give that class
+    3. bound     p_lower = Clopper-Pearson(k, n, alpha), one-sided
+    4. answer    p_lower > 1/2: class, with radius sigma Phi^-1(p_lower); else abstain with radius 0
+
     References
     ----------
     Cohen et al. 2019, arXiv:1902.02918, section 3.2.2 and Proposition 2; `medrobust_lib.smoothing.sequential`.

@@ -56,9 +56,11 @@ def test_a_seed_gives_its_images_again_and_another_seed_gives_others():
         assert set(getattr(first, part).indices) != set(getattr(other, part).indices)
 
 
-def test_more_images_than_there_are_means_all():
-    found = draw("phantom/chest", n_test=10_000, n_pool=10_000, image_size=28)
-    assert (len(found.pool), len(found.test)) == (360, 720)
+def test_more_images_than_there_are_means_all(tmp_path):
+    for split, counts in (("train", [9, 9, 9]), ("val", [4, 5, 6]), ("test", [7, 8, 9])):
+        class_folders(tmp_path / split, counts)
+    found = draw(f"folder:{tmp_path}", n_test=10_000, n_pool=10_000)
+    assert (len(found.pool), len(found.test)) == (15, 24)
     assert list(found.train.class_counts().values()) == [4, 4, 4]
 
 

@@ -16,7 +16,7 @@ SIGMA = 0.1
 
 @pytest.fixture(scope="module")
 def model():
-    return mr.load_model("demo-clip")
+    return mr.load_model("demo-clip", device="cpu")
 
 
 @pytest.fixture(scope="module")

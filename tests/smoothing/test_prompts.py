@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch.nn import functional
 
 import medrobust_lib as mr
@@ -16,7 +17,7 @@ from medrobust_lib.smoothing.prompts import PromptSet, learn_prompts, mean_predi
 
 @pytest.fixture(scope="module")
 def model():
-    return mr.load_model("demo-clip")
+    return mr.load_model("demo-clip", device="cpu")
 
 
 @pytest.fixture(scope="module")
@@ -245,6 +246,6 @@ def test_prompts_of_another_model_or_class_list_are_refused_with_both_named(mode
 def test_files_that_hold_no_prompts_are_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no prompts at .*missing.safetensors"):
         PromptSet.load(tmp_path / "missing.safetensors")
-    prompts.save_file({"context": torch.zeros(1)}, tmp_path / "other.safetensors")
+    save_file({"context": torch.zeros(1)}, tmp_path / "other.safetensors")
     with pytest.raises(ValueError, match="holds no prompts of format 1"):
         PromptSet.load(tmp_path / "other.safetensors")
