@@ -14,10 +14,10 @@ JOBS   ?= 2
 DEMO_ENV := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE PYTHONHASHSEED=0
 
 .DEFAULT_GOAL := help
-.PHONY: help install run test unit notebooks browser hardening-table lab lint format nb-refresh coverage bench clean
+.PHONY: help install run test unit notebooks browser hardening lab lint format nb-refresh coverage bench clean
 
 help:  ## show this list
-	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 install: $(STAMP)  ## create .venv and install (run and test do it by themselves)
 
@@ -62,7 +62,7 @@ bench: $(STAMP)  ## side-by-side timings and draw counts (about 15 minutes)
 coverage: $(STAMP)  ## line coverage of the library by the unit tests
 	@$(DEMO_ENV) $(BIN)/python -m pytest tests --ignore=tests/browser --cov --cov-report=term
 
-hardening-table: $(STAMP)  ## run the attacks and accidents again and write docs/hardening.md
+hardening: $(STAMP)  ## run the attacks and accidents again and write docs/hardening.md
 	@$(DEMO_ENV) $(BIN)/python -m pytest tests --ignore=tests/browser -m hardening --hardening-table docs/hardening.md
 
 nb-refresh: $(STAMP)  ## execute the notebooks in place and strip what should not be committed
