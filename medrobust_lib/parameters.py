@@ -12,7 +12,7 @@ import yaml
 
 MODEL_PARAMETERS = ("model", "models", "compare_with")
 VLM_PARAMETERS = ("vlm",)
-DATASET_PARAMETERS = ("dataset", "datasets", "compare")
+DATASET_PARAMETERS = ("dataset", "datasets", "compare", "images")
 ALL_AVAILABLE = ["available"]  # in a list of models: every one whose weights are here
 _PATH_SCHEMES = ("folder", "csv", "local-dir")
 # Which numbers a parameter of this name takes, and how an error says it.
@@ -26,6 +26,7 @@ _RULES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
     ),
     (r"seeds?", lambda value: value >= 0, "0 or more"),
     (r"alpha", lambda value: 0 < value < 1, "a number between 0 and 1"),
+    (r"fraction", lambda value: 0 < value <= 1, "a share above 0 and up to 1"),
 )
 _GENERATIVE_ALPHA = 0.001  # at which notebooks certify generative models
 _SCALARS: dict[str, tuple[type, ...]] = {"str": (str,), "int": (int,), "float": (int, float), "bool": (bool,)}
@@ -105,8 +106,10 @@ def assign_parameters(notebooks: Mapping[str, Path], parameters: Mapping[str, An
     _check_models({id for given in assigned.values() for name in MODEL_PARAMETERS for id in _ids(given.get(name))})
     _check_vlms({id for given in assigned.values() for name in VLM_PARAMETERS for id in _ids(given.get(name))})
     for number, given in assigned.items():
-        if given.keys() & {*DATASET_PARAMETERS, "n_images", "wording_of"}:
+        if given.keys() & {*DATASET_PARAMETERS, "n_images", "wording_of", "prompts"}:
             defaults = {name: _default(spec) for name, spec in known[number].items()}
+            if given.get("prompts") and "images" in defaults and not given.get("images"):
+                raise ParameterError("parameter prompts: name the images they are for, images=folder:PATH or csv:PATH")
             smallest = _smallest_dataset(defaults | given, wanted=given.get("n_images"))
             if "n_images" in defaults and "n_images" not in given and smallest < defaults["n_images"]:
                 given["n_images"] = smallest
@@ -116,8 +119,13 @@ def assign_parameters(notebooks: Mapping[str, Path], parameters: Mapping[str, An
 def _checked(name: str, value: Any, annotation: str) -> Any:
     """Return the value if it fits the annotation of the parameters cell, else raise."""
     inner = re.fullmatch(r"list\[(\w+)\]", annotation)
+    pair = re.fullmatch(r"dict\[(\w+), (\w+)\]", annotation)
     if inner:
         fits = isinstance(value, list) and all(_is_scalar(item, inner[1]) for item in value)
+    elif pair:
+        entries = value.items() if isinstance(value, dict) else [(None, None)]
+        # A class folder may be called 0, which YAML reads as a number.
+        fits = all(_is_scalar(str(key), pair[1]) and _is_scalar(item, pair[2]) for key, item in entries)
     else:
         fits = _is_scalar(value, annotation)
     if not fits:
@@ -184,7 +192,7 @@ def _ids(value: Any) -> list[str]:
     """The ids that a parameter names, as a list."""
     if value == ALL_AVAILABLE:
         return []
-    return [item for item in (value if isinstance(value, list) else [value]) if isinstance(item, str)]
+    return [item for item in (value if isinstance(value, list) else [value]) if isinstance(item, str) and item]
 
 
 def _absolute(name: str, value: Any) -> Any:
@@ -204,7 +212,7 @@ def _check_models(ids: Collection[str]) -> None:
     from huggingface_hub import constants
 
     from medrobust_lib.models.catalogue import LOCAL_DIR_PREFIX
-    from medrobust_lib.models.registry import available_offline, default_weights_dir, find_model
+    from medrobust_lib.models.registry import available_offline, check_kind, default_weights_dir, find_model
     from medrobust_lib.models.weights import has_checkpoint
 
     for id in sorted(ids):
@@ -212,7 +220,9 @@ def _check_models(ids: Collection[str]) -> None:
         if id.startswith(LOCAL_DIR_PREFIX):
             if not has_checkpoint(Path(id.removeprefix(LOCAL_DIR_PREFIX))):
                 raise FileNotFoundError(f"no model weights in the folder of {id!r}")
+            check_kind(entry)
             continue
+        check_kind(entry)
         # Sources that are web pages are fetched by the script only, never by the loader.
         fetched_by_loader = not constants.HF_HUB_OFFLINE and not entry.source.startswith("https://")
         if not available_offline(entry, weights_dir=default_weights_dir()) and not fetched_by_loader:
@@ -228,10 +238,16 @@ def _check_vlms(ids: Collection[str]) -> None:
     from medrobust_lib.models.catalogue import BUILT_IN
     from medrobust_lib.models.generative import vlm_available_offline
     from medrobust_lib.models.registry import default_weights_dir
-    from medrobust_lib.models.vlm_catalogue import FOLDER_PREFIX, find_vlm
+    from medrobust_lib.models.vlm_catalogue import FOLDER_PREFIX, HUB_PREFIX, find_vlm
+    from medrobust_lib.models.weights import CONFIG_NAME, check_writes_text, hub_snapshot
 
     for id in sorted(ids):
         entry = find_vlm(id, dual_encoders=[other.id for other in BUILT_IN])
+        folder = hub_snapshot(id.removeprefix(HUB_PREFIX), CONFIG_NAME) if id.startswith(HUB_PREFIX) else None
+        if id.startswith(FOLDER_PREFIX):
+            folder = Path(id.removeprefix(FOLDER_PREFIX))
+        if folder is not None:
+            check_writes_text(folder, id=id)
         if vlm_available_offline(entry, weights_dir=default_weights_dir()):
             continue
         if id.startswith(FOLDER_PREFIX):
@@ -259,9 +275,13 @@ def _smallest_dataset(parameters: Mapping[str, Any], *, wanted: int | None) -> f
         if id.startswith(mm_safetybench.PREFIX):
             smallest = min(smallest, _checked_size(id, mm_safetybench.scenario_size(id), wanted))
             continue
-        wording = parameters.get("wording_of") or None if id == parameters.get("dataset") else None
+        words: dict[str, Any] = {}
+        if id == parameters.get("dataset"):
+            words = {"like": parameters.get("wording_of") or None}
+        elif id == parameters.get("images") and parameters.get("prompts"):
+            words = {"class_names": parameters["prompts"], "templates": ["{}"]}
         # One image of a set meets the errors that the notebook would meet half a minute later.
-        size = load_dataset(id, n=1, image_size=64, like=wording).provenance["split_size"]
+        size = load_dataset(id, n=1, image_size=64, **words).provenance["split_size"]
         smallest = min(smallest, _checked_size(id, size, wanted))
     return smallest
 

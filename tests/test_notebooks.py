@@ -93,7 +93,8 @@ def test_one_parameters_cell_of_annotated_literals_with_comments(notebook, path)
 
 def test_parameters_that_any_study_varies_have_the_same_names_everywhere(path):
     names = set(notebook_parameters(path))
-    assert {"dataset", "n_images", "seed", "interactive"} <= names
+    assert {"n_images", "seed", "interactive"} <= names
+    assert len(names & {"dataset", "images"}) == 1  # a data set, or images of one's own
     assert len(names & {"model", "vlm"}) == 1  # a dual encoder, or a generative model
 
 

@@ -227,3 +227,94 @@ def test_int_is_welcome_where_float_is_wanted(notebooks):
         "sigma": 1,
         "sigmas": [0, 1],
     }
+
+
+# own images and models
+
+
+@pytest.fixture
+def own(tmp_path, write_notebook):
+    """A notebook for own images, and a folder of two classes with two images each."""
+    for name in ("lesion", "healthy"):
+        (tmp_path / "mine" / name).mkdir(parents=True)
+        for number in range(2):
+            Image.new("RGB", (16, 16)).save(tmp_path / "mine" / name / f"{number}.png")
+    cell = """model: str = "demo-clip"  # id
+images: str = ""  # folder or csv
+prompts: dict[str, str] = {}  # class: prompt
+n_images: int = 60  # how many
+fraction: float = 1.0  # share
+"""
+    return {"07": write_notebook(tmp_path, "07_own", parameters=cell)}
+
+
+def test_own_images_are_found_and_their_prompts_checked_before_a_kernel_starts(own, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    here = f"folder:{tmp_path / 'mine'}"
+    assert parameters.assign_parameters(own, {"images": "folder:mine"})["07"] == {"images": here, "n_images": 4}
+    given = {"images": here, "n_images": 3, "prompts": {"lesion": "a lesion.", "healthy": "no lesion."}}
+    assert parameters.assign_parameters(own, given)["07"] == given
+    # The notebook's own example is not a data set of the registry.
+    assert parameters.assign_parameters(own, {"images": "", "fraction": 0.5})["07"] == {"images": "", "fraction": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "message"),
+    [
+        ({"images": "folder:nowhere"}, FileNotFoundError, "no folder at"),
+        ({"images": "folder:mine", "n_images": 5}, ValueError, "n_images=5: the test split of folder:.* has 4 images"),
+        ({"images": "folder:mine", "prompts": {"lesion": "x"}}, ValueError, "class_names has no noun for 'healthy'"),
+        ({"images": "folder:mine", "prompts": {"lesions": "x"}}, ValueError, "no class 'lesions'.*mean 'lesion'"),
+        ({"prompts": {"lesion": "x", "healthy": "y"}}, ValueError, "prompts: name the images they are for, images="),
+        ({"images": "folder:mine", "prompts": ["x"]}, ValueError, r"prompts=.* wants dict\[str, str\]"),
+        ({"images": "folder:mine", "prompts": {"lesion": 1}}, ValueError, r"prompts=.* wants dict\[str, str\]"),
+        ({"images": ["folder:mine"]}, ValueError, "images=.* wants str"),
+        ({"fraction": 0}, ValueError, "parameter fraction=0: give a share above 0 and up to 1"),
+        ({"fraction": 1.5}, ValueError, "parameter fraction=1.5: give a share above 0"),
+        ({"model": "hf:clip"}, ValueError, "'hf:clip' names no repository on the hub"),
+        ({"model": "hf:no-one/nothing"}, FileNotFoundError, "'hf:no-one/nothing' are not .*\n *hf download no-one"),
+        ({"model": "local-dir:mine"}, FileNotFoundError, "no model weights in the folder of 'local-dir:"),
+    ],
+)
+def test_own_images_and_models_that_cannot_work_are_refused(own, tmp_path, monkeypatch, given, error, message):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MEDROBUST_WEIGHTS", str(tmp_path / "weights"))
+    with pytest.raises(error, match=message):
+        parameters.assign_parameters(own, given)
+
+
+def write_model(folder, **configuration):
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(configuration))
+    (folder / "model.safetensors").touch()
+    return folder
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """Snapshot folder of hf:me/mine in a hub cache of its own."""
+    cache, revision = tmp_path / "hub", 40 * "a"
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
+    (cache / "models--me--mine" / "refs").mkdir(parents=True)
+    (cache / "models--me--mine" / "refs" / "main").write_text(revision)
+    return cache / "models--me--mine" / "snapshots" / revision
+
+
+@pytest.mark.parametrize("place", ["hub", "folder"])
+def test_a_model_of_the_other_kind_is_pointed_out_before_a_kernel_starts(own, hub, generative, place):
+    def kind(model_type):
+        for old in hub.glob("*"):
+            old.unlink()
+        if hub.is_dir():
+            hub.rmdir()
+        write_model(hub, model_type=model_type)
+        return "hf:me/mine" if place == "hub" else f"local-dir:{hub}"
+
+    assert parameters.assign_parameters(own, {"model": kind("clip")})["07"] == {"model": kind("clip")}
+    with pytest.raises(ValueError, match=r"is a CLIP and writes no text: load it with load_model\("):
+        parameters.assign_parameters(generative, {"vlm": kind("clip")})
+    with pytest.raises(ValueError, match=r"has model_type 'llava'. It writes text: load it with load_vlm\("):
+        parameters.assign_parameters(own, {"model": kind("llava")})
+    assert parameters.assign_parameters(generative, {"vlm": kind("llava")}) == {"01": {"vlm": kind("llava")}}
+    with pytest.raises(ValueError, match="has model_type 'siglip'. Supported are model_type 'clip'"):
+        parameters.assign_parameters(own, {"model": kind("siglip")})

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from medrobust_lib.data.readers import (
     medmnist_split,
     resolve_split,
 )
-from medrobust_lib.data.wording import SITE_A, ClassWording, class_wording, suggest
+from medrobust_lib.data.wording import SITE_A, ClassWording, checked_templates, class_wording, own_wording, suggest
 
 __all__ = [
     "ClassWording",
@@ -57,6 +57,8 @@ def load_dataset(
     image_size: int | None = None,
     wording: str = "paper",
     like: str | None = None,
+    class_names: Mapping[Any, str] | None = None,
+    templates: Sequence[str] | None = None,
 ) -> ImageDataset:
     """Load a data set by id, whole or as a seeded, class-stratified subset.
 
@@ -84,6 +86,12 @@ def load_dataset(
     like : str or None
         For ``folder:`` and ``csv:``: a registered id whose class list, templates and modality to take.
         Classes are matched by name, so several folders may share a class (normal, benign).
+    class_names : mapping of str to str, optional
+        For ``folder:`` and ``csv:``, instead of ``like``: what to call each class folder, or label of the table, in a
+        prompt, ``{"folder": "prompt noun"}``. Every class is named; folders with one noun become one class. Neither
+        this nor ``templates`` changes an image, its index or its noise.
+    templates : sequence of str, optional
+        For ``folder:`` and ``csv:``: own prompts with one ``{}`` each, such as ``["an ultrasound image of {}."]``.
 
     Returns
     -------
@@ -95,9 +103,14 @@ def load_dataset(
         The set is not on this computer; the message names the folder and the command to run.
     ValueError
         Unknown id, split or wording, ``n`` outside the split, a label outside the class list, a corrupt
-        file, or fewer than two classes.
+        file, fewer than two classes, ``class_names`` that do not fit, or a template without its ``{}``.
+    TypeError
+        ``class_names`` is no mapping, or ``templates`` a single text.
     """
-    found = open_split(id, split=split, root=root, image_size=image_size, wording=wording, like=like)
+    found = open_split(
+        id, split=split, root=root, image_size=image_size, wording=wording, like=like, class_names=class_names,
+        templates=templates,
+    )  # fmt: skip
     return found.read(stratified_positions(found.labels, n=n, seed=seed), n=n, seed=seed)
 
 
@@ -159,6 +172,8 @@ def open_split(
     image_size: int | None = None,
     wording: str = "paper",
     like: str | None = None,
+    class_names: Mapping[Any, str] | None = None,
+    templates: Sequence[str] | None = None,
 ) -> OpenSplit:
     """Find a split and its labels without decoding an image, for draws that `load_dataset` does not offer.
 
@@ -167,10 +182,12 @@ def open_split(
     _check_size(image_size)
     scheme, _, path = id.partition(":")
     if scheme in {"folder", "csv"} and path:
-        listed, row, words = _own_split(scheme, Path(path).expanduser(), split, like, wording)
+        own = {"class_names": class_names, "templates": templates}
+        listed, row, words = _own_split(scheme, Path(path).expanduser(), split, like, wording, **own)
     elif id in DATASETS:
-        if like is not None:
-            raise ValueError(f"like={like!r} is for folder: and csv: data; {id} has its own classes")
+        for name, value in (("like", like), ("class_names", class_names), ("templates", templates)):
+            if value is not None:
+                raise ValueError(f"{name}={value!r} is for folder: and csv: data; {id} has its own classes")
         row, words = DATASETS[id], class_wording(id, wording=wording)
         listed = _registered_split(row, words, split, Path(root) if root else default_data_root(), image_size)
     else:
@@ -277,28 +294,34 @@ def _phantom_split(row: DatasetEntry, words: ClassWording, split: str, image_siz
 
 
 def _own_split(
-    scheme: str, path: Path, split: str, like: str | None, wording: str
+    scheme: str,
+    path: Path,
+    split: str,
+    like: str | None,
+    wording: str,
+    *,
+    class_names: Mapping[Any, str] | None,
+    templates: Sequence[str] | None,
 ) -> tuple[Split, DatasetEntry, ClassWording]:
     reader: Callable[[Path, str], Split] = {"folder": class_folder_split, "csv": csv_split}[scheme]
     listed = reader(path, split)
     if like is not None and like not in DATASETS:
         raise ValueError(f"unknown data set {like!r} for like.{suggest(like, DATASETS)}")
+    if like is not None and class_names is not None:
+        raise ValueError(f"give class_names or like={like!r}, not both: each of them names the classes")
     if like is None and wording != "paper":
         raise ValueError(f"wording={wording!r} needs like=..., the registered set whose words to take")
-    if like is None:
-        neutral = class_wording("unregistered")
-        words = ClassWording(
-            set_name="unregistered",
-            wording="own",
-            names=listed.codes,
-            prompt_nouns=listed.names,
-            templates=neutral.templates,
-            source=neutral.source,
-            spellings={},
-        )
-    else:
+    if like is not None:
         words = class_wording(like, wording=wording)
         listed = _renamed(listed, words)
+        if templates is not None:
+            words = replace(words, templates=checked_templates(templates))
+    else:
+        words = own_wording(
+            listed.codes, listed.names, class_names=class_names, templates=templates, source=listed.source
+        )
+        labels = np.array([words.spellings[code] for code in listed.codes], dtype=np.int64)[listed.labels]
+        listed = replace(listed, labels=labels, codes=words.names, names=words.prompt_nouns)
     row = DatasetEntry(
         # The name alone keys the noise, so that a moved folder keeps its noise.
         id=f"{scheme}:{path.resolve().name}",

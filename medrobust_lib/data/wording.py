@@ -3,7 +3,7 @@
 import difflib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from typing import Any
@@ -79,6 +79,91 @@ def class_wording(set_name: str, *, wording: str = "paper") -> ClassWording:
         source=entry["source"],
         spellings=_spellings(entry),
     )
+
+
+def own_wording(
+    codes: Sequence[str],
+    nouns: Sequence[str],
+    *,
+    class_names: Mapping[Any, str] | None,
+    templates: Sequence[str] | None,
+    source: str,
+) -> ClassWording:
+    """Words for images that are in no registry: the names of their folders, or what the caller says.
+
+    Parameters
+    ----------
+    codes : sequence of str
+        The folders' names or the table's values, in label order.
+    nouns : sequence of str
+        The same in words; used where `class_names` is None.
+    class_names : mapping of code to prompt noun, optional
+        One entry for each code; codes with the same noun become one class, in the place of the first of them.
+    templates : sequence of str, optional
+        Sentences with one ``{}`` each; neutral ones where None.
+    source : str
+        File or folder, for errors.
+
+    Returns
+    -------
+    ClassWording
+        ``spellings`` holds every code.
+
+    Raises
+    ------
+    ValueError
+        A code without a noun, a noun for a code that does not exist, an empty noun, or a template without its ``{}``;
+        TypeError for anything but texts.
+    """
+    neutral = class_wording("unregistered")
+    groups = [([code], noun) for code, noun in zip(codes, nouns, strict=True)]
+    if class_names is not None:
+        chosen = _given_nouns(codes, class_names, source)
+        groups = [([code for code in codes if chosen[code] == noun], noun) for noun in dict.fromkeys(chosen.values())]
+    given = [name for name, value in (("class_names", class_names), ("templates", templates)) if value is not None]
+    return ClassWording(
+        set_name="unregistered",
+        wording=" and ".join(given) + " of the call" if given else "own",
+        names=tuple(" + ".join(members) for members, _ in groups),
+        prompt_nouns=tuple(noun for _, noun in groups),
+        templates=neutral.templates if templates is None else checked_templates(templates),
+        source="given in the call" if given else neutral.source,
+        spellings={code: label for label, (members, _) in enumerate(groups) for code in members},
+    )
+
+
+def checked_templates(templates: Sequence[str]) -> tuple[str, ...]:
+    """Return prompt templates given by a caller, or raise: texts with one ``{}`` each, at least one."""
+    if isinstance(templates, str):
+        raise TypeError(f"templates={templates!r} is one text: give a list, [{templates!r}]")
+    if not templates:
+        raise ValueError("templates is empty: give at least one such as 'an ultrasound image of {}.', or None")
+    for template in templates:
+        if not isinstance(template, str):
+            raise TypeError(f"template {template!r} is no text")
+        if template.count("{}") != 1:
+            raise ValueError(f"template {template!r} needs exactly one {{}} in the place of the class name")
+    return tuple(templates)
+
+
+def _given_nouns(codes: Sequence[str], class_names: Mapping[Any, str], source: str) -> dict[str, str]:
+    if not isinstance(class_names, Mapping):
+        raise TypeError(
+            f"class_names={class_names!r}: give a mapping such as {{{codes[0]!r}: 'what to call it in a prompt'}}; a "
+            "list would depend on the order of the folders"
+        )
+    given = {str(code).strip(): noun for code, noun in class_names.items()}
+    for code, noun in given.items():
+        if code not in codes:
+            raise ValueError(f"class_names: {source} has no class {code!r}.{suggest(code, codes)}")
+        if not isinstance(noun, str):
+            raise TypeError(f"class_names: the noun of {code!r} is {noun!r}, not a text")
+        if not noun.strip():
+            raise ValueError(f"class_names: the noun of {code!r} is empty")
+    missing = [code for code in codes if code not in given]
+    if missing:
+        raise ValueError(f"class_names has no noun for {', '.join(map(repr, missing))} of {source}; name every class")
+    return {code: given[code].strip() for code in codes}
 
 
 def spelled(name: str) -> str:

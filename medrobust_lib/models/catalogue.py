@@ -2,9 +2,11 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 from medrobust_lib.models.dual_encoder import DualEncoder
-from medrobust_lib.models.weights import HUB_URL
+from medrobust_lib.models.vlm_catalogue import HUB_PREFIX
+from medrobust_lib.models.weights import CONFIG_NAME, HUB_URL, OPEN_CLIP_CONFIG_NAME
 
 Loader = Callable[..., DualEncoder]
 
@@ -51,7 +53,7 @@ class ModelEntry:
         Licence of the weights.
     source : str
         Where the weights come from: ``open_clip:ARCHITECTURE/TAG``, ``hf-hub:OWNER/NAME`` (open_clip),
-        ``hf:OWNER/NAME`` (transformers), ``local-dir:PATH``, or a URL.
+        ``hf:OWNER/NAME`` (transformers), ``local-dir:PATH`` (either), or a URL.
     files : tuple of WeightFile
         What ``data_scripts/fetch_weights.py`` puts under ``weights_dir/<id>/``.
     citation : str
@@ -217,15 +219,40 @@ BUILT_IN: tuple[ModelEntry, ...] = (
 
 
 def folder_entry(id: str) -> ModelEntry:
-    """Row of a ``local-dir:PATH`` model, whose folder says the rest."""
+    """Row of a ``local-dir:PATH`` model, whose folder says the rest: open_clip's format, else transformers'."""
+    folder = Path(id.removeprefix(LOCAL_DIR_PREFIX)).expanduser()
+    by_transformers = (folder / CONFIG_NAME).is_file() and not (folder / OPEN_CLIP_CONFIG_NAME).is_file()
+    if by_transformers:
+        return _own_entry(id, "CLIP folder in transformers' format", "transformers_backend:load_transformers_clip")
+    return _own_entry(id, "open_clip folder", "open_clip_backend:load_open_clip")
+
+
+def hub_entry(id: str) -> ModelEntry:
+    """Row of an ``hf:OWNER/NAME`` model, whose repository says the rest.
+
+    Raises
+    ------
+    ValueError
+        The id is not of this form.
+    """
+    owner, _, name = id.removeprefix(HUB_PREFIX).partition("/")
+    if not owner or not name or "/" in name:
+        raise ValueError(
+            f"{id!r} names no repository on the hub: write {HUB_PREFIX}OWNER/NAME; a folder on this computer is "
+            f"{LOCAL_DIR_PREFIX}PATH"
+        )
+    return _own_entry(id, "CLIP from the hub", "transformers_backend:load_hub_clip")
+
+
+def _own_entry(id: str, family: str, loader: str) -> ModelEntry:
     return ModelEntry(
         id=id,
-        family="open_clip folder",
+        family=family,
         image_size=0,
         parameters=None,
         licence="not stated",
         source=id,
         files=(),
         citation="",
-        loader=f"{_BACKENDS}.open_clip_backend:load_open_clip",
+        loader=f"{_BACKENDS}.{loader}",
     )

@@ -9,6 +9,7 @@ from huggingface_hub import hf_hub_download
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from medrobust_lib.files import parsed
 from medrobust_lib.models.catalogue import ModelEntry
 from medrobust_lib.models.weights import (
     check_hashes,
@@ -95,7 +96,8 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
     ValueError
         If the file is damaged, holds anything but tensors and plain values, or holds no state dict.
     """
-    with explained_errors(str(path)):
+    # The inner one knows torch's messages; damaged bytes make its reader raise anything else as well.
+    with parsed(f"cannot read the weights of {path}", "Fetch them again."), explained_errors(str(path)):
         if path.suffix == ".safetensors":
             content = load_file(path)
         else:

@@ -18,6 +18,7 @@ from medrobust_lib.models.weights import (
     CHECKPOINT_SUFFIXES,
     DEMO_FOLDER,
     HUB_CHECKPOINTS,
+    OPEN_CLIP_CONFIG_NAME,
     check_hashes,
     expected_hashes,
     explained_errors,
@@ -31,7 +32,7 @@ from medrobust_lib.models.weights import (
 if TYPE_CHECKING:
     from medrobust_lib.models.registry import ModelEntry
 
-CONFIG_NAME = "open_clip_config.json"
+CONFIG_NAME = OPEN_CLIP_CONFIG_NAME
 
 _GEOMETRIES = {"shortest": "shortest-edge-crop", "squash": "squash"}
 
@@ -263,7 +264,10 @@ def _load_folder(entry: "ModelEntry", folder: Path) -> OpenClipEncoder:
     if not folder.is_dir():
         raise FileNotFoundError(f"no folder {folder} for the model {entry.id!r}")
     if not (folder / CONFIG_NAME).is_file():
-        raise FileNotFoundError(f"{folder} holds no {CONFIG_NAME}: it is not a model folder in open_clip's format")
+        raise FileNotFoundError(
+            f"{folder} holds no {CONFIG_NAME}: it is not a model folder in open_clip's format, nor, without "
+            "config.json, in transformers'"
+        )
     if not _checkpoints(folder):
         raise FileNotFoundError(f"{folder} holds no weights ({', '.join(CHECKPOINT_SUFFIXES)})")
     hashes = check_hashes(folder, expected_hashes(entry, folder))

@@ -15,15 +15,19 @@ from medrobust_lib.models.catalogue import (
     ModelEntry,
     WeightFile,
     folder_entry,
+    hub_entry,
 )
 from medrobust_lib.models.dual_encoder import DualEncoder
 from medrobust_lib.models.vlm_catalogue import BUILT_IN as GENERATIVE
 from medrobust_lib.models.vlm_catalogue import HUB_PREFIX
 from medrobust_lib.models.weights import (
     CHECKPOINT_SUFFIXES,
+    CONFIG_NAME,
     DEMO_FOLDER,
     HUB_CHECKPOINTS,
     HUB_URL,
+    OPEN_CLIP_CONFIG_NAME,
+    check_clip_type,
     has_checkpoint,
     hub_snapshot,
     read_sums,
@@ -33,6 +37,7 @@ __all__ = [
     "ModelEntry",
     "WeightFile",
     "available_offline",
+    "check_kind",
     "default_weights_dir",
     "find_model",
     "hub_location",
@@ -67,7 +72,8 @@ def find_model(id: str) -> ModelEntry:
     Parameters
     ----------
     id : str
-        An id of :func:`list_models`, or ``local-dir:PATH`` for a folder in open_clip's format.
+        An id of :func:`list_models`; ``local-dir:PATH`` for a folder in open_clip's or transformers' format; or
+        ``hf:OWNER/NAME`` for a CLIP on the hub.
 
     Returns
     -------
@@ -81,18 +87,20 @@ def find_model(id: str) -> ModelEntry:
     """
     if id.startswith(LOCAL_DIR_PREFIX):
         return folder_entry(id)
+    if id.startswith(HUB_PREFIX):
+        return hub_entry(id)
     rows = {entry.id: entry for entry in _entries()}
     if id not in rows:
         generative = [entry.id for entry in GENERATIVE]
-        if id in generative or id.startswith(HUB_PREFIX):
+        if id in generative:
             raise ValueError(
                 f"{id!r} is a generative model: load it with load_vlm({id!r}) (notebooks: the parameter `vlm`). "
-                f"Dual encoders: {', '.join(rows)}, or {LOCAL_DIR_PREFIX}PATH"
+                f"Dual encoders: {', '.join(rows)}, {LOCAL_DIR_PREFIX}PATH or {HUB_PREFIX}OWNER/NAME"
             )
         close = difflib.get_close_matches(id, rows, n=3, cutoff=0.4)
         hint = f"did you mean {' or '.join(map(repr, close))}? " if close else ""
         raise ValueError(
-            f"unknown model {id!r}: {hint}Known: {', '.join(rows)}, or {LOCAL_DIR_PREFIX}PATH; "
+            f"unknown model {id!r}: {hint}Known: {', '.join(rows)}, {LOCAL_DIR_PREFIX}PATH or {HUB_PREFIX}OWNER/NAME; "
             f"generative ones (load_vlm): {', '.join(generative)}"
         )
     return rows[id]
@@ -112,7 +120,8 @@ def load_model(
     Parameters
     ----------
     id : str
-        An id of :func:`list_models`, or ``local-dir:PATH`` for a folder in open_clip's format.
+        An id of :func:`list_models`; ``local-dir:PATH`` for a folder in open_clip's or transformers' format; or
+        ``hf:OWNER/NAME`` for a CLIP on the hub, which is downloaded into the hub cache once.
     device : str or torch.device
         ``"auto"`` takes the accelerator if there is one, else the CPU.
     dtype : str or torch.dtype
@@ -133,10 +142,10 @@ def load_model(
     Raises
     ------
     ValueError
-        For an unknown id, device or dtype, weights that do not fit (keys listed), a wrong SHA-256, or an adapter that
-        is damaged or of another model.
+        For an unknown id, device or dtype, a model that is no CLIP (its type named), weights that do not fit (keys
+        listed), a wrong SHA-256, or an adapter that is damaged or of another model.
     FileNotFoundError
-        If the weights are missing; names the places looked at and the script that fetches them. If the adapter is.
+        If the weights are missing; names the places looked at and the command that fetches them. If the adapter is.
     """
     entry = find_model(id)
     target = resolve_device(device)
@@ -219,11 +228,11 @@ def register_model(
     Raises
     ------
     ValueError
-        If the id belongs to a built-in model or holds the prefix of a folder.
+        If the id belongs to a built-in model or holds the prefix of a folder or of the hub.
     TypeError
         If the loader cannot be called.
     """
-    if any(entry.id == id for entry in BUILT_IN) or id.startswith(LOCAL_DIR_PREFIX) or not id:
+    if any(entry.id == id for entry in BUILT_IN) or id.startswith((LOCAL_DIR_PREFIX, HUB_PREFIX)) or not id:
         raise ValueError(f"the model id {id!r} is taken; choose another one")
     if not callable(loader):
         raise TypeError(f"loader must be a function returning a DualEncoder, not {type(loader).__name__}")
@@ -238,8 +247,27 @@ def available_offline(entry: ModelEntry, *, weights_dir: Path) -> bool:
         return True
     if entry.source.startswith("https://"):
         return False  # its loader reads that folder only
+    if entry.id.startswith(LOCAL_DIR_PREFIX):
+        return has_checkpoint(Path(entry.id.removeprefix(LOCAL_DIR_PREFIX)).expanduser())
+    if entry.id.startswith(HUB_PREFIX):
+        return any(has_checkpoint(folder) for folder in _cached_folders(entry))
     places = [hub_location(file.url) for file in entry.files]
     return bool(places) and all(place is not None and _in_hub_cache(*place) for place in places)
+
+
+def check_kind(entry: ModelEntry) -> None:
+    """Raise ValueError if the files of an own model, where they are here already, are those of another kind of model.
+
+    Cheap: a configuration is read, no weights. For the rows of the table there is nothing to check.
+    """
+    folders: list[Path] = []
+    if entry.id.startswith(LOCAL_DIR_PREFIX):
+        folders = [Path(entry.id.removeprefix(LOCAL_DIR_PREFIX)).expanduser()]
+    elif entry.id.startswith(HUB_PREFIX):
+        folders = _cached_folders(entry)
+    for folder in folders:
+        if (folder / CONFIG_NAME).is_file() and not (folder / OPEN_CLIP_CONFIG_NAME).is_file():
+            check_clip_type(folder, id=entry.id)
 
 
 def hub_location(url: str) -> tuple[str, str] | None:
@@ -296,6 +324,13 @@ def _resolve_loader(entry: ModelEntry) -> Loader:
 
 def _entries() -> tuple[ModelEntry, ...]:
     return (*BUILT_IN, *_REGISTERED.values())
+
+
+def _cached_folders(entry: ModelEntry) -> list[Path]:
+    """The snapshot of an ``hf:`` model in the hub cache, if one of its configurations is in it."""
+    repository = entry.id.removeprefix(HUB_PREFIX)
+    found = [hub_snapshot(repository, name) for name in (CONFIG_NAME, OPEN_CLIP_CONFIG_NAME)]
+    return [folder for folder in dict.fromkeys(found) if folder is not None]
 
 
 def _in_hub_cache(repository: str, name: str) -> bool:

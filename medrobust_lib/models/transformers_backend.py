@@ -1,16 +1,21 @@
-"""CLIP models in the format of Hugging Face transformers, such as PLIP."""
+"""CLIP models in the format of Hugging Face transformers: PLIP, ``hf:OWNER/NAME`` and anyone's folder."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from huggingface_hub import hf_hub_download
 from torch import Tensor
 from transformers import AutoTokenizer, CLIPImageProcessor, CLIPModel
 
 from medrobust_lib.models.dual_encoder import DualEncoder, Tokens, check_text_lengths
 from medrobust_lib.models.geometry import Preprocessing
 from medrobust_lib.models.weights import (
+    CONFIG_NAME,
+    OPEN_CLIP_CONFIG_NAME,
+    check_clip_type,
     check_hashes,
     expected_hashes,
     explained_errors,
@@ -140,13 +145,35 @@ def read_preprocessing(processor: Any) -> Preprocessing:
     )
 
 
+def load_hub_clip(entry: "ModelEntry", *, weights_dir: Path | None, offline: bool) -> DualEncoder:
+    """Load ``hf:OWNER/NAME``: with transformers, or with open_clip where the repository has its format only.
+
+    Parameters and errors are those of `load_transformers_clip`.
+    """
+    repository = entry.source.removeprefix("hf:")
+    folder = local_folder(entry.id, weights_dir) or _hub_folder(repository, CONFIG_NAME, offline=offline)
+    try:
+        if folder is not None and (folder / CONFIG_NAME).is_file():
+            check_clip_type(folder, id=entry.id)
+    except ValueError:
+        # Beside open_clip's own configuration lies that of a text tower or of a timm model.
+        if _hub_folder(repository, OPEN_CLIP_CONFIG_NAME, offline=offline) is None:
+            raise
+    else:
+        if folder is not None or _hub_folder(repository, OPEN_CLIP_CONFIG_NAME, offline=offline) is None:
+            return load_transformers_clip(entry, weights_dir=weights_dir, offline=offline)
+    from medrobust_lib.models.open_clip_backend import load_open_clip
+
+    return load_open_clip(replace(entry, source=f"hf-hub:{repository}"), weights_dir=weights_dir, offline=offline)
+
+
 def load_transformers_clip(entry: "ModelEntry", *, weights_dir: Path | None, offline: bool) -> TransformersClipEncoder:
-    """Load a ``CLIPModel`` from ``weights_dir/<id>/`` or through transformers' own call to the hub.
+    """Load a ``CLIPModel`` from a folder or through transformers' own call to the hub.
 
     Parameters
     ----------
     entry : ModelEntry
-        Its ``source`` is ``hf:OWNER/NAME``.
+        Its ``source`` is ``hf:OWNER/NAME`` or ``local-dir:PATH``.
     weights_dir : Path or None
         ``weights_dir/<id>/`` comes before the hub; it holds the files of the repository.
     offline : bool
@@ -162,28 +189,36 @@ def load_transformers_clip(entry: "ModelEntry", *, weights_dir: Path | None, off
     FileNotFoundError
         If the weights are missing, naming where they were looked for.
     ValueError
-        If keys do not fit, a file is damaged or has a wrong SHA-256, or the tokenizer is not the model's.
+        If the model is another than CLIP, keys do not fit, a file is damaged or has a wrong SHA-256, or the tokenizer
+        is not the model's.
     """
-    repository = entry.source.removeprefix("hf:")
-    folder = local_folder(entry.id, weights_dir)
-    place = repository if folder is None else str(folder)
+    scheme, _, place = entry.source.partition(":")
+    folder = Path(place).expanduser() if scheme == "local-dir" else local_folder(entry.id, weights_dir)
     if folder is not None:
+        place = str(folder)
+        if (folder / CONFIG_NAME).is_file():
+            check_clip_type(folder, id=entry.id)
         check_hashes(folder, expected_hashes(entry, folder))
     try:
-        with hub_access(offline=offline), explained_errors(place):
+        with hub_access(offline=offline or scheme == "local-dir"), explained_errors(place):
             model, report = CLIPModel.from_pretrained(
                 place, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True
             )
             tokenizer = AutoTokenizer.from_pretrained(place)
             processor = CLIPImageProcessor.from_pretrained(place)
     except OSError as error:
+        if scheme == "local-dir":
+            raise FileNotFoundError(
+                f"cannot load {entry.id!r}: the folder must hold config.json, model.safetensors, "
+                f"preprocessor_config.json and the tokenizer's files. Reason: {str(error).splitlines()[0]}"
+            ) from error
         raise missing_weights(entry, weights_dir=weights_dir, offline=offline, reason=error) from error
     misshapen = [str(key[0] if isinstance(key, tuple) else key) for key in report["mismatched_keys"]]
     if report["missing_keys"] or report["unexpected_keys"] or misshapen:
         raise mismatch_error(
             place, missing=report["missing_keys"], unexpected=report["unexpected_keys"], misshapen=misshapen
         )
-    folder = folder or hub_snapshot(repository, "config.json")
+    folder = folder or hub_snapshot(place, CONFIG_NAME)
     return TransformersClipEncoder(
         model,
         tokenizer,
@@ -195,6 +230,18 @@ def load_transformers_clip(entry: "ModelEntry", *, weights_dir: Path | None, off
             "files": {} if folder is None else file_hashes(folder),
         },
     )
+
+
+def _hub_folder(repository: str, name: str, *, offline: bool) -> Path | None:
+    """Folder in the hub cache with a small file of a repository, fetched where that is allowed; None if there is none.
+
+    Of an error of the hub, too: the loader that follows meets the same and explains it.
+    """
+    try:
+        with hub_access(offline=offline):
+            return Path(hf_hub_download(repository, name, local_files_only=offline)).parent
+    except OSError:
+        return None
 
 
 def _plain(size: Any) -> dict[str, int]:

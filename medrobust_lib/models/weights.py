@@ -1,6 +1,7 @@
 """Weight files: where they lie, whether they are intact, and errors that say what to do when they are not."""
 
 import hashlib
+import json
 import os
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -15,6 +16,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from medrobust_lib.downloads import file_sha256, read_sums
+from medrobust_lib.models.vlm_catalogue import fetch_command
 
 if TYPE_CHECKING:
     from medrobust_lib.models.registry import ModelEntry
@@ -28,6 +30,9 @@ HUB_CHECKPOINTS = (
     "pytorch_model.bin",
 )
 HUB_URL = "https://huggingface.co/"
+CONFIG_NAME = "config.json"  # of transformers
+OPEN_CLIP_CONFIG_NAME = "open_clip_config.json"
+CLIP_TYPE = "clip"  # of the configuration of a transformers CLIPModel
 
 _LISTED_KEYS = 10
 _HASHED_SUFFIXES = (*CHECKPOINT_SUFFIXES, ".json", ".txt")
@@ -49,6 +54,47 @@ def hub_snapshot(repository: str, filename: str) -> Path | None:
     """Folder of a hub repository's cached main revision, if ``filename`` is in it."""
     path = try_to_load_from_cache(repository, filename)
     return Path(path).parent if isinstance(path, str) else None
+
+
+def check_clip_type(folder: Path, *, id: str) -> None:
+    """Raise unless the ``config.json`` of a folder is that of a ``CLIPModel`` of transformers.
+
+    Raises
+    ------
+    ValueError
+        Naming the ``model_type`` found, what is supported, and the other loader if the model writes text.
+    """
+    found = _model_type(folder)
+    if found == CLIP_TYPE:
+        return
+    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as GENERATIVE
+
+    if found in GENERATIVE:
+        advice = f"It writes text: load it with load_vlm({id!r}) (notebooks: the parameter `vlm`)"
+    else:
+        advice = (
+            f"Supported are model_type {CLIP_TYPE!r} (CLIPModel) and folders or repositories with "
+            f"{OPEN_CLIP_CONFIG_NAME}; wrap any other model in a DualEncoder and name it with register_model"
+        )
+    raise ValueError(f"{id!r} is no CLIP: its {CONFIG_NAME} has model_type {found!r}. {advice}")
+
+
+def check_writes_text(folder: Path, *, id: str) -> None:
+    """Raise ValueError if a folder that somebody wants to load with `load_vlm` holds a CLIP, which writes no text."""
+    if (folder / OPEN_CLIP_CONFIG_NAME).is_file() or (
+        (folder / CONFIG_NAME).is_file() and _model_type(folder) == CLIP_TYPE
+    ):
+        raise ValueError(
+            f"{id!r} is a CLIP and writes no text: load it with load_model({id!r}) (notebooks: the parameter `model`)"
+        )
+
+
+def _model_type(folder: Path) -> str | None:
+    """``model_type`` of the ``config.json`` in a folder."""
+    try:
+        return json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8")).get("model_type")
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{folder / CONFIG_NAME} is no valid JSON ({error}); fetch it again") from error
 
 
 def fingerprint(tensors: Sequence[Tensor]) -> str:
@@ -159,7 +205,7 @@ def missing_weights(
     tried = "offline, so no download was tried" if offline else "the download failed"
     return FileNotFoundError(
         f"the weights of {entry.id!r} are not here: looked in {folder} and in the hub cache "
-        f"{constants.HF_HUB_CACHE} ({tried}). Run `python data_scripts/fetch_weights.py {entry.id}` where there "
+        f"{constants.HF_HUB_CACHE} ({tried}). Run `{fetch_command(entry.id)}` where there "
         f"is a network; source: {entry.source}. Reason: {str(reason).splitlines()[0].partition(' Last error:')[0]}"
     )
 

@@ -4,11 +4,13 @@ from importlib.resources import files
 
 import numpy as np
 import pandas as pd
+import pydicom
 import pytest
 import yaml
 from PIL import Image
 
 import medrobust_lib
+from medrobust_lib.data.fractions import fraction_splits
 from medrobust_lib.data.phantoms import MODALITIES, SPLITS, phantom_classes
 from medrobust_lib.data.registry import class_wording, default_data_root, list_datasets, load_dataset
 from medrobust_lib.data.wording import spelled
@@ -264,6 +266,120 @@ def test_own_folder_can_be_read_like_a_registered_set(tmp_path):
         load_dataset(f"folder:{tmp_path / 'busi'}", like="medmnist/pneumonia")
     with pytest.raises(ValueError, match=r"unknown data set 'medmnist/brest' for like. Did you mean 'medmnist/breast'"):
         load_dataset(f"folder:{tmp_path / 'busi'}", like="medmnist/brest")
+
+
+def test_own_folder_takes_class_names_and_templates_from_the_call(tmp_path):
+    folder = tmp_path / "us"
+    for value, name in enumerate(("M", "N", "B")):
+        save(folder / name / "1.png", value=value)
+    nouns = {"M": "a malignant tumour", "B": "a benign lesion", "N": "no lesion"}
+    given = {"class_names": nouns, "templates": ["an ultrasound image of {}."]}
+    plain, dataset = load_dataset(f"folder:{folder}"), load_dataset(f"folder:{folder}", **given)
+    # In the order of the folders, whatever that of the mapping.
+    assert dataset.classes == ("a benign lesion", "a malignant tumour", "no lesion")
+    assert dataset.templates == ("an ultrasound image of {}.",)
+    assert dataset.provenance["wording"] == "unregistered: class_names and templates of the call"
+    # Words change what a model is asked, and nothing about images and the addresses of their noise.
+    assert dataset.id == plain.id == "folder:us"
+    for name in ("images", "labels", "indices"):
+        np.testing.assert_array_equal(getattr(dataset, name), getattr(plain, name))
+    assert load_dataset(f"folder:{folder}", templates=["{}"]).classes == plain.classes == ("B", "M", "N")
+    assert load_dataset(f"folder:{folder}", class_names=nouns).templates == class_wording("unregistered").templates
+    drawn = load_dataset(f"folder:{folder}", n=2, seed=1, **given)
+    np.testing.assert_array_equal(drawn.indices, load_dataset(f"folder:{folder}", n=2, seed=1).indices)
+
+
+def test_folders_with_one_noun_become_one_class_with_the_images_where_they_were(tmp_path):
+    for value, name in enumerate(("benign", "malignant", "normal")):
+        save(tmp_path / name / "1.png", value=value)
+    nouns = {"normal": "no tumour", "benign": "no tumour", "malignant": "a malignant tumour"}
+    dataset = load_dataset(f"folder:{tmp_path}", class_names=nouns)
+    assert dataset.classes == ("no tumour", "a malignant tumour")
+    assert dataset.labels.tolist() == [0, 1, 0] and dataset.indices.tolist() == [0, 1, 2]
+    assert dataset.images[:, 0, 0, 0].tolist() == [0, 1, 2]
+    # Without a word from the caller, two folders that read alike are a mistake.
+    save(tmp_path / "other" / "a_b" / "1.png")
+    save(tmp_path / "other" / "a-b" / "1.png")
+    with pytest.raises(ValueError, match="class name 'a b' appears twice"):
+        load_dataset(f"folder:{tmp_path / 'other'}")
+
+
+def test_class_names_may_be_keyed_by_the_numbers_of_a_table_and_templates_join_a_known_wording(tmp_path):
+    for number in range(2):
+        save(tmp_path / f"{number}.png")
+    (tmp_path / "list.csv").write_text("path,label\n0.png,0\n1.png,1\n")
+    id = f"csv:{tmp_path / 'list.csv'}"
+    assert load_dataset(id, class_names={0: "healthy", 1: "ill"}).classes == ("healthy", "ill")
+    like = load_dataset(id, like="medmnist/pneumonia", templates=["a radiograph, {}"])
+    assert like.classes == ("normal", "pneumonia") and like.templates == ("a radiograph, {}",)
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "message"),
+    [
+        (
+            {"class_names": {"cat": "x", "mature": "y"}},
+            ValueError,
+            r"has no class 'cat'\. Choose one of: blast, mature",
+        ),
+        ({"class_names": {"blasts": "x", "mature": "y"}}, ValueError, r"no class 'blasts'\. Did you mean 'blast'"),
+        ({"class_names": {"blast": "x"}}, ValueError, "class_names has no noun for 'mature' of .*; name every class"),
+        ({"class_names": {"blast": "x", "mature": " "}}, ValueError, "class_names: the noun of 'mature' is empty"),
+        ({"class_names": {"blast": "x", "mature": 3}}, TypeError, "the noun of 'mature' is 3, not a text"),
+        ({"class_names": ["x", "y"]}, TypeError, "give a mapping such as {'blast': 'what to call it in a prompt'}"),
+        ({"class_names": {"blast": "x", "mature": "x"}}, ValueError, "one class only"),
+        ({"templates": ["a cell"]}, ValueError, "template 'a cell' needs exactly one {} in the place of the class"),
+        ({"templates": ["{} {}"]}, ValueError, "template '{} {}' needs exactly one {}"),
+        ({"templates": "a {}."}, TypeError, r"templates='a {}.' is one text: give a list, \['a {}.'\]"),
+        ({"templates": []}, ValueError, "templates is empty: give at least one"),
+        (
+            {"class_names": {"blast": "x", "mature": "y"}, "like": "medmnist/blood"},
+            ValueError,
+            "give class_names or like='medmnist/blood', not both",
+        ),
+    ],
+)
+def test_words_that_do_not_fit_own_images_are_refused(tmp_path, given, error, message):
+    for name in ("blast", "mature"):
+        save(tmp_path / name / "1.png")
+    with pytest.raises(error, match=message):
+        load_dataset(f"folder:{tmp_path}", **given)
+
+
+def test_a_registered_set_keeps_its_own_words():
+    for given in ({"class_names": {"a": "b"}}, {"templates": ["{}"]}):
+        with pytest.raises(ValueError, match="is for folder: and csv: data; phantom/chest has its own classes"):
+            load_dataset("phantom/chest", **given)
+
+
+def test_fractions_of_own_images_take_the_same_words(tmp_path):
+    for split in ("train", "test"):
+        for name in "ab":
+            for number in range(4):
+                save(tmp_path / split / name / f"{number}.png", value=number)
+    parts = fraction_splits(
+        f"folder:{tmp_path}", fraction=1.0, n_val=2, n_test=8, class_names={"a": "x", "b": "y"}, templates=["{}!"]
+    )
+    for part in (parts.train, parts.val, parts.test):
+        assert part.classes == ("x", "y") and part.templates == ("{}!",)
+
+
+def test_a_series_of_dicom_files_without_suffix_is_read_through_its_table(tmp_path):
+    for number in range(4):
+        record = pydicom.Dataset()
+        record.file_meta = pydicom.dataset.FileMetaDataset()
+        record.file_meta.TransferSyntaxUID = pydicom.uid.ExplicitVRLittleEndian
+        record.SOPClassUID = pydicom.uid.SecondaryCaptureImageStorage
+        record.SOPInstanceUID = f"2.25.{number + 1}"
+        record.set_pixel_data(np.full((20, 20), 50 * number, np.uint8), "MONOCHROME1", 8)
+        record.save_as(tmp_path / f"IM{number:06d}", enforce_file_format=True)
+    rows = "".join(f"IM{number:06d},{'sick' if number % 2 else 'well'}\n" for number in range(4))
+    (tmp_path / "labels.csv").write_text(f"path,label\n{rows}")
+    dataset = load_dataset(
+        f"csv:{tmp_path / 'labels.csv'}", class_names={"sick": "an ill patient", "well": "no finding"}
+    )
+    assert dataset.images[:, 0, 0, 0].tolist() == [255, 205, 155, 105]
+    assert [dataset.classes[label] for label in dataset.labels] == ["no finding", "an ill patient"] * 2
 
 
 def test_images_of_several_sizes_come_at_224_whatever_is_drawn(tmp_path):

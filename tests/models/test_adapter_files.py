@@ -100,6 +100,10 @@ def test_another_base_is_refused_with_both_names(demo, loaded, folder):
         load_adapter(changed, folder)
 
 
+@pytest.mark.hardening(
+    area="stores", tried="adapter folders with missing or damaged files",
+    outcome="refused, file named",
+)  # fmt: skip
 @pytest.mark.parametrize("name", ["adapter_model.safetensors", "adapter_config.json", "provenance.json"])
 def test_incomplete_and_damaged_folders_are_refused(demo, folder, name):
     path = folder / name
@@ -143,6 +147,10 @@ def test_saving_refuses_what_it_cannot_keep(demo, folder, tmp_path):
     assert not (tmp_path / "new").exists()
 
 
+@pytest.mark.hardening(
+    area="interruption", tried="an interrupt while adapters are saved",
+    outcome="nothing half written is left",
+)  # fmt: skip
 def test_an_interrupted_save_leaves_nothing(demo, tmp_path, monkeypatch):
     def interrupted(path):
         raise KeyboardInterrupt

@@ -154,7 +154,13 @@ def test_unknown_ids_get_the_closest_matches(wrong, close):
     with pytest.raises(ValueError, match=f"unknown model '{wrong}': did you mean .*{close}") as caught:
         load_model(wrong)
     assert "Known: demo-clip, clip-vit-b16" in str(caught.value)
-    assert "local-dir:PATH" in str(caught.value)
+    assert "local-dir:PATH or hf:OWNER/NAME" in str(caught.value)
+
+
+@pytest.mark.parametrize("id", ["hf:name", "hf:", "hf:/name", "hf:owner/", "hf:a/b/c"])
+def test_a_repository_has_an_owner_and_a_name(id):
+    with pytest.raises(ValueError, match=f"'{id}' names no repository on the hub: write hf:OWNER/NAME; a folder"):
+        find_model(id)
 
 
 def test_an_id_like_no_other_gets_the_list_alone():
@@ -162,7 +168,7 @@ def test_an_id_like_no_other_gets_the_list_alone():
         load_model("xyzzy")
 
 
-@pytest.mark.parametrize("id", ["demo-vlm", "llava-1.6-vicuna-7b", "hf:owner/name"])
+@pytest.mark.parametrize("id", ["demo-vlm", "llava-1.6-vicuna-7b"])
 def test_a_generative_model_is_loaded_elsewhere(id):
     with pytest.raises(ValueError, match=rf"'{id}' is a generative model: load it with load_vlm\('{id}'\)"):
         load_model(id)
@@ -200,7 +206,7 @@ def test_registering_again_replaces_and_built_in_ids_are_taken():
     register_model("mine", lambda entry, **_: MeanColour(), **FACTS)
     assert list(list_models()["id"]).count("mine") == 1
     assert load_model("mine", device="cpu").id == "mean-colour"
-    for taken in ("plip", "local-dir:x", ""):
+    for taken in ("plip", "local-dir:x", "hf:x/y", ""):
         with pytest.raises(ValueError, match=f"the model id '{taken}' is taken"):
             register_model(taken, lambda entry, **_: None, **FACTS)
     with pytest.raises(TypeError, match="loader must be a function returning a DualEncoder, not str"):

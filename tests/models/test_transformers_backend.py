@@ -1,4 +1,5 @@
 import hashlib
+import json
 import shutil
 from pathlib import Path
 
@@ -9,8 +10,9 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, CLIPConfig, CLIPImageProcessorPil, CLIPModel
 
-from medrobust_lib.models.registry import available_offline, find_model, load_model
+from medrobust_lib.models.registry import available_offline, check_kind, find_model, load_model
 from medrobust_lib.models.transformers_backend import read_preprocessing
+from medrobust_lib.models.weights import check_writes_text
 
 END_OF_TEXT = 49407
 
@@ -197,3 +199,103 @@ def test_unsupported_preprocessing_is_refused(change):
 
 def test_prompts_can_be_learned(plip_folder, check_prompts):
     check_prompts(load_plip(plip_folder))
+
+
+# any CLIP: from the hub, or from a folder
+
+HUB_ID = "hf:someone/their-clip"
+
+
+@pytest.fixture
+def in_hub(plip_folders, hub_cache):
+    """Snapshot of a CLIP in the hub cache."""
+    return Path(shutil.copytree(plip_folders(END_OF_TEXT, True), hub_cache("someone/their-clip"), dirs_exist_ok=True))
+
+
+def test_any_clip_loads_from_the_hub_cache(in_hub, tmp_path, images, texts):
+    assert available_offline(find_model(HUB_ID), weights_dir=tmp_path)
+    check_kind(find_model(HUB_ID))
+    encoder = load_model(HUB_ID, device="cpu", weights_dir=tmp_path, offline=True)
+    assert_parity(encoder, in_hub, images, texts)
+    assert (encoder.id, encoder.provenance["source"]) == (HUB_ID, HUB_ID)
+    weights = in_hub / "model.safetensors"
+    assert encoder.provenance["files"][weights.name] == hashlib.sha256(weights.read_bytes()).hexdigest()
+
+
+def test_any_clip_loads_from_a_folder(plip_folder, tmp_path, images, texts):
+    id = f"local-dir:{plip_folder}"
+    assert available_offline(find_model(id), weights_dir=tmp_path)
+    check_kind(find_model(id))
+    encoder = load_model(id, device="cpu")
+    assert_parity(encoder, plip_folder, images, texts)
+    assert encoder.id == id
+
+
+def test_a_repository_in_open_clips_format_only_is_loaded_by_open_clip(builders, hub_cache, tmp_path, images):
+    snapshot = hub_cache("someone/their-clip")
+    builders.write_weights(snapshot, builders.tiny_configuration(49408, context_length=77))
+    expected = load_model(f"local-dir:{snapshot}", device="cpu")
+    for configuration in (None, {"model_type": "bert"}):  # beside it may lie that of a text tower
+        if configuration:
+            (snapshot / "config.json").write_text(json.dumps(configuration))
+        check_kind(find_model(HUB_ID))
+        assert available_offline(find_model(HUB_ID), weights_dir=tmp_path)
+        encoder = load_model(HUB_ID, device="cpu", weights_dir=tmp_path, offline=True)
+        assert torch.equal(*(model.encode_image(model.prepare(images)) for model in (encoder, expected)))
+
+
+@pytest.mark.parametrize(
+    ("model_type", "advice"),
+    [
+        ("siglip", "Supported are model_type 'clip' .* register_model"),
+        ("vit", "Supported are model_type 'clip' .* register_model"),
+        (None, "Supported are model_type 'clip' .* register_model"),
+        ("llava_next", r"It writes text: load it with load_vlm\('{id}'\)"),
+    ],
+)
+@pytest.mark.parametrize("where", ["hub", "folder"])
+def test_another_model_is_refused_by_its_type(in_hub, tmp_path, model_type, advice, where):
+    configuration = json.loads((in_hub / "config.json").read_text())
+    (in_hub / "config.json").write_text(json.dumps(configuration | {"model_type": model_type}))
+    id = HUB_ID if where == "hub" else f"local-dir:{in_hub}"
+    message = f"'{id}' is no CLIP: its config.json has model_type {model_type!r}. {advice.format(id=id)}"
+    with pytest.raises(ValueError, match=message):
+        load_model(id, device="cpu", weights_dir=tmp_path, offline=True)
+    with pytest.raises(ValueError, match=message):  # known before a weight is read
+        check_kind(find_model(id))
+
+
+def test_a_model_that_is_not_here_names_the_command_that_fetches_it(hub_cache, tmp_path):
+    hub_cache("nothing/here")
+    check_kind(find_model(HUB_ID))  # nothing is known about it
+    assert not available_offline(find_model(HUB_ID), weights_dir=tmp_path)
+    with pytest.raises(FileNotFoundError, match="offline, so no download was tried") as caught:
+        load_model(HUB_ID, device="cpu", weights_dir=tmp_path, offline=True)
+    assert "Run `hf download someone/their-clip` where there is a network" in str(caught.value)
+
+
+def test_a_configuration_without_weights_is_not_available(in_hub, tmp_path):
+    (in_hub / "model.safetensors").unlink()
+    assert not available_offline(find_model(HUB_ID), weights_dir=tmp_path)
+    with pytest.raises(FileNotFoundError, match="hf download someone/their-clip"):
+        load_model(HUB_ID, device="cpu", weights_dir=tmp_path, offline=True)
+
+
+def test_an_incomplete_folder_says_what_it_must_hold(safe_folder):
+    (safe_folder / "preprocessor_config.json").unlink()
+    with pytest.raises(FileNotFoundError, match=r"the folder must hold config.json, model.safetensors, preprocessor"):
+        load_model(f"local-dir:{safe_folder}", device="cpu")
+
+
+def test_a_clip_is_pointed_out_to_whoever_wants_it_to_write(in_hub, demo_folder, tmp_path):
+    for folder in (in_hub, demo_folder):
+        with pytest.raises(ValueError, match=r"'it' is a CLIP and writes no text: load it with load_model\('it'\)"):
+            check_writes_text(folder, id="it")
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llava"}))
+    check_writes_text(tmp_path, id="it")
+
+
+def test_a_damaged_configuration_is_refused(in_hub):
+    (in_hub / "config.json").write_text("{")
+    with pytest.raises(ValueError, match=r"config\.json is no valid JSON"):
+        load_model(HUB_ID, device="cpu", offline=True)

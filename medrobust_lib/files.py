@@ -1,0 +1,160 @@
+"""Files read with errors that name them, and written whole or not at all."""
+
+import errno
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+_NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_NO_LOCKS_HERE = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP}
+_SHOWN_CHARACTERS = 300  # of a parser's own message
+
+
+@contextmanager
+def parsed(says: str, advice: str = "") -> Iterator[None]:
+    """Turn whatever a parser trips over in the block into a ValueError that names the file.
+
+    Parameters
+    ----------
+    says : str
+        Begin of the message, with the file's name: "``says``: reason. ``advice``".
+    advice : str
+        A sentence.
+
+    Raises
+    ------
+    ValueError
+        Instead of any exception, but for those of the system that name a file, such as FileNotFoundError.
+    """
+    try:
+        yield
+    except Exception as error:  # Damaged bytes raise anything: IndexError, KeyError, RecursionError, a library's own.
+        if isinstance(error, OSError) and error.filename is not None:
+            raise
+        reason = " ".join(str(error).split()).removesuffix(".") or type(error).__name__
+        short = reason if len(reason) <= _SHOWN_CHARACTERS else f"{reason[:_SHOWN_CHARACTERS]}..."
+        raise ValueError(f"{says}: {short}. {advice}".rstrip()) from error
+
+
+def read_json_object(path: Path, kind: str, advice: str = "") -> dict[str, Any]:
+    """Read a JSON file whose value is an object.
+
+    Parameters
+    ----------
+    path : Path
+    kind : str
+        What the file should be, for the message.
+    advice : str
+        As in `parsed`.
+
+    Raises
+    ------
+    OSError
+        As from the system, for example FileNotFoundError.
+    ValueError
+        Not UTF-8, not JSON, nested too deep, or another value than an object.
+    """
+    with parsed(f"{path} is not {kind}", advice):
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise TypeError(f"it holds a {type(content).__name__}, not an object")
+    return content
+
+
+def inside(folder: Path, name: str, *, source: Path) -> Path:
+    """Path of a file that a table or a manifest names, which must lie below the folder.
+
+    Parameters
+    ----------
+    folder : Path
+    name : str
+        Relative, with forward or backward slashes.
+    source : Path
+        Where the name was read, for the message.
+
+    Raises
+    ------
+    ValueError
+        The name is absolute, leads out of the folder (also through a link) or is no path at all.
+    """
+    try:
+        path = folder / name
+        within = ".." not in name.replace("\\", "/").split("/") and path.resolve().is_relative_to(folder.resolve())
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{source}: {name!r} is no path: {error}") from error
+    if not within or not name.strip():
+        raise ValueError(f"{source}: {name!r} does not name a file inside {folder}")
+    return path
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """Give a hidden name to write to; it becomes `path` when the block ends well and is removed when not.
+
+    Raises
+    ------
+    OSError
+        The disk is full (`errno.ENOSPC`), or what else the system says; the file that was there stays.
+    """
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with named_when_full(path, f"{path.name} could not be written and nothing of it was kept"):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            yield part
+            part.replace(path)
+    finally:
+        if part.parent.is_dir():
+            part.unlink(missing_ok=True)
+
+
+@contextmanager
+def named_when_full(path: Path, what: str) -> Iterator[None]:
+    """Say which file did not fit on the disk, which the system's own error leaves out."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _NO_ROOM:
+            raise
+        reason = "the system allows no larger file" if error.errno == errno.EFBIG else "the disk is full"
+        raise disk_full(path, f"{reason}: {what}") from error
+
+
+def disk_full(path: Path, message: str) -> OSError:
+    """The error of a full disk: what happened, what is free, what to do."""
+    path = path.absolute()
+    folder = next(place for place in (path, *path.parents) if place.is_dir())
+    free = shutil.disk_usage(folder).free
+    advice = "free some, or name a folder on another disk; the same call goes on with what is missing"
+    return OSError(errno.ENOSPC, f"{message}; {size_text(free)} are free: {advice}", str(path))
+
+
+def size_text(size: float) -> str:
+    """Bytes for people, in decimal units as file managers count them."""
+    for unit in ("B", "kB", "MB"):
+        if size < 1000:
+            return f"{size:.3g} {unit}"
+        size /= 1000
+    return f"{size:,.1f} GB"
+
+
+def lock(descriptor: int) -> bool:
+    """Lock an open file for this process until it is closed; False where another has it.
+
+    True as well where the system or its file system has no locks.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return True
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:  # some network file systems have no locks
+        if error.errno not in _NO_LOCKS_HERE:
+            raise
+    return True

@@ -1,0 +1,145 @@
+"""Notebook 07 as someone runs it who has own images, own prompts and a CLIP of their own."""
+
+import importlib.util
+import json
+import os
+import re
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+from medrobust_lib import cli
+from medrobust_lib.models.low_rank import load_adapter
+from medrobust_lib.models.registry import load_model
+
+REAL = Path(os.environ.get("MEDROBUST_REAL_DATA") or Path(__file__).parents[2] / "shared" / "data" / "real")
+PROMPTS = {"lesion": "an ultrasound image of a bright lesion.", "healthy": "an ultrasound image without a lesion."}
+
+
+@pytest.fixture
+def user(tmp_path, monkeypatch):
+    """Someone with a model in the hub cache, images in a folder, and one thread."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))  # of the notebook's kernel
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))  # of this process
+    return tmp_path
+
+
+def write_clip(hub: Path, repository: str) -> None:
+    """A tiny CLIP in transformers' format, with random weights, as `hf download` leaves it."""
+    path = Path(__file__).parent / "models" / "conftest.py"
+    spec = importlib.util.spec_from_file_location("model_builders", path)
+    builders = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(builders)
+    root = hub / f"models--{repository.replace('/', '--')}"
+    snapshot = root / "snapshots" / builders.REVISION
+    snapshot.mkdir(parents=True)
+    (root / "refs").mkdir()
+    (root / "refs" / "main").write_text(builders.REVISION)
+    builders.write_plip(snapshot, end_token=49407, safetensors=True)
+
+
+def write_images(folder: Path, *, healthy: int, lesion: int) -> None:
+    """Images of two sizes; those of one class are brighter in the middle."""
+    draw = np.random.default_rng(0)
+    for name, count in {"healthy": healthy, "lesion": lesion}.items():
+        (folder / name).mkdir(parents=True)
+        for number in range(count):
+            image = draw.integers(30, 110, (48, 40 + 8 * (number % 2))).astype(np.uint8)
+            image[16:32, 16:32] += 120 * (name == "lesion")
+            Image.fromarray(image).save(folder / name / f"{number:02d}.png")
+
+
+def run_notebook(user: Path, **parameters: object) -> dict:
+    """``medrobust run 07``; returns the card."""
+    (user / "parameters.yaml").write_text(json.dumps(parameters))
+    arguments = ["run", "07", "-f", str(user / "parameters.yaml"), "--out", str(user / "out")]
+    result = CliRunner().invoke(cli.app, arguments)
+    assert result.exit_code == 0, f"{result.output}\n{result.exception}"
+    return json.loads((user / "out" / "cards" / "07.json").read_text(encoding="utf-8"))
+
+
+def read_tables(user: Path) -> tuple[pd.DataFrame, ...]:
+    """Accuracies on clean and on corrupted images, and certificates."""
+    names = ("accuracy", "corruptions", "certificates")
+    return tuple(pd.read_csv(user / "out" / "cards" / f"07_{name}.csv") for name in names)
+
+
+def test_an_undivided_folder_with_own_prompts_and_a_clip_of_the_hub(user):
+    write_clip(user / "hub", "me/my-clip")
+    write_images(user / "breast", healthy=10, lesion=6)
+    (user / "breast" / "lesion" / "99.png").write_bytes((user / "breast" / "lesion" / "00.png").read_bytes())
+    given = {"model": "hf:me/my-clip", "images": f"folder:{user / 'breast'}", "prompts": PROMPTS, "sigma": 0.05}
+    card = run_notebook(user, **given)
+    assert (card["parameters"] | given, card["model"]["id"]) == (card["parameters"], "hf:me/my-clip")
+    assert card["dataset"]["classes"] == [PROMPTS["healthy"], PROMPTS["lesion"]]
+    assert (card["dataset"]["id"], card["dataset"]["synthetic"]) == ("folder:breast", False)
+    assert card["prompts"]["template"] == "{}"
+    assert any("images were divided class by class, patients may be on both sides" in note for note in card["notes"])
+    accuracy, corruptions, certificates = read_tables(user)
+    methods = ["zero-shot", "learned prompts", "LoRA"]
+    assert list(accuracy.name) == list(dict.fromkeys(corruptions.model)) == methods
+    # 5 of 10 and 4 of 7 are left to test; the copy may have been drawn on either side.
+    assert accuracy.n.nunique() == 1 and accuracy.n[0] in (8, 9) and (corruptions.n == accuracy.n[0]).all()
+    assert corruptions[corruptions.corruption != "clean"].groupby("model").size().tolist() == [7 * 3] * 3
+    assert set(certificates.guarantee) == {"standard"} and certificates.groupby("method").image.nunique().min() >= 8
+    (folder,) = (user / "out" / "adapters").iterdir()
+    facts = load_adapter(load_model("hf:me/my-clip", device="cpu"), folder).provenance
+    assert list(facts["train"]) == ["folder:breast"]
+    assert {path.name for path in user.iterdir()} == {"hub", "breast", "parameters.yaml", "out"}
+
+
+def test_too_few_images_to_divide_are_measured_and_nothing_is_learned(user):
+    write_images(user / "two", healthy=1, lesion=1)
+    rows = "healthy/00.png,healthy\nlesion/00.png,lesion\n"
+    (user / "two" / "list.csv").write_text(f"path,label\n{rows}")
+    card = run_notebook(user, images=f"csv:{user / 'two' / 'list.csv'}")
+    assert (card["dataset"]["id"], card["dataset"]["n"]) == ("csv:list.csv", 2)
+    assert any(note.startswith("Nothing was learned: ") for note in card["notes"])
+    accuracy, corruptions, certificates = read_tables(user)
+    assert list(accuracy.name) == ["zero-shot"] and set(corruptions.model) == set(certificates.method) == {"zero-shot"}
+    assert len(certificates) == 2
+
+
+@pytest.mark.skipif(
+    not (REAL / "folders" / "breast_us").is_dir(),
+    reason=f"no real images at {REAL}; name their folder with MEDROBUST_REAL_DATA",
+)
+def test_real_ultrasound_images_in_class_folders(user):
+    card = run_notebook(user, images=f"folder:{REAL / 'folders' / 'breast_us'}", n_images=14, fraction=0.05)
+    assert card["dataset"] | {"classes": ["malignant", "normal benign"], "split": "test"} == card["dataset"]
+    assert any("say nothing about medical models" in note for note in card["notes"])
+    assert "train and test are the data set's own splits" in card["notes"]
+    accuracy, _, certificates = read_tables(user)
+    assert len(accuracy) == 3 and accuracy.accuracy.between(0, 1).all()
+    answered = certificates[certificates.predicted != -1]
+    assert (answered.radius >= 0).all() and (certificates.n_classes == 2).all()
+
+
+def test_the_examples_of_the_page_about_own_images_and_models_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("medrobust_lib.models.registry._REGISTERED", {})
+    monkeypatch.chdir(tmp_path)
+    for name in "BMN":
+        (tmp_path / "my_images" / name).mkdir(parents=True)
+        Image.new("RGB", (16, 16)).save(tmp_path / "my_images" / name / "1.png")
+    page = (Path(__file__).parents[1] / "docs" / "your_own.md").read_text(encoding="utf-8")
+    data, model = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    run(data)
+    assert "folder:my_images" in capsys.readouterr().out
+    found = run(model)["model"]
+    image = np.random.default_rng(0).integers(0, 256, (1, 64, 64, 3), dtype=np.uint8)
+    features = [found.encode_image(found.prepare(shown)) for shown in (image, image[:, :, ::-1].copy())]
+    assert found.id == "mirrored"
+    np.testing.assert_allclose(*features, atol=1e-5)
+
+
+def run(example: str) -> dict:
+    """Names that an example of the page leaves."""
+    names: dict = {}
+    exec(compile(example, "docs/your_own.md", "exec"), names)
+    return names
