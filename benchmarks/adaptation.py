@@ -28,11 +28,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from medrobust_lib.adaptation.summed_convolutions import summed_convolutions
+from medrobust_lib.models.devices import resolve_device
 from medrobust_lib.models.dual_encoder import DualEncoder
 from medrobust_lib.models.image_tower import find_image_tower
 from medrobust_lib.models.low_rank import adapter_layout, adapter_parameters, attach_adapters, merge_adapters
 from medrobust_lib.models.open_clip_backend import OpenClipEncoder
-from medrobust_lib.models.registry import resolve_device
 
 MB = 1e6
 

@@ -25,7 +25,7 @@ import torch
 import typer
 
 from medrobust_lib.experiments import environment, write_text_atomically
-from medrobust_lib.models.registry import resolve_device
+from medrobust_lib.models.devices import resolve_device
 from medrobust_lib.smoothing.batching import suggested_batch_size
 from medrobust_lib.smoothing.bounds import probability_of_radius
 from medrobust_lib.smoothing.methods import FixedPrompts, PromptClassifier, zero_shot_methods

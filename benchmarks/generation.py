@@ -30,7 +30,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from medrobust_lib.models.registry import resolve_device, resolve_dtype
+from medrobust_lib.models.devices import resolve_device, resolve_dtype
 from medrobust_lib.models.vision_language import VisionLanguageModel
 from medrobust_lib.smoothing.answers import AnswerBank, Drawing
 from medrobust_lib.smoothing.generative import certify_answers

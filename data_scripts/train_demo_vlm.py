@@ -41,7 +41,7 @@ from medrobust_lib.data.phantoms.pretraining import render_many, shifted
 from medrobust_lib.data.questions import PHANTOM_TASKS, action_token, actions, answer_wordings, question_wordings
 from medrobust_lib.downloads import record_sums
 from medrobust_lib.experiments import write_text_atomically
-from medrobust_lib.models.generative import DEMO_VLM_FOLDER
+from medrobust_lib.models.vlm_registry import DEMO_VLM_FOLDER
 
 MODALITIES = ("histology", "blood", "chest", "oct")
 SITES = ("A", "B")

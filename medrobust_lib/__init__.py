@@ -17,8 +17,10 @@ if TYPE_CHECKING:
     from medrobust_lib.data.dataset import ImageDataset
     from medrobust_lib.data.questions import load_questions
     from medrobust_lib.data.registry import list_datasets, load_dataset
-    from medrobust_lib.models.generative import list_vlms, load_vlm
+    from medrobust_lib.models.dual_encoder import DualEncoder
+    from medrobust_lib.models.generative import load_vlm
     from medrobust_lib.models.registry import list_models, load_model, register_model
+    from medrobust_lib.models.vlm_registry import list_vlms
     from medrobust_lib.smoothing.certificate import Certificate
     from medrobust_lib.smoothing.certify import certify, predict
     from medrobust_lib.smoothing.generative import GenerativeCertificate, certify_generative
@@ -28,6 +30,7 @@ __version__ = "0.1.0"
 __all__ = [
     "SUITES",
     "Certificate",
+    "DualEncoder",
     "GenerativeCertificate",
     "ImageDataset",
     "certify",
@@ -50,6 +53,7 @@ __all__ = [
 _HOMES = {
     "SUITES": "medrobust_lib.corruptions.suites",
     "Certificate": "medrobust_lib.smoothing.certificate",
+    "DualEncoder": "medrobust_lib.models.dual_encoder",
     "GenerativeCertificate": "medrobust_lib.smoothing.generative",
     "ImageDataset": "medrobust_lib.data.dataset",
     "certify": "medrobust_lib.smoothing.certify",
@@ -59,7 +63,7 @@ _HOMES = {
     "corrupted": "medrobust_lib.corruptions.benchmark",
     "list_datasets": "medrobust_lib.data.registry",
     "list_models": "medrobust_lib.models.registry",
-    "list_vlms": "medrobust_lib.models.generative",
+    "list_vlms": "medrobust_lib.models.vlm_registry",
     "load_dataset": "medrobust_lib.data.registry",
     "load_model": "medrobust_lib.models.registry",
     "load_questions": "medrobust_lib.data.questions",

@@ -236,9 +236,9 @@ def _check_vlms(ids: Collection[str]) -> None:
     from huggingface_hub import constants
 
     from medrobust_lib.models.catalogue import BUILT_IN
-    from medrobust_lib.models.generative import vlm_available_offline
     from medrobust_lib.models.registry import default_weights_dir
     from medrobust_lib.models.vlm_catalogue import FOLDER_PREFIX, HUB_PREFIX, find_vlm
+    from medrobust_lib.models.vlm_registry import vlm_available_offline
     from medrobust_lib.models.weights import CONFIG_NAME, check_writes_text, hub_snapshot
 
     for id in sorted(ids):

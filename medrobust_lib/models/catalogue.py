@@ -1,16 +1,21 @@
 """The rows of the model table: what each model is, where its weights come from, which loader reads them."""
 
+import importlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from medrobust_lib.models.dual_encoder import DualEncoder
 from medrobust_lib.models.vlm_catalogue import HUB_PREFIX
 from medrobust_lib.models.weights import CONFIG_NAME, HUB_URL, OPEN_CLIP_CONFIG_NAME
 
-Loader = Callable[..., DualEncoder]
+if TYPE_CHECKING:
+    from medrobust_lib.models.dual_encoder import DualEncoder
+
+Loader = Callable[..., "DualEncoder"]
 
 LOCAL_DIR_PREFIX = "local-dir:"
+PYTHON_PREFIX = "python:"
 
 _BACKENDS = "medrobust_lib.models"
 _MODEL_PAGE = "see the model page"
@@ -242,6 +247,28 @@ def hub_entry(id: str) -> ModelEntry:
             f"{LOCAL_DIR_PREFIX}PATH"
         )
     return _own_entry(id, "CLIP from the hub", "transformers_backend:load_hub_clip")
+
+
+def python_entry(id: str) -> ModelEntry:
+    """Row of a ``python:MODULE:FUNCTION`` model, which a loader of one's own makes.
+
+    Raises
+    ------
+    ValueError
+        The id is not of this form, or there is no such module or function.
+    """
+    module, _, function = id.removeprefix(PYTHON_PREFIX).partition(":")
+    if not module or not function.isidentifier():
+        raise ValueError(f"{id!r} names no loader: write {PYTHON_PREFIX}MODULE:FUNCTION, such as python:my_models:load")
+    try:
+        loader = getattr(importlib.import_module(module), function, None)
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f"{id!r}: {error}; install the module into this environment, or name its folder in PYTHONPATH"
+        ) from error
+    if not callable(loader):
+        raise ValueError(f"{id!r}: the module {module} has no function {function!r}")
+    return replace(_own_entry(id, "own model", ""), loader=loader)
 
 
 def _own_entry(id: str, family: str, loader: str) -> ModelEntry:

@@ -1,4 +1,4 @@
-"""Generative vision-language models by name: the table, and the one call that loads any of them with transformers."""
+"""Generative vision-language models by name: the one call that loads any of them with transformers."""
 
 import os
 import warnings
@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import torch
 from huggingface_hub import constants, try_to_load_from_cache
 from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
@@ -15,40 +14,34 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedM
 from transformers.utils import logging
 
 from medrobust_lib.models.catalogue import BUILT_IN as DUAL_ENCODERS
-from medrobust_lib.models.registry import default_weights_dir, resolve_device, resolve_dtype
+from medrobust_lib.models.devices import resolve_device, resolve_dtype
+from medrobust_lib.models.registry import default_weights_dir
 from medrobust_lib.models.vision_language import Completion, RowSampler, VisionLanguageModel
 from medrobust_lib.models.vlm_catalogue import (
-    BUILT_IN,
-    DEMO_VLM,
     FOLDER_PREFIX,
     HUB_PREFIX,
     VlmEntry,
     fetch_command,
     find_vlm,
 )
+from medrobust_lib.models.vlm_registry import vlm_folder
 from medrobust_lib.models.weights import (
     check_hashes,
+    check_writes_text,
     explained_errors,
     file_hashes,
-    has_checkpoint,
     hub_access,
-    hub_snapshot,
-    local_folder,
     mismatch_error,
     read_sums,
 )
 
 __all__ = [
-    "DEMO_VLM_FOLDER",
     "Completion",
     "RowSampler",
     "VisionLanguageModel",
-    "list_vlms",
     "load_vlm",
-    "vlm_available_offline",
 ]
 
-DEMO_VLM_FOLDER = Path(__file__).parent / "demo" / "vlm"
 _COMMIT_DIGITS = 40
 
 
@@ -105,12 +98,13 @@ def load_vlm(
     if offline is None:
         offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
     weights = Path(weights_dir).expanduser() if weights_dir is not None else default_weights_dir()
-    folder = _folder(entry, weights)
+    folder = vlm_folder(entry, weights)
     place = entry.source.removeprefix(HUB_PREFIX) if folder is None else str(folder)
     files: dict[str, str] = {}
     if folder is not None:
         if not (folder / "config.json").is_file():
             raise _missing(entry, place, offline=offline, reason="there is no config.json")
+        check_writes_text(folder, id=id)
         files = check_hashes(folder, read_sums(folder))
     pinned = {"revision": revision} if folder is None else {}
     # Code may also lie in another repository than the weights: it is pinned, too.
@@ -134,37 +128,6 @@ def load_vlm(
         image_options=dict(entry.image_options),
         provenance={"source": entry.source, "revision": revision, "licence": entry.licence, "files": files},
     ).eval()
-
-
-def list_vlms(*, weights_dir: str | Path | None = None) -> pd.DataFrame:
-    """Table of the models that `load_vlm` knows.
-
-    Returns
-    -------
-    DataFrame
-        One row per model: id, family, image_size (pixels), parameters, licence, source, available_offline, citation.
-    """
-    folder = Path(weights_dir).expanduser() if weights_dir is not None else default_weights_dir()
-    rows = [
-        {**vars(entry), "available_offline": vlm_available_offline(entry, weights_dir=folder)} for entry in BUILT_IN
-    ]
-    columns = ("id", "family", "image_size", "parameters", "licence", "source", "available_offline", "citation")
-    return pd.DataFrame(rows, columns=list(columns)).astype({"parameters": "Int64"})
-
-
-def vlm_available_offline(entry: VlmEntry, *, weights_dir: Path) -> bool:
-    """Whether a model's weights are in the package, in ``weights_dir`` or in the hub cache."""
-    folder = _folder(entry, weights_dir) or hub_snapshot(entry.source.removeprefix(HUB_PREFIX), "config.json")
-    return folder is not None and has_checkpoint(folder)
-
-
-def _folder(entry: VlmEntry, weights_dir: Path) -> Path | None:
-    """Folder on this computer that holds the files of a model, or None."""
-    if entry.id == DEMO_VLM:
-        return DEMO_VLM_FOLDER
-    if entry.id.startswith(FOLDER_PREFIX):
-        return Path(entry.id.removeprefix(FOLDER_PREFIX)).expanduser()
-    return local_folder(entry.id, weights_dir)
 
 
 def _read_network(place: str, **options: Any) -> PreTrainedModel:

@@ -4,20 +4,21 @@ import difflib
 import importlib
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pandas as pd
-import torch
 
 from medrobust_lib.models.catalogue import (
     BUILT_IN,
     LOCAL_DIR_PREFIX,
+    PYTHON_PREFIX,
     Loader,
     ModelEntry,
     WeightFile,
     folder_entry,
     hub_entry,
+    python_entry,
 )
-from medrobust_lib.models.dual_encoder import DualEncoder
 from medrobust_lib.models.vlm_catalogue import BUILT_IN as GENERATIVE
 from medrobust_lib.models.vlm_catalogue import HUB_PREFIX
 from medrobust_lib.models.weights import (
@@ -33,6 +34,11 @@ from medrobust_lib.models.weights import (
     read_sums,
 )
 
+if TYPE_CHECKING:
+    import torch
+
+    from medrobust_lib.models.dual_encoder import DualEncoder
+
 __all__ = [
     "ModelEntry",
     "WeightFile",
@@ -44,11 +50,9 @@ __all__ = [
     "list_models",
     "load_model",
     "register_model",
-    "resolve_device",
-    "resolve_dtype",
 ]
 
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_OWN_IDS = f"{LOCAL_DIR_PREFIX}PATH, {HUB_PREFIX}OWNER/NAME or {PYTHON_PREFIX}MODULE:FUNCTION"
 
 # The one place that grows at run time: what register_model was given in this process.
 _REGISTERED: dict[str, ModelEntry] = {}
@@ -72,8 +76,9 @@ def find_model(id: str) -> ModelEntry:
     Parameters
     ----------
     id : str
-        An id of :func:`list_models`; ``local-dir:PATH`` for a folder in open_clip's or transformers' format; or
-        ``hf:OWNER/NAME`` for a CLIP on the hub.
+        An id of :func:`list_models`; ``local-dir:PATH`` for a folder in open_clip's or transformers' format;
+        ``hf:OWNER/NAME`` for a CLIP on the hub; or ``python:MODULE:FUNCTION`` for a loader of one's own, as in
+        :func:`register_model`.
 
     Returns
     -------
@@ -89,18 +94,20 @@ def find_model(id: str) -> ModelEntry:
         return folder_entry(id)
     if id.startswith(HUB_PREFIX):
         return hub_entry(id)
+    if id.startswith(PYTHON_PREFIX):
+        return python_entry(id)
     rows = {entry.id: entry for entry in _entries()}
     if id not in rows:
         generative = [entry.id for entry in GENERATIVE]
         if id in generative:
             raise ValueError(
                 f"{id!r} is a generative model: load it with load_vlm({id!r}) (notebooks: the parameter `vlm`). "
-                f"Dual encoders: {', '.join(rows)}, {LOCAL_DIR_PREFIX}PATH or {HUB_PREFIX}OWNER/NAME"
+                f"Dual encoders: {', '.join(rows)}, {_OWN_IDS}"
             )
         close = difflib.get_close_matches(id, rows, n=3, cutoff=0.4)
         hint = f"did you mean {' or '.join(map(repr, close))}? " if close else ""
         raise ValueError(
-            f"unknown model {id!r}: {hint}Known: {', '.join(rows)}, {LOCAL_DIR_PREFIX}PATH or {HUB_PREFIX}OWNER/NAME; "
+            f"unknown model {id!r}: {hint}Known: {', '.join(rows)}, {_OWN_IDS}; "
             f"generative ones (load_vlm): {', '.join(generative)}"
         )
     return rows[id]
@@ -109,19 +116,20 @@ def find_model(id: str) -> ModelEntry:
 def load_model(
     id: str,
     *,
-    device: str | torch.device = "auto",
-    dtype: str | torch.dtype = "auto",
+    device: "str | torch.device" = "auto",
+    dtype: "str | torch.dtype" = "auto",
     weights_dir: str | Path | None = None,
     offline: bool | None = None,
     adapter: str | Path | None = None,
-) -> DualEncoder:
+) -> "DualEncoder":
     """Load a model, ready for inference.
 
     Parameters
     ----------
     id : str
-        An id of :func:`list_models`; ``local-dir:PATH`` for a folder in open_clip's or transformers' format; or
-        ``hf:OWNER/NAME`` for a CLIP on the hub, which is downloaded into the hub cache once.
+        An id of :func:`list_models`; ``local-dir:PATH`` for a folder in open_clip's or transformers' format;
+        ``hf:OWNER/NAME`` for a CLIP on the hub, which is downloaded into the hub cache once; or
+        ``python:MODULE:FUNCTION`` for a loader of one's own, as in :func:`register_model`.
     device : str or torch.device
         ``"auto"`` takes the accelerator if there is one, else the CPU.
     dtype : str or torch.dtype
@@ -147,6 +155,11 @@ def load_model(
     FileNotFoundError
         If the weights are missing; names the places looked at and the command that fetches them. If the adapter is.
     """
+    import torch  # deferred, with the encoder: the table above needs neither
+
+    from medrobust_lib.models.devices import resolve_device, resolve_dtype
+    from medrobust_lib.models.dual_encoder import DualEncoder
+
     entry = find_model(id)
     target = resolve_device(device)
     precision = resolve_dtype(dtype, target)
@@ -210,7 +223,7 @@ def register_model(
     citation: str,
     parameters: int | None = None,
 ) -> None:
-    """Add an own model to the table, for this process.
+    """Add an own model to the table, for this process; ``python:MODULE:FUNCTION`` names a loader everywhere.
 
     Parameters
     ----------
@@ -228,11 +241,15 @@ def register_model(
     Raises
     ------
     ValueError
-        If the id belongs to a built-in model or holds the prefix of a folder or of the hub.
+        If the id belongs to a built-in model or holds the prefix of a folder, the hub or a loader.
     TypeError
         If the loader cannot be called.
     """
-    if any(entry.id == id for entry in BUILT_IN) or id.startswith((LOCAL_DIR_PREFIX, HUB_PREFIX)) or not id:
+    if (
+        any(entry.id == id for entry in BUILT_IN)
+        or id.startswith((LOCAL_DIR_PREFIX, HUB_PREFIX, PYTHON_PREFIX))
+        or not id
+    ):
         raise ValueError(f"the model id {id!r} is taken; choose another one")
     if not callable(loader):
         raise TypeError(f"loader must be a function returning a DualEncoder, not {type(loader).__name__}")
@@ -276,43 +293,6 @@ def hub_location(url: str) -> tuple[str, str] | None:
         return None
     repository, _, path = url.removeprefix(HUB_URL).partition("/resolve/")
     return repository, path.partition("/")[2]
-
-
-def resolve_device(device: str | torch.device) -> torch.device:
-    """Device by name; ``"auto"`` is the machine's accelerator (CUDA, MPS, ...) if it has one, else the CPU.
-
-    Raises
-    ------
-    ValueError
-        If the device does not exist on this machine.
-    """
-    if device == "auto":
-        accelerated = torch.accelerator.is_available()
-        return torch.accelerator.current_accelerator() if accelerated else torch.device("cpu")
-    try:
-        target = torch.device(device)
-        torch.empty(0, device=target)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"device {device!r} cannot be used here ({reason}); try 'auto' or 'cpu'") from error
-    return target
-
-
-def resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
-    """Floating-point type by name; ``"auto"`` is float32 on the CPU and bfloat16 elsewhere.
-
-    Raises
-    ------
-    ValueError
-        If the name is unknown.
-    """
-    if dtype == "auto":
-        return torch.float32 if device.type == "cpu" else torch.bfloat16
-    if isinstance(dtype, torch.dtype) and dtype in _DTYPES.values():
-        return dtype
-    if isinstance(dtype, str) and dtype in _DTYPES:
-        return _DTYPES[dtype]
-    raise ValueError(f"dtype must be 'auto', {', '.join(map(repr, _DTYPES))}, not {dtype!r}")
 
 
 def _resolve_loader(entry: ModelEntry) -> Loader:

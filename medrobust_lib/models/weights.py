@@ -10,15 +10,15 @@ from pathlib import Path
 from pickle import UnpicklingError  # only to recognise torch's refusal: nothing is unpickled here
 from typing import TYPE_CHECKING
 
-import torch
 from huggingface_hub import constants, try_to_load_from_cache
 from safetensors import SafetensorError
-from torch import Tensor
 
 from medrobust_lib.downloads import file_sha256, read_sums
 from medrobust_lib.models.vlm_catalogue import fetch_command
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from medrobust_lib.models.registry import ModelEntry
 
 DEMO_FOLDER = Path(__file__).parent / "demo" / "clip"
@@ -97,8 +97,10 @@ def _model_type(folder: Path) -> str | None:
         raise ValueError(f"{folder / CONFIG_NAME} is no valid JSON ({error}); fetch it again") from error
 
 
-def fingerprint(tensors: Sequence[Tensor]) -> str:
+def fingerprint(tensors: Sequence["Tensor"]) -> str:
     """First 16 hex digits of the BLAKE2 hash of the tensors' shapes, types and bytes."""
+    import torch  # deferred: listing models computes nothing
+
     digest = hashlib.blake2b(digest_size=8)
     for tensor in tensors:
         digest.update(f"{tuple(tensor.shape)} {tensor.dtype}".encode())

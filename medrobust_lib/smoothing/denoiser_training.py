@@ -12,8 +12,8 @@ from torch.nn import functional
 
 from medrobust_lib.data.dataset import ImageDataset
 from medrobust_lib.experiments import progress
+from medrobust_lib.models.devices import resolve_device
 from medrobust_lib.models.dual_encoder import DualEncoder
-from medrobust_lib.models.registry import resolve_device
 from medrobust_lib.models.weights import fingerprint
 from medrobust_lib.smoothing.denoiser_networks import (
     DIFFUSION_STEPS,

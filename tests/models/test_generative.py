@@ -23,8 +23,9 @@ from transformers.utils import logging
 
 from medrobust_lib.downloads import file_sha256
 from medrobust_lib.models import generative
-from medrobust_lib.models.generative import list_vlms, load_vlm
+from medrobust_lib.models.generative import load_vlm
 from medrobust_lib.models.vlm_catalogue import find_vlm
+from medrobust_lib.models.vlm_registry import list_vlms
 
 spec = importlib.util.spec_from_file_location("tiny_vlms", Path(__file__).with_name("tiny_vlms.py"))
 tiny_vlms = importlib.util.module_from_spec(spec)

@@ -9,6 +9,7 @@ from huggingface_hub import constants
 
 import medrobust_lib
 from medrobust_lib.models import registry
+from medrobust_lib.models.devices import resolve_device, resolve_dtype
 from medrobust_lib.models.dual_encoder import DualEncoder, Preprocessing, Tokens
 from medrobust_lib.models.low_rank import adapter_parameters, attach_adapters, merge_adapters, save_adapter
 from medrobust_lib.models.registry import (
@@ -20,7 +21,6 @@ from medrobust_lib.models.registry import (
     list_models,
     load_model,
     register_model,
-    resolve_device,
 )
 from medrobust_lib.models.weights import hub_access
 
@@ -255,7 +255,7 @@ def test_device_auto_is_the_accelerator_else_the_cpu(monkeypatch):
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("mps"))
     assert resolve_device("auto") == torch.device("mps")
-    assert registry.resolve_dtype("auto", torch.device("mps")) == torch.bfloat16
+    assert resolve_dtype("auto", torch.device("mps")) == torch.bfloat16
     assert resolve_device(torch.device("cpu")) == torch.device("cpu")
 
 
@@ -343,3 +343,20 @@ def test_an_adapter_is_merged_in_float32_before_the_type_changes(tmp_path, dtype
 def test_a_missing_adapter_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="no adapter folder .*nowhere"):
         load_model("demo-clip", device="cpu", adapter=tmp_path / "nowhere")
+
+
+def test_a_loader_of_ones_own_is_named_by_module_and_function(tmp_path, monkeypatch):
+    (tmp_path / "own_models.py").write_text(
+        "import medrobust_lib as mr\n\ndef load(entry, *, weights_dir, offline):\n    return mr.load_model('demo-clip')\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    model = load_model("python:own_models:load", device="cpu")
+    assert model.image_size == 64 and not model.training
+    assert available_offline(find_model("python:own_models:load"), weights_dir=tmp_path)
+    for id, message in (
+        ("python:own_models", "names no loader: write python:MODULE:FUNCTION"),
+        ("python:own_models:save", "the module own_models has no function 'save'"),
+        ("python:no_such_models:load", "No module named 'no_such_models'; install the module .* PYTHONPATH"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            load_model(id)
