@@ -154,7 +154,7 @@ def test_unknown_ids_get_the_closest_matches(wrong, close):
     with pytest.raises(ValueError, match=f"unknown model '{wrong}': did you mean .*{close}") as caught:
         load_model(wrong)
     assert "Known: demo-clip, clip-vit-b16" in str(caught.value)
-    assert "local-dir:PATH or hf:OWNER/NAME" in str(caught.value)
+    assert "local-dir:PATH, hf:OWNER/NAME or python:MODULE:FUNCTION" in str(caught.value)
 
 
 @pytest.mark.parametrize("id", ["hf:name", "hf:", "hf:/name", "hf:owner/", "hf:a/b/c"])
@@ -347,7 +347,9 @@ def test_a_missing_adapter_is_named(tmp_path):
 
 def test_a_loader_of_ones_own_is_named_by_module_and_function(tmp_path, monkeypatch):
     (tmp_path / "own_models.py").write_text(
-        "import medrobust_lib as mr\n\ndef load(entry, *, weights_dir, offline):\n    return mr.load_model('demo-clip')\n"
+        "import medrobust_lib as mr\n\n"
+        "def load(entry, *, weights_dir, offline):\n"
+        "    return mr.load_model('demo-clip')\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
     model = load_model("python:own_models:load", device="cpu")
