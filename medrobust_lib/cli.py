@@ -1,18 +1,16 @@
-"""The command line: ``medrobust run | models | datasets | leaderboard | doctor``."""
+"""The command line: ``medrobust run | study | leaderboard | compare | models | datasets | doctor``.
 
-import difflib
-import json
-import re
+Commands import what they need when they are called, so that ``--help`` answers at once.
+"""
+
 import sys
-from collections.abc import Sequence
+import time
 from pathlib import Path
 from typing import Annotated
 
-import pandas as pd
 import typer
-from rich import box
-from rich.console import Console
-from rich.table import Table
+
+from medrobust_lib.studies.command import compare, study
 
 # What fits a terminal; --json gives everything, with hashes, sources and citations.
 MODEL_COLUMNS = ("id", "family", "image_size", "parameters", "available_offline")
@@ -32,7 +30,10 @@ def main() -> None:
     try:
         app()
     except (ValueError, FileNotFoundError, RuntimeError, PermissionError) as error:
-        Console(stderr=True, highlight=False).print(f"[bold red]error:[/] {_escaped(str(error))}", soft_wrap=True)
+        from rich.console import Console
+        from rich.markup import escape
+
+        Console(stderr=True, highlight=False).print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True)
         sys.exit(1)
 
 
@@ -46,6 +47,7 @@ def run(
     ] = None,
     folder: Annotated[Path | None, typer.Option("--notebooks", help="Folder of the notebooks.")] = None,
     describe: Annotated[bool, typer.Option("--describe", help="List the parameters and stop.")] = False,
+    jobs: Annotated[int, typer.Option(help="Notebooks at a time; -1: one per core.")] = 1,
 ) -> None:
     """Execute notebooks headlessly and write a report.
 
@@ -55,19 +57,23 @@ def run(
     from medrobust_lib.parameters import parse_parameters
     from medrobust_lib.report import write_report
 
+    started = time.monotonic()
     chosen = runner.find_notebooks(notebooks or (), folder=folder)
     if describe:
         _describe(chosen)
         return
     parameters = parse_parameters(parameter or (), file)
     try:
-        executed = runner.run_notebooks(chosen, parameters, out, announce=typer.echo)
+        executed = runner.run_notebooks(chosen, parameters, out, announce=typer.echo, jobs=jobs)
     except runner.NotebookError as error:
         typer.echo(f"report of what was executed: {write_report(error.run_dir)}")
         raise
     plural = "s" if len(executed) > 1 else ""
-    typer.echo(f"{len(executed)} notebook{plural} in {sum(e.seconds for e in executed):.1f} s")
+    typer.echo(f"{len(executed)} notebook{plural} in {time.monotonic() - started:.1f} s")
     typer.echo(f"report: {write_report(executed[0].run_dir)}")
+
+
+app.command()(study)
 
 
 @app.command()
@@ -75,14 +81,17 @@ def models(
     as_json: Annotated[bool, typer.Option("--json", help="JSON instead of a table.")] = False,
 ) -> None:
     """List the models that `load_model` knows, and the generative ones of `load_vlm`."""
+    import pandas as pd
+
     from medrobust_lib import list_models, list_vlms
+    from medrobust_lib.terminal import show, show_json
 
     tables = {"models": list_models(), "generative models (vlm)": list_vlms()}
     if as_json:
-        _show(pd.concat(tables.values()), as_json=True, title="")
+        show_json(pd.concat(tables.values()))
         return
     for title, table in tables.items():
-        _show(table, as_json=False, title=title, columns=MODEL_COLUMNS)
+        show(table, title=title, columns=MODEL_COLUMNS)
 
 
 @app.command()
@@ -93,13 +102,16 @@ def datasets(
     """List the data sets that `load_dataset` knows, and the scenarios of MM-SafetyBench for notebook 06."""
     from medrobust_lib import list_datasets
     from medrobust_lib.data.mm_safetybench import PREFIX, list_scenarios
+    from medrobust_lib.terminal import show, show_json
 
-    _show(list_datasets(root=root), as_json=as_json, title="data sets", columns=DATASET_COLUMNS)
-    if not as_json:
-        scenarios = list_scenarios(root=root).groupby("scenario", sort=False)
-        table = scenarios.agg(questions=("questions", "first"), available=("available", "all")).reset_index()
-        table.insert(0, "id", PREFIX + table["scenario"].str[:2])
-        _show(table, as_json=False, title="questions for generative models (images: SD, TYPO, SD_TYPO)")
+    if as_json:
+        show_json(list_datasets(root=root))
+        return
+    show(list_datasets(root=root), title="data sets", columns=DATASET_COLUMNS)
+    scenarios = list_scenarios(root=root).groupby("scenario", sort=False)
+    table = scenarios.agg(questions=("questions", "first"), available=("available", "all")).reset_index()
+    table.insert(0, "id", PREFIX + table["scenario"].str[:2])
+    show(table, title="questions for generative models (images: SD, TYPO, SD_TYPO)")
 
 
 @app.command()
@@ -115,8 +127,11 @@ def leaderboard(
     as_json: Annotated[bool, typer.Option("--json", help="All rows and columns as JSON instead of tables.")] = False,
 ) -> None:
     """Rank the results of all runs by metric and data set, from their result cards only."""
+    import difflib
+
     from medrobust_lib import experiments
     from medrobust_lib.experiments.cards import BY_HAND, default_runs_dir
+    from medrobust_lib.terminal import show_json, show_ranking
 
     folder = default_runs_dir() if runs is None else runs
     cards = experiments.read_cards(folder)
@@ -135,9 +150,12 @@ def leaderboard(
     if csv is not None:
         experiments.write_text_atomically(csv, table.to_csv(index=False))
     if as_json:
-        _show(table, as_json=True, title="")
+        show_json(table)
     else:
-        _show_ranking(table)
+        show_ranking(table)
+
+
+app.command()(compare)
 
 
 @app.command()
@@ -160,70 +178,3 @@ def _describe(notebooks: dict[str, Path]) -> None:
         typer.echo(f"{number}  {path.stem}")
         for name, spec in notebook_parameters(path).items():
             typer.echo(f"    {name}: {spec['inferred_type_name']} = {spec['default']}  # {spec['help']}")
-
-
-def _show(table: pd.DataFrame, *, as_json: bool, title: str, columns: Sequence[str] | None = None) -> None:
-    if as_json:
-        typer.echo(json.dumps(json.loads(table.to_json(orient="records")), indent=2))
-        return
-    table = table[list(columns)] if columns else table
-    console = Console(highlight=False)
-    shown = Table(title=title, title_justify="left", header_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
-    for position, column in enumerate(table.columns):
-        numeric = pd.api.types.is_numeric_dtype(table[column]) and table[column].dtype != bool
-        name, justify = str(column).replace("_", " "), "right" if numeric else "left"
-        shown.add_column(name, justify=justify, overflow="fold", no_wrap=position == 0)
-    for row in table.itertuples(index=False):
-        shown.add_row(*(_cell(value) for value in row))
-    console.print(shown)
-
-
-def _show_ranking(table: pd.DataFrame) -> None:
-    """One narrow table per metric and data set; a result that several runs agree on is one row."""
-    from medrobust_lib.experiments.cards import lower_is_better
-
-    console = Console(highlight=False)
-    for (metric, dataset), block in table.groupby(["metric", "dataset"], sort=False):
-        best = "lowest" if lower_is_better(metric) else "highest"
-        console.print(f"[bold]{_escaped(metric.replace('_', ' '))}[/] on {_escaped(dataset)}, {best} first")
-        shown = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-        shown.add_column("#", justify="right")
-        shown.add_column("value [95 %]" if block["low"].notna().any() else "value", no_wrap=True)
-        shown.add_column("n", justify="right", no_wrap=True)
-        for column in ("model", "of", "run"):
-            shown.add_column(column, overflow="fold")
-        same = ["parameters", "model", "of", "value", "n"]
-        runs = block.groupby(same, sort=False)["run"].unique()
-        results = block.drop_duplicates(same)
-        ranks = results["value"].rank(method="min", ascending=lower_is_better(metric)).astype(int)
-        for rank, names, (_, row) in zip(ranks, runs, results.iterrows(), strict=True):
-            run = f"{names[0]} (+{len(names) - 1} more)" if len(names) > 1 else names[0]
-            cells = (str(rank), _interval(row), str(row["n"]), row["model"], row["of"], run)
-            shown.add_row(*map(_escaped, cells))
-        console.print(shown)
-
-
-def _interval(row: pd.Series) -> str:
-    """A value and its interval, as short as they can be told: ``.764 [.70, .82]``."""
-    value = _short(row["value"], 3)
-    return value if pd.isna(row["low"]) else f"{value} [{_short(row['low'], 2)}, {_short(row['high'], 2)}]"
-
-
-def _short(value: float, digits: int) -> str:
-    """No zero before the point, and four figures from ten on."""
-    text = f"{value:.{digits}f}" if abs(value) < 10 else f"{value:.4g}"
-    return re.sub(r"^(-?)0(?=\.)", r"\1", text)
-
-
-def _cell(value: object) -> str:
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, float):
-        return "" if pd.isna(value) else f"{value:.4g}"
-    return "" if value is None else _escaped(str(value))
-
-
-def _escaped(text: str) -> str:
-    from rich.markup import escape
-
-    return escape(text)

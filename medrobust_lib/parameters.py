@@ -99,11 +99,11 @@ def assign_parameters(notebooks: Mapping[str, Path], parameters: Mapping[str, An
         for name, value in parameters.items():
             if name in specification:
                 annotation = str(specification[name]["inferred_type_name"])
-                assigned[number][name] = _in_range(name, _absolute(name, _checked(name, value, annotation)))
+                assigned[number][name] = _in_range(name, absolute_ids(name, _checked(name, value, annotation)))
         if set(VLM_PARAMETERS) & specification.keys():
             _check_draws(assigned[number].get("n"))
         _check_judge(assigned[number].get("judge"))
-    _check_models({id for given in assigned.values() for name in MODEL_PARAMETERS for id in _ids(given.get(name))})
+    check_models({id for given in assigned.values() for name in MODEL_PARAMETERS for id in _ids(given.get(name))})
     _check_vlms({id for given in assigned.values() for name in VLM_PARAMETERS for id in _ids(given.get(name))})
     for number, given in assigned.items():
         if given.keys() & {*DATASET_PARAMETERS, "n_images", "wording_of", "prompts"}:
@@ -195,17 +195,17 @@ def _ids(value: Any) -> list[str]:
     return [item for item in (value if isinstance(value, list) else [value]) if isinstance(item, str) and item]
 
 
-def _absolute(name: str, value: Any) -> Any:
+def absolute_ids(name: str, value: Any) -> Any:
     """Make the path in each id of a model or data set absolute."""
-    if isinstance(value, list):
-        return [_absolute(name, item) for item in value]
+    if isinstance(value, list | tuple):
+        return type(value)(absolute_ids(name, item) for item in value)
     if name not in (*MODEL_PARAMETERS, *VLM_PARAMETERS, *DATASET_PARAMETERS) or not isinstance(value, str):
         return value
     scheme, _, path = value.partition(":")
     return f"{scheme}:{Path(path).expanduser().resolve()}" if scheme in _PATH_SCHEMES and path else value
 
 
-def _check_models(ids: Collection[str]) -> None:
+def check_models(ids: Collection[str]) -> None:
     """Raise unless every model is known and its weights are here or can be downloaded."""
     if not ids:
         return

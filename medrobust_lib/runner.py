@@ -14,11 +14,12 @@ from typing import Any
 
 from jupyter_client import AsyncKernelManager
 
-from medrobust_lib.experiments import HEADLESS_VARIABLE, RUN_DIR_VARIABLE, project_root
+from medrobust_lib.experiments import HEADLESS_VARIABLE, RUN_DIR_VARIABLE, map_items, project_root
 from medrobust_lib.experiments.cards import default_runs_dir
 from medrobust_lib.parameters import assign_parameters
 
 KERNEL = "python3"
+THREADS_VARIABLE = "OMP_NUM_THREADS"
 
 
 class NotebookError(RuntimeError):
@@ -33,6 +34,10 @@ class NotebookError(RuntimeError):
     def __init__(self, message: str, run_dir: Path) -> None:
         super().__init__(message)
         self.run_dir = run_dir
+
+    def __reduce__(self) -> tuple[type, tuple[str, Path]]:
+        # The way back from a worker process; the default would call the class with the message alone.
+        return type(self), (str(self), self.run_dir)
 
 
 @dataclass(frozen=True)
@@ -110,8 +115,9 @@ def run_notebooks(
     out: Path | None = None,
     *,
     announce: Callable[[str], None] = print,
+    jobs: int = 1,
 ) -> list[Executed]:
-    """Execute notebooks one after the other into a run folder.
+    """Execute notebooks into a run folder, one after the other or several at a time.
 
     Parameters
     ----------
@@ -122,45 +128,107 @@ def run_notebooks(
         Run folder; executed notebooks go to ``out/notebooks``. What these notebooks left there before is
         removed first. Default: a new folder, named by date and time, below ``runs``.
     announce : callable
-        Receives a line with the folder, and one before and after each notebook.
+        Receives a line with the folder, and one before and after each notebook; with several jobs one after
+        each, as they finish.
+    jobs : int
+        Notebooks at a time, each in a process of its own; -1 for one per core. Unless ``OMP_NUM_THREADS`` is set,
+        their kernels share the cores out.
+
+    Returns
+    -------
+    list of Executed
+        In the order of ``notebooks``.
 
     Raises
     ------
     ParameterError, ValueError, FileNotFoundError
-        As `assign_parameters`, or an ``out`` that cannot be a run folder.
+        As `assign_parameters`, an ``out`` that cannot be a run folder, or jobs neither -1 nor >= 1.
     NotebookError
-        A cell failed; the notebook so far is kept in ``out/notebooks``.
+        A cell failed; the notebook so far is kept in ``out/notebooks``. One job stops there; of several the other
+        notebooks are finished first, and the message holds every failure.
     """
-    from papermill import execute_notebook
-    from papermill.exceptions import PapermillExecutionError
-
+    if jobs != -1 and jobs < 1:
+        raise ValueError(f"jobs={jobs}; give the number of notebooks at a time, or -1 for one per core")
     assigned = assign_parameters(notebooks, parameters)
     check_kernel()
     out = new_run_dir() if out is None else _cleared(Path(out).resolve(), notebooks)
     (out / "notebooks").mkdir(parents=True, exist_ok=True)
     announce(f"run folder: {out}")
-    executed = []
-    for number, path in notebooks.items():
-        announce(f"{path.stem} ...")
-        target = out / "notebooks" / path.name
-        started = time.monotonic()
-        try:
-            with _environment({RUN_DIR_VARIABLE: str(out), HEADLESS_VARIABLE: "1", "TQDM_DISABLE": "1"}):
-                execute_notebook(
-                    path,
-                    target,
-                    assigned[number],
-                    kernel_name=KERNEL,
-                    progress_bar=False,
-                    cwd=path.parent,
-                    config=_kernel_configuration(),
-                    kernel_manager_class=AskingKernelManager,
-                )
-        except PapermillExecutionError as error:
-            raise NotebookError(_readable(error, path, target), out) from error
-        executed.append(Executed(number, target, time.monotonic() - started))
-        announce(f"{path.stem} done in {executed[-1].seconds:.1f} s")
-    return executed
+    tasks = [_Task(number, path, assigned[number], out) for number, path in notebooks.items()]
+    if jobs == 1 or len(tasks) < 2:
+        executed = []
+        for task in tasks:
+            announce(f"{task.path.stem} ...")
+            executed.append(_executed(None, task))
+            announce(f"{task.path.stem} done in {executed[-1].seconds:.1f} s")
+        return executed
+    return _run_in_parallel(tasks, out, jobs=jobs, announce=announce)
+
+
+@dataclass(frozen=True)
+class _Task:
+    """One notebook to execute; it travels to a worker process."""
+
+    number: str
+    path: Path
+    parameters: dict[str, Any]
+    out: Path
+
+
+def _run_in_parallel(tasks: list[_Task], out: Path, *, jobs: int, announce: Callable[[str], None]) -> list[Executed]:
+    from joblib import cpu_count
+
+    jobs = min(cpu_count() if jobs == -1 else jobs, len(tasks))
+    threads = os.environ.get(THREADS_VARIABLE) or str(max(1, cpu_count() // jobs))
+    announce(f"{len(tasks)} notebooks, {jobs} at a time: {', '.join(task.path.stem for task in tasks)} ...")
+    executed: dict[int, Executed] = {}
+    failures: dict[int, NotebookError] = {}
+    for position, result in map_items(_executed_or_error, tasks, context=threads, jobs=jobs):
+        name = tasks[position].path.stem
+        if isinstance(result, NotebookError):
+            failures[position] = result
+            announce(f"{name} FAILED; the other notebooks go on")
+        else:
+            executed[position] = result
+            announce(f"{name} done in {result.seconds:.1f} s")
+    if failures:
+        messages = [str(failures[position]) for position in sorted(failures)]
+        raise NotebookError("\n\n".join(messages), out)
+    return [executed[position] for position in sorted(executed)]
+
+
+def _executed_or_error(threads: str, task: _Task) -> Executed | NotebookError:
+    try:
+        return _executed(threads, task)
+    except NotebookError as error:
+        return error
+
+
+def _executed(threads: str | None, task: _Task) -> Executed:
+    """Execute one notebook; ``threads`` is what its kernel finds in ``OMP_NUM_THREADS``."""
+    from papermill import execute_notebook
+    from papermill.exceptions import PapermillExecutionError
+
+    target = task.out / "notebooks" / task.path.name
+    variables = {RUN_DIR_VARIABLE: str(task.out), HEADLESS_VARIABLE: "1", "TQDM_DISABLE": "1"}
+    if threads is not None:
+        variables[THREADS_VARIABLE] = threads
+    started = time.monotonic()
+    try:
+        with environment_variables(variables):
+            execute_notebook(
+                task.path,
+                target,
+                task.parameters,
+                kernel_name=KERNEL,
+                progress_bar=False,
+                cwd=task.path.parent,
+                config=_kernel_configuration(),
+                kernel_manager_class=AskingKernelManager,
+            )
+    except PapermillExecutionError as error:
+        raise NotebookError(_readable(error, task.path, target), task.out) from error
+    return Executed(task.number, target, time.monotonic() - started)
 
 
 def new_run_dir() -> Path:
@@ -222,7 +290,8 @@ def _kernel_configuration() -> Any:
 
 
 @contextlib.contextmanager
-def _environment(variables: Mapping[str, str]) -> Iterator[None]:
+def environment_variables(variables: Mapping[str, str]) -> Iterator[None]:
+    """Set environment variables for a while; processes started meanwhile inherit them."""
     before = {name: os.environ.get(name) for name in variables}
     os.environ.update(variables)
     try:

@@ -1,5 +1,6 @@
 import json
 import re
+import subprocess
 import sys
 
 import nbformat
@@ -250,6 +251,14 @@ def test_doctor_names_packages_at_other_versions(monkeypatch, tmp_path):
     assert "numpy" in finding.detail
     assert "(tested: 1.0.0)" in finding.detail
     assert "no-such-package missing (tested: 2.0)" in finding.detail
+
+
+def test_help_loads_nothing_that_is_slow():
+    code = (
+        "import sys, medrobust_lib.cli; "
+        "print(sorted({'pandas', 'numpy', 'torch', 'papermill', 'joblib', 'dask'} & set(sys.modules)))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
 
 
 def test_help_is_offered_without_arguments():

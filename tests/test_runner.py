@@ -58,6 +58,75 @@ def test_failure_shows_the_cell_and_keeps_the_notebook(tmp_path, write_notebook)
     assert (tmp_path / "out" / "notebooks" / "01_first.ipynb").exists()
 
 
+def test_notebooks_run_side_by_side_and_share_the_cores(tmp_path, write_notebook, monkeypatch):
+    import joblib
+
+    # Each waits for the other: one after the other they would never end.
+    code = """
+import os, pathlib, time
+here = pathlib.Path(os.environ["MEDROBUST_RUN_DIR"])
+(here / number).touch()
+while not (here / other).exists():
+    time.sleep(0.01)
+print(os.environ["OMP_NUM_THREADS"], os.getppid())
+"""
+    for number, other in (("01", "02"), ("02", "01")):
+        write_notebook(tmp_path, f"{number}_x", f"number, other = {number!r}, {other!r}", code)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    found = runner.find_notebooks(folder=tmp_path)
+    lines = []
+    executed = runner.run_notebooks(found, {}, tmp_path / "out", announce=lines.append, jobs=2)
+    assert [one.number for one in executed] == ["01", "02"]
+    printed = [nbformat.read(one.path, as_version=4).cells[-1].outputs[0].text.split() for one in executed]
+    assert {threads for threads, _ in printed} == {str(max(1, joblib.cpu_count() // 2))}
+    assert len({parent for _, parent in printed} | {str(os.getpid())}) == 3
+    assert lines[1] == "2 notebooks, 2 at a time: 01_x, 02_x ..."
+    assert sorted(line.partition(" in ")[0] for line in lines[2:]) == ["01_x done", "02_x done"]
+
+
+def test_the_number_of_threads_that_the_user_sets_reaches_the_kernels(tmp_path, write_notebook, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    for name in ("01_first", "02_second"):
+        write_notebook(tmp_path, name, "import os; print(os.environ['OMP_NUM_THREADS'])")
+    executed = runner.run_notebooks(
+        runner.find_notebooks(folder=tmp_path), {}, tmp_path / "out", announce=lambda _: None, jobs=2
+    )
+    printed = [nbformat.read(one.path, as_version=4).cells[-1].outputs[0].text.strip() for one in executed]
+    assert printed == ["7", "7"]
+
+
+def test_of_several_notebooks_a_failing_one_does_not_stop_the_others(tmp_path, write_notebook):
+    write_notebook(tmp_path, "01_first", "divided = 1 / 0")
+    write_notebook(tmp_path, "02_second", "print('reached')")
+    write_notebook(tmp_path, "03_third", "[][1]")
+    lines = []
+    with pytest.raises(runner.NotebookError) as caught:
+        runner.run_notebooks(
+            runner.find_notebooks(folder=tmp_path), {}, tmp_path / "out", announce=lines.append, jobs=2
+        )
+    assert caught.value.run_dir == tmp_path / "out"
+    message = str(caught.value)
+    assert message.index("01_first.ipynb failed in cell 2 with ZeroDivisionError") < message.index(
+        "03_third.ipynb failed in cell 2 with IndexError"
+    )
+    second = nbformat.read(tmp_path / "out" / "notebooks" / "02_second.ipynb", as_version=4)
+    assert second.cells[-1].outputs[0].text == "reached\n"
+    assert "01_first FAILED; the other notebooks go on" in lines
+
+
+def test_jobs_are_checked_before_anything_is_written(notebooks, tmp_path):
+    with pytest.raises(ValueError, match="jobs=0; give the number of notebooks at a time, or -1 for one per core"):
+        runner.run_notebooks(notebooks, {}, tmp_path / "out", jobs=0)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_notebook_error_survives_the_way_back_from_a_worker(tmp_path):
+    import cloudpickle
+
+    error = cloudpickle.loads(cloudpickle.dumps(runner.NotebookError("what happened", tmp_path)))
+    assert (str(error), error.run_dir) == ("what happened", tmp_path)
+
+
 def test_a_kernel_that_is_still_busy_with_its_last_reply_is_not_interrupted(tmp_path, capfd, write_notebook):
     # The window that a plain shutdown sometimes hits, made a second wide.
     code = """

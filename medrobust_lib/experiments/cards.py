@@ -16,10 +16,17 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
+from medrobust_lib.files import parsed, read_json_object, whole_file
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 CARD_FORMAT = 1
+_PARTS = {
+    "notebook": str, "title": str, "parameters": dict, "parameters_hash": str, "model": dict, "dataset": dict,
+    "metrics": list, "tables": list, "environment": dict, "git": dict,
+}  # fmt: skip
+_AGAIN = "Delete it and run the notebook again."
 RUN_DIR_VARIABLE = "MEDROBUST_RUN_DIR"
 HEADLESS_VARIABLE = "MEDROBUST_HEADLESS"
 BY_HAND = "by-hand"  # the run of notebooks that a person executes
@@ -209,20 +216,32 @@ def read_cards(runs_dir: Path, *, nested: bool = True) -> list[dict[str, Any]]:
     FileNotFoundError
         There is no card below the folder.
     ValueError
-        A card is no valid JSON or of an unknown format; the message names the file.
+        A card is damaged or of an unknown format; the message names the file.
     """
     cards = []
     for path in sorted(Path(runs_dir).glob(f"{'**/' if nested else ''}cards/[0-9]*.json")):
-        try:
-            card = json.loads(path.read_text())
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path} is no valid JSON ({error}); delete it and run the notebook again") from error
+        card = read_json_object(path, "a result card", _AGAIN)
         if card.get("format") != CARD_FORMAT:
             raise ValueError(f"{path} has card format {card.get('format')}, this version reads {CARD_FORMAT}")
+        with parsed(f"{path} is a damaged result card", _AGAIN):
+            _check_parts(card)
         cards.append({**card, "run": path.parent.parent.name})
     if not cards:
         raise FileNotFoundError(f"no result cards below {runs_dir}; `medrobust run 01` writes one")
     return cards
+
+
+def _check_parts(card: Mapping[str, Any]) -> None:
+    """Raise an error where a card lacks something that a leaderboard or a report counts on."""
+    for name, kind in _PARTS.items():
+        if not isinstance(card[name], kind):
+            raise TypeError(f"{name!r} is a {type(card[name]).__name__}")
+    for metric in card["metrics"]:
+        numbers = (metric["value"], metric["n"], *(end for end in (metric["low"], metric["high"]) if end is not None))
+        if not all(isinstance(metric[name], str) for name in ("name", "of")):
+            raise TypeError(f"the name of a metric is {metric['name']!r}, of {metric['of']!r}")
+        if not all(isinstance(number, int | float) for number in numbers):
+            raise TypeError(f"the metric {metric['name']!r} has no numbers")
 
 
 def leaderboard(cards: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
@@ -238,8 +257,10 @@ def leaderboard(cards: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
 
     Returns
     -------
-    DataFrame with columns run, notebook, model, dataset, metric, of, value, low, high, n, parameters
-        Sorted by metric and data set, the best value first (see `lower_is_better`).
+    DataFrame with columns run, notebook, model, dataset, metric, of, value, low, high, n, parameters, ...
+        And seed and dtype where the card states them, commit and changed of the checkout, and a column for each
+        version in the card's environment. Sorted by metric and data set, the best value first (see
+        `lower_is_better`).
     """
     models = {name for card in cards for name in _named_models(card)}
     rows = [
@@ -252,6 +273,7 @@ def leaderboard(cards: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
             **_subject(metric, models),
             **{key: metric[key] for key in ("value", "low", "high", "n")},
             "parameters": card["parameters_hash"],
+            **_circumstances(card),
         }
         for card in cards
         for metric in card["metrics"]
@@ -264,12 +286,24 @@ def leaderboard(cards: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
         )
     )
     columns = ("run", "notebook", "model", "dataset", "metric", "of", "value", "low", "high", "n", "parameters")
-    return pd.DataFrame(rows, columns=list(columns))
+    others = dict.fromkeys(name for card in cards for name in _circumstances(card))
+    return pd.DataFrame(rows, columns=[*columns, *others])
 
 
 def lower_is_better(metric: str) -> bool:
     """Whether the smallest value of a metric is the best: errors, and shares that grow as a model collapses."""
     return metric.endswith(LOWER_IS_BETTER)
+
+
+def _circumstances(card: Mapping[str, Any]) -> dict[str, Any]:
+    """What a result may depend on besides its parameters' names: seed, precision, code and versions."""
+    return {
+        "seed": card["parameters"].get("seed"),
+        "dtype": str(card["model"].get("dtype", "")).removeprefix("torch."),
+        "commit": card["git"].get("commit", ""),
+        "changed": card["git"].get("changed"),
+        **card["environment"],
+    }
 
 
 def _subject(metric: Mapping[str, Any], models: Collection[str]) -> dict[str, str]:
@@ -339,10 +373,8 @@ def peak_memory_mb() -> float | None:
 
 def write_text_atomically(path: Path, text: str) -> None:
     """Write a file so that a reader sees either the old or the whole new content."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.part")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
+    with whole_file(path) as partial:
+        partial.write_text(text, encoding="utf-8")
 
 
 def _git(root: Path, *arguments: str) -> str:

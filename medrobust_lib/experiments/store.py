@@ -20,12 +20,12 @@ from typing import Any, Self
 import pandas as pd
 
 from medrobust_lib.experiments.cards import write_text_atomically
+from medrobust_lib.files import lock
 
 STORE_FORMAT = 1
 SECONDS_COLUMN = "seconds"
 Row = Mapping[str, str | int | float | bool | None]
 
-_NO_LOCKS_HERE = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP}
 _ABSENT = "no such parameter"
 _SHOWN_CHARACTERS = 120
 
@@ -195,7 +195,11 @@ def open_store(folder: str | Path, *, parameters: Mapping[str, Any]) -> RowStore
     folder.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(journal, os.O_RDWR | os.O_CREAT | os.O_APPEND | getattr(os, "O_BINARY", 0), 0o644)
     try:
-        _lock(descriptor, folder)
+        if not lock(descriptor):
+            raise RuntimeError(
+                f"the store {folder} is in use by another process, or left open in this one; "
+                "wait for it, end it, or choose another folder"
+            )
         _check_manifest(folder / "manifest.json", wanted, is_new=os.fstat(descriptor).st_size == 0)
         content = journal.read_bytes()
         whole = content[: content.rfind(b"\n") + 1]
@@ -216,23 +220,6 @@ def _check_own_folder(folder: Path, journal: Path) -> None:
         if others:
             named = ", ".join(others[:3]) + (", ..." if len(others) > 3 else "")
             raise ValueError(f"{folder} holds other files ({named}) and no store; give the store a folder of its own")
-
-
-def _lock(descriptor: int, folder: Path) -> None:
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        return
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise RuntimeError(
-            f"the store {folder} is in use by another process, or left open in this one; "
-            "wait for it, end it, or choose another folder"
-        ) from error
-    except OSError as error:  # some network file systems have no locks
-        if error.errno not in _NO_LOCKS_HERE:
-            raise
 
 
 def _json_values(parameters: Mapping[str, Any]) -> dict[str, Any]:
@@ -264,7 +251,8 @@ def _check_manifest(path: Path, wanted: dict[str, Any], *, is_new: bool) -> None
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
         version, stored = manifest["format"], dict(manifest["parameters"])
-    except (ValueError, KeyError, TypeError) as error:
+        _canonical(stored)
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{path} is no manifest of a store ({error!r}); restore it or use another folder") from error
     if version != STORE_FORMAT:
         raise ValueError(f"{path} has store format {version}, this version reads {STORE_FORMAT}; use another folder")
@@ -306,13 +294,17 @@ def _shown(value: object) -> str:
 
 def _read_items(content: bytes, path: Path) -> dict[str, _Item]:
     items: dict[str, _Item] = {}
+    columns: list[str] | None = None
     for number, line in enumerate(content.splitlines(), start=1):
         try:
             entry = json.loads(line)
             key, item = entry["key"], _Item(tuple(entry["rows"]), float(entry["seconds"]))
             if not isinstance(key, str) or key in items or not all(isinstance(row, dict) for row in item.rows):
                 raise ValueError(f"key {key!r} is no text, or here twice, or its rows are no rows")
-        except (ValueError, KeyError, TypeError) as error:
+            for row in item.rows:
+                columns = columns or list(row)
+                _check_row(key, row, columns)
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
             raise ValueError(
                 f"{path}, line {number} is corrupt ({error}): {line[:60]!r}; "
                 "delete that line, and its item is computed again"

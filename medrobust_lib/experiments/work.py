@@ -178,6 +178,11 @@ class _LokyRounds:
 
     def run(self, positions: Sequence[int], *, alone: bool) -> Results:
         """Yield results; one item at a time if `alone`, so that the first one missing is the one that killed."""
+        # Within one call joblib hands out the next item before a result is taken, and loses both with the worker.
+        for block in ([position] for position in positions) if alone else [positions]:
+            yield from self._run_block(block)
+
+    def _run_block(self, positions: Sequence[int]) -> Results:
         from joblib import Parallel, cpu_count, delayed, parallel_config
         from joblib.externals.loky.process_executor import TerminatedWorkerError
 
@@ -191,7 +196,7 @@ class _LokyRounds:
                 n_jobs=jobs,
                 return_as="generator_unordered",
                 batch_size=1,
-                pre_dispatch=1 if alone else self.in_flight,
+                pre_dispatch=self.in_flight,
             )
             results = parallel(delayed(_work)((position, self.items[position]), *arguments) for position in positions)
         try:

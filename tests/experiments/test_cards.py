@@ -102,6 +102,21 @@ def test_leaderboard_comes_from_cards_alone(run, tmp_path):
     ]
 
 
+def test_leaderboard_tells_seed_precision_commit_and_versions(run, tmp_path):
+    save(run, model={"id": "demo-clip", "dtype": "torch.bfloat16"})
+    path = tmp_path / "demo" / "cards" / "01.json"
+    card = json.loads(path.read_text())
+    card["git"] = {"commit": "abc", "changed": True}
+    card["parameters"]["seed"] = 3
+    path.write_text(json.dumps(card))
+    table = experiments.leaderboard(experiments.read_cards(tmp_path))
+    assert table[["seed", "dtype", "commit", "changed"]].drop_duplicates().to_numpy().tolist() == [
+        [3, "bfloat16", "abc", True]
+    ]
+    assert set(table["torch"]) == {card["environment"]["torch"]}
+    assert set(table["medrobust-lib"]) == {card["environment"]["medrobust-lib"]}
+
+
 def test_a_metric_belongs_to_the_model_and_data_set_that_it_names(run, tmp_path):
     run.parameters["compare_with"] = ["plip"]
     metrics = [
@@ -162,13 +177,17 @@ def test_missing_broken_and_foreign_cards_are_named(tmp_path):
     card = tmp_path / "x" / "cards" / "01.json"
     card.parent.mkdir(parents=True)
     card.write_text("{")
-    with pytest.raises(ValueError, match=r"01\.json is no valid JSON .*run the notebook again"):
+    with pytest.raises(ValueError, match=r"01\.json is not a result card: .* Delete it and run the notebook again"):
         experiments.read_cards(tmp_path)
     card.write_text('{"format": 99}')
     with pytest.raises(ValueError, match="has card format 99, this version reads 1"):
         experiments.read_cards(tmp_path)
 
 
+@pytest.mark.hardening(
+    area="interruption", tried="an error while a card is written",
+    outcome="the old card stays whole",
+)  # fmt: skip
 def test_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "card.json"
     experiments.write_text_atomically(path, "old")

@@ -1,0 +1,87 @@
+import json
+
+import pytest
+
+from medrobust_lib.corruptions.suites import find_suite
+from medrobust_lib.smoothing.sequential import operating_characteristics, sequential_plan
+from medrobust_lib.studies import plan
+from medrobust_lib.studies.plan import estimate_cells, measured_rate, plan_cells, short_id, unanimous_draws
+from medrobust_lib.studies.study_file import read_study
+
+TEXT = """
+models: [demo-clip]
+datasets: [phantom/chest, phantom/blood]
+seeds: [0, 3]
+n_images: 6
+steps:
+  - certify: {sigmas: [0.1, 0.25], n: 1000, radii: [0.1]}
+  - certify: {sigmas: [0.1], n: 1000, mode: evaluate, sampling: fixed}
+  - benchmark: {severities: [1, 3]}
+"""
+
+
+@pytest.fixture
+def cells(study_file):
+    study = read_study(study_file(TEXT))
+    return study, plan_cells(study)
+
+
+def test_a_cell_for_every_combination_with_a_name_of_its_own(cells):
+    _, found = cells
+    assert len(found) == 8 + 4 + 4 == len({cell.name for cell in found})
+    assert found[0].name == "01-certify_demo-clip_phantom-chest_sigma0.1_seed0"
+    assert found[0].label == "1 certify, demo-clip, phantom/chest, sigma 0.1, seed 0"
+    assert found[-1].name == "03-benchmark_demo-clip_phantom-blood_seed3"
+    assert json.loads(json.dumps(found[0].parameters)) == found[0].parameters
+    assert found[0].parameters["radii"] == [0.1]
+
+
+def test_long_and_foreign_ids_make_short_names_that_stay_apart():
+    first, second = (short_id(f"local-dir:/{'x' * 80}/{end}") for end in ("a-b", "a/b"))
+    assert first != second
+    assert len(first) < 50
+    assert "/" not in first + second
+
+
+def test_estimates_are_counts_times_the_measured_rates(cells, monkeypatch):
+    study, found = cells
+    monkeypatch.setattr(plan, "encodings_per_second", lambda model, dataset, *, dtype: 50.0)
+    monkeypatch.setattr(plan, "_seconds_to_corrupt", lambda dataset, suite: 0.5)
+    estimates = dict(zip([cell.label for cell in found], estimate_cells(study, found), strict=True))
+    sequential = estimates["1 certify, demo-clip, phantom/chest, sigma 0.1, seed 0"]
+    assert (sequential.images, sequential.draws, sequential.seconds) == (6, 6 * 1100, 6 * 1100 / 50)
+    assert estimates["2 certify, demo-clip, phantom/chest, sigma 0.1, seed 0"].draws == 6 * 1000  # the label is known
+    corruptions = len(find_suite("medimeta-c").names("phantom/chest"))
+    benchmark = estimates["3 benchmark, demo-clip, phantom/chest, seed 0"]
+    assert benchmark.draws == 6 * (1 + 2 * corruptions)
+    assert benchmark.seconds == pytest.approx(benchmark.draws / 50 + 6 * 2 * corruptions * 0.5)
+
+
+def test_notebooks_are_priced_by_earlier_cards_or_not_at_all(study_file, notebooks, tmp_path):
+    study = read_study(
+        study_file("models: [demo-clip]\ndatasets: [phantom/chest]\nsteps: [{notebook: '1'}]\n"), notebooks=notebooks
+    )
+    found = plan_cells(study, notebooks=notebooks)
+    assert estimate_cells(study, found, earlier=tmp_path / "runs")[0].seconds is None
+    for run, seconds in (("a", 10.0), ("b", 30.0), ("c", 14.0)):
+        card = tmp_path / "runs" / run / "cards" / "01.json"
+        card.parent.mkdir(parents=True)
+        card.write_text(
+            json.dumps({"format": 1, "notebook": "01", "parameters": {"model": "demo-clip"}, "seconds": seconds})
+        )
+    assert estimate_cells(study, found, earlier=tmp_path / "runs")[0].seconds == 14.0
+
+
+def test_unanimous_draws_are_those_of_the_sequential_plan(cells):
+    cell = cells[1][0]
+    expected = operating_characteristics(sequential_plan(sigma=0.1, radii=[0.1], n=1000, alpha=0.001), 1.0)[1]
+    assert unanimous_draws(cell) == pytest.approx(100 + expected)
+    assert unanimous_draws(cell) < 1100
+
+
+def test_a_rate_is_draws_over_time_and_prints_nothing(capsys):
+    import medrobust_lib as mr
+
+    data = mr.load_dataset("phantom/chest", n=3)
+    assert measured_rate(mr.load_model("demo-clip"), data, seconds=0.01) > 0
+    assert capsys.readouterr().out == ""

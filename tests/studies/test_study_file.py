@@ -1,0 +1,79 @@
+import pytest
+
+from medrobust_lib.parameters import ParameterError
+from medrobust_lib.studies.plan import plan_cells
+from medrobust_lib.studies.study_file import BenchmarkStep, CertifyStep, NotebookStep, StudyError, read_study
+
+HEAD = "models: [demo-clip]\ndatasets: [phantom/chest]\nn_images: 4\n"
+
+
+def test_a_study_has_the_defaults_of_the_functions_it_calls(study_file):
+    study = read_study(study_file(HEAD + "steps:\n  - certify: {sigmas: 0.25}\n  - benchmark\n"))
+    assert study.name == "tiny"
+    assert study.seeds == (0,)
+    certify, benchmark = study.steps
+    assert certify == CertifyStep(sigmas=(0.25,), n0=100, n=10_000, alpha=0.001, sampling="sequential", mode="predict")
+    assert benchmark == BenchmarkStep(suite="medimeta-c", severities=(1, 2, 3, 4, 5))
+
+
+def test_a_notebook_may_be_written_as_a_number_and_repeats_only_over_what_it_has(study_file, notebooks):
+    text = "models: [demo-clip]\ndatasets: [phantom/chest, phantom/blood]\nseeds: [0, 1]\nsteps:\n  - notebook: 01\n"
+    study = read_study(study_file(text + "    parameters: {sigma: 0.5}\n"), notebooks=notebooks)
+    assert study.steps == (NotebookStep("1", {"sigma": 0.5}),)
+    (cell,) = plan_cells(study, notebooks=notebooks)  # it has a model, and neither data set nor seed
+    assert cell.parameters == {"model": "demo-clip", "sigma": 0.5}
+    assert (cell.model, cell.dataset, cell.seed) == ("demo-clip", "", None)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (HEAD + "step: []\n", r"unknown key 'step'; valid: steps, "),
+        (HEAD, r"steps is missing"),
+        (HEAD + "steps: []\n", r"steps is a list of one or more of: certify, benchmark, notebook"),
+        (HEAD + "steps: [{certfy: {}}]\n", r"step 1: unknown step 'certfy'; there are certify, "),
+        (HEAD + "steps: [{certify: {sigma: [0.1]}}]\n", r"step 1, certify: unknown key 'sigma'; valid: sigmas, "),
+        (HEAD + "steps: [{certify: {n: 100}}]\n", r"certify: sigmas is missing; it takes a list of numbers"),
+        (HEAD + "steps: [{certify: {sigmas: [0.1], n: 1e4}}]\n", r"n: '1e4' does not fit; it takes a whole number, "),
+        (HEAD + "steps: [{certify: {sigmas: [0.1], n: true}}]\n", r"n: True does not fit; it takes a whole number"),
+        (HEAD + "steps: [{certify: {sigmas: [64]}}]\n", r"step 1, certify: sigma=64.*divide .* by 255"),
+        (HEAD + "steps: [{certify: {sigmas: [0.1], n: 5}}]\n", r"n=5 draws can never certify at alpha=0.001"),
+        (HEAD + "steps: [{certify: {sigmas: [0.1], sampling: seq}}]\n", r"sampling: 'seq' .* from fixed, sequential"),
+        (HEAD + "steps: [{certify: {sigmas: [0.1], radii: [-1]}}]\n", r"radii are 0 or more"),
+        (HEAD + "steps: [{benchmark: {suite: medmeta-c}}]\n", r"unknown suite 'medmeta-c'.*did you mean 'medimeta-c'"),
+        (HEAD + "steps: [{benchmark: {severities: [0]}}]\n", r"severities=\[0\]: choose from 1, 2, 3, 4, 5"),
+        (HEAD + "steps: [{certify: {sigmas: [0.1]}, benchmark: {}}]\n", r"begin each step with a dash of its own"),
+        (HEAD + "dtype: fp16\nsteps: [benchmark]\n", r"dtype: 'fp16' is unknown; choose from float16, "),
+        (HEAD + "n_images: 5\nsteps: [benchmark]\n", r"the key 'n_images' is given twice"),
+        ("datasets: [phantom/chest]\nsteps: [benchmark]\n", r"models is missing or empty; name at least one"),
+        ("models: [demo-clop]\ndatasets: [phantom/chest]\nsteps: [benchmark]\n", r"did you mean 'demo-clip'"),
+        ("models: [demo-clip]\ndatasets: [phantom/chst]\nsteps: [benchmark]\n", r"unknown data set 'phantom/chst'"),
+        (HEAD.replace("4", "100000") + "steps: [benchmark]\n", r"n_images: 100000; the test split of phantom"),
+        (HEAD + "steps: [{notebook: '7'}]\n", r"step 1, notebook: unknown notebook '7'; there are 01"),
+        (HEAD + "steps: [{notebook: '01', parameters: {sigm: 1}}]\n", r"unknown parameter 'sigm' .*valid: sigma, "),
+        (HEAD + "steps: [{notebook: '01', parameters: {sigma: loud}}]\n", r"sigma='loud' is str, .* wants float"),
+        (HEAD + "steps: [{notebook: '01', parameters: {model: plip}}]\n", r"from the study; set `models` at the top"),
+        ("- a\n", r"must hold a mapping with the keys name, "),
+        ("a: [\n", r"is no valid YAML"),
+    ],
+)  # fmt: skip
+def test_what_cannot_run_is_refused_with_the_valid_choices(study_file, notebooks, text, message):
+    with pytest.raises(ValueError, match=f"(?s){message}"):
+        read_study(study_file(text), notebooks=notebooks)
+
+
+def test_paths_in_ids_become_absolute_so_that_workers_find_them(study_file, monkeypatch, tmp_path):
+    from PIL import Image
+
+    for name in ("a", "b"):
+        (tmp_path / "mine" / name).mkdir(parents=True)
+        for number in range(3):
+            Image.new("RGB", (64, 64), (40 * number, 0, 0)).save(tmp_path / "mine" / name / f"{number}.png")
+    monkeypatch.chdir(tmp_path)
+    study = read_study(study_file("models: [demo-clip]\ndatasets: ['folder:mine']\nsteps: [benchmark]\n"))
+    assert study.datasets == (f"folder:{tmp_path / 'mine'}",)
+
+
+def test_parameter_errors_are_value_errors_of_the_study():
+    assert issubclass(ParameterError, ValueError)
+    assert issubclass(StudyError, ValueError)
