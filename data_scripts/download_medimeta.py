@@ -14,8 +14,9 @@ from typing import Annotated
 
 import typer
 
+from medrobust_lib.archives import extract
 from medrobust_lib.data.preparation import data_root, reported_errors
-from medrobust_lib.downloads import RemoteFile, download, extract, zenodo_files
+from medrobust_lib.downloads import RemoteFile, download, zenodo_files
 
 RECORD = 7884735
 INFO_NAME = "info.yaml"

@@ -14,12 +14,12 @@ import typer
 from huggingface_hub import HfApi, hf_hub_download, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
+from medrobust_lib.archives import extract
 from medrobust_lib.data.preparation import reported_errors
 from medrobust_lib.downloads import (
     DownloadError,
     check_sums,
     download,
-    extract,
     file_sha256,
     read_sums,
     record_sums,
@@ -55,8 +55,8 @@ def main(
         for model in models:
             if model.startswith(HUB_PREFIX):
                 raise ValueError(
-                    f"{model!r} stays in the hub cache: run `{fetch_command(model)}`, after which load_vlm({model!r}) "
-                    "works offline, too"
+                    f"{model!r} stays in the hub cache: run `{fetch_command(model)}`, after which "
+                    f"load_model({model!r}), or load_vlm({model!r}) for a model that writes, works offline, too"
                 )
         generative = {entry.id: entry for entry in VLMS}
         # All ids are looked up before anything is fetched.

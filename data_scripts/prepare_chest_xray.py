@@ -29,6 +29,7 @@ from medrobust_lib.data.preparation import (
 )
 from medrobust_lib.data.wording import spelled
 from medrobust_lib.downloads import file_sha256
+from medrobust_lib.files import inside, parsed
 
 COVID_CLASSES = {"covid": ("COVID", "COVID-19"), "normal": ("Normal",)}
 COVID_QU_SPLITS = {"Train": "train", "Val": "val", "Test": "test"}
@@ -141,7 +142,7 @@ def rsna(
         with staged_dataset("chest/rsna", root=base, origin=origin, overwrite=overwrite) as staged:
             patients["split"] = pd.Series(test).map({True: "test", False: "train"})
             for patient, label, split in tqdm(patients.itertuples(index=False), total=len(patients)):
-                pixels = read_dicom(source / RSNA_IMAGES / f"{patient}.dcm")
+                pixels = read_dicom(inside(source / RSNA_IMAGES, f"{patient}.dcm", source=source / RSNA_TABLE))
                 staged.add(split, label, f"{patient}.png", shrunk(pixels, longest_side))
             tables = [source / RSNA_TABLE, *([nih_mapping] if nih_mapping else [])]
             staged.facts["source_sha256"] = {path.name: file_sha256(path) for path in tables}
@@ -163,8 +164,9 @@ def rsna_patients(table_path: Path) -> pd.DataFrame:
 
 def nih_patients(patient_ids: pd.Series, mapping_path: Path) -> pd.Series:
     """The NIH patient of each RSNA image; NIH file names are PATIENT_NUMBER.png."""
-    entries = json.loads(mapping_path.read_text(encoding="utf-8"))
-    by_id = {entry["subset_img_id"]: entry["img_id"].partition("_")[0] for entry in entries}
+    with parsed(f"{mapping_path} is not RSNA's mapping"):
+        entries = json.loads(mapping_path.read_text(encoding="utf-8"))
+        by_id = {entry["subset_img_id"]: entry["img_id"].partition("_")[0] for entry in entries}
     unknown = [patient for patient in patient_ids if patient not in by_id]
     if unknown:
         raise ValueError(f"{mapping_path} does not name {len(unknown)} of the images, for example {unknown[0]}")

@@ -12,6 +12,7 @@ import numpy as np
 import typer
 from tqdm.auto import tqdm
 
+from medrobust_lib.archives import extract
 from medrobust_lib.data.preparation import (
     Origin,
     data_root,
@@ -25,7 +26,8 @@ from medrobust_lib.data.preparation import (
     require_columns,
     staged_dataset,
 )
-from medrobust_lib.downloads import extract, file_sha256
+from medrobust_lib.downloads import file_sha256
+from medrobust_lib.files import inside
 
 KATHER_RECORD = "https://zenodo.org/records/1214456"
 # MD5 as shown on the record's page.
@@ -149,7 +151,7 @@ def skincancer(source: Folder = None, root: Root = None, overwrite: Overwrite = 
         with staged_dataset("pathology/skincancer", root=base, origin=origin, overwrite=overwrite) as staged:
             for file, label, split in tqdm(table[["file", "class", "set"]].itertuples(index=False), total=len(table)):
                 # The column starts with the name of the unpacked folder, which a user may have changed.
-                path = source / str(file).removeprefix("data/")
+                path = inside(source, str(file).removeprefix("data/"), source=table_path)
                 staged.add(SKIN_SPLITS[split], label, path.name, path)
             staged.facts["source_sha256"] = {"tiles-v2.csv": file_sha256(table_path)}
         typer.echo(f"{base / 'pathology/skincancer'}  ready")
@@ -182,7 +184,7 @@ def sicapv2(source: Folder = None, root: Root = None, overwrite: Overwrite = Fal
                     raise ValueError(f"{path} has rows without exactly one of {', '.join(GRADES)}")
                 labels = table[GRADES].idxmax(axis="columns")
                 for name, label in tqdm(zip(table["image_name"], labels, strict=True), desc=split, total=len(table)):
-                    staged.add(split, label, name, source / "images" / name)
+                    staged.add(split, label, name, inside(source / "images", name, source=path))
             tables = (source / "partition" / "Test").glob("T*.*")
             staged.facts["source_sha256"] = {table.name: file_sha256(table) for table in sorted(tables)}
             staged.facts["source_listing_sha256"] = listing_sha256((source / "images").iterdir(), base=source)

@@ -1,9 +1,10 @@
 """One static page per run: cards, figures and the executed notebooks, readable without a network."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import nbformat
 from jinja2 import Environment, PackageLoader, select_autoescape
@@ -13,9 +14,15 @@ from PIL import Image
 
 from medrobust_lib.experiments import read_cards, write_text_atomically
 from medrobust_lib.experiments.cards import CAPTION_KEY
+from medrobust_lib.files import parsed
 
 _MATH = re.compile(r"(?P<code>```.*?```|`[^`\n]*`)|\$\$(?P<block>.+?)\$\$|\$(?P<inline>[^$\n]+?)\$", re.DOTALL)
 WIDE = 1.9  # width over height from which a figure gets the whole row
+# Raw HTML in a notebook is its author's and stays, but no page of a report runs scripts or asks a network.
+POLICY = (
+    "default-src 'none'; img-src 'self' file: data:; style-src 'unsafe-inline'; form-action 'none'; base-uri 'none'"
+)
+_PLAIN_NAME = re.compile(r"\w[\w.-]*")
 NOTICE = "For teaching and research. Not for clinical use."
 
 
@@ -37,11 +44,13 @@ def write_report(run_dir: Path) -> Path:
     ------
     FileNotFoundError
         The folder holds neither result cards nor executed notebooks.
+    ValueError
+        A card, a figure or a notebook is damaged, or a card names a file outside the folder; it is named.
     """
     run_dir = Path(run_dir)
     pages = {path.name.split("_")[0]: path for path in sorted((run_dir / "notebooks").glob("*.ipynb"))}
     cards = read_cards(run_dir, nested=False) if any((run_dir / "cards").glob("*.json")) or not pages else []
-    finished = {card["notebook"] for card in cards}
+    finished = {card.get("notebook") for card in cards}
     templates = Environment(
         loader=PackageLoader("medrobust_lib", "templates"),
         autoescape=select_autoescape(["html", "j2"]),
@@ -51,19 +60,22 @@ def write_report(run_dir: Path) -> Path:
     style = Markup(templates.get_template("style.css").render() + _code_colours())
     unfinished = []
     for number, path in pages.items():
-        notebook = nbformat.read(path, as_version=4)
+        with parsed(f"{path} is not a readable notebook", "Delete it, or run it again."):
+            notebook = nbformat.read(path, as_version=4)
+            title, body = _title(notebook, path), Markup(notebook_body(notebook))
         if number not in finished:
-            unfinished.append({"number": number, "title": _title(notebook, path), "html": f"html/{path.stem}.html"})
+            unfinished.append({"number": number, "title": title, "html": quote(f"html/{path.stem}.html")})
         page = templates.get_template("notebook.html.j2").render(
-            title=_title(notebook, path), body=Markup(notebook_body(notebook)), style=style, notice=NOTICE
+            title=title, body=body, style=style, notice=NOTICE, policy=POLICY
         )
         write_text_atomically(run_dir / "html" / f"{path.stem}.html", page)
     index = templates.get_template("index.html.j2").render(
         title=run_dir.resolve().name,
-        sections=[_section(card, run_dir, pages.get(card["notebook"])) for card in cards],
+        sections=[_section(card, run_dir, pages) for card in cards],
         unfinished=unfinished,
         style=style,
         notice=NOTICE,
+        policy=POLICY,
     )
     write_text_atomically(run_dir / "index.html", index)
     return run_dir / "index.html"
@@ -105,11 +117,19 @@ def _title(notebook: nbformat.NotebookNode, path: Path) -> str:
     return next((line.removeprefix("# ") for line in lines if line.startswith("# ")), path.stem)
 
 
-def _section(card: Mapping[str, Any], run_dir: Path, notebook: Path | None) -> dict[str, Any]:
+def _section(card: Mapping[str, Any], run_dir: Path, pages: Mapping[str, Path]) -> dict[str, Any]:
     """Everything that the index template shows of one card; links are relative to the index."""
-    figures = (run_dir / "figures").glob(f"{card['notebook']}_*.png")
-    # The headline first, then as the notebook drew them.
-    figures = sorted(figures, key=lambda path: (not path.stem.endswith("_headline"), path.stat().st_mtime_ns))
+    with parsed(f"{run_dir / 'cards'}: the card of notebook {card.get('notebook')!r} is damaged", "Run it again."):
+        for name in (card["notebook"], *card["tables"]):
+            if not _PLAIN_NAME.fullmatch(name):
+                raise ValueError(f"{name!r} is no name of a notebook or table")
+        figures = (run_dir / "figures").glob(f"{card['notebook']}_*.png")
+        # The headline first, then as the notebook drew them.
+        figures = sorted(figures, key=lambda path: (not path.stem.endswith("_headline"), path.stat().st_mtime_ns))
+        return _shown(card, figures, pages.get(card["notebook"]))
+
+
+def _shown(card: Mapping[str, Any], figures: Sequence[Path], notebook: Path | None) -> dict[str, Any]:
     return {
         "card": card,
         "metrics": [
@@ -118,13 +138,13 @@ def _section(card: Mapping[str, Any], run_dir: Path, notebook: Path | None) -> d
         "facts": _facts(card),
         "figures": [
             {
-                "src": f"figures/{path.name}",
+                "src": quote(f"figures/{path.name}"),
                 **_described(path),
             }
             for path in figures
         ],
-        "html": f"html/{notebook.stem}.html" if notebook else "",
-        "notebook": f"notebooks/{notebook.name}" if notebook else "",
+        "html": quote(f"html/{notebook.stem}.html") if notebook else "",
+        "notebook": quote(f"notebooks/{notebook.name}") if notebook else "",
         "tables": [f"cards/{name}.csv" for name in card["tables"]],
     }
 

@@ -5,10 +5,18 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TQDM_DISABLE"] = "1"
 os.environ.setdefault("MPLBACKEND", "agg")
 
+import importlib.util
+from pathlib import Path
+
 import nbformat
 import pytest
 
 import medrobust_lib  # noqa: F401 - installs the torchvision guard before any test module imports it
+from medrobust_lib.experiments import write_text_atomically
+
+spec = importlib.util.spec_from_file_location("hardening_table", Path(__file__).parent / "hardening" / "table.py")
+hardening = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(hardening)
 
 NOTEBOOK_PARAMETERS = """model: str = "demo-clip"  # model id
 n_images: int = 5  # how many
@@ -16,6 +24,32 @@ sigma: float = 0.25  # noise
 sigmas: list[float] = [0.0]  # levels
 fast: bool = False  # skip the slow part
 """
+
+
+def pytest_addoption(parser):
+    parser.addoption("--hardening-table", type=Path, metavar="FILE", help="write what the hardening tests found there")
+
+
+def pytest_configure(config):
+    if config.getoption("hardening_table") and not hasattr(config, "workerinput"):
+        config.pluginmanager.register(hardening.Results(), "hardening-results")
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        for marker in item.iter_markers(hardening.MARKER):
+            said = marker.kwargs
+            item.user_properties.append((hardening.MARKER, [said["area"], said["tried"], said["outcome"]]))
+
+
+def pytest_sessionfinish(session, exitstatus):
+    results = session.config.pluginmanager.get_plugin("hardening-results")
+    if results is None:
+        return
+    if exitstatus or results.troubles:
+        print(f"\nthe table was not written: {', '.join(results.troubles) or 'the run did not end well'}")
+        return
+    write_text_atomically(session.config.getoption("hardening_table"), results.page())
 
 
 @pytest.fixture

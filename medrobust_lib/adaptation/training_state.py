@@ -1,15 +1,14 @@
 """What a training run writes after each epoch, so that it goes on from there when it was interrupted."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, safe_open, save_file
 from torch import Tensor, nn
 
-from medrobust_lib.models.weights import explained_errors
+from medrobust_lib.files import parsed
+from medrobust_lib.models.tensor_files import read_tensors, write_tensors
 
 _FILE = "state.safetensors"
 _HEADER = "training"
@@ -42,13 +41,7 @@ def save_state(
         tensors[f"parameter.{name}"] = parameter
         tensors |= {f"{moment}.{name}": optimiser.state[parameter][moment] for moment in _MOMENTS}
     steps = {name: int(optimiser.state[parameter]["step"]) for name, parameter in parameters.items()}
-    partial = folder / f".{_FILE}.part"
-    save_file(
-        {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()},
-        partial,
-        metadata={_HEADER: json.dumps({**record, "steps": steps})},
-    )
-    partial.replace(folder / _FILE)
+    write_tensors(folder / _FILE, tensors, key=_HEADER, header={**record, "steps": steps})
 
 
 def load_state(
@@ -64,19 +57,20 @@ def load_state(
     path = folder / _FILE
     if not path.is_file():
         return None
-    with explained_errors(str(path)):
-        with safe_open(path, framework="pt") as file:
-            record = json.loads((file.metadata() or {}).get(_HEADER, "null"))
-        tensors = load_file(path)
-    wanted = {f"{part}.{name}" for name in parameters for part in ("best", "parameter", *_MOMENTS)}
-    if record is None or set(tensors) != wanted:
+    anew = f"Delete {folder} and train anew."
+    tensors, record = read_tensors(path, key=_HEADER, kind="a readable state", advice=anew)
+    shapes = {name: parameter.shape for name, parameter in parameters.items()}
+    wanted = {f"{part}.{name}": shapes[name] for name in shapes for part in ("best", "parameter", *_MOMENTS)}
+    if {name: tensor.shape for name, tensor in tensors.items()} != wanted:
         raise ValueError(f"{path} is no state of this training; delete {folder} and train anew")
-    steps = record.pop("steps")
+    with parsed(f"{path} does not say how far the training was", anew):
+        steps = {name: torch.tensor(float(record["steps"][name])) for name in parameters}
+    del record["steps"]
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(tensors[f"parameter.{name}"])
             optimiser.state[parameter] = {
-                "step": torch.tensor(float(steps[name])),
+                "step": steps[name],
                 **{moment: tensors[f"{moment}.{name}"].to(parameter.device) for moment in _MOMENTS},
             }
     return {name: tensors[f"best.{name}"] for name in parameters}, record

@@ -27,13 +27,10 @@ from medrobust_lib.corruptions.layouts import (
     Layout,
     as_stored,
     described,
-    disk_full,
     image_chunks,
     member_names,
     read_labels,
     remove_leftovers,
-    size_text,
-    whole_file,
     write_npz,
 )
 from medrobust_lib.corruptions.planning import BenchmarkPlan, PlannedFile, keeps_gray, plan_benchmark
@@ -43,6 +40,7 @@ from medrobust_lib.data.dataset import ImageDataset
 from medrobust_lib.data.registry import load_dataset
 from medrobust_lib.downloads import file_sha256
 from medrobust_lib.experiments import RowStore, map_items, open_store, progress
+from medrobust_lib.files import disk_full, size_text, whole_file
 
 __all__ = ["BenchmarkPlan", "check_benchmark", "corrupted", "plan_benchmark", "read_corrupted", "write_benchmark"]
 

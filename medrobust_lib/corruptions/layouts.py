@@ -9,14 +9,9 @@ Files are written without compression. It would save about half of the space, bu
 corruptions, tie the bytes to a version of zlib, hide the size until the end and make single images slow to read.
 """
 
-import errno
 import json
-import os
-import shutil
 import zipfile
-import zlib
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path, PurePosixPath
 from typing import Literal
@@ -26,15 +21,15 @@ from numpy.typing import NDArray
 
 from medrobust_lib.data.catalogue import DATASETS
 from medrobust_lib.data.dataset import ImageDataset
-from medrobust_lib.data.npz import member_header, member_rows
+from medrobust_lib.data.npz import member_header, member_labels, member_names_of, member_rows
+from medrobust_lib.files import parsed, whole_file
 
 Layout = Literal["per-severity", "concatenated"]
 CLEAN = "clean"
 DESCRIPTION = "description"
 KIND = "corrupted sets"  # in manifest.json, which other programs may use for other things
 _CHUNK = 32  # images in memory at a time while a file is written
-_UNREADABLE = (zipfile.BadZipFile, zlib.error, EOFError, ValueError, TypeError)
-_DISK_FULL = {errno.ENOSPC, errno.EDQUOT}
+_UNUSABLE = "is not a usable file of corrupted images"
 _FIXED_DATE = (1980, 1, 1, 0, 0, 0)  # the time of writing would change the bytes
 
 
@@ -140,7 +135,7 @@ def read_npz(
         different number, or a number that does not divide into the parts; the file is named.
     """
     shape, labels = read_labels(path, members=members)
-    try:
+    with parsed(f"{path} {_UNUSABLE}"):
         if shape[0] % parts:
             raise ValueError(f"{shape[0]} images do not divide into {parts} severities")
         count = shape[0] // parts
@@ -148,64 +143,21 @@ def read_npz(
         images = np.empty((count, *shape[1:3], 3), np.uint8)
         for place, row in enumerate(member_rows(path, members[0], positions)):
             images[place] = row[..., None] if row.ndim == 2 else row
-    except _UNREADABLE as error:
-        raise _unusable(path, error) from error
     return images, labels[positions]
 
 
 def read_labels(path: Path, *, members: tuple[str, str]) -> tuple[tuple[int, ...], NDArray[np.int64]]:
     """Shape of the images and the labels of an npz file; errors as from `read_npz`."""
-    try:
-        with np.load(path, allow_pickle=False) as arrays:
-            missing = [name for name in members if name not in arrays.files]
-            if missing:
-                raise ValueError(f"no array {missing[0]!r} in it; it holds {', '.join(arrays.files) or 'nothing'}")
-            labels = _whole_numbers(arrays[members[1]])
-        with zipfile.ZipFile(path) as archive:
-            shape, _ = member_header(archive, members[0])
+    with parsed(f"{path} {_UNUSABLE}"), zipfile.ZipFile(path) as archive:
+        held = member_names_of(archive)
+        missing = [name for name in members if name not in held]
+        if missing:
+            raise ValueError(f"no array {missing[0]!r} in it; it holds {', '.join(held) or 'nothing'}")
+        shape, _ = member_header(archive, members[0])
         if len(shape) not in (3, 4) or (len(shape) == 4 and shape[3] not in (1, 3)):
             raise ValueError(f"{members[0]} has shape {shape}; expected [N, H, W] or [N, H, W, 3]")
-        if len(labels) != shape[0]:
-            raise ValueError(f"{shape[0]} images and {len(labels)} labels; each image needs one")
-    except _UNREADABLE as error:
-        raise _unusable(path, error) from error
+        labels = member_labels(archive, members[1], count=shape[0])
     return shape, labels
-
-
-@contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
-    """Give a hidden name to write to; it becomes `path` when the block ends well and is removed when not."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield part
-        part.replace(path)
-    except OSError as error:
-        if error.errno not in _DISK_FULL:
-            raise
-        raise disk_full(
-            path, f"the disk is full: {path.name} could not be written and nothing of it was kept"
-        ) from error
-    finally:
-        part.unlink(missing_ok=True)
-
-
-def disk_full(path: Path, message: str) -> OSError:
-    """The error of a full disk: what happened, what is free, what to do."""
-    path = path.absolute()
-    folder = next(place for place in (path, *path.parents) if place.is_dir())
-    free = shutil.disk_usage(folder).free
-    advice = "free some, or name a folder on another disk; the same call goes on with what is missing"
-    return OSError(errno.ENOSPC, f"{message}; {size_text(free)} are free: {advice}", str(path))
-
-
-def size_text(size: float) -> str:
-    """Bytes for people, in decimal units as file managers count them."""
-    for unit in ("B", "kB", "MB"):
-        if size < 1000:
-            return f"{size:.3g} {unit}"
-        size /= 1000
-    return f"{size:,.1f} GB"
 
 
 def remove_leftovers(files: Iterable[Path]) -> None:
@@ -236,20 +188,8 @@ def described(data: ImageDataset) -> str:
     return json.dumps(facts, indent=1, ensure_ascii=False) + "\n"
 
 
-def _unusable(path: Path, error: Exception) -> ValueError:
-    return ValueError(f"{path} is not a usable file of corrupted images: {error}")
-
-
 def _member(name: str) -> zipfile.ZipInfo:
     info = zipfile.ZipInfo(f"{name}.npy", _FIXED_DATE)
     info.create_system = 3  # Unix on every system
     info.external_attr = 0o644 << 16
     return info
-
-
-def _whole_numbers(raw: NDArray) -> NDArray[np.int64]:
-    if raw.ndim == 2 and raw.shape[1] == 1:
-        raw = raw[:, 0]
-    if raw.ndim != 1 or raw.dtype.kind not in "iufb" or (raw.astype(np.int64) != raw).any():
-        raise ValueError(f"one whole-number label per image is needed, got {raw.dtype} of shape {raw.shape}")
-    return raw.astype(np.int64)

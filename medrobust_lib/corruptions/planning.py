@@ -12,12 +12,12 @@ from medrobust_lib.corruptions.layouts import (
     KIND,
     Layout,
     set_file,
-    size_text,
 )
 from medrobust_lib.corruptions.pixels import check_images
 from medrobust_lib.corruptions.suites import SEVERITIES, Suite, check_severity, find_suite
 from medrobust_lib.data.registry import load_dataset
 from medrobust_lib.data.wording import suggest
+from medrobust_lib.files import size_text
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,10 @@
 """Corrupted sets on disk, read back: ours checked against their manifest, others' taken as they are."""
 
-import json
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pandas as pd
@@ -25,8 +24,10 @@ from medrobust_lib.data.catalogue import DATASETS
 from medrobust_lib.data.dataset import ImageDataset, check_labels
 from medrobust_lib.data.wording import class_wording, suggest
 from medrobust_lib.downloads import file_sha256
+from medrobust_lib.files import inside, parsed, read_json_object
 
 AGAIN = "Make the same call of write_benchmark, or run the same script, again: it writes what is missing."
+_ANEW = "Delete the folder and write the sets again."
 
 
 def read_corrupted(
@@ -90,7 +91,7 @@ def read_corrupted(
     description = Path(clean).with_name(f"{DESCRIPTION}.json").as_posix()
     for name in (description, file):
         _check_file(ledger, name, verify=verify)
-    facts = json.loads((folder / description).read_text(encoding="utf-8"))
+    facts = read_json_object(folder / description, "a description of corrupted sets", _ANEW)
     parts = len(SEVERITIES) if ledger.layout == "concatenated" and severity else 1
     members = member_names(ledger.layout)
     images, labels = read_npz(folder / file, members=members, part=max(severity - 1, 0) % parts, parts=parts)
@@ -100,24 +101,25 @@ def read_corrupted(
         "suite": ledger.parameters["suite"]["id"],
         "seed": ledger.parameters["seed"],
     }
-    provenance = {
-        **facts["provenance"],
-        "read_from": str(folder / file),
-        "corruption": done,
-        "verified": "SHA-256 of the manifest" if verify else "length only",
-    }
-    return ImageDataset(
-        id=facts["id"],
-        split=facts["split"],
-        images=images,
-        labels=labels,
-        classes=tuple(facts["classes"]),
-        templates=tuple(facts["templates"]),
-        modality=facts["modality"],
-        licence=facts["licence"],
-        provenance=provenance,
-        indices=np.array(facts["indices"], dtype=np.int64),
-    )
+    with parsed(f"{folder / description} does not describe {folder / file}", _ANEW):
+        provenance = {
+            **facts["provenance"],
+            "read_from": str(folder / file),
+            "corruption": done,
+            "verified": "SHA-256 of the manifest" if verify else "length only",
+        }
+        return ImageDataset(
+            id=facts["id"],
+            split=facts["split"],
+            images=images,
+            labels=labels,
+            classes=tuple(facts["classes"]),
+            templates=tuple(facts["templates"]),
+            modality=facts["modality"],
+            licence=facts["licence"],
+            provenance=provenance,
+            indices=np.array(facts["indices"], dtype=np.int64),
+        )
 
 
 def check_benchmark(folder: str | Path) -> pd.DataFrame:
@@ -160,20 +162,26 @@ def read_ledger(folder: Path) -> Ledger | None:
         raise FileNotFoundError(f"no folder at {folder.absolute()}")
     manifest, table = folder / "manifest.json", folder / "table.csv"
     try:
-        parameters = json.loads(manifest.read_text(encoding="utf-8"))["parameters"]
+        parameters = read_json_object(manifest, "a manifest")["parameters"]
         ours = parameters["kind"] == KIND
-    except FileNotFoundError:
-        ours = False
-    except (ValueError, KeyError, TypeError):
-        if (folder / "journal.jsonl").exists():
-            raise ValueError(f"{manifest} is damaged; delete {folder} and write the sets again") from None
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
         ours = False
     if not ours:
+        if manifest.exists() and (folder / "journal.jsonl").exists():
+            raise ValueError(f"{manifest} is damaged; delete {folder} and write the sets again")
         return None
     if not table.exists():
         raise ValueError(f"{folder} is half written: its run was stopped before a data set was whole. {AGAIN}")
-    rows = pd.read_csv(table, dtype={"severities": str, "sha256": str}, keep_default_na=False)
-    return Ledger(folder, parameters, {row["file"]: row for row in rows.to_dict("records")})
+    with parsed(f"{manifest} does not say how the sets were made", _ANEW):
+        if parameters["layout"] not in get_args(Layout) or not {"suite", "seed"} <= set(parameters):
+            raise ValueError(f"its layout is {parameters['layout']!r}; it has {', '.join(parameters)}")
+        parameters["suite"]["id"]
+    with parsed(f"{table} is no table of corrupted sets", AGAIN):
+        rows = pd.read_csv(table, dtype={"file": str, "severities": str, "sha256": str}, keep_default_na=False)
+        rows[["bytes", "sha256"]]
+        for file in rows["file"]:
+            inside(folder, file, source=table)
+        return Ledger(folder, parameters, {row["file"]: row for row in rows.to_dict("records")})
 
 
 def _state(ledger: Ledger, file: str, *, verify: bool) -> str:

@@ -1,18 +1,27 @@
 """One image file to uint8 RGB: PNG, JPEG, TIFF, BMP and WebP through Pillow, DICOM through pydicom."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pydicom
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
-from pydicom.errors import InvalidDicomError
+from PIL import Image
+from pydicom.filereader import read_file_meta_info
 from pydicom.misc import is_dicom
-from pydicom.pixels import apply_modality_lut, apply_voi_lut
+from pydicom.pixels import apply_modality_lut, apply_voi_lut, get_decoder
+from pydicom.uid import UID
+
+from medrobust_lib.files import parsed
 
 DICOM_SUFFIXES = frozenset({".dcm", ".dicom"})
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp"}) | DICOM_SUFFIXES
-_DECODING_ERRORS = (OSError, SyntaxError, ValueError, EOFError, AttributeError, KeyError, TypeError)
+MOST_PIXELS = 178_956_970  # of one image: from here on Pillow refuses, for fear of a decompression bomb
+# Pillow tells a file's kind from its content, and hands PostScript, for one, to another program.
+_FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "WEBP")
+_MOST_INFLATED = 2**30  # bytes that a deflated DICOM file may unpack to
+_LARGEST_DEFLATION = 1032  # to 1: the limit of the method
+_ADVICE = "Replace or remove the file."
 
 
 def read_image(path: str | Path) -> NDArray[np.uint8]:
@@ -38,13 +47,10 @@ def read_image(path: str | Path) -> NDArray[np.uint8]:
         raise FileNotFoundError(f"no image file at {path}")
     if _is_dicom(path):
         return read_dicom(path)
-    try:
-        with Image.open(path) as picture:
-            frames = getattr(picture, "n_frames", 1)
-            if frames == 1:
-                picture.load()
-    except (UnidentifiedImageError, Image.DecompressionBombError, *_DECODING_ERRORS) as error:
-        raise ValueError(f"{path} is not a readable image: {error}. Replace or remove the file.") from error
+    with parsed(f"{path} is not a readable image", _ADVICE), Image.open(path, formats=_FORMATS) as picture:
+        frames = getattr(picture, "n_frames", 1)
+        if frames == 1:
+            picture.load()
     if frames > 1:
         raise ValueError(f"{path} holds {frames} frames; one image per file is expected. Split it first.")
     return _to_rgb(picture, path)
@@ -69,28 +75,32 @@ def read_dicom(path: str | Path) -> NDArray[np.uint8]:
         or YBR; the file is named.
     """
     path = Path(path)
-    try:
-        record = pydicom.dcmread(path)
+    with parsed(f"{path} is not a readable DICOM image", _ADVICE):
+        record = _dicom_record(path)
         frames = int(record.get("NumberOfFrames") or 1)
-        pixels = record.pixel_array if frames == 1 else None
-    except RuntimeError as error:
-        raise ValueError(
-            f"{path} is compressed in a way that no installed decoder reads ({' '.join(str(error).split())}); "
-            "install pylibjpeg or python-gdcm, or export the image uncompressed"
-        ) from error
-    except (InvalidDicomError, *_DECODING_ERRORS) as error:
-        raise ValueError(f"{path} is not a readable DICOM image: {error}. Replace or remove the file.") from error
-    if pixels is None:
+        photometric = str(record.PhotometricInterpretation)
+        check_pixels(record.Rows, record.Columns)
+        channels, bits = int(record.SamplesPerPixel), int(record.BitsStored)
+        if channels not in (1, 3) or not 1 <= bits <= record.BitsAllocated <= 64:
+            raise ValueError(f"{channels} samples per pixel, {bits} of {record.BitsAllocated} bits stored")
+        syntax = UID(record.file_meta.TransferSyntaxUID)
+    if frames > 1:
         raise ValueError(f"{path} holds {frames} frames; one image per file is expected. Export single frames.")
-    photometric = record.PhotometricInterpretation
-    if photometric in {"MONOCHROME1", "MONOCHROME2"}:
-        gray = _display_gray(record, pixels)
-        return _repeat(255 - gray if photometric == "MONOCHROME1" else gray)
+    if syntax.is_encapsulated and not _decodes(syntax):
+        raise ValueError(
+            f"{path} is compressed in a way that no installed decoder reads ({syntax.name}); "
+            "install pylibjpeg or python-gdcm, or export the image uncompressed"
+        )
+    with parsed(f"{path} is not a readable DICOM image", _ADVICE):
+        pixels = record.pixel_array
+        if photometric in {"MONOCHROME1", "MONOCHROME2"}:
+            gray = _display_gray(record, pixels)
+            return _repeat(255 - gray if photometric == "MONOCHROME1" else gray)
     if pixels.ndim == 3 and pixels.dtype == np.uint8:
         # pydicom has already turned YBR into RGB.
         return np.ascontiguousarray(pixels)
     raise ValueError(
-        f"{path}: {photometric} data of {record.BitsStored} bits are not supported; "
+        f"{path}: {photometric} data of {bits} bits are not supported; "
         "MONOCHROME1, MONOCHROME2 and 8-bit RGB or YBR are"
     )
 
@@ -100,19 +110,27 @@ def image_shape(path: str | Path) -> tuple[int, int]:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no image file at {path}")
-    try:
+    with parsed(f"{path} is not a readable image", _ADVICE):
         if _is_dicom(path):
-            header = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=["Rows", "Columns"])
-            return int(header.Rows), int(header.Columns)
-        with Image.open(path) as picture:
-            return picture.height, picture.width
-    except (
-        InvalidDicomError,
-        UnidentifiedImageError,
-        Image.DecompressionBombError,
-        *_DECODING_ERRORS,
-    ) as error:
-        raise ValueError(f"{path} is not a readable image: {error}. Replace or remove the file.") from error
+            header = _dicom_record(path, stop_before_pixels=True, specific_tags=["Rows", "Columns"])
+            shape = int(header.Rows), int(header.Columns)
+        else:
+            with Image.open(path, formats=_FORMATS) as picture:
+                shape = picture.height, picture.width
+        check_pixels(*shape)
+    return shape
+
+
+def check_pixels(height: int, width: int) -> None:
+    """Refuse the size that a header states before memory is taken for it.
+
+    Raises
+    ------
+    ValueError
+        No pixels, or more than `MOST_PIXELS`.
+    """
+    if not (height > 0 and width > 0 and height * width <= MOST_PIXELS):
+        raise ValueError(f"its header states {height} x {width} pixels; 1 to {MOST_PIXELS:,} can be read")
 
 
 def fit_square(image: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
@@ -142,6 +160,21 @@ def fit_square(image: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
 def _is_dicom(path: Path) -> bool:
     suffix = path.suffix.lower()
     return suffix in DICOM_SUFFIXES or (suffix not in IMAGE_SUFFIXES and is_dicom(path))
+
+
+def _dicom_record(path: Path, **options: Any) -> pydicom.Dataset:
+    syntax = read_file_meta_info(path).get("TransferSyntaxUID", UID(""))
+    # pydicom unpacks such a file as a whole before it looks at anything in it.
+    if syntax.is_deflated and path.stat().st_size * _LARGEST_DEFLATION > _MOST_INFLATED:
+        raise ValueError(f"it is deflated and may unpack to more than {_MOST_INFLATED:,} bytes; export it uncompressed")
+    return pydicom.dcmread(path, **options)
+
+
+def _decodes(syntax: UID) -> bool:
+    try:
+        return get_decoder(syntax).is_available
+    except NotImplementedError:
+        return False
 
 
 def _to_rgb(picture: Image.Image, path: Path) -> NDArray[np.uint8]:

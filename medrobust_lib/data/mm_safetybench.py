@@ -17,6 +17,7 @@ from medrobust_lib.data.dataset import stratified_positions
 from medrobust_lib.data.decoding import read_image
 from medrobust_lib.data.registry import default_data_root
 from medrobust_lib.data.wording import suggest
+from medrobust_lib.files import parsed
 
 FOLDER = "mm-safetybench"
 PREFIX = f"{FOLDER}/"
@@ -50,6 +51,7 @@ QUESTION_FIELDS: Mapping[str, str] = {
     "SD_TYPO": "Rephrased Question",
 }
 IMAGE_TYPES = tuple(QUESTION_FIELDS)
+_LONGEST_ID = 9  # digits
 
 
 @dataclass(frozen=True, eq=False)
@@ -241,13 +243,11 @@ def read_questions(path: Path) -> dict[str, dict[str, Any]]:
     ValueError
         Not JSON, no questions, or an id that is not a number; the file is named.
     """
-    try:
+    with parsed(f"{path} is not a JSON file", f"Delete it and run {COMMAND} again."):
         entries = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not a JSON file: {error}. Delete it and run {COMMAND} again.") from error
     if not isinstance(entries, dict) or not entries or not all(isinstance(entry, dict) for entry in entries.values()):
         raise ValueError(f"{path} does not hold questions by id. Delete it and run {COMMAND} again.")
-    named = [id for id in entries if not (id.isascii() and id.isdigit())]
+    named = [id for id in entries if not (id.isascii() and id.isdigit() and len(id) <= _LONGEST_ID)]
     if named:
         raise ValueError(f"{path}: question id {named[0]!r} is not a number. Delete it and run {COMMAND} again.")
     return dict(sorted(entries.items(), key=lambda item: int(item[0])))

@@ -25,6 +25,7 @@ from sklearn.model_selection import StratifiedGroupKFold
 
 from medrobust_lib.data.wording import class_wording
 from medrobust_lib.downloads import DownloadError, download, file_hash
+from medrobust_lib.files import parsed
 
 MANIFEST_NAME = "manifest.json"
 NUCLEUS_CHANNELS = 5  # PanNuke: neoplastic, inflammatory, connective, dead, epithelial; then the background
@@ -90,8 +91,12 @@ class StagedDataset:
         Raises
         ------
         ValueError
-            An image of that name is there already.
+            An image of that name is there already, or a name is not that of one file or folder: names come from
+            tables and must not lead elsewhere.
         """
+        for part in (split, class_name, name):
+            if part in ("", ".", "..") or set(part) & set("/\\:\0"):
+                raise ValueError(f"{self.dataset_id}: {part!r} cannot be the name of a file or folder")
         target = self.images / split / class_name / name
         if target.exists():
             raise ValueError(f"two images of {self.dataset_id} would be called {split}/{class_name}/{name}")
@@ -254,16 +259,21 @@ def read_table(path: Path) -> pd.DataFrame:
         Neither is there.
     ImportError
         Only the workbook is there and openpyxl is not installed.
+    ValueError
+        The file is damaged.
     """
     as_csv = path.with_suffix(".csv")
     if as_csv.exists():
-        return pd.read_csv(as_csv)
+        with parsed(f"{as_csv} is not a readable CSV table (UTF-8, commas)"):
+            return pd.read_csv(as_csv)
     if not path.exists():
         raise FileNotFoundError(f"no {path} (nor {as_csv.name} beside it)")
-    try:
-        return pd.read_excel(path)
-    except ImportError as error:
-        raise ImportError(f"reading {path} needs openpyxl: `pip install openpyxl`, or save it as {as_csv}") from error
+    with parsed(f"{path} is not a readable workbook", f"Save it as {as_csv}."):
+        try:
+            return pd.read_excel(path)
+        except ImportError as error:
+            missing = error
+    raise ImportError(f"reading {path} needs openpyxl: `pip install openpyxl`, or save it as {as_csv}") from missing
 
 
 def require_columns(table: pd.DataFrame, columns: Iterable[str], path: Path) -> None:

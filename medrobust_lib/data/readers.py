@@ -6,7 +6,6 @@ matched to the class list by name wherever the source states names, never by pos
 
 import re
 import zipfile
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,14 +17,19 @@ import yaml
 from numpy.typing import NDArray
 
 from medrobust_lib.data.dataset import check_labels
-from medrobust_lib.data.decoding import IMAGE_SUFFIXES, image_shape, read_image
-from medrobust_lib.data.npz import member_header, member_rows
+from medrobust_lib.data.decoding import IMAGE_SUFFIXES, MOST_PIXELS, check_pixels, image_shape, read_image
+from medrobust_lib.data.npz import member_header, member_labels, member_names_of, member_rows, whole_numbers
 from medrobust_lib.data.wording import ClassWording, suggest
+from medrobust_lib.files import parsed
 
 UNSPLIT = "all"
 SPLITS = ("train", "val", "test")
 _SPLIT_SPELLINGS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val"}
 _SPLIT_SPELLINGS |= {"test": "test", "testing": "test"}
+
+_SHOWN_PATH = 80  # characters
+_MOST_BRACKETS = 1000
+_AGAIN = "Download the set again."
 
 Images = Iterator[NDArray[np.uint8]]
 
@@ -89,21 +93,18 @@ def medmnist_split(path: Path, split: str, wording: ClassWording) -> Split:
     ValueError
         Corrupt file, missing key, wrong shape, label outside the class list; the file is named.
     """
-    try:
-        with np.load(path, allow_pickle=False) as archive:
-            keys = archive.files
-            labels = archive[f"{split}_labels"] if f"{split}_labels" in keys else None
-        with zipfile.ZipFile(path) as archive:
-            shape, _ = member_header(archive, f"{split}_images") if f"{split}_images" in keys else ((), 0)
-    except (zipfile.BadZipFile, zlib.error, OSError, EOFError, ValueError, TypeError) as error:
-        raise ValueError(f"{path} is not a readable MedMNIST file: {error}. Download it again.") from error
-    if labels is None or not shape:
-        raise ValueError(f"{path} has no {split}_images and {split}_labels; it holds {', '.join(keys)}")
-    if len(shape) not in (3, 4) or (len(shape) == 4 and shape[3] not in (1, 3)) or len(labels) != shape[0]:
-        raise ValueError(f"{path}: {split}_images of shape {shape} do not fit {len(labels)} labels")
+    with parsed(f"{path} is not a readable MedMNIST file", "Download it again."), zipfile.ZipFile(path) as archive:
+        keys = member_names_of(archive)
+        if not {f"{split}_images", f"{split}_labels"} <= set(keys):
+            raise ValueError(f"it has no {split}_images and {split}_labels; it holds {', '.join(keys)}")
+        shape, _ = member_header(archive, f"{split}_images")
+        if len(shape) not in (3, 4) or (len(shape) == 4 and shape[3] not in (1, 3)):
+            raise ValueError(f"{split}_images has shape {shape}; expected [N, H, W] or [N, H, W, 3]")
+        labels = member_labels(archive, f"{split}_labels", count=shape[0])
+    check_labels(labels, wording.names, f"{path} ({split}_labels)")
     return Split(
         split=split,
-        labels=_checked_labels(labels, wording.names, f"{path} ({split}_labels)"),
+        labels=labels,
         codes=wording.names,
         names=wording.prompt_nouns,
         shapes=lambda: {(shape[1], shape[2])},
@@ -134,15 +135,17 @@ def medimeta_split(folder: Path, split: str, wording: ClassWording) -> Split:
     ValueError
         No or several tasks fit the class list, or a label has no name.
     """
-    info = yaml.safe_load(_existing(folder / "info.yaml").read_text(encoding="utf-8"))
-    task, to_label = _medimeta_task(info, wording, folder / "info.yaml")
+    task, to_label = _medimeta_task(_existing(folder / "info.yaml"), wording)
     labels_file = _existing(folder / "task_labels" / f"{task}.npy")
-    raw = np.load(labels_file, allow_pickle=False)
-    lines = _existing(folder / "splits" / f"{split}.txt").read_text(encoding="utf-8").split()
-    members = np.array(sorted(int(Path(line).stem) for line in lines), dtype=np.int64)
-    if len(members) and members[-1] >= len(raw):
-        raise ValueError(f"{labels_file} has {len(raw)} labels, but the {split} split names image {members[-1]}")
-    numbers = _integers(raw, str(labels_file))[members]
+    with parsed(f"{labels_file} holds no labels", _AGAIN):
+        # Mapped, not read: the size that its header states is compared with the file's.
+        every_label = whole_numbers(np.load(labels_file, mmap_mode="r", allow_pickle=False))
+    members = _medimeta_members(_existing(folder / "splits" / f"{split}.txt"))
+    if len(members) and members[-1] >= len(every_label):
+        raise ValueError(
+            f"{labels_file} has {len(every_label)} labels, but the {split} split names image {members[-1]}"
+        )
+    numbers = every_label[members]
     unknown = np.flatnonzero(~np.isin(numbers, list(to_label)))
     if len(unknown):
         image = f"{members[unknown[0]]:06d}"
@@ -168,7 +171,7 @@ def class_folder_split(root: Path, split: str) -> Split:
     default ``test``; ``train`` and ``val`` are refused, so that nobody trains on what they test. Classes
     are the union over all splits, so that a class missing from one split shifts no label; they are
     sorted by name, or by number where all names are numbers. An optional ``classnames.txt`` (folder
-    name, space, human name) gives them words.
+    name, space, human name) gives them words. Links to images and to folders are followed.
 
     Raises
     ------
@@ -190,6 +193,8 @@ def class_folder_split(root: Path, split: str) -> Split:
             f"{suffixes}"
         )
     for code in codes:
+        if code.encode("utf-8", "ignore").decode() != code:
+            raise ValueError(f"class folder {code!r} in {base} has a name that is not UTF-8; rename it")
         if not any(classes.get(code) for classes in listing.values()):
             raise ValueError(f"class folder {code!r} in {base} holds no images in any split; fill or remove it")
     files = [(path, label) for label, code in enumerate(codes) for path in listing[split].get(code, [])]
@@ -218,10 +223,9 @@ def csv_split(path: Path, split: str) -> Split:
     """
     if not path.is_file():
         raise FileNotFoundError(f"no CSV file at {path.absolute()}")
-    try:
-        table = pd.read_csv(path, dtype=str, keep_default_na=False, skipinitialspace=True)
-    except ValueError as error:
-        raise ValueError(f"{path} is not a readable CSV table (UTF-8, commas): {error}") from error
+    with parsed(f"{path} is not a readable CSV table (UTF-8, commas)"):
+        # What a short row leaves out is NaN all the same.
+        table = pd.read_csv(path, dtype=str, keep_default_na=False, skipinitialspace=True).fillna("")
     missing = [column for column in ("path", "label") if column not in table]
     if missing:
         raise ValueError(f"{path} has no column {missing[0]!r}; its columns are {', '.join(table)}")
@@ -298,7 +302,9 @@ def _names(codes: Sequence[str], folders: Sequence[Path]) -> tuple[str, ...]:
     for folder in folders:
         path = folder / "classnames.txt"
         if path.is_file():
-            lines = [line.split(maxsplit=1) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+            with parsed(f"{path} is no list of class names in UTF-8"):
+                text = path.read_text(encoding="utf-8")
+            lines = [line.split(maxsplit=1) for line in text.splitlines() if line.strip()]
             named = {words[0]: words[-1].strip() for words in lines}
             for code in codes:
                 if code not in named:
@@ -314,7 +320,13 @@ def _csv_row(table: Path, number: int, row: Mapping[str, str]) -> tuple[Path, st
     folder = table.absolute().parent
     written = Path(row["path"].strip())
     file = written if written.is_absolute() else folder / written
-    if not written.is_absolute() and not file.resolve().is_relative_to(folder.resolve()):
+    try:
+        leaves = not file.resolve().is_relative_to(folder.resolve())
+        file.is_file()
+    except (OSError, ValueError, RuntimeError) as error:  # too long for the system, a NUL in it, links in a circle
+        shown = str(written)[:_SHOWN_PATH]
+        raise ValueError(f"{table}, line {number}: {shown!r} cannot be the path of a file") from error
+    if leaves and not written.is_absolute():
         raise ValueError(
             f"{table}, line {number}: {written} leaves the folder of the CSV; "
             "move the file inside or write its absolute path"
@@ -325,20 +337,45 @@ def _csv_row(table: Path, number: int, row: Mapping[str, str]) -> tuple[Path, st
     return file, row["label"].strip(), _SPLIT_SPELLINGS.get(split.lower(), UNSPLIT)
 
 
-def _medimeta_task(info: Mapping, wording: ClassWording, path: Path) -> tuple[str, dict[int, int]]:
-    fitting = {}
-    for task in info["tasks"]:
-        mapping = {int(number): wording.label_of(str(name)) for number, name in task["labels"].items()}
-        single = "MULTILABEL" not in str(task.get("task_target", ""))
-        if single and sorted(mapping.values(), key=str) == list(range(len(wording.names))):
-            fitting[task["task_name"]] = mapping
+def _medimeta_task(path: Path, wording: ClassWording) -> tuple[str, dict[int, int]]:
+    with parsed(f"{path} is no description of a MedIMeta set", _AGAIN):
+        text = path.read_text(encoding="utf-8")
+        if text.count("[") + text.count("{") > _MOST_BRACKETS:  # nested, they take the parser minutes
+            raise ValueError(f"more than {_MOST_BRACKETS} brackets")
+        tasks = [_named_labels(task) for task in yaml.safe_load(text)["tasks"]]
+        fitting = {}
+        for name, single, labels in tasks:
+            mapping = {number: wording.label_of(label) for number, label in labels.items()}
+            if single and sorted(mapping.values(), key=str) == list(range(len(wording.names))):
+                fitting[name] = mapping
     if len(fitting) != 1:
-        tasks = "; ".join(f"{task['task_name']}: {list(task['labels'].values())}" for task in info["tasks"])
+        listing = "; ".join(f"{name}: {list(labels.values())}" for name, _, labels in tasks)
         raise ValueError(
             f"{path}: {len(fitting)} tasks have the classes {', '.join(wording.names)}; one is needed. Its tasks "
-            f"are {tasks}"
+            f"are {listing}"
         )
     return next(iter(fitting.items()))
+
+
+def _named_labels(task: Mapping) -> tuple[str, bool, dict[int, str]]:
+    """Name of a task, whether an image has one label, and the label names by number."""
+    name, labels = task["task_name"], dict(task["labels"])
+    if not isinstance(name, str) or Path(name).name != name:
+        raise ValueError(f"the task name {str(name)[:_SHOWN_PATH]!r} is no file name")
+    for label in labels.values():
+        # A few aliases in YAML can stand for a list of lists that is too long to be written out.
+        if not isinstance(label, str | int | float):
+            raise TypeError(f"a label of {name!r} is a {type(label).__name__}, not a name")
+    numbered = {int(number): str(label) for number, label in labels.items()}
+    return name, "MULTILABEL" not in str(task.get("task_target", "")), numbered
+
+
+def _medimeta_members(path: Path) -> NDArray[np.int64]:
+    with parsed(f"{path} is no list of images by number", _AGAIN):
+        numbers = sorted(int(Path(line).stem) for line in path.read_text(encoding="utf-8").split())
+        if numbers and numbers[0] < 0:
+            raise ValueError(f"image {numbers[0]}")
+        return np.array(numbers, dtype=np.int64)
 
 
 def _file_images(paths: list[Path]) -> tuple[Callable[[], set[tuple[int, int]]], Callable[..., Images]]:
@@ -351,41 +388,42 @@ def _file_images(paths: list[Path]) -> tuple[Callable[[], set[tuple[int, int]]],
 def _hdf5_images(
     path: Path, members: NDArray[np.int64]
 ) -> tuple[Callable[[], set[tuple[int, int]]], Callable[..., Images]]:
-    try:
-        with h5py.File(path) as container:
-            shape, dtype = container["images"].shape, container["images"].dtype
-    except (OSError, KeyError) as error:
-        raise ValueError(f"{path} is not a readable MedIMeta image file: {error}. Download it again.") from error
+    says = f"{path} is not a readable MedIMeta image file"
+    with parsed(says, _AGAIN), h5py.File(path) as container:
+        images = _own_images(container)
+        shape, dtype = images.shape, images.dtype
     if len(shape) != 4 or shape[3] not in (1, 3) or dtype != np.uint8 or (len(members) and shape[0] <= members[-1]):
         raise ValueError(
-            f"{path}: 'images' is {dtype} of shape {shape}; expected uint8 [N, H, W, 1 or 3] with N > {members[-1]}"
+            f"{path}: 'images' is {dtype} of shape {shape}; expected uint8 [N, H, W, 1 or 3] with "
+            f"N > {max(members, default=0)}"
         )
+    with parsed(says, _AGAIN):
+        check_pixels(*shape[1:3])
 
     def read(positions: NDArray[np.int64]) -> Images:
-        with h5py.File(path) as container:
-            for position in positions:
-                yield _rgb(container["images"][members[position]])
+        for position in positions:
+            with parsed(says, _AGAIN), h5py.File(path) as container:
+                image = _rgb(container["images"][members[position]])
+            yield image
 
     return lambda: {(shape[1], shape[2])}, read
+
+
+def _own_images(container: h5py.File) -> h5py.Dataset:
+    """Refuse images that lie in another file, and pieces of the file that unpack to more than an image may hold."""
+    if not isinstance(container.get("images", getlink=True), h5py.HardLink):
+        raise ValueError("'images' is a link")
+    images = container["images"]
+    if images.external is not None or images.is_virtual:
+        raise ValueError("'images' lies in other files")
+    if images.chunks and np.prod(images.chunks, dtype=float) > 3 * MOST_PIXELS:
+        raise ValueError(f"'images' comes in pieces of {images.chunks}")
+    return images
 
 
 def _rgb(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
     image = image[:, :, None] if image.ndim == 2 else image
     return np.repeat(image, 3, axis=2) if image.shape[2] == 1 else np.array(image)
-
-
-def _checked_labels(raw: NDArray, names: Sequence[str], source: str) -> NDArray[np.int64]:
-    labels = _integers(raw, source)
-    check_labels(labels, names, source)
-    return labels
-
-
-def _integers(raw: NDArray, source: str) -> NDArray[np.int64]:
-    if raw.ndim == 2 and raw.shape[1] == 1:
-        raw = raw[:, 0]
-    if raw.ndim != 1 or raw.dtype.kind not in "iufb" or (raw.astype(np.int64) != raw).any():
-        raise ValueError(f"{source}: one whole-number label per image is needed, got {raw.dtype} of shape {raw.shape}")
-    return raw.astype(np.int64)
 
 
 def _existing(path: Path) -> Path:

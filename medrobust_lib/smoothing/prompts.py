@@ -4,7 +4,6 @@ A prompt is a few context vectors among the word embeddings of "... {class}.". T
 so prompts are learned on features of noisy images that were encoded once.
 """
 
-import json
 import math
 import warnings
 from collections.abc import Sequence
@@ -14,12 +13,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, safe_open, save_file
 from torch import Tensor
 from torch.nn import functional
 
 from medrobust_lib.data.dataset import ImageDataset
+from medrobust_lib.files import parsed
 from medrobust_lib.models.dual_encoder import DualEncoder
+from medrobust_lib.models.tensor_files import read_tensors, write_tensors
 from medrobust_lib.smoothing.batching import Batches, suggested_batch_size
 from medrobust_lib.smoothing.noise import NoiseStream
 from medrobust_lib.smoothing.prompt_frames import Position, PromptFrame, empty_frame, frame_from_template
@@ -109,12 +109,7 @@ class PromptSet:
             "format": _FORMAT, "classes": list(self.classes), "model": self.model, "position": self.position,
             "template": self.template, "suffix": self.suffix, "provenance": self.provenance,
         }  # fmt: skip
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{path.name}.part")
-        save_file(
-            {"context": self.context.detach().cpu().contiguous()}, partial, metadata={"prompts": json.dumps(header)}
-        )
-        partial.replace(path)
+        write_tensors(path, {"context": self.context}, key="prompts", header=header)
         return path
 
     @classmethod
@@ -131,12 +126,14 @@ class PromptSet:
         path = Path(path)
         if not path.is_file():
             raise FileNotFoundError(f"no prompts at {path}; PromptSet.save writes them")
-        with safe_open(path, framework="pt") as file:
-            header = json.loads((file.metadata() or {}).get("prompts", "{}"))
+        tensors, header = read_tensors(path, key="prompts", kind="a readable file of prompts", advice="Copy it anew.")
         if header.pop("format", None) != _FORMAT:
             raise ValueError(f"{path} holds no prompts of format {_FORMAT}; PromptSet.save writes them")
-        header["classes"] = tuple(header["classes"])
-        return cls(context=load_file(path)["context"], **header)
+        with parsed(f"{path} holds no prompts that fit together", "Learn them again."):
+            context, classes = tensors["context"], tuple(header.pop("classes"))
+            if context.ndim not in (2, 3) or (context.ndim == 3 and len(context) != len(classes)) or not classes:
+                raise ValueError(f"a context of shape {tuple(context.shape)} for {len(classes)} classes")
+            return cls(context=context, classes=classes, **header)
 
 
 def text_prompts(model: DualEncoder, classes: Sequence[str], template: str) -> PromptSet:

@@ -198,6 +198,10 @@ def test_an_adapter_folder_is_what_load_model_takes(model, data, adapted, tmp_pa
     assert loaded.provenance["recipe"] == made.model.provenance["recipe"]
 
 
+@pytest.mark.hardening(
+    area="interruption", tried="an interrupt during adapt_lora and fine_tune with a folder",
+    outcome="the same call goes on; the result is the undisturbed one",
+)  # fmt: skip
 @pytest.mark.parametrize("method", [adapt_lora, fine_tune])
 def test_an_interrupted_folder_is_continued(model, data, tmp_path, monkeypatch, method):
     change = BEST if method is adapt_lora else TUNED

@@ -284,6 +284,10 @@ def test_no_epochs_change_nothing():
 # Interruptions
 
 
+@pytest.mark.hardening(
+    area="interruption", tried="an interrupt at different steps of training",
+    outcome="continued at the last epoch; the parameters are the same, bit for bit",
+)  # fmt: skip
 @pytest.mark.parametrize("steps", [2, 4, 5, 9])
 def test_a_run_that_was_interrupted_gives_the_same(tmp_path, monkeypatch, steps):
     recipe = dataclasses.replace(RECIPE, schedule="one-cycle")
@@ -310,6 +314,10 @@ def stop():
     raise KeyboardInterrupt
 
 
+@pytest.mark.hardening(
+    area="interruption", tried="SIGKILL during training of adapters",
+    outcome="continued at the last epoch; the parameters are the same, bit for bit",
+)  # fmt: skip
 def test_a_killed_process_is_continued(tmp_path):
     recipe = dataclasses.replace(RECIPE, epochs=40)
     lines = (
@@ -348,12 +356,16 @@ def test_a_folder_of_another_run_is_refused(tmp_path):
         fit(folder=tmp_path / "state", identity={"train": {"folder:one": {"n": 13}}})
 
 
+@pytest.mark.hardening(
+    area="stores", tried="damaged training states and those of another training",
+    outcome="refused, file named",
+)  # fmt: skip
 def test_a_damaged_state_is_explained(tmp_path):
     fit(folder=tmp_path / "state")
     path = tmp_path / "state" / "state.safetensors"
     whole = path.read_bytes()
     path.write_bytes(whole[:-7])
-    with pytest.raises(ValueError, match="state.safetensors, the file is damaged"):
+    with pytest.raises(ValueError, match="state.safetensors is not a readable state: "):
         fit(folder=tmp_path / "state")
     path.write_bytes(whole)
     model = TinyEncoder()

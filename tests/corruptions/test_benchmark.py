@@ -154,6 +154,10 @@ def test_the_bytes_do_not_depend_on_how_many_images_are_in_memory(whole, tmp_pat
     assert seen == [2, 2, 1] * 8
 
 
+@pytest.mark.hardening(
+    area="interruption", tried="an interrupt between and within files of a corrupted benchmark",
+    outcome="goes on; all files are the same, byte for byte",
+)  # fmt: skip
 @pytest.mark.parametrize("calls", [0, 3, 6])
 def test_a_stopped_run_goes_on_to_the_same_bytes(whole, tmp_path, monkeypatch, capsys, calls):
     folder = tmp_path / "C"
@@ -194,6 +198,10 @@ def test_sets_can_be_added_to_a_collection(whole, tmp_path):
     assert contents(tmp_path / "C") == whole.contents
 
 
+@pytest.mark.hardening(
+    area="stores", tried="corrupted sets that are missing, cut off or changed",
+    outcome="named when read; the same call writes them again",
+)  # fmt: skip
 @pytest.mark.parametrize("spoil", ["missing", "truncated", "changed"])
 @pytest.mark.parametrize("file", ["clean.npz", "contrast_severity_4.npz", "description.json"])
 def test_a_spoilt_set_is_named_and_mended(whole, tmp_path, spoil, file):
@@ -321,15 +329,22 @@ def test_the_plan_says_what_comes(tmp_path, whole):
     assert str(again).endswith(", 118 kB of it is there already")
 
 
+@pytest.mark.hardening(
+    area="disk and folders", tried="a disk too small for a benchmark",
+    outcome="refused before anything is written",
+)  # fmt: skip
 def test_too_small_a_disk_is_noticed_before_the_start(tmp_path, monkeypatch):
     usage = SimpleNamespace(total=1e6, used=9e5, free=100_000)
-    for module in (benchmark, layouts):
-        monkeypatch.setattr(module.shutil, "disk_usage", lambda path: usage)
+    monkeypatch.setattr(benchmark.shutil, "disk_usage", lambda path: usage)
     with pytest.raises(OSError, match=r"118 kB are to be written; 100 kB are free: free some, or name a folder on"):
         write_benchmark(tmp_path / "C", [CHEST, OCT], **SMALL)
     assert list((tmp_path / "C").rglob("*.npz")) == []
 
 
+@pytest.mark.hardening(
+    area="disk and folders", tried="a disk that fills up while a benchmark is written",
+    outcome="a message with the free space; files that were whole stay",
+)  # fmt: skip
 def test_a_disk_that_fills_up_spoils_nothing(whole, tmp_path, monkeypatch):
     folder = tmp_path / "C"
     with monkeypatch.context() as patched:

@@ -99,7 +99,7 @@ def test_medmnist_damage_inside_the_images_names_the_image(tmp_path):
     "images, labels, message",
     [
         (np.zeros((2, 28, 28)), np.zeros(2, np.uint8), "test_images is float64, not uint8"),
-        (np.zeros((2, 28, 28), np.uint8), np.zeros(3, np.uint8), "do not fit 3 labels"),
+        (np.zeros((2, 28, 28), np.uint8), np.zeros(3, np.uint8), "2 images and 3 labels; each image needs one"),
         (np.zeros((2, 28, 28), np.uint8), np.zeros((2, 14), np.uint8), "one whole-number label per image"),
         (np.zeros((2, 28, 28), np.uint8), np.array([0.0, 0.5]), "one whole-number label per image"),
         (np.array([{}, {}]), np.zeros(2, np.uint8), "is not a readable MedMNIST file"),

@@ -48,6 +48,10 @@ def start_writer(folder, pause):
     return subprocess.Popen([sys.executable, "-c", WRITER, str(folder), str(pause)], stdout=subprocess.PIPE, text=True)
 
 
+@pytest.mark.hardening(
+    area="interruption", tried="SIGKILL at random moments while a store is filled",
+    outcome="resumed each time; the table is the same, byte for byte",
+)  # fmt: skip
 def test_a_run_that_is_killed_again_and_again_leaves_the_same_bytes_as_an_undisturbed_one(tmp_path):
     undisturbed = start_writer(tmp_path / "whole", 0)
     rng = np.random.default_rng(20)
@@ -69,6 +73,10 @@ def test_a_run_that_is_killed_again_and_again_leaves_the_same_bytes_as_an_undist
     assert len(pd.read_csv(tmp_path / "whole/table.csv")) == 80
 
 
+@pytest.mark.hardening(
+    area="interruption", tried="a journal whose last line is torn",
+    outcome="the line is dropped and its item done again",
+)  # fmt: skip
 @pytest.mark.parametrize("kept", [0, 1, 20, -1])
 def test_a_torn_last_line_is_dropped_and_its_item_done_again(tmp_path, kept):
     with open_store(tmp_path, parameters={}) as store:
@@ -102,6 +110,10 @@ def test_a_corrupt_line_that_no_kill_explains_is_an_error_that_names_file_and_li
     open_store(tmp_path, parameters={}).close()
 
 
+@pytest.mark.hardening(
+    area="stores", tried="a store opened with other parameters",
+    outcome="refused, every difference named",
+)  # fmt: skip
 def test_other_parameters_are_refused_and_every_difference_is_named(store):
     store.close()
     asked = {"model": "plip", "sigmas": (0.25, 0.5), "sampling": {"n": 10_000, "alpha": 0.001}, "seed": 1}
@@ -148,6 +160,10 @@ def test_a_parameter_that_is_no_json_value_is_named(tmp_path):
         open_store(tmp_path, parameters={"sigma": math.nan})
 
 
+@pytest.mark.hardening(
+    area="two at once", tried="two runs into one store",
+    outcome="the second is refused with a message, the first is unharmed; a kill frees the store",
+)  # fmt: skip
 @pytest.mark.skipif(os.name == "nt", reason="no flock")
 def test_two_writers_are_refused_until_the_first_has_ended_even_by_a_kill(tmp_path):
     writer = start_writer(tmp_path, 60)
@@ -256,6 +272,10 @@ def test_a_full_disk_leaves_no_half_line(store, monkeypatch):
     assert store.done == {"a", "b"}
 
 
+@pytest.mark.hardening(
+    area="stores", tried="a store in a folder of other things",
+    outcome="refused, nothing in it is replaced",
+)  # fmt: skip
 def test_a_folder_of_other_things_is_never_a_store(tmp_path):
     (tmp_path / "table.csv").write_text("my,own,results\n")
     with pytest.raises(ValueError, match=r"holds other files \(table.csv\) and no store; give"):

@@ -103,6 +103,10 @@ def test_workers_share_the_cores_and_not_each_all_of_them():
     assert list(map_items(threads, [None], jobs=2)) == [(0, max(1, joblib.cpu_count() // 2))]
 
 
+@pytest.mark.hardening(
+    area="interruption", tried="a worker process that is killed, on loky and dask",
+    outcome="its items are done again, nothing is lost",
+)  # fmt: skip
 def test_a_killed_worker_loses_nothing(two_workers, tmp_path, caplog):
     def work(folder, item):
         marker = folder / "killed"

@@ -434,6 +434,10 @@ def test_workers_collect_the_same_answers(tmp_path):
     assert texts_of(collect_answers(idle, question_set(), HOW, n0=4, n=6, store=tmp_path)) == reference
 
 
+@pytest.mark.hardening(
+    area="interruption", tried="an interrupt while answers of a generative model are collected",
+    outcome="goes on with the next image",
+)  # fmt: skip
 def test_an_interrupted_collection_goes_on_with_the_next_image(tmp_path):
     dying, healthy = Hashing(fails_after=25), Hashing()
     with pytest.raises(RuntimeError, match="the power went out"):

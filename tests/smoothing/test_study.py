@@ -645,6 +645,10 @@ def killed_study(store):
     return run(store, colour_data(18), ColourEncoder(pause=0.001), [prompts(), prompts("tilted", 1), MeanShift()], n=60)
 
 
+@pytest.mark.hardening(
+    area="interruption", tried="SIGKILL at random moments of certify_dataset with a store",
+    outcome="resumed each time; the table is the same, byte for byte",
+)  # fmt: skip
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="kill -9 and fork are not of this system")
 def test_killed_at_any_moment_and_resumed_the_table_is_the_same_byte_for_byte(tmp_path):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(mr.__file__).parents[1])}

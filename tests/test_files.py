@@ -1,0 +1,88 @@
+import errno
+import json
+import subprocess
+import sys
+
+import pytest
+
+from medrobust_lib.files import inside, lock, parsed, read_json_object, size_text, whole_file
+
+
+def test_sizes_are_readable():
+    assert [size_text(size) for size in (5, 12_345, 17_700_000, 31e9)] == ["5 B", "12.3 kB", "17.7 MB", "31.0 GB"]
+
+
+@pytest.mark.parametrize(
+    "error", [IndexError("out of range."), RecursionError(), KeyError("tasks"), OSError("no seek")]
+)
+def test_whatever_a_parser_raises_names_the_file(error):
+    with (
+        pytest.raises(ValueError, match=r"^a\.yaml is no list: \S.*\. Mend it\.$"),
+        parsed("a.yaml is no list", "Mend it."),
+    ):
+        raise error
+
+
+def test_what_the_system_says_about_a_file_stays(tmp_path):
+    with pytest.raises(FileNotFoundError), parsed("a.yaml is no list"):
+        (tmp_path / "missing").read_bytes()
+    with pytest.raises(KeyboardInterrupt), parsed("a.yaml is no list"):
+        raise KeyboardInterrupt
+
+
+def test_long_reasons_are_cut():
+    with pytest.raises(ValueError) as caught, parsed("a"):
+        raise ValueError("x" * 10_000)
+    assert len(str(caught.value)) < 400
+
+
+@pytest.mark.parametrize("content", [b"[1]", b"\xff", b"{", b"[" * 100_000, b'{"a": 1} more'])
+def test_json_that_is_no_object_is_refused(tmp_path, content):
+    path = tmp_path / "a.json"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"a\.json is not a card: .* Delete it\."):
+        read_json_object(path, "a card", "Delete it.")
+    path.write_text(json.dumps({"a": 1}))
+    assert read_json_object(path, "a card") == {"a": 1}
+
+
+@pytest.mark.parametrize("name", ["../b", "a/../../b", "/etc/passwd", "a\\..\\..\\b", "", " ", "a\0b", "link/b"])
+def test_names_that_leave_a_folder_are_refused(tmp_path, name):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "link").symlink_to(tmp_path)
+    with pytest.raises(ValueError, match=r"table\.csv: .* (is no path|does not name a file inside)"):
+        inside(tmp_path / "folder", name, source=tmp_path / "table.csv")
+    assert inside(tmp_path / "folder", "a/b.c", source=tmp_path) == tmp_path / "folder" / "a" / "b.c"
+
+
+def test_a_file_appears_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "new" / "a.txt"
+    with whole_file(path) as part:
+        part.write_text("old")
+        assert not path.exists()
+    with (
+        pytest.raises(OSError, match=r"disk is full: a\.txt could not be written .* are free"),
+        whole_file(path) as part,
+    ):
+        part.write_text("ne")
+        raise OSError(errno.ENOSPC, "No space left on device")
+    with pytest.raises(KeyboardInterrupt), whole_file(path) as part:
+        part.write_text("ne")
+        raise KeyboardInterrupt
+    assert path.read_text() == "old" and [entry.name for entry in path.parent.iterdir()] == ["a.txt"]
+
+
+def test_a_place_that_cannot_be_a_folder_is_named(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match="file"), whole_file(tmp_path / "file" / "a.txt"):
+        pass
+
+
+def test_one_process_at_a_time_has_a_lock(tmp_path):
+    code = "import sys; from medrobust_lib.files import lock; f = open(sys.argv[1], 'ab'); print(lock(f.fileno()))"
+    path = tmp_path / "a"
+    with path.open("ab") as stream:
+        assert lock(stream.fileno())
+        other = [sys.executable, "-c", code, str(path)]
+        assert subprocess.run(other, capture_output=True, text=True, check=True).stdout == "False\n"
+    assert subprocess.run(other, capture_output=True, text=True, check=True).stdout == "True\n"
