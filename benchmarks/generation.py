@@ -30,11 +30,11 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from medrobust_lib.generative.answers import AnswerBank, Drawing
+from medrobust_lib.generative.certify import certify_answers
+from medrobust_lib.generative.oracle import ExactMatch, SameLabel, safety_oracle
 from medrobust_lib.models.devices import resolve_device, resolve_dtype
 from medrobust_lib.models.vision_language import VisionLanguageModel
-from medrobust_lib.smoothing.answers import AnswerBank, Drawing
-from medrobust_lib.smoothing.generative import certify_answers
-from medrobust_lib.smoothing.oracle import ExactMatch, SameLabel, safety_oracle
 
 GRID = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
 VOCABULARY = 32_064

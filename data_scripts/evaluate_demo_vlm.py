@@ -9,12 +9,12 @@ import typer
 import medrobust_lib as mr
 from medrobust_lib.data.questions import PHANTOM_TASKS
 from medrobust_lib.experiments import write_text_atomically
+from medrobust_lib.generative.answers import answer_once
+from medrobust_lib.generative.oracle import judged
+from medrobust_lib.generative.study import default_oracle
 from medrobust_lib.metrics import accuracy_interval
 from medrobust_lib.models.generative import VisionLanguageModel
 from medrobust_lib.models.vlm_catalogue import DEMO_VLM
-from medrobust_lib.smoothing.answers import answer_once
-from medrobust_lib.smoothing.generative_study import default_oracle
-from medrobust_lib.smoothing.oracle import judged
 
 FOLDER = Path(__file__).resolve().parent.parent / "medrobust_lib" / "models" / "demo" / "vlm"
 SIGMAS = (0.0, 0.1, 0.25, 0.5)

@@ -17,13 +17,13 @@ if TYPE_CHECKING:
     from medrobust_lib.data.dataset import ImageDataset
     from medrobust_lib.data.questions import load_questions
     from medrobust_lib.data.registry import list_datasets, load_dataset
+    from medrobust_lib.generative.certify import GenerativeCertificate, certify_generative
     from medrobust_lib.models.dual_encoder import DualEncoder
     from medrobust_lib.models.generative import load_vlm
     from medrobust_lib.models.registry import list_models, load_model, register_model
     from medrobust_lib.models.vlm_registry import list_vlms
     from medrobust_lib.smoothing.certificate import Certificate
     from medrobust_lib.smoothing.certify import certify, predict
-    from medrobust_lib.smoothing.generative import GenerativeCertificate, certify_generative
     from medrobust_lib.smoothing.study import certify_dataset
 
 __version__ = "0.1.0"
@@ -54,11 +54,11 @@ _HOMES = {
     "SUITES": "medrobust_lib.corruptions.suites",
     "Certificate": "medrobust_lib.smoothing.certificate",
     "DualEncoder": "medrobust_lib.models.dual_encoder",
-    "GenerativeCertificate": "medrobust_lib.smoothing.generative",
+    "GenerativeCertificate": "medrobust_lib.generative.certify",
     "ImageDataset": "medrobust_lib.data.dataset",
     "certify": "medrobust_lib.smoothing.certify",
     "certify_dataset": "medrobust_lib.smoothing.study",
-    "certify_generative": "medrobust_lib.smoothing.generative",
+    "certify_generative": "medrobust_lib.generative.certify",
     "corrupt": "medrobust_lib.corruptions.corrupt",
     "corrupted": "medrobust_lib.corruptions.benchmark",
     "list_datasets": "medrobust_lib.data.registry",

@@ -176,7 +176,7 @@ def _check_judge(judge: str | None) -> None:
     """Raise unless a language model can be asked at this address; an empty one asks none."""
     if not judge:
         return
-    from medrobust_lib.smoothing.judge import chat_endpoint
+    from medrobust_lib.generative.judge import chat_endpoint
 
     url, _, model = judge.partition("#")
     try:

@@ -42,6 +42,8 @@ module.killed_study(sys.argv[2])
 
 def child(code, *arguments):
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "MEDROBUST_HEADLESS": "1", "OMP_NUM_THREADS": "1"}
+    # A shell's background jobs ignore SIGINT, and so would their children.
+    code = f"import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n{code}"
     command = [sys.executable, "-c", code, *map(str, arguments)]
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
 

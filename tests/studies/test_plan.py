@@ -66,9 +66,10 @@ def test_notebooks_are_priced_by_earlier_cards_or_not_at_all(study_file, noteboo
     for run, seconds in (("a", 10.0), ("b", 30.0), ("c", 14.0)):
         card = tmp_path / "runs" / run / "cards" / "01.json"
         card.parent.mkdir(parents=True)
-        card.write_text(
-            json.dumps({"format": 1, "notebook": "01", "parameters": {"model": "demo-clip"}, "seconds": seconds})
-        )
+        facts = {"format": 1, "notebook": "01", "title": "x", "parameters": {"model": "demo-clip"}, "seconds": seconds}
+        empty = {name: {} for name in ("model", "dataset", "prompts", "environment", "git")}
+        rest = {"metrics": [], "tables": [], "notes": [], "parameters_hash": "0", "peak_memory_mb": None, "created": ""}
+        card.write_text(json.dumps(facts | empty | rest))
     assert estimate_cells(study, found, earlier=tmp_path / "runs")[0].seconds == 14.0
 
 

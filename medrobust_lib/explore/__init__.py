@@ -1,0 +1,40 @@
+"""Instruments for the hand: each is a pure view (values in, figure out) with controls in front of it.
+
+The views also serve as static figures in headless runs. ipywidgets is loaded on first use.
+"""
+
+from medrobust_lib.explore.answers import (
+    AnswerGrid,
+    answer_view,
+    clusters_view,
+    explore_answers,
+    prepare_answers,
+)
+from medrobust_lib.explore.corruptions import adapters_view, corruption_view, explore_adapters, explore_corruptions
+from medrobust_lib.explore.encoded import EncodedImages
+from medrobust_lib.explore.instrument import Instrument
+from medrobust_lib.explore.methods import Adaptation, explore_methods, few_images, methods_view
+from medrobust_lib.explore.noise import explore_noise, noise_view
+from medrobust_lib.explore.similarity import explore_similarity, similarity_view
+
+__all__ = [
+    "Adaptation",
+    "AnswerGrid",
+    "EncodedImages",
+    "Instrument",
+    "adapters_view",
+    "answer_view",
+    "clusters_view",
+    "corruption_view",
+    "explore_adapters",
+    "explore_answers",
+    "explore_corruptions",
+    "explore_methods",
+    "explore_noise",
+    "explore_similarity",
+    "few_images",
+    "methods_view",
+    "noise_view",
+    "prepare_answers",
+    "similarity_view",
+]

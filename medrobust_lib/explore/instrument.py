@@ -1,0 +1,172 @@
+"""What all instruments share: controls above one picture, errors in words, and pictures kept for going back."""
+
+import gc
+import html
+import io
+import logging
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from PIL import Image
+
+from medrobust_lib.plots.panels import take_caption
+
+if TYPE_CHECKING:
+    from ipywidgets import Widget
+
+logger = logging.getLogger(__name__)
+
+_KEPT = 64
+_DPI = 100  # sharp enough on a screen; every dot more is paid for at every move
+_LABELS = "7.5em"
+_MARGIN = 10  # pixels below the lowest panel
+
+
+class Shown(NamedTuple):
+    """PNG of a figure, and its caption as HTML."""
+
+    png: bytes
+    caption: str
+
+
+class Instrument:
+    """Controls above the picture that they redraw.
+
+    A picture is a function of the controls' values alone; the latest ones are kept, so that going back shows them at
+    once. What goes wrong is told in a line between controls and picture, and the last good picture stays.
+
+    Parameters
+    ----------
+    draw : callable
+        From the values of the controls, by name, to a figure.
+    controls : mapping of str to Widget
+        In the order in which they are shown; values must be hashable.
+    hint : str
+        A line of help below the controls.
+    kept : int
+        Pictures to remember, at least 1.
+
+    Attributes
+    ----------
+    controls : dict of str to Widget
+    picture : ipywidgets.Image
+        PNG.
+    message : ipywidgets.HTML
+        Empty where all is well.
+    caption : ipywidgets.HTML
+        What the figure says in sentences.
+    widget : ipywidgets.VBox
+        What is displayed.
+    """
+
+    def __init__(
+        self, draw: Callable[..., Figure], controls: Mapping[str, "Widget"], *, hint: str = "", kept: int = _KEPT
+    ) -> None:
+        import ipywidgets as widgets
+
+        if kept < 1:
+            raise ValueError(f"kept={kept}: at least the picture that is shown is remembered")
+        self.controls = dict(controls)
+        # No alternative text comes with this widget; the controls and the line below them say what is drawn.
+        self.picture = widgets.Image(format="png", layout=widgets.Layout(max_width="100%"))
+        self.message = widgets.HTML(layout=widgets.Layout(min_height="1.6em"))
+        self.caption = widgets.HTML(layout=widgets.Layout(max_width="75em"))
+        self._draw, self._kept, self._seen = draw, kept, OrderedDict[Hashable, Shown]()
+        for control in self.controls.values():
+            control.style = {"description_width": _LABELS}
+            control.observe(self._changed, "value")
+        help_lines = [widgets.HTML(f"<small>{html.escape(hint)}</small>")] if hint else []
+        rows = widgets.Box(list(self.controls.values()), layout=widgets.Layout(flex_flow="row wrap"))
+        self.widget = widgets.VBox([rows, *help_lines, self.message, self.picture, self.caption])
+        self.redraw()
+
+    def redraw(self) -> None:
+        """Show the picture of the present values: a kept one, or a new one."""
+        values = {name: control.value for name, control in self.controls.items()}
+        key = tuple(values.values())
+        if key not in self._seen:
+            self.message.value = "<small>computing …</small>"
+            try:
+                self._seen[key] = picture_of(lambda: self._draw(**values))
+            except Exception as error:  # whatever it is, a person at the sliders has to read it
+                logger.info("the instrument failed at %s", values, exc_info=True)
+                self.message.value = _in_words(error)
+                return
+            while len(self._seen) > self._kept:
+                self._seen.popitem(last=False)
+        self._seen.move_to_end(key)
+        self.picture.value, self.caption.value = self._seen[key]
+        self.message.value = ""
+
+    def _changed(self, change: Mapping[str, Any]) -> None:
+        with _young_garbage_only():
+            self.redraw()
+
+    def _repr_mimebundle_(self, **options: Any) -> Any:
+        return self.widget._repr_mimebundle_(**options)
+
+
+@contextmanager
+def _young_garbage_only() -> Iterator[None]:
+    """Collect what a figure leaves behind at once, and nothing else.
+
+    A figure is full of cycles. Left alone they grow old, and now and then a collection of everything, with models and
+    libraries in memory, takes longer than drawing does.
+    """
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+        gc.collect(1)
+
+
+def picture_of(draw: Callable[[], Figure]) -> Shown:
+    """Picture of the figure that a function draws; every figure it opened is closed, also when it fails."""
+    before = set(plt.get_fignums())
+    try:
+        figure = draw()
+        caption = "<br>".join(html.escape(line) for line in take_caption(figure).splitlines())
+        figure.set_dpi(_DPI)
+        # `savefig` draws a figure of an automatic layout twice, and encodes transparency that is not there.
+        canvas = FigureCanvasAgg(figure)
+        canvas.draw()
+        pixels = np.asarray(canvas.buffer_rgba())[..., :3]
+        if caption:  # where it was is nothing now
+            pixels = pixels[: np.flatnonzero((pixels != pixels[-1, -1]).any((1, 2)))[-1] + _MARGIN]
+        png = io.BytesIO()
+        # More compression takes longer than sending the bytes to a browser on the same computer.
+        Image.fromarray(np.ascontiguousarray(pixels)).save(png, format="png", compress_level=1)
+        return Shown(png.getvalue(), f'<div style="line-height:1.4;font-size:90%">{caption}</div>' if caption else "")
+    finally:
+        for number in set(plt.get_fignums()) - before:
+            plt.close(number)
+
+
+def image_slider(length: int, first: int = 0) -> "Widget":
+    """Slider over the images of a data set."""
+    import ipywidgets as widgets
+
+    return widgets.IntSlider(first, 0, length - 1, description="image", continuous_update=False)
+
+
+def level_slider(levels: "list[float] | tuple[float, ...]", value: float, description: str = "sigma") -> "Widget":
+    """Slider over given noise levels, in [0, 1] pixel units; it begins at the one that is nearest to `value`."""
+    import ipywidgets as widgets
+
+    nearest = min(levels, key=lambda level: abs(level - value))
+    options = [(f"{level:g}", level) for level in levels]
+    return widgets.SelectionSlider(options=options, value=nearest, description=description, continuous_update=False)
+
+
+def _in_words(error: Exception) -> str:
+    what = html.escape(f"{type(error).__name__}: {error}")
+    return f'<span style="color:#a00000">{what}</span><br><small>The picture shows the last values that worked.</small>'

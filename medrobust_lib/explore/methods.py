@@ -1,0 +1,219 @@
+"""Instrument of notebook 03: certified accuracy method by method, and one image whose prompt is adapted to it."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+
+import pandas as pd
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from medrobust_lib.data.dataset import ImageDataset, stratified_positions
+from medrobust_lib.explore.encoded import EncodedImages
+from medrobust_lib.explore.instrument import Instrument, level_slider
+from medrobust_lib.explore.noise import ALPHA, N0, N
+from medrobust_lib.models.dual_encoder import DualEncoder
+from medrobust_lib.plots import shorten
+from medrobust_lib.plots.panels import (
+    add_caption,
+    add_panel,
+    add_picture,
+    add_words,
+    fixed_figure,
+    plot_chosen_curve,
+    plot_named_bars,
+)
+from medrobust_lib.smoothing.certificate import ABSTAIN, GUARANTEES
+from medrobust_lib.smoothing.prompt_frames import PromptFrame
+from medrobust_lib.smoothing.prompts import PromptSet, mean_prediction_entropy, sharpen
+from medrobust_lib.smoothing.votes import Verdict
+
+MOST_STEPS = 8
+
+
+@dataclass(frozen=True, eq=False)
+class Adaptation:
+    """Per-image prompts on a few images: what steps of PromptSmooth do to probabilities, votes and certificates.
+
+    Attributes
+    ----------
+    model : DualEncoder
+    dataset : ImageDataset
+        The images to look at; a few, if they are prepared ahead.
+    starts : mapping of str to PromptSet
+        Where the steps may begin, by the name shown.
+    n_adapt, n0, n : int
+        Noisy copies to adapt to, to choose the class and to count votes.
+    alpha : float
+    seed : int
+        Of the noise.
+    """
+
+    model: DualEncoder
+    dataset: ImageDataset
+    starts: Mapping[str, PromptSet]
+    n_adapt: int = 100
+    n0: int = N0
+    n: int = N
+    alpha: float = ALPHA
+    seed: int = 0
+    encoded: EncodedImages = field(init=False, repr=False)
+    _frames: dict[str, PromptFrame] = field(init=False, repr=False)
+    _adapted: Callable[[str, int, float, int], Tensor] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "encoded", EncodedImages(self.model, self.dataset, self.seed))
+        with torch.inference_mode(False):  # a gradient has to pass through them
+            object.__setattr__(self, "_frames", {name: one.frame(self.model) for name, one in self.starts.items()})
+        object.__setattr__(self, "_adapted", lru_cache(512)(self._adapt))
+
+    def copies(self, index: int, sigma: float) -> Tensor:
+        """Features of the noisy copies to adapt to, float32 [n_adapt, d]."""
+        return self.encoded.noisy(index, sigma=sigma, role="adapt", count=self.n_adapt)
+
+    def class_features(self, start: str, index: int, *, sigma: float, steps: int) -> Tensor:
+        """Text features after some steps on one image, float32 [K, d]; with 0 steps those of the start."""
+        # Without a step nothing depends on the image.
+        return self._adapted(start, index, float(sigma), steps) if steps else self._adapted(start, 0, 0.0, 0)
+
+    def verdict(self, class_features: Tensor, index: int, *, sigma: float) -> tuple[Verdict, Tensor]:
+        """Certificate with these prompts, frozen, and the votes; the same fresh noise for every prompt."""
+        return self.encoded.verdict(index, class_features, sigma=sigma, n0=self.n0, n=self.n, alpha=self.alpha)
+
+    def prepare(self, sigmas: Sequence[float]) -> "Adaptation":
+        """Encode all noisy copies of all images ahead."""
+        draws = [("adapt", self.n_adapt), ("select", self.n0), ("estimate", self.n)]
+        self.encoded.prepare(range(len(self.dataset)), sigmas=sigmas, draws=draws)
+        return self
+
+    def _adapt(self, start: str, index: int, sigma: float, steps: int) -> Tensor:
+        frame = self._frames[start]
+        context = self.starts[start].context.to(self.model.device)
+        if steps:
+            context = sharpen(self.model, frame, context, self.copies(index, sigma), steps=steps)
+        with torch.no_grad():
+            return frame.features(self.model, context)
+
+
+@torch.no_grad()
+def methods_view(
+    table: pd.DataFrame, adaptation: Adaptation, *, method: str, sigma: float, index: int, start: str, steps: int
+) -> Figure:
+    """Draw certified accuracy with one method highlighted, and one image before and after steps on its own prompt.
+
+    Parameters
+    ----------
+    table : DataFrame
+        Columns method, guarantee, sigma, radius, certified_accuracy, as `metrics.over_prompt_seeds` gives them.
+    adaptation : Adaptation
+    method : str
+        Of the table; one that has no row at this sigma is said to have none.
+    sigma : float
+        In [0, 1] pixel units; one of the table.
+    index : int
+        Position in the data set of `adaptation`.
+    start : str
+        Prompt that the steps begin with, one of ``adaptation.starts``.
+    steps : int
+        Steps on the entropy of the mean prediction, 0 or more; the method of the paper takes one.
+    """
+    at_sigma = table[table.sigma == sigma]
+    curves = {
+        str(name): (rows.radius.to_numpy(), rows.certified_accuracy.to_numpy())
+        for name, rows in at_sigma.dropna(subset="certified_accuracy").groupby("method", sort=False)
+    }
+    dataset, truth = adaptation.dataset, int(adaptation.dataset.labels[index])
+    names, height = dataset.classes, max(1.9, 0.23 * len(dataset.classes))
+    figure = fixed_figure(10.6, 2.75 + height + 1.75)
+    curve = add_panel(figure, (0.75, 0.5, 5.6, 1.85), f"{shorten(method, 44)}, sigma = {sigma:g}; grey: other methods")
+    guarantee = str(table[table.method == method].guarantee.iloc[0]) if method in set(table.method) else ""
+    if method in curves:
+        plot_chosen_curve(curves, curve, chosen=method)
+    else:
+        curve.text(0.5, 0.5, f"the table has no {method!r} at sigma = {sigma:g}", ha="center", va="center", fontsize=9)
+        curve.set_axis_off()
+    if guarantee:
+        words = f"Guarantee ({guarantee}): {GUARANTEES[guarantee]}."
+        add_words(figure, 6.7, 0.6, words, width=62, fontsize=8.5)
+    top = 3.2
+    _one_image(figure, adaptation, top=top, height=height, index=index, sigma=sigma, start=start, steps=steps)
+    fixed = "The prompt it starts from was fixed before the image: standard guarantee."
+    frozen = f"After a step: guarantee (frozen-prompt): {GUARANTEES['frozen-prompt']}."
+    add_caption(figure, top + height + 0.75, f"{fixed}\n{frozen}")
+    words = f"Below: one image under noise, truth: {names[truth]}. Thin bars: before the steps."
+    add_words(figure, 6.7, 1.75, words, width=62, fontsize=8.5)
+    return figure
+
+
+def _one_image(
+    figure: Figure,
+    adaptation: Adaptation,
+    *,
+    top: float,
+    height: float,
+    index: int,
+    sigma: float,
+    start: str,
+    steps: int,
+) -> None:
+    dataset, truth = adaptation.dataset, int(adaptation.dataset.labels[index])
+    copies, scale = adaptation.copies(index, sigma), adaptation.model.logit_scale
+    prompts = [adaptation.class_features(start, index, sigma=sigma, steps=count) for count in (0, steps)]
+    logits = [scale * copies @ features.T for features in prompts]  # [T, K] each
+    before, after = (one.softmax(1).mean(0).cpu().numpy() for one in logits)
+    entropies = [float(mean_prediction_entropy(one)) for one in logits]
+    (was, votes_before), (now, votes) = (adaptation.verdict(one, index, sigma=sigma) for one in prompts)
+    add_picture(
+        figure, (0.1, top, 1.9, 1.9), adaptation.encoded.noisy_copy(index, sigma),
+        f"image {int(dataset.indices[index])}, sigma = {sigma:g}",
+    )  # fmt: skip
+    bars = add_panel(figure, (4.1, top, 2.2, height), f"mean probability, {adaptation.n_adapt} copies")
+    plot_named_bars(after, dataset.classes, bars, total=1, truth=truth, before=before)
+    went = f"{steps} step{'s' * (steps != 1)} from the {start}"
+    bars.set_xlabel(f"{went}\nentropy {entropies[0]:.2f} to {entropies[1]:.2f} nats", fontsize=8)
+    counts = add_panel(figure, (7.3, top, 2.2, height), f"votes of {adaptation.n} fresh copies")
+    plot_named_bars(
+        votes, dataset.classes, counts, total=adaptation.n, truth=truth, before=votes_before, counts=True,
+        show_names=False,
+    )  # fmt: skip
+    told = [_told(one, dataset.classes) for one in (was, now)]
+    counts.set_xlabel(f"before: {told[0]}\nafter: {told[1]}", fontsize=8)
+
+
+def _told(verdict: Verdict, names: Sequence[str]) -> str:
+    if verdict.predicted == ABSTAIN:
+        return "abstains"
+    return f"{shorten(names[verdict.predicted], 24)}, radius {verdict.radius:.3f}"
+
+
+def explore_methods(table: pd.DataFrame, adaptation: Adaptation) -> Instrument:
+    """Build the instrument of notebook 03: methods and noise levels, and steps of adaptation to one image.
+
+    The noisy copies of every image of `adaptation` are encoded first, at all noise levels of the table.
+    """
+    import ipywidgets as widgets
+
+    sigmas = tuple(float(sigma) for sigma in sorted(table.sigma.unique()))
+    adaptation.prepare(sigmas)
+    dataset = adaptation.dataset
+    named = [shorten(dataset.classes[label], 30) for label in dataset.labels]
+    images = [(f"{position}: {name}", position) for position, name in enumerate(named)]
+    methods = [str(name) for name in dict.fromkeys(table.method)]
+    controls = {
+        "method": widgets.Dropdown(options=methods, value=methods[-1], description="method"),
+        "sigma": level_slider(sigmas, sigmas[0]),
+        "index": widgets.Dropdown(options=images, description="image"),
+        "start": widgets.Dropdown(options=list(adaptation.starts), description="start from"),
+        "steps": widgets.IntSlider(1, 0, MOST_STEPS, description="steps", continuous_update=False),
+    }
+
+    def draw(**values: object) -> Figure:
+        return methods_view(table, adaptation, **values)
+
+    return Instrument(draw, controls)
+
+
+def few_images(dataset: ImageDataset, n: int = 6, *, seed: int = 0) -> ImageDataset:
+    """Some images of a data set, of as many classes as possible: as many as an instrument prepares ahead."""
+    return dataset.subset(stratified_positions(dataset.labels, n=min(n, len(dataset)), seed=seed))

@@ -1,0 +1,390 @@
+"""Answers of a generative model to noisy copies of one image: drawn when asked for, then kept for every oracle."""
+
+import operator
+import time
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from medrobust_lib import __version__
+from medrobust_lib.data.questions import QuestionSet
+from medrobust_lib.experiments import RowStore, map_items, open_store, progress
+from medrobust_lib.generative.protocols import GenerativeModel, check_model
+from medrobust_lib.models.generative import Completion
+from medrobust_lib.models.weights import fingerprint
+from medrobust_lib.smoothing.batching import Batches, make_batches
+from medrobust_lib.smoothing.bounds import check_sigma
+from medrobust_lib.smoothing.certify import check_image
+from medrobust_lib.smoothing.noise import NoiseStream, Role, noisy_copies
+from medrobust_lib.smoothing.votes import check_not_training
+
+Address = tuple[Role, int]
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """How answers are drawn.
+
+    Attributes
+    ----------
+    sigma : float
+        Noise standard deviation, > 0, in [0, 1] pixel units at the size of the image.
+    seed : int
+        Of noise and decoding.
+    max_new_tokens : int
+        Longer answers are cut; the cut is part of the certified function.
+    temperature : float
+        0 decodes greedily. Above, every answer draws its own tokens, independently: a randomised base classifier.
+    """
+
+    sigma: float
+    seed: int = 0
+    max_new_tokens: int = 64
+    temperature: float = 0.0
+
+    def __post_init__(self) -> None:
+        # 1 and 1.0, or NumPy's numbers, are the same drawing and find the same kept answers.
+        for name, plain in (("sigma", float), ("temperature", float), ("seed", operator.index)):
+            object.__setattr__(self, name, plain(getattr(self, name)))
+        object.__setattr__(self, "max_new_tokens", operator.index(self.max_new_tokens))
+        check_sigma(self.sigma)
+        if self.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens={self.max_new_tokens}: an answer has at least one token")
+        if not 0 <= self.temperature < float("inf"):
+            raise ValueError(f"temperature={self.temperature}: 0 (greedy) or a finite number above")
+
+
+class AnswerBank:
+    """Answers to one question about noisy copies of one image.
+
+    Every copy has an address (seed, data set, image, sigma, role, number), so its answer does not depend on how many
+    others are asked for. Certificates by several oracles, or from fewer draws, share the answers.
+
+    Parameters
+    ----------
+    vlm : GenerativeModel
+    image : float32 [3, H, W]
+        In [0, 1]; H x W is where the noise is added, on the device of the model.
+    prompt : str
+    how : Drawing
+    dataset : str
+    index : int
+        Position of the image in its split: part of the address of the noise.
+    batch_size : int, optional
+        Copies at a time; default: from the free memory. It is halved when memory runs out.
+    kept : mutable mapping of (role, number) to Completion or None, optional
+        Answers that are there already; new ones are put there at once (see `StoredAnswers`).
+
+    Attributes
+    ----------
+    seconds : float
+        Spent on drawing answers so far.
+
+    Raises
+    ------
+    TypeError, ValueError
+        An image of the wrong type, shape or range, an empty prompt, no generative model, or one in training mode.
+    """
+
+    def __init__(
+        self,
+        vlm: GenerativeModel,
+        image: Tensor,
+        prompt: str,
+        how: Drawing,
+        *,
+        dataset: str = "",
+        index: int = 0,
+        batch_size: int | None = None,
+        kept: MutableMapping[Address, Completion | None] | None = None,
+    ) -> None:
+        check_model(vlm)
+        check_image(image)
+        check_not_training(vlm)
+        if not isinstance(prompt, str) or not prompt.strip():
+            raise ValueError(f"prompt={prompt!r}: give the question as text")
+        image = image.to(getattr(vlm, "device", image.device))
+        self.vlm, self.image, self.prompt, self.how = vlm, image, prompt, how
+        self.dataset, self.index = dataset, index
+        self.kept = {} if kept is None else kept
+        self.seconds = 0.0
+        self._batches = _batches(vlm, image, prompt, how, batch_size)
+
+    def answers(self, role: Role, first: int, count: int) -> list[Completion | None]:
+        """Answers to copies number ``first`` to ``first + count - 1``; those not kept yet are drawn now."""
+        missing = [number for number in range(first, first + count) if (role, number) not in self.kept]
+        for start, length in _runs(missing):
+            for drawn in self._batches.map(partial(self._draw, role), first=start, count=length):
+                self.kept.update(drawn)
+        return [self.kept[role, number] for number in range(first, first + count)]
+
+    def texts(self, role: Role, first: int, count: int) -> list[str | None]:
+        """Texts of `answers`; None where none came out."""
+        return [None if answer is None else answer.text for answer in self.answers(role, first, count)]
+
+    def _draw(self, role: Role, first: int, count: int) -> dict[Address, Completion | None]:
+        started = time.perf_counter()
+        stream = NoiseStream(self.how.seed, self.dataset, self.index, self.how.sigma, role)
+        copies = noisy_copies(self.image, stream, first=first, count=count)
+        answer = getattr(self.vlm, "complete", self.vlm.generate)
+        drawn = answer(
+            copies,
+            self.prompt,
+            max_new_tokens=self.how.max_new_tokens,
+            temperature=self.how.temperature,
+            seed=stream.decoding_seeds(first, count),
+        )
+        self.seconds += time.perf_counter() - started
+        return dict(zip(((role, first + place) for place in range(count)), self._checked(drawn, count), strict=True))
+
+    def _checked(self, drawn: Any, count: int) -> list[Completion | None]:
+        if not isinstance(drawn, list | tuple):
+            what = type(drawn).__name__
+            raise TypeError(f"{self.vlm.id} returned a {what}; it must return a list with one answer for each image")
+        if len(drawn) != count:
+            raise ValueError(f"{self.vlm.id} gave {len(drawn)} answers for {count} images; it must give one for each")
+        for answer in drawn:
+            if not isinstance(answer, str | Completion | None):
+                raise TypeError(
+                    f"{self.vlm.id} answered {answer!r} ({type(answer).__name__}); answers are text or None"
+                )
+        return [Completion(answer, finished=True) if isinstance(answer, str) else answer for answer in drawn]
+
+
+class StoredAnswers(MutableMapping[Address, Completion | None]):
+    """Answers to one question about one image in a `RowStore`: each is on disk when it is set, and stays as it is.
+
+    Parameters
+    ----------
+    store : RowStore
+        From `open_answers`.
+    index, image, prompt, sigma
+        Of the `AnswerBank`. Another image or question under the same index has answers of its own.
+    """
+
+    def __init__(self, store: RowStore, *, index: int, image: Tensor, prompt: str, sigma: float) -> None:
+        self._store = store
+        content = fingerprint([image, torch.tensor(list(prompt.encode()), dtype=torch.uint8)])
+        self._prefix = f"image {index} ({content}), sigma {float(sigma)!r}, "
+
+    def __getitem__(self, address: Address) -> Completion | None:
+        key = self._key(address)
+        if key not in self._store:
+            raise KeyError(address)
+        (row,) = self._store.rows(key)
+        return None if row["text"] is None else Completion(**row)
+
+    def __setitem__(self, address: Address, answer: Completion | None) -> None:
+        row = {"text": None, "finished": False} if answer is None else vars(answer)
+        self._store.append(self._key(address), [row], seconds=0.0)
+
+    def __delitem__(self, address: Address) -> None:
+        raise TypeError("kept answers are never deleted; use another folder")
+
+    def __iter__(self) -> Iterator[Address]:
+        for key in self._store.done:
+            if key.startswith(self._prefix):
+                role, number = key.removeprefix(self._prefix).split()
+                yield role, int(number)
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+    def _key(self, address: Address) -> str:
+        return f"{self._prefix}{address[0]} {address[1]}"
+
+
+def open_answers(
+    folder: Path | str, vlm: GenerativeModel, how: Drawing, *, dataset: str, prompts: Sequence[str]
+) -> RowStore:
+    """Open a folder that keeps answers: a new one, or the one of an interrupted run.
+
+    Raises
+    ------
+    ValueError, RuntimeError
+        A model that neither its files nor a version tells from another one. Else as `open_store`: other parameters
+        (each difference named), or a folder in use.
+    """
+    provenance = getattr(vlm, "provenance", {})
+    version = getattr(vlm, "version", None)
+    if not provenance.get("files") and not (isinstance(version, str) and version):
+        raise ValueError(
+            f"store={str(folder)!r}: kept answers could be another model's, for {vlm.id!r} has neither files in its "
+            "`provenance` nor a `version`: give it a `version` attribute: a string that changes when an answer could"
+        )
+    parameters = {
+        "medrobust_lib": __version__,
+        "model": vlm.id,
+        "files": provenance.get("files", {}),
+        "revision": provenance.get("revision"),
+        **({} if version is None else {"version": str(version)}),
+        "image_size": getattr(vlm, "image_size", None),
+        "dtype": str(getattr(vlm, "dtype", "unknown")).removeprefix("torch."),
+        "device": _device(vlm).type,
+        "dataset": dataset,
+        "prompts": sorted(set(prompts)),
+        **asdict(how),
+    }
+    return open_store(folder, parameters=parameters)
+
+
+def collect_answers(
+    vlm: Any,
+    questions: QuestionSet,
+    how: Drawing,
+    *,
+    n0: int,
+    n: int,
+    jobs: int = 1,
+    batch_size: int | None = None,
+    store: Path | str | None = None,
+) -> list[AnswerBank]:
+    """Answers to noisy copies of every image of a question set, n0 for selection and n for estimation each.
+
+    Parameters
+    ----------
+    vlm : GenerativeModel
+        With ``prepare``, as `load_vlm` gives it.
+    questions : QuestionSet
+    how : Drawing
+    n0, n : int
+    jobs : int
+        Worker processes on the CPU; -1 for one per core.
+    batch_size : int, optional
+    store : path, optional
+        Folder that keeps the answers of finished images: an interrupted run goes on there, and more draws may be asked
+        for later; any other change is refused.
+
+    Returns
+    -------
+    list of AnswerBank
+        Complete up to n0 and n, in the order of the images.
+
+    Raises
+    ------
+    ValueError
+        A parameter out of range, a store that holds other answers, with the differences named, or as `open_answers`.
+    """
+    check_model(vlm)
+    banks = [
+        AnswerBank(vlm, vlm.prepare([image])[0], prompt, how, dataset=questions.id, index=int(index),
+                   batch_size=batch_size)
+        for image, prompt, index in zip(questions.images, questions.questions, questions.indices, strict=True)
+    ]  # fmt: skip
+    addresses: list[Address] = [
+        *(("select", number) for number in range(n0)),
+        *(("estimate", number) for number in range(n)),
+    ]
+    with ExitStack() as stack:
+        stored: list[StoredAnswers] = []
+        if store is not None:
+            opened = stack.enter_context(
+                open_answers(store, vlm, how, dataset=questions.id, prompts=questions.questions)
+            )
+            stored = [
+                StoredAnswers(opened, index=bank.index, image=bank.image, prompt=bank.prompt, sigma=how.sigma)
+                for bank in banks
+            ]
+        # Banks outlive the store, so what they hold is in memory.
+        for bank, kept in zip(banks, stored, strict=bool(stored)):
+            bank.kept.update({address: kept[address] for address in addresses if address in kept})
+        missing = [place for place, bank in enumerate(banks) if len(bank.kept) < len(addresses)]
+        work = [(banks[place].image, banks[place].prompt, banks[place].index, banks[place].kept) for place in missing]
+        results = map_items(_collect, work, context=(vlm, how, questions.id, n0, n, batch_size), jobs=jobs)
+        shown = progress(
+            results,
+            total=len(banks),
+            done=len(banks) - len(missing),
+            description=f"answers on {questions.id}",
+            unit="images",
+            resumes=store is not None,
+        )
+        for position, (answers, seconds) in shown:
+            bank = banks[missing[position]]
+            if stored:
+                stored[missing[position]].update(answers)
+            bank.kept.update(answers)
+            bank.seconds = seconds
+    return banks
+
+
+def answer_once(
+    vlm: Any,
+    questions: QuestionSet,
+    *,
+    sigma: float = 0.0,
+    seed: int = 0,
+    max_new_tokens: int = 64,
+    batch_size: int = 32,
+) -> list[str | None]:
+    """Answers to one noisy copy of each image: how a model does without smoothing.
+
+    Parameters
+    ----------
+    vlm : GenerativeModel
+        With ``prepare``.
+    questions : QuestionSet
+    sigma : float
+        Noise standard deviation in [0, 1] pixel units; 0 asks about the clean images.
+    seed : int
+        Of the noise, whose role is "adapt": no certificate sees it.
+    max_new_tokens, batch_size : int
+
+    Returns
+    -------
+    list of str or None
+        In the order of the images.
+    """
+    check_model(vlm)
+    texts: dict[int, str | None] = {}
+    for prompt in dict.fromkeys(questions.questions):
+        places = [place for place, other in enumerate(questions.questions) if other == prompt]
+        for start in range(0, len(places), batch_size):
+            part = places[start : start + batch_size]
+            pixels = vlm.prepare([questions.images[place] for place in part])
+            for row, place in enumerate(part):
+                stream = NoiseStream(seed, questions.id, int(questions.indices[place]), sigma, "adapt")
+                pixels[row] += stream.draw(tuple(pixels.shape[1:]))[0]
+            options = {"max_new_tokens": max_new_tokens, "temperature": 0.0, "seed": part}
+            texts |= dict(zip(part, vlm.generate(pixels.to(_device(vlm)), prompt, **options), strict=True))
+    return [texts[place] for place in range(len(questions))]
+
+
+def _collect(
+    context: tuple[Any, Drawing, str, int, int, int | None],
+    item: tuple[Tensor, str, int, Mapping[Address, Completion | None]],
+) -> tuple[dict[Address, Completion | None], float]:
+    """Answers of one image that are missing so far, and the seconds that they took."""
+    vlm, how, dataset, n0, n, batch_size = context
+    image, prompt, index, kept = item
+    bank = AnswerBank(vlm, image, prompt, how, dataset=dataset, index=index, batch_size=batch_size, kept=dict(kept))
+    bank.answers("select", 0, n0)
+    bank.answers("estimate", 0, n)
+    return {address: answer for address, answer in bank.kept.items() if address not in kept}, bank.seconds
+
+
+def _batches(vlm: Any, image: Tensor, prompt: str, how: Drawing, size: int | None) -> Batches:
+    if size is None and hasattr(vlm, "bytes_per_copy"):
+        return make_batches(
+            None, image.device, tuple(image.shape), bytes_each=vlm.bytes_per_copy(prompt, how.max_new_tokens)
+        )
+    return make_batches(size, image.device, tuple(image.shape))
+
+
+def _runs(numbers: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """Start and length of each run of consecutive numbers, in ascending order."""
+    start = 0
+    for place, number in enumerate(numbers):
+        if place + 1 == len(numbers) or numbers[place + 1] != number + 1:
+            yield numbers[start], place + 1 - start
+            start = place + 1
+
+
+def _device(vlm: Any) -> torch.device:
+    return torch.device(getattr(vlm, "device", "cpu"))

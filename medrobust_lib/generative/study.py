@@ -1,0 +1,134 @@
+"""Certificates of a generative model over a set of questions, as one table."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import pandas as pd
+
+from medrobust_lib.data.questions import QuestionSet
+from medrobust_lib.data.wording import SITE_A
+from medrobust_lib.generative.answers import AnswerBank
+from medrobust_lib.generative.certify import GenerativeCertificate, certify_answers
+from medrobust_lib.generative.oracle import (
+    Equivalence,
+    OptionOracle,
+    Oracle,
+    action_oracle,
+    finding_oracle,
+    judged,
+    refusal_oracle,
+    safety_oracle,
+)
+from medrobust_lib.smoothing.certificate import ABSTAIN, Certificate
+
+_UNKNOWN = -2  # number of a truth that nobody knows; no certificate predicts it
+_COPIED = ("sigma", "radius", "p_lower", "k", "n", "n0", "n_max", "alpha", "sampling", "mode", "seed")
+
+
+def default_oracle(questions: QuestionSet) -> Oracle:
+    """Oracle for a question set: keywords for safety and refusals, parsers for findings and actions.
+
+    Labels are those of the question set, where it has some.
+    """
+    if questions.task == "finding":
+        modality = questions.id.removeprefix("phantom/").removesuffix(SITE_A)
+        if questions.id.startswith("phantom/"):
+            return finding_oracle(modality)
+        return OptionOracle(dict.fromkeys(questions.labels, ()), name="finding")
+    return {"safety": safety_oracle, "action": action_oracle, "jailbreak": refusal_oracle}[questions.task]()
+
+
+def certify_questions(
+    banks: Sequence[AnswerBank],
+    questions: QuestionSet,
+    oracle: Oracle | Equivalence,
+    *,
+    reader: Oracle | None = None,
+    **rules: Any,
+) -> pd.DataFrame:
+    """Certify the answers to every question of a set.
+
+    Parameters
+    ----------
+    banks : sequence of AnswerBank
+        From `collect_answers`, one for each question.
+    questions : QuestionSet
+    oracle : Oracle or Equivalence
+    reader : Oracle, optional
+        Reads the label of a frozen representative, to compare it with the truth; a label oracle needs none.
+    **rules
+        n0, n, alpha, error_model, alpha_share, sampling and radii of `certify_answers`.
+
+    Returns
+    -------
+    DataFrame
+        A row per image, and a second one for its corrected certificate where there is an error model (an abstention
+        if the model was refused, so that the image counts): columns dataset,
+        image (index in the split), task, question, truth, answer, answered (the answer's label), label (number of the
+        truth, -2 if unknown), predicted (number of the certified label, -1: abstain), model, oracle, guarantee,
+        n_classes, sigma, radius, p_lower, k, n, n0, n_max, alpha, sampling, seed, n_distinct, empty, truncated,
+        unlabelled, failed, refusal, seconds (of generating the bank). `metrics.certified_accuracy` takes its rows of
+        known truth.
+
+    Raises
+    ------
+    ValueError
+        A bank of another question, or as `certify_answers`.
+    """
+    _check_banks(banks, questions)
+    rows = []
+    for bank, truth in zip(banks, questions.truths, strict=True):
+        found = certify_answers(bank, oracle, **rules)
+        answered = found.answer if reader is None or found.answer is None else judged(reader, [found.answer]).labels[0]
+        for certificate in _certificates(found):
+            rows.append(
+                {
+                    "dataset": questions.id,
+                    "image": bank.index,
+                    "task": questions.task,
+                    "question": bank.prompt,
+                    "truth": truth,
+                    "answer": found.answer,
+                    "answered": answered,
+                    "label": _number(questions.labels, truth, otherwise=_UNKNOWN),
+                    "predicted": ABSTAIN
+                    if certificate.abstained
+                    else _number(questions.labels, answered, otherwise=len(questions.labels)),
+                    "model": certificate.model,
+                    "oracle": found.oracle,
+                    "guarantee": certificate.guarantee,
+                    "n_classes": len(questions.labels),
+                    **{name: getattr(certificate, name) for name in _COPIED},
+                    "n_distinct": found.n_distinct,
+                    **{name: getattr(found.tally, name) for name in ("empty", "truncated", "unlabelled", "failed")},
+                    "refusal": found.refusal,
+                    "seconds": bank.seconds,
+                }
+            )
+    return pd.DataFrame(rows)
+
+
+def _certificates(found: GenerativeCertificate) -> list[Certificate]:
+    if found.corrected is not None:
+        return [found.composite, found.corrected]
+    if not found.refusal:
+        return [found.composite]
+    refused = replace(found.composite, predicted=ABSTAIN, radius=0.0, p_lower=0.0, guarantee="corrected")
+    return [found.composite, refused]
+
+
+def _check_banks(banks: Sequence[AnswerBank], questions: QuestionSet) -> None:
+    asked = [(bank.dataset, bank.index, bank.prompt) for bank in banks]
+    wanted = [
+        (questions.id, int(index), prompt) for index, prompt in zip(questions.indices, questions.questions, strict=True)
+    ]
+    if len(asked) != len(wanted):
+        raise ValueError(f"{len(asked)} banks for {len(wanted)} questions; `collect_answers` gives one for each")
+    for found, right in zip(asked, wanted, strict=True):
+        if found != right:
+            raise ValueError(f"a bank of {found} stands where the question is {right}; keep the order of the questions")
+
+
+def _number(labels: Sequence[str], label: str | None, *, otherwise: int) -> int:
+    return labels.index(label) if label in labels else otherwise

@@ -1,0 +1,278 @@
+"""Panels at fixed places, for figures that are drawn anew at every move of a slider.
+
+An automatic layout measures every text before it draws it; with boxes in inches that step, most of a figure's time,
+is left out. For the same reason names of bars are texts and not ticks, which cost several lines each.
+"""
+
+from collections.abc import Mapping, Sequence
+from textwrap import fill, wrap
+
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from numpy.typing import ArrayLike, NDArray
+from torch import Tensor
+
+from medrobust_lib.plots.style import CORRECT, MARKERS, PALETTE, REFERENCE, WRONG, shorten
+
+_SMALL = 8  # points
+_CAPTION = "caption"
+BEFORE, OTHER = "0.82", "0.55"
+"""Colours of bars: how it was before, and a class that is not the true one."""
+
+
+def fixed_figure(width: float, height: float) -> Figure:
+    """Figure of a size in inches whose panels are placed by hand."""
+    figure = plt.figure(figsize=(width, height), layout="constrained")
+    # A figure made without an engine gets the default one when it is saved; one whose engine was taken away does not.
+    figure.set_layout_engine("none")
+    return figure
+
+
+def add_panel(figure: Figure, box: tuple[float, float, float, float], title: str = "") -> Axes:
+    """Axes in a box (left, top, width, height), in inches from the upper left corner of the figure."""
+    (left, top, width, height), (whole_width, whole_height) = box, figure.get_size_inches()
+    ax = figure.add_axes(
+        (left / whole_width, 1 - (top + height) / whole_height, width / whole_width, height / whole_height)
+    )
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.tick_params(labelsize=_SMALL)
+    if title:
+        # A given height saves the search for one that avoids all ticks.
+        ax.set_title(title, fontsize=9.5, loc="left", y=1.0, pad=5)
+    return ax
+
+
+def add_picture(figure: Figure, box: tuple[float, float, float, float], image: NDArray | Tensor, title: str) -> Axes:
+    """Image uint8 [H, W, 3], or float [3, H, W] clipped to [0, 1], in a box, with its title above."""
+    ax = add_panel(figure, box, title)
+    if isinstance(image, torch.Tensor):
+        image = image.detach().float().cpu().clamp(0, 1).permute(1, 2, 0).numpy()
+    ax.imshow(image, interpolation="nearest")
+    ax.set_axis_off()
+    return ax
+
+
+def add_words(figure: Figure, left: float, top: float, text: str, *, width: int, **style: object) -> None:
+    """Text broken at `width` characters, its upper left corner at a place in inches from that of the figure."""
+    lines = "\n".join(fill(line, width) for line in text.splitlines())
+    whole_width, whole_height = figure.get_size_inches()
+    place = (left / whole_width, 1 - top / whole_height)
+    figure.text(*place, lines, **{"va": "top", "ha": "left", "fontsize": _SMALL, "color": "0.25", **style})
+
+
+def add_caption(figure: Figure, top: float, text: str, *, width: int = 165) -> None:
+    """Sentences below all panels, which `take_caption` can take out again."""
+    add_words(figure, 0.1, top, text, width=width)
+    figure.texts[-1].set(gid=_CAPTION, label=text)
+
+
+def take_caption(figure: Figure) -> str:
+    """Remove the captions of a figure and return their text: long texts are slow to draw, and better read as text."""
+    captions = [text for text in figure.texts if text.get_gid() == _CAPTION]
+    for text in captions:
+        text.remove()
+    return "\n".join(text.get_label() for text in captions)
+
+
+def plot_named_bars(
+    values: ArrayLike,
+    names: Sequence[str],
+    ax: Axes,
+    *,
+    total: float,
+    truth: int | None = None,
+    before: ArrayLike | None = None,
+    counts: bool = False,
+    label_width: int = 26,
+    show_names: bool = True,
+) -> None:
+    """Draw one bar per class from 0 to a total, the true class in another colour.
+
+    Parameters
+    ----------
+    values : float or int [K]
+    names : sequence of str
+        K names; they stand left of the axes, cut to `label_width` characters.
+    ax : Axes
+    total : float
+        Right end of the axis: 1 for probabilities, the number of draws for votes.
+    truth : int, optional
+        Class whose bar and name are coloured.
+    before : float or int [K], optional
+        Thin bars above the others.
+    counts : bool
+        Write whole numbers at the bars that are not empty instead of percent at the longest one.
+    label_width : int
+    show_names : bool
+        Leave it to another panel of the same classes where False.
+    """
+    values = np.asarray(values)
+    rows = np.arange(len(values))
+    colours = [CORRECT if row == truth else OTHER for row in rows]
+    if before is None:
+        ax.barh(rows, values, 0.72, color=colours)
+    else:
+        before = np.asarray(before)
+        ax.barh(rows - 0.24, before, 0.3, color=BEFORE, edgecolor="0.5", linewidth=0.5)
+        ax.barh(rows + 0.16, values, 0.5, color=colours)
+    for row, value in enumerate(values):
+        if (value > 0) if counts else (row == values.argmax()):
+            text = f"{value:d}" if counts else f"{value:.0%}"
+            height = row if before is None else row + 0.16
+            end = value if before is None else max(value, before[row])
+            ax.text(end + 0.015 * total, height, text, va="center", fontsize=7, color="0.25", clip_on=False)
+    if show_names:
+        write_names(names, ax, truth=truth, width=label_width)
+    ax.set(yticks=[], ylim=(_last(len(values)), -0.6), xlim=(0, total))
+    ticks = (0, total / 2, total)
+    ax.set_xticks(ticks, [f"{tick:g}" for tick in ticks] if counts else [f"{tick:.0%}" for tick in ticks])
+
+
+def write_names(names: Sequence[str], ax: Axes, *, truth: int | None = None, width: int = 26) -> None:
+    """Names of rows 0, 1, ... left of the axes, broken into at most two lines; the true class coloured."""
+    across = ax.get_yaxis_transform()
+    for row, name in enumerate(names):
+        style = {"color": CORRECT, "fontweight": "bold"} if row == truth else {"color": "0.15"}
+        lines = wrap(str(name), width) or [""]
+        lines = [lines[0], shorten(" ".join(lines[1:]), width)] if len(lines) > 1 else lines
+        size = _SMALL if len(lines) == 1 else _SMALL - 1
+        text = "\n".join(shorten(line, width) for line in lines)
+        ax.text(-0.02, row, text, transform=across, ha="right", va="center", fontsize=size, linespacing=1.05, **style)
+
+
+def _last(count: int) -> float:
+    """Lower end of an axis of rows: a few bars are as thick as many."""
+    return max(count, 5) - 0.4
+
+
+def plot_dots(
+    values: ArrayLike, ax: Axes, *, chosen: int, limits: tuple[float, float], marks: ArrayLike | None = None
+) -> None:
+    """Draw one dot per row on an axis that need not begin at 0, the chosen one coloured.
+
+    Parameters
+    ----------
+    values : float [K]
+    ax : Axes
+    chosen : int
+    limits : (float, float)
+        Of the axis; values beyond widen it.
+    marks : float [m], optional
+        Values to compare with, as short grey lines at their rows.
+    """
+    values = np.asarray(values, dtype=float)
+    rows = np.arange(len(values))
+    low, high = min(limits[0], values.min()), max(limits[1], values.max())
+    margin = 0.04 * (high - low or 1.0)
+    low, high = low - margin, high + margin
+    ax.hlines(rows, low, values, color="0.88", lw=1)
+    if marks is not None:
+        ax.scatter(marks, np.arange(len(np.asarray(marks))), marker="|", s=70, color=REFERENCE, lw=1.2)
+    ax.scatter(values, rows, color=[CORRECT if row == chosen else OTHER for row in rows], s=34, zorder=3)
+    ax.set(yticks=[], ylim=(_last(len(values)), -0.6), xlim=(low, high))
+    ax.locator_params(axis="x", nbins=4)
+
+
+def plot_proof(
+    p_lower: float, ax: Axes, *, reach: float, radius_of: Sequence[tuple[float, float]], right: bool
+) -> None:
+    """Draw the certified radius over the proved probability, and where one certificate stands.
+
+    Parameters
+    ----------
+    p_lower : float in [0, 1]
+        What the votes prove of the class tested.
+    ax : Axes
+    reach : float
+        Largest probability that the draws can prove.
+    radius_of : sequence of (float, float)
+        Points of the curve: probability, radius in [0, 1] pixel units.
+    right : bool
+        Whether the class tested is the true one.
+    """
+    probability, radius = np.transpose(np.asarray(radius_of))
+    most = float(radius.max())
+    ax.axvspan(0, 0.5, color="0.93", lw=0)
+    ax.text(0.25, 0.6 * most, "abstain", ha="center", fontsize=_SMALL, color=REFERENCE)
+    ax.plot(probability, radius, color="0.6", lw=1.4)
+    ax.axvline(reach, color=REFERENCE, ls=":", lw=1)
+    proved = p_lower > 0.5
+    height = float(np.interp(p_lower, probability, radius)) if proved else 0.0
+    colour, marker = (CORRECT if right else WRONG, "o") if proved else (PALETTE[1], "X")
+    ax.plot([p_lower, p_lower, 0], [0, height, height], color=colour, lw=1)
+    ax.plot(p_lower, height, marker, color=colour, ms=8, clip_on=False)
+    ax.set(xlim=(0, 1), ylim=(0, 1.04 * most), xticks=(0, 0.5, 1))
+    ax.set_xlabel("proved probability", fontsize=_SMALL)
+    ax.set_ylabel("radius (L2, [0, 1] pixels)", fontsize=_SMALL)
+    ax.locator_params(axis="y", nbins=4)
+
+
+def plot_chosen_curve(curves: Mapping[str, tuple[ArrayLike, ArrayLike]], ax: Axes, *, chosen: str) -> None:
+    """Draw certified accuracy over the radius, one method in colour and the others in grey.
+
+    Parameters
+    ----------
+    curves : mapping of str to (float [r], float [r])
+        Radii in [0, 1] pixel units and certified accuracies, by method.
+    ax : Axes
+    chosen : str
+    """
+    for name, (radii, shares) in curves.items():
+        if name != chosen:
+            ax.plot(radii, shares, color="0.8", lw=1.2, marker="o", ms=2.5)
+    ax.plot(*curves[chosen], color=CORRECT, lw=2.4, marker="o", ms=5, zorder=4)
+    ax.set(ylim=(-0.02, 1.02), yticks=(0, 0.5, 1))
+    ax.set_yticklabels(("0%", "50%", "100%"))
+    ax.locator_params(axis="x", nbins=5)
+    ax.set_xlabel("L2 radius ([0, 1] pixel units)", fontsize=_SMALL)
+    ax.set_ylabel("certified accuracy", fontsize=_SMALL)
+
+
+def plot_spectra(spectra: Mapping[str, tuple[ArrayLike, ArrayLike]], ax: Axes) -> None:
+    """Draw power over spatial frequency on a logarithmic axis: the first line grey and broad, the others on top.
+
+    Parameters
+    ----------
+    spectra : mapping of str to (float [m], float [m])
+        Frequency (fraction of Nyquist) and mean squared DCT coefficient, by the name in the legend.
+    ax : Axes
+    """
+    lowest, highest = np.inf, 0.0
+    for i, (name, (frequency, power)) in enumerate(spectra.items()):
+        style = {"color": "0.7", "lw": 4} if i == 0 else {"color": PALETTE[(i - 1) % 10], "lw": 1.6}
+        power = np.maximum(power, 1e-12)  # a constant image has none, and the axis is logarithmic
+        ax.plot(frequency, np.log10(power), label=name, **style)
+        lowest, highest = min(lowest, np.log10(power).min()), max(highest, np.log10(power).max())
+    ax.axvline(1, color=REFERENCE, ls=":", lw=1)
+    # Logarithms on a plain axis: the ticks of a logarithmic one take longer than the rest of the panel.
+    first, last = int(np.floor(lowest)), int(np.ceil(highest))
+    ticks = range(first, last + 1, max(1, (last - first) // 3))
+    ax.set_yticks(ticks, [f"$10^{{{tick}}}$" for tick in ticks])
+    ax.set(xlim=(0, np.sqrt(2)), xticks=(0, 0.5, 1), ylim=(first, last))
+    ax.set_xlabel("spatial frequency (1: Nyquist)", fontsize=_SMALL)
+    ax.legend(fontsize=_SMALL, loc="upper right", frameon=False, handlelength=1.6)
+
+
+def plot_moves(before: ArrayLike, after: ArrayLike, ax: Axes, *, right: Sequence[bool]) -> None:
+    """Draw where a probability was (hollow) and is (filled), a row each; the filled marker tells right from wrong.
+
+    Parameters
+    ----------
+    before, after : float [m]
+        In [0, 1].
+    ax : Axes
+    right : sequence of bool
+        Whether the answer of each row is right now.
+    """
+    rows = np.arange(len(np.asarray(before)))
+    ax.hlines(rows, before, after, color="0.75", lw=1.5)
+    ax.scatter(before, rows, s=42, facecolor="white", edgecolor="0.35", zorder=3)
+    for is_right, colour, marker in ((True, CORRECT, MARKERS[0]), (False, WRONG, "X")):
+        chosen = [row for row in rows if bool(right[row]) is is_right]
+        ax.scatter(np.asarray(after)[chosen], chosen, s=46, color=[colour], marker=marker, zorder=4)
+    ax.set(yticks=[], ylim=(len(rows) - 0.25, -0.5), xlim=(-0.03, 1.03))
+    ax.set_xticks((0, 0.5, 1), ("0%", "50%", "100%"))
+    ax.set_xlabel("probability of the true class", fontsize=_SMALL)

@@ -1,0 +1,71 @@
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+import torch
+
+from medrobust_lib.plots import panels
+
+
+@pytest.fixture(autouse=True)
+def close_figures():
+    yield
+    plt.close("all")
+
+
+@pytest.fixture
+def figure():
+    return panels.fixed_figure(4, 2)
+
+
+def test_a_panel_stands_where_its_box_says_also_after_saving(figure, tmp_path):
+    with plt.rc_context({"figure.constrained_layout.use": True}):
+        ax = panels.add_panel(figure, (1, 0.5, 2, 1), "a title")
+        for name in ("one.png", "two.png"):  # a figure without an engine of its own would be laid out the second time
+            figure.savefig(tmp_path / name)
+    np.testing.assert_allclose(ax.get_position().bounds, (0.25, 0.25, 0.5, 0.5))
+
+
+def test_pictures_of_tensors_are_clipped_for_display(figure):
+    ax = panels.add_picture(figure, (0, 0, 1, 1), torch.tensor([-1.0, 0.5, 2.0])[:, None, None].expand(3, 2, 2), "x")
+    np.testing.assert_allclose(ax.images[0].get_array()[0, 0], [0, 0.5, 1])
+
+
+def test_bars_of_votes_tell_their_numbers_and_mark_the_true_class(figure):
+    ax = panels.add_panel(figure, (1, 0, 2, 2))
+    panels.plot_named_bars([0, 7, 3], ["a", "b", "c"], ax, total=10, truth=2, counts=True)
+    assert [bar.get_width() for bar in ax.patches] == [0, 7, 3]
+    assert [text.get_text() for text in ax.texts] == ["7", "3", "a", "b", "c"]
+    colours = [bar.get_facecolor() for bar in ax.patches]
+    assert colours[0] == colours[1] != colours[2]
+
+
+def test_long_names_are_broken_once_and_then_cut(figure):
+    ax = panels.add_panel(figure, (1, 0, 2, 2))
+    panels.write_names(["colorectal adenocarcinoma epithelium", "word " * 30, ""], ax, width=26)
+    lines = [text.get_text().split("\n") for text in ax.texts]
+    assert lines[0] == ["colorectal adenocarcinoma", "epithelium"]
+    assert len(lines[1]) == 2
+    assert all(len(line) <= 26 for line in lines[1])
+    assert lines[1][1].endswith("…")
+
+
+@pytest.mark.parametrize(("p_lower", "height"), [(0.4, 0.0), (0.75, 0.5)])
+def test_a_proof_stands_on_its_curve_or_at_zero(figure, p_lower, height):
+    ax = panels.add_panel(figure, (1, 0, 2, 2))
+    panels.plot_proof(p_lower, ax, reach=0.9, radius_of=[(0.5, 0.0), (1.0, 1.0)], right=True)
+    point = ax.lines[-1]
+    np.testing.assert_allclose((point.get_xdata()[0], point.get_ydata()[0]), (p_lower, height))
+
+
+def test_a_spectrum_of_nothing_is_drawn(figure):
+    ax = panels.add_panel(figure, (1, 0, 2, 2))
+    panels.plot_spectra({"clean": ([0, 1], [1.0, 0.1]), "constant": ([0, 1], [0.0, 0.0])}, ax)
+    assert np.isfinite(ax.lines[1].get_ydata()).all()
+
+
+def test_captions_are_taken_out_whole(figure):
+    panels.add_words(figure, 0.1, 0.1, "stays", width=20)
+    panels.add_caption(figure, 1.5, "first sentence, which is long enough to be broken\nsecond", width=20)
+    assert panels.take_caption(figure) == "first sentence, which is long enough to be broken\nsecond"
+    assert [text.get_text() for text in figure.texts] == ["stays"]
+    assert panels.take_caption(figure) == ""
