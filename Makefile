@@ -66,10 +66,8 @@ hardening: $(STAMP)  ## run the attacks and accidents again and write docs/harde
 	@$(DEMO_ENV) $(BIN)/python -m pytest tests --ignore=tests/browser -m hardening --hardening-table docs/hardening.md
 
 nb-refresh: $(STAMP)  ## execute the notebooks in place and strip what should not be committed
-	@for notebook in notebooks/*.ipynb; do \
-		echo "==> $$notebook"; \
-		$(DEMO_ENV) TQDM_DISABLE=1 $(BIN)/jupyter execute --inplace --KernelManager.transport_encryption=auto $$notebook || exit 1; \
-	done
+	@ls notebooks/*.ipynb | $(DEMO_ENV) TQDM_DISABLE=1 xargs -P $(JOBS) -n 1 \
+		$(BIN)/jupyter execute --inplace --KernelManager.transport_encryption=auto
 	@$(BIN)/nbstripout --keep-output --keep-count --extra-keys \
 		"metadata.papermill metadata.language_info.version metadata.widgets cell.metadata.papermill cell.metadata.execution" notebooks/*.ipynb
 	@$(BIN)/python notebooks/shrink_figures.py notebooks/*.ipynb
