@@ -48,7 +48,7 @@ browser: $(STAMP)  ## move the instruments' sliders in a real browser (skips whe
 	@$(DEMO_ENV) $(BIN)/python -m pytest tests/browser
 
 lab: $(STAMP)  ## open the notebooks in JupyterLab
-	@$(BIN)/jupyter lab --notebook-dir=notebooks
+	@OMP_WAIT_POLICY=PASSIVE $(BIN)/jupyter lab --notebook-dir=notebooks
 
 lint: $(STAMP)  ## ruff: style, types and docstrings
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .

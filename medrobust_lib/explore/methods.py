@@ -29,7 +29,7 @@ from medrobust_lib.smoothing.prompt_frames import PromptFrame
 from medrobust_lib.smoothing.prompts import PromptSet, mean_prediction_entropy, sharpen
 from medrobust_lib.smoothing.votes import Verdict
 
-MOST_STEPS = 8
+MOST_STEPS = 5
 
 
 @dataclass(frozen=True, eq=False)
