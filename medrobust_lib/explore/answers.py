@@ -187,7 +187,7 @@ def clusters_view(
     for row, group in enumerate(groups):
         # The name of a cluster is a text itself; saying it twice would be no help.
         head = "" if group.example == group.name else f"{shorten(group.name, 38)}\n"
-        text = f"{head}{fill(shorten(group.example, 80), 44)}"
+        text = f"{head}{fill(shorten(group.example, 80), 34)}"
         bars.text(-0.06, row, text, transform=across, ha="right", va="center", fontsize=7.5,
                   color="0.15")  # fmt: skip
     bars.set_xlabel("blue: tested", fontsize=8)
