@@ -15,14 +15,15 @@ from medrobust_lib.experiments.cards import lower_is_better
 
 
 def show(table: pd.DataFrame, *, title: str, columns: Sequence[str] | None = None, right: Sequence[str] = ()) -> None:
-    """Print a table, or some of its columns; the first one is never broken over lines, ``right`` are set as numbers."""
+    """Print a table, or some of its columns; ``right`` are set as numbers, which are never broken over lines."""
     table = table[list(columns)] if columns else table
     console = Console(highlight=False)
     shown = Table(title=title, title_justify="left", header_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
     for position, column in enumerate(table.columns):
-        numeric = pd.api.types.is_numeric_dtype(table[column]) and table[column].dtype != bool
-        name, justify = str(column).replace("_", " "), "right" if numeric or column in right else "left"
-        shown.add_column(name, justify=justify, overflow="fold", no_wrap=position == 0)
+        number = column in right or (pd.api.types.is_numeric_dtype(table[column]) and table[column].dtype != bool)
+        name, justify = str(column).replace("_", " "), "right" if number else "left"
+        # A number that is broken over lines cannot be read; where it gets narrow, the names are folded.
+        shown.add_column(name, justify=justify, overflow="fold", no_wrap=number or (position == 0 and not right))
     for row in table.itertuples(index=False):
         shown.add_row(*(_cell(value) for value in row))
     console.print(shown)

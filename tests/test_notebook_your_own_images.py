@@ -13,6 +13,8 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from medrobust_lib import cli
+from medrobust_lib.data.registry import load_dataset
+from medrobust_lib.models.caveats import OWN_SITE, caveats
 from medrobust_lib.models.low_rank import load_adapter
 from medrobust_lib.models.registry import load_model
 
@@ -135,6 +137,8 @@ def test_the_examples_of_the_page_about_own_images_and_models_run(tmp_path, monk
     image = np.random.default_rng(0).integers(0, 256, (1, 64, 64, 3), dtype=np.uint8)
     features = [found.encode_image(found.prepare(shown)) for shown in (image, image[:, :, ::-1].copy())]
     assert found.id == "mirrored"
+    # It has seen what the model it wraps has seen.
+    assert caveats(found, load_dataset("phantom/blood-site-a", n=8))[1] == OWN_SITE
     np.testing.assert_allclose(*features, atol=1e-5)
 
 

@@ -195,6 +195,9 @@ def open_split(
 
         if id.startswith(PREFIX):
             raise ValueError(f"{id!r} holds questions and has no classes: load it with load_questions({id!r})")
+        if Path(id).expanduser().exists():
+            scheme = "folder" if Path(id).expanduser().is_dir() else "csv"
+            raise ValueError(f"unknown data set {id!r}, but there is such a {scheme}: write '{scheme}:{id}'")
         raise ValueError(f"unknown data set {id!r}.{suggest(id, [*DATASETS, 'folder:PATH', 'csv:PATH'])}")
     check_classes(words.prompt_nouns, listed.source)
     return OpenSplit(row, words, listed, image_size or (FALLBACK_SIZE if row.kind == "folders" else None))
@@ -345,7 +348,8 @@ def _renamed(listed: Split, words: ClassWording) -> Split:
         if label is None:
             listing = ", ".join(f"{index} {known!r}" for index, known in enumerate(words.names))
             raise ValueError(
-                f"{listed.source}: class {code!r} is outside the class list of {words.set_name}: {listing}"
+                f"{listed.source}: class {code!r} is outside the class list of {words.set_name}: {listing}. "
+                "Rename it, or leave `like` out and give class_names={...} and templates=[...]"
             )
         target.append(label)
     labels = np.array(target, dtype=np.int64)[listed.labels]

@@ -1,6 +1,7 @@
 """What a reader must know beside any number: where the images come from and what the model has seen."""
 
 import json
+from collections.abc import Mapping
 from importlib.resources import files
 from typing import Any
 
@@ -42,7 +43,8 @@ def caveats(model: DualEncoder, dataset: ImageDataset) -> list[str]:
         set, so that those of several sets can be merged without repetition.
     """
     found = []
-    origin = model.provenance.get("base", {}).get("id", model.id)  # a re-trained copy has seen what its base saw
+    base = model.provenance.get("base")  # a re-trained copy has seen what its base saw
+    origin = base.get("id", model.id) if isinstance(base, Mapping) else base or model.id
     if dataset.synthetic:
         found.append(SYNTHETIC)
         if origin != DEMO_MODEL:

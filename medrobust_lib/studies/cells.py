@@ -95,12 +95,12 @@ def _certify(cell: Cell, folder: Path) -> None:
     summary = metrics.certification_summary(rows)
     numbers = []
     for r in summary.itertuples():
-        of = f"{r.method}, sigma={r.sigma:g}"
+        of = f"{r.method} ({r.guarantee}), sigma={r.sigma:g}"
         numbers.append(Metric("smoothed_accuracy", r.smoothed_accuracy, r.n, r.low, r.high, of=of))
         numbers.append(Metric("average_certified_radius", r.average_certified_radius, r.n, of=of))
         numbers.append(Metric("abstain_rate", r.abstain_rate, r.n, of=of))
     for r in shares[shares["certified_accuracy"].notna() & (shares["radius"] > 0)].itertuples():
-        of = f"{r.method}, sigma={r.sigma:g}, radius={r.radius:g}"
+        of = f"{r.method} ({r.guarantee}), sigma={r.sigma:g}, radius={r.radius:g}"
         numbers.append(Metric("certified_accuracy", r.certified_accuracy, r.n, r.low, r.high, of=of))
     notes = [f"Guarantee {name}: {GUARANTEES[name]}" for name in rows["guarantee"].unique()]
     if p["mode"] == "evaluate":

@@ -163,9 +163,9 @@ def _image_values(
 ) -> Iterator[tuple[tuple[str, str, str, str], _Answers]]:
     """Per-image values of a table, under the names that the numbers on its card have."""
     for (model, dataset), rows in table.groupby(["model", "dataset"], sort=False):
-        if {"radius", "method", "sigma"} <= set(rows.columns):
-            for (method, sigma), group in rows.groupby(["method", "sigma"], sort=False):
-                values = _certificates(group, f"{method}, sigma={sigma:g}", parameters.get("radii", ()))
+        if {"radius", "method", "guarantee", "sigma"} <= set(rows.columns):
+            for (method, guarantee, sigma), group in rows.groupby(["method", "guarantee", "sigma"], sort=False):
+                values = _certificates(group, f"{method} ({guarantee}), sigma={sigma:g}", parameters.get("radii", ()))
                 yield from (((model, dataset, *name), answers) for name, answers in values)
         elif {"corruption", "severity"} <= set(rows.columns):
             values = _corruptions(rows, parameters.get("suite", ""))

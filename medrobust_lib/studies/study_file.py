@@ -169,6 +169,8 @@ def read_study(path: Path, *, notebooks: Path | None = None) -> Study:
         An unknown model, data set or notebook, or one that is not on this computer.
     """
     path = Path(path)
+    if not path.is_file():
+        raise StudyError(f"no study file at {path}; examples/noise-on-blood.yaml is one to start from")
     try:
         given = yaml.load(path.read_text(encoding="utf-8"), Loader=_StrictLoader)
     except yaml.YAMLError as error:
@@ -259,7 +261,7 @@ def _step(given: Any, *, where: str) -> Step:
         if taken:
             plural = {"model": "models", "dataset": "datasets", "seed": "seeds"}.get(taken[0], taken[0])
             raise StudyError(f"{where}: {taken[0]!r} comes from the study; set `{plural}` at the top of the file")
-        return NotebookStep(str(given["notebook"]), parameters)
+        return NotebookStep(str(given["notebook"]).zfill(2), parameters)
     if len(given) > 1:
         raise StudyError(f"{where} has the keys {', '.join(map(str, given))}; begin each step with a dash of its own")
     settings = given[kind] or {}

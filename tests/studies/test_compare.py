@@ -18,11 +18,12 @@ def save(tmp_path):
     ):
         folder = tmp_path / run
         tables = {}
-        of = f"zero-shot, sigma={sigma:g}"
+        of = f"zero-shot (standard), sigma={sigma:g}"
         if predicted is not None:
             images = np.arange(len(predicted)) if images is None else images
             tables["01-certify_certificates"] = pd.DataFrame(
-                {"dataset": "phantom/chest", "model": model, "method": "zero-shot", "sigma": sigma, "image": images,
+                {"dataset": "phantom/chest", "model": model, "method": "zero-shot", "guarantee": "standard",
+                 "sigma": sigma, "image": images,
                  "label": images % 3, "predicted": predicted, "radius": radius, "radius_tested": 0.1}
             )  # fmt: skip
             right = float((np.asarray(predicted) == images % 3).mean())
@@ -43,7 +44,7 @@ def test_the_same_images_are_compared_one_by_one(save):
     (row,) = compared.table.to_dict("records")
     assert (row["metric"], row["of"], row["kind"], row["n"]) == (
         "smoothed_accuracy",
-        "zero-shot, sigma=0.1",
+        "zero-shot (standard), sigma=0.1",
         "paired",
         "40",
     )
@@ -85,9 +86,9 @@ def test_what_has_no_partner_is_listed(save):
         for sigma in sigmas:
             folder = save(run, labels, sigma=sigma)
     compared = compare_runs(folder.parent / "a", folder.parent / "b")
-    assert compared.table["of"].tolist() == ["zero-shot, sigma=0.1"]
-    assert compared.only_a == ["phantom/chest, demo-clip, smoothed accuracy: zero-shot, sigma=0.25"]
-    assert compared.only_b == ["phantom/chest, demo-clip, smoothed accuracy: zero-shot, sigma=0.5"]
+    assert compared.table["of"].tolist() == ["zero-shot (standard), sigma=0.1"]
+    assert compared.only_a == ["phantom/chest, demo-clip, smoothed accuracy: zero-shot (standard), sigma=0.25"]
+    assert compared.only_b == ["phantom/chest, demo-clip, smoothed accuracy: zero-shot (standard), sigma=0.5"]
 
 
 def test_one_model_each_is_compared_across_models_and_settings_that_differ_are_told(save):
@@ -106,7 +107,7 @@ def test_two_results_of_one_run_under_one_name_are_told_apart_by_their_settings(
         for n in (100, 500):
             folder = save(run, labels, n=n)
     table = compare_runs(folder.parent / "a", folder.parent / "b").table
-    assert sorted(table["of"]) == ["zero-shot, sigma=0.1, n=100", "zero-shot, sigma=0.1, n=500"]
+    assert sorted(table["of"]) == ["zero-shot (standard), sigma=0.1, n=100", "zero-shot (standard), sigma=0.1, n=500"]
 
 
 def test_other_images_under_the_same_numbers_are_refused(save, tmp_path):

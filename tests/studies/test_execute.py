@@ -34,7 +34,7 @@ def test_a_study_writes_cards_rows_a_leaderboard_and_a_page(undisturbed):
     assert len(again) == len(table)
     rows = pd.read_csv(next(undisturbed.glob("cells/01*0.05*/cards/*_certificates.csv")))
     assert {"image", "label", "predicted", "radius"} <= set(rows.columns)
-    shares = table[(table["metric"] == "smoothed_accuracy") & (table["of"] == "zero-shot, sigma=0.05")]
+    shares = table[(table["metric"] == "smoothed_accuracy") & (table["of"] == "zero-shot (standard), sigma=0.05")]
     zero_shot = rows[rows["method"] == "zero-shot"]
     assert shares["value"].tolist() == [(zero_shot["predicted"] == zero_shot["label"]).mean()]
     page = (undisturbed / "index.html").read_text()

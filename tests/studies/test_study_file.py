@@ -19,7 +19,7 @@ def test_a_study_has_the_defaults_of_the_functions_it_calls(study_file):
 def test_a_notebook_may_be_written_as_a_number_and_repeats_only_over_what_it_has(study_file, notebooks):
     text = "models: [demo-clip]\ndatasets: [phantom/chest, phantom/blood]\nseeds: [0, 1]\nsteps:\n  - notebook: 01\n"
     study = read_study(study_file(text + "    parameters: {sigma: 0.5}\n"), notebooks=notebooks)
-    assert study.steps == (NotebookStep("1", {"sigma": 0.5}),)
+    assert study.steps == (NotebookStep("01", {"sigma": 0.5}),)
     (cell,) = plan_cells(study, notebooks=notebooks)  # it has a model, and neither data set nor seed
     assert cell.parameters == {"model": "demo-clip", "sigma": 0.5}
     assert (cell.model, cell.dataset, cell.seed) == ("demo-clip", "", None)
@@ -49,7 +49,7 @@ def test_a_notebook_may_be_written_as_a_number_and_repeats_only_over_what_it_has
         ("models: [demo-clop]\ndatasets: [phantom/chest]\nsteps: [benchmark]\n", r"did you mean 'demo-clip'"),
         ("models: [demo-clip]\ndatasets: [phantom/chst]\nsteps: [benchmark]\n", r"unknown data set 'phantom/chst'"),
         (HEAD.replace("4", "100000") + "steps: [benchmark]\n", r"n_images: 100000; the test split of phantom"),
-        (HEAD + "steps: [{notebook: '7'}]\n", r"step 1, notebook: unknown notebook '7'; there are 01"),
+        (HEAD + "steps: [{notebook: '7'}]\n", r"step 1, notebook: unknown notebook '07'; there are 01"),
         (HEAD + "steps: [{notebook: '01', parameters: {sigm: 1}}]\n", r"unknown parameter 'sigm' .*valid: sigma, "),
         (HEAD + "steps: [{notebook: '01', parameters: {sigma: loud}}]\n", r"sigma='loud' is str, .* wants float"),
         (HEAD + "steps: [{notebook: '01', parameters: {model: plip}}]\n", r"from the study; set `models` at the top"),
