@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _KEPT = 64
-_DPI = 100  # sharp enough on a screen; every dot more is paid for at every move
+_DPI = 90  # sharp enough on a screen; every dot more is paid for at every move
 _LABELS = "7.5em"
 _MARGIN = 10  # pixels below the lowest panel
 
