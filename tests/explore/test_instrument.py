@@ -111,7 +111,8 @@ def test_sentences_of_the_figure_are_shown_as_text_below_the_picture():
     instrument = Instrument(draw, {"number": widgets.IntSlider(1, 0, 10)})
     assert ">p &lt; 1<br>and no more<" in instrument.caption.value
     height, width, _ = np.asarray(Image.open(io.BytesIO(instrument.picture.value))).shape
-    assert 0.75 * width <= height <= 0.85 * width  # of 1.5: the lower half, where the sentences were, is cut off
+    assert 135 <= height <= 148  # of 270: the lower half, where the sentences were, is cut off
+    assert width == 180
     instrument.controls["number"].value = 2
     instrument.controls["number"].value = 1
     assert "p &lt; 1" in instrument.caption.value
