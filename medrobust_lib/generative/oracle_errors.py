@@ -7,7 +7,9 @@ the texts that this model writes for noisy copies of this very image. Three assu
 
 - symmetric: labels are exchanged with one probability :math:`\epsilon`, whatever the text says. Then
   :math:`q = \epsilon + p (1 - 2 \epsilon)`, so :math:`p = (q - \epsilon) / (1 - 2 \epsilon)`, which *grows* with
-  :math:`\epsilon` for q above one half: only a LOWER bound of the rate is safe.
+  :math:`\epsilon` for q above one half: only a LOWER bound of the rate is safe. At :math:`\epsilon = 1/2` the map turns
+  round, so an UPPER bound must lie below one half as well. Both ends may spend the same alpha: a rate of one half or
+  more gives a false certificate only if its upper bound fails, a smaller one only if its lower bound does.
 - false positives: other texts are taken for y with probability at most :math:`\epsilon`:
   :math:`p \ge (q - \epsilon) / (1 - \epsilon)`, which falls with :math:`\epsilon`: an UPPER bound is needed.
 - total: anything may happen on a share of at most :math:`\epsilon` of the texts: :math:`p \ge q - \epsilon`, likewise.
@@ -119,10 +121,11 @@ class SymmetricErrors:
     Attributes
     ----------
     rate : ErrorRate or None
-        Known, or estimated: then its LOWER bound is used. None: unknown but below one half, for which q itself is a
-        lower bound of p (Theorem 4.2).
+        Known, or estimated: then its LOWER bound is used, and its upper bound must lie below (K - 1) / K. None: unknown
+        but below (K - 1) / K, for which q itself is a lower bound of p (Theorem 4.2).
     n_labels : int
-        K. For K above 2 an error picks each of the other labels with the same probability.
+        K. For K above 2 an error picks each of the other labels with the same probability. (K - 1) / K is one half for
+        two labels.
 
     Raises
     ------
@@ -146,10 +149,12 @@ class SymmetricErrors:
     @property
     def assumption(self) -> str:
         """The assumption in words."""
-        known = "a rate below one half" if self.rate is None else f"a rate of {self.rate}"
+        below = "below one half" if self.n_labels == 2 else f"below {self.n_labels - 1}/{self.n_labels}"
+        known = f"a rate {below}" if self.rate is None else f"a rate of {self.rate}"
+        estimated = f", lower bound used, upper bound {below}" if self.is_estimated else ""
         return (
             f"for noisy copies of this image the oracle exchanges its {self.n_labels} labels with one probability, "
-            f"whatever the text says ({known}{', lower bound used' if self.is_estimated else ''})"
+            f"whatever the text says ({known}{estimated})"
         )
 
     @property
@@ -164,8 +169,8 @@ class SymmetricErrors:
             return 0.0
         if self.rate is None:
             return q_lower
+        self._check(self.rate.upper(alpha))
         rate = self.rate.lower(alpha)
-        self._check(rate)
         others = self.n_labels - 1
         p_lower = (q_lower - rate / others) / (1 - rate * self.n_labels / others)
         if p_lower > 1 + _ROUNDING:
@@ -178,9 +183,12 @@ class SymmetricErrors:
     def _check(self, rate: float) -> None:
         useless = (self.n_labels - 1) / self.n_labels
         if rate >= useless:
+            found = f"{rate:g}"
+            if self.is_estimated:
+                found = f"up to {rate:.4g} ({self.rate}; label more texts, or mend the oracle)"
             raise InconsistentErrorRateError(
-                f"symmetric error rate {rate:g}: with {self.n_labels} labels it must be below {useless:g}, "
-                "where the label says nothing about the text"
+                f"symmetric error rate {found}: with {self.n_labels} labels it must be below {useless:g}, where the "
+                "label says nothing about the text and beyond which the correction would point the wrong way"
             )
 
 

@@ -1,8 +1,9 @@
+import contextlib
 import itertools
 
 import numpy as np
 import pytest
-from scipy.stats import binomtest
+from scipy.stats import binom, binomtest
 
 from medrobust_lib.generative.oracle_errors import (
     ErrorRate,
@@ -197,6 +198,13 @@ def test_more_labelled_texts_leave_less_doubt():
         assert few < many < corrected(make(ErrorRate(0.1)), 0.7)
 
 
+class LowerEndOnly(ErrorRate):
+    """Both ends of the rate are its lower bound, as if the upper one did not matter."""
+
+    def upper(self, alpha):
+        return super().lower(alpha)
+
+
 class WrongEnd(ErrorRate):
     """Broken on purpose: swaps the ends of the interval."""
 
@@ -231,6 +239,41 @@ def test_both_estimates_together_fail_no_more_often_than_alpha(case):
     make, truth = CASES[case]
     assert misses(make, ErrorRate, **truth) > 0.01
     assert misses(make, WrongEnd, **truth) < 1e-6
+
+
+def false_shares(p_lower, *, n, trials, n_labels, p, rate):
+    """P[a corrected certificate is false], summed over all numbers of votes and of errors.
+
+    p_lower : float [trials + 1, n + 1], 0 where the correction is refused.
+    """
+    q = p * (1 - rate) + (1 - p) * rate / (n_labels - 1)
+    together = np.outer(binom.pmf(np.arange(trials + 1), trials, rate), binom.pmf(np.arange(n + 1), n, q))
+    return together[p_lower > max(p, 0.5)].sum()
+
+
+@pytest.mark.parametrize("n_labels", [2, 3, 5])
+def test_an_estimated_symmetric_rate_keeps_alpha_whatever_the_true_rate(n_labels):
+    """The sum over all outcomes, for true rates on both sides of (K - 1) / K, where an oracle says nothing."""
+    n, trials, alpha = 60, 20, 0.05
+    for_votes, for_rate = alpha / 2, alpha / 2
+    kept, trusting = np.zeros((2, trials + 1, n + 1))
+    for errors in range(trials + 1):
+        rate = ErrorRate(errors=errors, trials=trials)
+        for k in range(n + 1):
+            q_lower = lower_confidence_bound(k, n, for_votes)
+            for table, model in (
+                (kept, SymmetricErrors(rate, n_labels=n_labels)),
+                (trusting, SymmetricErrors(LowerEndOnly(errors=errors, trials=trials), n_labels=n_labels)),
+            ):
+                with contextlib.suppress(InconsistentErrorRateError):
+                    table[errors, k] = corrected(model, q_lower, for_rate)
+    truths = pairs([0.0, 0.1, 0.3, 0.45, 0.55, 0.7], np.arange(0, 0.95, 0.1))
+    settings = {"n": n, "trials": trials, "n_labels": n_labels}
+    false = [false_shares(kept, p=p, rate=rate, **settings) for p, rate in truths]
+    assert max(false) <= alpha
+    assert (kept > 0.5).any()
+    if n_labels == 2:
+        assert max(false_shares(trusting, p=p, rate=rate, **settings) for p, rate in truths) > 2 * alpha
 
 
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
@@ -273,11 +316,22 @@ def test_a_rate_at_which_labels_say_nothing_is_refused(n_labels, useless):
     assert corrected(symmetric(useless - 0.01, n_labels=n_labels), 1 / n_labels) == pytest.approx(1 / n_labels)
 
 
-def test_an_estimated_rate_is_refused_where_it_is_used():
-    model = SymmetricErrors(ErrorRate(errors=80, trials=100))
-    with pytest.raises(InconsistentErrorRateError, match=r"symmetric error rate 0\.7.*must be below 0\.5"):
-        corrected(model, 0.6, 0.05)
-    assert corrected(SymmetricErrors(ErrorRate(errors=55, trials=100)), 0.52, 0.001) > 0.5
+@pytest.mark.parametrize(
+    ("errors", "n_labels", "limit"), [(80, 2, "0.5"), (55, 2, "0.5"), (40, 2, "0.5"), (60, 3, "0.66")]
+)
+def test_an_estimated_rate_that_may_turn_the_correction_round_is_refused(errors, n_labels, limit):
+    """40 errors in 100 do not exclude one half at this alpha; from there on a correction points the wrong way."""
+    model = SymmetricErrors(ErrorRate(errors=errors, trials=100), n_labels=n_labels)
+    message = rf"rate up to 0\.\d+ \({errors} of 100 labelled texts; label more texts.*must be below {limit}"
+    with pytest.raises(InconsistentErrorRateError, match=message):
+        corrected(model, 0.8, 0.0005)
+
+
+def test_an_estimated_rate_whose_upper_bound_lies_below_the_limit_is_used():
+    rate = ErrorRate(errors=30, trials=100)
+    assert rate.upper(0.0005) < 0.5
+    low = rate.lower(0.0005)
+    assert corrected(SymmetricErrors(rate), 0.6, 0.0005) == pytest.approx((0.6 - low) / (1 - 2 * low))
 
 
 def test_a_label_without_a_rate_is_named():
@@ -363,7 +417,12 @@ def test_error_models_and_none_pass(model):
     [
         (SymmetricErrors(), ["its 2 labels", "one probability, whatever the text says", "below one half"]),
         (symmetric(0.1, n_labels=3), ["its 3 labels", "whatever the text says", "a rate of 0.1)"]),
-        (SymmetricErrors(ErrorRate(errors=3, trials=200)), ["3 of 200 labelled texts", "lower bound used"]),
+        (
+            SymmetricErrors(ErrorRate(errors=3, trials=200)),
+            ["3 of 200 labelled texts", "lower bound used", "below one half"],
+        ),
+        (SymmetricErrors(ErrorRate(errors=3, trials=200), n_labels=3), ["upper bound below 2/3"]),
+        (SymmetricErrors(), ["a rate below one half"]),
         (one_sided(0.1), ["whose true label is another one", "at most this share", "harmless: 0.1)"]),
         (
             FalsePositives({"a": ErrorRate(0.1), "b": ErrorRate(errors=3, trials=200)}),
