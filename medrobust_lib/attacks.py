@@ -39,7 +39,7 @@ def projected_gradient(
     Raises
     ------
     ValueError
-        A radius or a number of steps that is not positive, or an objective without one value for each image.
+        A radius or a number of steps that is not positive, or an objective without one finite value for each image.
 
     References
     ----------
@@ -63,6 +63,8 @@ def projected_gradient(
         if tuple(value.shape) != (len(clean),):
             raise ValueError(f"the objective returned {tuple(value.shape)} for {len(clean)} images, not one value each")
         reached = value.detach()
+        if not reached.isfinite().all():
+            raise ValueError(f"step {step}: the objective is {reached.tolist()}; an attack climbs finite values")
         best_value = torch.full_like(reached, -torch.inf) if best_value is None else best_value
         better = reached > best_value
         best[better], best_value[better] = moved.detach()[better], reached[better]

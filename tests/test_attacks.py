@@ -160,3 +160,8 @@ def test_numbers_out_of_range_are_named(weights, values):
 def test_an_objective_has_one_value_for_each_image(weights):
     with pytest.raises(ValueError, match=r"the objective returned \(\) for 2 images, not one value each"):
         projected_gradient(lambda pixels: (pixels * weights).sum(), torch.stack([random_image(0)] * 2), radius=1)
+
+
+def test_an_objective_that_is_not_finite_is_no_failed_attack():
+    with pytest.raises(ValueError, match=r"step 0: the objective is \[nan, nan\]"):
+        projected_gradient(lambda images: images.flatten(1).sum(1) * torch.nan, torch.rand(2, 3, 4, 4), radius=0.5)

@@ -22,7 +22,7 @@ from medrobust_lib.adaptation.training_images import TrainingImages, cache_budge
 from medrobust_lib.adaptation.training_state import load_state, save_state
 from medrobust_lib.data.dataset import ImageDataset
 from medrobust_lib.experiments import open_store, progress
-from medrobust_lib.models.dual_encoder import DualEncoder
+from medrobust_lib.models.dual_encoder import BrokenFeaturesError, DualEncoder
 from medrobust_lib.smoothing.batching import is_out_of_memory, release_cached_memory
 
 Schedule = Literal["constant", "one-cycle"]
@@ -336,9 +336,12 @@ class _Run:
 
     def _answers(self, rows: NDArray[np.int64], texts: Tensor, size: int, epoch: int) -> NDArray[np.int64]:
         parts = [rows[start : start + size] for start in range(0, len(rows), size)]
-        features = torch.cat([self.model.encode_image(self.shown.pixels(part)) for part in parts])
-        if not (features.norm(dim=1) > 0.5).all():  # NaN, or divided by an infinite norm
-            raise self._diverged(epoch)
+        try:
+            features = torch.cat([self.model.encode_image(self.shown.pixels(part)) for part in parts])
+        except BrokenFeaturesError as error:
+            if epoch == 0:  # nothing was trained yet: the model is to blame
+                raise
+            raise self._diverged(epoch) from error
         return (features @ texts.T).argmax(1).cpu().numpy()
 
     def _diverged(self, epoch: int) -> ValueError:

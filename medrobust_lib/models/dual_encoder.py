@@ -1,6 +1,7 @@
 """The one interface of every contrastive image-text model: images and texts to unit-norm features."""
 
 import abc
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +12,7 @@ from torch.nn import functional
 
 from medrobust_lib.models.geometry import ImageInput, Preprocessing, check_pixels, prepare_images
 
-__all__ = ["DualEncoder", "ImageInput", "Preprocessing", "Tokens", "check_text_lengths"]
+__all__ = ["BrokenFeaturesError", "DualEncoder", "ImageInput", "Preprocessing", "Tokens", "check_text_lengths"]
 
 TEXT_CHUNK = 64
 """Texts encoded at a time by :meth:`DualEncoder.encode_text`: bounds memory, not the result."""
@@ -84,6 +85,10 @@ def check_text_lengths(texts: Sequence[str], counts: Sequence[int], *, context_l
             )
 
 
+class BrokenFeaturesError(ValueError):
+    """Features without a direction: not finite, or of length zero. The largest of NaN would be class 0, a vote."""
+
+
 class DualEncoder(torch.nn.Module, abc.ABC):
     """An image tower and a text tower whose unit-norm features meet in one space.
 
@@ -106,6 +111,11 @@ class DualEncoder(torch.nn.Module, abc.ABC):
         Multiplicative scale of the cosine (already exponentiated; about 100 for CLIP).
     provenance : dict
         JSON values: source, files with their SHA-256, licence.
+
+    Raises
+    ------
+    ValueError
+        A scale that is not finite or not above 0.
     """
 
     def __init__(
@@ -124,6 +134,8 @@ class DualEncoder(torch.nn.Module, abc.ABC):
         self.embed_dim = int(embed_dim)
         self.context_length = int(context_length)
         self.logit_scale = float(logit_scale)
+        if not 0 < self.logit_scale < math.inf:
+            raise ValueError(f"{id}: logit_scale={self.logit_scale} is not finite and above 0; the weights are damaged")
         self.provenance = provenance
         # Follows every .to(...): tells device and dtype even for a model without parameters.
         self.register_buffer("_anchor", torch.zeros(()), persistent=False)
@@ -207,6 +219,8 @@ class DualEncoder(torch.nn.Module, abc.ABC):
         ------
         TypeError, ValueError
             If ``pixels`` is not floating point, not [n, 3, S, S], not finite, or in 0..255.
+        BrokenFeaturesError
+            If a feature that carries no gradient is not finite, or zero; with a gradient the loss will tell.
         """
         check_pixels(pixels, image_size=self.image_size, model=self.id)
         pixels = pixels.to(device=self.device, dtype=torch.promote_types(torch.float32, self.dtype))
@@ -214,8 +228,7 @@ class DualEncoder(torch.nn.Module, abc.ABC):
         std = pixels.new_tensor(self.preprocessing.std).view(1, 3, 1, 1)
         # (pixels - mean) / std in one pass over memory.
         normalised = torch.addcmul(-mean / std, pixels, 1 / std)
-        features = self._image_features(normalised.to(self.dtype))
-        return functional.normalize(features.float(), dim=-1)
+        return self._unit(self._image_features(normalised.to(self.dtype)), of="images")
 
     def encode_text(self, texts: Sequence[str]) -> Tensor:
         """Unit-norm features of texts.
@@ -234,6 +247,8 @@ class DualEncoder(torch.nn.Module, abc.ABC):
         ------
         TypeError, ValueError
             If there is no text, one is not a string, or one is longer than the context.
+        BrokenFeaturesError
+            If a feature is not finite, or zero.
         """
         tokens = self.tokenize(_text_list(texts))
         chunks = [tokens[start : start + TEXT_CHUNK] for start in range(0, len(tokens), TEXT_CHUNK)]
@@ -258,6 +273,8 @@ class DualEncoder(torch.nn.Module, abc.ABC):
         ------
         ValueError
             If embeddings and tokens disagree on [k, L].
+        BrokenFeaturesError
+            If a feature that carries no gradient is not finite, or zero.
         """
         if embeddings.ndim != 3 or embeddings.shape[:2] != tokens.ids.shape:
             raise ValueError(
@@ -265,8 +282,7 @@ class DualEncoder(torch.nn.Module, abc.ABC):
                 f"not {tuple(embeddings.shape)}"
             )
         embeddings = embeddings.to(device=self.device, dtype=self.dtype)
-        features = self._text_features(embeddings, tokens.to(self.device))
-        return functional.normalize(features.float(), dim=-1)
+        return self._unit(self._text_features(embeddings, tokens.to(self.device)), of="texts")
 
     def class_features(self, classes: Sequence[str], templates: Sequence[str]) -> Tensor:
         """Prompt ensemble: mean over templates of the unit-norm text features, brought back to norm 1.
@@ -298,7 +314,7 @@ class DualEncoder(torch.nn.Module, abc.ABC):
                 raise ValueError(f"the template {template!r} lacks '{{}}', the place of the class name")
         texts = [template.replace("{}", name) for name in classes for template in templates]
         features = self.encode_text(texts).view(len(classes), len(templates), -1)
-        return functional.normalize(features.mean(dim=1), dim=-1)
+        return self._unit(features.mean(dim=1), of="prompt ensembles")
 
     def probabilities(self, image_features: Tensor, class_features: Tensor) -> Tensor:
         """Softmax over classes of ``logit_scale`` times the cosine.
@@ -317,6 +333,22 @@ class DualEncoder(torch.nn.Module, abc.ABC):
         """
         cosine = image_features.float() @ class_features.to(image_features.device).float().T
         return functional.softmax(self.logit_scale * cosine, dim=-1)
+
+    def _unit(self, features: Tensor, *, of: str) -> Tensor:
+        """Features [n, d] at norm 1, float32; ``of`` says in the error what they are features of."""
+        features = features.float()
+        norms = features.norm(dim=-1, keepdim=True)
+        # A gradient belongs to a loss, which is not finite either, and whose trainer knows the remedy.
+        if not norms.requires_grad:
+            low, high = torch.stack(torch.aminmax(norms)).tolist()  # one transfer; NaN stays NaN
+            if not (low > 0 and high < math.inf):
+                broken = int((~((norms > 0) & norms.isfinite())).sum())
+                raise BrokenFeaturesError(
+                    f"{self.id} in {str(self.dtype).removeprefix('torch.')}: the features of {broken} of {len(norms)} "
+                    f"{of} are not finite or zero, so they have no answer. Load the model with dtype='float32' or "
+                    "'bfloat16' (float16 ends at 65,504); if that does not help, its weights or its adapter are damaged"
+                )
+        return features / norms.clamp_min(1e-12)
 
     def __repr__(self) -> str:
         # The towers' hundreds of layers would drown the facts; print(model.model) shows them.

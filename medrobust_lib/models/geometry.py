@@ -198,9 +198,12 @@ def check_pixels(pixels: Tensor, *, image_size: int, model: str) -> None:
         )
     if len(pixels) == 0:
         raise ValueError("pixels hold no image")
-    low, high = (float(value) for value in torch.aminmax(pixels.detach()))
+    low, high = torch.stack(torch.aminmax(pixels.detach())).tolist()  # one transfer from an accelerator
     if not (np.isfinite(low) and np.isfinite(high)):
         broken = (~torch.isfinite(pixels.detach())).flatten(1).any(dim=1).nonzero().flatten().tolist()
-        raise ValueError(f"pixels hold NaN or infinite values in image {broken[0]} ({len(broken)} in all)")
+        raise ValueError(
+            f"pixels hold NaN or infinite values in image {broken[0]} ({len(broken)} in all): the "
+            "image, what was added to it, or the denoiser in front of the model made them"
+        )
     if max(-low, high) > PIXEL_LIMIT:
         raise ValueError(f"pixels range over [{low:.4g}, {high:.4g}]: expected [0, 1] plus noise; divide 0..255 by 255")

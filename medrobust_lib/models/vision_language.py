@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
+from medrobust_lib.models.dual_encoder import BrokenFeaturesError
 from medrobust_lib.models.geometry import ImageInput, Preprocessing, check_pixels, prepare_images
 
 _IGNORED_LABEL = -100  # of tokens that the loss of transformers' models leaves out
@@ -145,6 +146,8 @@ class VisionLanguageModel(torch.nn.Module):
         ------
         TypeError, ValueError
             For pixels of another type, shape or range, or a parameter out of range.
+        BrokenFeaturesError
+            For a model whose scores of the next token are not finite: it would write token 0 for ever.
         """
         answers = self.complete(pixels, prompt, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
         return [answer.text for answer in answers]
@@ -169,10 +172,17 @@ class VisionLanguageModel(torch.nn.Module):
         if len(seeds) != len(pixels):
             raise ValueError(f"{len(seeds)} seeds for {len(pixels)} images; give one integer, or one for each image")
         inputs = self._inputs(pixels, [self._chat(prompt)] * len(pixels))
+        watch = ScoreWatch(len(pixels), self.device)
         sampler = [RowSampler(temperature, seeds, self.device)] if temperature > 0 else []
-        ids = self.model.generate(
-            **inputs, max_new_tokens=max_new_tokens, do_sample=False, logits_processor=LogitsProcessorList(sampler)
-        )
+        processors = LogitsProcessorList([watch, *sampler])
+        ids = self.model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, logits_processor=processors)
+        broken = int(watch.broken.sum())
+        if broken:
+            raise BrokenFeaturesError(
+                f"{self.id} in {str(self.dtype).removeprefix('torch.')}: the scores of the next token are not finite "
+                f"for {broken} of {len(pixels)} images, so what it wrote is no answer. Load the model with "
+                "dtype='float32' or 'bfloat16' (float16 ends at 65,504); if that does not help, its weights are damaged"
+            )
         new = ids[:, inputs["input_ids"].shape[1] :]
         ends = torch.as_tensor(self.model.generation_config.eos_token_id, device=new.device).reshape(-1)
         finished = torch.isin(new, ends).any(dim=1).tolist()
@@ -316,6 +326,18 @@ def _rebuilt(network: tuple[Any, ...], processor: Any, facts: dict[str, Any]) ->
     model.tie_weights()
     model.to(next(iter(weights.values())).device)  # the buffers that are not among the weights
     return VisionLanguageModel(model.requires_grad_(False).eval(), processor, **facts).eval()
+
+
+class ScoreWatch(LogitsProcessor):
+    """Remembers, on the device, which of n rows ever had no finite best score; the largest of NaN would be token 0."""
+
+    def __init__(self, n: int, device: torch.device) -> None:
+        self.broken = torch.zeros(n, dtype=torch.bool, device=device)
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Logits [n, vocabulary], unchanged."""
+        self.broken |= ~scores.amax(dim=-1).isfinite()
+        return scores
 
 
 class RowSampler(LogitsProcessor):

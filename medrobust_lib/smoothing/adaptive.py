@@ -24,6 +24,7 @@ from medrobust_lib.smoothing.methods import (
     FeatureClassifier,
     FixedPrompts,
     denoiser_id,
+    nearest_class,
 )
 from medrobust_lib.smoothing.prompt_frames import PromptFrame
 from medrobust_lib.smoothing.prompts import PromptSet, mean_prediction_entropy, noisy_bank, sharpen
@@ -155,7 +156,7 @@ class PerSamplePrompts:
             # The sign is what AdamW's first step follows; it makes the step independent of the gradient's size.
             context = (context - self.learning_rate * gradient.sign()).detach().requires_grad_(True)
         with torch.no_grad():
-            return logits().argmax(1)
+            return nearest_class(logits())
 
     def record(self) -> dict[str, Any]:
         """Everything that shapes the answers."""

@@ -286,6 +286,8 @@ def _fit(
         optimiser.step()
         schedule.step()
         losses.append(value.item())
+        if not math.isfinite(losses[-1]):
+            raise ValueError(f"training diverged in step {len(losses)}: lower learning_rate={learning_rate}")
     tenth = max(1, steps // 10)
     return {
         "first_loss": float(np.mean(losses[:tenth])),

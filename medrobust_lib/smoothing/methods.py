@@ -16,7 +16,7 @@ from medrobust_lib.data.dataset import ImageDataset
 from medrobust_lib.models.dual_encoder import DualEncoder
 from medrobust_lib.models.weights import fingerprint
 from medrobust_lib.smoothing.batching import Batches
-from medrobust_lib.smoothing.certificate import Guarantee
+from medrobust_lib.smoothing.certificate import ABSTAIN, Guarantee
 from medrobust_lib.smoothing.noise import NoiseStream, noisy_copies
 
 FeatureClassifier = Callable[[Tensor], Tensor]
@@ -139,7 +139,7 @@ class FixedPrompts:
         """Nearest class feature; the softmax and its scale do not change which one is nearest."""
 
         def answer(features: Tensor) -> Tensor:
-            return (features.float() @ self.class_features.to(features.device).float().T).argmax(1)
+            return nearest_class(features.float() @ self.class_features.to(features.device).float().T)
 
         return answer
 
@@ -225,6 +225,12 @@ class PromptClassifier:
     def __call__(self, pixels: Tensor) -> Tensor:
         """Labels int64 [b] of pixels float32 [b, 3, H, W]."""
         return FixedPrompts(self.id, self.class_features).classifier()(self.model.encode_image(pixels))
+
+
+def nearest_class(scores: Tensor) -> Tensor:
+    """Class of the largest score, int64 [b], of scores float [b, K]; ABSTAIN where that is not finite: no vote."""
+    best = scores.max(dim=1)  # NaN, if there is one
+    return best.indices.masked_fill(~best.values.isfinite(), ABSTAIN)
 
 
 def zero_shot_methods(model: DualEncoder, data: ImageDataset) -> list[FixedPrompts]:

@@ -51,6 +51,11 @@ class PromptSet:
         Frozen text after the class name, where there is no template.
     provenance : dict
         JSON values: data set, shots, sigmas, seed, optimiser and whatever made the prompts.
+
+    Raises
+    ------
+    ValueError
+        A context that is not finite.
     """
 
     context: Tensor = field(repr=False)
@@ -60,6 +65,14 @@ class PromptSet:
     template: str = ""
     suffix: str = "."
     provenance: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        broken = int((~self.context.isfinite()).sum())
+        if broken:
+            raise ValueError(
+                f"prompts for {self.model}: {broken} of {self.context.numel()} context values are not finite: learning "
+                "diverged (lower learning_rate), or the text tower broke (load it in float32)"
+            )
 
     def frame(self, model: DualEncoder) -> PromptFrame:
         """Build the prompts' tokens for a model.

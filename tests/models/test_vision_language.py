@@ -11,6 +11,7 @@ import torch
 from scipy.stats import chisquare
 from transformers import AutoModelForImageTextToText
 
+from medrobust_lib.models.dual_encoder import BrokenFeaturesError
 from medrobust_lib.models.vision_language import Completion, RowSampler
 
 spec = importlib.util.spec_from_file_location("tiny_vlms", Path(__file__).with_name("tiny_vlms.py"))
@@ -33,6 +34,16 @@ def test_a_greedy_answer_does_not_depend_on_its_batch(vlm, pixels):
     order = [3, 0, 4, 2, 1]
     assert vlm.generate(pixels[order], PROMPT, max_new_tokens=8) == [answers[i] for i in order]
     assert vlm.generate(pixels, "is this a lung ?", max_new_tokens=8) != answers
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.5])
+def test_a_model_whose_scores_are_not_finite_writes_no_answer(vlm, pixels, temperature):
+    """The largest of NaN is token 0: the same text for every image, which would be certified."""
+    vlm = cloudpickle.loads(cloudpickle.dumps(vlm))
+    with torch.no_grad():
+        vlm.model.get_output_embeddings().weight.mul_(torch.nan)
+    with pytest.raises(BrokenFeaturesError, match="next token are not finite for 5 of 5 images.*dtype='float32'"):
+        vlm.generate(pixels, PROMPT, max_new_tokens=2, temperature=temperature)
 
 
 def test_a_drawn_answer_depends_on_its_seed_and_not_on_its_batch(vlm, pixels):

@@ -408,6 +408,11 @@ def test_stability_training_goes_on_from_a_start_and_brings_answers_closer(train
     torch.testing.assert_close(one_step.networks[0.25].dncnn[0].weight, trained.networks[0.25].dncnn[0].weight)
 
 
+def test_training_that_diverges_is_refused_with_the_remedy(colours):
+    with pytest.raises(ValueError, match=r"training diverged in step \d+: lower learning_rate=1e\+30"):
+        train_denoiser(None, colours, sigma=0.25, steps=20, batch_size=8, learning_rate=1e30, device="cpu", **SMALL)
+
+
 def test_the_stability_loss_is_the_cross_entropy_of_the_soft_answers():
     model, texts = ColourEncoder(), torch.eye(3)
     denoised, clean = batch(4, 3, 16, 16), batch(4, 3, 16, 16, seed=1)
