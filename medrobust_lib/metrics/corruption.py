@@ -219,7 +219,8 @@ def bootstrap_interval(
     Returns
     -------
     low, high : float
-        NaN if the statistic is undefined in any resample.
+        NaN if the statistic is undefined in any resample; equal if all images agree, for resamples of them know no
+        spread. Of few images a bootstrap covers too little; for a single share `accuracy_interval` is exact.
 
     Raises
     ------

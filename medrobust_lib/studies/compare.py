@@ -11,7 +11,7 @@ import pandas as pd
 from medrobust_lib.evaluation import CLEAN
 from medrobust_lib.experiments import leaderboard, read_cards
 from medrobust_lib.studies.cells import averaged_over, correct_shares
-from medrobust_lib.studies.intervals import difference_interval, mcnemar_p, mean_interval
+from medrobust_lib.studies.intervals import difference_interval, mcnemar_p, mean_interval, paired_interval
 
 COLUMNS = ("dataset", "model", "metric", "of", "value_a", "value_b", "difference", "low", "high", "n", "kind", "p")
 PAIRED, UNPAIRED = "paired", "unpaired"
@@ -66,7 +66,7 @@ class _Answers:
 
     values: pd.Series  # by index of the image
     labels: pd.Series
-    binary: bool = False
+    binary: bool = False  # every value is 0 or 1: right or wrong
     largest: float = 1.0  # how far two images' values can be apart
 
 
@@ -84,8 +84,9 @@ def compare_runs(run_a: Path, run_b: Path) -> Comparison:
 
     Results are matched by data set, model, metric, seed and what they were measured on (noise level, radius,
     corruption). Where each run has a single model and they differ, these two are compared. Where both runs kept the
-    answers to the same images, the difference is paired and its interval a bootstrap over these images; elsewhere
-    it comes from the two intervals on the cards.
+    answers to the same images, the difference is paired; its interval is `paired_interval` where an image can only
+    be right or wrong, and a bootstrap over these images for means. Elsewhere it comes from the two intervals on the
+    cards.
 
     Parameters
     ----------
@@ -190,12 +191,14 @@ def _corruptions(rows: pd.DataFrame, suite: str) -> Iterator[tuple[tuple[str, st
     labels = rows.drop_duplicates("image").set_index("image")["label"].sort_index()
     shares = correct_shares(rows)
     averaged = averaged_over(suite, rows["severity"])
+    once = rows.loc[rows["corruption"] != CLEAN, "severity"].nunique() == 1
     for corruption in shares.columns:
         clean = corruption == CLEAN
         name = CLEAN if clean else f"{corruption}, {averaged}"
-        yield ("accuracy", name), _Answers(shares[corruption], labels, binary=clean)
-    mean = shares.drop(columns=CLEAN, errors="ignore").mean(axis="columns")
-    yield ("average_accuracy", averaged), _Answers(mean, labels)
+        yield ("accuracy", name), _Answers(shares[corruption], labels, binary=clean or once)
+    corrupted = shares.drop(columns=CLEAN, errors="ignore")
+    mean = corrupted.mean(axis="columns")
+    yield ("average_accuracy", averaged), _Answers(mean, labels, binary=once and len(corrupted.columns) == 1)
 
 
 def _partner(key: _Key, others: Mapping[_Key, _Result], renamed: Mapping[str, str]) -> _Key | None:
@@ -220,18 +223,23 @@ def _paired(key: _Key, partner: _Key, a: _Result, b: _Result) -> dict[str, Any] 
             "runs were made on different images, so they cannot be compared"
         )
     values_a, values_b = first.values.loc[common].to_numpy(), second.values.loc[common].to_numpy()
-    low, high = mean_interval(values_b - values_a, largest=max(first.largest, second.largest))
+    change, p = values_b - values_a, float("nan")
+    if first.binary and second.binary:
+        gained, lost = int((change > 0).sum()), int((change < 0).sum())
+        (low, high), p = paired_interval(gained, lost, len(change)), mcnemar_p(gained, lost)
+    else:
+        low, high = mean_interval(change, largest=max(first.largest, second.largest))
     everything = len(common) == len(first.values) == len(second.values)
     return {
         **_subject(key, partner),
         "value_a": values_a.mean(),
         "value_b": values_b.mean(),
-        "difference": (values_b - values_a).mean(),
+        "difference": change.mean(),
         "low": low,
         "high": high,
         "n": str(len(common)) if everything else f"{len(common)} common",
         "kind": PAIRED,
-        "p": mcnemar_p(values_a > 0.5, values_b > 0.5) if first.binary and second.binary else float("nan"),
+        "p": p,
     }
 
 

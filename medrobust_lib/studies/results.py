@@ -69,7 +69,8 @@ def _write_corruption_errors(study: Study, site: Site, cells: list[Cell]) -> Pat
         rng = np.random.default_rng(first.seed or 0)
         pair = right[row.model], right[reference]
         interval = metrics.bootstrap_interval(metrics.mean_corruption_error, *pair, rng=rng)
-        if not np.isfinite(interval).all():  # in some resample the reference makes no error
+        # In some resample the reference makes no error; or all images agree, and resamples of them know no spread.
+        if not np.isfinite(interval).all() or (interval[0] == interval[1] and row.model != reference):
             interval = (None, None)
         if np.isfinite(row.mce):  # the reference errs under every corruption
             of = f"{averaged}, relative to {reference}"

@@ -6,7 +6,7 @@ import pytest
 
 from medrobust_lib.experiments import Metric, Run
 from medrobust_lib.studies.compare import compare_runs
-from medrobust_lib.studies.intervals import difference_interval, mean_interval
+from medrobust_lib.studies.intervals import difference_interval, paired_interval
 
 
 @pytest.fixture
@@ -49,9 +49,19 @@ def test_the_same_images_are_compared_one_by_one(save):
         "40",
     )
     assert (row["value_a"], row["value_b"], row["difference"]) == (0.75, 1.0, 0.25)
-    assert (row["low"], row["high"]) == mean_interval((np.arange(40) < 10).astype(float))
+    assert (row["low"], row["high"]) == paired_interval(10, 0, 40)
     assert row["p"] == pytest.approx(2 * 0.5**10)
     assert (compared.only_a, compared.only_b, compared.notes) == ([], [], [])
+
+
+def test_at_one_severity_an_image_is_right_or_wrong(undisturbed):
+    table = compare_runs(undisturbed, undisturbed).table.set_index("metric")
+    once = table.loc["accuracy"].query("of != 'clean'")
+    assert len(once) == 7
+    assert (once["p"] == 1).all()
+    assert once[["low", "high"]].drop_duplicates().to_numpy().tolist() == [list(paired_interval(0, 0, 4))]
+    (several,) = table.loc[["average_accuracy"]].to_dict("records")  # a mean over corruptions is no share
+    assert np.isnan(several["p"])
 
 
 def test_only_common_images_count_and_the_table_says_so(save):
