@@ -163,6 +163,8 @@ def _metric_subject(metric: Mapping[str, Any]) -> str:
 
 
 def _metric_text(metric: Mapping[str, Any]) -> str:
+    if metric["value"] is None:
+        return "– (beyond the reach of the draws)"
     value = f"{metric['value']:.3f}"
     if metric["low"] is None:
         return value

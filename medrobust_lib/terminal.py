@@ -47,9 +47,10 @@ def show_ranking(table: pd.DataFrame) -> None:
         for column in ("model", "of", "run"):
             shown.add_column(column, overflow="fold")
         same = ["parameters", "model", "of", "value", "n"]
-        runs = block.groupby(same, sort=False)["run"].unique()
+        runs = block.groupby(same, sort=False, dropna=False)["run"].unique()
         results = block.drop_duplicates(same)
-        ranks = results["value"].rank(method="min", ascending=lower_is_better(metric)).astype(int)
+        ascending = lower_is_better(metric)
+        ranks = results["value"].rank(method="min", ascending=ascending, na_option="bottom").astype(int)
         for rank, names, (_, row) in zip(ranks, runs, results.iterrows(), strict=True):
             run = f"{names[0]} (+{len(names) - 1} more)" if len(names) > 1 else names[0]
             cells = (str(rank), interval_text(row), str(row["n"]), row["model"], row["of"], run)
@@ -64,7 +65,9 @@ def interval_text(row: pd.Series) -> str:
 
 
 def short_number(value: float, digits: int) -> str:
-    """No zero before the point, and four figures from ten on."""
+    """No zero before the point, and four figures from ten on; a dash for what could not be measured."""
+    if pd.isna(value):
+        return "–"
     text = f"{value:.{digits}f}" if abs(value) < 10 else f"{value:.4g}"
     return re.sub(r"^(-?)0(?=\.)", r"\1", text)
 

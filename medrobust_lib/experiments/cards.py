@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 import platform
 import re
@@ -45,7 +46,8 @@ class Metric:
     name : str
         Snake-case name, for example ``balanced_accuracy``.
     value : float
-        Fractions lie in [0, 1].
+        Fractions lie in [0, 1]. NaN, with low and high, where the draws of a certificate cannot reach what was
+        asked: kept as null, shown as a dash.
     n : int
         Number of images (or cases) behind the value.
     low, high : float or None
@@ -154,7 +156,7 @@ class Run:
             "model": dict(model),
             "dataset": dict(dataset),
             "prompts": dict(prompts),
-            "metrics": [asdict(metric) for metric in metrics],
+            "metrics": [_record(metric) for metric in metrics],
             "tables": sorted(tables),
             "notes": list(notes),
             "seconds": round(time.monotonic() - self.started, 3),
@@ -231,13 +233,21 @@ def read_cards(runs_dir: Path, *, nested: bool = True) -> list[dict[str, Any]]:
     return cards
 
 
+def _record(metric: Metric) -> dict[str, Any]:
+    """A metric as a card keeps it: beyond the reach of the draws there is no number at all."""
+    record = asdict(metric)
+    if all(record[name] is not None and math.isnan(record[name]) for name in ("value", "low", "high")):
+        record |= dict.fromkeys(("value", "low", "high"))
+    return record
+
+
 def _check_parts(card: Mapping[str, Any]) -> None:
     """Raise an error where a card lacks something that a leaderboard or a report counts on."""
     for name, kind in _PARTS.items():
         if not isinstance(card[name], kind):
             raise TypeError(f"{name!r} is a {type(card[name]).__name__}")
     for metric in card["metrics"]:
-        numbers = (metric["value"], metric["n"], *(end for end in (metric["low"], metric["high"]) if end is not None))
+        numbers = (metric["n"], *(metric[name] for name in ("value", "low", "high") if metric[name] is not None))
         if not all(isinstance(metric[name], str) for name in ("name", "of")):
             raise TypeError(f"the name of a metric is {metric['name']!r}, of {metric['of']!r}")
         if not all(isinstance(number, int | float) for number in numbers):
@@ -260,7 +270,7 @@ def leaderboard(cards: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
     DataFrame with columns run, notebook, model, dataset, metric, of, value, low, high, n, parameters, ...
         And seed and dtype where the card states them, commit and changed of the checkout, and a column for each
         version in the card's environment. Sorted by metric and data set, the best value first (see
-        `lower_is_better`).
+        `lower_is_better`), what could not be measured (NaN) last.
     """
     models = {name for card in cards for name in _named_models(card)}
     rows = [
@@ -271,7 +281,8 @@ def leaderboard(cards: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
             "dataset": card["dataset"].get("id", ""),
             "metric": metric["name"],
             **_subject(metric, models),
-            **{key: metric[key] for key in ("value", "low", "high", "n")},
+            **{key: metric[key] for key in ("low", "high", "n")},
+            "value": float("nan") if metric["value"] is None else metric["value"],
             "parameters": card["parameters_hash"],
             **_circumstances(card),
         }
@@ -282,6 +293,7 @@ def leaderboard(cards: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
         key=lambda row: (
             row["metric"],
             row["dataset"],
+            math.isnan(row["value"]),
             row["value"] if lower_is_better(row["metric"]) else -row["value"],
         )
     )

@@ -9,6 +9,7 @@ import pandas as pd
 from medrobust_lib.data.questions import QuestionSet
 from medrobust_lib.data.wording import SITE_A
 from medrobust_lib.generative.answers import AnswerBank
+from medrobust_lib.generative.calibration import SAME
 from medrobust_lib.generative.certify import GenerativeCertificate, certify_answers
 from medrobust_lib.generative.oracle import (
     Equivalence,
@@ -20,7 +21,10 @@ from medrobust_lib.generative.oracle import (
     refusal_oracle,
     safety_oracle,
 )
+from medrobust_lib.generative.oracle_errors import ErrorModel, InconsistentErrorRateError, split_alpha
+from medrobust_lib.smoothing.bounds import certified_radius, maximum_radius, needed_probability
 from medrobust_lib.smoothing.certificate import ABSTAIN, Certificate
+from medrobust_lib.smoothing.votes import make_plan
 
 _UNKNOWN = -2  # number of a truth that nobody knows; no certificate predicts it
 _COPIED = ("sigma", "radius", "p_lower", "k", "n", "n0", "n_max", "alpha", "sampling", "mode", "seed")
@@ -67,9 +71,10 @@ def certify_questions(
         if the model was refused, so that the image counts): columns dataset,
         image (index in the split), task, question, truth, answer, answered (the answer's label), label (number of the
         truth, -2 if unknown), predicted (number of the certified label, -1: abstain), model, oracle, guarantee,
-        n_classes, sigma, radius, p_lower, k, n, n0, n_max, alpha, sampling, seed, n_distinct, empty, truncated,
-        unlabelled, failed, refusal, seconds (of generating the bank). `metrics.certified_accuracy` takes its rows of
-        known truth.
+        n_classes, sigma, radius, radius_tested (the largest that was asked for), radius_reach (the largest that n_max
+        votes for this label can prove; both NaN where the error model leaves none), p_lower, k, n, n0, n_max, alpha,
+        sampling, seed, n_distinct, empty, truncated, unlabelled, failed, refusal, seconds (of generating the bank).
+        `metrics.certified_accuracy` takes its rows of known truth.
 
     Raises
     ------
@@ -100,6 +105,7 @@ def certify_questions(
                     "guarantee": certificate.guarantee,
                     "n_classes": len(questions.labels),
                     **{name: getattr(certificate, name) for name in _COPIED},
+                    **_limits(certificate, found.answer if callable(getattr(oracle, "label", None)) else SAME, **rules),
                     "n_distinct": found.n_distinct,
                     **{name: getattr(found.tally, name) for name in ("empty", "truncated", "unlabelled", "failed")},
                     "refusal": found.refusal,
@@ -116,6 +122,35 @@ def _certificates(found: GenerativeCertificate) -> list[Certificate]:
         return [found.composite]
     refused = replace(found.composite, predicted=ABSTAIN, radius=0.0, p_lower=0.0, guarantee="corrected")
     return [found.composite, refused]
+
+
+def _limits(
+    certificate: Certificate,
+    label: str | None,
+    *,
+    error_model: ErrorModel | None = None,
+    alpha_share: float = 0.5,
+    radii: Sequence[float] | None = None,
+    **_: Any,
+) -> dict[str, float]:
+    """Largest radii that were asked for and that unanimous votes for a label would prove."""
+    rate = error_model if certificate.guarantee == "corrected" else None
+    sigma, n, alpha = certificate.sigma, certificate.n_max, certificate.alpha
+    alpha_votes, alpha_rate = split_alpha(rate, alpha, share=alpha_share)
+    plan = make_plan(certificate.sampling, sigma=sigma, radii=radii, n=n, alpha=alpha_votes)
+    largest = {"radius_tested": plan.largest_radius, "radius_reach": maximum_radius(n, alpha_votes, sigma)}
+    if rate is None:
+        return largest
+    if label is None:
+        return dict.fromkeys(largest, float("nan"))
+    try:
+        proved = [
+            rate.corrected(float(needed_probability(radius, sigma)), label=label, alpha=alpha_rate or alpha)
+            for radius in largest.values()
+        ]
+    except InconsistentErrorRateError:  # fewer votes than all would be believed
+        return dict.fromkeys(largest, float("nan"))
+    return {name: float(certified_radius(max(p, 0.0), sigma)) for name, p in zip(largest, proved, strict=True)}
 
 
 def _check_banks(banks: Sequence[AnswerBank], questions: QuestionSet) -> None:

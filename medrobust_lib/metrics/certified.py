@@ -10,7 +10,9 @@ CERTIFICATE_GROUPS = (
     "dataset", "model", "method", "guarantee", "sampling", "mode", "alpha", "seed", "n_classes", "sigma",
 )  # fmt: skip
 # What a row measures; all other columns say of what.
-MEASURED = frozenset({"certified_accuracy", "clean_accuracy", "low", "high", "lowest", "highest", "seeds", "n"})
+MEASURED = frozenset(
+    {"certified_accuracy", "clean_accuracy", "low", "high", "lowest", "highest", "seeds", "n", "radius_reach"}
+)
 
 Reach = Mapping[float, float] | Mapping[float | tuple[str, float], float]
 
@@ -33,9 +35,11 @@ def certified_accuracy(rows: pd.DataFrame, radii: Sequence[float], *, per_class:
     -------
     DataFrame
         The grouping columns and radius, certified_accuracy, low, high (95 % Clopper-Pearson interval over
-        images), n (all images, abstentions included), and chance (1 / n_classes) where n_classes is known.
-        Between radii that sequential sampling was asked for the share is a lower bound; beyond the largest of
-        them, up to what its draws could have certified (columns radius_tested and radius_reach), it is NaN.
+        images), n (all images, abstentions included), radius_reach (the largest radius that the draws can
+        certify) where the rows have it, and chance (1 / n_classes) where n_classes is known.
+        Beyond the reach the share is NaN: 0 would speak of the draws and not of the classifier. Between radii
+        that sequential sampling was asked for (up to radius_tested in the rows) it is a lower bound, beyond the
+        largest of them NaN.
 
     Raises
     ------
@@ -57,8 +61,10 @@ def certified_accuracy(rows: pd.DataFrame, radii: Sequence[float], *, per_class:
             hits = int((correct & (group["radius"] >= radius).to_numpy()).sum())
             low, high = accuracy_interval(hits, len(group))
             share = {"certified_accuracy": hits / len(group), "low": low, "high": high, "n": len(group)}
-            if _not_tested(group, radius):
+            if _unknown(group, radius):
                 share |= dict.fromkeys(("certified_accuracy", "low", "high"), float("nan"))
+            if "radius_reach" in group:
+                share["radius_reach"] = group["radius_reach"].max()
             table.append(dict(zip(groups, key, strict=True)) | {"radius": radius} | share)
     table = pd.DataFrame(table)
     return table.assign(chance=1 / table["n_classes"]).drop(columns="n_classes") if "n_classes" in table else table
@@ -78,7 +84,7 @@ def balanced_certified_accuracy(rows: pd.DataFrame, radii: Sequence[float]) -> p
         The table of `certified_accuracy` (low and high belong to its plain share) and the columns balanced (mean
         over the classes that occur of their certified accuracy; at most 1 / classes for a constant answer),
         classes_certified (how many of them have a certified image) and classes (how many occur). Where one
-        class was not tested at a radius, balanced and classes_certified are missing.
+        class was not tested at a radius, or the draws do not reach it, balanced and classes_certified are missing.
 
     Raises
     ------
@@ -115,8 +121,9 @@ def over_prompt_seeds(table: pd.DataFrame) -> pd.DataFrame:
         The grouping columns and certified_accuracy (mean over the seeds), lowest and highest (of the seeds; not
         an interval), low and high (95 % Clopper-Pearson interval of the mean number of certified images out
         of n, rounded outwards: how far other images would move the mean of these very prompts), seeds (their
-        number; one of them has no spread, which says nothing about other seeds), and n (images). Where one seed
-        was not tested at a radius, all shares are NaN.
+        number; one of them has no spread, which says nothing about other seeds), n (images), and radius_reach
+        where the table has it. Where one seed was not tested at a radius, or the draws do not reach it, all shares
+        are NaN.
 
     Raises
     ------
@@ -151,6 +158,8 @@ def over_prompt_seeds(table: pd.DataFrame) -> pd.DataFrame:
                 "low": accuracy_interval(hits // len(group), n)[0],
                 "high": accuracy_interval(-(-hits // len(group)), n)[1],
             }
+        if "radius_reach" in group:
+            values["radius_reach"] = group["radius_reach"].max()
         summary.append(dict(zip(keys, key, strict=True)) | values | {"seeds": len(group), "n": n})
     return pd.DataFrame(summary)
 
@@ -240,7 +249,8 @@ def certified_envelope(table: pd.DataFrame, *, reach: Reach | None = None) -> pd
     DataFrame
         The rows of the best sigma per radius and group (the smallest sigma on ties), with the columns
         clean_accuracy (certified accuracy at radius 0 and the same sigma, NaN where it was not asked for)
-        and convention. A group has no row where no noise level reaches the radius or was tested at it.
+        and convention. A group has no row where no noise level reaches the radius or was tested at it. Rows that
+        know their own reach (column radius_reach) need no ``reach``: their shares beyond it are NaN.
 
     Raises
     ------
@@ -332,11 +342,14 @@ def _require(table: pd.DataFrame, *columns: str) -> None:
         raise ValueError(f"the table has no column {', '.join(missing)}; its columns are {', '.join(table.columns)}")
 
 
-def _not_tested(rows: pd.DataFrame, radius: float) -> bool:
-    """Whether sequential sampling could have certified a radius but was not asked to."""
-    if not {"radius_tested", "radius_reach"} <= set(rows.columns):
+def _unknown(rows: pd.DataFrame, radius: float) -> bool:
+    """Whether no draws reach a radius, or sequential sampling could have certified it but was not asked to."""
+    if "radius_reach" not in rows:
         return False
-    return bool(((rows["radius_tested"] < radius) & (radius <= rows["radius_reach"])).any())
+    if radius > rows["radius_reach"].max():
+        return True
+    tested = rows["radius_tested"] if "radius_tested" in rows else rows["radius_reach"]
+    return bool(((tested < radius) & (radius <= rows["radius_reach"])).any())
 
 
 def _certificate_groups(rows: pd.DataFrame, *further: str) -> list[str]:

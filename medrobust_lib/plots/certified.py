@@ -17,6 +17,7 @@ def plot_certified_accuracy(table: pd.DataFrame, ax: Axes, *, chance: float | No
     ----------
     table : DataFrame
         Columns sigma, method, radius, certified_accuracy, low, high, as `metrics.certified_accuracy` gives them.
+        Where shares are missing (NaN) the line ends, and its name states the reach of the draws (radius_reach).
     ax : Axes
     chance : float in [0, 1], optional
         Accuracy of guessing, as a reference line.
@@ -27,6 +28,8 @@ def plot_certified_accuracy(table: pd.DataFrame, ax: Axes, *, chance: float | No
     for i, (key, rows) in enumerate(groups):
         named = dict(zip(varying, key, strict=True))
         label = ", ".join(f"sigma = {value:g}" if name == "sigma" else str(value) for name, value in named.items())
+        if rows.certified_accuracy.isna().any() and "radius_reach" in rows:
+            label += f" (draws reach {rows.radius_reach.max():.3g})"
         rows = rows.sort_values("radius")
         colour = PALETTE[i % 10]
         # A step reaches back from each radius: between two radii only the larger one's value is known to hold.

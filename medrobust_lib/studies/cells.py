@@ -99,8 +99,9 @@ def _certify(cell: Cell, folder: Path) -> None:
         numbers.append(Metric("smoothed_accuracy", r.smoothed_accuracy, r.n, r.low, r.high, of=of))
         numbers.append(Metric("average_certified_radius", r.average_certified_radius, r.n, of=of))
         numbers.append(Metric("abstain_rate", r.abstain_rate, r.n, of=of))
-    for r in shares[shares["certified_accuracy"].notna() & (shares["radius"] > 0)].itertuples():
+    for r in shares[shares["radius"] > 0].itertuples():
         of = f"{r.method} ({r.guarantee}), sigma={r.sigma:g}, radius={r.radius:g}"
+        of += f" (the draws reach {r.radius_reach:.4g})" if np.isnan(r.certified_accuracy) else ""
         numbers.append(Metric("certified_accuracy", r.certified_accuracy, r.n, r.low, r.high, of=of))
     notes = [f"Guarantee {name}: {GUARANTEES[name]}" for name in rows["guarantee"].unique()]
     if p["mode"] == "evaluate":

@@ -180,6 +180,6 @@ def _signed(value: float, digits: int) -> str:
     from medrobust_lib.terminal import short_number
 
     text = short_number(abs(value), digits)
-    # What rounds to zero has no sign.
-    zero = not text.strip("0.")
+    # What rounds to zero, and what could not be measured, has no sign.
+    zero = not text.strip("0.–")
     return text if zero else ("-" if value < 0 else "+") + text

@@ -9,6 +9,8 @@ from PIL import Image
 from medrobust_lib import experiments
 from medrobust_lib.experiments import Metric, start_run
 from medrobust_lib.experiments.cards import CAPTION_KEY, lower_is_better
+from medrobust_lib.report import write_report
+from medrobust_lib.terminal import show_ranking
 
 
 @pytest.fixture
@@ -60,6 +62,20 @@ def test_nan_is_refused_and_an_older_card_survives(run):
     with pytest.raises(ValueError, match="Out of range float values are not JSON compliant"):
         save(run, metrics=[Metric("accuracy", float("nan"), 4)])
     assert (run.folder / "cards" / "01.json").read_text() == before
+
+
+def test_what_draws_cannot_reach_is_no_number_and_ranks_last(run, tmp_path, capsys):
+    nan = float("nan")
+    beyond = Metric("certified_accuracy", nan, 4, nan, nan, of="radius=2")
+    path = save(run, metrics=[beyond, Metric("certified_accuracy", 0.25, 4, 0.1, 0.6, of="radius=1")])
+    assert [json.loads(path.read_text())["metrics"][0][name] for name in ("value", "low", "high")] == [None] * 3
+    table = experiments.leaderboard(experiments.read_cards(tmp_path))
+    assert table["of"].tolist() == ["radius=1", "radius=2"]
+    assert table["value"].isna().tolist() == [False, True]
+    show_ranking(table)
+    assert re.search(r"2 +– +4 .*radius=2", capsys.readouterr().out)
+    index = write_report(tmp_path / "demo").read_text()
+    assert "– (beyond the reach of the draws)" in index
 
 
 def test_parameters_must_be_json():

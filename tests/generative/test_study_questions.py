@@ -2,6 +2,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from scipy.stats import norm
 
 from medrobust_lib import metrics
 from medrobust_lib.data.questions import QuestionSet
@@ -18,7 +19,8 @@ RULES = {"n0": 20, "n": 100, "alpha": 0.01}
 COLUMNS = [
     *["dataset", "image", "task", "question", "truth", "answer", "answered", "label", "predicted", "model", "oracle"],
     *["guarantee", "n_classes", "sigma", "radius", "p_lower", "k", "n", "n0", "n_max", "alpha", "sampling", "mode"],
-    *["seed", "n_distinct", "empty", "truncated", "unlabelled", "failed", "refusal", "seconds"],
+    *["seed", "radius_tested", "radius_reach", "n_distinct"],
+    *["empty", "truncated", "unlabelled", "failed", "refusal", "seconds"],
 ]
 
 
@@ -90,7 +92,8 @@ def test_a_row_for_each_question_is_what_certify_answers_says(banks, questions):
 def test_certified_accuracy_counts_every_image(banks, questions):
     table = certify_questions(banks, questions, ORACLE, **RULES)
     accuracy = metrics.certified_accuracy(table, [0.0, 10.0])
-    assert list(accuracy.certified_accuracy) == [0.4, 0.0]
+    assert accuracy.certified_accuracy[0] == 0.4
+    assert np.isnan(accuracy.certified_accuracy[1])  # a hundred votes do not reach so far
     assert (accuracy.n == 5).all()
     assert (accuracy.chance == 0.5).all()
 
@@ -102,6 +105,19 @@ def test_an_error_model_adds_a_row_for_each_question(banks, questions):
     assert (corrected.radius <= composite.radius).all()
     assert (corrected.radius < composite.radius).any()
     assert metrics.certified_accuracy(table, [0.0]).n.tolist() == [5, 5]
+    # All votes agree: q**100 = alpha, and a known share .1 of wrong labels may be among them.
+    unanimous = 0.01 ** (1 / 100)
+    assert composite.radius_reach[0] == pytest.approx(0.25 * norm.ppf(unanimous))
+    assert corrected.radius_reach[0] == pytest.approx(0.25 * norm.ppf(unanimous - 0.1))
+    assert (composite.radius_tested == composite.radius_reach).all()
+
+
+def test_sequential_certificates_are_known_at_the_radii_asked_for_only(banks, questions):
+    rules = {**RULES, "sampling": "sequential", "radii": [0.05]}
+    table = certify_questions(banks, questions, ORACLE, **rules)
+    assert (table.radius_tested == 0.05).all()
+    accuracy = metrics.certified_accuracy(table, [0.05, 0.1, 0.2]).certified_accuracy
+    assert accuracy.isna().tolist() == [False, True, True]
 
 
 def test_an_image_at_which_the_error_model_is_refused_counts_as_an_abstention(banks, questions):

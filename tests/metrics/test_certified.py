@@ -3,9 +3,10 @@ import math
 import numpy as np
 import pandas as pd
 import pytest
-from scipy.stats import beta
+from scipy.stats import beta, norm
 
 from medrobust_lib import metrics
+from medrobust_lib.smoothing.bounds import maximum_radius
 
 
 def certificates(**columns):
@@ -273,9 +274,27 @@ def test_where_one_class_was_not_tested_nothing_balanced_is_known():
     # The draws of class 2's image could have certified 0.5, but only 0.25 was asked for.
     rows = certificates(radius_tested=[1.0, 1.0, 1.0, 1.0, 0.25], radius_reach=1.0)
     table = metrics.balanced_certified_accuracy(rows, [0.25, 0.5, 2.0]).set_index("radius")
-    assert table.loc[0.25, "classes_certified"] == 1 and table.loc[2.0, "balanced"] == 0
-    assert table.loc[0.5, ["certified_accuracy", "balanced", "classes_certified"]].isna().all()
+    assert table.loc[0.25, "classes_certified"] == 1
+    assert table.loc[[0.5, 2.0], ["certified_accuracy", "balanced", "classes_certified"]].isna().all(axis=None)
     assert table.loc[0.5, "classes"] == 3
+
+
+def test_beyond_the_reach_of_the_draws_nothing_is_known_and_the_reach_is_told():
+    reach = maximum_radius(125, 0.001, 0.25)
+    assert reach == pytest.approx(0.25 * norm.ppf(0.001 ** (1 / 125)))  # all votes agree: p**125 = alpha
+    rows = certificates(sigma=0.25, radius=[reach, 0.25, 0.4, 0, 0], radius_reach=reach)
+    table = metrics.certified_accuracy(rows, [0, 0.25, reach, 0.5])
+    assert table["certified_accuracy"].tolist()[:3] == [0.6, 0.4, 0.2]
+    assert table.loc[3, ["certified_accuracy", "low", "high"]].isna().all()
+    assert (table["radius_reach"] == reach).all()
+    # Seeds are summarised and the best sigma is chosen as before; what is unknown stays unknown.
+    louder = certificates(sigma=1.0, radius=[0.6, 0, 0, 0, 0], radius_reach=4 * reach)
+    both = metrics.certified_accuracy(pd.concat([rows, louder]), [0, 0.25, 0.5])
+    seeds = metrics.over_prompt_seeds(both.assign(prompt_seed=0))
+    assert seeds["radius_reach"].tolist() == [reach] * 3 + [4 * reach] * 3
+    assert seeds["certified_accuracy"].isna().tolist() == [False, False, True] + [False] * 3
+    envelope = metrics.certified_envelope(both).set_index("radius")
+    assert envelope["sigma"].to_dict() == {0: 0.25, 0.25: 0.25, 0.5: 1.0}
 
 
 # over the seeds of the prompts

@@ -14,7 +14,7 @@ models: [demo-clip]
 datasets: [phantom/chest]
 n_images: 4
 steps:
-  - certify: {sigmas: [0.05, 0.1], n0: 5, n: 20, alpha: 0.05, radii: [0.02]}
+  - certify: {sigmas: [0.05, 0.1], n0: 5, n: 20, alpha: 0.05, radii: [0.02, 0.2]}
   - benchmark: {severities: [2]}
 """
 

@@ -1,10 +1,12 @@
 import json
+import re
 
 import numpy as np
 import pandas as pd
 import pytest
 
 from medrobust_lib.experiments import Metric, Run
+from medrobust_lib.studies.command import _show_comparison
 from medrobust_lib.studies.compare import compare_runs
 from medrobust_lib.studies.intervals import difference_interval, paired_interval
 
@@ -62,6 +64,15 @@ def test_at_one_severity_an_image_is_right_or_wrong(undisturbed):
     assert once[["low", "high"]].drop_duplicates().to_numpy().tolist() == [list(paired_interval(0, 0, 4))]
     (several,) = table.loc[["average_accuracy"]].to_dict("records")  # a mean over corruptions is no share
     assert np.isnan(several["p"])
+
+
+def test_what_neither_run_reaches_is_a_dash(undisturbed, capsys):
+    table = compare_runs(undisturbed, undisturbed).table
+    beyond = table[table.of.str.contains("the draws reach")]
+    assert len(beyond) == 4
+    assert beyond[["value_a", "value_b", "difference", "low", "high", "p"]].isna().all(axis=None)
+    _show_comparison(beyond, undisturbed, undisturbed)
+    assert re.search(r"– +– +– +4 ", capsys.readouterr().out)
 
 
 def test_only_common_images_count_and_the_table_says_so(save):

@@ -38,6 +38,10 @@ def test_a_study_writes_cards_rows_a_leaderboard_and_a_page(undisturbed):
     zero_shot = rows[rows["method"] == "zero-shot"]
     assert shares["value"].tolist() == [(zero_shot["predicted"] == zero_shot["label"]).mean()]
     page = (undisturbed / "index.html").read_text()
+    # Twenty draws that agree prove p**20 = alpha: radius .054 at sigma .05, and not the .2 that was asked for.
+    (beyond,) = table[table["of"] == "zero-shot (standard), sigma=0.05, radius=0.2 (the draws reach 0.05422)"].index
+    assert table.loc[beyond, ["value", "low", "high"]].isna().all()
+    assert '<td class="number-cell">–</td>' in page
     assert "cells/02-benchmark_demo-clip_phantom-chest_seed0/index.html" in page
     assert (undisturbed / "cells/02-benchmark_demo-clip_phantom-chest_seed0/index.html").exists()
     assert "synthetic drawings" in page
