@@ -1,9 +1,13 @@
 """Adaptation of the image tower from labelled images of one or several data sets: low-rank adapters or all weights.
 
 RobustMedCLIP (Imam et al. 2025) trains low-rank adapters of queries, keys and values jointly on several modalities.
-Three things differ from its published code on purpose: the softmax runs over the classes of an image's own data set
-(``softmax="global"`` is theirs), the best epoch is chosen on validation images only, and the text tower is in
-evaluation mode, with the same templates in training as in testing.
+This is the method and no replica. From its published code differ, among others: the softmax runs over the classes of
+an image's own data set (``softmax="global"`` is theirs); the logits are cosines times the model's scale (theirs the
+product of an image feature that is not normalised with a text feature that is, without a scale); the best epoch is
+chosen on validation images (theirs on the test split by default); images are a share of the train split (theirs of the
+validation split); batches have 32 images (theirs 256); the data sets are those given (theirs twelve); the adapters of
+the keys start at zero and are saved (theirs start at random and are left out of the adapter file); and the text tower
+is in evaluation mode, with the same templates in training as in testing.
 """
 
 import copy

@@ -36,7 +36,9 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a tower is trained; the defaults are those of RobustMedCLIP, batch size apart.
+    """How a tower is trained; epochs, rate, decay, schedule and augmentation are those of RobustMedCLIP's code.
+
+    Its batches have 256 images and its softmax is global.
 
     Attributes
     ----------

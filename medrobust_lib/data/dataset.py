@@ -92,6 +92,11 @@ class ImageDataset:
         """Whether the images are drawings (phantoms) instead of recordings."""
         return bool(self.provenance.get("synthetic", False))
 
+    @property
+    def start_template(self) -> str:
+        """Hand-written prompt that per-image adaptation starts from: the papers', else the first template."""
+        return self.provenance.get("start_template", self.templates[0])
+
     def subset(self, positions: Sequence[int] | NDArray[np.int64] | NDArray[np.bool_]) -> "ImageDataset":
         """Return the images at the given positions of this data set (or under a boolean mask).
 

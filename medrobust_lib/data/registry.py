@@ -150,6 +150,8 @@ class OpenSplit:
             "resized": resized,
             "wording": f"{self.words.set_name}: {self.words.wording}",
         }
+        if self.words.start:
+            provenance["start_template"] = self.words.start
         return ImageDataset(
             id=self.row.id,
             split=self.listed.split,
@@ -318,7 +320,7 @@ def _own_split(
         words = class_wording(like, wording=wording)
         listed = _renamed(listed, words)
         if templates is not None:
-            words = replace(words, templates=checked_templates(templates))
+            words = replace(words, templates=checked_templates(templates), start="")
     else:
         words = own_wording(
             listed.codes, listed.names, class_names=class_names, templates=templates, source=listed.source

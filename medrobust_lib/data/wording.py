@@ -30,6 +30,8 @@ class ClassWording:
         Whose wording it is.
     spellings : dict
         Every accepted spelling, normalised by `spelled`, to its label.
+    start : str
+        Template that per-image adaptation starts from, where the papers' is not the first one; else empty.
     """
 
     set_name: str
@@ -39,6 +41,7 @@ class ClassWording:
     templates: tuple[str, ...]
     source: str
     spellings: Mapping[str, int]
+    start: str = ""
 
     def label_of(self, name: str) -> int | None:
         """Label of a class name in any accepted spelling, or None."""
@@ -78,6 +81,7 @@ def class_wording(set_name: str, *, wording: str = "paper") -> ClassWording:
         templates=tuple(entry["templates"]),
         source=entry["source"],
         spellings=_spellings(entry),
+        start=entry.get("start", ""),
     )
 
 

@@ -132,7 +132,8 @@ def certify(
         Fixed: one Clopper-Pearson bound, a radius of any value. Sequential: the same alpha, draws stop early,
         the radius is one of `radii`.
     radii : sequence of float, optional
-        Radii of interest of sequential sampling; None: a grid of 0.05 sigma. Fixed sampling needs none.
+        Radii of interest of sequential sampling; few of them spare many draws. None: a grid of 0.05 sigma, which
+        spares few. Fixed sampling needs none.
     label : int, optional
         Evaluate mode: test this known label directly, without selection. For certified-accuracy tables only.
     seed, dataset, index

@@ -177,8 +177,9 @@ def learn_prompts(
     """Few-Shot PromptSmooth: cross-entropy over noisy copies of a few labelled images.
 
     With ``sigmas=(0.0,)`` this is naive prompt learning (CoOp). The features of ``draws_per_image`` noisy
-    copies of every shot are computed once and used in turn, epoch after epoch; as many draws as epochs is the
-    textbook procedure exactly.
+    copies of every shot are computed once and used in turn, epoch after epoch; with as many draws as epochs each
+    epoch has noise of its own, as in the recipe of the paper. CoOp's random crops and mirror images are left out: they
+    would need the image tower in every epoch.
 
     Parameters
     ----------

@@ -112,7 +112,8 @@ def certify_dataset(
     mode : {"predict", "evaluate"}
         "evaluate" tests the known label without selection: fewer draws, for certified-accuracy tables only.
     radii : sequence of float, optional
-        Radii of interest of sequential sampling; 0 is always among them. None: a grid of 0.05 sigma.
+        Radii of interest of sequential sampling; 0 is always among them. Few of them spare many draws. None: a grid
+        of 0.05 sigma, which spares few.
     seed : int
         Of the noise.
     store : Path, optional

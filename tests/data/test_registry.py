@@ -73,7 +73,8 @@ def test_the_papers_words_and_order():
     assert kather.names == ("ADI", "BACK", "DEB", "LYM", "MUC", "MUS", "NORM", "STR", "TUM")
     assert kather.prompt_nouns[8] == "colorectal adenocarcinoma epithelium"
     assert kather.templates[0] == "An H&E image patch of {}."
-    assert class_wording("pathology/pannuke").templates[0] == "An H&E image of {} tissue."
+    pannuke = class_wording("pathology/pannuke")  # certified with one sentence, adapted from another
+    assert (pannuke.templates[0], pannuke.start) == ("An H&E image of {} tissue.", "An H&E image patch of {}.")
     assert class_wording("pathology/sicapv2").templates[0] == "a histopathology slide showing {}"
     assert class_wording("medimeta/oct").prompt_nouns == ("CNV", "NORMAL", "DME", "DRUSEN")
     assert class_wording("medimeta/pbc").templates[0] == "a medical image of a {} belonging to pbc"
@@ -81,6 +82,16 @@ def test_the_papers_words_and_order():
     assert class_wording("medmnist/retina").prompt_nouns == ("0", "1", "2", "3", "4")
     assert len(class_wording("pathology/skincancer").names) == 16
     assert len(class_wording("pathology/sicapv2").names) == 4
+
+
+def test_adaptation_starts_from_the_papers_sentence_unless_templates_are_given(tmp_path):
+    for name in ("benign", "malignant"):
+        (tmp_path / name).mkdir()
+        Image.new("L", (8, 8), 99).save(tmp_path / name / "1.png")
+    path = f"folder:{tmp_path}"
+    assert load_dataset(path, like="pathology/pannuke").start_template == "An H&E image patch of {}."
+    assert load_dataset(path, like="pathology/pannuke", templates=["tissue: {}"]).start_template == "tissue: {}"
+    assert load_dataset("phantom/histology", n=9).start_template == "An H&E image patch of {}."
 
 
 def test_clear_wording_is_used_where_there_is_one():
