@@ -3,8 +3,8 @@
 Number, size, place, colour and opacity follow the official generator. Its random numbers come from another source, so
 no single image can be equal. Bubbles have the same law at its 224 x 224 pixels. The official stain deposits are ten
 drawn masks of each size that ship with its package; ours are drawn anew, of the same size and colour, and fill less of
-their square (.53 of it, the official masks .54 or .63 by size). So stain deposits are alike, not equal in law:
-accuracies under them are not comparable digit by digit.
+their square (.53 of it; the official masks fill .63 at 24 pixels and .54 at 32). So stain deposits are alike, not equal
+in law: accuracies under them are not comparable digit by digit.
 """
 
 import numpy as np

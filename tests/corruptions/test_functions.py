@@ -160,6 +160,27 @@ def test_line_blur_weights_the_pixels_along_a_line(pictures, height, width, angl
         assert share < 0.05
 
 
+def test_the_package_imagecorruptions_leaves_out_what_a_line_has_beyond_the_image(pictures):
+    """As documented: where the line fits into the image it and ours agree, at 28 pixels and severity 5 it is darker."""
+    lost = {}
+    for size, severity in ((64, 5), (28, 1), (28, 5)):
+        image = np.resize(pictures[0], (size, size, 3)).astype(np.float32)
+        radius, sigma = parameters("motion_blur", severity).values()
+        weights = np.exp(-(np.arange(2 * radius + 1) ** 2) / (2 * sigma**2))
+        theirs = np.zeros(image.shape)
+        for i, weight in enumerate(weights / weights.sum()):
+            down, right = (math.ceil(i * part - 0.5) for part in (math.sin(0.2), math.cos(0.2)))
+            if max(down, right) >= size:
+                break
+            rows, columns = (np.minimum(np.arange(size) + step, size - 1) for step in (down, right))
+            theirs += weight * image[rows][:, columns]
+        ours = line_blur(image.astype(np.uint8), radius=radius, sigma=sigma, angle=math.degrees(0.2))
+        lost[size, severity] = (ours.astype(int) - theirs.astype(int)).max()
+    assert lost[64, 5] <= 1
+    assert lost[28, 1] <= 1
+    assert lost[28, 5] > 5
+
+
 @pytest.mark.parametrize("level", [0, 1, 100, 254, 255])
 def test_blurs_leave_a_constant_area_alone(level):
     image = np.full((60, 60), level, np.uint8)
@@ -232,7 +253,7 @@ def test_stain_deposits_are_a_few_black_blots_off_the_border():
         counts.append(ndimage.label(black, np.ones((3, 3)))[1])
         areas.append(black.sum() / (counts[-1] * 24 * 24))
     assert set(counts) == {1, 2, 3}
-    assert 0.5 < np.mean(areas) < 0.7  # the official masks of this size cover 0.62
+    assert np.mean(areas) == pytest.approx(0.53, abs=0.02)  # as documented; the official masks of this size: 0.625
 
 
 def test_bubbles_only_brighten_and_grow_with_their_radius():
