@@ -162,6 +162,14 @@ def legend_texts(ax):
     return [text.get_text() for text in ax.get_legend().get_texts()]
 
 
+def test_a_curve_ends_at_the_reach_of_the_draws_and_names_it(ax):
+    table = certified_table().assign(radius_reach=lambda rows: 2 * rows.sigma)
+    table.loc[table.radius > table.radius_reach, ["certified_accuracy", "low", "high"]] = np.nan
+    plots.plot_certified_accuracy(table, ax)
+    assert legend_texts(ax) == ["sigma = 0.1 (draws reach 0.2)", "sigma = 0.25"]
+    assert np.isnan(ax.lines[0].get_ydata()).tolist() == [False, True]
+
+
 def test_certified_methods_are_broken_where_only_the_frozen_prompt_is_certified(ax):
     kinds = {"plain": "standard", "adapted": "frozen-prompt", "pool": "standard", "set": "candidate-set"}
     plots.plot_certified_methods(methods_table(**kinds), ax, chance=0.125)
