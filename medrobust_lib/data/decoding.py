@@ -24,12 +24,19 @@ _LARGEST_DEFLATION = 1032  # to 1: the limit of the method
 _ADVICE = "Replace or remove the file."
 
 
-def read_image(path: str | Path) -> NDArray[np.uint8]:
+def read_image(path: str | Path, *, depth: int | None = None) -> NDArray[np.uint8]:
     """Decode one image file.
 
     Gray images are repeated over three channels; palettes are resolved, alpha is dropped, and EXIF
-    rotation is ignored as in the papers' loaders. 16-bit PNG and TIFF values are divided by 257
-    (65535 to 255), never stretched per image, so exposures stay comparable. For DICOM see `read_dicom`.
+    rotation is ignored as in the papers' loaders. Values are scaled by the full range of the file's bits
+    (16 bits: 65535 to 255), never stretched per image, so exposures stay comparable. For DICOM see `read_dicom`.
+
+    Parameters
+    ----------
+    path : str or Path
+    depth : int or None
+        Bits that the values really have, 1 to 32, where the file has room for more: 12 takes 4095 for full
+        scale in a 16-bit PNG. DICOM files state their own and are not touched.
 
     Returns
     -------
@@ -40,9 +47,11 @@ def read_image(path: str | Path) -> NDArray[np.uint8]:
     FileNotFoundError
         No such file.
     ValueError
-        Corrupt, multi-frame or floating-point image; the file is named.
+        Corrupt, multi-frame or floating-point image, or values beyond the depth; the file is named.
     """
     path = Path(path)
+    if depth is not None and (isinstance(depth, bool) or depth not in range(1, 33)):
+        raise ValueError(f"depth={depth!r}: give the bits that the values have, 1 to 32, or None")
     if not path.is_file():
         raise FileNotFoundError(f"no image file at {path}")
     if _is_dicom(path):
@@ -50,10 +59,16 @@ def read_image(path: str | Path) -> NDArray[np.uint8]:
     with parsed(f"{path} is not a readable image", _ADVICE), Image.open(path, formats=_FORMATS) as picture:
         frames = getattr(picture, "n_frames", 1)
         if frames == 1:
+            # As stored, before Pillow brings it to a mode of its own: 16-bit colour it cuts down to 8 bits.
+            deep = ";16" in str(picture.tile)
             picture.load()
     if frames > 1:
         raise ValueError(f"{path} holds {frames} frames; one image per file is expected. Split it first.")
-    return _to_rgb(picture, path)
+    if deep and not picture.mode.startswith("I") and depth not in (None, 16):
+        raise ValueError(
+            f"{path}: of 16-bit colour only the upper 8 bits are read, so depth={depth} cannot be; save it with 8 bits"
+        )
+    return _to_rgb(picture, path, None if deep and depth == 16 else depth)
 
 
 def read_dicom(path: str | Path) -> NDArray[np.uint8]:
@@ -177,17 +192,18 @@ def _decodes(syntax: UID) -> bool:
         return False
 
 
-def _to_rgb(picture: Image.Image, path: Path) -> NDArray[np.uint8]:
+def _to_rgb(picture: Image.Image, path: Path, depth: int | None) -> NDArray[np.uint8]:
     if picture.mode == "F":
         raise ValueError(f"{path} holds floating-point values of unknown range; save it with 8 or 16 bits")
-    if picture.mode.startswith("I"):
-        values = np.asarray(picture).astype(np.int64)
-        if values.min() < 0 or values.max() > 65535:
-            raise ValueError(
-                f"{path} holds values from {values.min()} to {values.max()}; 16-bit images run from 0 to 65535"
-            )
-        return _repeat(np.round(values / 257).astype(np.uint8))
-    return np.array(picture.convert("RGB"))
+    gray = picture.mode.startswith("I")
+    values = np.asarray(picture).astype(np.int64) if gray else np.array(picture.convert("RGB"))
+    full = 2 ** (depth or (16 if gray else 8)) - 1
+    if full > 255 and not gray:
+        raise ValueError(f"{path} holds 8 bits, fewer than depth={depth}; leave depth out")
+    if values.min() < 0 or values.max() > full:
+        raise ValueError(f"{path} holds values from {values.min()} to {values.max()}; full scale is {full}")
+    scaled = values if full == 255 else np.round(values * (255 / full))
+    return _repeat(scaled.astype(np.uint8)) if gray else scaled.astype(np.uint8)
 
 
 def _display_gray(record: pydicom.Dataset, pixels: NDArray) -> NDArray[np.uint8]:

@@ -1,4 +1,6 @@
 import re
+import struct
+import zlib
 
 import numpy as np
 import pydicom
@@ -38,6 +40,19 @@ def write_dicom(path, pixels, *, photometric="MONOCHROME2", bits=None, **element
     return path
 
 
+def png(pixels):
+    """A PNG of 16-bit colour, which Pillow cannot write."""
+
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    height, width, channels = pixels.shape
+    kind = {1: 0, 2: 4, 3: 2, 4: 6}[channels]
+    start = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 16, kind, 0, 0, 0))
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in pixels)
+    return b"\x89PNG\r\n\x1a\n" + start + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+
+
 def gray(path):
     image = read_image(path)
     assert image.dtype == np.uint8 and image.shape[2] == 3
@@ -67,6 +82,42 @@ def test_sixteen_bits_are_divided_by_257(tmp_path, suffix):
     values = np.array([[0, 257], [32896, 65535]], np.uint16)
     Image.fromarray(values).save(tmp_path / f"x{suffix}")
     np.testing.assert_array_equal(gray(tmp_path / f"x{suffix}"), [[0, 1], [128, 255]])
+
+
+@pytest.mark.parametrize("suffix", [".png", ".tiff"])
+def test_depth_states_full_scale(tmp_path, suffix):
+    path = tmp_path / f"x{suffix}"
+    Image.fromarray(np.array([[0, 1024], [2048, 4095]], np.uint16)).save(path)
+    assert gray(path).tolist() == [[0, 4], [8, 16]]
+    expected = np.round(np.array([[0, 1024], [2048, 4095]]) / 4095 * 255)
+    np.testing.assert_array_equal(read_image(path, depth=12)[..., 0], expected)
+    np.testing.assert_array_equal(read_image(path, depth=16), read_image(path))
+    with pytest.raises(ValueError, match=rf"x{suffix} holds values from 0 to 4095; full scale is 1023"):
+        read_image(path, depth=10)
+
+
+def test_depth_below_eight_bits_and_where_it_cannot_be(tmp_path):
+    path = tmp_path / "x.png"
+    Image.fromarray(RAMP // 16).save(path)  # 0 to 15
+    np.testing.assert_array_equal(read_image(path, depth=4)[..., 0], RAMP // 16 * 17)
+    np.testing.assert_array_equal(read_image(path, depth=8), read_image(path))
+    with pytest.raises(ValueError, match=r"x\.png holds values from 0 to 15; full scale is 7"):
+        read_image(path, depth=3)
+    with pytest.raises(ValueError, match=r"x\.png holds 8 bits, fewer than depth=12; leave depth out"):
+        read_image(path, depth=12)
+    for depth in (0, 33, True, 12.5, "12"):
+        with pytest.raises(ValueError, match=rf"depth={depth!r}: give the bits"):
+            read_image(path, depth=depth)
+
+
+def test_sixteen_bit_colour_keeps_its_upper_bytes(tmp_path):
+    colours = np.random.default_rng(1).integers(0, 65536, (5, 4, 3), dtype=np.uint16)
+    path = tmp_path / "deep.png"
+    path.write_bytes(png(colours))
+    np.testing.assert_array_equal(read_image(path), colours >> 8)
+    np.testing.assert_array_equal(read_image(path, depth=16), colours >> 8)
+    with pytest.raises(ValueError, match=r"deep\.png: of 16-bit colour only the upper 8 bits are read, so depth=12"):
+        read_image(path, depth=12)
 
 
 def test_float_and_wide_integer_files_are_refused(tmp_path):
