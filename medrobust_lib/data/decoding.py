@@ -1,35 +1,45 @@
-"""One image file to uint8 RGB: PNG, JPEG, TIFF, BMP and WebP through Pillow, DICOM through pydicom."""
+"""One image file to uint8 RGB: PNG, JPEG, TIFF, BMP, WebP and GIF through Pillow, DICOM through pydicom."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import pydicom
 from numpy.typing import NDArray
 from PIL import Image
-from pydicom.filereader import read_file_meta_info
-from pydicom.misc import is_dicom
-from pydicom.pixels import apply_modality_lut, apply_voi_lut, get_decoder
-from pydicom.uid import UID
+from pydicom.pixels import apply_color_lut, get_decoder
 
+from medrobust_lib.data.dicom import (
+    begins_as_dicom,
+    check_image,
+    check_stream,
+    display_gray,
+    plug_ins,
+    read_record,
+    stated,
+    unequal_sides,
+)
 from medrobust_lib.files import parsed
 
 DICOM_SUFFIXES = frozenset({".dcm", ".dicom"})
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp"}) | DICOM_SUFFIXES
 MOST_PIXELS = 178_956_970  # of one image: from here on Pillow refuses, for fear of a decompression bomb
 # Pillow tells a file's kind from its content, and hands PostScript, for one, to another program.
-_FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "WEBP")
-_MOST_INFLATED = 2**30  # bytes that a deflated DICOM file may unpack to
-_LARGEST_DEFLATION = 1032  # to 1: the limit of the method
+_FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "WEBP", "GIF")
+_ORIENTATION, _PHOTOMETRIC, _BITS, _SAMPLE_FORMAT, _SUBFILE = 274, 262, 258, 339, 254  # tags of TIFF 6.0
+_REDUCED, _MASK = 1, 4  # bits of its NewSubfileType
+_COLOURS = frozenset({"RGB", "YBR_FULL", "YBR_FULL_422", "YBR_ICT", "YBR_RCT", "PALETTE COLOR"})
 _ADVICE = "Replace or remove the file."
+_EXPORT = "Replace or remove the file, or export the image anew."
 
 
 def read_image(path: str | Path, *, depth: int | None = None) -> NDArray[np.uint8]:
     """Decode one image file.
 
-    Gray images are repeated over three channels; palettes are resolved, alpha is dropped, and EXIF
-    rotation is ignored as in the papers' loaders. Values are scaled by the full range of the file's bits
-    (16 bits: 65535 to 255), never stretched per image, so exposures stay comparable. For DICOM see `read_dicom`.
+    Gray images are repeated over three channels; palettes are resolved. Values are scaled by the full range
+    of the file's bits (16 bits: 65535 to 255; colour keeps its upper byte), never stretched per image, so
+    exposures stay comparable. Alpha, colour profiles and EXIF rotation are ignored as in the papers' loaders,
+    and of several pictures the first counts, as in viewers: `left_out` tells of both. For DICOM see `read_dicom`.
 
     Parameters
     ----------
@@ -56,28 +66,40 @@ def read_image(path: str | Path, *, depth: int | None = None) -> NDArray[np.uint
         raise FileNotFoundError(f"no image file at {path}")
     if _is_dicom(path):
         return read_dicom(path)
-    with parsed(f"{path} is not a readable image", _ADVICE), Image.open(path, formats=_FORMATS) as picture:
-        frames = getattr(picture, "n_frames", 1)
-        if frames == 1:
-            # As stored, before Pillow brings it to a mode of its own: 16-bit colour it cuts down to 8 bits.
-            deep = ";16" in str(picture.tile)
-            picture.load()
-    if frames > 1:
-        raise ValueError(f"{path} holds {frames} frames; one image per file is expected. Split it first.")
-    if deep and not picture.mode.startswith("I") and depth not in (None, 16):
+    with parsed(f"{path} is not a readable image", _ADVICE), _opened(path) as picture:
+        # As stored, before Pillow brings it to a mode of its own: 16-bit colour it cuts down to 8 bits.
+        cut = ";16" in str(picture.tile) and not picture.mode.startswith("I")
+        picture.load()
+        tags = getattr(picture, "tag_v2", {})
+        signed = picture.mode == "L" and tags.get(_SAMPLE_FORMAT) == (2,)  # of 8 bits, which Pillow overlooks
+        gray = signed or picture.mode[0] in "IF"
+        if picture.mode in {"La", "RGBa"}:  # multiplied by alpha
+            picture = picture.convert(picture.mode.upper())
+        values = np.asarray(picture) if gray else np.array(picture.convert("RGB"))
+        bits = int(tags.get(_BITS, (16,))[0]) if gray else 8
+    if values.dtype == np.float32:
+        raise ValueError(f"{path} holds floating-point values of unknown range; save it with 8 or 16 bits")
+    if cut and depth not in (None, 16):
         raise ValueError(
             f"{path}: of 16-bit colour only the upper 8 bits are read, so depth={depth} cannot be; save it with 8 bits"
         )
-    return _to_rgb(picture, path, None if deep and depth == 16 else depth)
+    if depth and depth > bits and not cut:
+        raise ValueError(f"{path} holds {bits} bits, fewer than depth={depth}; leave depth out")
+    scaled = _scaled(values.view(np.int8) if signed else values, min(bits, 16) if cut or not depth else depth, path)
+    # Pillow turns white-is-zero round for up to 8 bits only.
+    scaled = 255 - scaled if gray and tags.get(_PHOTOMETRIC) == 0 else scaled
+    return _repeat(scaled) if gray else scaled
 
 
 def read_dicom(path: str | Path) -> NDArray[np.uint8]:
     """Decode one single-frame DICOM image for display.
 
-    The modality LUT (rescale) comes first, then the first VOI LUT or window, whose full output range is
-    mapped to 0..255. Without one, 8-bit data are taken as stored and deeper data are stretched from
-    their own minimum to their maximum, as viewers do. MONOCHROME1 is inverted, so that bright always
-    means dense.
+    The modality LUT (rescale) comes first, then the first VOI LUT or complete window, whose full output
+    range is mapped to 0..255; a one-frame file of the enhanced kind states them in its functional groups.
+    Without one, data of up to 8 bits are mapped from the modality LUT's whole range, and deeper data are
+    stretched from their own minimum to their maximum, as viewers do. Padding is left out of that and black.
+    MONOCHROME1 (or an inverse presentation LUT) is inverted, so that bright always means dense. Overlays
+    are not drawn. Files without a preamble are read; compressed ones may need the extra ``[dicom]``.
 
     Returns
     -------
@@ -86,38 +108,73 @@ def read_dicom(path: str | Path) -> NDArray[np.uint8]:
     Raises
     ------
     ValueError
-        Corrupt file, no decoder for its compression, several frames, or colour data other than 8-bit RGB
-        or YBR; the file is named.
+        Corrupt file, missing element, no decoder for its compression, several frames, floating-point
+        values, or colour that is not RGB, YBR of 8 bits or a palette; the file is named.
     """
     path = Path(path)
-    with parsed(f"{path} is not a readable DICOM image", _ADVICE):
-        record = _dicom_record(path)
-        frames = int(record.get("NumberOfFrames") or 1)
-        photometric = str(record.PhotometricInterpretation)
+    says = f"{path} is not a readable DICOM image"
+    with parsed(says, _EXPORT):
+        record = read_record(path)
+        check_image(record)
         check_pixels(record.Rows, record.Columns)
-        channels, bits = int(record.SamplesPerPixel), int(record.BitsStored)
-        if channels not in (1, 3) or not 1 <= bits <= record.BitsAllocated <= 64:
-            raise ValueError(f"{channels} samples per pixel, {bits} of {record.BitsAllocated} bits stored")
-        syntax = UID(record.file_meta.TransferSyntaxUID)
+        frames, bits = int(record.get("NumberOfFrames") or 1), record.BitsStored
+        photometric, samples = str(record.PhotometricInterpretation), record.SamplesPerPixel
+        decoder = get_decoder(record.file_meta.TransferSyntaxUID)
     if frames > 1:
         raise ValueError(f"{path} holds {frames} frames; one image per file is expected. Export single frames.")
-    if syntax.is_encapsulated and not _decodes(syntax):
-        raise ValueError(
-            f"{path} is compressed in a way that no installed decoder reads ({syntax.name}); "
-            "install pylibjpeg or python-gdcm, or export the image uncompressed"
-        )
-    with parsed(f"{path} is not a readable DICOM image", _ADVICE):
+    if not decoder.is_available:
+        raise ValueError(f"{path} is compressed as {decoder.UID.name}. {plug_ins(decoder)}")
+    with parsed(says, plug_ins(decoder) or _EXPORT):
+        check_stream(record)
         pixels = record.pixel_array
-        if photometric in {"MONOCHROME1", "MONOCHROME2"}:
-            gray = _display_gray(record, pixels)
-            return _repeat(255 - gray if photometric == "MONOCHROME1" else gray)
-    if pixels.ndim == 3 and pixels.dtype == np.uint8:
-        # pydicom has already turned YBR into RGB.
-        return np.ascontiguousarray(pixels)
+        if photometric in {"MONOCHROME1", "MONOCHROME2"} and samples == 1:
+            return _repeat(display_gray(record, pixels))
+        if photometric == "PALETTE COLOR":
+            colours = apply_color_lut(pixels, record)[..., :3]
+            if colours.dtype == np.uint8 and pixels.max() > 255:  # pydicom counts them modulo 256
+                raise ValueError("its palette has more than 256 entries of 8 bits")
+            pixels, bits = colours, 8 * colours.itemsize
+    # pydicom has turned YBR into RGB.
+    right_bits = bits == 8 or not photometric.startswith("YBR_FULL")
+    if photometric in _COLOURS and pixels.ndim == 3 and pixels.dtype.kind == "u" and right_bits:
+        return np.ascontiguousarray(_scaled(pixels, bits, path))
     raise ValueError(
-        f"{path}: {photometric} data of {bits} bits are not supported; "
-        "MONOCHROME1, MONOCHROME2 and 8-bit RGB or YBR are"
+        f"{path}: {photometric} data of {samples} x {bits} bits are not supported; "
+        "MONOCHROME1, MONOCHROME2, RGB, PALETTE COLOR and 8-bit YBR are"
     )
+
+
+def left_out(path: str | Path) -> tuple[str, ...]:
+    """What `read_image` leaves out of one file, from its header, in words that a set can count.
+
+    Returns
+    -------
+    tuple of str
+        Some of ``further pictures``, ``transparency``, ``EXIF rotation``, ``colour profile`` (other than
+        sRGB), ``unequal pixel sides``; empty for most files.
+
+    Raises
+    ------
+    FileNotFoundError, ValueError
+        As `read_image`.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no image file at {path}")
+    with parsed(f"{path} is not a readable image", _ADVICE):
+        if _is_dicom(path):
+            return ("unequal pixel sides",) if unequal_sides(path) else ()
+        with _opened(path) as picture:
+            profile = (picture.info.get("icc_profile") or b"sRGB").replace(b"\0", b"")
+            sides = picture.info.get("dpi", (1, 1))
+            found = {
+                "further pictures": getattr(picture, "n_frames", 1) > 1,
+                "transparency": picture.has_transparency_data,
+                "EXIF rotation": picture.getexif().get(_ORIENTATION, 1) != 1,
+                "colour profile": b"sRGB" not in profile,
+                "unequal pixel sides": round(sides[0]) != round(sides[1]),
+            }
+    return tuple(what for what, there in found.items() if there)
 
 
 def image_shape(path: str | Path) -> tuple[int, int]:
@@ -127,10 +184,10 @@ def image_shape(path: str | Path) -> tuple[int, int]:
         raise FileNotFoundError(f"no image file at {path}")
     with parsed(f"{path} is not a readable image", _ADVICE):
         if _is_dicom(path):
-            header = _dicom_record(path, stop_before_pixels=True, specific_tags=["Rows", "Columns"])
-            shape = int(header.Rows), int(header.Columns)
+            header = read_record(path, stop_before_pixels=True, specific_tags=["SOPClassUID", "Rows", "Columns"])
+            shape = int(stated(header, "Rows")), int(stated(header, "Columns"))
         else:
-            with Image.open(path, formats=_FORMATS) as picture:
+            with _opened(path) as picture:
                 shape = picture.height, picture.width
         check_pixels(*shape)
     return shape
@@ -172,57 +229,39 @@ def fit_square(image: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
     return np.asarray(picture.crop((left, top, left + size, top + size)))
 
 
+@contextmanager
+def _opened(path: Path) -> Iterator[Image.Image]:
+    with Image.open(path, formats=_FORMATS) as picture:
+        if picture.format == "TIFF" and picture.n_frames > 1:
+            _seek_main_page(picture)
+        yield picture
+
+
+def _seek_main_page(picture: Image.Image) -> None:
+    main, size = 0, None
+    for page in range(picture.n_frames):
+        picture.seek(page)
+        if picture.tag_v2.get(_SUBFILE, 0) & (_REDUCED | _MASK):
+            continue
+        if size is None:
+            main, size = page, picture.size
+        elif picture.size == size:
+            raise ValueError(
+                f"pages {main + 1} and {page + 1} of {picture.n_frames} are both {size[1]} x {size[0]} pixels, and "
+                "which is meant it does not say; one image per file is expected, so split it first"
+            )
+    picture.seek(main)
+
+
 def _is_dicom(path: Path) -> bool:
-    suffix = path.suffix.lower()
-    return suffix in DICOM_SUFFIXES or (suffix not in IMAGE_SUFFIXES and is_dicom(path))
+    return path.suffix.lower() in DICOM_SUFFIXES or begins_as_dicom(path)
 
 
-def _dicom_record(path: Path, **options: Any) -> pydicom.Dataset:
-    syntax = read_file_meta_info(path).get("TransferSyntaxUID", UID(""))
-    # pydicom unpacks such a file as a whole before it looks at anything in it.
-    if syntax.is_deflated and path.stat().st_size * _LARGEST_DEFLATION > _MOST_INFLATED:
-        raise ValueError(f"it is deflated and may unpack to more than {_MOST_INFLATED:,} bytes; export it uncompressed")
-    return pydicom.dcmread(path, **options)
-
-
-def _decodes(syntax: UID) -> bool:
-    try:
-        return get_decoder(syntax).is_available
-    except NotImplementedError:
-        return False
-
-
-def _to_rgb(picture: Image.Image, path: Path, depth: int | None) -> NDArray[np.uint8]:
-    if picture.mode == "F":
-        raise ValueError(f"{path} holds floating-point values of unknown range; save it with 8 or 16 bits")
-    gray = picture.mode.startswith("I")
-    values = np.asarray(picture).astype(np.int64) if gray else np.array(picture.convert("RGB"))
-    full = 2 ** (depth or (16 if gray else 8)) - 1
-    if full > 255 and not gray:
-        raise ValueError(f"{path} holds 8 bits, fewer than depth={depth}; leave depth out")
+def _scaled(values: NDArray, bits: int, path: Path) -> NDArray[np.uint8]:
+    full = 2**bits - 1
     if values.min() < 0 or values.max() > full:
         raise ValueError(f"{path} holds values from {values.min()} to {values.max()}; full scale is {full}")
-    scaled = values if full == 255 else np.round(values * (255 / full))
-    return _repeat(scaled.astype(np.uint8)) if gray else scaled.astype(np.uint8)
-
-
-def _display_gray(record: pydicom.Dataset, pixels: NDArray) -> NDArray[np.uint8]:
-    values = apply_modality_lut(pixels, record)
-    low, high = float(values.min()), float(values.max())
-    if record.get("VOILUTSequence"):
-        low, high = 0.0, 2.0 ** record.VOILUTSequence[0].LUTDescriptor[2] - 1
-        values = apply_voi_lut(np.round(values).astype(np.int64), record)
-    elif record.get("WindowCenter") not in (None, ""):
-        # Both ends of the output scale, not of this image: a window must mean the same for every image.
-        with np.errstate(over="ignore"):
-            low, high = apply_voi_lut(np.array([-(2.0**40), 2.0**40]), record)
-            values = apply_voi_lut(values, record)
-    elif record.BitsStored <= 8 and record.get("PixelRepresentation", 0) == 0:
-        values, low, high = pixels, 0.0, 2.0**record.BitsStored - 1
-    if high == low:
-        return np.zeros(values.shape, np.uint8)
-    scaled = (values.astype(np.float64) - low) / (high - low)
-    return np.round(255 * np.clip(scaled, 0, 1)).astype(np.uint8)
+    return values.astype(np.uint8) if full == 255 else np.round(values * (255 / full)).astype(np.uint8)
 
 
 def _repeat(gray: NDArray[np.uint8]) -> NDArray[np.uint8]:

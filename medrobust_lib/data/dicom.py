@@ -1,0 +1,216 @@
+"""What DICOM files state, as far as `read_dicom` needs it: elements, streams, and the way from values to gray."""
+
+import struct
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pydicom
+from numpy.typing import NDArray
+from pydicom.datadict import dictionary_description
+from pydicom.encaps import generate_frames
+from pydicom.filereader import read_file_meta_info
+from pydicom.misc import is_dicom
+from pydicom.multival import MultiValue
+from pydicom.pixels import apply_windowing
+from pydicom.pixels.decoders.base import Decoder
+from pydicom.tag import Tag
+from pydicom.uid import (
+    UID,
+    DeflatedExplicitVRLittleEndian,
+    ExplicitVRBigEndian,
+    ExplicitVRLittleEndian,
+    ImplicitVRLittleEndian,
+    RLELossless,
+)
+
+_NEEDED = ("Rows", "Columns", "SamplesPerPixel", "PhotometricInterpretation", "BitsAllocated", "BitsStored")
+_NEEDED += ("PixelRepresentation", "PixelData")
+_SPACINGS = ("PixelAspectRatio", "PixelSpacing", "ImagerPixelSpacing")  # height first
+_START_OF_FRAME = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC} | {0xF7}  # markers of JPEG, and of JPEG-LS
+_MOST_INFLATED = 2**30  # bytes that a deflated file may unpack to
+_LARGEST_DEFLATION = 1032  # to 1: the limit of the method
+
+
+def begins_as_dicom(path: Path) -> bool:
+    """Whether a file begins with DICOM's preamble or, as old archives write it, with a first element."""
+    with path.open("rb") as stream:
+        start = stream.read(132)
+    return start[128:] == b"DICM" or start[:2] in {b"\2\0", b"\x08\0"}  # its group
+
+
+def read_record(path: Path, **options: Any) -> pydicom.Dataset:
+    """Read a file with `pydicom.dcmread`, with or without a preamble.
+
+    Raises
+    ------
+    Exception
+        Whatever pydicom trips over; ValueError where the file is no DICOM or may unpack to gigabytes.
+    """
+    if not begins_as_dicom(path):
+        raise ValueError("it does not begin as DICOM does")
+    # pydicom unpacks a deflated file as a whole before it looks at anything in it.
+    if is_dicom(path):
+        deflated = read_file_meta_info(path).get("TransferSyntaxUID", UID("")).is_deflated
+    else:
+        deflated = DeflatedExplicitVRLittleEndian.encode() in path.read_bytes()
+    if deflated and path.stat().st_size * _LARGEST_DEFLATION > _MOST_INFLATED:
+        raise ValueError(f"it is deflated and may unpack to more than {_MOST_INFLATED:,} bytes; export it uncompressed")
+    record = pydicom.dcmread(path, force=True, **options)
+    if "TransferSyntaxUID" not in record.file_meta:
+        implicit, little = record.original_encoding
+        explicit = ExplicitVRLittleEndian if little else ExplicitVRBigEndian
+        record.file_meta.TransferSyntaxUID = ImplicitVRLittleEndian if implicit else explicit
+    return record
+
+
+def stated(dataset: pydicom.Dataset, keyword: str) -> Any:
+    """Value of an element that has to be there; ValueError with its name and number where it is not."""
+    value = dataset.get(keyword)
+    if value is None or (isinstance(value, str | bytes) and not value):
+        meta = getattr(dataset, "file_meta", {})
+        kind = UID(dataset.get("SOPClassUID") or meta.get("MediaStorageSOPClassUID") or "").name
+        raise ValueError(f"its {kind or 'data set'} has no {dictionary_description(keyword)} {Tag(keyword)}")
+    return value
+
+
+def check_image(record: pydicom.Dataset) -> None:
+    """Refuse what is no image of whole numbers, naming the element.
+
+    Raises
+    ------
+    ValueError
+        A missing element, floating-point values, or numbers of samples and bits that cannot be.
+    """
+    if "FloatPixelData" in record or "DoubleFloatPixelData" in record:
+        raise ValueError("it holds floating-point values of unknown range")
+    for keyword in _NEEDED:
+        stated(record, keyword)
+    samples, allocated, bits = record.SamplesPerPixel, record.BitsAllocated, record.BitsStored
+    highest = record.get("HighBit", bits - 1)
+    if samples not in (1, 3) or not 1 <= bits <= allocated <= 32 or highest != bits - 1:
+        raise ValueError(f"{samples} samples per pixel, {bits} of {allocated} bits stored, the highest {highest}")
+
+
+def unequal_sides(path: Path) -> bool:
+    """Whether pixels are not square, from the header."""
+    header = read_record(path, stop_before_pixels=True, specific_tags=list(_SPACINGS))
+    height, width = next((header.get(keyword) for keyword in _SPACINGS if header.get(keyword)), (1, 1))
+    return float(height) != float(width)
+
+
+def plug_ins(decoder: Decoder) -> str:
+    """What to install that decodes this compression; empty where nothing is missing."""
+    # Not GDCM: at a damaged stream it ends the process.
+    needs = (words.partition(" - requires ") for words in decoder.missing_dependencies)
+    missing = " or ".join(packages for name, _, packages in needs if name != "gdcm")
+    return missing and f'Install {missing}: pip install "medrobust-lib[dicom]"; or export the image uncompressed.'
+
+
+def check_stream(record: pydicom.Dataset) -> None:
+    """Refuse a compressed stream of another size than the header's: decoders believe it, at any cost."""
+    syntax = record.file_meta.TransferSyntaxUID
+    if not syntax.is_encapsulated or syntax == RLELossless:
+        return
+    stream = next(generate_frames(record.PixelData, number_of_frames=1))
+    if stream.startswith(b"\xff\xd8"):  # JPEG and JPEG-LS
+        at = 2
+        while stream[at + 1] not in _START_OF_FRAME:
+            at += 1 if stream[at + 1] == 0xFF else 2 + int.from_bytes(stream[at + 2 : at + 4], "big")
+        rows, columns = struct.unpack_from(">HH", stream, at + 5)
+    else:  # JPEG 2000
+        columns, rows, left, top = struct.unpack_from(">IIII", stream, stream.index(b"\xff\x4f\xff\x51") + 8)
+        rows, columns = rows - top, columns - left
+    if (rows, columns) != (record.Rows, record.Columns):
+        raise ValueError(f"its header states {record.Rows} x {record.Columns} pixels, its stream {rows} x {columns}")
+
+
+def display_gray(record: pydicom.Dataset, pixels: NDArray) -> NDArray[np.uint8]:
+    """Stored values of one monochrome frame as viewers show them (see `read_dicom`).
+
+    Parameters
+    ----------
+    record : Dataset
+        Changed: what its functional groups say comes up, and its first complete window alone stays.
+    pixels : integer [H, W]
+
+    Returns
+    -------
+    uint8 [H, W]
+    """
+    _bring_up_functional_groups(record)
+    padding = _padding(record, pixels)
+    values = _modality(record, pixels.astype(np.int64))
+    if record.get("VOILUTSequence"):
+        values, high = _looked_up(record, record.VOILUTSequence[0], values)
+        low = 0
+    elif _has_window(record):
+        # Both ends of the output scale, not of this image: a window must mean the same for every image.
+        with np.errstate(over="ignore"):
+            low, high = apply_windowing(np.array([-(2.0**40), 2.0**40]), record)
+            values = apply_windowing(values, record)
+    elif record.BitsStored <= 8:
+        lowest = -(2 ** (record.BitsStored - 1)) if record.PixelRepresentation else 0
+        every = _modality(record, np.arange(lowest, lowest + 2**record.BitsStored))
+        low, high = every.min(), every.max()
+    else:
+        image = values[~padding]
+        low, high = (image.min(), image.max()) if len(image) else (0, 0)
+    if not np.isfinite(float(low) + float(high)):
+        raise ValueError("its rescale or window is not finite")
+    scaled = (values.astype(np.float64) - low) / (high - low or np.inf)
+    gray = np.round(255 * np.clip(scaled, 0, 1)).astype(np.uint8)
+    if record.PhotometricInterpretation == "MONOCHROME1" or record.get("PresentationLUTShape") == "INVERSE":
+        gray = 255 - gray
+    return np.where(padding, np.uint8(0), gray)
+
+
+def _bring_up_functional_groups(record: pydicom.Dataset) -> None:  # PS3.3 C.7.6.16, of the only frame
+    for groups in ("SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence"):
+        for group in list(record.get(groups) or [])[:1]:
+            for macro in ("PixelValueTransformationSequence", "FrameVOILUTSequence"):
+                for item in list(group.get(macro) or [])[:1]:
+                    record.update(item)
+
+
+def _has_window(record: pydicom.Dataset) -> bool:
+    record.VOILUTFunction = function = str(record.get("VOILUTFunction") or "LINEAR").upper()
+    values = (record.get(keyword) for keyword in ("WindowCenter", "WindowWidth"))
+    lists = (value if isinstance(value, MultiValue) else [value] for value in values)
+    for center, width in zip(*lists, strict=False):
+        missing = {None, ""} & {center, width}
+        if not missing and width > 0 and (width >= 1 or function != "LINEAR"):  # PS3.3 C.11.2.1
+            record.WindowCenter, record.WindowWidth = center, width
+            return True
+    return False
+
+
+def _padding(record: pydicom.Dataset, pixels: NDArray) -> NDArray[np.bool_]:
+    """Where the stored values are no image (PS3.3 C.7.5.1.1.2)."""
+    value, limit = record.get("PixelPaddingValue"), record.get("PixelPaddingRangeLimit")
+    if value is None:
+        return np.zeros(pixels.shape, bool)
+    # These two are often written with the wrong sign; the pixels' own counts.
+    low, high = np.sort(np.array([value, value if limit is None else limit]).astype(pixels.dtype))
+    return (pixels >= low) & (pixels <= high)
+
+
+def _modality(record: pydicom.Dataset, pixels: NDArray) -> NDArray:
+    if record.get("ModalityLUTSequence"):
+        return _looked_up(record, record.ModalityLUTSequence[0], pixels)[0]
+    slope, intercept = record.get("RescaleSlope"), record.get("RescaleIntercept")
+    return pixels * float(1 if slope is None else slope) + float(intercept or 0)
+
+
+def _looked_up(record: pydicom.Dataset, item: pydicom.Dataset, values: NDArray) -> tuple[NDArray, float]:
+    """Values through a modality or VOI LUT, and the top of its scale; pydicom counts entries of 8 bits modulo 256."""
+    count, first, bits = stated(item, "LUTDescriptor")
+    data, count = stated(item, "LUTData"), count % 65536 or 65536
+    if isinstance(data, bytes):
+        order = "<" if record.file_meta.TransferSyntaxUID.is_little_endian else ">"
+        data = np.frombuffer(data, f"{order}u2" if len(data) >= 2 * count else np.uint8)
+    table = np.asarray(data, np.int64).reshape(-1)[:count]
+    if first > 32767 and values.min() < 0:  # a negative number, written without its sign
+        first -= 65536
+    found = table[np.clip(np.round(values).astype(np.int64) - first, 0, len(table) - 1)]
+    return found, min(2**bits - 1, table.max())
