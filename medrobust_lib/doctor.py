@@ -82,7 +82,7 @@ def _packages() -> str:
             differ.append(f"{name} {installed} (tested: {pin})")
     if differ:
         raise RuntimeError(
-            f"not as tested: {'; '.join(differ)}. `pip install -c constraints.txt -e .[dev,cluster]` mends it"
+            f"not as tested: {'; '.join(differ)}. `pip install -c constraints.txt -e .[dev,cluster,dicom]` mends it"
         )
     return f"{len(pins)} packages at their tested versions"
 

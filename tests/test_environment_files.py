@@ -57,6 +57,8 @@ def test_every_package_that_is_named_is_used():
         "open-clip-torch": "open_clip", "scikit-learn": "sklearn", "pillow": "PIL", "pyyaml": "yaml",
         "pytest-cov": "--cov", "jupyterlab": "jupyter lab", "ipykernel": "-m ipykernel", "nbclient": "jupyter execute",
         "nbval": "--nbval-lax", "pytest-xdist": "--dist loadfile", "playwright": "playwright.sync_api",
+        "pylibjpeg": "decoders.pylibjpeg", "pyjpegls": "decoders.pyjpegls",
+        "pylibjpeg-libjpeg": '"pylibjpeg-libjpeg"', "pylibjpeg-openjpeg": '"pylibjpeg-openjpeg"',
     }  # fmt: skip
     sources = [*ROOT.glob("medrobust_lib/**/*.py"), *ROOT.glob("data_scripts/*.py"), *ROOT.glob("tests/**/*.py")]
     sources = [path for path in sources if path != Path(__file__)] + [ROOT / "Makefile"]

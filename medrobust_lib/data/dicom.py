@@ -51,7 +51,7 @@ def read_record(path: Path, **options: Any) -> pydicom.Dataset:
         raise ValueError("it does not begin as DICOM does")
     # pydicom unpacks a deflated file as a whole before it looks at anything in it.
     if is_dicom(path):
-        deflated = read_file_meta_info(path).get("TransferSyntaxUID", UID("")).is_deflated
+        deflated = read_file_meta_info(path).get("TransferSyntaxUID") == DeflatedExplicitVRLittleEndian
     else:
         deflated = DeflatedExplicitVRLittleEndian.encode() in path.read_bytes()
     if deflated and path.stat().st_size * _LARGEST_DEFLATION > _MOST_INFLATED:
@@ -101,6 +101,8 @@ def unequal_sides(path: Path) -> bool:
 
 def plug_ins(decoder: Decoder) -> str:
     """What to install that decodes this compression; empty where nothing is missing."""
+    if "pydicom" in decoder.available_plugins:  # nobody needs more for run lengths
+        return ""
     # Not GDCM: at a damaged stream it ends the process.
     needs = (words.partition(" - requires ") for words in decoder.missing_dependencies)
     missing = " or ".join(packages for name, _, packages in needs if name != "gdcm")
