@@ -103,6 +103,7 @@ def read_corrupted(
     }
     with parsed(f"{folder / description} does not describe {folder / file}", _ANEW):
         provenance = {
+            "caveats": [],  # of sets written before there were any
             **facts["provenance"],
             "read_from": str(folder / file),
             "corruption": done,
@@ -255,6 +256,7 @@ def _read_foreign(
             "split_size": len(labels),
             "corruption": {"name": corruption if severity else CLEAN, "severity": severity},
             "verified": "nothing: no manifest beside the files",
+            "caveats": [],  # what corruptions do to images is no fault of the set
         },
         indices=np.arange(len(labels)),
     )

@@ -12,6 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from medrobust_lib.data.inspection import close_names, seen_in, tell
+from medrobust_lib.data.wording import check_distinct
+
 _ROW_OF_THUMBNAILS, _MOST_THUMBNAILS = 9, 16
 _THUMBNAIL_SIDE = 88
 
@@ -37,7 +40,9 @@ class ImageDataset:
     modality, licence : str
         For people; never parsed.
     provenance : dict
-        JSON values: source, what was resized, whether the images are synthetic, how they were drawn.
+        JSON values: source, what was resized, whether the images are synthetic, how they were drawn, and under
+        ``caveats`` the sentences that a result card must carry. Where ``caveats`` is missing, the images are looked
+        at (see `seen_in`), what was found is put there, and one warning says it.
     indices : int64 [n]
         Position of each image in its full split, so that a noise stream belongs to an image and not to
         its place in a subset.
@@ -47,8 +52,9 @@ class ImageDataset:
     TypeError
         Wrong dtype of images, labels or indices, or provenance that JSON cannot hold.
     ValueError
-        Wrong shapes, no images, fewer than two classes, a label outside the class list, a template
-        without its ``{}``, or an index that is negative or repeated.
+        Wrong shapes, no images, fewer than two classes, class names that differ in case, spaces or the form of
+        accents only, a label outside the class list, a template without its ``{}``, or an index that is negative or
+        repeated.
     """
 
     id: str
@@ -83,6 +89,12 @@ class ImageDataset:
         if self.indices.min() < 0 or len(np.unique(self.indices)) < len(self.indices):
             raise ValueError(f"{self.id}: indices must be distinct positions >= 0 in the full split")
         json.dumps(self.provenance)
+        if "caveats" not in self.provenance:
+            names = [f"image {index}" for index in self.indices]
+            found = seen_in(self.images, self.labels, names=names, shapes=[self.images.shape[1:3]])
+            found += close_names(self.classes, list(self.class_counts().values()))
+            object.__setattr__(self, "provenance", {**self.provenance, "caveats": found})
+            tell(self.id, found)
 
     def __len__(self) -> int:
         return len(self.images)
@@ -96,6 +108,11 @@ class ImageDataset:
     def start_template(self) -> str:
         """Hand-written prompt that per-image adaptation starts from: the papers', else the first template."""
         return self.provenance.get("start_template", self.templates[0])
+
+    @property
+    def caveats(self) -> list[str]:
+        """What a reader of any number on these images must know about them; sentences."""
+        return list(self.provenance["caveats"])
 
     def subset(self, positions: Sequence[int] | NDArray[np.int64] | NDArray[np.bool_]) -> "ImageDataset":
         """Return the images at the given positions of this data set (or under a boolean mask).
@@ -152,6 +169,7 @@ class ImageDataset:
             "resized": self.provenance.get("resized") or "no",
             "source": self.provenance.get("source", "not stated"),
             "licence": self.licence,
+            **({"caveats": " ".join(self.caveats)} if self.caveats else {}),
         }
         return _card(self.id, facts, self._thumbnails(), synthetic=self.synthetic)
 
@@ -167,7 +185,7 @@ class ImageDataset:
 
 
 def check_classes(classes: Sequence[str], source: str) -> None:
-    """Raise ValueError unless there are two or more distinct, non-empty class names."""
+    """Raise ValueError unless there are two or more non-empty class names that are distinct when `folded`."""
     if len(classes) < 2:
         raise ValueError(
             f"{source}: one class only ({', '.join(map(repr, classes)) or 'none'}); "
@@ -178,6 +196,7 @@ def check_classes(classes: Sequence[str], source: str) -> None:
             raise ValueError(f"{source}: empty class name in {list(classes)}")
         if list(classes).count(name) > 1:
             raise ValueError(f"{source}: class name {name!r} appears twice in {list(classes)}")
+    check_distinct(classes, f"{source}: class names", "write them alike where they are one class")
 
 
 def check_labels(labels: NDArray[np.int64], classes: Sequence[str], source: str) -> None:

@@ -3,10 +3,11 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageOps
 from pydicom.pixels import apply_color_lut, get_decoder
 
 from medrobust_lib.data.dicom import (
@@ -20,6 +21,8 @@ from medrobust_lib.data.dicom import (
     unequal_sides,
 )
 from medrobust_lib.files import parsed
+
+Fit = Literal["crop", "pad"]
 
 DICOM_SUFFIXES = frozenset({".dcm", ".dicom"})
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp"}) | DICOM_SUFFIXES
@@ -205,14 +208,16 @@ def check_pixels(height: int, width: int) -> None:
         raise ValueError(f"its header states {height} x {width} pixels; 1 to {MOST_PIXELS:,} can be read")
 
 
-def fit_square(image: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
-    """Bring the shortest edge to ``size`` (bicubic, antialiased) and crop the centre square.
+def fit_square(image: NDArray[np.uint8], size: int, *, fit: Fit = "crop") -> NDArray[np.uint8]:
+    """Bring the shortest edge to ``size`` (bicubic, antialiased) and crop the centre square, or pad to a square.
 
     Parameters
     ----------
     image : uint8 [H, W, 3]
     size : int
         Side in pixels, positive.
+    fit : {"crop", "pad"}
+        ``pad`` brings the longest edge to ``size`` and centres the image between black bars.
 
     Returns
     -------
@@ -222,6 +227,8 @@ def fit_square(image: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
     height, width = image.shape[:2]
     if (height, width) == (size, size):
         return image
+    if fit == "pad":
+        return np.asarray(ImageOps.pad(Image.fromarray(image), (size, size), Image.Resampling.BICUBIC))
     scale = size / min(height, width)
     height, width = max(size, round(height * scale)), max(size, round(width * scale))
     picture = Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC)

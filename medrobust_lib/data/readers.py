@@ -5,7 +5,9 @@ matched to the class list by name wherever the source states names, never by pos
 """
 
 import re
+import unicodedata
 import zipfile
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,8 +20,9 @@ from numpy.typing import NDArray
 
 from medrobust_lib.data.dataset import check_labels
 from medrobust_lib.data.decoding import IMAGE_SUFFIXES, MOST_PIXELS, check_pixels, image_shape, read_image
+from medrobust_lib.data.inspection import first_of
 from medrobust_lib.data.npz import member_header, member_labels, member_names_of, member_rows, whole_numbers
-from medrobust_lib.data.wording import ClassWording, suggest
+from medrobust_lib.data.wording import ClassWording, composed, suggest
 from medrobust_lib.files import parsed
 
 UNSPLIT = "all"
@@ -27,6 +30,7 @@ SPLITS = ("train", "val", "test")
 _SPLIT_SPELLINGS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val"}
 _SPLIT_SPELLINGS |= {"test": "test", "testing": "test"}
 
+_LITTER = {"thumbs.db", "desktop.ini", "__macosx", "@eadir"}  # that systems leave in folders, beside hidden files
 _SHOWN_PATH = 80  # characters
 _MOST_BRACKETS = 1000
 _AGAIN = "Download the set again."
@@ -56,6 +60,12 @@ class Split:
         File or folder that was read.
     splits : tuple of str
         All splits of the source; ``("all",)`` where it is not divided.
+    files : tuple of N str
+        File of every image below the source; empty where the images are not files.
+    totals : tuple of int
+        Images of each class in all splits together, where they were counted.
+    caveats : tuple of str
+        What the reader left out or took for granted, in sentences for the result cards.
     """
 
     split: str
@@ -66,6 +76,9 @@ class Split:
     read: Callable[[NDArray[np.int64]], Images]
     source: str
     splits: tuple[str, ...] = SPLITS
+    files: tuple[str, ...] = ()
+    totals: tuple[int, ...] = ()
+    caveats: tuple[str, ...] = ()
 
 
 def medmnist_file(folder: Path, name: str, image_size: int | None) -> Path | None:
@@ -164,34 +177,47 @@ def medimeta_split(folder: Path, split: str, wording: ClassWording) -> Split:
     return Split(split, labels, wording.names, wording.prompt_nouns, shapes, read, str(folder), splits)
 
 
-def class_folder_split(root: Path, split: str) -> Split:
+def class_folder_split(root: Path, split: str, *, bit_depth: int | None = None) -> Split:
     """List a split of class folders: ``root[/images]/{train,val,test}/{class}/files`` or ``root/{class}/files``.
 
     Where no split folder exists every image belongs to the split ``all``, which also answers to the
     default ``test``; ``train`` and ``val`` are refused, so that nobody trains on what they test. Classes
     are the union over all splits, so that a class missing from one split shifts no label; they are
-    sorted by name, or by number where all names are numbers. An optional ``classnames.txt`` (folder
-    name, space, human name) gives them words. Links to images and to folders are followed.
+    sorted by name, or by number where all names are numbers. An optional ``classnames.txt`` gives them words: a line
+    for each, the folder's name, then a tab or space, then the name in words. Links to images and to class folders are
+    followed.
+
+    Images in folders below a class folder, such as those of patients, belong to that class. A file is an image by its
+    suffix, or, with any other suffix or none, by its content. What is left out is named in ``caveats``: files in class
+    folders that are no readable images, images outside the class folders, folders beside the splits, and links that
+    lead nowhere. Hidden files and what systems leave behind (Thumbs.db, desktop.ini, __MACOSX, @eaDir) are left out
+    without a word.
+
+    Parameters
+    ----------
+    root : Path
+    split : str
+    bit_depth : int or None
+        As ``depth`` of `read_image`.
 
     Raises
     ------
     FileNotFoundError
         No such folder.
     ValueError
-        No images, an empty class folder, an unknown split, or a folder ``classnames.txt`` does not name.
+        No images, another layout, an empty class folder, an unknown split, or a folder ``classnames.txt`` does not
+        name.
     """
+    if root.is_file():
+        raise ValueError(f"{root} is no folder but {file_advice(root)}")
     if not root.is_dir():
         raise FileNotFoundError(f"no folder at {root.absolute()}")
     base, folders = _split_folders(root)
     split = resolve_split(split, tuple(folders), str(root))
-    listing = {name: _class_files(folder) for name, folder in folders.items()}
+    found = {name: _class_files(folder) for name, folder in folders.items()}
+    listing = {name: classes for name, (classes, _) in found.items()}
     codes = _ordered({code for classes in listing.values() for code in classes})
-    if not any(files for classes in listing.values() for files in classes.values()):
-        suffixes = ", ".join(sorted(IMAGE_SUFFIXES))
-        raise ValueError(
-            f"no images in {root}: expected {root.name}/CLASS/FILE or {root.name}/SPLIT/CLASS/FILE with one of "
-            f"{suffixes}"
-        )
+    _check_layout(root, folders, listing)
     for code in codes:
         if code.encode("utf-8", "ignore").decode() != code:
             raise ValueError(f"class folder {code!r} in {base} has a name that is not UTF-8; rename it")
@@ -200,16 +226,47 @@ def class_folder_split(root: Path, split: str) -> Split:
     files = [(path, label) for label, code in enumerate(codes) for path in listing[split].get(code, [])]
     if not files:
         raise ValueError(f"no images in split {split!r} of {root} ({folders[split]})")
-    shapes, read = _file_images([path for path, _ in files])
-    labels = np.array([label for _, label in files], dtype=np.int64)
-    return Split(split, labels, codes, _names(codes, (root, base)), shapes, read, str(root), tuple(folders))
+    paths = [path for path, _ in files]
+    shapes, read = _file_images(paths, bit_depth)
+    out = [path for _, others in found.values() for path in others]
+    if folders.get(UNSPLIT) != base:
+        out += [
+            child for child in _children(base) if child not in folders.values() and (child.is_dir() or _is_image(child))
+        ]
+    caveats = []
+    if out:
+        names = [str(path.relative_to(root)) for path in out]
+        caveats.append(
+            f"{len(out)} files or folders of {root.resolve().name} are left out, as no readable images or outside the "
+            f"class folders: {first_of(names)}."
+        )
+    nested = [path for path in paths if path.parent.parent != folders[split]]
+    if nested:
+        caveats.append(
+            f"{len(nested)} of {len(paths)} images lie in folders below their class folder "
+            f"({first_of([str(path.relative_to(root)) for path in nested])}) and were taken for images of that class."
+        )
+    return Split(
+        split,
+        np.array([label for _, label in files], dtype=np.int64),
+        codes,
+        _names(codes, (root, base)),
+        shapes,
+        read,
+        str(root),
+        tuple(folders),
+        files=tuple(str(path.relative_to(root)) for path in paths),
+        totals=tuple(sum(len(classes.get(code, [])) for classes in listing.values()) for code in codes),
+        caveats=tuple(caveats),
+    )
 
 
-def csv_split(path: Path, split: str) -> Split:
+def csv_split(path: Path, split: str, *, bit_depth: int | None = None) -> Split:
     """List a split of a CSV table with the columns ``path``, ``label`` and, optionally, ``split``.
 
     Relative paths start at the CSV's folder and must stay inside it; absolute paths are taken as
-    written. Labels are class names or integers, kept as text (``NA`` is a class name like any other)
+    written. A path that names no file is also tried with forward slashes for backslashes and with its accents
+    composed or decomposed. Labels are class names or integers, kept as text (``NA`` is a class name like any other)
     and ordered as class folders are; ``classnames.txt`` beside the CSV gives them words. Without a
     split column every row belongs to the split ``all`` (see `class_folder_split`).
 
@@ -218,36 +275,57 @@ def csv_split(path: Path, split: str) -> Split:
     FileNotFoundError
         The CSV or an image it lists does not exist.
     ValueError
-        A column or value is missing, a split is unknown, an image is listed twice, or a relative path
-        leaves the folder; the line is named.
+        A column or value is missing, a row is longer than the header, a split is unknown, an image is listed twice, or
+        a relative path leaves the folder; the line is named.
     """
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder, not a table: write folder:{path}, or csv: and the table's own path")
     if not path.is_file():
         raise FileNotFoundError(f"no CSV file at {path.absolute()}")
-    with parsed(f"{path} is not a readable CSV table (UTF-8, commas)"):
-        # What a short row leaves out is NaN all the same.
-        table = pd.read_csv(path, dtype=str, keep_default_na=False, skipinitialspace=True).fillna("")
-    missing = [column for column in ("path", "label") if column not in table]
-    if missing:
-        raise ValueError(f"{path} has no column {missing[0]!r}; its columns are {', '.join(table)}")
-    if table.empty:
-        raise ValueError(f"no images in {path}: the table has no rows")
-    rows = [_csv_row(path, number, row) for number, row in enumerate(table.to_dict("records"), start=2)]
+    table = _csv_table(path)
+    lines = zip(table.index, table.to_dict("records"), strict=True)
+    rows = {number: _csv_row(path, number, row) for number, row in lines}
     seen: dict[Path, int] = {}
-    for number, (file, _, _) in enumerate(rows, start=2):
+    for number, (file, _, _) in rows.items():
         if file in seen:
             raise ValueError(f"{path}, lines {seen[file]} and {number}: {file} is listed twice")
         seen[file] = number
-    splits = tuple(sorted({row_split for _, _, row_split in rows}))
+    splits = tuple(sorted({row_split for _, _, row_split in rows.values()}))
     split = resolve_split(split, splits, str(path))
-    codes = _ordered({label for _, label, _ in rows})
+    codes = _ordered({label for _, label, _ in rows.values()})
     label_of = {code: label for label, code in enumerate(codes)}
-    chosen = [(file, label_of[label]) for file, label, row_split in rows if row_split == split]
+    chosen = [(file, label_of[label]) for file, label, row_split in rows.values() if row_split == split]
     for file, _ in chosen:
         if not file.is_file():
-            raise FileNotFoundError(f"{path}, line {seen[file]}: no image file at {file}")
-    shapes, read = _file_images([file for file, _ in chosen])
+            drive = "; a path with a drive is one of Windows: write it relative to the table's folder"
+            hint = drive if re.search(r"(^|/)[A-Za-z]:[\\/]", str(file)) else ""
+            raise FileNotFoundError(f"{path}, line {seen[file]}: no image file at {file}{hint}")
+    shapes, read = _file_images([file for file, _ in chosen], bit_depth)
     labels = np.array([label for _, label in chosen], dtype=np.int64)
-    return Split(split, labels, codes, _names(codes, (path.parent,)), shapes, read, str(path), splits)
+    counts = Counter(label for _, label, _ in rows.values())
+    folder = path.absolute().parent
+    return Split(
+        split, labels, codes, _names(codes, (path.parent,)), shapes, read, str(path), splits,
+        files=tuple(str(file.relative_to(folder)) if file.is_relative_to(folder) else file.name for file, _ in chosen),
+        totals=tuple(counts[code] for code in codes),
+    )  # fmt: skip
+
+
+def file_advice(path: Path) -> str:
+    """What a file is that was given where a folder or another table is expected, and how to give it."""
+    kind = "".join(path.suffixes[-2:]).lower()
+    if path.suffix.lower() in {".csv", ".tsv", ".txt"}:
+        return f"a table: write csv:{path}"
+    if path.suffix.lower() in {".npz", ".npy"}:
+        return (
+            "a file of NumPy arrays: MedMNIST's are read by name, such as medmnist/breast with root=FOLDER where "
+            "FOLDER/medmnist/breastmnist.npz lies; make an ImageDataset of other arrays, or save them as CLASS/FILE.png"
+        )
+    if kind.endswith((".zip", ".tar", ".tar.gz", ".tgz", ".7z", ".rar")):
+        return "an archive: unpack it and write folder: and the folder that came out"
+    if _is_image(path):
+        return "an image: write folder: and the folder that holds the class folders, CLASS/FILE"
+    return "a file: write folder: and a folder of class folders, or csv: and a table of images"
 
 
 def resolve_split(split: str, available: Sequence[str], source: str) -> str:
@@ -277,19 +355,84 @@ def _split_folders(root: Path) -> tuple[Path, dict[str, Path]]:
     return root, {UNSPLIT: root}
 
 
+def _children(folder: Path) -> list[Path]:
+    kept = (path for path in folder.iterdir() if not path.name.startswith(".") and path.name.lower() not in _LITTER)
+    return sorted(kept)
+
+
 def _subfolders(folder: Path) -> list[Path]:
-    return sorted(child for child in folder.iterdir() if child.is_dir() and not child.name.startswith("."))
+    return [child for child in _children(folder) if child.is_dir()]
 
 
-def _class_files(folder: Path) -> dict[str, list[Path]]:
-    return {
-        child.name: sorted(
-            file
-            for file in child.iterdir()
-            if file.suffix.lower() in IMAGE_SUFFIXES and not file.name.startswith(".") and file.is_file()
-        )
-        for child in _subfolders(folder)
+def _class_files(folder: Path) -> tuple[dict[str, list[Path]], list[Path]]:
+    """The images of each class folder, and what is left out: other files there, and images beside the folders."""
+    classes: dict[str, list[Path]] = {}
+    out = [child for child in _children(folder) if not child.is_dir() and _is_image(child)]
+    for child in _subfolders(folder):
+        below = sorted(_files_below(child))
+        classes[child.name] = [path for path in below if path.is_file() and _is_image(path)]
+        kept = set(classes[child.name])
+        out += [path for path in below if path not in kept]
+    return classes, out
+
+
+def _files_below(folder: Path) -> Iterator[Path]:
+    for child in _children(folder):
+        if child.is_dir() and not child.is_symlink():  # a link may lead back up
+            yield from _files_below(child)
+        else:
+            yield child
+
+
+def _is_image(path: Path) -> bool:
+    """Whether a file says by its suffix, or else by its content, that `read_image` reads it."""
+    if path.suffix.lower() in IMAGE_SUFFIXES:
+        return True
+    try:
+        return path.is_file() and min(image_shape(path)) > 0
+    except (OSError, ValueError):
+        return False
+
+
+def _check_layout(root: Path, folders: Mapping[str, Path], listing: Mapping[str, Mapping[str, list[Path]]]) -> None:
+    """Refuse folders that are no class folders, and say what they look like."""
+    expected = f"expected {root.name}/CLASS/FILE or {root.name}/SPLIT/CLASS/FILE"
+    where = {
+        path: folders[split] / code for split, classes in listing.items() for code in classes for path in classes[code]
     }
+    if not where:
+        (flat, *_) = [[path for path in _children(folder) if _is_image(path)] for folder in folders.values()]
+        if flat:
+            raise ValueError(
+                f"{len(flat)} images lie in {flat[0].parent} itself ({first_of([path.name for path in flat])}), and "
+                f"nothing says their classes: {expected}. Put each into a folder named after its class, or list them "
+                "in a table with the columns path and label and write csv: and its path"
+            )
+        held = first_of([child.name for child in _children(root)]) or "nothing"
+        raise ValueError(
+            f"no images in {root}: {expected} with one of {', '.join(sorted(IMAGE_SUFFIXES))}, or with another suffix "
+            f"and content of these kinds. It holds {held}"
+        )
+    below: dict[Path, set[str]] = {}
+    for path, folder in where.items():
+        below.setdefault(folder, set()).add(path.relative_to(folder).parts[0] if path.parent != folder else "")
+    inner = set.union(*below.values())
+    names = first_of(sorted(inner))
+    only = {folder.name for folder in below}
+    for folder, parts in below.items():
+        if any(part.lower() in _SPLIT_SPELLINGS for part in parts) and len(only) > 1:
+            raise ValueError(
+                f"{folder} holds folders for splits ({names}): {expected}. Make the splits the outer folders"
+            )
+    if len(only) == 1 and "" not in inner:
+        (name,) = only
+        fix = f"write folder:{root / name}" if UNSPLIT in folders else f"move what {name} holds up one level"
+        raise ValueError(f"in {root} there is one folder only, {name!r}, which holds folders ({names}): {fix}")
+    if len(below) > 1 and len(inner) > 1 and "" not in inner and all(parts == inner for parts in below.values()):
+        raise ValueError(
+            f"the folders {first_of(sorted(only))} of {root} hold the same folders ({names}), so either may be the "
+            f"classes: {expected}. If these are, write folder: and one of those; or list the images in a table, csv:"
+        )
 
 
 def _ordered(codes: Iterable[str]) -> tuple[str, ...]:
@@ -303,14 +446,57 @@ def _names(codes: Sequence[str], folders: Sequence[Path]) -> tuple[str, ...]:
         path = folder / "classnames.txt"
         if path.is_file():
             with parsed(f"{path} is no list of class names in UTF-8"):
-                text = path.read_text(encoding="utf-8")
-            lines = [line.split(maxsplit=1) for line in text.splitlines() if line.strip()]
-            named = {words[0]: words[-1].strip() for words in lines}
+                lines = path.read_text(encoding="utf-8-sig").splitlines()
+            named = dict(_named(unicodedata.normalize("NFC", line), codes) for line in lines if line.strip())
             for code in codes:
-                if code not in named:
-                    raise ValueError(f"{path} gives no name for class {code!r}; it names {', '.join(named)}")
-            return tuple(named[code] for code in codes)
+                if composed(code) not in named:
+                    raise ValueError(
+                        f"{path} gives no name for class {code!r}; it names {', '.join(named)}. Write a line with the "
+                        "class, a tab, and its name in words"
+                    )
+            return tuple(named[composed(code)] for code in codes)
     return tuple(re.sub(r"[_\-\s]+", " ", code).strip() for code in codes)
+
+
+def _named(line: str, codes: Sequence[str]) -> tuple[str, str]:
+    """Class and name of a line: up to its tab, else the longest class that it begins with, else its first word."""
+    code, tab, name = line.partition("\t")
+    if not tab or not code.strip():
+        begun = [code for code in map(composed, codes) if f"{line.strip()} ".startswith(f"{code} ")]
+        code = max(begun, key=len, default=line.split(maxsplit=1)[0])
+        name = line.strip()[len(code) :]
+    return code.strip(), name.strip() or code.strip()
+
+
+def _csv_table(path: Path) -> pd.DataFrame:
+    """Rows of a table as text, the index their lines; refuse another form, saying which it is."""
+    advice = "Save it as CSV with commas in UTF-8, and put a path or label with a comma in it into quotes."
+    with parsed(f"{path} is not a readable CSV table (UTF-8, commas)", advice):
+        with path.open(encoding="utf-8-sig") as stream:
+            first = stream.readline().strip()
+        for delimiter, called in {";": "semicolons", "\t": "tabs", "|": "vertical bars"}.items():
+            if delimiter in first and "," not in first:
+                raise ValueError(f"it has {called} between its columns {first.replace(delimiter, ', ')}")
+        # The header is read as a row like the others: beside a longer row pandas would take the first column for names.
+        table = pd.read_csv(
+            path, header=None, dtype=str, keep_default_na=False, skipinitialspace=True, skip_blank_lines=False,
+            encoding="utf-8-sig",
+        ).fillna("")  # fmt: skip
+        table.index += 1
+        table = table[(table != "").any(axis=1)]
+        if table.empty:
+            raise ValueError("it is empty")
+    header, table = [name.strip() for name in table.iloc[0]], table.iloc[1:]
+    for column, least in {"path": 1, "label": 1, "split": 0}.items():
+        if not least <= header.count(column) <= 1:
+            raise ValueError(
+                f"{path} has {'more than one' if column in header else 'no'} column {column!r}; its columns are "
+                f"{', '.join(header)}. Call the column of the files path, that of the classes label and, if there is "
+                "one, that of the splits split"
+            )
+    if table.empty:
+        raise ValueError(f"no images in {path}: the table has no rows")
+    return table.set_axis(header, axis=1)[[name for name in ("path", "label", "split") if name in header]]
 
 
 def _csv_row(table: Path, number: int, row: Mapping[str, str]) -> tuple[Path, str, str]:
@@ -319,10 +505,9 @@ def _csv_row(table: Path, number: int, row: Mapping[str, str]) -> tuple[Path, st
             raise ValueError(f"{table}, line {number}: no {column}")
     folder = table.absolute().parent
     written = Path(row["path"].strip())
-    file = written if written.is_absolute() else folder / written
     try:
+        file = _as_named(folder, str(written))
         leaves = not file.resolve().is_relative_to(folder.resolve())
-        file.is_file()
     except (OSError, ValueError, RuntimeError) as error:  # too long for the system, a NUL in it, links in a circle
         shown = str(written)[:_SHOWN_PATH]
         raise ValueError(f"{table}, line {number}: {shown!r} cannot be the path of a file") from error
@@ -335,6 +520,13 @@ def _csv_row(table: Path, number: int, row: Mapping[str, str]) -> tuple[Path, st
     if "split" in row and split.lower() not in _SPLIT_SPELLINGS:
         raise ValueError(f"{table}, line {number}: unknown split {split!r}.{suggest(split, SPLITS)}")
     return file, row["label"].strip(), _SPLIT_SPELLINGS.get(split.lower(), UNSPLIT)
+
+
+def _as_named(folder: Path, written: str) -> Path:
+    """The file of a table's path, if need be with other slashes or accents composed otherwise; else the path itself."""
+    slashes = (written, written.replace("\\", "/"))
+    spellings = [written, *(unicodedata.normalize(form, text) for text in slashes for form in ("NFC", "NFD"))]
+    return next((folder / name for name in spellings if (folder / name).is_file()), folder / written)
 
 
 def _medimeta_task(path: Path, wording: ClassWording) -> tuple[str, dict[int, int]]:
@@ -372,16 +564,18 @@ def _named_labels(task: Mapping) -> tuple[str, bool, dict[int, str]]:
 
 def _medimeta_members(path: Path) -> NDArray[np.int64]:
     with parsed(f"{path} is no list of images by number", _AGAIN):
-        numbers = sorted(int(Path(line).stem) for line in path.read_text(encoding="utf-8").split())
+        numbers = sorted(int(Path(line).stem) for line in path.read_text(encoding="utf-8-sig").split())
         if numbers and numbers[0] < 0:
             raise ValueError(f"image {numbers[0]}")
         return np.array(numbers, dtype=np.int64)
 
 
-def _file_images(paths: list[Path]) -> tuple[Callable[[], set[tuple[int, int]]], Callable[..., Images]]:
+def _file_images(
+    paths: list[Path], bit_depth: int | None = None
+) -> tuple[Callable[[], set[tuple[int, int]]], Callable[..., Images]]:
     return (
         lambda: {image_shape(path) for path in paths},
-        lambda positions: (read_image(paths[position]) for position in positions),
+        lambda positions: (read_image(paths[position], depth=bit_depth) for position in positions),
     )
 
 

@@ -5,7 +5,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pandas as pd
@@ -14,12 +14,14 @@ from numpy.typing import NDArray
 from medrobust_lib.data import phantoms
 from medrobust_lib.data.catalogue import DATASETS, FALLBACK_SIZE, NOT_COUNTED, DatasetEntry
 from medrobust_lib.data.dataset import ImageDataset, check_classes, check_labels, stratified_positions
-from medrobust_lib.data.decoding import fit_square
+from medrobust_lib.data.decoding import Fit, fit_square
+from medrobust_lib.data.inspection import close_names, seen_in, tell
 from medrobust_lib.data.readers import (
     SPLITS,
     Split,
     class_folder_split,
     csv_split,
+    file_advice,
     medimeta_split,
     medmnist_file,
     medmnist_split,
@@ -59,6 +61,8 @@ def load_dataset(
     like: str | None = None,
     class_names: Mapping[Any, str] | None = None,
     templates: Sequence[str] | None = None,
+    bit_depth: int | None = None,
+    fit: Fit = "crop",
 ) -> ImageDataset:
     """Load a data set by id, whole or as a seeded, class-stratified subset.
 
@@ -79,8 +83,8 @@ def load_dataset(
         Folder of the downloaded sets; None for `default_data_root`.
     image_size : int or None
         Side in pixels. None keeps the source's size; images of several sizes (every file's header is
-        read to find out), and the pathology and chest sets, come at 224. Resizing brings the shortest
-        edge to size (bicubic) and crops the centre; it is recorded in ``provenance["resized"]``.
+        read to find out), and the pathology and chest sets, come at 224. It is recorded in
+        ``provenance["resized"]``.
     wording : {"paper", "clear"}
         Which prompt nouns `class_wording` gives a registered set.
     like : str or None
@@ -92,10 +96,21 @@ def load_dataset(
         this nor ``templates`` changes an image, its index or its noise.
     templates : sequence of str, optional
         For ``folder:`` and ``csv:``: own prompts with one ``{}`` each, such as ``["an ultrasound image of {}."]``.
+    bit_depth : int or None
+        For ``folder:`` and ``csv:``: bits that the values of PNG, TIFF and other files really have, where the files
+        have room for more. None takes the file's own: with 12 bits in 16, the brightest value is then 16 of 255.
+    fit : {"crop", "pad"}
+        How images become square. ``crop``: resizing brings the shortest edge to size (bicubic) and crops the centre;
+        images that are not resized keep their shape, and most models crop them so. ``pad``: the longest edge is
+        brought to size, that of the largest image if ``image_size`` is None and all images have one size, and
+        the image is centred between black bars, so that nothing is cut off.
 
     Returns
     -------
     ImageDataset
+        What a reader of any result must know (files left out, values that do not fill their range, the share that a
+        centre crop throws away, images there twice, class names that look like misspellings) is in its ``caveats``,
+        and one warning says it.
 
     Raises
     ------
@@ -103,13 +118,14 @@ def load_dataset(
         The set is not on this computer; the message names the folder and the command to run.
     ValueError
         Unknown id, split or wording, ``n`` outside the split, a label outside the class list, a corrupt
-        file, fewer than two classes, ``class_names`` that do not fit, or a template without its ``{}``.
+        file, fewer than two classes or two that differ in case, spaces or the form of accents only, ``class_names``
+        that do not fit, or a template without its ``{}``.
     TypeError
         ``class_names`` is no mapping, or ``templates`` a single text.
     """
     found = open_split(
         id, split=split, root=root, image_size=image_size, wording=wording, like=like, class_names=class_names,
-        templates=templates,
+        templates=templates, bit_depth=bit_depth, fit=fit,
     )  # fmt: skip
     return found.read(stratified_positions(found.labels, n=n, seed=seed), n=n, seed=seed)
 
@@ -122,6 +138,8 @@ class OpenSplit:
     words: ClassWording
     listed: Split
     image_size: int | None
+    fit: Fit = "crop"
+    bit_depth: int | None = None
 
     @property
     def labels(self) -> NDArray[np.int64]:
@@ -140,7 +158,12 @@ class OpenSplit:
 
     def read(self, positions: NDArray[np.int64], **drawn: Any) -> ImageDataset:
         """Decode the images at ascending positions; ``drawn`` (JSON values) says in the provenance how they came."""
-        images, resized = _decode(self.listed, positions, self.image_size)
+        images, resized, shapes = _decode(self.listed, positions, self.image_size, self.fit)
+        names = [self.listed.files[place] if self.listed.files else f"image {place}" for place in positions]
+        labels = self.labels[positions]
+        seen = seen_in(images, labels, names=names, shapes=shapes if self.fit == "crop" else ())
+        caveats = [*self.listed.caveats, *seen]
+        tell(self.row.id, caveats)
         provenance = {
             "source": self.row.source,
             "read_from": self.listed.source,
@@ -148,7 +171,9 @@ class OpenSplit:
             "split_size": len(self.labels),
             **drawn,
             "resized": resized,
+            "bit_depth": self.bit_depth,
             "wording": f"{self.words.set_name}: {self.words.wording}",
+            "caveats": caveats,
         }
         if self.words.start:
             provenance["start_template"] = self.words.start
@@ -156,7 +181,7 @@ class OpenSplit:
             id=self.row.id,
             split=self.listed.split,
             images=images,
-            labels=self.labels[positions],
+            labels=labels,
             classes=self.classes,
             templates=self.words.templates,
             modality=self.row.modality,
@@ -176,18 +201,23 @@ def open_split(
     like: str | None = None,
     class_names: Mapping[Any, str] | None = None,
     templates: Sequence[str] | None = None,
+    bit_depth: int | None = None,
+    fit: Fit = "crop",
 ) -> OpenSplit:
     """Find a split and its labels without decoding an image, for draws that `load_dataset` does not offer.
 
     Parameters, errors and the meaning of ``split`` are those of `load_dataset`.
     """
     _check_size(image_size)
+    if fit not in get_args(Fit):
+        raise ValueError(f"fit={fit!r}: choose one of {', '.join(get_args(Fit))}")
     scheme, _, path = id.partition(":")
     if scheme in {"folder", "csv"} and path:
-        own = {"class_names": class_names, "templates": templates}
+        own = {"class_names": class_names, "templates": templates, "bit_depth": bit_depth}
         listed, row, words = _own_split(scheme, Path(path).expanduser(), split, like, wording, **own)
     elif id in DATASETS:
-        for name, value in (("like", like), ("class_names", class_names), ("templates", templates)):
+        own = {"like": like, "class_names": class_names, "templates": templates, "bit_depth": bit_depth}
+        for name, value in own.items():
             if value is not None:
                 raise ValueError(f"{name}={value!r} is for folder: and csv: data; {id} has its own classes")
         row, words = DATASETS[id], class_wording(id, wording=wording)
@@ -197,12 +227,14 @@ def open_split(
 
         if id.startswith(PREFIX):
             raise ValueError(f"{id!r} holds questions and has no classes: load it with load_questions({id!r})")
-        if Path(id).expanduser().exists():
-            scheme = "folder" if Path(id).expanduser().is_dir() else "csv"
-            raise ValueError(f"unknown data set {id!r}, but there is such a {scheme}: write '{scheme}:{id}'")
+        if Path(id).expanduser().is_dir():
+            raise ValueError(f"unknown data set {id!r}, but there is such a folder: write 'folder:{id}'")
+        if Path(id).expanduser().is_file():
+            raise ValueError(f"unknown data set {id!r}; it is {file_advice(Path(id).expanduser())}")
         raise ValueError(f"unknown data set {id!r}.{suggest(id, [*DATASETS, 'folder:PATH', 'csv:PATH'])}")
     check_classes(words.prompt_nouns, listed.source)
-    return OpenSplit(row, words, listed, image_size or (FALLBACK_SIZE if row.kind == "folders" else None))
+    size = image_size or (FALLBACK_SIZE if row.kind == "folders" else None)
+    return OpenSplit(row, words, listed, size, fit, bit_depth)
 
 
 def list_datasets(*, root: str | Path | None = None) -> pd.DataFrame:
@@ -307,9 +339,12 @@ def _own_split(
     *,
     class_names: Mapping[Any, str] | None,
     templates: Sequence[str] | None,
+    bit_depth: int | None,
 ) -> tuple[Split, DatasetEntry, ClassWording]:
-    reader: Callable[[Path, str], Split] = {"folder": class_folder_split, "csv": csv_split}[scheme]
-    listed = reader(path, split)
+    reader: Callable[..., Split] = {"folder": class_folder_split, "csv": csv_split}[scheme]
+    listed = reader(path, split, bit_depth=bit_depth)
+    if like is None and class_names is None:
+        listed = replace(listed, caveats=(*listed.caveats, *close_names(listed.codes, listed.totals)))
     if like is not None and like not in DATASETS:
         raise ValueError(f"unknown data set {like!r} for like.{suggest(like, DATASETS)}")
     if like is not None and class_names is not None:
@@ -360,24 +395,25 @@ def _renamed(listed: Split, words: ClassWording) -> Split:
 
 
 def _decode(
-    listed: Split, positions: NDArray[np.int64], image_size: int | None
-) -> tuple[NDArray[np.uint8], str | None]:
+    listed: Split, positions: NDArray[np.int64], image_size: int | None, fit: Fit
+) -> tuple[NDArray[np.uint8], str | None, list[tuple[int, int]]]:
+    """Images, how they were resized, and the shape of each as it came."""
     shapes = listed.shapes() if image_size is None else set()
     size = FALLBACK_SIZE if len(shapes) > 1 else image_size
     if size is None:
         (shape,) = shapes
-        images = np.empty((len(positions), *shape, 3), np.uint8)
-    else:
-        images = np.empty((len(positions), size, size, 3), np.uint8)
-    found: set[tuple[int, int]] = set()
+        size = max(shape) if fit == "pad" else None
+    images = np.empty((len(positions), *((size, size) if size else shape), 3), np.uint8)
+    found: list[tuple[int, int]] = []
     for row, image in enumerate(listed.read(positions)):
-        found.add(image.shape[:2])
-        images[row] = image if size is None else fit_square(image, size)
-    if size is None or found == {(size, size)}:
-        return images, None
-    edges = sorted(found)
+        found.append(image.shape[:2])
+        images[row] = image if size is None else fit_square(image, size, fit=fit)
+    edges = sorted(set(found))
+    if size is None or edges == [(size, size)]:
+        return images, None, found
     span = " to ".join(f"{width} × {height}" for height, width in dict.fromkeys((edges[0], edges[-1])))
-    return images, f"{span} px -> {size} px: shortest edge to size (bicubic), centre crop"
+    how = {"crop": "shortest edge to size (bicubic), centre crop", "pad": "longest edge to size (bicubic), black bars"}
+    return images, f"{span} px -> {size} px: {how[fit]}", found
 
 
 def _check_size(image_size: Any) -> None:

@@ -3,6 +3,7 @@
 import difflib
 import json
 import re
+import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
@@ -117,13 +118,22 @@ def own_wording(
     ------
     ValueError
         A code without a noun, a noun for a code that does not exist, an empty noun, or a template without its ``{}``;
-        TypeError for anything but texts.
+        without `class_names` also codes or nouns that are one when `folded`. TypeError for anything but texts.
     """
     neutral = class_wording("unregistered")
     groups = [([code], noun) for code, noun in zip(codes, nouns, strict=True)]
     if class_names is not None:
         chosen = _given_nouns(codes, class_names, source)
         groups = [([code for code in codes if chosen[code] == noun], noun) for noun in dict.fromkeys(chosen.values())]
+    else:
+        advice = "give them one name where they are one class, or give class_names with a noun for each"
+        check_distinct(codes, f"{source}: classes", advice)
+        owner = {folded(noun): code for code, noun in zip(codes, nouns, strict=True)}
+        for code, noun in zip(codes, nouns, strict=True):
+            if owner[folded(noun)] != code:
+                raise ValueError(
+                    f"{source}: classes {code!r} and {owner[folded(noun)]!r} are both called {noun!r}; {advice}"
+                )
     given = [name for name, value in (("class_names", class_names), ("templates", templates)) if value is not None]
     return ClassWording(
         set_name="unregistered",
@@ -156,7 +166,10 @@ def _given_nouns(codes: Sequence[str], class_names: Mapping[Any, str], source: s
             f"class_names={class_names!r}: give a mapping such as {{{codes[0]!r}: 'what to call it in a prompt'}}; a "
             "list would depend on the order of the folders"
         )
-    given = {str(code).strip(): noun for code, noun in class_names.items()}
+    # A name typed here and a folder's name from another system may compose their accents differently.
+    found = {composed(code): code for code in codes}
+    written = {str(code): noun for code, noun in class_names.items()}
+    given = {code if code in codes else found.get(composed(code), code.strip()): noun for code, noun in written.items()}
     for code, noun in given.items():
         if code not in codes:
             raise ValueError(f"class_names: {source} has no class {code!r}.{suggest(code, codes)}")
@@ -172,7 +185,32 @@ def _given_nouns(codes: Sequence[str], class_names: Mapping[Any, str], source: s
 
 def spelled(name: str) -> str:
     """Reduce a class name to what decides whether two spellings mean the same class."""
-    return re.sub(r"[\W_]+", " ", name).strip().casefold()
+    return re.sub(r"[\W_]+", " ", composed(name)).strip().casefold()
+
+
+def composed(name: str) -> str:
+    """A name with its accents composed (Unicode's form NFC) and without spaces around it."""
+    return unicodedata.normalize("NFC", name).strip()
+
+
+def folded(name: str) -> str:
+    """A name without what people do not see as a difference: case, spaces around it, the way accents are composed.
+
+    Unicode's canonical caseless form (The Unicode Standard, definition D145), runs of white space as one space.
+    """
+    return " ".join(unicodedata.normalize("NFD", unicodedata.normalize("NFD", name).casefold()).split())
+
+
+def check_distinct(names: Sequence[str], what: str, advice: str) -> None:
+    """Raise ValueError naming the first two names that are one when `folded`; "``what`` A and B ...; ``advice``"."""
+    seen: dict[str, str] = {}
+    for name in names:
+        other = seen.setdefault(folded(name), name)
+        if other != name:
+            shown = map(ascii if composed(other) == composed(name) else repr, (other, name))
+            raise ValueError(
+                f"{what} {' and '.join(shown)} differ in case, spaces or the form of accents only; {advice}"
+            )
 
 
 def suggest(value: str, choices: Any) -> str:

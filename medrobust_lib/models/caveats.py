@@ -53,7 +53,7 @@ def caveats(model: DualEncoder, dataset: ImageDataset) -> list[str]:
             found.append(OWN_SITE)
     elif origin == DEMO_MODEL:
         found.append(DEMO_ON_REAL)
-    return [*found, *_size_caveats(model, dataset), NOT_CLINICAL]
+    return [*found, *dataset.caveats, *_size_caveats(model, dataset), NOT_CLINICAL]
 
 
 def vlm_caveats(vlm: Any, questions: QuestionSet) -> list[str]:
@@ -68,7 +68,7 @@ def vlm_caveats(vlm: Any, questions: QuestionSet) -> list[str]:
         found.append(DEMO_ON_REAL.replace(DEMO_MODEL, DEMO_VLM))
     elif vlm.id != DEMO_VLM and questions.synthetic:
         found.append(OTHER_MODELS_ON_PHANTOMS)
-    return [*found, NOT_CLINICAL]
+    return [*found, *questions.provenance.get("caveats", ()), NOT_CLINICAL]
 
 
 def _demo_modalities() -> list[str]:

@@ -207,6 +207,7 @@ def _begin(cell: Cell, folder: Path, *, title: str) -> tuple[Run, DualEncoder, I
 
 def _described(model: DualEncoder, data: ImageDataset, notes: list[str]) -> dict[str, Any]:
     """Model, data set and notes of a card."""
+    notes = [*data.caveats, *notes]
     if data.synthetic:
         notes = ["The images are synthetic phantoms: nobody's images.", *notes]
     return {

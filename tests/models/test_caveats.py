@@ -13,7 +13,7 @@ def encoder(id: str = "demo-clip", image_size: int = 64) -> SimpleNamespace:
     return SimpleNamespace(id=id, image_size=image_size, provenance={})
 
 
-def images(id: str = "folder:mine", *, side: int = 64, synthetic: bool = False) -> ImageDataset:
+def images(id: str = "folder:mine", *, side: int = 64, synthetic: bool = False, said: tuple = ()) -> ImageDataset:
     return ImageDataset(
         id=id,
         split="test",
@@ -23,7 +23,7 @@ def images(id: str = "folder:mine", *, side: int = 64, synthetic: bool = False) 
         templates=("{}",),
         modality="any",
         licence="MIT",
-        provenance={"synthetic": synthetic},
+        provenance={"synthetic": synthetic, "caveats": said},
         indices=np.arange(2),
     )
 
@@ -63,6 +63,13 @@ def test_other_models_are_not_ranked_by_phantoms():
 
 def test_a_medical_model_on_real_images_of_its_size_is_only_not_clinical():
     assert caveats(encoder("biomedclip", 224), images(side=224)) == ["For teaching and research, not for clinical use."]
+
+
+def test_what_was_found_in_the_images_is_on_the_card():
+    said = ["2 of 9 files are left out: a/notes.txt."]
+    assert caveats(encoder("biomedclip", 224), images(side=224, said=said)) == [*said, NOT_CLINICAL]
+    asked = ask(images(said=said), "finding")
+    assert vlm_caveats(SimpleNamespace(id="smolvlm-256m"), asked) == [*said, NOT_CLINICAL]
 
 
 @pytest.mark.parametrize(

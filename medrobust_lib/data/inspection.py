@@ -1,0 +1,172 @@
+"""What must be known of images before anything is measured on them: sentences for warnings and result cards."""
+
+import difflib
+import re
+import sys
+import warnings
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from scipy.spatial import KDTree
+
+from medrobust_lib.data.wording import folded
+
+DIM = 64  # of 255: an image without a value above it leaves two bits or more of the eight empty
+LEAST_CROP = 0.05  # share of an image's area
+VERY_FEW = 5  # images of a class
+SHOWN = 3  # names of files in a sentence
+
+_MANY = 5  # times as many images
+_CLOSE = 0.8  # difflib's ratio
+_THUMBNAIL = 8  # px
+# Grey levels of 255 that a pixel of the thumbnail may differ by: saved again as JPEG or resized, an image of 64 px or
+# more moves by less; different images of blood cells, chests, breasts and fundi lie 5 or more apart, phantoms 10.
+_SAME = 4.0
+_ALIKE = 0.9  # correlation of the pixels, for images that are dark but for a few of them
+
+
+def seen_in(
+    images: NDArray[np.uint8],
+    labels: NDArray[np.int64],
+    *,
+    names: Sequence[str],
+    shapes: Sequence[tuple[int, int]],
+) -> list[str]:
+    """Say what is wrong with the images of a set as a whole, in sentences for its card.
+
+    Parameters
+    ----------
+    images : uint8 [n, H, W, 3]
+    labels : int64 [n]
+    names : sequence of n str
+        What to call each image.
+    shapes : sequence of (height, width)
+        Of the images as they came, as far as a centre crop will or did cut them; empty where nothing is cut off.
+
+    Returns
+    -------
+    list of str
+        Values that do not fill their range, what a centre crop throws away, and images that are there twice.
+    """
+    return [*_dim(images, names), *_cropped(shapes), *_twice(images, labels, names)]
+
+
+def close_names(names: Sequence[str], counts: Sequence[int]) -> list[str]:
+    """Name each class of very few images that is spelled nearly like a class of many, in sentences for a card.
+
+    Parameters
+    ----------
+    names : sequence of str
+    counts : sequence of int
+        Images of each.
+    """
+    found = []
+    for rare, few in zip(names, counts, strict=True):
+        many = [k for k, count in enumerate(counts) if 0 < few <= VERY_FEW and few * _MANY <= count]
+        for name, count in ((names[k], counts[k]) for k in many):
+            numbers = [re.findall(r"\d+", text) for text in (rare, name)]  # grade 1 is no misspelling of grade 2
+            near = difflib.SequenceMatcher(None, folded(rare), folded(name)).ratio() >= _CLOSE
+            if near and numbers[0] == numbers[1]:
+                found.append(
+                    f"Class {rare!r} has {few} image{'s' * (few > 1)} and is spelled nearly like {name!r} with {count}. "
+                    "If one is a misspelling, rename it, or give both one noun with class_names."
+                )
+    return found
+
+
+def first_of(names: Sequence[str]) -> str:
+    """The first names, and how many more there are."""
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return ", ".join(names[:SHOWN]) + more
+
+
+def tell(set_name: str, caveats: Sequence[str]) -> None:
+    """Give one warning for a set, in the place of the first caller outside this package; none without caveats."""
+    if not caveats:
+        return
+    frame, level = sys._getframe(1), 2
+    while frame.f_back and frame.f_globals.get("__name__", "").startswith("medrobust_lib."):
+        frame, level = frame.f_back, level + 1
+    warnings.warn("\n- ".join([f"{set_name}, before anything is measured:", *caveats]), UserWarning, stacklevel=level)
+
+
+def _dim(images: NDArray[np.uint8], names: Sequence[str]) -> list[str]:
+    peaks = images.max(axis=(1, 2, 3))
+    dim = np.flatnonzero(peaks <= DIM)
+    if not len(dim):
+        return []
+    peak = int(peaks[dim].max())
+    # The fewest bits that hold the least 16-bit value shown as `peak`.
+    bits = f" (bit_depth={(257 * peak - 128).bit_length()} in 16, bit_depth={peak.bit_length()} in 8)" if peak else ""
+    return [
+        f"{len(dim)} of {len(images)} images do not fill their range and are nearly black to any model: values from "
+        f"{int(images[dim].min())} to {peak} of 255 ({first_of([names[k] for k in dim])}). Where files hold fewer bits "
+        f"than they have room for, say how many{bits}; scale arrays to 0..255."
+    ]
+
+
+def _cropped(shapes: Sequence[tuple[int, int]]) -> list[str]:
+    lost = [1 - min(shape) / max(shape) for shape in shapes]
+    if max(lost, default=0) < LEAST_CROP:
+        return []
+    return [
+        f"A centre crop throws away up to {100 * max(lost):.0f} % of an image's area ({100 * np.median(lost):.0f} % in "
+        'the median), which no model sees then; load_dataset(..., fit="pad") keeps all of it, between black bars.'
+    ]
+
+
+def near_copies(images: NDArray[np.uint8], others: NDArray[np.uint8]) -> NDArray[np.int64]:
+    """Find images that are nearly identical to one of the others: copies, also resized or saved again as JPEG.
+
+    Parameters
+    ----------
+    images, others : uint8 [n, H, W, 3], [m, H, W, 3]
+        For copies within one set, the same array twice: an image is then no copy of itself.
+
+    Returns
+    -------
+    int64 [k, 2]
+        Pairs of positions in ``images`` and in ``others``, at most two or three for an image.
+    """
+    small, small_others = _thumbnails(images, _THUMBNAIL), _thumbnails(others, _THUMBNAIL)
+    tolerance = _SAME * max(1.0, small.max(), small_others.max()) / 255  # dark images differ by less
+    neighbours = np.arange(min(3, len(others))) + 1
+    distances, found = KDTree(small_others).query(small, k=neighbours, p=np.inf, distance_upper_bound=tolerance)
+    pairs = np.array([(k, found[k, rank]) for k, rank in np.argwhere(np.isfinite(distances))], np.int64).reshape(-1, 2)
+    if images is others:
+        pairs = pairs[pairs[:, 0] != pairs[:, 1]]
+    return pairs[[_alike(images[k], others[other]) for k, other in pairs]]
+
+
+def _thumbnails(images: NDArray[np.uint8], side: int) -> NDArray[np.float32]:
+    """Mean luma of side x side blocks, [n, side * side]."""
+    luma = (Image.fromarray(image).convert("L").convert("F") for image in images)
+    return np.stack([np.asarray(picture.resize((side, side), Image.Resampling.BOX)).ravel() for picture in luma])
+
+
+def _alike(image: NDArray[np.uint8], other: NDArray[np.uint8]) -> bool:
+    first, second = (_thumbnails(one[None], 4 * _THUMBNAIL)[0] for one in (image, other))
+    first, second = first - first.mean(), second - second.mean()
+    # A correlation, but with the larger variance: a blank image is like a blank one only. The 1 is for rounding.
+    return float(first @ second) + 1 >= _ALIKE * max(float(first @ first), float(second @ second))
+
+
+def _twice(images: NDArray[np.uint8], labels: NDArray[np.int64], names: Sequence[str]) -> list[str]:
+    if len(images) < 2:
+        return []
+    pairs = near_copies(images, images)
+    if not len(pairs):
+        return []
+    copies = len(np.unique(pairs[:, 0]))
+    first = " and ".join(names[k] for k in sorted(pairs[0]))
+    found = [f"{copies} of {len(images)} images are nearly identical to another one ({first}): they count twice."]
+    contrary = pairs[labels[pairs[:, 0]] != labels[pairs[:, 1]]]
+    if len(contrary):
+        first = " and ".join(names[k] for k in sorted(contrary[0]))
+        found.append(
+            f"{len(np.unique(contrary[:, 0]))} images are nearly identical to one with another label ({first}): one "
+            "of the two labels is wrong, or the images do not show what the label says."
+        )
+    return found
