@@ -70,8 +70,8 @@ def close_names(names: Sequence[str], counts: Sequence[int]) -> list[str]:
             near = difflib.SequenceMatcher(None, folded(rare), folded(name)).ratio() >= _CLOSE
             if near and numbers[0] == numbers[1]:
                 found.append(
-                    f"Class {rare!r} has {few} image{'s' * (few > 1)} and is spelled nearly like {name!r} with {count}. "
-                    "If one is a misspelling, rename it, or give both one noun with class_names."
+                    f"Class {rare!r} ({few} image{'s' * (few > 1)}) is spelled nearly like {name!r} ({count}). If one "
+                    "is a misspelling, rename it, or give both one noun with class_names."
                 )
     return found
 
@@ -99,7 +99,8 @@ def _dim(images: NDArray[np.uint8], names: Sequence[str]) -> list[str]:
         return []
     peak = int(peaks[dim].max())
     # The fewest bits that hold the least 16-bit value shown as `peak`.
-    bits = f" (bit_depth={(257 * peak - 128).bit_length()} in 16, bit_depth={peak.bit_length()} in 8)" if peak else ""
+    deep, shallow = (257 * peak - 128).bit_length(), peak.bit_length()
+    bits = f": folder:PATH?bit_depth={deep} of 16, or ?bit_depth={shallow} of 8" if peak else ""
     return [
         f"{len(dim)} of {len(images)} images do not fill their range and are nearly black to any model: values from "
         f"{int(images[dim].min())} to {peak} of 255 ({first_of([names[k] for k in dim])}). Where files hold fewer bits "
@@ -113,7 +114,7 @@ def _cropped(shapes: Sequence[tuple[int, int]]) -> list[str]:
         return []
     return [
         f"A centre crop throws away up to {100 * max(lost):.0f} % of an image's area ({100 * np.median(lost):.0f} % in "
-        'the median), which no model sees then; load_dataset(..., fit="pad") keeps all of it, between black bars.'
+        'the median), which no model sees then. fit="pad" of load_dataset, or folder:PATH?fit=pad, keeps all of it.'
     ]
 
 

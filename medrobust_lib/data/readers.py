@@ -237,8 +237,8 @@ def class_folder_split(root: Path, split: str, *, bit_depth: int | None = None) 
     if out:
         names = [str(path.relative_to(root)) for path in out]
         caveats.append(
-            f"{len(out)} files or folders of {root.resolve().name} are left out, as no readable images or outside the "
-            f"class folders: {first_of(names)}."
+            f"Left out of {root.resolve().name}, as no readable images or outside the class folders: {first_of(names)} "
+            f"({len(out)} in all)."
         )
     nested = [path for path in paths if path.parent.parent != folders[split]]
     if nested:
@@ -430,8 +430,9 @@ def _check_layout(root: Path, folders: Mapping[str, Path], listing: Mapping[str,
         raise ValueError(f"in {root} there is one folder only, {name!r}, which holds folders ({names}): {fix}")
     if len(below) > 1 and len(inner) > 1 and "" not in inner and all(parts == inner for parts in below.values()):
         raise ValueError(
-            f"the folders {first_of(sorted(only))} of {root} hold the same folders ({names}), so either may be the "
-            f"classes: {expected}. If these are, write folder: and one of those; or list the images in a table, csv:"
+            f"the folders {first_of(sorted(only))} of {root} hold the same folders ({names}), and either may be the "
+            f"classes: {expected}. If these are, write folder: and the path of one of those; or list the images in a "
+            "table, csv:"
         )
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
+from urllib.parse import parse_qsl
 
 import numpy as np
 import pandas as pd
@@ -28,6 +29,7 @@ from medrobust_lib.data.readers import (
     resolve_split,
 )
 from medrobust_lib.data.wording import SITE_A, ClassWording, checked_templates, class_wording, own_wording, suggest
+from medrobust_lib.files import parsed
 
 __all__ = [
     "ClassWording",
@@ -72,7 +74,8 @@ def load_dataset(
     ----------
     id : str
         An id of `list_datasets`, ``folder:PATH`` (class folders) or ``csv:PATH`` (columns path, label
-        and optionally split).
+        and optionally split); ``folder:PATH?bit_depth=12&fit=pad`` states the two parameters of these names where
+        only an id can be given, in notebooks and studies.
     split : {"train", "val", "test"}
         A folder or table without splits gives all its images for ``test`` and calls the split ``all``.
     n : int or None
@@ -209,9 +212,12 @@ def open_split(
     Parameters, errors and the meaning of ``split`` are those of `load_dataset`.
     """
     _check_size(image_size)
+    scheme, _, path = id.partition(":")
+    if scheme in {"folder", "csv"}:
+        path, stated = _stated(path)
+        bit_depth, fit = stated.get("bit_depth", bit_depth), stated.get("fit", fit)
     if fit not in get_args(Fit):
         raise ValueError(f"fit={fit!r}: choose one of {', '.join(get_args(Fit))}")
-    scheme, _, path = id.partition(":")
     if scheme in {"folder", "csv"} and path:
         own = {"class_names": class_names, "templates": templates, "bit_depth": bit_depth}
         listed, row, words = _own_split(scheme, Path(path).expanduser(), split, like, wording, **own)
@@ -287,6 +293,20 @@ def _available(row: DatasetEntry, root: Path) -> bool:
         return medmnist_file(root / "medmnist", Path(row.location).name, None) is not None
     marker = "info.yaml" if row.kind == "medimeta" else "images"
     return (root / row.location / marker).exists()
+
+
+def _stated(path: str) -> tuple[str, dict[str, Any]]:
+    """A path, and what is stated behind it, as in ``PATH?bit_depth=12&fit=pad``."""
+    name, mark, query = path.rpartition("?")
+    if not mark or Path(path).expanduser().exists():
+        return path, {}
+    with parsed(
+        f"{query!r} behind {name}", "It may state bit_depth=NUMBER and fit=crop or fit=pad, with & between them."
+    ):
+        stated: dict[str, Any] = dict(parse_qsl(query, strict_parsing=True))
+        if unknown := set(stated) - {"bit_depth", "fit"}:
+            raise ValueError(f"{min(unknown)} is unknown")
+        return name, {key: int(value) if key == "bit_depth" else value for key, value in stated.items()}
 
 
 def _registered_split(row: DatasetEntry, words: ClassWording, split: str, root: Path, image_size: int | None) -> Split:

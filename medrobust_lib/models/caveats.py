@@ -6,6 +6,7 @@ from importlib.resources import files
 from typing import Any
 
 from medrobust_lib.data.dataset import ImageDataset
+from medrobust_lib.data.inspection import first_of
 from medrobust_lib.data.phantoms import MODALITIES
 from medrobust_lib.data.questions import QuestionSet
 from medrobust_lib.data.wording import SITE_A
@@ -53,6 +54,9 @@ def caveats(model: DualEncoder, dataset: ImageDataset) -> list[str]:
             found.append(OWN_SITE)
     elif origin == DEMO_MODEL:
         found.append(DEMO_ON_REAL)
+    absent = [name for name, count in dataset.class_counts().items() if not count]
+    if absent:
+        found.append(f"No image of {len(absent)} of {len(dataset.classes)} classes was measured: {first_of(absent)}.")
     return [*found, *dataset.caveats, *_size_caveats(model, dataset), NOT_CLINICAL]
 
 

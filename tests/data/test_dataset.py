@@ -103,6 +103,13 @@ NO_IMAGES = {
         ({"labels": np.array([0, 1, -1, 0, 1])}, ValueError, "label -1 (image 2; 1 such) is outside"),
         ({"classes": ("cell",), "labels": np.zeros(5, np.int64)}, ValueError, "one class only ('cell')"),
         ({"classes": ("cell", "cell")}, ValueError, "class name 'cell' appears twice"),
+        ({"classes": ("Cell", "cell")}, ValueError, "class names 'Cell' and 'cell' differ in case, spaces or the form"),
+        ({"classes": ("caf\xe9", "cafe\u0301")}, ValueError, r"class names 'caf\xe9' and 'cafe\u0301' differ in case"),
+        (
+            {"classes": ("cell", "cell ")},
+            ValueError,
+            "class names 'cell' and 'cell ' differ in case, spaces or the form",
+        ),
         ({"classes": ("cell", " ")}, ValueError, "empty class name"),
         ({"templates": ()}, ValueError, "no prompt templates"),
         ({"templates": ("a cell",)}, ValueError, "template 'a cell' needs exactly one {}"),

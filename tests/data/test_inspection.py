@@ -69,7 +69,9 @@ def test_twelve_bits_in_sixteen_are_told_with_the_depth_that_mends_them(tmp_path
         f"4 of 4 images do not fill their range and are nearly black to any model: values from 0 to {peak} of" in caveat
     )
     assert "(a/0.png, a/2.png, b/1.png and 1 more)" in caveat
-    assert (f"bit_depth={bits} in 16" in caveat) == (peak > 0)
+    assert (f"folder:PATH?bit_depth={bits} of 16" in caveat) == (peak > 0)
+    stated = open_split(f"folder:{tmp_path}?bit_depth={bits}&fit=pad")
+    assert (stated.bit_depth, stated.fit, stated.row.id) == (bits, "pad", data.id)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         mended = mr.load_dataset(f"folder:{tmp_path}", bit_depth=bits)
@@ -123,9 +125,7 @@ def test_what_a_centre_crop_throws_away_is_told_and_padding_keeps_it(tmp_path, i
         write(tmp_path / "ab"[place] / "1.png", bright - np.uint8(shift))
     with pytest.warns(UserWarning, match="up to 38 % of an image's area") as told:  # 1 - 40 / 64 = .375
         cropped = mr.load_dataset(f"folder:{tmp_path}", image_size=image_size)
-    assert len(told) == 1 and 'fit="pad" keeps all of it' in cropped.caveats[0].replace(
-        "load_dataset(..., ", ""
-    ).replace(")", "")
+    assert len(told) == 1 and len(cropped.caveats) == 1 and "or folder:PATH?fit=pad, keeps all" in cropped.caveats[0]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         padded = mr.load_dataset(f"folder:{tmp_path}", image_size=image_size, fit="pad")
@@ -138,6 +138,20 @@ def test_what_a_centre_crop_throws_away_is_told_and_padding_keeps_it(tmp_path, i
     assert abs(int(middle[0, 0, 0]) - 255) <= 8 and abs(int(middle[0, -1, 0]) - 90) <= 8
     if image_size is None:
         np.testing.assert_array_equal(padded.images[0, 12:52], bright)
+
+
+@pytest.mark.parametrize(
+    "stated, message",
+    [
+        ("depth=12", "depth is unknown"),
+        ("bit_depth=twelve", "invalid literal"),
+        ("pad", "bad query field"),
+        ("fit=p", "fit='p'"),
+    ],
+)
+def test_what_an_id_states_wrongly_is_refused(tmp_path, stated, message):
+    with pytest.raises(ValueError, match=message):
+        open_split(f"folder:{tmp_path}?{stated}")
 
 
 def test_a_wrong_fit_names_the_choices():
@@ -219,7 +233,7 @@ def test_a_misspelt_folder_is_told_with_its_counts_over_all_splits(tmp_path):
         )
         write(tmp_path / split / name / f"{place}.png", image)
     write(tmp_path / "train" / "bacteria" / "x.png", scenes(1, seed=5)[0])
-    with pytest.warns(UserWarning, match=r"Class 'bactera' has 1 image and is spelled nearly like 'bacteria' with 5"):
+    with pytest.warns(UserWarning, match=r"Class 'bactera' \(1 image\) is spelled nearly like 'bacteria' \(\d\)"):
         mr.load_dataset(f"folder:{tmp_path}")
     names = {"bactera": "bacterial pneumonia", "bacteria": "bacterial pneumonia", "virus": "viral pneumonia"}
     with warnings.catch_warnings():

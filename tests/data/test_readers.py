@@ -1,7 +1,9 @@
 import re
+import unicodedata
 
 import h5py
 import numpy as np
+import pydicom
 import pytest
 import yaml
 from PIL import Image
@@ -273,12 +275,181 @@ def test_missing_folder_is_named(tmp_path):
         class_folder_split(tmp_path / "nowhere", "test")
 
 
+def write_as(path, kind):
+    """An image under a name that does not say its kind."""
+    image = save(path.with_suffix(f".{kind}"))
+    return image.rename(path)
+
+
+def write_dicom(path, **elements):
+    record = pydicom.Dataset()
+    record.file_meta = pydicom.dataset.FileMetaDataset()
+    record.file_meta.TransferSyntaxUID = pydicom.uid.ExplicitVRLittleEndian
+    record.SOPClassUID, record.SOPInstanceUID = pydicom.uid.SecondaryCaptureImageStorage, "2.25.1"
+    if not elements:
+        record.set_pixel_data(np.arange(256, dtype=np.uint8).reshape(16, 16), "MONOCHROME2", 8)
+    record.update(elements)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    record.save_as(path, enforce_file_format=True)
+    return path
+
+
+def test_images_in_folders_below_a_class_are_of_that_class_and_it_is_said(tmp_path):
+    save(tmp_path / "a" / "0.png", value=1)
+    save(tmp_path / "a" / "1.png", value=2)
+    for place in range(3):
+        save(tmp_path / "a" / "patient 7" / f"{place}.png", value=3)
+        save(tmp_path / "b" / f"patient {place}" / "left" / "0.png", value=4)
+    split = class_folder_split(tmp_path, "all")
+    assert split.labels.tolist() == [0] * 5 + [1] * 3 and split.totals == (5, 3)
+    assert [image[0, 0, 0] for image in first(split, range(8))] == [1, 2, 3, 3, 3, 4, 4, 4]
+    assert split.files[:3] == ("a/0.png", "a/1.png", "a/patient 7/0.png") and split.files[7] == "b/patient 2/left/0.png"
+    assert split.caveats == (
+        "6 of 8 images lie in folders below their class folder (a/patient 7/0.png, a/patient 7/1.png, "
+        "a/patient 7/2.png and 3 more) and were taken for images of that class.",
+    )
+
+
+def test_a_file_is_an_image_by_its_content_where_its_suffix_does_not_say(tmp_path):
+    for name, kind in {
+        "phone.jfif": "jpg",
+        "no suffix": "png",
+        "x.001": "tiff",
+        "y.bmp2": "bmp",
+        "z.dat": "webp",
+    }.items():
+        write_as(tmp_path / "a" / name, kind)
+    write_dicom(tmp_path / "a" / "IM0001")
+    write_dicom(tmp_path / "b" / "1.2.840.113")
+    split = class_folder_split(tmp_path, "all")
+    assert split.files == ("a/IM0001", "a/no suffix", "a/phone.jfif", "a/x.001", "a/y.bmp2", "a/z.dat", "b/1.2.840.113")
+    assert split.caveats == () and split.labels.tolist() == [0] * 6 + [1]
+    np.testing.assert_array_equal(first(split, [6])[0][..., 1], np.arange(256).reshape(16, 16))
+
+
+def test_what_is_left_out_is_counted_and_named(tmp_path):
+    root = tmp_path / "set"
+    for name in ("train/a/1.png", "train/b/1.png", "test/a/1.png", "test/b/1.png", "loose.png", "test/loose.png"):
+        save(root / name)
+    save(root / "holdout" / "a" / "1.png")
+    write_as(root / "train" / "a" / "moving.gif", "gif")
+    (root / "test" / "b" / "broken.png").symlink_to(tmp_path / "nowhere.png")
+    (root / "test" / "b" / "scans").symlink_to(root / "train")  # below a class, a link may lead in a circle
+    write_dicom(root / "test" / "b" / "DICOMDIR", PatientID="7")  # a DICOM file, but without an image
+    (root / "test" / "b" / "notes.txt").write_text("see page 3")
+    (root / "README.md").write_text("about the set, and no image")
+    for name in ("Thumbs.db", "desktop.ini", ".DS_Store", "__MACOSX/._1.png", "@eaDir/1.png"):
+        (root / "test" / "a" / name).parent.mkdir(exist_ok=True)
+        (root / "test" / "a" / name).write_bytes(b"litter")
+    split = class_folder_split(root, "test")
+    assert split.files == ("test/a/1.png", "test/b/1.png")
+    (caveat,) = split.caveats
+    assert caveat.startswith("Left out of set, as no readable images or outside the class folders: ")
+    assert caveat.endswith(" and 5 more (8 in all).")
+    everything = " ".join(class_folder_split(root, name).caveats[0] for name in ("test", "train"))
+    assert "litter" not in everything and "README" not in everything
+
+
+def layout(root, *names):
+    for name in names:
+        save(root / name)
+    return root
+
+
+@pytest.mark.parametrize(
+    "names, message",
+    [
+        ("dataset/a/1.png dataset/b/1.png", r"one folder only, 'dataset', .* \(a, b\): write folder:.*set/dataset$"),
+        ("set/train/a/1.png set/test/b/1.png", r"'set', which holds folders \(test, train\): write folder:.*set/set$"),
+        ("train/dataset/a/1.png test/dataset/b/1.png", "'dataset', which holds .*: move what dataset holds up one level"),
+        ("a/train/1.png a/test/1.png b/train/1.png", "holds folders for splits .*: expected set/CLASS/FILE or set/SPLIT/"),
+        ("1.png 2.png 3.png 4.png", r"4 images lie in .*set itself \(1.png, 2.png, 3.png and 1 more\).* list them in a"),
+        ("train/1.png test/2.png", "images lie in .* itself .* into a folder named after its class"),
+        ("x/images/1.png x/masks/1.png y/images/1.png y/masks/1.png", r"x, y of .* hold the same folders \(images, masks"),
+    ],
+)  # fmt: skip
+def test_another_layout_is_named_with_what_helps(tmp_path, names, message):
+    with pytest.raises(ValueError, match=message):
+        class_folder_split(layout(tmp_path / "set", *names.split()), "test")
+
+
+def test_layouts_that_only_look_alike_are_read(tmp_path):
+    one_kind = layout(tmp_path / "one", "x/images/1.png", "y/images/1.png")  # the usual way of some tools
+    patients = layout(tmp_path / "two", "x/p1/1.png", "x/p2/1.png", "y/p1/1.png", "y/p3/1.png")
+    assert class_folder_split(one_kind, "test").labels.tolist() == [0, 1]
+    assert class_folder_split(patients, "test").labels.tolist() == [0, 0, 1, 1]
+
+
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        ("t.csv", r"is no folder but a table: write csv:.*t\.csv$"),
+        ("x.npz", "a file of NumPy arrays: MedMNIST's are read by name, such as medmnist/breast with root="),
+        ("x.zip", "an archive: unpack it and write folder:"),
+        ("x.tar.gz", "an archive: unpack it and write folder:"),
+        ("x.png", "an image: write folder: and the folder that holds the class folders"),
+        ("x.h5", "a file: write folder: and a folder of class folders, or csv:"),
+    ],
+)
+def test_a_file_given_as_folder_is_named_with_what_helps(tmp_path, name, message):
+    (tmp_path / name).write_bytes(b"content")
+    with pytest.raises(ValueError, match=message):
+        class_folder_split(tmp_path / name, "test")
+
+
+def test_lines_of_classnames_may_hold_folders_with_spaces_other_accents_and_a_mark_at_the_start(tmp_path):
+    folder = unicodedata.normalize("NFD", "Zähne")
+    layout(tmp_path, "lung/1.png", "lung nodule/1.png", "left lung/1.png", f"{folder}/1.png", "10 %/1.png")
+    lines = (
+        "Zähne the teeth\nlung a lung\nlung nodule a nodule of the lung\nleft lung\tlung on the left\n10 % one in ten\n"
+    )
+    (tmp_path / "classnames.txt").write_bytes(b"\xef\xbb\xbf" + lines.encode())
+    split = class_folder_split(tmp_path, "test")
+    assert dict(zip(split.codes, split.names, strict=True)) == {
+        "lung": "a lung", "lung nodule": "a nodule of the lung", "left lung": "lung on the left",
+        folder: "the teeth", "10 %": "one in ten",
+    }  # fmt: skip
+
+
 # CSV
 
 
 def write_csv(folder, text):
     (folder / "table.csv").write_text(text)
     return folder / "table.csv"
+
+
+def test_paths_of_other_systems_find_their_files(tmp_path):
+    composed, apart = (unicodedata.normalize(form, "Zähne") for form in ("NFC", "NFD"))
+    save(tmp_path / "x" / "1.png", value=1)
+    save(tmp_path / apart / f"{apart}.png", value=2)
+    save(tmp_path / f"{composed}.png", value=3)
+    rows = f"x\\1.png,a\n{composed}\\{composed}.png,b\n{apart}.png,b\n"
+    split = csv_split(write_csv(tmp_path, f"\ufeffpath,label\n{rows}"), "test")
+    assert split.labels.tolist() == [0, 1, 1]
+    assert [image[0, 0, 0] for image in first(split, range(3))] == [1, 2, 3]
+    with pytest.raises(ValueError, match="lines 2 and 3: .* is listed twice"):
+        csv_split(write_csv(tmp_path, "path,label\nx\\1.png,a\nx/1.png,b\n"), "test")
+    with pytest.raises(FileNotFoundError, match="line 2: no image file .*; a path with a drive is one of Windows"):
+        csv_split(write_csv(tmp_path, "path,label\nC:\\x\\1.png,a\n"), "test")
+
+
+def test_a_path_with_a_comma_is_read_in_quotes_and_refused_without(tmp_path):
+    save(tmp_path / "a.png", value=1)
+    save(tmp_path / "a.png,b.png", value=2)
+    assert first(csv_split(write_csv(tmp_path, 'path,label\n"a.png,b.png",x\n'), "test"))[0][0, 0, 0] == 2
+    # pandas would take the first column for the rows' names, and b.png for the path.
+    for rows in ("a.png,b.png,x\na.png,b.png,y\n", "a.png,x\na.png,b.png,y\n", "a.png,x,\n"):
+        with pytest.raises(
+            ValueError, match=r"Expected 2 fields in line \d, saw 3. Save it .* comma in it into quotes"
+        ):
+            csv_split(write_csv(tmp_path, f"path,label\n{rows}"), "test")
+
+
+def test_empty_lines_of_a_table_count_as_lines(tmp_path):
+    save(tmp_path / "a.png")
+    with pytest.raises(FileNotFoundError, match="line 5: no image file"):
+        csv_split(write_csv(tmp_path, "path,label\n\na.png,x\n\nb.png,y\n\n"), "test")
 
 
 def test_csv_with_splits_relative_and_absolute_paths(tmp_path):
@@ -306,7 +477,11 @@ def test_csv_without_splits_and_with_numbers_for_classes(tmp_path):
 @pytest.mark.parametrize(
     "text, error, message",
     [
-        ("file,label\na.png,x\n", ValueError, "has no column 'path'; its columns are file, label"),
+        ("file,label\na.png,x\n", ValueError, "has no column 'path'; its columns are file, label. Call the column of"),
+        ("Path,label,label\na.png,x,y\n", ValueError, "has no column 'path'; its columns are Path, label, label"),
+        ("path,label,label\na.png,x,y\n", ValueError, "has more than one column 'label'"),
+        ("path;label\na.png;x\n", ValueError, "it has semicolons between its columns path, label. Save it as CSV"),
+        ("path\tlabel\na.png\tx, y\n", ValueError, "it has tabs between its columns path, label. Save it as CSV"),
         ("path,label\n", ValueError, "the table has no rows"),
         ("path,label\na.png,\n", ValueError, "line 2: no label"),
         ("path,label\na.png,x\na.png,y\n", ValueError, "lines 2 and 3: "),
@@ -326,6 +501,11 @@ def test_unreadable_csv_is_named(tmp_path, content):
     (tmp_path / "table.csv").write_bytes(content)
     with pytest.raises(ValueError, match=rf"{re.escape(str(tmp_path / 'table.csv'))} is not a readable CSV table"):
         csv_split(tmp_path / "table.csv", "test")
+
+
+def test_a_folder_given_as_table_is_named(tmp_path):
+    with pytest.raises(ValueError, match="is a folder, not a table: write folder:"):
+        csv_split(tmp_path, "test")
 
 
 def test_missing_csv_is_named(tmp_path):

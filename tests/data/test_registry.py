@@ -1,5 +1,6 @@
 import json
 import re
+import unicodedata
 from importlib.resources import files
 
 import numpy as np
@@ -439,6 +440,57 @@ def test_csv_is_loaded(tmp_path):
     assert dataset.labels.tolist() == [2, 0] and dataset.classes[2] == "viral pneumonia"
 
 
+# classes that are one
+
+
+ACCENTS = {form: unicodedata.normalize(form, "Kräuter") for form in ("NFC", "NFD")}
+
+
+@pytest.mark.parametrize(
+    "one, other",
+    [
+        ("Benign", "benign"),
+        ("STRASSE", "straße"),
+        ("benign", "benign "),
+        ("two  spaces", "two spaces"),
+        tuple(ACCENTS.values()),
+    ],
+)
+def test_classes_that_differ_in_what_nobody_sees_are_refused(tmp_path, one, other):
+    save(tmp_path / "train" / one / "1.png")
+    save(tmp_path / "test" / other / "1.png")
+    for split in ("train", "test"):
+        save(tmp_path / split / "malignant" / "1.png")
+    shown = [ascii(name) if one in ACCENTS.values() else repr(name) for name in sorted((one, other))]
+    message = (
+        f"classes {shown[0]} and {shown[1]} differ in case, spaces or the form of accents only; give them one name"
+    )
+    with pytest.raises(ValueError, match=re.escape(message)):
+        load_dataset(f"folder:{tmp_path}")
+    nouns = {one: "a benign tumour", other: "a benign tumour", "malignant": "a malignant tumour"}
+    dataset = load_dataset(f"folder:{tmp_path}", class_names=nouns)
+    assert dataset.class_counts() == {"a benign tumour": 1, "a malignant tumour": 1}
+    with pytest.raises(ValueError, match="class names '.' and '.' differ in case"):
+        load_dataset(f"folder:{tmp_path}", class_names=nouns | {one: "x", other: "X"})
+
+
+def test_labels_of_a_table_that_differ_in_case_are_refused_and_a_known_set_joins_them(tmp_path):
+    for name in "abc":
+        save(tmp_path / f"{name}.png", value=ord(name))
+    (tmp_path / "t.csv").write_text("path,label\na.png,Normal\nb.png,normal\nc.png,pneumonia\n")
+    with pytest.raises(ValueError, match="classes 'Normal' and 'normal' differ in case"):
+        load_dataset(f"csv:{tmp_path / 't.csv'}")
+    assert load_dataset(f"csv:{tmp_path / 't.csv'}", like="medmnist/pneumonia").labels.tolist() == [0, 0, 1]
+
+
+def test_class_names_and_known_sets_meet_names_with_other_accents(tmp_path):
+    save(tmp_path / ACCENTS["NFD"] / "1.png")
+    save(tmp_path / "b" / "1.png")
+    nouns = {ACCENTS["NFC"]: "herbs", "b": "weeds"}
+    assert load_dataset(f"folder:{tmp_path}", class_names=nouns).classes == ("herbs", "weeds")
+    assert spelled(ACCENTS["NFD"]) == spelled(ACCENTS["NFC"]) != spelled("Krauter")
+
+
 # mistakes
 
 
@@ -453,6 +505,14 @@ def test_csv_is_loaded(tmp_path):
 def test_unknown_id_gives_the_closest(id, close):
     with pytest.raises(ValueError, match=rf"unknown data set '{id}'\. Did you mean .*'{close}'"):
         load_dataset(id)
+
+
+def test_a_file_without_a_scheme_is_named_with_what_helps(tmp_path):
+    (tmp_path / "t.csv").write_text("path,label\n")
+    (tmp_path / "x.npz").write_bytes(b"PK")
+    for name, message in {"t.csv": f"write csv:{tmp_path / 't.csv'}", "x.npz": "MedMNIST's are read by name"}.items():
+        with pytest.raises(ValueError, match=re.escape(message)):
+            load_dataset(str(tmp_path / name))
 
 
 def test_questions_are_loaded_elsewhere():

@@ -65,6 +65,11 @@ def test_a_medical_model_on_real_images_of_its_size_is_only_not_clinical():
     assert caveats(encoder("biomedclip", 224), images(side=224)) == ["For teaching and research, not for clinical use."]
 
 
+def test_classes_without_an_image_are_named():
+    (sentence,) = [s for s in caveats(encoder(), load_dataset("phantom/blood", n=4)) if "classes" in s]
+    assert sentence.startswith("No image of 4 of 8 classes was measured: ") and sentence.endswith(" and 1 more.")
+
+
 def test_what_was_found_in_the_images_is_on_the_card():
     said = ["2 of 9 files are left out: a/notes.txt."]
     assert caveats(encoder("biomedclip", 224), images(side=224, said=said)) == [*said, NOT_CLINICAL]
