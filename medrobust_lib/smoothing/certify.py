@@ -18,8 +18,8 @@ from medrobust_lib.smoothing.certificate import ABSTAIN, Certificate, Sampling
 from medrobust_lib.smoothing.noise import NoiseStream, Role, noisy_copies
 from medrobust_lib.smoothing.votes import (
     Answers,
+    check_classifier,
     check_mode_draws,
-    check_not_training,
     checked_answers,
     count_votes,
     make_plan,
@@ -46,7 +46,8 @@ def predict(
     Parameters
     ----------
     classifier : callable
-        float32 [b, 3, H, W] in pixel units -> int64 [b]; an answer below 0 counts for no class.
+        float32 [b, 3, H, W] in pixel units -> labels [b], whole numbers in a tensor, array or list; one below 0 counts
+        for no class.
     image : float32 [3, H, W]
         In [0, 1], at the classifier's size, not normalised.
     sigma : float
@@ -70,7 +71,7 @@ def predict(
     ValueError
         A parameter out of range, named; an n that can never answer at this alpha.
     TypeError
-        The image or the classifier's answers have the wrong type or shape.
+        The image or the classifier's answers have the wrong type or shape; the classifier is a dual encoder.
 
     References
     ----------
@@ -81,8 +82,8 @@ def predict(
     fewest = minimum_draws(alpha / 2)  # the test is two-sided
     if n < fewest:
         raise ValueError(f"n={n} draws can never answer at alpha={alpha}, unanimous or not; use n >= {fewest}")
+    check_classifier(classifier)
     check_image(image)
-    check_not_training(classifier)
     answers = classifier_answers(
         classifier, image, sigma=sigma, seed=seed, dataset=dataset, index=index, batch_size=batch_size
     )
@@ -115,9 +116,10 @@ def certify(
     Parameters
     ----------
     classifier : callable
-        float32 [b, 3, H, W] in pixel units -> int64 [b]; an answer below 0 counts for no class. It must be fixed
-        before the image is seen, and one answer must not depend on the rest of the batch: the certificate's
-        guarantee is "standard". Its attributes ``id`` and ``dtype``, where it has them, are recorded.
+        float32 [b, 3, H, W] in pixel units -> labels [b], whole numbers in a tensor, array or list; one below 0 counts
+        for no class. It must be fixed before the image is seen, and one answer must not depend on the rest of the
+        batch: the certificate's guarantee is "standard". Its attributes ``id`` and ``dtype``, where it has them, are
+        recorded.
     image : float32 [3, H, W]
         In [0, 1], at the classifier's size, not normalised; noise is drawn on its device.
     sigma : float
@@ -151,7 +153,7 @@ def certify(
     ValueError
         A parameter out of range, named; an n that can never certify at this alpha.
     TypeError
-        The image or the classifier's answers have the wrong type or shape.
+        The image or the classifier's answers have the wrong type or shape; the classifier is a dual encoder.
 
     Notes
     -----
@@ -166,8 +168,8 @@ def certify(
     ----------
     Cohen et al. 2019, arXiv:1902.02918, section 3.2.2 and Proposition 2; `medrobust_lib.smoothing.sequential`.
     """
+    check_classifier(classifier)
     check_image(image)
-    check_not_training(classifier)
     check_mode_draws(n0, label is not None)
     if label is not None and label < 0:
         raise ValueError(f"label={label}: the known label is a class, 0 or higher; None lets selection draws choose")

@@ -66,7 +66,7 @@ class AdaptationFeatures:
         @torch.no_grad()  # not inference mode, whose tensors no gradient of a prompt could pass
         def encode(first: int, count: int) -> Tensor:
             noisy = noisy_copies(pixels, stream, first=first, count=count)
-            return model.encode_image(noisy if denoiser is None else denoiser(noisy, stream.sigma))
+            return model.encode_image(denoised(denoiser, noisy, stream.sigma))
 
         batches = batches or Batches(count)
         return cls(torch.cat(list(batches.map(encode, first=0, count=count))), stream)
@@ -239,6 +239,24 @@ def zero_shot_methods(model: DualEncoder, data: ImageDataset) -> list[FixedPromp
     if len(data.templates) > 1:
         methods.append(FixedPrompts("zero-shot ensemble", model.class_features(data.classes, data.templates)))
     return methods
+
+
+def denoised(denoiser: Denoiser | None, noisy: Tensor, sigma: float) -> Tensor:
+    """Noisy pixels [b, 3, H, W] through a denoiser, where there is one.
+
+    Raises
+    ------
+    TypeError
+        The denoiser returned anything but pixels of that shape.
+    """
+    pixels = noisy if denoiser is None else denoiser(noisy, sigma)
+    if not isinstance(pixels, Tensor) or not pixels.is_floating_point() or pixels.shape != noisy.shape:
+        what = f"{pixels.dtype} {tuple(pixels.shape)}" if isinstance(pixels, Tensor) else type(pixels).__name__
+        raise TypeError(
+            f"the denoiser {getattr(denoiser, 'id', denoiser)!r} returned {what}; it must map noisy pixels "
+            f"float32 {tuple(noisy.shape)} and sigma to pixels of the same shape"
+        )
+    return pixels
 
 
 def denoiser_id(denoiser: Denoiser | None) -> str | None:

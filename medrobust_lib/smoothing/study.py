@@ -27,6 +27,7 @@ from medrobust_lib.smoothing.methods import (
     Denoiser,
     FeatureClassifier,
     PromptMethod,
+    denoised,
     zero_shot_methods,
 )
 from medrobust_lib.smoothing.noise import NoiseStream, Role, noisy_copies
@@ -45,6 +46,8 @@ from medrobust_lib.smoothing.votes import (
 
 RADII = (0.0, 0.1, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
 """The radii of PromptSmooth's tables, in [0, 1] pixel units."""
+
+_ASKED_OF_METHODS = ("name", "guarantee", "n_adapt", "denoiser", "record")
 
 
 @dataclass(frozen=True, eq=False)
@@ -247,11 +250,14 @@ def _bank(study: _Study, members: Sequence[_Member], pixels: Tensor, index: int,
         def score(first: int, count: int) -> list[Tensor]:
             noisy = noisy_copies(pixels, stream, first=first, count=count)
             features = {
-                key: study.model.encode_image(noisy if denoise is None else denoise(noisy, sigma))
-                for key, denoise in denoisers.items()
+                key: study.model.encode_image(denoised(denoise, noisy, sigma)) for key, denoise in denoisers.items()
             }
             return [
-                checked_answers(members[place].classifier(features[id(members[place].denoiser)]), count)
+                checked_answers(
+                    members[place].classifier(features[id(members[place].denoiser)]),
+                    count,
+                    n_classes=len(study.data.classes),
+                )
                 for place in positions
             ]
 
@@ -369,9 +375,12 @@ def _check_classes(methods: tuple[PromptMethod, ...], data: ImageDataset) -> Non
 def _check_request(model: DualEncoder, methods: tuple[PromptMethod, ...], sigmas: tuple[float, ...], mode: str) -> None:
     check_not_training(model)
     for method in methods:
-        if not callable(getattr(method, "record", None)):
+        asked = [*_ASKED_OF_METHODS, *([] if isinstance(method, CandidatePrompts) else ["classifier"])]
+        missing = [name for name in asked if not hasattr(method, name)]
+        if missing or isinstance(method, type):
             raise TypeError(
-                f"{method!r} is no prompt method; `FixedPrompts(name, model.class_features(classes, templates))` is one"
+                f"{method!r} is no prompt method: it lacks {', '.join(missing) or 'its arguments, being a class'}; "
+                "`FixedPrompts(name, model.class_features(classes, templates))` is one; `PromptMethod` lists all"
             )
     if mode not in get_args(Mode):
         raise ValueError(f"unknown mode {mode!r}; choose one of {', '.join(get_args(Mode))}")

@@ -1,5 +1,6 @@
 """Counting the votes of base classifiers on shared noise, and stopping when a plan says so."""
 
+import reprlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, get_args
@@ -8,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from medrobust_lib.models.dual_encoder import DualEncoder
 from medrobust_lib.smoothing.bounds import (
     certified_radius,
     check_alpha,
@@ -21,6 +23,9 @@ from medrobust_lib.smoothing.noise import Role
 from medrobust_lib.smoothing.sequential import sequential_plan
 
 Answers = Callable[[Role, int, int, Sequence[int]], Sequence[Tensor]]
+
+LABEL_LIMIT = 1_000_000
+"""Votes are counted in a table with a row for each class; a label from here on is a mistake."""
 
 
 @dataclass(frozen=True)
@@ -159,21 +164,61 @@ def agreement(verdicts: Sequence[Verdict]) -> Verdict:
     return Verdict(predicted=weakest.predicted, radius=weakest.radius, p_lower=weakest.p_lower, **joined)
 
 
-def checked_answers(answers: Any, count: int) -> Tensor:
-    """Bring a classifier's answers to the CPU, or say what is wrong with them.
+def checked_answers(answers: Any, count: int, *, n_classes: int = LABEL_LIMIT) -> Tensor:
+    """Bring a classifier's labels to the CPU as int64 [count], or say what is wrong with them.
+
+    Parameters
+    ----------
+    answers : Tensor, array or sequence
+        Whole numbers or bools [count]: classes from 0, or below 0 for no class.
+    count : int
+    n_classes : int
+        A label from here on is no class.
 
     Raises
     ------
     TypeError
-        Not int64 [count].
+        Scores, texts or another shape: what is not finite is never a vote.
+    ValueError
+        A label that is no class.
     """
-    if not isinstance(answers, Tensor) or answers.dtype != torch.int64 or tuple(answers.shape) != (count,):
-        what = f"{answers.dtype} {tuple(answers.shape)}" if isinstance(answers, Tensor) else type(answers).__name__
+    kind = getattr(answers, "dtype", type(answers).__name__)
+    if isinstance(answers, Tensor):
+        answers = answers.detach().cpu()
+        answers = (answers.double() if answers.is_floating_point() else answers).numpy()
+    try:
+        labels = np.asarray(answers)
+    except ValueError:  # rows of different lengths
+        labels = np.asarray(None)
+    if labels.shape != (count,) or labels.dtype.kind not in "biu":
+        unfit = int((~np.isfinite(labels)).sum()) if labels.dtype.kind == "f" else 0
         raise TypeError(
-            f"a base classifier maps [b, 3, H, W] to labels int64 [b]: expected int64 ({count},), got {what}; "
-            "logits need .argmax(1), other integers .long()"
+            f"a base classifier maps [b, 3, H, W] to labels, whole numbers [b]: expected int64 ({count},), got {kind} "
+            f"{labels.shape}{f', {unfit} of them NaN or infinite' if unfit else ''}; logits [b, K] need .argmax(1), "
+            "probabilities [b] of one class (p > 0.5)"
         )
-    return answers.cpu()
+    if count and labels.max() >= n_classes:
+        raise ValueError(
+            f"a base classifier answered with the label {labels.max()}: classes are 0 to {n_classes - 1}; answer below "
+            "0 for no class"
+        )
+    return torch.from_numpy(labels.astype(np.int64))
+
+
+def check_classifier(classifier: Any) -> None:
+    """Refuse what is no map from pixels to labels: a dual encoder, which gives features, a class, or no callable."""
+    if isinstance(classifier, DualEncoder):
+        raise TypeError(
+            f"{classifier.id} is a dual encoder, which gives features and no labels; a base classifier also has class "
+            "texts:\n"
+            "    from medrobust_lib.smoothing.methods import PromptClassifier\n"
+            "    features = model.class_features(classes, templates)  # such as data.classes, data.templates\n"
+            "    certify(PromptClassifier(model, features), image, ...)"
+        )
+    if not callable(classifier) or isinstance(classifier, type):
+        what = f"the class {classifier.__name__}" if isinstance(classifier, type) else reprlib.repr(classifier)
+        raise TypeError(f"classifier must be a function or object that maps [b, 3, H, W] to labels [b], not {what}")
+    check_not_training(classifier)
 
 
 def check_not_training(classifier: Any) -> None:

@@ -1,6 +1,7 @@
 import dataclasses
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from scipy.stats import beta, binom, norm
@@ -418,20 +419,71 @@ def test_bad_images_are_refused(image, function, broken, error, message):
         function(constant(0), broken(image), sigma=SIGMA)
 
 
+SCORES = r"logits \[b, K\] need \.argmax\(1\), probabilities \[b\] of one class \(p > 0\.5\)"
+
+
 @pytest.mark.parametrize("function", [certify, predict])
 @pytest.mark.parametrize(
-    ("classifier", "message"),
+    ("answer", "error", "message"),
     [
-        (lambda x: torch.randn(len(x), 5), r"got torch\.float32 \(\d+, 5\); logits need \.argmax\(1\)"),
-        (lambda x: torch.zeros(len(x)), r"expected int64 \(\d+,\), got torch\.float32"),
-        (lambda x: torch.zeros(len(x), dtype=torch.int32), r"got torch\.int32"),
-        (lambda x: torch.zeros(1, dtype=torch.int64), r"got torch\.int64 \(1,\)"),
-        (lambda x: [0] * len(x), "got list"),
+        (lambda n: torch.randn(n, 5), TypeError, rf"got torch\.float32 \(\d+, 5\); {SCORES}"),
+        (lambda n: torch.zeros(n), TypeError, rf"expected int64 \(\d+,\), got torch\.float32 \(\d+,\); {SCORES}"),
+        (lambda n: torch.zeros(n, dtype=torch.bfloat16), TypeError, r"got torch\.bfloat16"),
+        (lambda n: np.full(n, np.nan), TypeError, r"got float64 \((\d+),\), \1 of them NaN or infinite"),
+        (lambda n: [0.0, np.inf] * (n // 2), TypeError, r"got list \(\d+,\), \d+ of them NaN or infinite"),
+        (lambda n: torch.zeros(1, dtype=torch.int64), TypeError, r"got torch\.int64 \(1,\)"),
+        (lambda n: np.zeros((n, 1), dtype=int), TypeError, r"got int64 \(\d+, 1\)"),
+        (lambda n: [[0], [0, 1]] * (n // 2), TypeError, "got list"),
+        (lambda n: ["cat"] * n, TypeError, "got list"),
+        (lambda n: [None] * n, TypeError, "got list"),
+        (lambda n: None, TypeError, "got NoneType"),
+        (lambda n: 3, TypeError, "got int"),
+        (lambda n: torch.full((n,), 10**6), ValueError, "the label 1000000: classes are 0 to 999999; answer below 0"),
+        (lambda n: np.full(n, 2**63, dtype=np.uint64), ValueError, "the label 9223372036854775808: classes are"),
     ],
 )
-def test_bad_answers_are_refused(image, function, classifier, message):
-    with pytest.raises(TypeError, match=message):
-        function(classifier, image, sigma=SIGMA)
+def test_bad_answers_are_refused(image, function, answer, error, message):
+    with pytest.raises(error, match=message):
+        function(lambda pixels: answer(len(pixels)), image, sigma=SIGMA)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        lambda labels: labels.int(),
+        lambda labels: labels.bool(),
+        lambda labels: labels.numpy(),
+        lambda labels: labels.numpy().astype(np.uint8),
+        lambda labels: labels.numpy().astype(bool),
+        lambda labels: labels.tolist(),
+        lambda labels: list(labels),
+        lambda labels: pd.Series(labels.numpy()),
+    ],
+    ids=["int32", "torch bool", "numpy", "uint8", "numpy bool", "list", "list of tensors", "pandas"],
+)
+def test_whole_numbers_are_labels_whatever_holds_them(image, given):
+    classifier = brighter_than(of_mean_pixel(image, SIGMA, 0.9))
+    for function in (certify, predict):
+        expected = function(classifier, image, sigma=SIGMA, n=300, **ADDRESS)
+        assert function(lambda pixels: given(classifier(pixels)), image, sigma=SIGMA, n=300, **ADDRESS) == expected
+
+
+def test_what_gives_no_labels_is_refused_with_what_does(image):
+    model = mr.load_model("demo-clip", device="cpu")
+    prepared = model.prepare(np.zeros((1, 64, 64, 3), dtype=np.uint8))[0]
+    for function in (certify, predict):
+        with pytest.raises(TypeError, match="demo-clip is a dual encoder, which gives features and no label") as caught:
+            function(model, prepared, sigma=SIGMA)
+        for given, named in ((torch.nn.Linear, "the class Linear"), ("demo-clip", "'demo-clip'"), (image, "tensor")):
+            with pytest.raises(TypeError, match=rf"maps \[b, 3, H, W\] to labels \[b\], not {named}"):
+                function(given, image, sigma=SIGMA)
+    # The lines of the message do what they say.
+    lines = "\n".join(line.strip() for line in str(caught.value).splitlines()[1:]).replace("...", "sigma=SIGMA, n=100")
+    names = {"model": model, "image": prepared, "classes": ["a", "b"], "templates": ["{}"]}
+    exec(lines.replace("certify(", "found = certify("), globals(), names)
+    features = model.class_features(["a", "b"], ["{}"])
+    direct = certify(lambda pixels: (model.encode_image(pixels) @ features.T).argmax(1), prepared, sigma=SIGMA, n=100)
+    assert names["found"] == dataclasses.replace(direct, model="demo-clip")
 
 
 def test_a_network_in_training_mode_is_refused():

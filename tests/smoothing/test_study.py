@@ -712,6 +712,42 @@ def test_a_method_that_gives_no_labels_is_refused_and_its_image_named(encoder, d
     assert "This happened at item 0" in caught.value.__notes__[0]
 
 
+def test_labels_of_a_method_are_converted_and_those_of_no_class_refused(encoder, data):
+    class Answers(MeanShift):
+        def __init__(self, convert):
+            super().__init__(n_adapt=0)
+            self.convert = convert
+
+        def classifier(self, adaptation):
+            return lambda features: self.convert(features.argmax(1))
+
+    expected = certify_dataset(encoder, data, [Answers(lambda labels: labels)], **NUMBERS)
+    for convert in (lambda labels: labels.numpy().astype(np.int8), lambda labels: labels.tolist()):
+        assert_same(certify_dataset(encoder, data, [Answers(convert)], **NUMBERS), expected)
+    with pytest.raises(ValueError, match="answered with the label 3: classes are 0 to 2; answer below 0 for no class"):
+        certify_dataset(encoder, data, [Answers(lambda labels: labels + 3)], **NUMBERS)
+
+
+@pytest.mark.parametrize(
+    ("result", "message"),
+    [
+        (lambda noisy: noisy.numpy(), "returned ndarray"),
+        (lambda noisy: noisy[:1], r"returned torch\.float32 \(1, 3, 8, 8\); it must map .* float32 \(20, 3, 8, 8\)"),
+        (lambda noisy: (noisy * 255).byte(), r"returned torch\.uint8 \(20, 3, 8, 8\)"),
+        (lambda noisy: (noisy, noisy), "returned tuple"),
+    ],
+)
+def test_a_denoiser_returns_pixels_of_the_shape_it_got(encoder, data, result, message):
+    def mine(noisy, sigma):
+        return result(noisy)
+
+    with pytest.raises(TypeError, match=f"the denoiser .*mine.* {message}"):
+        certify_dataset(encoder, data, [prompts(denoiser=mine)], **NUMBERS)
+    with pytest.raises(TypeError, match=f"the denoiser .*mine.* {message.split(';')[0]}"):
+        pixels = encoder.prepare(data.images[:1])[0]
+        AdaptationFeatures.draw(encoder, pixels, NoiseStream(0, "", 0, 0.1, "adapt"), count=20, denoiser=mine)
+
+
 def test_headless_progress_is_one_line(encoder, data, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv(HEADLESS_VARIABLE, "1")
     run(tmp_path, data.subset([0, 1]), encoder)
@@ -758,7 +794,8 @@ def test_a_level_at_which_no_radius_asked_for_can_be_certified_is_told(encoder, 
     [
         ({"model": torch.nn.Identity()}, r"scores prompts with a DualEncoder .* not Identity; .* call `certify\("),
         ({"data": "phantom/blood"}, "data must be an ImageDataset .* not str"),
-        ({"methods": ["zero-shot"]}, "'zero-shot' is no prompt method; `FixedPrompts"),
+        ({"methods": ["zero-shot"]}, "'zero-shot' is no prompt method: it lacks name, guarantee, .*`FixedPrompts"),
+        ({"methods": [MeanShift]}, "is no prompt method: it lacks name, n_adapt; `FixedPrompts"),
     ],
 )
 def test_other_kinds_of_things_are_refused_with_what_to_use(encoder, data, change, message):
