@@ -211,17 +211,10 @@ def check_models(ids: Collection[str]) -> None:
         return
     from huggingface_hub import constants
 
-    from medrobust_lib.models.catalogue import LOCAL_DIR_PREFIX
     from medrobust_lib.models.registry import available_offline, check_kind, default_weights_dir, find_model
-    from medrobust_lib.models.weights import has_checkpoint
 
     for id in sorted(ids):
         entry = find_model(id)
-        if id.startswith(LOCAL_DIR_PREFIX):
-            if not has_checkpoint(Path(id.removeprefix(LOCAL_DIR_PREFIX))):
-                raise FileNotFoundError(f"no model weights in the folder of {id!r}")
-            check_kind(entry)
-            continue
         check_kind(entry)
         # Sources that are web pages are fetched by the script only, never by the loader.
         fetched_by_loader = not constants.HF_HUB_OFFLINE and not entry.source.startswith("https://")
@@ -237,22 +230,14 @@ def _check_vlms(ids: Collection[str]) -> None:
 
     from medrobust_lib.models.catalogue import BUILT_IN
     from medrobust_lib.models.registry import default_weights_dir
-    from medrobust_lib.models.vlm_catalogue import FOLDER_PREFIX, HUB_PREFIX, find_vlm
-    from medrobust_lib.models.vlm_registry import vlm_available_offline
-    from medrobust_lib.models.weights import CONFIG_NAME, check_writes_text, hub_snapshot
+    from medrobust_lib.models.vlm_catalogue import find_vlm
+    from medrobust_lib.models.vlm_registry import check_vlm, vlm_available_offline
 
     for id in sorted(ids):
         entry = find_vlm(id, dual_encoders=[other.id for other in BUILT_IN])
-        folder = hub_snapshot(id.removeprefix(HUB_PREFIX), CONFIG_NAME) if id.startswith(HUB_PREFIX) else None
-        if id.startswith(FOLDER_PREFIX):
-            folder = Path(id.removeprefix(FOLDER_PREFIX))
-        if folder is not None:
-            check_writes_text(folder, id=id)
-        if vlm_available_offline(entry, weights_dir=default_weights_dir()):
-            continue
-        if id.startswith(FOLDER_PREFIX):
-            raise FileNotFoundError(f"no model weights in the folder of {id!r}")
-        if constants.HF_HUB_OFFLINE:
+        weights_dir = default_weights_dir()
+        check_vlm(entry, weights_dir=weights_dir)
+        if constants.HF_HUB_OFFLINE and not vlm_available_offline(entry, weights_dir=weights_dir):
             raise _not_here(id)
 
 

@@ -84,7 +84,21 @@ wording_of: str = ""  # id
         ("template", "no place", ValueError, "parameter template='no place': write {} in the place of the class"),
         ("model", "demo-clop", ValueError, "unknown model 'demo-clop': did you mean 'demo-clip'"),
         ("compare_with", ["demo-clip", "plop"], ValueError, "unknown model 'plop': did you mean 'plip'"),
-        ("model", "local-dir:/no/such", FileNotFoundError, "no model weights in the folder of 'local-dir:/no/such'"),
+        ("model", "local-dir:/no/such", FileNotFoundError, "no folder /no/such for the model 'local-dir:/no/such'"),
+        ("model", "PLIP", ValueError, r"unknown model 'PLIP': did you mean 'plip'\? Known"),
+        (
+            "model",
+            "/no/such",
+            ValueError,
+            "unknown model '/no/such':.* A folder on this computer is local-dir:/no/such",
+        ),
+        (
+            "model",
+            "vinid/plip",
+            ValueError,
+            r"did you mean 'plip'\? A repository on the hub is hf:vinid/plip, a folder",
+        ),
+        ("model", "python:os:getcwd", TypeError, r"must take the call getcwd\(entry, weights_dir=..., offline=...\)"),
         ("model", "medclip-vit", FileNotFoundError, "'medclip-vit' are not .*\n.*fetch_weights.py medclip-vit"),
         ("dataset", "phantom/blod", ValueError, "unknown data set 'phantom/blod'. Did you mean 'phantom/blood'"),
         ("compare", ["phantom/octt"], ValueError, "unknown data set 'phantom/octt'. Did you mean 'phantom/oct'"),
@@ -112,7 +126,13 @@ def test_values_that_cannot_work_are_refused_before_a_kernel_starts(
         ("llava-1.6", ValueError, "unknown vision-language model 'llava-1.6'.*'llava-1.6-vicuna-7b'"),
         ("qwen2-vl-2b", FileNotFoundError, "'qwen2-vl-2b' are not .*\n.*fetch_weights.py qwen2-vl-2b"),
         ("hf:no-one/nothing", FileNotFoundError, "'hf:no-one/nothing' are not .*\n *hf download no-one/nothing$"),
-        ("local-dir:/no/such", FileNotFoundError, "no model weights in the folder of 'local-dir:/no/such'"),
+        (
+            "local-dir:/no/such",
+            FileNotFoundError,
+            "cannot load 'local-dir:/no/such': no config.json and no model weights in /no/such",
+        ),
+        ("Demo-VLM", ValueError, "unknown vision-language model 'Demo-VLM'. Did you mean 'demo-vlm'"),
+        ("me/mine", ValueError, "A repository on the hub is hf:me/mine"),
         ("plip", ValueError, r"'plip' is a dual encoder .*load_model\('plip'\)"),
     ],
 )
@@ -273,7 +293,7 @@ def test_own_images_are_found_and_their_prompts_checked_before_a_kernel_starts(o
         ({"fraction": 1.5}, ValueError, "parameter fraction=1.5: give a share above 0"),
         ({"model": "hf:clip"}, ValueError, "'hf:clip' names no repository on the hub"),
         ({"model": "hf:no-one/nothing"}, FileNotFoundError, "'hf:no-one/nothing' are not .*\n *hf download no-one"),
-        ({"model": "local-dir:mine"}, FileNotFoundError, "no model weights in the folder of 'local-dir:"),
+        ({"model": "local-dir:mine"}, FileNotFoundError, "mine holds no open_clip_config.json"),
     ],
 )
 def test_own_images_and_models_that_cannot_work_are_refused(own, tmp_path, monkeypatch, given, error, message):
@@ -286,7 +306,8 @@ def test_own_images_and_models_that_cannot_work_are_refused(own, tmp_path, monke
 def write_model(folder, **configuration):
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(configuration))
-    (folder / "model.safetensors").touch()
+    for name in ("model.safetensors", "tokenizer.json"):
+        (folder / name).touch()
     return folder
 
 
@@ -310,7 +331,10 @@ def test_a_model_of_the_other_kind_is_pointed_out_before_a_kernel_starts(own, hu
         write_model(hub, model_type=model_type)
         return "hf:me/mine" if place == "hub" else f"local-dir:{hub}"
 
-    assert parameters.assign_parameters(own, {"model": kind("clip")})["07"] == {"model": kind("clip")}
+    with pytest.raises(
+        FileNotFoundError, match=r"cannot load .* lacks preprocessor_config\.json; it holds config\.json"
+    ):
+        parameters.assign_parameters(own, {"model": kind("clip")})
     with pytest.raises(ValueError, match=r"is a CLIP and writes no text: load it with load_model\("):
         parameters.assign_parameters(generative, {"vlm": kind("clip")})
     with pytest.raises(ValueError, match=r"has model_type 'llava'. It writes text: load it with load_vlm\("):

@@ -6,7 +6,6 @@ benchmarks' authors do: a blur of 41 pixels is far stronger at 28 x 28 than at 2
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from difflib import get_close_matches
 from types import MappingProxyType
 
 import numpy as np
@@ -24,6 +23,7 @@ from medrobust_lib.corruptions.digital import jpeg_compression, pixelate
 from medrobust_lib.corruptions.microscopy import bubble, stain_deposit
 from medrobust_lib.corruptions.noise import gaussian_noise, impulse_noise, shot_noise, speckle_noise
 from medrobust_lib.corruptions.pixels import Pixels
+from medrobust_lib.data.wording import closest
 
 SEVERITIES = (1, 2, 3, 4, 5)
 RANDOM = frozenset({gaussian_noise, impulse_noise, speckle_noise, shot_noise, motion_blur, stain_deposit, bubble})
@@ -158,7 +158,7 @@ def _has(suite: Suite, name: str) -> bool:
 
 
 def _closest(name: object, among: Iterable[str]) -> str:
-    close = get_close_matches(str(name), list(among), n=1)
+    close = closest(str(name), among, n=1)
     return f" (did you mean {close[0]!r}?)" if close else ""
 
 

@@ -1,9 +1,10 @@
 """The papers' own tables, shipped as tidy CSV so that a result can stand beside the reported number."""
 
-from difflib import get_close_matches
 from importlib.resources import files
 
 import pandas as pd
+
+from medrobust_lib.data.wording import closest
 
 _FOLDER = files("medrobust_lib.data") / "published"
 
@@ -50,7 +51,7 @@ def load_published(name: str) -> pd.DataFrame:
     """
     names = list_published()
     if name not in names:
-        close = get_close_matches(name, names, n=1)
+        close = closest(name, names, n=1)
         hint = f" Did you mean {close[0]!r}?" if close else ""
         raise ValueError(f"no published table {name!r}.{hint} Available: {', '.join(names)}")
     with (_FOLDER / f"{name}.csv").open(encoding="utf-8") as stream:

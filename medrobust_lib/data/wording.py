@@ -4,7 +4,7 @@ import difflib
 import json
 import re
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from typing import Any
@@ -213,10 +213,18 @@ def check_distinct(names: Sequence[str], what: str, advice: str) -> None:
             )
 
 
-def suggest(value: str, choices: Any) -> str:
+def closest(value: str, choices: Iterable[str], *, n: int = 3, cutoff: float = 0.6) -> list[str]:
+    """At most n choices that are spelled like the value, best first; the only one if the case alone differs."""
+    by_name = {choice.casefold(): choice for choice in choices}
+    if value.casefold() in by_name:
+        return [by_name[value.casefold()]]
+    return [by_name[name] for name in difflib.get_close_matches(value.casefold(), by_name, n=n, cutoff=cutoff)]
+
+
+def suggest(value: str, choices: Iterable[str]) -> str:
     """Finish an error message: the closest choices, or all of them where none is close."""
     choices = list(choices)
-    close = difflib.get_close_matches(value, choices, n=3, cutoff=0.6)
+    close = closest(value, choices)
     close = close or [choice for choice in choices if value and value.casefold() in choice.casefold()]
     if close:
         return f" Did you mean {' or '.join(map(repr, close))}?"

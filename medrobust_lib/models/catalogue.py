@@ -17,7 +17,7 @@ Loader = Callable[..., "DualEncoder"]
 LOCAL_DIR_PREFIX = "local-dir:"
 PYTHON_PREFIX = "python:"
 
-_BACKENDS = "medrobust_lib.models"
+BACKENDS = "medrobust_lib.models"
 _MODEL_PAGE = "see the model page"
 
 
@@ -105,7 +105,7 @@ BUILT_IN: tuple[ModelEntry, ...] = (
         source="shipped with medrobust_lib (models/demo/clip)",
         files=(WeightFile("open_clip_model.safetensors", ""),),
         citation="this package",
-        loader=f"{_BACKENDS}.open_clip_backend:load_demo",
+        loader=f"{BACKENDS}.open_clip_backend:load_demo",
     ),
     ModelEntry(
         id="clip-vit-b16",
@@ -116,7 +116,7 @@ BUILT_IN: tuple[ModelEntry, ...] = (
         source="open_clip:ViT-B-16-quickgelu/openai",
         files=_hub_files("timm/vit_base_patch16_clip_224.openai", "open_clip_model.safetensors"),
         citation=_CLIP_CITATION,
-        loader=f"{_BACKENDS}.open_clip_backend:load_open_clip",
+        loader=f"{BACKENDS}.open_clip_backend:load_open_clip",
     ),
     ModelEntry(
         id="clip-rn50",
@@ -127,7 +127,7 @@ BUILT_IN: tuple[ModelEntry, ...] = (
         source="open_clip:RN50-quickgelu/openai",
         files=_hub_files("timm/resnet50_clip.openai", "open_clip_model.safetensors"),
         citation=_CLIP_CITATION,
-        loader=f"{_BACKENDS}.open_clip_backend:load_open_clip",
+        loader=f"{BACKENDS}.open_clip_backend:load_open_clip",
     ),
     ModelEntry(
         id="plip",
@@ -146,7 +146,7 @@ BUILT_IN: tuple[ModelEntry, ...] = (
             "merges.txt",
         ),
         citation="Huang et al. 2023, Nature Medicine 29, 2307-2316",
-        loader=f"{_BACKENDS}.transformers_backend:load_transformers_clip",
+        loader=f"{BACKENDS}.transformers_backend:load_transformers_clip",
     ),
     ModelEntry(
         id="quilt-b32",
@@ -157,7 +157,7 @@ BUILT_IN: tuple[ModelEntry, ...] = (
         source="hf-hub:wisdomik/QuiltNet-B-32",
         files=_hub_files("wisdomik/QuiltNet-B-32", "open_clip_config.json", "open_clip_pytorch_model.bin"),
         citation="Ikezogwo et al. 2023, arXiv:2306.11207",
-        loader=f"{_BACKENDS}.open_clip_backend:load_open_clip",
+        loader=f"{BACKENDS}.open_clip_backend:load_open_clip",
     ),
     ModelEntry(
         id="biomedclip",
@@ -168,7 +168,7 @@ BUILT_IN: tuple[ModelEntry, ...] = (
         source=f"hf-hub:{_BIOMEDCLIP}",
         files=_BIOMEDCLIP_FILES,
         citation="Zhang et al. 2023, arXiv:2303.00915",
-        loader=f"{_BACKENDS}.open_clip_backend:load_open_clip",
+        loader=f"{BACKENDS}.open_clip_backend:load_open_clip",
     ),
     ModelEntry(
         id="medclip-vit",
@@ -182,7 +182,7 @@ BUILT_IN: tuple[ModelEntry, ...] = (
             *_CLINICAL_BERT_FILES,
         ),
         citation="Wang et al. 2022, arXiv:2210.10163",
-        loader=f"{_BACKENDS}.medclip_backend:load_medclip",
+        loader=f"{BACKENDS}.medclip_backend:load_medclip",
     ),
     ModelEntry(
         id="medclip-rn50",
@@ -196,7 +196,7 @@ BUILT_IN: tuple[ModelEntry, ...] = (
             *_CLINICAL_BERT_FILES,
         ),
         citation="Wang et al. 2022, arXiv:2210.10163",
-        loader=f"{_BACKENDS}.medclip_backend:load_medclip",
+        loader=f"{BACKENDS}.medclip_backend:load_medclip",
     ),
     ModelEntry(
         id="unimedclip",
@@ -207,7 +207,7 @@ BUILT_IN: tuple[ModelEntry, ...] = (
         source="https://github.com/mbzuai-oryx/UniMed-CLIP (unimed_clip_vit_b16.pt)",
         files=_BIOMED_BERT_FILES,
         citation="Khattak et al. 2024, arXiv:2412.10372",
-        loader=f"{_BACKENDS}.unimedclip_backend:load_unimedclip",
+        loader=f"{BACKENDS}.unimedclip_backend:load_unimedclip",
     ),
     ModelEntry(
         id="robustmedclip",
@@ -218,7 +218,7 @@ BUILT_IN: tuple[ModelEntry, ...] = (
         source=f"{HUB_URL}razaimam45/RobustMedCLIP",
         files=_BIOMEDCLIP_FILES,
         citation="Imam et al. 2025, arXiv:2505.15425",
-        loader=f"{_BACKENDS}.robustmedclip_backend:load_robustmedclip",
+        loader=f"{BACKENDS}.robustmedclip_backend:load_robustmedclip",
     ),
 )
 
@@ -281,5 +281,5 @@ def _own_entry(id: str, family: str, loader: str) -> ModelEntry:
         source=id,
         files=(),
         citation="",
-        loader=f"{_BACKENDS}.{loader}",
+        loader=f"{BACKENDS}.{loader}",
     )

@@ -16,6 +16,7 @@ from transformers.utils import logging
 from medrobust_lib.models.catalogue import BUILT_IN as DUAL_ENCODERS
 from medrobust_lib.models.devices import resolve_device, resolve_dtype
 from medrobust_lib.models.registry import default_weights_dir
+from medrobust_lib.models.settings import Settings, check_settings
 from medrobust_lib.models.vision_language import Completion, RowSampler, VisionLanguageModel
 from medrobust_lib.models.vlm_catalogue import (
     FOLDER_PREFIX,
@@ -24,10 +25,9 @@ from medrobust_lib.models.vlm_catalogue import (
     fetch_command,
     find_vlm,
 )
-from medrobust_lib.models.vlm_registry import vlm_folder
+from medrobust_lib.models.vlm_registry import check_vlm, vlm_folder
 from medrobust_lib.models.weights import (
     check_hashes,
-    check_writes_text,
     explained_errors,
     file_hashes,
     hub_access,
@@ -43,6 +43,7 @@ __all__ = [
 ]
 
 _COMMIT_DIGITS = 40
+_RESCALING: Settings = {"do_rescale": (True,), "rescale_factor": (1 / 255,)}
 
 
 def load_vlm(
@@ -101,10 +102,10 @@ def load_vlm(
     folder = vlm_folder(entry, weights)
     place = entry.source.removeprefix(HUB_PREFIX) if folder is None else str(folder)
     files: dict[str, str] = {}
+    check_vlm(entry, weights_dir=weights)
     if folder is not None:
         if not (folder / "config.json").is_file():
             raise _missing(entry, place, offline=offline, reason="there is no config.json")
-        check_writes_text(folder, id=id)
         files = check_hashes(folder, read_sums(folder))
     pinned = {"revision": revision} if folder is None else {}
     # Code may also lie in another repository than the weights: it is pinned, too.
@@ -137,6 +138,8 @@ def _read_network(place: str, **options: Any) -> PreTrainedModel:
         network, report = AutoModelForImageTextToText.from_pretrained(
             place, output_loading_info=True, ignore_mismatched_sizes=True, **options
         )
+    if getattr(network, "peft_config", None):
+        raise ValueError(f"{place} holds no model of its own but an adapter of peft; merge it into its base first")
     missing, unexpected = report["missing_keys"], report["unexpected_keys"]
     misshapen = [key for key, *_ in report["mismatched_keys"]]
     if missing or unexpected or misshapen:
@@ -153,6 +156,9 @@ def _read_processor(place: str, **options: Any) -> ProcessorMixin:
         raise ValueError(
             f"cannot make the processor of {place}; are its tokenizer's files complete? {reason}"
         ) from error
+    # Its processor is handed noisy [0, 1] pixels, which are what 8-bit images become by this rescaling alone.
+    rescaling = {name: getattr(processor.image_processor, name, None) for name in _RESCALING}
+    check_settings(rescaling, _RESCALING, source=f"{place}, settings of the image processor")
     if processor.chat_template is None:
         raise ValueError(f"{place} has no chat template, so its question has no agreed form; add chat_template.jinja")
     return processor

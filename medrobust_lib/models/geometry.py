@@ -1,5 +1,6 @@
 """Image geometry in front of a model: resize, crop or pad to a square, on 8-bit Pillow images."""
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,6 +44,9 @@ class Preprocessing:
         Per-channel normalisation of [0, 1] pixels, applied inside ``DualEncoder.encode_image``.
     grayscale : bool
         Convert to luma (ITU-R 601) first and repeat it on three channels.
+    floor_margin : bool
+        A centre crop halves an odd margin downwards, as transformers does; else to the even number, as torchvision
+        and open_clip do.
     """
 
     image_size: int
@@ -51,6 +55,7 @@ class Preprocessing:
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     grayscale: bool = False
+    floor_margin: bool = False
 
     def __post_init__(self) -> None:
         if self.image_size < 1:
@@ -89,9 +94,9 @@ def prepare_images(images: ImageInput, preprocessing: Preprocessing) -> Tensor:
 
     Notes
     -----
-    The resize is Pillow's on 8-bit values and the result equals open_clip's inference transform exactly.
-    transformers' image processor differs in two ways: its default resize rounds some values to the next of the
-    256 levels, and it cuts one pixel earlier where the margin is odd and torchvision rounds it up.
+    The resize is Pillow's on 8-bit values. The result equals open_clip's inference transform exactly, and that of
+    transformers' image processors that use Pillow; those that use torchvision round some values to the next of the
+    256 levels.
     """
     squares = [_square(image, preprocessing) for image in _pillow_images(images)]
     if not squares:
@@ -171,9 +176,15 @@ def _square(image: Image.Image, preprocessing: Preprocessing) -> Image.Image:
     if image.size != target:
         image = image.resize(target, resampling)
     if target != (size, size):
-        left, top = (round((edge - size) / 2) for edge in target)
+        halved = math.floor if preprocessing.floor_margin else round
+        left, top = (halved((edge - size) / 2) for edge in target)
         image = image.crop((left, top, left + size, top + size))
     return image.convert("RGB")
+
+
+def per_channel(values: float | Sequence[float]) -> tuple[float, ...]:
+    """Mean or standard deviation of each channel; one number stands for all three."""
+    return (values,) * 3 if isinstance(values, int | float) else tuple(values)
 
 
 def check_pixels(pixels: Tensor, *, image_size: int, model: str) -> None:

@@ -30,7 +30,7 @@ from medrobust_lib.models.dual_encoder import DualEncoder
 from medrobust_lib.models.image_tower import find_image_tower
 from medrobust_lib.models.lora_layers import ADAPTER, adapter_parameters, inject_adapters, remove_adapters
 from medrobust_lib.models.qkv import open_attention, split_qkv
-from medrobust_lib.models.weights import explained_errors, fingerprint
+from medrobust_lib.models.weights import explained_errors, fingerprint, foreign_adapter
 
 __all__ = [
     "AdapterLayout",
@@ -279,6 +279,8 @@ def describe_adapter(folder: Path | str) -> dict[str, Any]:
     if not folder.is_dir():
         raise FileNotFoundError(f"no adapter folder {folder}; save_adapter or adapt_lora writes one")
     missing = [name for name in (_TENSORS, _CONFIG, _PROVENANCE) if not (folder / name).is_file()]
+    if missing == [_PROVENANCE]:
+        raise ValueError(f"{folder} says nothing about the weights it belongs to: {foreign_adapter(folder)}")
     if missing:
         raise FileNotFoundError(f"the adapter folder {folder} lacks {', '.join(missing)}; copy it anew or train again")
     try:

@@ -1,25 +1,34 @@
 """Models in open_clip's format: OpenAI CLIP, QuiltNet, BiomedCLIP, demo-clip and anyone's ``local-dir:`` folder."""
 
-import json
-from collections.abc import Sequence
+import inspect
+import logging
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import open_clip
 import torch
+from open_clip import CLIPTextCfg, CLIPVisionCfg
 from open_clip.hf_model import HFTextEncoder
+from open_clip.transform import PreprocessCfg
 from open_clip.transformer import TextTransformer, text_global_pool
 from torch import Tensor
 from torch.nn import functional
 
+from medrobust_lib.files import parsed, read_json_object
 from medrobust_lib.models.dual_encoder import DualEncoder, Tokens, check_text_lengths
-from medrobust_lib.models.geometry import Preprocessing
+from medrobust_lib.models.geometry import Preprocessing, per_channel
+from medrobust_lib.models.settings import HONOURED, Settings, check_settings
 from medrobust_lib.models.weights import (
     CHECKPOINT_SUFFIXES,
     DEMO_FOLDER,
     HUB_CHECKPOINTS,
     OPEN_CLIP_CONFIG_NAME,
     check_hashes,
+    check_no_adapter,
+    check_tokenizer,
     expected_hashes,
     explained_errors,
     file_hashes,
@@ -35,6 +44,25 @@ if TYPE_CHECKING:
 CONFIG_NAME = OPEN_CLIP_CONFIG_NAME
 
 _GEOMETRIES = {"shortest": "shortest-edge-crop", "squash": "squash"}
+# open_clip's own inference transform reads "random" as bicubic.
+_INTERPOLATIONS = {"bicubic": "bicubic", "bilinear": "bilinear", "random": "bicubic"}
+# open_clip_config.json. open_clip builds the towers by it, but passes over what it does not know of the images.
+_MODEL_SETTINGS: dict[str, Settings] = {
+    "model_cfg": dict.fromkeys((*inspect.signature(open_clip.CLIP).parameters, "custom_text"), HONOURED),
+    "vision_cfg": dict.fromkeys((field.name for field in fields(CLIPVisionCfg)), HONOURED),
+    # No class token appended to a text (CoCa), and no other way of cutting it.
+    "text_cfg": {
+        **dict.fromkeys((field.name for field in fields(CLIPTextCfg)), HONOURED),
+        "embed_cls": (False,),
+        "tokenizer_mode": ("",),
+    },
+}
+_IMAGE_SETTINGS: Settings = {
+    **dict.fromkeys(("size", "mean", "std", "fill_color"), HONOURED),  # nothing is filled in these geometries
+    "mode": ("RGB",),
+    "interpolation": tuple(_INTERPOLATIONS),
+    "resize_mode": tuple(_GEOMETRIES),
+}
 
 
 class OpenClipEncoder(DualEncoder):
@@ -64,7 +92,7 @@ class OpenClipEncoder(DualEncoder):
     def __init__(self, model: torch.nn.Module, tokenizer: Any, *, id: str, provenance: dict[str, Any]) -> None:
         super().__init__(
             id=id,
-            preprocessing=read_preprocessing(model.visual.preprocess_cfg),
+            preprocessing=read_preprocessing(model.visual.preprocess_cfg, source=id),
             embed_dim=_embed_dim(model),
             context_length=tokenizer.context_length,
             logit_scale=float(model.logit_scale.detach().exp()),
@@ -96,14 +124,7 @@ class OpenClipEncoder(DualEncoder):
             raise ValueError(f"{self.id}: a text tower with an appended class token (CoCa) is not supported")
         if getattr(self._tokenizer, "tokenizer_mode", None):
             raise ValueError(f"{self.id}: the tokenizer mode {self._tokenizer.tokenizer_mode!r} is not supported")
-        inner = self._inner_tokenizer
-        known = self._tokenizer.vocab_size if inner is None else len(inner)
-        # Without its files a tokenizer comes up silently with five special tokens.
-        if not tower.vocab_size // 2 <= known <= tower.vocab_size:
-            raise ValueError(
-                f"{self.id}: the tokenizer knows {known} tokens, the text tower {tower.vocab_size}; "
-                "are the tokenizer files beside the weights (tokenizer.json, or vocab.txt and config.json)?"
-            )
+        _check_vocabulary(self._tokenizer, tower.vocab_size, id=self.id)
 
     def _image_features(self, pixels: Tensor) -> Tensor:
         return self.model.encode_image(pixels)
@@ -169,30 +190,39 @@ class OpenClipEncoder(DualEncoder):
         return projection(pooled) if isinstance(projection, torch.nn.Linear) else pooled @ projection
 
 
-def read_preprocessing(configuration: dict[str, Any]) -> Preprocessing:
+def _check_vocabulary(tokenizer: Any, vocab_size: int, *, id: str) -> None:
+    """Raise unless a tokenizer is that of a text tower: without its files it silently knows five special tokens."""
+    inner = getattr(tokenizer, "tokenizer", None)
+    known = tokenizer.vocab_size if inner is None else len(inner)
+    if not vocab_size // 2 <= known <= vocab_size:
+        raise ValueError(
+            f"{id}: the tokenizer knows {known} tokens, the text tower {vocab_size}; "
+            "are the tokenizer files beside the weights (tokenizer.json, or vocab.txt and config.json)?"
+        )
+
+
+def read_preprocessing(settings: Mapping[str, Any], *, source: str) -> Preprocessing:
     """Preprocessing from open_clip's ``preprocess_cfg``.
 
     Raises
     ------
     ValueError
-        If the image is not square or the resize mode is not ``shortest`` or ``squash``.
+        A setting that would have to be passed over, or an image that is not square.
     """
-    size = configuration["size"]
-    height, width = (size, size) if isinstance(size, int) else size
-    mode = configuration.get("resize_mode") or "shortest"
-    if height != width or mode not in _GEOMETRIES:
-        raise ValueError(
-            f"unsupported preprocessing: size {size}, resize mode {mode!r}; "
-            f"need a square and one of {', '.join(_GEOMETRIES)}"
+    check_settings(settings, _IMAGE_SETTINGS, source=source)
+    given = {name: value for name, value in settings.items() if value is not None}
+    cfg = {**asdict(PreprocessCfg()), **given}
+    with parsed(source):
+        sides = set(per_channel(cfg["size"]))
+        if len(sides) != 1:
+            raise ValueError(f"unsupported size {cfg['size']}; need a square")
+        return Preprocessing(
+            image_size=sides.pop(),
+            geometry=_GEOMETRIES[cfg["resize_mode"]],
+            interpolation=_INTERPOLATIONS[cfg["interpolation"]],
+            mean=per_channel(cfg["mean"]),
+            std=per_channel(cfg["std"]),
         )
-    return Preprocessing(
-        image_size=height,
-        geometry=_GEOMETRIES[mode],
-        # open_clip's own inference transform reads "random" as bicubic.
-        interpolation="bilinear" if configuration.get("interpolation") == "bilinear" else "bicubic",
-        mean=tuple(configuration["mean"]),
-        std=tuple(configuration["std"]),
-    )
 
 
 def load_demo(entry: "ModelEntry", *, weights_dir: Path | None, offline: bool) -> OpenClipEncoder:
@@ -242,7 +272,83 @@ def load_open_clip(entry: "ModelEntry", *, weights_dir: Path | None, offline: bo
             tokenizer = open_clip.get_tokenizer(entry.source)
     except (OSError, RuntimeError) as error:
         raise missing_weights(entry, weights_dir=weights_dir, offline=offline, reason=error) from error
+    snapshot = hub_snapshot(place, CONFIG_NAME)
+    if snapshot is not None:
+        _read_config(snapshot)
     return _encoder(entry, model, tokenizer, _hub_hashes(place))
+
+
+def check_folder(folder: Path, *, id: str, published: Collection[str] = ()) -> Path:
+    """Raise unless a folder holds a model in open_clip's format, as far as this is known without reading its weights.
+
+    Parameters
+    ----------
+    folder : Path
+    id : str
+        Named in errors.
+    published : collection of str
+        Names of the checkpoints that the model is published with; any other is then no part of it.
+
+    Returns
+    -------
+    Path
+        The only checkpoint, or the preferred one of the names that open_clip publishes.
+
+    Raises
+    ------
+    FileNotFoundError
+        The folder or one of its files is missing.
+    ValueError
+        Several checkpoints, or a setting that is not supported.
+    """
+    if not folder.is_dir():
+        raise FileNotFoundError(f"no folder {folder} for the model {id!r}")
+    check_no_adapter(folder, id=id)
+    if not (folder / CONFIG_NAME).is_file():
+        raise FileNotFoundError(
+            f"{folder} holds no {CONFIG_NAME}: it is not a model folder in open_clip's format, nor, without "
+            "config.json, in transformers'"
+        )
+    text = _read_config(folder)["model_cfg"]["text_cfg"]
+    tokenizer = text.get("hf_tokenizer_name")
+    if tokenizer:
+        check_tokenizer(folder, id=id, published=tokenizer if tokenizer.count("/") == 1 else "")
+    if "hf_model_name" not in text:
+        size = text.get("vocab_size", CLIPTextCfg.vocab_size)
+        _check_vocabulary(open_clip.get_tokenizer(f"local-dir:{folder}"), size, id=id)
+    return _checkpoint(folder, published)
+
+
+def _checkpoint(folder: Path, published: Collection[str]) -> Path:
+    """The only checkpoint of a folder, or the preferred one among names that stand for the same weights."""
+    found = sorted(path for path in folder.iterdir() if path.suffix in CHECKPOINT_SUFFIXES)
+    found = [path for path in found if path.name in published] or found
+    if not found:
+        raise FileNotFoundError(f"{folder} holds no weights ({', '.join(CHECKPOINT_SUFFIXES)})")
+    if len(found) > 1 and not {path.name for path in found} <= set(HUB_CHECKPOINTS):
+        raise ValueError(
+            f"{folder} holds several checkpoints: {', '.join(path.name for path in found)}; leave the one that is "
+            "meant, and move the others elsewhere"
+        )
+    return min(found, key=lambda path: HUB_CHECKPOINTS.index(path.name) if len(found) > 1 else 0)
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    """Content of ``open_clip_config.json`` whose settings of images are all supported; open_clip refuses the others."""
+    config = read_json_object(folder / CONFIG_NAME, "a configuration of open_clip")
+    source = str(folder / CONFIG_NAME)
+    check_settings(config, dict.fromkeys(("model_cfg", "preprocess_cfg"), HONOURED), source=source)
+    with parsed(f"{source} is not a configuration of open_clip"):
+        parts = {"model_cfg": dict(config["model_cfg"]), "preprocess_cfg": dict(config.get("preprocess_cfg") or {})}
+        parts |= {name: dict(parts["model_cfg"][name]) for name in ("vision_cfg", "text_cfg")}
+    for name, settings in _MODEL_SETTINGS.items():
+        check_settings(parts[name], settings, source=f"{source}, {name}")
+    images = parts["preprocess_cfg"]
+    read = read_preprocessing(images, source=f"{source}, preprocess_cfg")
+    size = parts["vision_cfg"].get("image_size", CLIPVisionCfg.image_size)
+    if images.get("size") and {read.image_size} != set(per_channel(size)):
+        raise ValueError(f"{source}: preprocess_cfg has images of {images['size']} px, vision_cfg reads {size} px")
+    return config
 
 
 def _load_named(entry: "ModelEntry", folder: Path | None, architecture: str, tag: str) -> OpenClipEncoder:
@@ -251,7 +357,7 @@ def _load_named(entry: "ModelEntry", folder: Path | None, architecture: str, tag
         pretrained = tag
     else:
         hashes = check_hashes(folder, expected_hashes(entry, folder))
-        pretrained = str(min(_checkpoints(folder), key=lambda path: CHECKPOINT_SUFFIXES.index(path.suffix)))
+        pretrained = str(_checkpoint(folder, [file.name for file in entry.files]))
     with explained_errors(pretrained):
         model = open_clip.create_model_from_pretrained(architecture, pretrained=pretrained, return_transform=False)
     if folder is None:
@@ -261,20 +367,24 @@ def _load_named(entry: "ModelEntry", folder: Path | None, architecture: str, tag
 
 def _load_folder(entry: "ModelEntry", folder: Path) -> OpenClipEncoder:
     """A folder in open_clip's format; nothing is looked up elsewhere if it is complete."""
-    if not folder.is_dir():
-        raise FileNotFoundError(f"no folder {folder} for the model {entry.id!r}")
-    if not (folder / CONFIG_NAME).is_file():
-        raise FileNotFoundError(
-            f"{folder} holds no {CONFIG_NAME}: it is not a model folder in open_clip's format, nor, without "
-            "config.json, in transformers'"
-        )
-    if not _checkpoints(folder):
-        raise FileNotFoundError(f"{folder} holds no weights ({', '.join(CHECKPOINT_SUFFIXES)})")
+    checkpoint = check_folder(folder, id=entry.id, published=[file.name for file in entry.files])
     hashes = check_hashes(folder, expected_hashes(entry, folder))
     name = f"local-dir:{folder}"
-    with explained_errors(str(folder)):
-        model = open_clip.create_model_from_pretrained(name, return_transform=False, **_own_text_config(folder))
+    with explained_errors(str(checkpoint)):
+        with _no_warning_of_missing_weights():  # open_clip finds only some of the names that its training gives
+            model = open_clip.create_model(name, load_weights=False, pretrained_text=False, **_own_text_config(folder))
+        open_clip.load_checkpoint(model, str(checkpoint))
     return _encoder(entry, model, open_clip.get_tokenizer(name), hashes)
+
+
+@contextmanager
+def _no_warning_of_missing_weights() -> Iterator[None]:
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(before)
 
 
 def _encoder(entry: "ModelEntry", model: torch.nn.Module, tokenizer: Any, hashes: dict[str, str]) -> OpenClipEncoder:
@@ -284,15 +394,10 @@ def _encoder(entry: "ModelEntry", model: torch.nn.Module, tokenizer: Any, hashes
 
 def _own_text_config(folder: Path) -> dict[str, Any]:
     """Point a Hugging Face text tower at the ``config.json`` in the folder instead of at the hub."""
-    content = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
-    text = content["model_cfg"]["text_cfg"]
+    text = _read_config(folder)["model_cfg"]["text_cfg"]
     if "hf_model_name" not in text or not (folder / "config.json").is_file():
         return {}
     return {"text_cfg": {**text, "hf_model_name": str(folder), "hf_model_pretrained": False}}
-
-
-def _checkpoints(folder: Path) -> list[Path]:
-    return [path for path in folder.iterdir() if path.suffix in CHECKPOINT_SUFFIXES]
 
 
 def _hub_hashes(repository: str) -> dict[str, str]:

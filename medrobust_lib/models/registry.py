@@ -1,14 +1,17 @@
 """The table of models: one row per model, and the one call that loads any of them."""
 
-import difflib
 import importlib
+import inspect
 import os
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 import pandas as pd
 
+from medrobust_lib.data.wording import closest
 from medrobust_lib.models.catalogue import (
+    BACKENDS,
     BUILT_IN,
     LOCAL_DIR_PREFIX,
     PYTHON_PREFIX,
@@ -20,7 +23,7 @@ from medrobust_lib.models.catalogue import (
     python_entry,
 )
 from medrobust_lib.models.vlm_catalogue import BUILT_IN as GENERATIVE
-from medrobust_lib.models.vlm_catalogue import HUB_PREFIX
+from medrobust_lib.models.vlm_catalogue import HUB_PREFIX, place_hint
 from medrobust_lib.models.weights import (
     CHECKPOINT_SUFFIXES,
     CONFIG_NAME,
@@ -31,6 +34,7 @@ from medrobust_lib.models.weights import (
     check_clip_type,
     has_checkpoint,
     hub_snapshot,
+    is_clip,
     read_sums,
 )
 
@@ -97,20 +101,22 @@ def find_model(id: str) -> ModelEntry:
     if id.startswith(PYTHON_PREFIX):
         return python_entry(id)
     rows = {entry.id: entry for entry in _entries()}
-    if id not in rows:
-        generative = [entry.id for entry in GENERATIVE]
-        if id in generative:
-            raise ValueError(
-                f"{id!r} is a generative model: load it with load_vlm({id!r}) (notebooks: the parameter `vlm`). "
-                f"Dual encoders: {', '.join(rows)}, {_OWN_IDS}"
-            )
-        close = difflib.get_close_matches(id, rows, n=3, cutoff=0.4)
-        hint = f"did you mean {' or '.join(map(repr, close))}? " if close else ""
+    if id in rows:
+        return rows[id]
+    generative = [entry.id for entry in GENERATIVE]
+    if id in generative:
         raise ValueError(
-            f"unknown model {id!r}: {hint}Known: {', '.join(rows)}, {_OWN_IDS}; "
-            f"generative ones (load_vlm): {', '.join(generative)}"
+            f"{id!r} is a generative model: load it with load_vlm({id!r}) (notebooks: the parameter `vlm`). "
+            f"Dual encoders: {', '.join(rows)}, {_OWN_IDS}"
         )
-    return rows[id]
+    # The name under which the hub has a row's model stands for the row.
+    close = [row for row in rows if id and rows[row].source.endswith(f":{id}")]
+    close = close or closest(id, [*rows, *generative], cutoff=0.4)
+    hint = f" did you mean {' or '.join(map(repr, close))}?" if close else ""
+    raise ValueError(
+        f"unknown model {id!r}:{hint}{place_hint(id)} Known: {', '.join(rows)}, {_OWN_IDS}; "
+        f"generative ones (load_vlm): {', '.join(generative)}"
+    )
 
 
 def load_model(
@@ -171,7 +177,10 @@ def load_model(
     with torch.random.fork_rng(devices=[]):
         model = loader(entry, weights_dir=folder, offline=offline)
     if not isinstance(model, DualEncoder):
-        raise TypeError(f"the loader of {id!r} must return a DualEncoder, not {type(model).__name__}")
+        raise TypeError(
+            f"the loader of {id!r} must return a DualEncoder, not {type(model).__name__} ({model!r:.60}); its form is "
+            "loader(entry, *, weights_dir, offline) -> DualEncoder in float32 on the CPU"
+        )
     if adapter is not None:
         from medrobust_lib.models.low_rank import load_adapter  # peft is slow to import
 
@@ -253,6 +262,7 @@ def register_model(
         raise ValueError(f"the model id {id!r} is taken; choose another one")
     if not callable(loader):
         raise TypeError(f"loader must be a function returning a DualEncoder, not {type(loader).__name__}")
+    _check_loader(loader, id=id)
     _REGISTERED[id] = ModelEntry(id, family, image_size, parameters, licence, source, (), citation, loader)
 
 
@@ -273,18 +283,52 @@ def available_offline(entry: ModelEntry, *, weights_dir: Path) -> bool:
 
 
 def check_kind(entry: ModelEntry) -> None:
-    """Raise ValueError if the files of an own model, where they are here already, are those of another kind of model.
+    """Raise unless the files of an own model, where they are here already, can be loaded: the checks of `load_model`.
 
-    Cheap: a configuration is read, no weights. For the rows of the table there is nothing to check.
+    Cheap: settings and tokenizers are read, no weights. For the rows of the table there is nothing to check.
+
+    Raises
+    ------
+    FileNotFoundError
+        The folder or one of its files is missing.
+    ValueError
+        Another kind of model, or a setting that is not supported; names both.
+    TypeError
+        A loader that cannot be called as loaders are.
     """
-    folders: list[Path] = []
     if entry.id.startswith(LOCAL_DIR_PREFIX):
-        folders = [Path(entry.id.removeprefix(LOCAL_DIR_PREFIX)).expanduser()]
+        folder = Path(entry.id.removeprefix(LOCAL_DIR_PREFIX)).expanduser()
+        _module(entry).check_folder(folder, id=entry.id)
     elif entry.id.startswith(HUB_PREFIX):
-        folders = _cached_folders(entry)
-    for folder in folders:
-        if (folder / CONFIG_NAME).is_file() and not (folder / OPEN_CLIP_CONFIG_NAME).is_file():
-            check_clip_type(folder, id=entry.id)
+        for folder in _cached_folders(entry):
+            _check_snapshot(folder, id=entry.id)
+    elif callable(entry.loader):
+        _check_loader(entry.loader, id=entry.id)
+
+
+def _check_snapshot(folder: Path, *, id: str) -> None:
+    """`check_kind` for what is here of a repository of the hub."""
+    if (folder / OPEN_CLIP_CONFIG_NAME).is_file() and not is_clip(folder):
+        back_end = "open_clip_backend"
+    else:
+        check_clip_type(folder, id=id)
+        back_end = "transformers_backend"
+    if has_checkpoint(folder):  # else the rest is still to be fetched
+        importlib.import_module(f"{BACKENDS}.{back_end}").check_folder(folder, id=id)
+
+
+def _check_loader(loader: Loader, *, id: str) -> None:
+    """Raise TypeError unless a loader of one's own takes what loaders are called with."""
+    try:
+        inspect.signature(loader).bind(None, weights_dir=None, offline=False)
+    except TypeError as error:
+        name = getattr(loader, "__name__", type(loader).__name__)
+        raise TypeError(
+            f"the loader of {id!r} must take the call {name}(entry, weights_dir=..., offline=...) and return a "
+            f"DualEncoder in float32 on the CPU: {error}"
+        ) from error
+    except ValueError:  # compiled functions may not tell
+        return
 
 
 def hub_location(url: str) -> tuple[str, str] | None:
@@ -297,9 +341,13 @@ def hub_location(url: str) -> tuple[str, str] | None:
 
 def _resolve_loader(entry: ModelEntry) -> Loader:
     if callable(entry.loader):
+        _check_loader(entry.loader, id=entry.id)
         return entry.loader
-    module, _, function = entry.loader.partition(":")
-    return getattr(importlib.import_module(module), function)
+    return getattr(_module(entry), entry.loader.partition(":")[2])
+
+
+def _module(entry: ModelEntry) -> ModuleType:
+    return importlib.import_module(entry.loader.partition(":")[0])
 
 
 def _entries() -> tuple[ModelEntry, ...]:

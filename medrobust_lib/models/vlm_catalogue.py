@@ -2,6 +2,7 @@
 
 from collections.abc import Collection
 from dataclasses import dataclass
+from pathlib import Path
 
 from medrobust_lib.data.wording import suggest
 
@@ -132,10 +133,19 @@ def find_vlm(id: str, *, dual_encoders: Collection[str] = ()) -> VlmEntry:
         )
     if id not in rows:
         raise ValueError(
-            f"unknown vision-language model {id!r}.{suggest(id, rows)} {FOLDER_PREFIX}PATH and {HUB_PREFIX}OWNER/NAME "
-            "work too"
+            f"unknown vision-language model {id!r}.{suggest(id, rows)}{place_hint(id)} {FOLDER_PREFIX}PATH and "
+            f"{HUB_PREFIX}OWNER/NAME work too"
         )
     return rows[id]
+
+
+def place_hint(id: str) -> str:
+    """Part of an error message for an id that is a path or a repository without its prefix; else empty."""
+    owner, slash, name = id.partition("/")
+    if id and (Path(id).is_dir() or owner in ("", ".", "..") or id[0] == "~" or "\\" in id):
+        return f" A folder on this computer is {FOLDER_PREFIX}{id}."
+    repository = f"A repository on the hub is {HUB_PREFIX}{id}, a" if name and "/" not in name else "A"
+    return f" {repository} folder on this computer {FOLDER_PREFIX}PATH." if slash else ""
 
 
 def fetch_command(id: str) -> str:

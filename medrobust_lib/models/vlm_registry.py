@@ -6,7 +6,15 @@ import pandas as pd
 
 from medrobust_lib.models.registry import default_weights_dir
 from medrobust_lib.models.vlm_catalogue import BUILT_IN, DEMO_VLM, FOLDER_PREFIX, HUB_PREFIX, VlmEntry
-from medrobust_lib.models.weights import has_checkpoint, hub_snapshot, local_folder
+from medrobust_lib.models.weights import (
+    CONFIG_NAME,
+    check_no_adapter,
+    check_tokenizer,
+    check_writes_text,
+    has_checkpoint,
+    hub_snapshot,
+    local_folder,
+)
 
 DEMO_VLM_FOLDER = Path(__file__).parent / "demo" / "vlm"
 
@@ -29,8 +37,34 @@ def list_vlms(*, weights_dir: str | Path | None = None) -> pd.DataFrame:
 
 def vlm_available_offline(entry: VlmEntry, *, weights_dir: Path) -> bool:
     """Whether a model's weights are in the package, in ``weights_dir`` or in the hub cache."""
-    folder = vlm_folder(entry, weights_dir) or hub_snapshot(entry.source.removeprefix(HUB_PREFIX), "config.json")
+    folder = vlm_folder(entry, weights_dir) or hub_snapshot(entry.source.removeprefix(HUB_PREFIX), CONFIG_NAME)
     return folder is not None and has_checkpoint(folder)
+
+
+def check_vlm(entry: VlmEntry, *, weights_dir: Path) -> None:
+    """Raise unless the files of a model, where they are here already, can be loaded, as far as that is cheap to know.
+
+    Raises
+    ------
+    FileNotFoundError
+        The folder or one of its files is missing.
+    ValueError
+        Another kind of model.
+    """
+    folder = vlm_folder(entry, weights_dir) or hub_snapshot(entry.source.removeprefix(HUB_PREFIX), CONFIG_NAME)
+    if folder is None:
+        return
+    check_no_adapter(folder, id=entry.id)
+    check_writes_text(folder, id=entry.id)
+    if entry.id.startswith(FOLDER_PREFIX):
+        missing = [] if (folder / CONFIG_NAME).is_file() else [CONFIG_NAME]
+        missing += [] if has_checkpoint(folder) else ["model weights"]
+        if missing:
+            raise FileNotFoundError(
+                f"cannot load {entry.id!r}: no {' and no '.join(missing)} in {folder}; the folder must hold "
+                "config.json, model.safetensors, and the files of its tokenizer and processor"
+            )
+        check_tokenizer(folder, id=entry.id)
 
 
 def vlm_folder(entry: VlmEntry, weights_dir: Path) -> Path | None:

@@ -14,6 +14,7 @@ from huggingface_hub import constants, try_to_load_from_cache
 from safetensors import SafetensorError
 
 from medrobust_lib.downloads import file_sha256, read_sums
+from medrobust_lib.files import read_json_object
 from medrobust_lib.models.vlm_catalogue import fetch_command
 
 if TYPE_CHECKING:
@@ -31,7 +32,10 @@ HUB_CHECKPOINTS = (
 )
 HUB_URL = "https://huggingface.co/"
 CONFIG_NAME = "config.json"  # of transformers
+ADAPTER_CONFIG_NAME = "adapter_config.json"  # of peft
 OPEN_CLIP_CONFIG_NAME = "open_clip_config.json"
+# A tokenizer is complete with any of these.
+TOKENIZER_FILES = (("tokenizer.json",), ("vocab.json", "merges.txt"), ("vocab.txt",), ("tokenizer.model",))
 CLIP_TYPE = "clip"  # of the configuration of a transformers CLIPModel
 
 _LISTED_KEYS = 10
@@ -79,14 +83,67 @@ def check_clip_type(folder: Path, *, id: str) -> None:
     raise ValueError(f"{id!r} is no CLIP: its {CONFIG_NAME} has model_type {found!r}. {advice}")
 
 
+def is_clip(folder: Path) -> bool:
+    """Whether a folder holds the ``config.json`` of a ``CLIPModel`` of transformers."""
+    return (folder / CONFIG_NAME).is_file() and _model_type(folder) == CLIP_TYPE
+
+
+def check_no_adapter(folder: Path, *, id: str) -> None:
+    """Raise ValueError if a folder holds an adapter that peft wrote: transformers would load another base for it."""
+    if (folder / ADAPTER_CONFIG_NAME).is_file():
+        raise ValueError(f"{id!r} is no model of its own: {foreign_adapter(folder)}")
+
+
+def foreign_adapter(folder: Path) -> str:
+    """What an adapter folder of peft is, and the lines that make a model of it with the base it was trained on."""
+    config = read_json_object(folder / ADAPTER_CONFIG_NAME, "the configuration of an adapter")
+    base = config.get("base_model_name_or_path") or "BASE"
+    kind = (config.get("auto_mapping") or {}).get("base_model_class") or "CLIPModel"
+    return (
+        f"{folder} holds an adapter that peft wrote ({config.get('peft_type')}, trained on {base}); merge it into its "
+        "base with peft, which knows all its settings, and load the result:\n"
+        "    from peft import PeftModel\n"
+        f"    from transformers import {kind}\n"
+        f"    base = {kind}.from_pretrained({str(base)!r})\n"
+        f"    PeftModel.from_pretrained(base, {str(folder)!r}).merge_and_unload().save_pretrained('merged')\n"
+        "Then copy the base's preprocessor_config.json and tokenizer's files into 'merged', which is local-dir:merged"
+    )
+
+
 def check_writes_text(folder: Path, *, id: str) -> None:
     """Raise ValueError if a folder that somebody wants to load with `load_vlm` holds a CLIP, which writes no text."""
-    if (folder / OPEN_CLIP_CONFIG_NAME).is_file() or (
-        (folder / CONFIG_NAME).is_file() and _model_type(folder) == CLIP_TYPE
-    ):
+    if (folder / OPEN_CLIP_CONFIG_NAME).is_file() or is_clip(folder):
         raise ValueError(
             f"{id!r} is a CLIP and writes no text: load it with load_model({id!r}) (notebooks: the parameter `model`)"
         )
+
+
+def check_tokenizer(folder: Path, *, id: str, published: str = "") -> None:
+    """Raise unless the files of a tokenizer lie in a folder: without them transformers asks for unrelated packages.
+
+    Parameters
+    ----------
+    folder : Path
+    id : str
+        Of the model, for the message.
+    published : str
+        Repository on the hub that has them, if one is known.
+
+    Raises
+    ------
+    FileNotFoundError
+        Names the files and where to get them.
+    """
+    if any(all((folder / name).is_file() for name in names) for names in TOKENIZER_FILES):
+        return
+    wanted = ", or ".join(" and ".join(names) for names in TOKENIZER_FILES)
+    source = "Copy them from where the weights come from"
+    if published:
+        source += (
+            f"; if its vocabulary is that of {published}, `hf download {published} --include 'tokenizer*' 'vocab*' "
+            f"'merges*' --local-dir {folder}` fetches them"
+        )
+    raise FileNotFoundError(f"{id!r}: no tokenizer in {folder}: it must hold {wanted}. {source}")
 
 
 def _model_type(folder: Path) -> str | None:
@@ -171,9 +228,10 @@ def explained_errors(source: str) -> Iterator[None]:
             raise ValueError(f"cannot read the weights of {source}, the file is damaged: {message}") from error
         raise
     except (SafetensorError, UnpicklingError, EOFError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0].partition(" This file can still")[0]
         raise ValueError(
-            f"cannot read the weights of {source}, the file is damaged or holds more than tensors: "
-            f"{str(error).splitlines()[0] if str(error) else type(error).__name__}"
+            f"cannot read the weights of {source}, the file is damaged or holds more than tensors, which may run code: "
+            f"{reason.rstrip('.')}. Fetch it again, or save model.state_dict() alone where it comes from"
         ) from error
 
 

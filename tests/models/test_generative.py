@@ -3,16 +3,21 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from huggingface_hub import constants
 from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+from peft import LoraConfig, get_peft_model
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import (
+    AutoProcessor,
     CLIPVisionConfig,
     Idefics3Config,
     Idefics3ForConditionalGeneration,
     LlamaConfig,
+    LlavaForConditionalGeneration,
     LlavaNextConfig,
     LlavaNextForConditionalGeneration,
     MistralConfig,
@@ -25,7 +30,7 @@ from medrobust_lib.downloads import file_sha256
 from medrobust_lib.models import generative
 from medrobust_lib.models.generative import load_vlm
 from medrobust_lib.models.vlm_catalogue import find_vlm
-from medrobust_lib.models.vlm_registry import list_vlms
+from medrobust_lib.models.vlm_registry import check_vlm, list_vlms
 
 spec = importlib.util.spec_from_file_location("tiny_vlms", Path(__file__).with_name("tiny_vlms.py"))
 tiny_vlms = importlib.util.module_from_spec(spec)
@@ -54,7 +59,77 @@ def change_tensors(folder, change):
     return tensors
 
 
+def set_images(folder, **settings):
+    """Change settings of the image processor."""
+    path = folder / "processor_config.json"
+    content = json.loads(path.read_text())
+    content["image_processor"] |= settings
+    path.write_text(json.dumps(content))
+
+
 # Loading
+
+
+@pytest.mark.parametrize(
+    ("settings", "levels"),
+    [
+        ({}, 0),
+        ({"do_normalize": False}, 0),
+        ({"image_mean": [0.1, 0.2, 0.3], "image_std": [0.3, 0.2, 0.1]}, 0),
+        ({"do_resize": False}, 0),
+        ({"do_center_crop": False}, 0),
+        ({"do_convert_rgb": False}, 0),
+        ({"size": {"shortest_edge": 48}}, 1),  # bytes are resized to whole levels
+        ({"size": {"shortest_edge": 48}, "resample": 2}, 1),
+        ({"size": {"shortest_edge": 48}, "crop_size": {"height": 40, "width": 40}, "resample": 2}, 1),
+    ],
+    ids=str,
+)
+def test_every_setting_of_the_image_processor_is_followed(folder, settings, levels):
+    set_images(folder, **settings)
+    vlm = load(folder)
+    image = np.random.default_rng(0).integers(60, 180, (SIZE, SIZE, 3), dtype=np.uint8)
+    processor = AutoProcessor.from_pretrained(folder).image_processor
+    expected = torch.as_tensor(processor([Image.fromarray(image)], return_tensors="pt")["pixel_values"]).float()
+    found = vlm._inputs(vlm.prepare([image]), [vlm._chat(PROMPT)])["pixel_values"]
+    spread = min(processor.image_std) if processor.do_normalize else 1.0
+    torch.testing.assert_close(found, expected, atol=(1.2 * levels + 1e-3) / 255 / spread, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"do_rescale": False}, "do_rescale=False is not supported; supported is True"),
+        ({"rescale_factor": 0.01}, "rescale_factor=0.01 is not supported; supported is 0.0039215"),
+    ],
+)
+def test_another_scale_of_the_pixels_than_that_of_the_noise_is_refused(folder, settings, message):
+    set_images(folder, **settings)
+    with pytest.raises(ValueError, match=f"settings of the image processor: {message}"):
+        load(folder)
+
+
+def test_an_adapter_of_peft_is_no_model(folder, tmp_path):
+    network = LlavaForConditionalGeneration.from_pretrained(folder)
+    get_peft_model(network, LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(tmp_path / "tuned")
+    id = f"local-dir:{tmp_path / 'tuned'}"
+    for refused in (
+        lambda: load(tmp_path / "tuned"),
+        lambda: check_vlm(find_vlm(id), weights_dir=tmp_path),
+    ):
+        with pytest.raises(
+            ValueError, match=r"an adapter that peft wrote (?s:.*)LlavaForConditionalGeneration\.from_pret"
+        ):
+            refused()
+
+
+def test_a_folder_without_tokenizer_says_which_files_it_lacks(folder, tmp_path):
+    (folder / "tokenizer.json").unlink()
+    for refused in (lambda: load(folder), lambda: check_vlm(find_vlm(f"local-dir:{folder}"), weights_dir=tmp_path)):
+        with pytest.raises(
+            FileNotFoundError, match=r"no tokenizer in .*: it must hold tokenizer\.json, or vocab\.json and"
+        ):
+            refused()
 
 
 @pytest.mark.parametrize("name", tiny_vlms.IN_TABLE)
@@ -327,20 +402,21 @@ def test_a_failed_download_gives_its_reason(hub_cache, tmp_path, monkeypatch):
 
 
 def test_incomplete_folders_say_what_is_missing(folder, tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"nowhere: the folder must hold config\.json.*no config\.json"):
+    with pytest.raises(
+        FileNotFoundError, match=r"no config\.json and no model weights in .*nowhere; the folder must hold config\.json"
+    ):
         load(tmp_path / "nowhere")
     for name, error, message in (
         ("chat_template.jinja", ValueError, r"a folder has no chat template.*add chat_template\.jinja"),
         ("processor_config.json", FileNotFoundError, "a folder: the folder must hold.*Reason"),
-        ("config.json", FileNotFoundError, r"a folder: the folder must hold config\.json"),
-        ("model.safetensors", FileNotFoundError, r"Reason: .*no file named model\.safetensors"),
+        ("config.json", FileNotFoundError, r"no config\.json in .*a folder; the folder must hold config\.json"),
+        ("model.safetensors", FileNotFoundError, r"no model weights in .*a folder; the folder must hold config\.json"),
     ):
         (folder / name).rename(tmp_path / "away")
         with pytest.raises(error, match=message):
             load(folder)
         (tmp_path / "away").rename(folder / name)
-    for path in folder.glob("tokenizer*"):
-        path.unlink()
+    (folder / "tokenizer.json").write_text("{}")
     with pytest.raises(
         ValueError, match=r"cannot make the processor of .*a folder; are its tokenizer's files complete\?"
     ):

@@ -9,11 +9,12 @@ import torch
 from huggingface_hub import constants
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from torch.nn import functional
 from transformers import BertConfig
 
 from medrobust_lib.models import registry
-from medrobust_lib.models.open_clip_backend import OpenClipEncoder, read_preprocessing
-from medrobust_lib.models.registry import find_model, load_model
+from medrobust_lib.models.open_clip_backend import OpenClipEncoder
+from medrobust_lib.models.registry import available_offline, check_kind, find_model, load_model
 
 BIOMEDCLIP = "microsoft/BiomedCLIP-PubMedBERT_256-vit_base_patch16_224"
 BIOMED_BERT = "microsoft/BiomedNLP-BiomedBERT-base-uncased-abstract"
@@ -347,7 +348,17 @@ def test_a_tokenizer_that_is_not_the_models_is_refused(demo_folder, builders, tm
     for path in demo_folder.glob("tokenizer*"):
         path.unlink()
     BertConfig().save_pretrained(demo_folder)
+    with pytest.raises(
+        FileNotFoundError, match=r"no tokenizer in .*: it must hold tokenizer\.json, or .* vocab\.txt"
+    ) as no:
+        load_model(f"local-dir:{demo_folder}", device="cpu")
+    assert "hf download" not in str(no.value)  # where it is from is not known
+    (demo_folder / "vocab.txt").write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\n")
     with pytest.raises(ValueError, match=r"the tokenizer knows 5 tokens, the text tower 15; are the tokenizer files"):
+        load_model(f"local-dir:{demo_folder}", device="cpu")
+    configured(demo_folder, "model_cfg.text_cfg", hf_tokenizer_name="someone/words")
+    (demo_folder / "vocab.txt").unlink()
+    with pytest.raises(FileNotFoundError, match=r"`hf download someone/words --include 'tokenizer\*' .* --local-dir /"):
         load_model(f"local-dir:{demo_folder}", device="cpu")
     builders.write_weights(tmp_path, builders.tiny_configuration(100))
     with pytest.raises(ValueError, match=r"the tokenizer knows 49408 tokens, the text tower 100"):
@@ -398,31 +409,152 @@ def test_a_hub_model_without_its_text_configuration_counts_as_missing(builders, 
         load_model("biomedclip", device="cpu", weights_dir=tmp_path / "weights")
 
 
+def configured(folder, part, **settings):
+    """The folder, its open_clip_config.json changed in one part, such as "model_cfg.text_cfg"."""
+    content = json.loads((folder / "open_clip_config.json").read_text())
+    inner = content
+    for name in part.split("."):
+        inner = inner[name] if name else inner
+    inner.update(settings)
+    (folder / "open_clip_config.json").write_text(json.dumps(content))
+    return folder
+
+
+def drawn():
+    """Images of any aspect: margins that are odd, images that are enlarged."""
+    rng = np.random.default_rng(0)
+    return [rng.integers(0, 256, (*shape, 3), dtype=np.uint8) for shape in ((40, 40), (41, 70), (91, 33), (20, 20))]
+
+
 @pytest.mark.parametrize(
-    ("change", "message"),
+    "settings",
     [
-        ({"resize_mode": "longest"}, "resize mode 'longest'; need a square and one of shortest, squash"),
-        ({"size": (32, 64)}, r"size \(32, 64\)"),
+        {},
+        {"size": 32},
+        {"size": [32, 32]},
+        {"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6]},
+        {"mean": 0.5, "std": 0.25},
+        {"mean": None, "std": None},
+        {"interpolation": "bilinear"},
+        {"interpolation": "random"},
+        {"resize_mode": "squash"},
+        {"resize_mode": None},
+        {"mode": "RGB"},
+        {"fill_color": 255},
+    ],
+    ids=str,
+)
+def test_every_setting_of_images_is_followed_as_open_clip_does(demo_folder, settings):
+    name = f"local-dir:{configured(demo_folder, 'preprocess_cfg', **settings)}"
+    model, _, transform = open_clip.create_model_and_transforms(name)
+    expected = torch.stack([transform(Image.fromarray(image)) for image in drawn()])
+    encoder = load_model(name, device="cpu")
+    pixels, side = encoder.prepare(drawn()), (3, 1, 1)
+    mean, std = (torch.tensor(values).view(side) for values in (encoder.preprocessing.mean, encoder.preprocessing.std))
+    torch.testing.assert_close((pixels - mean) / std, expected, atol=1e-6, rtol=1e-5)
+    with torch.no_grad():
+        features = functional.normalize(model.eval().encode_image(expected), dim=-1)
+    torch.testing.assert_close(encoder.encode_image(pixels), features, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("part", "settings", "message"),
+    [
+        (
+            "preprocess_cfg",
+            {"resize_mode": "longest"},
+            "resize_mode='longest' is not supported; supported is 'shortest'",
+        ),
+        ("preprocess_cfg", {"interpolation": "nearest"}, "preprocess_cfg: interpolation='nearest' is not supported"),
+        ("preprocess_cfg", {"mode": "L"}, "mode='L' is not supported; supported is 'RGB'"),
+        (
+            "preprocess_cfg",
+            {"crop_pct": 0.9},
+            "the setting crop_pct=0.9 is not supported; supported are size, mean, std",
+        ),
+        ("preprocess_cfg", {"size": [32, 64]}, r"unsupported size \[32, 64\]; need a square"),
+        ("preprocess_cfg", {"size": 64}, "preprocess_cfg has images of 64 px, vision_cfg reads 32 px"),
+        ("preprocess_cfg", {"std": [0.0, 1, 1]}, "std above 0"),
+        ("model_cfg", {"foo": 1}, "model_cfg: the setting foo=1 is not supported; supported are embed_dim"),
+        ("model_cfg", {"multimodal_cfg": {}}, "the setting multimodal_cfg={} is not supported"),
+        ("model_cfg.vision_cfg", {"foo": 1}, "vision_cfg: the setting foo=1 is not supported; supported are layers"),
+        (
+            "model_cfg.text_cfg",
+            {"foo": 1},
+            "text_cfg: the setting foo=1 is not supported; supported are context_length",
+        ),
+        ("model_cfg.text_cfg", {"embed_cls": True}, "embed_cls=True is not supported; supported is False"),
+        ("model_cfg.text_cfg", {"tokenizer_mode": "clips"}, "tokenizer_mode='clips' is not supported"),
+        (
+            "",
+            {"architecture": "x"},
+            "the setting architecture='x' is not supported; supported are model_cfg, preprocess",
+        ),
+        ("", {"model_cfg": None}, "is not a configuration of open_clip"),
+        ("model_cfg", {"text_cfg": 3}, "is not a configuration of open_clip"),
     ],
 )
-def test_unsupported_preprocessing_is_refused(change, message):
-    settings = {"size": 32, "mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bicubic"}
-    assert read_preprocessing(settings).geometry == "shortest-edge-crop"
-    with pytest.raises(ValueError, match=message):
-        read_preprocessing(settings | change)
+def test_settings_that_cannot_be_followed_are_refused(demo_folder, part, settings, message):
+    id = f"local-dir:{configured(demo_folder, part, **settings)}"
+    for refused in (lambda: load_model(id, device="cpu"), lambda: check_kind(find_model(id))):
+        with pytest.raises(ValueError, match=rf"open_clip_config\.json.*{message}"):
+            refused()
 
 
 def test_unsupported_text_towers_are_refused(builders, tmp_path):
     size = builders.write_word_tokenizer(tmp_path, context_length=16)
-    configuration = builders.tiny_configuration(size, hf_tokenizer_name="x", embed_cls=True)
-    configuration["model_cfg"]["custom_text"] = True
-    builders.write_weights(tmp_path, configuration)
-    with pytest.raises(ValueError, match="appended class token"):
-        load_model(f"local-dir:{tmp_path}", device="cpu")
-    configuration = builders.tiny_configuration(size, hf_tokenizer_name="x", tokenizer_mode="clips")
-    builders.write_weights(tmp_path, configuration)
-    with pytest.raises(ValueError, match="tokenizer mode 'clips' is not supported"):
-        load_model(f"local-dir:{tmp_path}", device="cpu")
+    for settings, message in (
+        ({"embed_cls": True}, "appended class token"),
+        ({"tokenizer_mode": "clips"}, "mode 'clips'"),
+    ):
+        configuration = builders.tiny_configuration(size, hf_tokenizer_name="x", **settings)
+        configuration["model_cfg"]["custom_text"] = True
+        builders.write_weights(tmp_path, configuration)
+        name = f"local-dir:{tmp_path}"
+        model = open_clip.create_model_from_pretrained(name, return_transform=False)
+        with pytest.raises(ValueError, match=message):
+            OpenClipEncoder(model, open_clip.get_tokenizer(name), id="mine", provenance={})
+
+
+def trained(state):
+    """What open_clip's training writes after an epoch."""
+    distributed = {f"module.{key}": value for key, value in state.items()}
+    return {"epoch": 3, "name": "run", "state_dict": distributed, "optimizer": {"state": {}, "param_groups": []}}
+
+
+@pytest.mark.parametrize("name", ["epoch_3.pt", "mine.pth", "weights.bin"])
+@pytest.mark.parametrize("form", [trained, dict], ids=["of training", "plain"])
+def test_the_only_checkpoint_is_read_whatever_its_name(demo_folder, images, name, form, caplog):
+    id = f"local-dir:{demo_folder}"
+    expected = load_model(id, device="cpu").state_dict()
+    (demo_folder / "open_clip_model.safetensors").unlink()
+    weights = {key.removeprefix("model."): value for key, value in expected.items()}
+    torch.save(form(weights), demo_folder / name)
+    caplog.clear()
+    assert available_offline(find_model(id), weights_dir=demo_folder)
+    check_kind(find_model(id))
+    found = load_model(id, device="cpu")
+    assert all(torch.equal(value, expected[key]) for key, value in found.state_dict().items())
+    assert name in found.provenance["files"]
+    assert not caplog.records  # open_clip speaks of missing weights and random ones
+
+
+def test_several_checkpoints_are_refused_by_name_unless_they_are_one(demo_folder, builders):
+    id = f"local-dir:{demo_folder}"
+    expected = load_model(id, device="cpu").state_dict()
+    published = demo_folder / "open_clip_model.safetensors"
+    torch.save(
+        {key: torch.zeros_like(value) for key, value in load_file(published).items()}, demo_folder / "epoch_3.pt"
+    )
+    for refused in (lambda: load_model(id, device="cpu"), lambda: check_kind(find_model(id))):
+        with pytest.raises(
+            ValueError, match=r"several checkpoints: epoch_3\.pt, open_clip_model\.safetensors; leave the"
+        ):
+            refused()
+    # open_clip publishes both names with the same weights, and reads the first.
+    (demo_folder / "epoch_3.pt").rename(demo_folder / "open_clip_pytorch_model.bin")
+    found = load_model(id, device="cpu").state_dict()
+    assert all(torch.equal(value, expected[key]) for key, value in found.items())
 
 
 def test_open_clip_encoder_wraps_a_model_made_elsewhere(demo_folder, images):

@@ -3,13 +3,16 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from open_clip.tokenizer import SimpleTokenizer
+from peft import LoraConfig, get_peft_model
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, CLIPConfig, CLIPImageProcessorPil, CLIPModel
 
+from medrobust_lib.models.geometry import prepare_images
 from medrobust_lib.models.registry import available_offline, check_kind, find_model, load_model
 from medrobust_lib.models.transformers_backend import read_preprocessing
 from medrobust_lib.models.weights import check_writes_text
@@ -181,20 +184,195 @@ def test_missing_weights_name_places_script_and_source(hub_cache, tmp_path):
 
 
 def test_a_tokenizer_without_its_files_is_refused(plip_folder):
-    for name in ("vocab.json", "merges.txt", "tokenizer_config.json"):
-        (plip_folder / name).unlink()
+    (plip_folder / "merges.txt").unlink()
+    with pytest.raises(
+        FileNotFoundError, match=r"no tokenizer in .*: it must hold tokenizer\.json, or vocab\.json"
+    ) as no:
+        load_plip(plip_folder)
+    assert (
+        f"hf download openai/clip-vit-base-patch32 --include 'tokenizer*' 'vocab*' 'merges*' --local-dir {plip_folder}"
+        in (str(no.value))
+    )
+    (plip_folder / "merges.txt").write_text("#version: 0.2\n")
+    (plip_folder / "vocab.json").write_text(json.dumps({"<|startoftext|>": 0, "<|endoftext|>": 1}))
     with pytest.raises(ValueError, match=r"plip: the tokenizer knows \d tokens, the text tower 49408"):
         load_plip(plip_folder)
 
 
+def changed(folder, name, **settings):
+    """Settings of one of the folder's JSON files; a double underscore leads into a part of it."""
+    content = json.loads((folder / name).read_text())
+    for key, value in settings.items():
+        part, _, inner = key.rpartition("__")
+        (content[part] if part else content)[inner] = value
+    (folder / name).write_text(json.dumps(content))
+    return folder
+
+
+# Every setting of a CLIP's image processor, at values that change what the model sees.
+PROCESSOR_SETTINGS = {
+    "as published": {},
+    "size": {"size": {"shortest_edge": 32}},
+    "squash": {"size": {"height": 32, "width": 32}},
+    "squash without crop": {"size": {"height": 32, "width": 32}, "do_center_crop": False},
+    "default_to_square": {"default_to_square": True},
+    "use_square_size": {"use_square_size": True, "crop_size": 224, "size": {"shortest_edge": 224}},
+    "resample": {"resample": 2},
+    "do_normalize": {"do_normalize": False},
+    "image_mean": {"image_mean": [0.1, 0.2, 0.3]},
+    "image_std": {"image_std": [0.3, 0.2, 0.1]},
+    "one mean": {"image_mean": 0.5, "image_std": 0.25},
+    "do_rescale": {"do_rescale": False},
+    "rescale_factor": {"rescale_factor": 0.01},
+    "neither": {"do_rescale": False, "do_normalize": False},
+    "factor alone": {"rescale_factor": 1 / 127.5, "do_normalize": False},
+    "do_convert_rgb": {"do_convert_rgb": False},
+    "left out": {"do_normalize": None, "image_mean": None, "do_rescale": None},
+}
+
+
+@pytest.mark.parametrize("settings", PROCESSOR_SETTINGS.values(), ids=PROCESSOR_SETTINGS)
+def test_every_setting_of_the_image_processor_is_followed(safe_folder, settings):
+    changed(safe_folder, "preprocessor_config.json", **settings)
+    given = json.loads((safe_folder / "preprocessor_config.json").read_text())
+    processor = CLIPImageProcessorPil.from_pretrained(safe_folder)
+    ours = read_preprocessing(given, source="it")
+    rng = np.random.default_rng(0)
+    for shape in ((40, 40), (41, 70), (70, 41), (90, 33), (20, 20)):  # margins that are odd, images that are enlarged
+        image = rng.integers(0, 256, (*shape, 3), dtype=np.uint8)
+        expected = torch.as_tensor(processor([Image.fromarray(image)], return_tensors="pt")["pixel_values"])
+        pixels = prepare_images([image], ours)
+        found = (pixels - torch.tensor(ours.mean).view(3, 1, 1)) / torch.tensor(ours.std).view(3, 1, 1)
+        assert pixels.min() >= 0
+        assert pixels.max() <= 1
+        torch.testing.assert_close(found, expected.float(), atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["as published", "do_normalize", "do_rescale", "rescale_factor", "one mean", "squash"])
+def test_features_are_those_of_transformers_whatever_the_settings(safe_folder, images, texts, name):
+    changed(safe_folder, "preprocessor_config.json", **PROCESSOR_SETTINGS[name])
+    assert_parity(load_plip(safe_folder), safe_folder, images, texts)
+
+
 @pytest.mark.parametrize(
-    "change", [{"size": {"height": 32, "width": 32}}, {"crop_size": {"height": 16, "width": 16}}, {"resample": 0}]
+    ("settings", "message"),
+    [
+        ({"do_resize": False}, "do_resize=False is not supported; supported is True"),
+        ({"resample": 0}, "resample=0 is not supported; supported is 2 or 3"),
+        ({"do_pad": True}, "do_pad=True is not supported; supported is False"),
+        ({"crop_pct": 0.9}, "the setting crop_pct=0.9 is not supported; supported are size, crop_size, "),
+        (
+            {"image_processor_type": "SiglipImageProcessor"},
+            "image_processor_type='SiglipImageProcessor' is not supported",
+        ),
+        ({"auto_map": {"AutoImageProcessor": "x.Y"}}, "the setting auto_map="),
+        ({"do_center_crop": False}, "unsupported preprocessing: size {'shortest_edge': 32}, .*do_center_crop=False"),
+        ({"size": {"height": 32, "width": 30}}, "unsupported preprocessing: size {'height': 32, 'width': 30}"),
+        ({"size": {"shortest_edge": 32, "longest_edge": 40}}, "unsupported preprocessing: size .*longest_edge"),
+        ({"size": {"height": 40, "width": 40}}, "unsupported preprocessing: .*crop_size {'height': 32, 'width': 32}"),
+        ({"crop_size": {"height": 16, "width": 16}}, "unsupported preprocessing: size .*crop_size {'height': 16"),
+        ({"rescale_factor": 0.0}, "unsupported preprocessing: .*rescale_factor=0.0"),
+        ({"image_std": [0.0, 1.0, 1.0]}, "mean and std need 3 values each, std above 0"),
+        ({"image_mean": [0.5]}, "mean and std need 3 values each"),
+        (
+            {"size": 16, "crop_size": 16},
+            "preprocessor_config.json makes images of 16 px, but the image tower .* reads 32 px",
+        ),
+    ],
 )
-def test_unsupported_preprocessing_is_refused(change):
-    right = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}, "resample": 2}
-    assert read_preprocessing(CLIPImageProcessorPil(**right)).interpolation == "bilinear"
-    with pytest.raises(ValueError, match="unsupported preprocessing: size"):
-        read_preprocessing(CLIPImageProcessorPil(**(right | change)))
+def test_settings_of_the_image_processor_that_cannot_be_followed_are_refused(safe_folder, settings, message):
+    changed(safe_folder, "preprocessor_config.json", **settings)
+    id = f"local-dir:{safe_folder}"
+    for refused in (lambda: load_model(id, device="cpu"), lambda: check_kind(find_model(id))):
+        with pytest.raises(ValueError, match=message):
+            refused()
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "message"),
+    [
+        (
+            "tokenizer_config.json",
+            {"padding_side": "left"},
+            "tokenizer_config.json: padding_side='left' is not supported",
+        ),
+        ("config.json", {"text_config__eos_token_id": 5}, "eos_token_id=5 of text_config, .* never writes; .* 49407"),
+        (
+            "config.json",
+            {"vision_config__num_channels": 1},
+            "config.json: num_channels=1 is not supported; supported is 3",
+        ),
+        ("config.json", {"vision_config__image_size": 40}, "makes images of 32 px, but the image tower .* reads 40 px"),
+    ],
+)
+def test_settings_of_the_towers_that_would_be_passed_over_are_refused(safe_folder, name, settings, message):
+    changed(safe_folder, name, **settings)
+    id = f"local-dir:{safe_folder}"
+    for refused in (lambda: load_model(id, device="cpu"), lambda: check_kind(find_model(id))):
+        with pytest.raises(ValueError, match=message):
+            refused()
+
+
+@pytest.mark.parametrize("settings", [{"text_config__hidden_act": "gelu"}, {"vision_config__layer_norm_eps": 0.1}])
+def test_settings_of_the_towers_are_those_of_transformers(safe_folder, images, texts, settings):
+    before = load_plip(safe_folder)
+    encoder = load_plip(changed(safe_folder, "config.json", **settings))
+    assert_parity(encoder, safe_folder, images, texts)
+    difference = encoder.encode_image(encoder.prepare(images)) - before.encode_image(before.prepare(images))
+    words = encoder.encode_text(texts) - before.encode_text(texts)
+    assert max(difference.abs().max(), words.abs().max()) > 1e-4
+
+
+def test_a_tokenizer_may_allow_fewer_tokens_than_the_tower(safe_folder):
+    encoder = load_plip(changed(safe_folder, "tokenizer_config.json", model_max_length=10))
+    assert encoder.context_length == 10
+    with pytest.raises(ValueError, match="has 11 tokens .* reads at most 10"):
+        encoder.encode_text(["a " * 9])
+
+
+def test_settings_of_images_may_lie_among_those_of_a_processor(safe_folder, images, texts):
+    settings = json.loads((safe_folder / "preprocessor_config.json").read_text())
+    (safe_folder / "preprocessor_config.json").unlink()
+    nested = {"processor_class": "CLIPProcessor", "image_processor": settings | {"do_normalize": False}}
+    (safe_folder / "processor_config.json").write_text(json.dumps(nested))
+    assert_parity(load_plip(safe_folder), safe_folder, images, texts)
+
+
+def test_an_adapter_of_peft_says_how_it_becomes_a_model(safe_folder, tmp_path, images, monkeypatch):
+    # Settings that our own adapters do not have: another scale, magnitudes, ranks by layer, a trained projection.
+    config = LoraConfig(
+        r=4, lora_alpha=16, use_rslora=True, use_dora=True, rank_pattern={"layers.0.self_attn.q_proj": 2},
+        target_modules=["q_proj", "v_proj"], layers_to_transform=[0], modules_to_save=["visual_projection"],
+    )  # fmt: skip
+    tuned = get_peft_model(CLIPModel.from_pretrained(safe_folder), config)
+    with torch.no_grad():
+        for name, parameter in tuned.named_parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name))))
+    tuned.save_pretrained(tmp_path / "tuned")
+    id = f"local-dir:{tmp_path / 'tuned'}"
+    for refused in (
+        lambda: load_model(id, device="cpu"),
+        lambda: check_kind(find_model(id)),
+        lambda: load_model(f"local-dir:{safe_folder}", device="cpu", adapter=tmp_path / "tuned"),
+    ):
+        with pytest.raises(ValueError, match="holds an adapter that peft wrote .LORA, trained on ") as caught:
+            refused()
+    monkeypatch.chdir(tmp_path)
+    code = [line.strip() for line in str(caught.value).splitlines() if line.startswith("    ")]
+    exec("\n".join(code), {})
+    for name in ("preprocessor_config.json", "vocab.json", "merges.txt", "tokenizer_config.json"):
+        shutil.copy(safe_folder / name, tmp_path / "merged")
+    encoder = load_model("local-dir:merged", device="cpu")
+    pixels = encoder.prepare(images)
+    mean, std = (
+        torch.tensor(values).view(3, 1, 1) for values in (encoder.preprocessing.mean, encoder.preprocessing.std)
+    )
+    with torch.no_grad():
+        expected = tuned.eval().get_image_features(pixel_values=(pixels - mean) / std).pooler_output
+    expected = torch.nn.functional.normalize(expected, dim=-1)
+    torch.testing.assert_close(encoder.encode_image(pixels), expected, atol=1e-5, rtol=0)
+    assert (load_plip(safe_folder).encode_image(pixels) - expected).abs().max() > 1e-3
 
 
 def test_prompts_can_be_learned(plip_folder, check_prompts):
