@@ -150,7 +150,8 @@ def _read_network(place: str, **options: Any) -> PreTrainedModel:
 def _read_processor(place: str, **options: Any) -> ProcessorMixin:
     """Image processor, tokenizer and chat template, all of them."""
     try:
-        processor = AutoProcessor.from_pretrained(place, **options)
+        with explained_errors(place):
+            processor = AutoProcessor.from_pretrained(place, **options)
     except ValueError as error:
         reason = str(error).splitlines()[0]
         raise ValueError(

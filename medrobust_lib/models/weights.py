@@ -217,9 +217,13 @@ def mismatch_error(
 
 @contextmanager
 def explained_errors(source: str) -> Iterator[None]:
-    """Turn the libraries' errors about a checkpoint into a ValueError that names ``source`` and the keys."""
+    """Turn the libraries' errors about a model's files into a ValueError that names ``source`` and the keys."""
     try:
         yield
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"cannot read the files of {source}, one is no valid JSON: {error}; fetch it again") from error
+    except (OSError, ValueError, ImportError, MemoryError):
+        raise
     except RuntimeError as error:
         message = str(error)
         if "loading state_dict" in message:
@@ -232,6 +236,10 @@ def explained_errors(source: str) -> Iterator[None]:
         raise ValueError(
             f"cannot read the weights of {source}, the file is damaged or holds more than tensors, which may run code: "
             f"{reason.rstrip('.')}. Fetch it again, or save model.state_dict() alone where it comes from"
+        ) from error
+    except Exception as error:  # A damaged tokenizer raises KeyError, TypeError, or the bare class.
+        raise ValueError(
+            f"cannot read the files of {source}: {type(error).__name__}: {error}; fetch them again"
         ) from error
 
 

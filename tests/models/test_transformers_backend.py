@@ -199,6 +199,15 @@ def test_a_tokenizer_without_its_files_is_refused(plip_folder):
         load_plip(plip_folder)
 
 
+@pytest.mark.parametrize("content", ["{}", "[]", "{", "null", '{"version": "1.0", "added_tokens": [], "model": {}}'])
+def test_a_damaged_tokenizer_is_named(safe_folder, content):
+    (safe_folder / "tokenizer.json").write_text(content)
+    id = f"local-dir:{safe_folder}"
+    for refused in (lambda: load_model(id, device="cpu"), lambda: check_kind(find_model(id))):
+        with pytest.raises(ValueError, match="safe|plip"):
+            refused()
+
+
 def changed(folder, name, **settings):
     """Settings of one of the folder's JSON files; a double underscore leads into a part of it."""
     content = json.loads((folder / name).read_text())
