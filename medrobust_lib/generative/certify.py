@@ -381,6 +381,8 @@ def _corrected(
     if number == ABSTAIN:  # nothing was selected
         return strict
     p_lower = error_model.corrected(strict.p_lower, label=label, alpha=alpha_rate)
+    if not 0 <= p_lower <= 1:  # also catches NaN
+        raise ValueError(f"the error model {error_model!r} gave the lower bound {p_lower}, which is no probability")
     if p_lower <= 0.5:
         return replace(strict, predicted=ABSTAIN, radius=0.0, p_lower=p_lower)
     return replace(strict, predicted=number, radius=certified_radius(p_lower, strict.sigma), p_lower=p_lower)

@@ -342,6 +342,7 @@ class SameLabel:
 
 def _checked(answers: Any, count: int, name: str, admissible: Sequence[str | bool]) -> list[str | bool | None]:
     rule = f"it must return a list with one of {', '.join(map(str, admissible))}, or None, for each text"
+    answers = answers.tolist() if isinstance(answers, np.ndarray) else answers
     is_list = isinstance(answers, list | tuple)
     if not is_list or len(answers) != count:
         what = f"{len(answers)} labels" if is_list else type(answers).__name__

@@ -279,10 +279,11 @@ def describe_adapter(folder: Path | str) -> dict[str, Any]:
     if not folder.is_dir():
         raise FileNotFoundError(f"no adapter folder {folder}; save_adapter or adapt_lora writes one")
     missing = [name for name in (_TENSORS, _CONFIG, _PROVENANCE) if not (folder / name).is_file()]
-    if missing == [_PROVENANCE]:
-        raise ValueError(f"{folder} says nothing about the weights it belongs to: {foreign_adapter(folder)}")
     if missing:
-        raise FileNotFoundError(f"the adapter folder {folder} lacks {', '.join(missing)}; copy it anew or train again")
+        foreign = f". If save_adapter did not write it: {foreign_adapter(folder)}" if missing == [_PROVENANCE] else ""
+        raise FileNotFoundError(
+            f"the adapter folder {folder} lacks {', '.join(missing)}; copy it anew or train again{foreign}"
+        )
     try:
         content = json.loads((folder / _PROVENANCE).read_text(encoding="utf-8"))
         adapter = content["adapter"]

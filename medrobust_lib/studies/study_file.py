@@ -1,6 +1,5 @@
 """A study in a YAML file: what to run on which models and data sets, checked before anything runs."""
 
-import difflib
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import MISSING, Field, asdict, dataclass, field, fields
 from pathlib import Path
@@ -10,6 +9,7 @@ import yaml
 
 from medrobust_lib import parameters as notebook_parameters
 from medrobust_lib.corruptions.suites import SEVERITIES, check_severity, find_suite
+from medrobust_lib.data import wording
 from medrobust_lib.data.registry import load_dataset
 from medrobust_lib.smoothing.bounds import check_alpha, check_draws, check_sigma
 from medrobust_lib.smoothing.certificate import Mode, Sampling
@@ -225,7 +225,7 @@ def notebook_assignments(
 
 def closest(name: str, valid: Collection[str]) -> str:
     """The valid names, those that look like the given one first."""
-    close = difflib.get_close_matches(name, list(valid), n=3, cutoff=0.5)
+    close = wording.closest(name, valid, cutoff=0.5)
     return ", ".join([*close, *(other for other in valid if other not in close)])
 
 

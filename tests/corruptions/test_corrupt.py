@@ -109,6 +109,8 @@ def test_the_same_data_set_has_its_parameters_under_all_its_ids(pictures):
         ({"name": "bubble"}, "unknown corruption 'bubble' in suite medimeta-c.*suite medmnist-c has 'bubble'"),
         ({"name": "bubble", "suite": "medmnist-c", "dataset": "oct"},
          "unknown corruption 'bubble' in suite medmnist-c for oct; choose one of pixelate"),
+        ({"suite": "MedMNIST-C"}, r"unknown suite 'MedMNIST-C'.*\(did you mean 'medmnist-c'\?\)"),
+        ({"name": "Gaussian_Noise"}, r"\(did you mean 'gaussian_noise'\?\)"),
         ({"suite": "medimeta"}, r"unknown suite 'medimeta'; choose one of medimeta-c, medmnist-c \(did you mean"),
         ({"suite": "medmnist-c", "dataset": "phantom/histology"},
          "none for 'phantom/histology'; it knows blood, breast, pneumonia, retina, oct"),

@@ -159,7 +159,7 @@ def test_root_is_the_default_data_root(root, monkeypatch):
         ("mm-safetybench/1", "Did you mean '01-Illegal_Activitiy' or '10-Legal_Opinion'"),
         ("mm-safetybench/01-SDTYPO", "unknown image type 'SDTYPO' in 'mm-safetybench/01-SDTYPO'"),
         ("mm-safetybench/01-SDTYPO", "Did you mean 'SD_TYPO' or 'TYPO'"),
-        ("mm-safetybench/01-sd", "Did you mean 'SD' or 'SD_TYPO'?"),
+        ("mm-safetybench/01-sd", "Did you mean 'SD'?"),
         ("mm-safetybench/01-", "Choose one of: SD, TYPO, SD_TYPO."),
         ("mm-safetybench/06-Fraud", "write mm-safetybench/06 for SD images, or mm-safetybench/06-TYPE."),
     ],

@@ -14,7 +14,7 @@ import medrobust_lib
 from medrobust_lib.data.fractions import fraction_splits
 from medrobust_lib.data.phantoms import MODALITIES, SPLITS, phantom_classes
 from medrobust_lib.data.registry import class_wording, default_data_root, list_datasets, load_dataset
-from medrobust_lib.data.wording import spelled
+from medrobust_lib.data.wording import closest, spelled, suggest
 
 # Most images here are of one colour, to be told apart by it: dark, and copies of each other.
 pytestmark = pytest.mark.filterwarnings("ignore:.*before anything is measured")
@@ -120,6 +120,32 @@ def test_unknown_wording_and_set_name_the_choices():
         class_wording("medimeta/pcb")
     with pytest.raises(ValueError, match=r"unknown wording 'clearer' for medimeta/oct. Did you mean 'clear'"):
         class_wording("medimeta/oct", wording="clearer")
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        ("PLIP", ["plip"]),  # the case alone differs: nothing else is meant
+        ("biomedclop", ["BiomedCLIP"]),
+        ("Plop", ["plip"]),
+        ("STRASSE", ["straße"]),
+        ("", []),
+        ("xyzzy", []),
+    ],
+)
+def test_the_case_of_letters_does_not_hide_what_is_meant(value, expected):
+    choices = ("plip", "BiomedCLIP", "straße", "clip-vit-b16")
+    assert closest(value, choices) == expected
+    if expected:
+        assert suggest(value, choices) == f" Did you mean {expected[0]!r}?"
+
+
+def test_data_sets_and_their_wordings_are_found_in_any_case():
+    for id, meant in (("PHANTOM/Blood", "phantom/blood"), ("Pathology/SICAPv2", "pathology/sicapv2")):
+        with pytest.raises(ValueError, match=rf"unknown data set '{id}'\. Did you mean '{meant}'\?"):
+            load_dataset(id)
+    with pytest.raises(ValueError, match=r"unknown wording 'Clear' for medimeta/oct\. Did you mean 'clear'\?"):
+        class_wording("medimeta/oct", wording="Clear")
 
 
 # the table and the root

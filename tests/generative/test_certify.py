@@ -515,6 +515,18 @@ def test_a_corrected_certificate_is_about_the_text_and_not_the_image():
     assert "over the labelled texts where an error rate is estimated" in shown
 
 
+@pytest.mark.parametrize("bound", [np.nan, 1.5, -0.1, np.inf])
+def test_an_error_model_of_ones_own_gives_a_probability(bound):
+    class Mine(TotalErrors):
+        def corrected(self, q_lower, *, label, alpha):
+            return bound
+
+    with pytest.raises(
+        ValueError, match=rf"the error model .*Mine\(.* gave the lower bound {bound}, which is no probab"
+    ):
+        certified(["yes"] * 20, votes(85), error_model=Mine(ErrorRate(0.1)))
+
+
 def test_the_public_name():
     assert mr.certify_generative is certify_generative
 

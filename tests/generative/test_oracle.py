@@ -93,6 +93,8 @@ def test_an_oracle_that_cannot_be_asked_is_no_answer(error, texts):
         (["a", "b", "a"], r"returned 3 labels for 2 texts"),
         ("ab", r"returned str for 2 texts"),
         (None, r"returned NoneType for 2 texts"),
+        (np.array([0.5, np.nan]), "returned the label 0.5"),
+        (np.array([["a"], ["b"]]), r"returned the label \['a'\]"),
     ],
 )
 def test_an_inadmissible_answer_is_a_mistake_of_the_oracle_and_not_counted(answers, message):
@@ -104,6 +106,15 @@ def test_an_inadmissible_answer_is_a_mistake_of_the_oracle_and_not_counted(answe
 
     with pytest.raises(ValueError, match=message):
         judged(Odd({}), ["x", "y"])
+
+
+@pytest.mark.parametrize("answers", [np.array(["a", "b"]), np.array(["a", "b"], dtype=object), ("a", "b")])
+def test_labels_may_come_in_an_array(answers):
+    class Even(Scripted):
+        def label(self, texts):
+            return answers
+
+    assert judged(Even({}), ["x", "y"]).labels == ("a", "b")
 
 
 def test_a_wrong_answer_to_a_single_text_is_found_too():

@@ -1,3 +1,4 @@
+import os
 import subprocess
 import sys
 
@@ -15,6 +16,7 @@ from medrobust_lib.models.low_rank import adapter_parameters, attach_adapters, m
 from medrobust_lib.models.registry import (
     ModelEntry,
     available_offline,
+    check_kind,
     default_weights_dir,
     find_model,
     hub_location,
@@ -148,7 +150,15 @@ def test_hub_location_reads_addresses_of_files():
 
 @pytest.mark.parametrize(
     ("wrong", "close"),
-    [("biomedclp", "'biomedclip'"), ("clip-vit-b/16", "'clip-vit-b16'"), ("demo_clip", "'demo-clip'")],
+    [
+        ("biomedclp", "'biomedclip'"),
+        ("clip-vit-b/16", "'clip-vit-b16'"),
+        ("demo_clip", "'demo-clip'"),
+        ("PLIP", r"'plip'\? Known"),
+        ("CLIP-ViT-B16", r"'clip-vit-b16'\? Known"),
+        ("vinid/plip", "'plip'\\? A repository on the hub is hf:vinid/plip, a folder on this computer local-dir:PATH"),
+        ("Demo-VLM", "'demo-vlm'"),
+    ],
 )
 def test_unknown_ids_get_the_closest_matches(wrong, close):
     with pytest.raises(ValueError, match=f"unknown model '{wrong}': did you mean .*{close}") as caught:
@@ -161,6 +171,15 @@ def test_unknown_ids_get_the_closest_matches(wrong, close):
 def test_a_repository_has_an_owner_and_a_name(id):
     with pytest.raises(ValueError, match=f"'{id}' names no repository on the hub: write hf:OWNER/NAME; a folder"):
         find_model(id)
+
+
+@pytest.mark.parametrize("id", ["/no/such/folder", "./mine", "../mine", "~/mine", "here", "C:\\\\mine"])
+def test_a_folder_without_prefix_is_told_of_it(id, tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=r"unknown model .* A folder on this computer is local-dir:") as caught:
+        load_model(id)
+    assert f"local-dir:{id}. Known" in str(caught.value)
 
 
 def test_an_id_like_no_other_gets_the_list_alone():
@@ -214,10 +233,24 @@ def test_registering_again_replaces_and_built_in_ids_are_taken():
 
 
 @pytest.mark.usefixtures("registered")
-def test_a_loader_must_return_a_dual_encoder():
-    register_model("mine", lambda entry, **_: torch.nn.Linear(1, 1), **FACTS)
-    with pytest.raises(TypeError, match="the loader of 'mine' must return a DualEncoder, not Linear"):
+@pytest.mark.parametrize(
+    ("made", "named"), [(torch.nn.Linear(1, 1), "Linear"), (None, "NoneType"), (MeanColour, "ABCMeta"), ("x", "str")]
+)
+def test_a_loader_must_return_a_dual_encoder(made, named):
+    register_model("mine", lambda entry, **_: made, **FACTS)
+    with pytest.raises(TypeError, match=rf"the loader of 'mine' must return a DualEncoder, not {named} .*its form is"):
         load_model("mine", device="cpu")
+
+
+@pytest.mark.usefixtures("registered")
+@pytest.mark.parametrize(
+    "loader", [os.getcwd, lambda: None, lambda entry: None, lambda weights_dir, offline: None, dict]
+)
+def test_a_loader_must_take_what_loaders_are_called_with(loader):
+    with pytest.raises(
+        TypeError, match=r"the loader of 'mine' must take the call .*\(entry, weights_dir=\.\.\., offline="
+    ):
+        register_model("mine", loader, **FACTS)
 
 
 @pytest.mark.usefixtures("registered")
@@ -362,3 +395,8 @@ def test_a_loader_of_ones_own_is_named_by_module_and_function(tmp_path, monkeypa
     ):
         with pytest.raises(ValueError, match=message):
             load_model(id)
+    for refused in (lambda: load_model("python:os:getcwd"), lambda: check_kind(find_model("python:os:getcwd"))):
+        with pytest.raises(
+            TypeError, match=r"must take the call getcwd\(entry, weights_dir=\.\.\., offline=\.\.\.\) and"
+        ):
+            refused()
