@@ -40,7 +40,9 @@ def main() -> None:
 @app.command()
 def run(
     notebooks: Annotated[list[str] | None, typer.Argument(help="Numbers, for example 01 02; default: all.")] = None,
-    parameter: Annotated[list[str] | None, typer.Option("-p", "--parameter", help="NAME=VALUE (YAML value).")] = None,
+    parameter: Annotated[
+        list[str] | None, typer.Option("-p", "--parameter", help="NAME=VALUE; 'NAME=[ONE, TWO]', 'NAME={KEY: VALUE}'.")
+    ] = None,
     file: Annotated[Path | None, typer.Option("-f", "--file", help="YAML file of parameters.")] = None,
     out: Annotated[
         Path | None, typer.Option(help="Run folder; default: a new one, runs/DATE_TIME.", show_default=False)

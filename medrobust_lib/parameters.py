@@ -1,14 +1,19 @@
 """Parameters of notebooks: read, matched by name, checked before a kernel starts."""
 
 import ast
+import contextlib
 import difflib
 import math
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
+from inspect import formatannotation
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, Optional, Union, get_args, get_origin
 
 import yaml
+
+from medrobust_lib.files import parsed
 
 MODEL_PARAMETERS = ("model", "models", "compare_with")
 VLM_PARAMETERS = ("vlm",)
@@ -18,7 +23,7 @@ _PATH_SCHEMES = ("folder", "csv", "local-dir")
 # Which numbers a parameter of this name takes, and how an error says it.
 _RULES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
     (r"n0?|n_\w+|\w+_draws", lambda value: value >= 1, "1 or more"),
-    (r"sigmas?", lambda value: 0 <= value < math.inf, "0 or more (noise std in [0, 1] pixel units)"),
+    (r"sigmas?", lambda value: value >= 0, "0 or more (noise std in [0, 1] pixel units)"),
     (
         r"sigmas?",
         lambda value: value <= 10,  # as in bounds.check_sigma
@@ -29,39 +34,185 @@ _RULES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
     (r"fraction", lambda value: 0 < value <= 1, "a share above 0 and up to 1"),
 )
 _GENERATIVE_ALPHA = 0.001  # at which notebooks certify generative models
-_SCALARS: dict[str, tuple[type, ...]] = {"str": (str,), "int": (int,), "float": (int, float), "bool": (bool,)}
+_NOTHING = ("", "null", "none", "~")
+_SWITCHES = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
+# How an error calls one value of a type, several, and what a list of them looks like.
+_WORDS = {
+    str: ("text, in quotes if it holds ': ' or brackets", "texts", "[one, two]"),
+    int: ("a whole number", "whole numbers", "[1, 2]"),
+    float: ("a number", "numbers", "[0.1, 0.25]"),
+    bool: ("true or false", "true or false", "[true, false]"),
+}
+# The annotations of a parameters cell, as papermill hands them over: "list[float]".
+_DECLARED = {
+    formatannotation(kind).replace(" ", ""): kind
+    for scalar in _WORDS
+    for kind in (scalar, list[scalar], dict[str, scalar], Optional[scalar])  # noqa: UP045 - the text is wanted
+}
 
 
 class ParameterError(ValueError):
     """A parameter that no selected notebook knows, of the wrong type, or with a value that cannot work."""
 
 
+class _TextLoader(yaml.SafeLoader):
+    """Leaves every scalar as it is written, and refuses a key given twice, of which YAML would drop one in silence."""
+
+    # By YAML 1.1 yes is true, 010 is eight, 1:30 is ninety and 1e2 is no number.
+    yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012 - PyYAML's own
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        twice = [key for key in keys if keys.count(key) > 1]
+        if twice:
+            raise yaml.constructor.ConstructorError(None, None, f"the key {twice[0]!r} is given twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+def read_yaml(source: Path | str, *, says: str = "") -> Any:
+    """Read YAML without types: every scalar is the text that is written, and `typed` makes a number of it.
+
+    Parameters
+    ----------
+    source : Path or str
+        A file in UTF-8, or the YAML itself.
+    says : str
+        Begin of the message for a text, in place of the file's name.
+
+    Raises
+    ------
+    ValueError
+        No valid YAML, or a key given twice.
+    OSError
+        As from the system, for example FileNotFoundError.
+    """
+    with parsed(f"{says or source} is no valid YAML", "Put text that holds ': ', ' #' or brackets in quotes."):
+        text = source.read_text(encoding="utf-8") if isinstance(source, Path) else source
+        return yaml.load(text, Loader=_TextLoader)
+
+
 def parse_parameters(assignments: Sequence[str], file: Path | None = None) -> dict[str, Any]:
-    """Read ``name=value`` assignments (values are YAML) on top of a YAML file.
+    """Read ``name=value`` assignments on top of a YAML file; `assign_parameters` gives the values their types.
 
     Raises
     ------
     ParameterError
-        An assignment without ``=``, a value that is no YAML, or a file that is no mapping.
+        An assignment without ``=``, a name assigned twice, or a file that is no mapping.
+    ValueError, OSError
+        A file that is no valid YAML, or cannot be read.
     """
-    parameters: dict[str, Any] = {}
-    if file is not None:
-        try:
-            loaded = yaml.safe_load(Path(file).read_text())
-        except yaml.YAMLError as error:
-            raise ParameterError(f"{file} is no valid YAML: {error}") from error
-        if not isinstance(loaded, dict):
-            raise ParameterError(f"{file} must hold a mapping of parameter names to values")
-        parameters |= {str(name): value for name, value in loaded.items()}
+    loaded = {} if file is None else read_yaml(Path(file))
+    if not isinstance(loaded, dict):
+        raise ParameterError(f"{file} must hold a mapping of parameter names to values")
+    given: dict[str, str] = {}
     for assignment in assignments:
         name, equals, value = assignment.partition("=")
+        name = name.strip()
         if not equals:
             raise ParameterError(f"-p {assignment}: write -p NAME=VALUE")
+        if name in given:
+            raise ParameterError(f"-p {name} is given twice, {given[name]} and {value}; a list is [ONE, TWO]")
+        given[name] = value
+    return {str(name): value for name, value in loaded.items()} | given
+
+
+def typed(value: Any, kind: Any, name: str) -> Any:
+    """Return a value in its declared type, whether a person has written it or a program gives it.
+
+    Parameters
+    ----------
+    value : object
+        Text as it is written, also of numbers, lists and mappings; lists and mappings of it; or Python values.
+    kind : type or None
+        str, int, float or bool; a list, tuple (of values that differ) or dict of them; one of these or None.
+        None: no type is declared, and what looks like a number or a list becomes one.
+    name : str
+        For the message.
+
+    Returns
+    -------
+    object
+        Text stays as it is. One value stands for a list of one, an empty text for a list or mapping of none.
+
+    Raises
+    ------
+    ParameterError
+        The value does not fit; the message names it, or the element of a list or mapping.
+    """
+    origin, inner = get_origin(kind), get_args(kind)
+    if kind is None:
+        return _undeclared(value)
+    if origin in (Union, UnionType):
+        nothing = value is None or (isinstance(value, str) and value.lower() in _NOTHING)
+        return None if nothing else typed(value, inner[0], name)
+    if origin is dict:
+        entries = (read_yaml(value, says=f"{name}={value}") or {}) if isinstance(value, str) else value
+        if not isinstance(entries, Mapping):
+            raise ParameterError(f"{name}={value!r}: give {wanted(kind)}")
+        return {
+            typed(key, inner[0], f"a key of {name}"): typed(item, inner[1], f"{name}[{key!r}]")
+            for key, item in entries.items()
+        }
+    if origin in (list, tuple):
+        items = read_yaml(value, says=f"{name}={value}") if _is_flow(value, "[") else value
+        if isinstance(items, list | tuple):
+            items = [typed(item, inner[0], f"{name}[{place}]") for place, item in enumerate(items)]
+            return items if origin is list else tuple(dict.fromkeys(items))
         try:
-            parameters[name.strip()] = yaml.safe_load(value)
-        except yaml.YAMLError as error:
-            raise ParameterError(f"-p {assignment}: {value!r} is no valid YAML value ({error})") from error
-    return parameters
+            return origin([] if items == "" else [typed(items, inner[0], name)])
+        except ParameterError:
+            raise ParameterError(f"{name}={value!r}: give {wanted(kind)}") from None
+    found = _scalar(value, kind)
+    if found is None:
+        raise ParameterError(f"{name}={value!r}: give {wanted(kind)}")
+    return found
+
+
+def wanted(kind: Any) -> str:
+    """Say in words what a declared type takes."""
+    origin, inner = get_origin(kind), get_args(kind)
+    if origin in (Union, UnionType):
+        return wanted(inner[0])
+    if origin is dict:
+        return f"a mapping of names to {_WORDS[inner[1]][1]}, such as {{NAME: VALUE}}"
+    if origin in (list, tuple):
+        return f"a list of {_WORDS[inner[0]][1]}, such as {_WORDS[inner[0]][2]}"
+    return _WORDS[kind][0]
+
+
+def _scalar(value: Any, kind: type) -> str | int | float | bool | None:
+    """The value as this type; None where it is none."""
+    if kind is str:
+        return value if isinstance(value, str) else None
+    if isinstance(value, bool):  # an int in Python, but `n_images=true` is a mistake
+        return value if kind is bool else None
+    if kind is bool:
+        return _SWITCHES.get(value.strip().lower()) if isinstance(value, str) else None
+    number = None
+    with contextlib.suppress(ValueError):
+        number = float(str(value))
+    if number is None or not math.isfinite(number):
+        return None
+    if kind is float:
+        return number
+    with contextlib.suppress(ValueError):
+        return int(str(value))  # a float holds 16 digits
+    return int(number) if number.is_integer() else None
+
+
+def _undeclared(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_undeclared(item) for item in value]
+    if isinstance(value, dict):
+        return {name: _undeclared(item) for name, item in value.items()}
+    if _is_flow(value, "[", "{"):
+        return _undeclared(read_yaml(value, says=value))
+    found = [_scalar(value, kind) for kind in (int, float, bool)] if isinstance(value, str) else []
+    return next((number for number in found if number is not None), value)
+
+
+def _is_flow(value: Any, *brackets: str) -> bool:
+    return isinstance(value, str) and value.lstrip().startswith(brackets)
 
 
 def notebook_parameters(path: Path) -> dict[str, dict[str, Any]]:
@@ -69,6 +220,28 @@ def notebook_parameters(path: Path) -> dict[str, dict[str, Any]]:
     from papermill import inspect_notebook
 
     return inspect_notebook(str(path))
+
+
+def declared(parameters: Mapping[str, Any], specification: Mapping[str, Any]) -> dict[str, Any]:
+    """The parameters that a notebook knows, each `typed` as its cell declares it.
+
+    Parameters
+    ----------
+    parameters : mapping
+    specification : mapping
+        From `notebook_parameters`.
+
+    Raises
+    ------
+    ParameterError
+        A value does not fit.
+    """
+    kinds = {name: str(entry["inferred_type_name"]).replace(" ", "") for name, entry in specification.items()}
+    return {
+        name: typed(value, _DECLARED.get(kinds[name]), f"parameter {name}")
+        for name, value in parameters.items()
+        if name in kinds
+    }
 
 
 def assign_parameters(notebooks: Mapping[str, Path], parameters: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
@@ -95,11 +268,8 @@ def assign_parameters(notebooks: Mapping[str, Path], parameters: Mapping[str, An
             )
     assigned: dict[str, dict[str, Any]] = {}
     for number, specification in known.items():
-        assigned[number] = {}
-        for name, value in parameters.items():
-            if name in specification:
-                annotation = str(specification[name]["inferred_type_name"])
-                assigned[number][name] = _in_range(name, absolute_ids(name, _checked(name, value, annotation)))
+        values = declared(parameters, specification)
+        assigned[number] = {name: _in_range(name, absolute_ids(name, value)) for name, value in values.items()}
         if set(VLM_PARAMETERS) & specification.keys():
             _check_draws(assigned[number].get("n"))
         _check_judge(assigned[number].get("judge"))
@@ -116,30 +286,6 @@ def assign_parameters(notebooks: Mapping[str, Path], parameters: Mapping[str, An
     return assigned
 
 
-def _checked(name: str, value: Any, annotation: str) -> Any:
-    """Return the value if it fits the annotation of the parameters cell, else raise."""
-    inner = re.fullmatch(r"list\[(\w+)\]", annotation)
-    pair = re.fullmatch(r"dict\[(\w+), (\w+)\]", annotation)
-    if inner:
-        fits = isinstance(value, list) and all(_is_scalar(item, inner[1]) for item in value)
-    elif pair:
-        entries = value.items() if isinstance(value, dict) else [(None, None)]
-        # A class folder may be called 0, which YAML reads as a number.
-        fits = all(_is_scalar(str(key), pair[1]) and _is_scalar(item, pair[2]) for key, item in entries)
-    else:
-        fits = _is_scalar(value, annotation)
-    if not fits:
-        raise ParameterError(f"parameter {name}={value!r} is {type(value).__name__}, the notebook wants {annotation}")
-    return value
-
-
-def _is_scalar(value: Any, kind: str) -> bool:
-    if kind not in _SCALARS:
-        return True
-    # bool is an int in Python, but `n_images=true` is a mistake.
-    return isinstance(value, _SCALARS[kind]) and (kind == "bool" or not isinstance(value, bool))
-
-
 def _default(specification: Mapping[str, Any]) -> Any:
     """The default value of a parameter; None if its cell computes it."""
     try:
@@ -150,12 +296,14 @@ def _default(specification: Mapping[str, Any]) -> Any:
 
 def _in_range(name: str, value: Any) -> Any:
     """Return the value if all that it holds can be taken by a parameter of this name, else raise."""
-    for item in value if isinstance(value, list) else [value]:
-        for pattern, allows, wanted in _RULES:
+    items = {f"[{place}]": item for place, item in enumerate(value)} if isinstance(value, list) else {"": value}
+    for place, item in items.items():
+        shown = f"parameter {name}{place}={item!r}"
+        for pattern, allows, needed in _RULES:
             if re.fullmatch(pattern, name) and isinstance(item, int | float) and not allows(item):
-                raise ParameterError(f"parameter {name}={value!r}: give {wanted}")
+                raise ParameterError(f"{shown}: give {needed}")
         if name == "template" and item and "{}" not in str(item):
-            raise ParameterError(f"parameter template={value!r}: write {{}} in the place of the class name")
+            raise ParameterError(f"{shown}: write {{}} in the place of the class name")
     return value
 
 

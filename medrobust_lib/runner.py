@@ -104,7 +104,9 @@ def find_notebooks(numbers: Sequence[str] = (), *, folder: Path | None = None) -
         key = Path(wanted).stem.split("_")[0]
         key = key.zfill(2) if key.isdigit() else key
         if key not in known:
-            raise ValueError(f"unknown notebook {wanted!r}; there are {', '.join(known)}")
+            # A shell takes the value of -p apart at its spaces, and what follows them stands in a notebook's place.
+            hint = "" if wanted.isalnum() else ". Quotes keep a value with spaces together: -p 'NAME=VALUE'"
+            raise ValueError(f"unknown notebook {wanted!r}; there are {', '.join(known)}{hint}")
         chosen[key] = known[key]
     return chosen
 

@@ -1,13 +1,19 @@
 """What notebooks are given is matched by name and checked before a kernel starts."""
 
+import ast
 import json
 import math
 
+import nbformat
 import pytest
+import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from medrobust_lib import parameters
 from medrobust_lib.runner import find_notebooks, run_notebooks
+from medrobust_lib.studies.study_file import read_study
 
 
 @pytest.fixture
@@ -17,12 +23,12 @@ def notebooks(tmp_path, write_notebook):
     return find_notebooks(folder=tmp_path)
 
 
-def test_values_are_yaml_and_the_command_line_wins_over_the_file(tmp_path):
+def test_values_stay_as_written_and_the_command_line_wins_over_the_file(tmp_path):
     file = tmp_path / "params.yaml"
     file.write_text("model: plip\nsigmas: [0, 0.5]\n")
     parsed = parameters.parse_parameters(["model=demo-clip", "n_images=20", "fast=true", "template=a {} b"], file)
     assert parsed == {
-        "model": "demo-clip", "sigmas": [0, 0.5], "n_images": 20, "fast": True, "template": "a {} b",
+        "model": "demo-clip", "sigmas": ["0", "0.5"], "n_images": "20", "fast": "true", "template": "a {} b",
     }  # fmt: skip
 
 
@@ -30,9 +36,12 @@ def test_values_are_yaml_and_the_command_line_wins_over_the_file(tmp_path):
     ("assignments", "content", "message"),
     [
         (["model"], None, "-p model: write -p NAME=VALUE"),
-        (["x=[1"], None, r"-p x=\[1: '\[1' is no valid YAML value"),
-        ([], "- a\n", "must hold a mapping of parameter names to values"),
-        ([], "a: [1", "is no valid YAML"),
+        (["a=1", "a=2"], None, r"-p a is given twice, 1 and 2; a list is \[ONE, TWO\]"),
+        ([], "- a\n", "must hold a mapping"),
+        ([], "a: [1", r"params\.yaml is no valid YAML"),
+        ([], "a: x: {}", r"params\.yaml is no valid YAML: .*Put text that holds ': '"),
+        ([], "a: 1\na: 2\n", "the key 'a' is given twice"),
+        ([], "[" * 1200, r"params\.yaml is no valid YAML"),
     ],
 )
 def test_unreadable_parameters_are_named(tmp_path, assignments, content, message):
@@ -40,8 +49,157 @@ def test_unreadable_parameters_are_named(tmp_path, assignments, content, message
     if content is not None:
         file = tmp_path / "params.yaml"
         file.write_text(content)
-    with pytest.raises(parameters.ParameterError, match=message):
+    with pytest.raises(ValueError, match=message):
         parameters.parse_parameters(assignments, file)
+
+
+# Values as people write them
+
+
+DECLARED = """text: str = ""  # any
+texts: list[str] = []  # any
+whole: int = 1  # any
+number: float = 1.0  # any
+numbers: list[float] = []  # any
+switch: bool = False  # any
+names: dict[str, str] = {}  # any
+maybe: Optional[int] = None  # any
+free = 1  # any
+"""
+
+
+@pytest.fixture(scope="module")
+def any_values(tmp_path_factory):
+    """Folder of a notebook with a parameter of every type."""
+    folder = tmp_path_factory.mktemp("any")
+    cell = nbformat.v4.new_code_cell(DECLARED, metadata={"tags": ["parameters"]})
+    kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
+    nbformat.write(nbformat.v4.new_notebook(cells=[cell], metadata=kernel), folder / "01_any.ipynb")
+    return folder
+
+
+STUDY = {"name": "any", "datasets": ["phantom/blood"], "steps": [{"notebook": "01"}]}
+
+
+def read_by(way, any_values, name, value, *, written=None):
+    """What a notebook gets for a parameter: `value` as JSON in a file, or on the command line as it is `written`."""
+    found = find_notebooks(folder=any_values)
+    path = any_values / f"{way}.yaml"
+    if way == "study":
+        step = {"notebook": "01", "parameters": {name: value}}
+        path.write_text(yaml.safe_dump(STUDY | {"steps": [step]}), encoding="utf-8")
+        ((given,),) = (step.parameters.values() for step in read_study(path, notebooks=any_values).steps)
+        return given
+    path.write_text(yaml.safe_dump({name: value}), encoding="utf-8")
+    typed = f"{name}={value if written is None else written}"
+    given = parameters.parse_parameters([], path) if way == "-f" else parameters.parse_parameters([typed])
+    return parameters.assign_parameters(found, given)["01"][name]
+
+
+WAYS = ("-p", "-f", "study")
+UNICODE = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
+AS_YAML_READS_THEM = st.sampled_from(
+    ["yes", "No", "on", "null", "~", "", "01", "010", "1_000", "1:30", "2024-01-01", "1e2", ".inf", "a chest X-ray: {}",
+     "{}", "[a, b]", "'a'", '"a"', "a #b", "- a", "!!int 3", "&a *b", "  a  ", "a\nb", "%", "@x", "=", "<<", "?"]
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_text_arrives_as_it_is_written(any_values, way):
+    from papermill.translators import PythonTranslator
+
+    @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+    @given(AS_YAML_READS_THEM | UNICODE)
+    def check(text):
+        assert read_by(way, any_values, "text", text) == text
+        assert ast.literal_eval(PythonTranslator.translate(text)) == text  # in the kernel, too
+
+    check()
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_every_finite_number_arrives_exactly(any_values, way):
+    @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+    @given(st.floats(allow_nan=False, allow_infinity=False), st.integers())
+    def check(number, whole):
+        got = read_by(way, any_values, "number", number)
+        assert (type(got), repr(got)) == (float, repr(number))  # with the sign of zero
+        got = read_by(way, any_values, "numbers", [number, whole % 10**6], written=f"[{number!r}, {whole % 10**6}]")
+        assert got == [number, float(whole % 10**6)]
+        assert read_by(way, any_values, "whole", whole) == whole
+
+    check()
+
+
+@pytest.mark.parametrize("way", ["-p", "-f", "study"])
+@pytest.mark.parametrize(
+    ("name", "written", "value"),
+    [
+        ("numbers", "[1e-1]", [0.1]),
+        ("numbers", "[1e-1, 1E2, .5, +2, 01]", [0.1, 100.0, 0.5, 2.0, 1.0]),
+        ("numbers", "0.25", [0.25]),
+        ("numbers", "", []),
+        ("whole", "1e2", 100),
+        ("whole", "010", 10),
+        ("whole", "2.0", 2),
+        ("whole", "9007199254740993", 2**53 + 1),
+        ("number", "1", 1.0),
+        ("names", "{yes: a polyp, no: none, 01: 02, 1.0: 1, on: off, null: ~, 1:30: x}",
+         {"yes": "a polyp", "no": "none", "01": "02", "1.0": "1", "on": "off", "null": "~", "1:30": "x"}),
+        ("names", "", {}),
+        ("texts", "plip", ["plip"]),
+        ("texts", "[yes, 01, folder:a/b, '[x]', 2024-01-01]", ["yes", "01", "folder:a/b", "[x]", "2024-01-01"]),
+        ("texts", "", []),
+        ("switch", "on", True), ("switch", "YES", True), ("switch", "1", True), ("switch", "true", True),
+        ("switch", "off", False), ("switch", "No", False), ("switch", "0", False), ("switch", "False", False),
+        ("maybe", "null", None), ("maybe", "None", None), ("maybe", "", None), ("maybe", "1e1", 10),
+        ("free", "5", 5), ("free", "0.5", 0.5), ("free", "[1, yes, x]", [1, True, "x"]), ("free", "a: b", "a: b"),
+        ("free", "{a: 1}", {"a": 1}),
+    ],
+)  # fmt: skip
+def test_what_people_write_is_read_alike_everywhere(any_values, tmp_path, way, name, written, value):
+    if way == "-p":
+        given = parameters.parse_parameters([f"{name}={written}"])
+    else:
+        quoted = f"'{written}'" if written == "a: b" else written
+        head = "" if way == "-f" else "datasets: [phantom/blood]\nsteps:\n- notebook: 01\n  parameters:\n    "
+        (tmp_path / "any.yaml").write_text(f"{head}{name}: {quoted}\n")
+        if way == "study":
+            (step,) = read_study(tmp_path / "any.yaml", notebooks=any_values).steps
+            assert step.parameters == {name: value}
+            assert type(step.parameters[name]) is type(value)
+            return
+        given = parameters.parse_parameters([], tmp_path / "any.yaml")
+    got = parameters.assign_parameters(find_notebooks(folder=any_values), given)["01"][name]
+    assert (got, type(got)) == (value, type(value))
+
+
+@pytest.mark.parametrize(
+    ("name", "written", "message"),
+    [
+        ("numbers", "[0.1, abc]", r"numbers\[1\]='abc': give a number$"),
+        ("numbers", "0.1,0.25", r"numbers='0.1,0.25': give a list of numbers, such as \[0.1, 0.25\]"),
+        ("numbers", "[0.1, .inf]", r"numbers\[1\]='.inf': give a number"),
+        ("number", "nan", "number='nan': give a number"),
+        ("number", "1:30", "number='1:30': give a number"),
+        ("number", "1e400", "number='1e400': give a number"),
+        ("number", "0,25", "number='0,25': give a number"),
+        ("whole", "1.5", "whole='1.5': give a whole number"),
+        ("whole", "0x10", "whole='0x10': give a whole number"),
+        ("whole", "true", "whole='true': give a whole number"),
+        ("switch", "2", "switch='2': give true or false"),
+        ("names", "{yes: [a]}", r"names\['yes'\]=\['a'\]: give text"),
+        ("names", "[a]", "names='\\[a\\]': give a mapping of names to texts, such as {NAME: VALUE}"),
+        ("names", "{a: 1, a: 2}", r"names={a: 1, a: 2} is no valid YAML: the key 'a' is given twice"),
+        ("texts", "[a, b: c]", r"texts\[1\]={'b': 'c'}: give text, in quotes if it holds ': ' or brackets"),
+        ("texts", "[a", r"parameter texts=\[a is no valid YAML"),
+        ("maybe", "x", "maybe='x': give a whole number"),
+    ],
+)
+def test_errors_name_the_element(any_values, name, written, message):
+    given = parameters.parse_parameters([f"{name}={written}"])
+    with pytest.raises(ValueError, match=message):
+        parameters.assign_parameters(find_notebooks(folder=any_values), given)
 
 
 def test_each_notebook_gets_the_parameters_it_knows(notebooks):
@@ -76,10 +234,10 @@ wording_of: str = ""  # id
     ("name", "value", "error", "message"),
     [
         ("n_images", -5, ValueError, "parameter n_images=-5: give 1 or more"),
-        ("n_draws", [10, 0], ValueError, r"parameter n_draws=\[10, 0\]: give 1 or more"),
-        ("sigmas", [0.0, -0.1], ValueError, r"parameter sigmas=\[0.0, -0.1\]: give 0 or more"),
-        ("sigmas", [math.nan], ValueError, r"parameter sigmas=\[nan\]: give 0 or more"),
-        ("sigmas", [0.1, 64], ValueError, r"parameter sigmas=\[0.1, 64\]: give 10 or less.*divide a level in 0 to 255"),
+        ("n_draws", [10, 0], ValueError, r"parameter n_draws\[1\]=0: give 1 or more"),
+        ("sigmas", [0.0, -0.1], ValueError, r"parameter sigmas\[1\]=-0.1: give 0 or more"),
+        ("sigmas", [math.nan], ValueError, r"parameter sigmas\[0\]=nan: give a number"),
+        ("sigmas", [0.1, 64], ValueError, r"parameter sigmas\[1\]=64.0: give 10 or less.*divide a level in 0 to 255"),
         ("sigmas", [10.001], ValueError, "give 10 or less"),
         ("template", "no place", ValueError, "parameter template='no place': write {} in the place of the class"),
         ("model", "demo-clop", ValueError, "unknown model 'demo-clop': did you mean 'demo-clip'"),
@@ -227,18 +385,18 @@ def test_a_data_set_smaller_than_the_default_is_taken_whole(studies, tmp_path):
 @pytest.mark.parametrize(
     ("name", "value", "wanted"),
     [
-        ("n_images", "many", "int"),
-        ("n_images", 2.5, "int"),
-        ("n_images", True, "int"),
-        ("fast", 1, "bool"),
-        ("sigma", "0.25", "float"),
-        ("sigmas", 0.25, r"list\[float\]"),
-        ("sigmas", ["a"], r"list\[float\]"),
-        ("model", None, "str"),
+        ("n_images", "many", "a whole number"),
+        ("n_images", 2.5, "a whole number"),
+        ("n_images", True, "a whole number"),
+        ("fast", 1, "true or false"),
+        ("sigma", "loud", "a number"),
+        ("sigmas", None, r"a list of numbers, such as \[0.1, 0.25\]"),
+        ("sigmas", ["a"], "a number"),
+        ("model", None, "text"),
     ],
 )
 def test_wrong_type_is_refused_before_anything_runs(notebooks, name, value, wanted):
-    with pytest.raises(parameters.ParameterError, match=f"parameter {name}=.*the notebook wants {wanted}"):
+    with pytest.raises(parameters.ParameterError, match=rf"parameter {name}(\[0\])?=.*: give {wanted}"):
         parameters.assign_parameters(notebooks, {name: value})
 
 
@@ -286,10 +444,10 @@ def test_own_images_are_found_and_their_prompts_checked_before_a_kernel_starts(o
         ({"images": "folder:mine", "prompts": {"lesion": "x"}}, ValueError, "class_names has no noun for 'healthy'"),
         ({"images": "folder:mine", "prompts": {"lesions": "x"}}, ValueError, "no class 'lesions'.*mean 'lesion'"),
         ({"prompts": {"lesion": "x", "healthy": "y"}}, ValueError, "prompts: name the images they are for, images="),
-        ({"images": "folder:mine", "prompts": ["x"]}, ValueError, r"prompts=.* wants dict\[str, str\]"),
-        ({"images": "folder:mine", "prompts": {"lesion": 1}}, ValueError, r"prompts=.* wants dict\[str, str\]"),
-        ({"images": ["folder:mine"]}, ValueError, "images=.* wants str"),
-        ({"fraction": 0}, ValueError, "parameter fraction=0: give a share above 0 and up to 1"),
+        ({"images": "folder:mine", "prompts": ["x"]}, ValueError, "prompts=.*: give a mapping of names"),
+        ({"images": "folder:mine", "prompts": {"lesion": 1}}, ValueError, r"prompts\['lesion'\]=1: give text"),
+        ({"images": ["folder:mine"]}, ValueError, r"images=\['folder:mine'\]: give text"),
+        ({"fraction": 0}, ValueError, "parameter fraction=0.0: give a share above 0 and up to 1"),
         ({"fraction": 1.5}, ValueError, "parameter fraction=1.5: give a share above 0"),
         ({"model": "hf:clip"}, ValueError, "'hf:clip' names no repository on the hub"),
         ({"model": "hf:no-one/nothing"}, FileNotFoundError, "'hf:no-one/nothing' are not .*\n *hf download no-one"),

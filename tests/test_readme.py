@@ -33,7 +33,7 @@ from medrobust_lib.models import registry
 from medrobust_lib.models.registry import find_model, list_models
 from medrobust_lib.models.vlm_catalogue import find_vlm
 from medrobust_lib.models.vlm_registry import list_vlms
-from medrobust_lib.parameters import assign_parameters
+from medrobust_lib.parameters import assign_parameters, read_yaml
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -213,6 +213,8 @@ def stop_at_the_kernel(monkeypatch):
 
 def stand_in(name, value):
     """What is embedded, for an id that exists and whose weights or data are not here."""
+    if isinstance(value, str) and value.startswith("["):
+        value = read_yaml(value)
     if isinstance(value, list):
         return [stand_in(name, item) for item in value]
     if name in ("model", "compare_with") and find_model(value):

@@ -5,8 +5,6 @@ from dataclasses import MISSING, Field, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar, get_args
 
-import yaml
-
 from medrobust_lib import parameters as notebook_parameters
 from medrobust_lib.corruptions.suites import SEVERITIES, check_severity, find_suite
 from medrobust_lib.data import wording
@@ -39,15 +37,13 @@ class CertifyStep:
 
     kind: ClassVar[str] = "certify"
 
-    sigmas: tuple[float, ...] = field(metadata={"takes": "a list of numbers, such as [0.1, 0.25]"})
-    n0: int = field(default=100, metadata={"takes": "a whole number"})
-    n: int = field(default=10_000, metadata={"takes": "a whole number"})
-    alpha: float = field(default=0.001, metadata={"takes": "a number"})
-    sampling: str = field(default="sequential", metadata={"takes": "text"})
-    mode: str = field(default="predict", metadata={"takes": "text"})
-    radii: tuple[float, ...] = field(
-        default=(0.0, 0.1, 0.25, 0.5), metadata={"takes": "a list of numbers, such as [0.1, 0.25]"}
-    )
+    sigmas: tuple[float, ...]
+    n0: int = 100
+    n: int = 10_000
+    alpha: float = 0.001
+    sampling: str = "sequential"
+    mode: str = "predict"
+    radii: tuple[float, ...] = (0.0, 0.1, 0.25, 0.5)
 
     def check(self, datasets: Collection[str]) -> None:
         """Raise a ValueError for numbers that `certify_dataset` would refuse."""
@@ -79,10 +75,8 @@ class BenchmarkStep:
 
     kind: ClassVar[str] = "benchmark"
 
-    suite: str = field(default="medimeta-c", metadata={"takes": "text"})
-    severities: tuple[int, ...] = field(
-        default=SEVERITIES, metadata={"takes": "a list of whole numbers, such as [1, 3, 5]"}
-    )
+    suite: str = "medimeta-c"
+    severities: tuple[int, ...] = SEVERITIES
 
     def check(self, datasets: Collection[str]) -> None:
         """Raise a ValueError for an unknown suite or severity, or a data set that the suite does not know."""
@@ -137,11 +131,11 @@ class Study:
 
     name: str
     datasets: tuple[str, ...] = field(metadata={"takes": "a list of data set ids, see `medrobust datasets`"})
-    steps: tuple[Step, ...]
+    steps: tuple[Step, ...] = field(metadata={"takes": "a list of one or more of: certify, benchmark, notebook"})
     models: tuple[str, ...] = field(default=(), metadata={"takes": "a list of model ids, see `medrobust models`"})
-    seeds: tuple[int, ...] = field(default=(0,), metadata={"takes": "a list of whole numbers, such as [0, 1]"})
-    n_images: int | None = field(default=None, metadata={"takes": "a whole number"})
-    dtype: str = field(default="auto", metadata={"takes": "text"})
+    seeds: tuple[int, ...] = (0,)
+    n_images: int | None = None
+    dtype: str = "auto"
 
     def record(self) -> dict[str, Any]:
         """JSON values; steps are numbered, so that a refusal can name the one that differs."""
@@ -171,10 +165,7 @@ def read_study(path: Path, *, notebooks: Path | None = None) -> Study:
     path = Path(path)
     if not path.is_file():
         raise StudyError(f"no study file at {path}; examples/noise-on-blood.yaml is one to start from")
-    try:
-        given = yaml.load(path.read_text(encoding="utf-8"), Loader=_StrictLoader)
-    except yaml.YAMLError as error:
-        raise StudyError(f"{path} is no valid YAML: {error}") from error
+    given = notebook_parameters.read_yaml(path)
     if not isinstance(given, dict):
         raise StudyError(f"{path} must hold a mapping with the keys {', '.join(f.name for f in fields(Study))}")
     given = {"name": path.stem} | given
@@ -188,7 +179,7 @@ def read_study(path: Path, *, notebooks: Path | None = None) -> Study:
             name: notebook_parameters.absolute_ids(name, value)
             for name, value in _values(given, Study, where=str(path)).items()
         },
-        steps=tuple(_step(step, where=f"{path}, step {number}") for number, step in enumerate(steps, start=1)),
+        steps=tuple(_step(step, notebooks, where=f"{path}, step {place}") for place, step in enumerate(steps, start=1)),
     )
     _check_study(study, path, notebooks)
     return study
@@ -206,9 +197,7 @@ def notebook_assignments(
     ParameterError, ValueError, FileNotFoundError
         As from `medrobust_lib.parameters.assign_parameters`.
     """
-    from medrobust_lib.runner import find_notebooks
-
-    found = find_notebooks([step.notebook], folder=notebooks)
+    found = _found(step.notebook, notebooks)
     ((number, path),) = found.items()
     known = notebook_parameters.notebook_parameters(path)
     grid = {"model": study.models, "dataset": study.datasets, "seed": study.seeds}
@@ -229,18 +218,7 @@ def closest(name: str, valid: Collection[str]) -> str:
     return ", ".join([*close, *(other for other in valid if other not in close)])
 
 
-class _StrictLoader(yaml.SafeLoader):
-    """A SafeLoader that refuses a key given twice, of which it would drop the first in silence."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        twice = [key for key in keys if keys.count(key) > 1]
-        if twice:
-            raise yaml.constructor.ConstructorError(None, None, f"the key {twice[0]!r} is given twice", node.start_mark)
-        return super().construct_mapping(node, deep)
-
-
-def _step(given: Any, *, where: str) -> Step:
+def _step(given: Any, notebooks: Path | None, *, where: str) -> Step:
     """One entry of ``steps``: a mapping with its kind as the only key, or a notebook with its parameters."""
     kinds = [*STEPS, "notebook"]
     if isinstance(given, str) and given in STEPS:
@@ -255,13 +233,17 @@ def _step(given: Any, *, where: str) -> Step:
     if kind == "notebook":
         _check_keys(given, fields(NotebookStep), where=where)
         parameters = given.get("parameters") or {}
-        if not isinstance(given["notebook"], str | int) or not isinstance(parameters, dict):
+        if not isinstance(given["notebook"], str) or not isinstance(parameters, dict):
             raise StudyError(f'{where}: write `notebook: "02"` and, below it, parameters as names with values')
         taken = [name for name in parameters if name in GRID_PARAMETERS]
         if taken:
             plural = {"model": "models", "dataset": "datasets", "seed": "seeds"}.get(taken[0], taken[0])
             raise StudyError(f"{where}: {taken[0]!r} comes from the study; set `{plural}` at the top of the file")
-        return NotebookStep(str(given["notebook"]).zfill(2), parameters)
+        number = given["notebook"].zfill(2)
+        try:
+            return NotebookStep(number, parameters | _declared(number, parameters, notebooks))
+        except ValueError as error:
+            raise StudyError(f"{where}, notebook: {error}") from error
     if len(given) > 1:
         raise StudyError(f"{where} has the keys {', '.join(map(str, given))}; begin each step with a dash of its own")
     settings = given[kind] or {}
@@ -273,6 +255,18 @@ def _step(given: Any, *, where: str) -> Step:
     return STEPS[kind](**_values(settings, STEPS[kind], where=f"{where}, {kind}"))
 
 
+def _found(number: str, notebooks: Path | None) -> dict[str, Path]:
+    from medrobust_lib.runner import find_notebooks
+
+    return find_notebooks([number], folder=notebooks)
+
+
+def _declared(number: str, parameters: Mapping[str, Any], notebooks: Path | None) -> dict[str, Any]:
+    """The parameters that a notebook knows, as numbers where it wants numbers."""
+    (path,) = _found(number, notebooks).values()
+    return notebook_parameters.declared(parameters, notebook_parameters.notebook_parameters(path))
+
+
 def _check_keys(given: Mapping[Any, Any], known: Sequence[Field[Any]], *, where: str) -> None:
     names = [f.name for f in known]
     for key in given:
@@ -280,27 +274,14 @@ def _check_keys(given: Mapping[Any, Any], known: Sequence[Field[Any]], *, where:
             raise StudyError(f"{where}: unknown key {key!r}; valid: {closest(str(key), names)}")
     for f in known:
         if f.name not in given and f.default is MISSING and f.default_factory is MISSING:
-            raise StudyError(f"{where}: {f.name} is missing; it takes {f.metadata.get('takes', 'a list')}")
+            takes = f.metadata.get("takes") or notebook_parameters.wanted(f.type)
+            raise StudyError(f"{where}: {f.name} is missing; it takes {takes}")
 
 
 def _values(given: Mapping[str, Any], kind: type, *, where: str) -> dict[str, Any]:
     """Values with the types of a dataclass's fields; a single value stands for a list of one."""
-    types = {f.name: (f.type, f.metadata.get("takes", "text")) for f in fields(kind)}
-    values = {}
-    for name, value in given.items():
-        wanted, takes = types[name]
-        many = str(wanted).startswith("tuple")
-        items = value if isinstance(value, list) else [value]
-        scalar = next((kind for kind in (str, int, float) if kind.__name__ in str(wanted)), str)
-        allowed = (int, float) if scalar is float else scalar
-        optional = value is None and "None" in str(wanted)
-        # bool is an int in Python, but `n: yes` is a mistake.
-        fits = all(isinstance(item, allowed) and not isinstance(item, bool) for item in items)
-        if not optional and (not fits or (isinstance(value, list) and not many)):
-            hint = "" if scalar is str or not isinstance(value, str) else ", without quotes and without an exponent"
-            raise StudyError(f"{where}: {name}: {value!r} does not fit; it takes {takes}{hint}")
-        values[name] = tuple(dict.fromkeys(map(scalar, items))) if many else value
-    return values
+    types = {f.name: f.type for f in fields(kind)}
+    return {name: notebook_parameters.typed(value, types[name], f"{where}: {name}") for name, value in given.items()}
 
 
 def _check_study(study: Study, path: Path, notebooks: Path | None) -> None:
