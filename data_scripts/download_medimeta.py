@@ -15,8 +15,9 @@ from typing import Annotated
 import typer
 
 from medrobust_lib.archives import extract
-from medrobust_lib.data.preparation import data_root, reported_errors
+from medrobust_lib.data.preparation import data_root
 from medrobust_lib.downloads import RemoteFile, download, zenodo_files
+from medrobust_lib.files import reported_errors
 
 RECORD = 7884735
 INFO_NAME = "info.yaml"

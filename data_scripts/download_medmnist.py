@@ -11,8 +11,9 @@ from typing import Annotated
 
 import typer
 
-from medrobust_lib.data.preparation import data_root, reported_errors
+from medrobust_lib.data.preparation import data_root
 from medrobust_lib.downloads import download
+from medrobust_lib.files import reported_errors
 
 RECORD = "https://zenodo.org/records/10519652/files"
 

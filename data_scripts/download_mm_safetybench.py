@@ -24,8 +24,9 @@ from tqdm.auto import tqdm
 from medrobust_lib.archives import extract
 from medrobust_lib.data import mm_safetybench
 from medrobust_lib.data.mm_safetybench import FOLDER, IMAGE_TYPES
-from medrobust_lib.data.preparation import MANIFEST_NAME, data_root, listing_sha256, reported_errors
+from medrobust_lib.data.preparation import MANIFEST_NAME, data_root, listing_sha256
 from medrobust_lib.downloads import download, file_sha256
+from medrobust_lib.files import named_when_full, reported_errors
 
 # A commit, not a branch: the questions that were audited must stay the questions that are fetched.
 REVISION = "b80eedea3db312c09ded2082813390f68e750ef3"
@@ -88,7 +89,8 @@ def fetch_questions(base: Path) -> list[Path]:
 def install(files: list[Path], source: Path, base: Path, final: Path) -> int:
     """Build the set aside, check it, and move it to `final`; returns how many images have no question."""
     base.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=base, prefix=f".{FOLDER}-") as scratch:
+    full = named_when_full(final, "the set could not be built and nothing of it was kept")
+    with full, tempfile.TemporaryDirectory(dir=base, prefix=f".{FOLDER}-") as scratch:
         packed = source.is_file()
         if packed:
             extract(source, Path(scratch) / "content")

@@ -18,6 +18,7 @@ from medrobust_lib.data.phantoms import MODALITIES
 from medrobust_lib.doctor import write_reference
 from medrobust_lib.downloads import record_sums
 from medrobust_lib.experiments import write_text_atomically
+from medrobust_lib.files import reported_errors
 from medrobust_lib.models.dual_encoder import DualEncoder
 from medrobust_lib.smoothing.noise import noisy_features
 
@@ -118,4 +119,5 @@ def markdown(table: pd.DataFrame) -> str:
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    with reported_errors():
+        typer.run(main)

@@ -9,6 +9,7 @@ import typer
 import medrobust_lib as mr
 from medrobust_lib.data.questions import PHANTOM_TASKS
 from medrobust_lib.experiments import write_text_atomically
+from medrobust_lib.files import reported_errors
 from medrobust_lib.generative.answers import answer_once
 from medrobust_lib.generative.oracle import judged
 from medrobust_lib.generative.study import default_oracle
@@ -112,4 +113,5 @@ def card(vlm: VisionLanguageModel, recipe: dict, rows: list[list], images: int) 
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    with reported_errors():
+        typer.run(main)

@@ -6,6 +6,8 @@ those of `medrobust models`; several of these models are for research only, none
 """
 
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Annotated
@@ -14,8 +16,7 @@ import typer
 from huggingface_hub import HfApi, hf_hub_download, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
-from medrobust_lib.archives import extract
-from medrobust_lib.data.preparation import reported_errors
+from medrobust_lib.archives import OF_THE_DISK, extract
 from medrobust_lib.downloads import (
     DownloadError,
     check_sums,
@@ -24,6 +25,7 @@ from medrobust_lib.downloads import (
     read_sums,
     record_sums,
 )
+from medrobust_lib.files import named_when_full, reported_errors
 from medrobust_lib.models.registry import ModelEntry, WeightFile, default_weights_dir, find_model, list_models
 from medrobust_lib.models.vlm_catalogue import BUILT_IN as VLMS
 from medrobust_lib.models.vlm_catalogue import HUB_PREFIX, VlmEntry, fetch_command
@@ -76,11 +78,9 @@ def fetch_repository(entry: VlmEntry, folder: Path) -> None:
     if not entry.source.startswith(HUB_PREFIX):
         raise ValueError(f"{entry.id} needs no download ({entry.source})")
     repository = entry.source.removeprefix(HUB_PREFIX)
-    try:
+    with from_hub(f"{HUB_URL}{repository} (save its files in {folder})", folder):
         # It goes on where it stopped, and each file takes its name when it is whole.
         snapshot_download(repository, local_dir=folder, allow_patterns=REPOSITORY_FILES)
-    except HUB_ERRORS as error:
-        raise DownloadError(hub_advice(f"{HUB_URL}{repository} (save its files in {folder})", error)) from error
     fetched = [path.name for path in sorted(folder.iterdir()) if path.is_file() and path.suffix in REPOSITORY_SUFFIXES]
     record_sums(folder, [name for name in fetched if name not in read_sums(folder)])
 
@@ -90,10 +90,8 @@ def published_files(entry: ModelEntry) -> list[WeightFile]:
     files = [file for file in entry.files if file.url]
     if entry.id in HUB_PATTERNS and not any(file.url.startswith(f"{HUB_URL}{AUTHORS_HUB}") for file in files):
         repository, patterns = HUB_PATTERNS[entry.id]
-        try:
+        with from_hub(f"the list of files of {HUB_URL}{repository}"):
             paths = HfApi().list_repo_files(repository)
-        except HUB_ERRORS as error:
-            raise DownloadError(hub_advice(f"the list of files of {HUB_URL}{repository}", error)) from error
         found = [path for path in paths if any(fnmatch(path, pattern) for pattern in patterns)]
         if not found:
             raise DownloadError(f"{HUB_URL}{repository} has no file like {' or '.join(patterns)}")
@@ -125,10 +123,8 @@ def fetch_from_hub(file: WeightFile, path: Path) -> None:
     revision, _, name = place.partition("/")
     scratch = path.parent / ".hub"  # keeps what is half done for the next call
     if not path.exists():
-        try:
+        with from_hub(f"{file.url} (save it as {path})", path):
             fetched = Path(hf_hub_download(repository, name, revision=revision, local_dir=scratch))
-        except HUB_ERRORS as error:
-            raise DownloadError(hub_advice(f"{file.url} (save it as {path})", error)) from error
         fetched.replace(path)
         shutil.rmtree(scratch)
     if file.sha256 and (found := file_sha256(path)) != file.sha256:
@@ -139,13 +135,20 @@ def fetch_from_hub(file: WeightFile, path: Path) -> None:
         )
 
 
-def hub_advice(what: str, error: Exception) -> str:
-    """Message for a hub that did not give a file."""
-    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-    return (
-        f"cannot fetch {what}: {reason} Check the network or the proxy settings, unset HF_HUB_OFFLINE (it forbids "
-        "downloads), log in with `hf auth login` if the repository asks for it, or fetch it with a browser."
-    )
+@contextmanager
+def from_hub(what: str, place: Path = Path()) -> Iterator[None]:
+    """Say what to do about a hub that did not give a file; troubles of the disk below `place` stay what they are."""
+    try:
+        with named_when_full(place, "what came is kept"):
+            yield
+    except HUB_ERRORS as error:
+        if getattr(error, "errno", None) in OF_THE_DISK:
+            raise
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise DownloadError(
+            f"cannot fetch {what}: {reason} Check the network or the proxy settings, unset HF_HUB_OFFLINE (it forbids "
+            "downloads), log in with `hf auth login` if the repository asks for it, or fetch it with a browser."
+        ) from error
 
 
 if __name__ == "__main__":

@@ -22,14 +22,13 @@ from medrobust_lib.data.preparation import (
     listing_sha256,
     named_source,
     read_table,
-    reported_errors,
     require_columns,
     split_by_group,
     staged_dataset,
 )
 from medrobust_lib.data.wording import spelled
 from medrobust_lib.downloads import file_sha256
-from medrobust_lib.files import inside, parsed
+from medrobust_lib.files import inside, parsed, reported_errors
 
 COVID_CLASSES = {"covid": ("COVID", "COVID-19"), "normal": ("Normal",)}
 COVID_QU_SPLITS = {"Train": "train", "Val": "val", "Test": "test"}

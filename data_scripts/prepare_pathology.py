@@ -22,12 +22,11 @@ from medrobust_lib.data.preparation import (
     obtain,
     pannuke_class,
     read_table,
-    reported_errors,
     require_columns,
     staged_dataset,
 )
 from medrobust_lib.downloads import file_sha256
-from medrobust_lib.files import inside
+from medrobust_lib.files import inside, reported_errors
 
 KATHER_RECORD = "https://zenodo.org/records/1214456"
 # MD5 as shown on the record's page.

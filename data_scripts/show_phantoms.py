@@ -13,7 +13,7 @@ import typer
 from matplotlib.figure import Figure
 
 from medrobust_lib.data.phantoms import LARGEST, MODALITIES, SITES, SMALLEST, phantom_classes, render_phantoms
-from medrobust_lib.data.preparation import reported_errors
+from medrobust_lib.files import reported_errors, whole_file
 
 ALL = "all"
 OVERVIEW_COLUMNS = 9
@@ -44,7 +44,8 @@ def main(
         else:
             figure = contact_sheet(modality.value, sites=sites, image_size=image_size, samples=samples)
         path = output or Path(f"phantoms-{modality.value}.png")
-        figure.savefig(path, dpi=110)
+        with whole_file(path) as part:
+            figure.savefig(part, format=path.suffix[1:] or "png", dpi=110)
     typer.echo(f"wrote {path}")
 
 

@@ -19,6 +19,7 @@ from medrobust_lib.adaptation.augmentation import PAPER_AUGMENTATION
 from medrobust_lib.adaptation.demo_adapters import DATASETS, FOLDER, NOISY, RECIPE, folder_name
 from medrobust_lib.data.fractions import fraction_splits
 from medrobust_lib.experiments import map_items, write_text_atomically
+from medrobust_lib.files import reported_errors
 from medrobust_lib.models.dual_encoder import DualEncoder
 from medrobust_lib.models.low_rank import save_adapter
 
@@ -132,4 +133,5 @@ def card(model: DualEncoder, table: pd.DataFrame) -> str:
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    with reported_errors():
+        typer.run(main)

@@ -33,6 +33,7 @@ from medrobust_lib.data.phantoms import MODALITIES, SPLITS, phantom_classes
 from medrobust_lib.data.phantoms.pretraining import render_many, shifted
 from medrobust_lib.data.wording import class_wording
 from medrobust_lib.experiments import write_text_atomically
+from medrobust_lib.files import reported_errors
 
 FOLDER = Path(__file__).resolve().parent.parent / "medrobust_lib" / "models" / "demo" / "clip"
 IMAGE_SIZE = 64
@@ -375,4 +376,5 @@ def save(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    with reported_errors():
+        typer.run(main)

@@ -17,6 +17,7 @@ from medrobust_lib import metrics
 from medrobust_lib.data.dataset import ImageDataset
 from medrobust_lib.downloads import record_sums
 from medrobust_lib.experiments import write_text_atomically
+from medrobust_lib.files import reported_errors
 from medrobust_lib.models.dual_encoder import DualEncoder
 from medrobust_lib.smoothing.denoiser_networks import matching_timestep
 from medrobust_lib.smoothing.denoiser_training import linear_share, pixel_spread, psnr, train_denoiser, train_diffusion
@@ -198,4 +199,5 @@ def table_rows(rows: list[list[str]]) -> str:
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    with reported_errors():
+        typer.run(main)

@@ -41,6 +41,7 @@ from medrobust_lib.data.phantoms.pretraining import render_many, shifted
 from medrobust_lib.data.questions import PHANTOM_TASKS, action_token, actions, answer_wordings, question_wordings
 from medrobust_lib.downloads import record_sums
 from medrobust_lib.experiments import write_text_atomically
+from medrobust_lib.files import reported_errors
 from medrobust_lib.models.vlm_registry import DEMO_VLM_FOLDER
 
 MODALITIES = ("histology", "blood", "chest", "oct")
@@ -393,4 +394,5 @@ def save(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    with reported_errors():
+        typer.run(main)

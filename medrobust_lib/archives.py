@@ -19,7 +19,16 @@ from medrobust_lib.downloads import DownloadError, bar_options
 from medrobust_lib.files import disk_full, named_when_full, size_text
 
 # What the system says of a disk or of a missing archive, not what is wrong with an archive.
-_OF_THE_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ENOENT}
+OF_THE_DISK = {
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EROFS,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EIO,
+    errno.ENOENT,
+    errno.EMFILE,
+}
 
 
 def extract(
@@ -73,7 +82,7 @@ def extract(
         except DownloadError:
             raise
         except Exception as error:  # Damaged bytes make the readers of archives raise anything.
-            if isinstance(error, OSError) and error.errno in _OF_THE_DISK:
+            if isinstance(error, OSError) and error.errno in OF_THE_DISK:
                 raise  # the disk's trouble (full, not writable), not the archive's
             raise DownloadError(f"{archive} is damaged: {error}. Delete it and fetch it again.") from error
         if not folder.exists():

@@ -3,13 +3,14 @@
 Commands import what they need when they are called, so that ``--help`` answers at once.
 """
 
-import sys
+import shlex
 import time
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from medrobust_lib.files import reported_errors, told
 from medrobust_lib.studies.command import compare, study
 
 # What fits a terminal; --json gives everything, with hashes, sources and citations.
@@ -27,14 +28,8 @@ app = typer.Typer(
 
 def main() -> None:
     """Entry point: expected errors become one readable message and exit code 1."""
-    try:
+    with reported_errors():
         app()
-    except (ValueError, FileNotFoundError, RuntimeError, PermissionError) as error:
-        from rich.console import Console
-        from rich.markup import escape
-
-        Console(stderr=True, highlight=False).print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True)
-        sys.exit(1)
 
 
 @app.command()
@@ -68,8 +63,18 @@ def run(
     try:
         executed = runner.run_notebooks(chosen, parameters, out, announce=typer.echo, jobs=jobs)
     except runner.NotebookError as error:
-        typer.echo(f"report of what was executed: {write_report(error.run_dir)}")
+        try:
+            typer.echo(f"report of what was executed: {write_report(error.run_dir)}")
+        except (OSError, ValueError) as second:  # the disk that the notebook has filled
+            reason = told(second) if isinstance(second, OSError) else second
+            typer.echo(f"no report of what was executed: {reason}", err=True)
         raise
+    except runner.RunStopped as stopped:
+        given = {"-p": parameter or (), "-f": [file] if file else (), "--notebooks": [folder] if folder else ()}
+        options = [str(word) for option, values in given.items() for value in values for word in (option, value)]
+        command = ["medrobust", "run", *stopped.left, *options, "--out", str(stopped.run_dir), "--jobs", str(jobs)]
+        typer.echo(f"stopped; {stopped}. It goes on with\n    {shlex.join(command)}", err=True)
+        raise typer.Exit(130) from stopped
     plural = "s" if len(executed) > 1 else ""
     typer.echo(f"{len(executed)} notebook{plural} in {time.monotonic() - started:.1f} s")
     typer.echo(f"report: {write_report(executed[0].run_dir)}")
@@ -106,6 +111,8 @@ def datasets(
     from medrobust_lib.data.mm_safetybench import PREFIX, list_scenarios
     from medrobust_lib.terminal import show, show_json
 
+    if root is not None:
+        any(root.iterdir())  # a folder that cannot be read is not one without data
     if as_json:
         show_json(list_datasets(root=root))
         return

@@ -12,6 +12,7 @@ import numpy as np
 
 from medrobust_lib import _torchvision, runner
 from medrobust_lib.experiments import project_root, write_text_atomically
+from medrobust_lib.files import told
 
 REFERENCE_FILE = Path(__file__).parent / "models" / "demo" / "clip" / "reference_prediction.json"
 REFERENCE_DATASET = "phantom/blood"
@@ -36,7 +37,7 @@ def examine() -> Iterator[Finding]:
         try:
             yield Finding(name, True, check())
         except (ValueError, RuntimeError, OSError, ImportError) as error:
-            yield Finding(name, False, str(error))
+            yield Finding(name, False, told(error) if isinstance(error, OSError) else str(error))
 
 
 def reference_prediction() -> dict[str, object]:

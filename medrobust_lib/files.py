@@ -4,14 +4,35 @@ import errno
 import json
 import os
 import shutil
+import signal
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _NO_LOCKS_HERE = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP}
 _SHOWN_CHARACTERS = 300  # of a parser's own message
+_ELSEWHERE = "name another place, in which you may write"
+# What helps, after the path and the system's own words.
+_REMEDIES = {
+    errno.ENOENT: "check the name",
+    errno.EACCES: f"change its permissions, or {_ELSEWHERE}",
+    errno.EPERM: f"change its permissions, or {_ELSEWHERE}",
+    errno.EROFS: _ELSEWHERE,
+    errno.EIO: f"the disk is damaged or gone: {_ELSEWHERE}",
+    errno.ENOTDIR: "a file stands where a folder should be: move it away, or name another folder",
+    errno.EEXIST: "move it away, or give another name",
+    errno.ENOTEMPTY: "move away what it holds, or give another name",
+    errno.EISDIR: "name a file",
+    errno.ENAMETOOLONG: "give a shorter name",
+    errno.ELOOP: "its links lead in a circle: name the file itself",
+    errno.EMFILE: "allow more, for example with `ulimit -n 4096`, or start fewer jobs at a time",
+    errno.ENFILE: "close other programs, or start fewer jobs at a time",
+    errno.EDQUOT: "free some of your quota, or name a folder on another disk",
+    errno.ENOSPC: "free some, or name a folder on another disk",
+}
 
 
 @contextmanager
@@ -95,32 +116,43 @@ def inside(folder: Path, name: str, *, source: Path) -> Path:
 def whole_file(path: Path) -> Iterator[Path]:
     """Give a hidden name to write to; it becomes `path` when the block ends well and is removed when not.
 
+    What is no file, such as a pipe or ``/dev/stdout``, is given itself: it cannot be replaced.
+
     Raises
     ------
     OSError
         The disk is full (`errno.ENOSPC`), or what else the system says; the file that was there stays.
     """
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    replaced = not path.exists() or path.is_file() or path.is_dir()
+    part = path.with_name(f".{path.name}.{os.getpid()}.part") if replaced else path
     try:
         with named_when_full(path, f"{path.name} could not be written and nothing of it was kept"):
             path.parent.mkdir(parents=True, exist_ok=True)
             yield part
-            part.replace(path)
+            if replaced:
+                part.replace(path)
+    except OSError as error:
+        if error.filename == str(part):  # nobody knows the hidden name
+            error.filename = str(path)
+        raise
     finally:
-        if part.parent.is_dir():
-            part.unlink(missing_ok=True)
+        if replaced:
+            with suppress(OSError):  # the first error is told, not that of tidying up
+                part.unlink()
 
 
 @contextmanager
 def named_when_full(path: Path, what: str) -> Iterator[None]:
-    """Say which file did not fit on the disk, which the system's own error leaves out."""
+    """Say which file the system's error is about where it does not, and what became of one that did not fit."""
     try:
         yield
     except OSError as error:
-        if error.errno not in _NO_ROOM:
-            raise
-        reason = "the system allows no larger file" if error.errno == errno.EFBIG else "the disk is full"
-        raise disk_full(path, f"{reason}: {what}") from error
+        if error.errno in _NO_ROOM:
+            reason = "the system allows no larger file" if error.errno == errno.EFBIG else "the disk is full"
+            raise disk_full(path, f"{reason}: {what}") from error
+        if error.errno is not None and error.filename is None:
+            error.filename = str(path)
+        raise
 
 
 def disk_full(path: Path, message: str) -> OSError:
@@ -128,8 +160,38 @@ def disk_full(path: Path, message: str) -> OSError:
     path = path.absolute()
     folder = next(place for place in (path, *path.parents) if place.is_dir())
     free = shutil.disk_usage(folder).free
-    advice = "free some, or name a folder on another disk; the same call goes on with what is missing"
+    advice = f"{_REMEDIES[errno.ENOSPC]}, then repeat the call"
     return OSError(errno.ENOSPC, f"{message}; {size_text(free)} are free: {advice}", str(path))
+
+
+def told(error: OSError) -> str:
+    """An error of the system in one line: the path, what the system says, what helps.
+
+    One that a library or this project has raised in words of its own keeps them.
+    """
+    words = error.strerror
+    if error.errno is None or not words:
+        return str(error)
+    if words == os.strerror(error.errno) and error.errno in _REMEDIES:
+        words = f"{words[0].lower()}{words[1:]}; {_REMEDIES[error.errno]}"
+    place = error.filename if error.filename2 is None else error.filename2
+    return words if place is None else f"{os.fsdecode(place) if isinstance(place, bytes) else place}: {words}"
+
+
+@contextmanager
+def reported_errors() -> Iterator[None]:
+    """End a command in one line on standard error, with exit code 1 where a user can mend it and 130 on Ctrl-C."""
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        print("stopped; what is whole is kept, and the same command makes what is missing", file=sys.stderr)
+        raise SystemExit(128 + signal.SIGINT) from error
+    except (OSError, ValueError, ImportError, RuntimeError) as error:  # RuntimeError: a download, a store in use
+        import typer
+
+        text = told(error) if isinstance(error, OSError) else str(error)
+        typer.echo(f"{typer.style('error:', fg='red', bold=True)} {text}", err=True)
+        raise SystemExit(1) from error
 
 
 def size_text(size: float) -> str:

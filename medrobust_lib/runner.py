@@ -1,6 +1,8 @@
 """Execute notebooks headlessly through papermill; `medrobust_lib.parameters` checks what they are given."""
 
+import ast
 import contextlib
+import errno
 import itertools
 import os
 import re
@@ -16,6 +18,7 @@ from jupyter_client import AsyncKernelManager
 
 from medrobust_lib.experiments import HEADLESS_VARIABLE, RUN_DIR_VARIABLE, map_items, project_root
 from medrobust_lib.experiments.cards import default_runs_dir
+from medrobust_lib.files import named_when_full, told
 from medrobust_lib.parameters import assign_parameters
 
 KERNEL = "python3"
@@ -38,6 +41,26 @@ class NotebookError(RuntimeError):
     def __reduce__(self) -> tuple[type, tuple[str, Path]]:
         # The way back from a worker process; the default would call the class with the message alone.
         return type(self), (str(self), self.run_dir)
+
+
+class RunStopped(KeyboardInterrupt):
+    """Ctrl-C during a run; the message says what is kept.
+
+    Attributes
+    ----------
+    run_dir : Path
+        The run's folder.
+    left : tuple of str
+        Numbers of the notebooks that have not reached their end.
+    """
+
+    def __init__(self, message: str, run_dir: Path, left: Sequence[str]) -> None:
+        super().__init__(message, run_dir, left)  # all of them, for the way back from a worker process
+        self.run_dir = run_dir
+        self.left = tuple(left)
+
+    def __str__(self) -> str:
+        return str(self.args[0])
 
 
 @dataclass(frozen=True)
@@ -146,25 +169,34 @@ def run_notebooks(
     ParameterError, ValueError, FileNotFoundError
         As `assign_parameters`, an ``out`` that cannot be a run folder, or jobs neither -1 nor >= 1.
     NotebookError
-        A cell failed; the notebook so far is kept in ``out/notebooks``. One job stops there; of several the other
-        notebooks are finished first, and the message holds every failure.
+        A cell failed, or the notebook could not be written; what there is of it is kept in ``out/notebooks``. One
+        job stops there; of several the other notebooks are finished first, and the message holds every failure.
+    RunStopped
+        Ctrl-C; finished notebooks and their results are kept.
     """
     if jobs != -1 and jobs < 1:
         raise ValueError(f"jobs={jobs}; give the number of notebooks at a time, or -1 for one per core")
     assigned = assign_parameters(notebooks, parameters)
     check_kernel()
-    out = new_run_dir() if out is None else _cleared(Path(out).resolve(), notebooks)
+    out = new_run_dir() if out is None else _cleared(Path(out).expanduser().resolve(), notebooks)
     (out / "notebooks").mkdir(parents=True, exist_ok=True)
     announce(f"run folder: {out}")
     tasks = [_Task(number, path, assigned[number], out) for number, path in notebooks.items()]
-    if jobs == 1 or len(tasks) < 2:
-        executed = []
-        for task in tasks:
-            announce(f"{task.path.stem} ...")
-            executed.append(_executed(None, task))
-            announce(f"{task.path.stem} done in {executed[-1].seconds:.1f} s")
-        return executed
-    return _run_in_parallel(tasks, out, jobs=jobs, announce=announce)
+    executed: dict[int, Executed] = {}
+    try:
+        if jobs == 1 or len(tasks) < 2:
+            for position, task in enumerate(tasks):
+                announce(f"{task.path.stem} ...")
+                executed[position] = _executed(None, task)
+                announce(f"{task.path.stem} done in {executed[position].seconds:.1f} s")
+        else:
+            _run_in_parallel(tasks, executed, out, jobs=jobs, announce=announce)
+    except KeyboardInterrupt as error:
+        left = [task.number for position, task in enumerate(tasks) if position not in executed]
+        done = ", ".join(one.number for one in executed.values()) or "none"
+        message = f"finished notebooks, with their results, are kept in {out}: {done}"
+        raise RunStopped(message, out, left) from error
+    return [executed[position] for position in sorted(executed)]
 
 
 @dataclass(frozen=True)
@@ -177,13 +209,15 @@ class _Task:
     out: Path
 
 
-def _run_in_parallel(tasks: list[_Task], out: Path, *, jobs: int, announce: Callable[[str], None]) -> list[Executed]:
+def _run_in_parallel(
+    tasks: list[_Task], executed: dict[int, Executed], out: Path, *, jobs: int, announce: Callable[[str], None]
+) -> None:
+    """Fill `executed`, by the position of the task."""
     from joblib import cpu_count
 
     jobs = min(cpu_count() if jobs == -1 else jobs, len(tasks))
     threads = os.environ.get(THREADS_VARIABLE) or str(max(1, cpu_count() // jobs))
     announce(f"{len(tasks)} notebooks, {jobs} at a time: {', '.join(task.path.stem for task in tasks)} ...")
-    executed: dict[int, Executed] = {}
     failures: dict[int, NotebookError] = {}
     for position, result in map_items(_executed_or_error, tasks, context=threads, jobs=jobs):
         name = tasks[position].path.stem
@@ -196,7 +230,6 @@ def _run_in_parallel(tasks: list[_Task], out: Path, *, jobs: int, announce: Call
     if failures:
         messages = [str(failures[position]) for position in sorted(failures)]
         raise NotebookError("\n\n".join(messages), out)
-    return [executed[position] for position in sorted(executed)]
 
 
 def _executed_or_error(threads: str, task: _Task) -> Executed | NotebookError:
@@ -217,7 +250,8 @@ def _executed(threads: str | None, task: _Task) -> Executed:
         variables[THREADS_VARIABLE] = threads
     started = time.monotonic()
     try:
-        with environment_variables(variables):
+        kept = named_when_full(target, f"{target.name} could not be written and nothing of it was kept")
+        with environment_variables(variables), kept:
             execute_notebook(
                 task.path,
                 target,
@@ -230,6 +264,11 @@ def _executed(threads: str | None, task: _Task) -> Executed:
             )
     except PapermillExecutionError as error:
         raise NotebookError(_readable(error, task.path, target), task.out) from error
+    except OSError as error:
+        if error.errno == errno.ENOSPC:  # papermill writes in place: what there is of it is no notebook
+            with contextlib.suppress(OSError):
+                target.unlink()
+        raise NotebookError(f"{task.path.name} failed: {told(error)}", task.out) from error
     return Executed(task.number, target, time.monotonic() - started)
 
 
@@ -307,12 +346,17 @@ def environment_variables(variables: Mapping[str, str]) -> Iterator[None]:
 
 
 def _readable(error: Any, source: Path, target: Path) -> str:
-    """The failing cell, its error and where the half-executed notebook lies."""
+    """The failing cell, its error and where the half-executed notebook lies; one line for an error of the system."""
+    kept = f"the notebook up to there: {target}"
+    if refused := re.fullmatch(r"\[Errno (\d+)\] (.*?)(?:: (?:.* -> )?('.*'|\".*\"))?", error.evalue, re.DOTALL):
+        place = ast.literal_eval(refused[3]) if refused[3] else None
+        reason = told(OSError(int(refused[1]), refused[2], place))
+        return f"{source.name} failed in cell {error.exec_count}: {reason}; {kept}"
     traceback = re.sub(r"\x1b\[[0-9;]*m", "", "\n".join(error.traceback or []))
     cell = "\n".join(f"    {line}" for line in str(error.source).strip().splitlines())
     return (
         f"{source.name} failed in cell {error.exec_count} with {error.ename}: {error.evalue}\n"
         f"the cell:\n{cell}\n"
         f"end of its traceback:\n" + "\n".join(traceback.splitlines()[-12:]) + f"\n"
-        f"the notebook up to there: {target}"
+        f"{kept}"
     )

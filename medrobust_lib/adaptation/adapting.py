@@ -23,7 +23,7 @@ from typing import Any, Literal
 import numpy as np
 import pandas as pd
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 
 from medrobust_lib.adaptation.augmentation import PAPER_AUGMENTATION, Augmentation
@@ -32,6 +32,7 @@ from medrobust_lib.data.dataset import ImageDataset
 from medrobust_lib.experiments import parameter_differences, write_text_atomically
 from medrobust_lib.models.dual_encoder import DualEncoder
 from medrobust_lib.models.image_tower import find_image_tower
+from medrobust_lib.models.tensor_files import save_tensors
 from medrobust_lib.models.weights import explained_errors, fingerprint
 from medrobust_lib.smoothing.votes import check_not_training
 
@@ -367,7 +368,6 @@ def _save_tower(parameters: Mapping[str, nn.Parameter], out: Path, record: Mappi
     partial = out.with_name(f".{out.name}.part")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in parameters.items()}, partial / _TOWER)
-    (partial / _TOWER).chmod(0o644)  # safetensors writes for the owner only
+    save_tensors(partial / _TOWER, parameters)
     write_text_atomically(partial / _PROVENANCE, json.dumps(record, indent=1) + "\n")
     partial.rename(out)

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, safe_open, save_file
+from safetensors.torch import load_file, safe_open
 from torch import Tensor
 from torch.nn import functional
 
@@ -23,6 +23,7 @@ from medrobust_lib.data.dataset import ImageDataset
 from medrobust_lib.experiments import progress
 from medrobust_lib.models.dual_encoder import DualEncoder
 from medrobust_lib.models.image_tower import ImageTower, find_image_tower
+from medrobust_lib.models.tensor_files import write_tensors
 from medrobust_lib.models.weights import explained_errors, fingerprint
 from medrobust_lib.smoothing.noise import NoiseStream, noisy_copies
 from medrobust_lib.smoothing.prompts import draw_shots
@@ -162,11 +163,7 @@ def save_retrained(model: DualEncoder, path: Path | str) -> Path:
     header = {
         "format": _FORMAT, "id": model.id, "provenance": model.provenance, "tensors": _fingerprint_of_named(plain),
     }  # fmt: skip
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.part")
-    save_file(plain, partial, metadata={_HEADER: json.dumps(header)})
-    partial.chmod(0o644)  # safetensors writes for the owner only
-    partial.replace(path)
+    write_tensors(path, plain, key=_HEADER, header=header)
     return path
 
 

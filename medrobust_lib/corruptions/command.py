@@ -9,7 +9,7 @@ import typer
 from medrobust_lib.corruptions.benchmark import check_benchmark, plan_benchmark, write_benchmark
 from medrobust_lib.corruptions.layouts import Layout
 from medrobust_lib.corruptions.suites import SEVERITIES
-from medrobust_lib.data.preparation import reported_errors
+from medrobust_lib.files import reported_errors
 
 LayoutName = StrEnum("LayoutName", {name.replace("-", "_"): name for name in get_args(Layout)})
 

@@ -9,7 +9,6 @@ import hashlib
 import inspect
 import json
 import shutil
-import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -25,7 +24,7 @@ from sklearn.model_selection import StratifiedGroupKFold
 
 from medrobust_lib.data.wording import class_wording
 from medrobust_lib.downloads import DownloadError, download, file_hash
-from medrobust_lib.files import parsed
+from medrobust_lib.files import named_when_full, parsed
 
 MANIFEST_NAME = "manifest.json"
 NUCLEUS_CHANNELS = 5  # PanNuke: neoplastic, inflammatory, connective, dead, epithelial; then the background
@@ -136,7 +135,8 @@ def staged_dataset(dataset_id: str, *, root: Path, origin: Origin, overwrite: bo
     if final.exists() and not overwrite:
         raise FileExistsError(f"{final} exists but was not made by this script; move it away or pass --overwrite")
     final.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=final.parent, prefix=f".{final.name}-") as scratch:
+    full = named_when_full(final, "the set could not be built and nothing of it was kept")
+    with full, tempfile.TemporaryDirectory(dir=final.parent, prefix=f".{final.name}-") as scratch:
         staged = StagedDataset(dataset_id, Path(scratch) / "new")
         staged.images.mkdir(parents=True)
         yield staged
@@ -326,13 +326,3 @@ def data_root(root: Path | None) -> Path:
     from medrobust_lib.data.registry import default_data_root  # deferred: --help must not load every reader
 
     return default_data_root()
-
-
-@contextmanager
-def reported_errors() -> Iterator[None]:
-    """Turn what a user can mend into one line on standard error and exit code 1."""
-    try:
-        yield
-    except (DownloadError, OSError, ValueError, ImportError, RuntimeError) as error:  # RuntimeError: a store in use
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(1) from error

@@ -113,11 +113,9 @@ class Run:
             The PNG.
         """
         path = self.folder / "figures" / f"{self.number}_{name}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".part.png")
         described = {CAPTION_KEY: caption} if caption else {}
-        figure.savefig(partial, dpi=150, bbox_inches="tight", metadata=described)
-        partial.replace(path)
+        with whole_file(path) as partial:
+            figure.savefig(partial, format="png", dpi=150, bbox_inches="tight", metadata=described)
         return path
 
     def save_card(
@@ -217,9 +215,13 @@ def read_cards(runs_dir: Path, *, nested: bool = True) -> list[dict[str, Any]]:
     ------
     FileNotFoundError
         There is no card below the folder.
+    OSError
+        It is no folder, or cannot be read.
     ValueError
         A card is damaged or of an unknown format; the message names the file.
     """
+    if Path(runs_dir).exists():
+        any(Path(runs_dir).iterdir())  # a file, or a folder that cannot be read, is not one without cards
     cards = []
     for path in sorted(Path(runs_dir).glob(f"{'**/' if nested else ''}cards/[0-9]*.json")):
         card = read_json_object(path, "a result card", _AGAIN)

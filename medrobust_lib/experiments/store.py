@@ -6,7 +6,6 @@ rows in the order of the keys asked for and no times, so it is the same, byte fo
 run was killed, in whatever order the items finished.
 """
 
-import errno
 import hashlib
 import json
 import math
@@ -20,7 +19,7 @@ from typing import Any, Self
 import pandas as pd
 
 from medrobust_lib.experiments.cards import write_text_atomically
-from medrobust_lib.files import lock
+from medrobust_lib.files import disk_full, lock, named_when_full
 
 STORE_FORMAT = 1
 SECONDS_COLUMN = "seconds"
@@ -332,10 +331,12 @@ def _write_whole(descriptor: int, line: bytes, path: Path) -> None:
     """Append one line by one call, or leave the file as it was."""
     end = os.fstat(descriptor).st_size
     written = 0
+    lost = "the item was not added, those before it are kept"
     try:
-        written = os.write(descriptor, line)
+        with named_when_full(path, lost):
+            written = os.write(descriptor, line)
     finally:
         if written != len(line):
             os.ftruncate(descriptor, end)
     if written != len(line):
-        raise OSError(errno.ENOSPC, "only part of a line could be written; is the disk full?", str(path))
+        raise disk_full(path, f"the disk is full: {lost}")

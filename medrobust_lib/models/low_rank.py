@@ -20,7 +20,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 from peft import __version__ as peft_version
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 
 from medrobust_lib import __version__
@@ -30,6 +30,7 @@ from medrobust_lib.models.dual_encoder import DualEncoder
 from medrobust_lib.models.image_tower import find_image_tower
 from medrobust_lib.models.lora_layers import ADAPTER, adapter_parameters, inject_adapters, remove_adapters
 from medrobust_lib.models.qkv import open_attention, split_qkv
+from medrobust_lib.models.tensor_files import save_tensors
 from medrobust_lib.models.weights import explained_errors, fingerprint, foreign_adapter
 
 __all__ = [
@@ -240,12 +241,11 @@ def save_adapter(
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
     try:
-        save_file(tensors, partial / _TENSORS)
+        save_tensors(partial / _TENSORS, tensors)
         config = copy.copy(model.peft_config[ADAPTER])
         config.inference_mode = True
         config.save_pretrained(str(partial))
-        for path, mode in ((partial / _TENSORS, 0o644), (partial, 0o755)):
-            path.chmod(mode)  # made for the owner only
+        partial.chmod(0o755)  # made for the owner only
         adapter = {
             "format": _FORMAT,
             "base": {"id": attached.base_id, "weights": attached.base_weights},

@@ -1,6 +1,8 @@
 """safetensors files with a JSON header of our own: written whole or not at all, read with errors that name them."""
 
 import json
+import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,12 +22,27 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], *, key: str, header
     OSError
         The file could not be written; the one that was there stays.
     """
-    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     with whole_file(path) as part:
-        try:
-            save_file(plain, part, metadata={key: json.dumps(dict(header))})
-        except SafetensorError as error:  # its own words for the system's errors, without the file
+        save_tensors(part, tensors, metadata={key: json.dumps(dict(header))})
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], *, metadata: Mapping[str, str] | None = None) -> None:
+    """Write a safetensors file in place, readable by anyone as other files are.
+
+    Raises
+    ------
+    OSError
+        It could not be written.
+    """
+    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    try:
+        save_file(plain, path, metadata=None if metadata is None else dict(metadata))
+    except SafetensorError as error:  # its own words for the system's errors, without the file
+        refused = re.search(r"os error (\d+)", str(error))
+        if refused is None:
             raise OSError(f"{path} could not be written: {error}") from error
+        raise OSError(int(refused[1]), os.strerror(int(refused[1])), str(path)) from error
+    path.chmod(0o644)  # safetensors writes for the owner only
 
 
 def read_tensors(path: Path, *, key: str, kind: str, advice: str) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -16,11 +16,12 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, safe_open, save_file
+from safetensors.torch import load_file, safe_open
 from torch import Tensor, nn
 
 from medrobust_lib.data.wording import suggest
 from medrobust_lib.downloads import check_sums
+from medrobust_lib.models.tensor_files import write_tensors
 from medrobust_lib.models.weights import explained_errors, fingerprint
 from medrobust_lib.smoothing.denoiser_networks import DIFFUSION_STEPS, DnCNN, UNet, diffusion_sigmas, matching_timestep
 
@@ -301,12 +302,7 @@ def _check_sides(pixels: Tensor, side: int) -> None:
 
 
 def _write(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.part")
-    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    save_file(plain, partial, metadata={_HEADER: json.dumps({"format": _FORMAT, **header})})
-    partial.chmod(0o644)  # safetensors writes for the owner only, and a package is read by anyone
-    partial.replace(path)
+    write_tensors(path, tensors, key=_HEADER, header={"format": _FORMAT, **header})
     return path
 
 

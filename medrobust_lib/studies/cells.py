@@ -16,6 +16,7 @@ from medrobust_lib.corruptions.suites import SEVERITIES
 from medrobust_lib.data.dataset import ImageDataset
 from medrobust_lib.evaluation import CLEAN, Candidate, accuracy_table, corruption_answers
 from medrobust_lib.experiments import Metric, Run
+from medrobust_lib.files import named_when_full, told
 from medrobust_lib.models.dual_encoder import DualEncoder
 from medrobust_lib.report import write_report
 from medrobust_lib.runner import find_notebooks, run_notebooks
@@ -63,8 +64,8 @@ def run_cell(site: Site, cell: Cell) -> Outcome:
     """
     folder = site.cell_folder(cell)
     started = time.perf_counter()
-    with _log(folder) as log:
-        try:
+    try:
+        with _log(folder):
             if cell.kind == "certify":
                 _certify(cell, folder)
             elif cell.kind == "benchmark":
@@ -74,9 +75,10 @@ def run_cell(site: Site, cell: Cell) -> Outcome:
                 found = find_notebooks([cell.notebook], folder=site.notebooks)
                 run_notebooks(found, cell.parameters, folder)
             write_report(folder)
-        except Exception as error:
-            traceback.print_exc(file=log)
-            return Outcome(time.perf_counter() - started, f"{type(error).__name__}: {error}")
+    except Exception as error:
+        of_the_system = isinstance(error, OSError) and error.errno is not None
+        reason = told(error) if of_the_system else f"{type(error).__name__}: {error}"
+        return Outcome(time.perf_counter() - started, reason)
     return Outcome(time.perf_counter() - started)
 
 
@@ -234,8 +236,15 @@ def answers_matrix(rows: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
 
 
 @contextlib.contextmanager
-def _log(folder: Path) -> Iterator[Any]:
-    """Send what is printed to the log of a cell."""
+def _log(folder: Path) -> Iterator[None]:
+    """Send what is printed, and the traceback of an error, to the log of a cell."""
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / LOG).open("w", encoding="utf-8", buffering=1) as log, contextlib.redirect_stdout(log):
-        yield log
+    path = folder / LOG
+    full = named_when_full(path, "the cell's words were lost")
+    with full, path.open("w", encoding="utf-8", buffering=1) as log, contextlib.redirect_stdout(log):
+        try:
+            yield
+        except Exception:
+            with contextlib.suppress(OSError):  # a disk that takes no traceback: the error itself is told
+                traceback.print_exc(file=log)
+            raise

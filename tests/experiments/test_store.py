@@ -264,7 +264,7 @@ def test_a_full_disk_leaves_no_half_line(store, monkeypatch):
     before = (store.folder / "journal.jsonl").read_bytes()
     write = os.write
     monkeypatch.setattr(os, "write", lambda descriptor, line: write(descriptor, line[:10]))
-    with pytest.raises(OSError, match="is the disk full"):
+    with pytest.raises(OSError, match="disk is full: the item was not added"):
         store.append("b", [row()], seconds=1.0)
     monkeypatch.undo()
     assert (store.folder / "journal.jsonl").read_bytes() == before
