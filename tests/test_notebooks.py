@@ -16,8 +16,8 @@ ROOT = Path(__file__).resolve().parent.parent
 PATHS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 HEADINGS = [
     "What you will learn", "Parameters", "Set-up", "Theory", "Practice", "Headline figure and table",
-    "What to notice", "Limits and soundness", "The papers' numbers beside ours", "Exercises", "Explore",
-    "Save the card",
+    "What to notice", "Limits and soundness", "The papers' numbers beside ours", "Exercises", "Save the card",
+    "Explore",
 ]  # fmt: skip
 NEEDS_GUARD = re.compile(r"^\s*(?:import|from)\s+(torchvision|timm|open_clip|peft|transformers)\b", re.MULTILINE)
 
@@ -126,13 +126,15 @@ def test_library_is_imported_before_what_needs_the_torchvision_guard(notebook):
     assert other is None or ours.start() < other.start()
 
 
-def test_last_code_cell_saves_the_card(notebook):
-    assert "run.save_card(" in code_cells(notebook)[-1].source
+def test_the_card_is_saved_before_explore_which_is_the_last_cell(notebook):
+    card, explore = code_cells(notebook)[-2:]
+    assert "run.save_card(" in card.source
+    assert "explore." in explore.source and "interactive" in explore.source
 
 
 def test_three_exercises_with_hidden_answers(notebook):
     text = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
-    exercises = text.split("## Exercises")[1].split("## Explore")[0]
+    exercises = text.split("## Exercises")[1].split("## Save the card")[0]
     assert exercises.count("<details><summary>answer</summary>") == 3
 
 

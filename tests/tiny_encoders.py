@@ -1,0 +1,65 @@
+"""Encoders of a few thousand numbers with random weights, for runs of whole notebooks in seconds."""
+
+import zlib
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from medrobust_lib.models.dual_encoder import DualEncoder, Preprocessing, Tokens
+
+SIDE, WIDTH, CONTEXT, VOCABULARY = 32, 8, 48, 512
+
+
+class Tiny(DualEncoder):
+    """Two convolutions for images; for texts, the mean of word embeddings and a matrix."""
+
+    def __init__(self, id: str) -> None:
+        super().__init__(
+            id=id, preprocessing=Preprocessing(SIDE, "squash", "bicubic", (0.5,) * 3, (0.5,) * 3), embed_dim=WIDTH, context_length=CONTEXT,
+            logit_scale=20.0, provenance={"source": "random weights"},
+        )  # fmt: skip
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            self.image = nn.Sequential(nn.Conv2d(3, WIDTH, 4, 4), nn.ReLU(), nn.Conv2d(WIDTH, WIDTH, 2, 2))
+            self.words, self.text = nn.Embedding(VOCABULARY, WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def _image_features(self, pixels: Tensor) -> Tensor:
+        return self.image(pixels).mean((2, 3))
+
+    def tokenize(self, texts: Sequence[str]) -> Tokens:
+        rows = [[1, *(3 + zlib.crc32(word.encode()) % (VOCABULARY - 3) for word in t.split()), 2] for t in texts]
+        ids = torch.zeros(len(rows), CONTEXT, dtype=torch.int64)
+        for row, found in zip(ids, rows, strict=True):
+            row[: len(found)] = torch.tensor(found)
+        return Tokens(ids, ids > 0)
+
+    def embed_tokens(self, tokens: Tokens) -> Tensor:
+        return self.words(tokens.ids.to(self.device))
+
+    def _text_features(self, embeddings: Tensor, tokens: Tokens) -> Tensor:
+        mask = tokens.mask[..., None].to(embeddings.dtype)
+        return self.text((embeddings * mask).sum(1) / mask.sum(1))
+
+
+class Least(Tiny):
+    """A wrapper of something that answers with features of whole texts and keeps its words to itself."""
+
+    def encode_text(self, texts: Sequence[str]) -> Tensor:
+        with torch.no_grad():
+            tokens = super().tokenize([texts] if isinstance(texts, str) else list(texts))
+            return self.encode_embeddings(super().embed_tokens(tokens), tokens)
+
+    def tokenize(self, texts: Sequence[str]) -> Tokens:
+        raise NotImplementedError
+
+    def embed_tokens(self, tokens: Tokens) -> Tensor:
+        raise NotImplementedError
+
+
+def load_tiny(entry: object, *, weights_dir: object, offline: bool) -> Tiny:
+    return Tiny("tiny")
+
+
+def load_least(entry: object, *, weights_dir: object, offline: bool) -> Least:
+    return Least("least")
