@@ -1,5 +1,6 @@
 """Encoders of a few thousand numbers with random weights, for runs of whole notebooks in seconds."""
 
+import re
 import zlib
 from collections.abc import Sequence
 
@@ -28,7 +29,7 @@ class Tiny(DualEncoder):
         return self.image(pixels).mean((2, 3))
 
     def tokenize(self, texts: Sequence[str]) -> Tokens:
-        rows = [[1, *(3 + zlib.crc32(word.encode()) % (VOCABULARY - 3) for word in t.split()), 2] for t in texts]
+        rows = [[1, *(3 + zlib.crc32(word.encode()) % (VOCABULARY - 3) for word in re.findall(r"\w+|[^\w\s]", t)), 2] for t in texts]
         ids = torch.zeros(len(rows), CONTEXT, dtype=torch.int64)
         for row, found in zip(ids, rows, strict=True):
             row[: len(found)] = torch.tensor(found)

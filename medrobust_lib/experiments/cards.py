@@ -83,6 +83,8 @@ class Run:
         Resolved parameters, JSON values only.
     started : float
         Seconds of the monotonic clock.
+    left_out : list of str
+        What `leave_out` was told, for the card.
     """
 
     number: str
@@ -90,6 +92,7 @@ class Run:
     folder: Path
     parameters: dict[str, Any]
     started: float = field(repr=False)
+    left_out: list[str] = field(default_factory=list, repr=False)
 
     @property
     def parameters_hash(self) -> str:
@@ -118,6 +121,19 @@ class Run:
             figure.savefig(partial, format="png", dpi=150, bbox_inches="tight", metadata=described)
         return path
 
+    def leave_out(self, part: str, reason: str) -> None:
+        """Say in one line that a part of the notebook does not run here and why; the card's notes say it too.
+
+        Parameters
+        ----------
+        part : str
+            For example ``"learned prompts"``.
+        reason : str
+            What is missing, and what would mend it.
+        """
+        self.left_out.append(f"Left out: {part}: {reason}")
+        print(self.left_out[-1])
+
     def save_card(
         self,
         *,
@@ -138,7 +154,8 @@ class Run:
         model, dataset, prompts : mapping
             What was used; JSON values only.
         notes : sequence of str
-            What a reader must know beside the numbers, for example that the data are synthetic.
+            What a reader must know beside the numbers, for example that the data are synthetic. What was left out
+            follows them.
 
         Returns
         -------
@@ -156,7 +173,7 @@ class Run:
             "prompts": dict(prompts),
             "metrics": [_record(metric) for metric in metrics],
             "tables": sorted(tables),
-            "notes": list(notes),
+            "notes": [*notes, *self.left_out],
             "seconds": round(time.monotonic() - self.started, 3),
             "peak_memory_mb": peak_memory_mb(),
             "created": datetime.now(UTC).isoformat(timespec="seconds"),

@@ -15,7 +15,7 @@ from medrobust_lib.data.dataset import ImageDataset
 from medrobust_lib.evaluation import Candidate
 from medrobust_lib.explore.instrument import Instrument, image_slider
 from medrobust_lib.models.dual_encoder import DualEncoder
-from medrobust_lib.plots import shorten
+from medrobust_lib.plots import leading, shorten, shown_of
 from medrobust_lib.plots.panels import (
     add_caption,
     add_panel,
@@ -69,18 +69,24 @@ def adapters_view(
     clean = dataset.subset([index])
     worse = corrupted(clean, corruption, severity=severity, seed=seed, suite=suite)
     truth, names = int(clean.labels[0]), dataset.classes
-    height = max(2.1, 0.25 * len(names))
-    figure = fixed_figure(10.8, height + 1.25)
+    towers = [Candidate(tower, class_features) for tower in (base, adapted[adapter])]
+    pairs = [[_probabilities(tower, data) for tower in towers] for data in (clean, worse)]
+    kept = leading(np.max(pairs, axis=(0, 1)), keep=[truth])
+    place, left_out = int(np.searchsorted(kept, truth)), shown_of(len(kept), len(names), "the likeliest")
+    height = max(2.1, 0.25 * len(kept))
+    figure = fixed_figure(10.8, height + 1.25 + 0.15 * bool(left_out))
     shown = [(clean, "clean", 0.1, 4.0), (worse, f"{corruption.replace('_', ' ')}, severity {severity}", 6.45, 8.6)]
     told = []
-    for data, title, left, bars_left in shown:
+    for (data, title, left, bars_left), (before, after) in zip(shown, pairs, strict=True):
         add_picture(figure, (left, 0.45, 2.0, 2.0), data.images[0], title)
-        before, after = (_probabilities(Candidate(one, class_features), data) for one in (base, adapted[adapter]))
         bars = add_panel(figure, (bars_left, 0.45, 1.9, height), _answer(after, names, truth))
-        plot_named_bars(after, names, bars, total=1, truth=truth, before=before, show_names=data is clean)
-        bars.set_xlabel("probability; thin: before", fontsize=8)
+        plot_named_bars(
+            after[kept], [names[k] for k in kept], bars, total=1, truth=place, before=before[kept],
+            show_names=data is clean,
+        )  # fmt: skip
+        bars.set_xlabel("probability; thin: before" + left_out, fontsize=8)
         told.append(f"{title}: {names[int(before.argmax())]} before, {names[int(after.argmax())]} after")
-    add_caption(figure, height + 0.95, f"{adapter}. {'; '.join(told)}. Truth: {names[truth]}.")
+    add_caption(figure, height + 0.95 + 0.15 * bool(left_out), f"{adapter}. {'; '.join(told)}. Truth: {names[truth]}.")
     return figure
 
 

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 
+import numpy as np
 import pandas as pd
 import torch
 from matplotlib.figure import Figure
@@ -14,7 +15,7 @@ from medrobust_lib.explore.encoded import EncodedImages
 from medrobust_lib.explore.instrument import Instrument, level_slider
 from medrobust_lib.explore.noise import ALPHA, N0, N
 from medrobust_lib.models.dual_encoder import DualEncoder
-from medrobust_lib.plots import shorten
+from medrobust_lib.plots import MOST_CLASSES, leading, shorten, shown_of
 from medrobust_lib.plots.panels import (
     add_caption,
     add_panel,
@@ -124,7 +125,7 @@ def methods_view(
         for name, rows in at_sigma.dropna(subset="certified_accuracy").groupby("method", sort=False)
     }
     dataset, truth = adaptation.dataset, int(adaptation.dataset.labels[index])
-    names, height = dataset.classes, max(1.9, 0.23 * len(dataset.classes))
+    names, height = dataset.classes, max(1.9, 0.23 * min(len(dataset.classes), MOST_CLASSES))
     figure = fixed_figure(10.6, 2.75 + height + 1.75)
     curve = add_panel(figure, (0.75, 0.5, 5.6, 1.85), f"{shorten(method, 44)}, sigma = {sigma:g}; grey: other methods")
     guarantee = str(table[table.method == method].guarantee.iloc[0]) if method in set(table.method) else ""
@@ -164,21 +165,24 @@ def _one_image(
     before, after = (one.softmax(1).mean(0).cpu().numpy() for one in logits)
     entropies = [float(mean_prediction_entropy(one)) for one in logits]
     (was, votes_before), (now, votes) = (adaptation.verdict(one, index, sigma=sigma) for one in prompts)
+    kept = leading(np.maximum(before, after), keep=[truth])
+    names, place = [dataset.classes[k] for k in kept], int(np.searchsorted(kept, truth))
     add_picture(
         figure, (0.1, top, 1.9, 1.9), adaptation.encoded.noisy_copy(index, sigma),
         f"image {int(dataset.indices[index])}, sigma = {sigma:g}",
     )  # fmt: skip
     bars = add_panel(figure, (4.1, top, 2.2, height), f"mean probability, {adaptation.n_adapt} copies")
-    plot_named_bars(after, dataset.classes, bars, total=1, truth=truth, before=before)
+    plot_named_bars(after[kept], names, bars, total=1, truth=place, before=before[kept])
     went = f"{steps} step{'s' * (steps != 1)} from the {start}"
     bars.set_xlabel(f"{went}\nentropy {entropies[0]:.2f} to {entropies[1]:.2f} nats", fontsize=8)
     counts = add_panel(figure, (7.3, top, 2.2, height), f"votes of {adaptation.n} fresh copies")
     plot_named_bars(
-        votes, dataset.classes, counts, total=adaptation.n, truth=truth, before=votes_before, counts=True,
+        votes[kept], names, counts, total=adaptation.n, truth=place, before=votes_before[kept], counts=True,
         show_names=False,
     )  # fmt: skip
     told = [_told(one, dataset.classes) for one in (was, now)]
-    counts.set_xlabel(f"before: {told[0]}\nafter: {told[1]}", fontsize=8)
+    left_out = shown_of(len(kept), len(dataset.classes), "the likeliest")
+    counts.set_xlabel(f"before: {told[0]}\nafter: {told[1]}{left_out}", fontsize=8)
 
 
 def _told(verdict: Verdict, names: Sequence[str]) -> str:

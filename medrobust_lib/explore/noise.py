@@ -9,7 +9,7 @@ from medrobust_lib.data.dataset import ImageDataset
 from medrobust_lib.explore.encoded import EncodedImages
 from medrobust_lib.explore.instrument import Instrument, image_slider, level_slider
 from medrobust_lib.models.dual_encoder import DualEncoder
-from medrobust_lib.plots import shorten
+from medrobust_lib.plots import leading, shorten, shown_of
 from medrobust_lib.plots.panels import (
     add_caption,
     add_panel,
@@ -71,8 +71,9 @@ def noise_view(
     probabilities = model.probabilities(one, class_features)[0].cpu()
     truth = int(dataset.labels[index])
     names = dataset.classes
-    height = max(2.5, 0.27 * len(names))
-    figure = fixed_figure(10.2, height + 1.75)
+    kept = leading(votes, keep=[truth])
+    height = max(2.5, 0.27 * len(kept))
+    figure = fixed_figure(10.2, height + 1.75 + 0.15 * (len(kept) < len(names)))
     answer, chance = shorten(names[int(probabilities.argmax())], 30), float(probabilities.max())
     add_picture(figure, (0.1, 0.45, 2.4, 2.4), encoded.noisy_copy(index, sigma), f"truth: {shorten(names[truth], 28)}")
     add_words(
@@ -80,12 +81,14 @@ def noise_view(
         color="0.15",
     )  # fmt: skip
     bars = add_panel(figure, (4.7, 0.45, 2.3, height), f"votes of {n} noisy copies")
-    plot_named_bars(votes, names, bars, total=n, truth=truth, counts=True)
+    place = int(np.searchsorted(kept, truth))
+    plot_named_bars(votes[kept], [names[k] for k in kept], bars, total=n, truth=place, counts=True)
     bars.axvline(n / 2, color="0.5", ls=":", lw=1)
-    bars.set_xlabel("votes; blue: the true class, dotted: half", fontsize=8)
+    told = shown_of(len(kept), len(names), "those with most votes")
+    bars.set_xlabel("votes; blue: the true class, dotted: half" + told, fontsize=8)
     _proof(figure, (8.05, 0.45, 2.0, height), verdict, names=names, truth=truth, sigma=sigma, n=n, alpha=alpha)
     words = proof_in_words(verdict, names, truth=truth, sigma=sigma, n0=n0, alpha=alpha)
-    add_caption(figure, height + 1.05, words)
+    add_caption(figure, height + 1.05 + 0.15 * (len(kept) < len(names)), words)
     return figure
 
 

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 
-import pandas as pd
 import torch
 from matplotlib.figure import Figure
 
@@ -10,10 +9,10 @@ from medrobust_lib.data.dataset import ImageDataset
 from medrobust_lib.explore.encoded import EncodedImages
 from medrobust_lib.explore.instrument import Instrument, image_slider
 from medrobust_lib.models.dual_encoder import DualEncoder
-from medrobust_lib.plots import shorten
+from medrobust_lib.plots import MOST_CLASSES, leading, shorten
 from medrobust_lib.plots.panels import add_panel, add_picture, fixed_figure, plot_dots, plot_named_bars, write_names
 
-_ROW, _LARGEST = 0.3, 24
+_ROW = 0.3  # inches
 
 
 @torch.no_grad()
@@ -35,7 +34,7 @@ def similarity_view(
     index : int
         Position in the data set, 0 to n-1.
     prompts : sequence of str
-        1 to 24 whole sentences.
+        Whole sentences, one or more. All take part in the softmax; of more than 24 the closest are shown.
     limits : (float, float), optional
         Range of the cosines shown; values beyond widen it. Default: that of these prompts.
     encoded : EncodedImages, optional
@@ -44,27 +43,28 @@ def similarity_view(
     Raises
     ------
     ValueError
-        No prompt, or more than fit into the figure.
+        No prompt.
     """
-    if not 1 <= len(prompts) <= _LARGEST:
-        raise ValueError(f"{len(prompts)} prompts: give 1 to {_LARGEST}, one a line")
+    if not prompts:
+        raise ValueError("no prompt: give at least one, one a line")
     encoded = encoded or EncodedImages(model, dataset)
     texts = encoded.texts(prompts)
     cosine = (encoded.clean(index)[None] @ texts.T)[0].cpu()
-    similarities = pd.Series(cosine.numpy(), index=list(prompts))
     probabilities = model.probabilities(encoded.clean(index)[None], texts)[0].cpu().numpy()
-    closest = int(similarities.to_numpy().argmax())
+    kept = leading(cosine.numpy())
+    left_out = f"; the {len(kept)} closest of {len(prompts)}" if len(kept) < len(prompts) else ""
+    values, probabilities, prompts = cosine.numpy()[kept], probabilities[kept], [prompts[k] for k in kept]
+    closest = int(values.argmax())
     height = max(2.4, _ROW * len(prompts))
     figure = fixed_figure(10.2, height + 1.05)
     truth = dataset.classes[dataset.labels[index]]
     add_picture(figure, (0.1, 0.45, 2.3, 2.3), dataset.images[index], f"image {index}: {shorten(truth, 26)}")
     left = add_panel(figure, (5.9, 0.45, 2.0, height), "cosine similarity")
-    values = similarities.to_numpy()
     plot_dots(values, left, chosen=closest, limits=limits or (float(values.min()), float(values.max())))
     write_names(prompts, left, truth=closest, width=48)
     right = add_panel(figure, (8.2, 0.45, 1.6, height), "softmax over these prompts")
     plot_named_bars(probabilities, prompts, right, total=1, truth=closest, show_names=False)
-    left.set_xlabel("blue: the closest prompt", fontsize=8)
+    left.set_xlabel(f"blue: the closest prompt{left_out}", fontsize=8)
     right.set_xlabel("probability", fontsize=8)
     return figure
 
@@ -85,7 +85,7 @@ def explore_similarity(model: DualEncoder, dataset: ImageDataset, *, template: s
     encoded = EncodedImages(model, dataset)
     first = [(template or dataset.templates[0]).replace("{}", name) for name in dataset.classes]
     # One scale for all images, so that a dot that moves is a similarity that moves.
-    some = torch.stack([encoded.clean(index) for index in range(min(len(dataset), 2 * len(dataset.classes)))])
+    some = torch.stack([encoded.clean(index) for index in range(min(len(dataset), 2 * min(len(first), MOST_CLASSES)))])
     cosines = some @ encoded.texts(first).T
     limits = float(cosines.min()), float(cosines.max())
     controls = {

@@ -20,22 +20,27 @@ from medrobust_lib.plots.style import (
     CLASS_COLOURS,
     CORRECT,
     MARKERS,
+    MOST_CLASSES,
     PALETTE,
     REFERENCE,
     WRONG,
     image_grid,
+    leading,
     set_style,
     shorten,
+    shown_of,
 )
 
 __all__ = [
     "CLASS_COLOURS",
     "CORRECT",
     "MARKERS",
+    "MOST_CLASSES",
     "PALETTE",
     "REFERENCE",
     "WRONG",
     "image_grid",
+    "leading",
     "plot_ablation",
     "plot_accuracy_against_sigma",
     "plot_before_after",
@@ -58,4 +63,5 @@ __all__ = [
     "plot_votes",
     "set_style",
     "shorten",
+    "shown_of",
 ]

@@ -8,21 +8,37 @@ import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from matplotlib.ticker import PercentFormatter
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from medrobust_lib.metrics import per_class_recall
-from medrobust_lib.plots.style import CLASS_COLOURS, CORRECT, MARKERS, PALETTE, REFERENCE, shorten
+from medrobust_lib.plots.style import (
+    CLASS_COLOURS,
+    CORRECT,
+    MARKERS,
+    PALETTE,
+    REFERENCE,
+    leading,
+    name_rows,
+    shorten,
+    shown_of,
+)
 
 
 def plot_similarity(similarities: pd.Series, ax: Axes, *, truth: str | None = None) -> None:
-    """Draw cosine similarities of one image with each class text, the true class in another colour."""
+    """Draw cosine similarities of one image with each class text, the true class in another colour.
+
+    Of many classes the closest are shown, and the true one.
+    """
+    total = len(similarities)
+    kept = leading(similarities, keep=np.flatnonzero(similarities.index == truth))
+    similarities = similarities.iloc[kept]
     colours = [CORRECT if name == truth else "0.7" for name in similarities.index]
     # Bars at numbered places: two names that are cut to the same label must not share one.
     rows = np.arange(len(similarities))
     ax.barh(rows, similarities.to_numpy(), color=colours)
-    ax.set_yticks(rows, [shorten(str(name), 52) for name in similarities.index])
+    name_rows(ax.yaxis, similarities.index, width=52)
     ax.invert_yaxis()
-    ax.set(xlabel="cosine similarity")
+    ax.set(xlabel="cosine similarity" + shown_of(len(kept), total, "the closest"))
 
 
 def plot_confusion(labels: NDArray, predictions: NDArray, classes: Sequence[str], ax: Axes) -> None:
@@ -33,6 +49,8 @@ def plot_confusion(labels: NDArray, predictions: NDArray, classes: Sequence[str]
     labels, predictions : int64 [n]
         A prediction below 0 is an abstention: it stays in the denominator, so its row sums to less than 1.
     classes : sequence of str
+        Of many, those with most errors are shown, whether given or received; answers outside them stay in the
+        denominator.
     ax : Axes
     """
     k = len(classes)
@@ -40,29 +58,36 @@ def plot_confusion(labels: NDArray, predictions: NDArray, classes: Sequence[str]
     answered = predictions >= 0
     np.add.at(counts, (labels[answered], predictions[answered]), 1)
     share = counts / np.maximum(np.bincount(labels, minlength=k)[:, None], 1)
-    short = [shorten(name) for name in classes]
+    kept = leading(counts.sum(0) + counts.sum(1) - 2 * counts.diagonal())
+    short = [shorten(classes[i]) for i in kept]
     sns.heatmap(
-        share, vmin=0, vmax=1, cmap="cividis", annot=k <= 10, fmt=".2f", annot_kws={"size": 7}, ax=ax,
-        xticklabels=short, yticklabels=short, cbar_kws={"label": "share of the true class"},
+        share[np.ix_(kept, kept)], vmin=0, vmax=1, cmap="cividis", annot=k <= 10, fmt=".2f", annot_kws={"size": 7},
+        ax=ax, xticklabels=short, yticklabels=short, cbar_kws={"label": "share of the true class"},
     )  # fmt: skip
-    ax.set(xlabel="predicted class", ylabel="true class")
+    if len(kept) > 10:
+        ax.tick_params(labelsize=6.5)
+    ax.set(xlabel="predicted class" + shown_of(len(kept), k, "those with most errors"), ylabel="true class")
     ax.tick_params(axis="x", rotation=60)
     for label in ax.get_xticklabels():
         label.set(ha="right", rotation_mode="anchor")
 
 
 def plot_recall(labels: NDArray, predictions: NDArray, classes: Sequence[str], ax: Axes) -> None:
-    """Draw recall and share of the predictions per class: an over-used class shows at once."""
-    names = [shorten(name) for name in classes]
+    """Draw recall and share of the predictions per class: an over-used class shows at once.
+
+    Of many classes those are shown that are found least or answered most; recall of a class without images is unknown.
+    """
     recall = per_class_recall(labels, predictions, n_classes=len(classes))
     used = np.bincount(predictions[predictions >= 0], minlength=len(classes)) / len(predictions)
-    rows = np.arange(len(names))
-    ax.barh(rows - 0.2, recall, 0.4, color=PALETTE[0], label="recall")
-    ax.barh(rows + 0.2, used, 0.4, color=PALETTE[1], label="share of all predictions")
-    ax.axvline(1 / len(names), color=REFERENCE, ls=":", lw=1, label="chance")
-    ax.set_yticks(rows, names)
+    kept = leading(used - recall)
+    rows = np.arange(len(kept))
+    ax.barh(rows - 0.2, recall[kept], 0.4, color=PALETTE[0], label="recall")
+    ax.barh(rows + 0.2, used[kept], 0.4, color=PALETTE[1], label="share of all predictions")
+    ax.axvline(1 / len(classes), color=REFERENCE, ls=":", lw=1, label="chance")
+    name_rows(ax.yaxis, [classes[i] for i in kept])
     ax.invert_yaxis()
-    ax.set(xlabel="share of images", xlim=(0, 1))
+    told = shown_of(len(kept), len(classes), "found least or answered most")
+    ax.set(xlabel="share of images" + told, xlim=(0, 1))
     ax.xaxis.set_major_formatter(PercentFormatter(1))
     ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.22), ncols=3, fontsize=8)
 
@@ -96,13 +121,21 @@ def plot_template_accuracy(table: pd.DataFrame, ax: Axes, *, chance: float) -> N
 def plot_feature_map(table: pd.DataFrame, ax: Axes) -> None:
     """Draw a 2-D map of features (columns x, y, class, kind in {"image", "text"}).
 
-    The legend follows the categories of a categorical ``class`` column, else the order of appearance.
+    The legend follows the categories of a categorical ``class`` column, else the order of appearance. Of many classes
+    those with most images are coloured.
     """
     column = table["class"]
     order = column.cat.categories if isinstance(column.dtype, pd.CategoricalDtype) else column.unique()
-    for i, name in enumerate(order):
+    kept = [order[i] for i in leading(column[table.kind == "image"].value_counts().reindex(order, fill_value=0))]
+    others = table[~column.isin(kept)]
+    if len(others):
+        size = others.kind.map({"image": 14, "text": 60})
+        label = f"{len(order) - len(kept)} more classes"
+        ax.scatter(others.x, others.y, s=size, color="0.85", marker="o", lw=0, label=label)
+    for i, name in enumerate(kept):
         group = table[column == name]
-        colour, marker = CLASS_COLOURS[i % len(CLASS_COLOURS)], MARKERS[i % len(MARKERS)]
+        # The second ten classes have the colours of the first, with other markers.
+        colour, marker = CLASS_COLOURS[i % len(CLASS_COLOURS)], MARKERS[(i + i // len(CLASS_COLOURS)) % len(MARKERS)]
         images, texts = (group[group.kind == kind] for kind in ("image", "text"))
         ax.scatter(images.x, images.y, s=14, color=colour, marker=marker, alpha=0.7, label=shorten(str(name)), lw=0)
         ax.scatter(texts.x, texts.y, s=170, color=colour, marker=marker, edgecolor="black", linewidth=1.2, zorder=3)
@@ -125,13 +158,20 @@ def plot_accuracy_against_sigma(table: pd.DataFrame, ax: Axes, *, chance: float)
 
 
 def plot_prediction_shares(table: pd.DataFrame, ax: Axes) -> None:
-    """Draw how often each class is predicted at each sigma, stacked (columns sigma, class, share)."""
+    """Draw how often each class is predicted at each sigma, stacked (columns sigma, class, share).
+
+    Of many classes the rarer answers are added up.
+    """
     wide = table.pivot(index="sigma", columns="class", values="share")[list(table["class"].unique())]
+    kept = leading(wide.max())
+    if len(kept) < wide.shape[1]:
+        rest = wide.drop(columns=wide.columns[kept]).sum(axis=1)
+        wide = wide.iloc[:, kept].assign(**{f"{wide.shape[1] - len(kept)} more classes": rest})
     bottom = np.zeros(len(wide))
     positions = np.arange(len(wide))
     for i, name in enumerate(wide.columns):
-        colour = CLASS_COLOURS[i % len(CLASS_COLOURS)]
-        hatch = "//" * (i // len(CLASS_COLOURS))
+        colour = CLASS_COLOURS[i % len(CLASS_COLOURS)] if i < len(kept) else "#EEEEEE"
+        hatch = ("", "//", "..", "xx")[i // len(CLASS_COLOURS) % 4]
         bars = ax.bar(positions, wide[name], 0.86, bottom=bottom, color=colour, hatch=hatch, label=shorten(name))
         luminance = np.dot(to_rgb(colour), (0.2126, 0.7152, 0.0722))
         # Where one answer takes over, the name stands on the bar; elsewhere the legend has to do.
@@ -164,11 +204,25 @@ def plot_spectrum(table: pd.DataFrame, ax: Axes) -> None:
     ax.set(xlabel="spatial frequency (fraction of Nyquist)", ylabel="mean squared DCT coefficient", yscale="log")
 
 
-def plot_votes(votes: Sequence[int] | NDArray, classes: Sequence[str], ax: Axes, *, truth: int | None = None) -> None:
-    """Draw how often each class was answered over noisy copies, from 0 to all; the true class in another colour."""
-    total = int(np.sum(votes))
-    colours = [CORRECT if i == truth else "0.7" for i in range(len(classes))]
-    ax.barh(np.arange(len(classes)), votes, color=colours)
-    ax.set_yticks(np.arange(len(classes)), [shorten(name) for name in classes])
+def plot_votes(
+    votes: ArrayLike, classes: Sequence[str], ax: Axes, *, truth: int | None = None, shown: ArrayLike | None = None
+) -> None:
+    """Draw how often each class was answered over noisy copies, from 0 to all; the true class in another colour.
+
+    Parameters
+    ----------
+    votes : int [K]
+    classes : sequence of str
+    ax : Axes
+    truth : int, optional
+    shown : int [m], optional
+        Classes that get a row, the same for axes that share their names; default: those with most votes and the true
+        one.
+    """
+    votes, keep = np.asarray(votes), [] if truth is None else [truth]
+    kept = leading(votes, keep=keep) if shown is None else np.asarray(shown)
+    ax.barh(np.arange(len(kept)), votes[kept], color=[CORRECT if i == truth else "0.7" for i in kept])
+    name_rows(ax.yaxis, [classes[i] for i in kept])
     ax.invert_yaxis()
-    ax.set(xlabel=f"votes out of {total}", xlim=(0, total))
+    told = f"votes out of {votes.sum()}" + shown_of(len(kept), len(classes), "those with most votes")
+    ax.set(xlabel=told, xlim=(0, votes.sum()))

@@ -3,9 +3,11 @@
 from collections.abc import Sequence
 
 import matplotlib.pyplot as plt
+import numpy as np
 import seaborn as sns
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 # Okabe and Ito's palette as seaborn ships it: told apart under every common colour vision deficiency.
 PALETTE = sns.color_palette("colorblind")
@@ -15,6 +17,9 @@ CORRECT, WRONG, REFERENCE = PALETTE[0], PALETTE[3], "0.45"
 CLASS_COLOURS = (
     "#332288", "#88CCEE", "#DDCC77", "#CC6677", "#117733", "#AA4499", "#999933", "#882255", "#44AA99", "#BBBBBB",
 )  # fmt: skip
+
+MOST_CLASSES = 24
+"""Classes that stay readable in one figure; one that leaves others out says so."""
 
 
 def set_style() -> None:
@@ -62,6 +67,35 @@ def image_grid(
             -0.06, 0.5, shorten(name, 18), transform=axis.transAxes, rotation=90, va="center", ha="right", fontsize=8
         )
     return figure
+
+
+def leading(values: ArrayLike, *, most: int = MOST_CLASSES, keep: Sequence[int] = ()) -> NDArray[np.int64]:
+    """Positions of the largest values, ascending: the classes that a figure shows where there are too many for it.
+
+    Parameters
+    ----------
+    values : float or int [K]
+        NaN comes last.
+    most : int
+        All are shown where there are no more.
+    keep : sequence of int
+        Positions that are shown whatever their values.
+    """
+    ranked = np.array(values, dtype=float)
+    ranked[list(keep)] = np.inf
+    return np.sort(np.argsort(-ranked, kind="stable")[:most])
+
+
+def name_rows(axis: Axis, names: Sequence[str], *, width: int = 24) -> None:
+    """Name the rows or columns 0, 1, ... of an axis, in smaller letters where there are many."""
+    axis.set_ticks(np.arange(len(names)), [shorten(str(name), width) for name in names])
+    if len(names) > MOST_CLASSES // 2:
+        axis.set_tick_params(labelsize=6.5)
+
+
+def shown_of(shown: int, total: int, which: str) -> str:
+    """Say which classes of how many a figure shows, after a semicolon on a line of its own; empty where it is all."""
+    return f";\nshown: {shown} of {total} classes, {which}" if shown < total else ""
 
 
 def shorten(text: str, width: int = 24) -> str:

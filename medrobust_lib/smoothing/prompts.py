@@ -22,7 +22,13 @@ from medrobust_lib.models.dual_encoder import DualEncoder
 from medrobust_lib.models.tensor_files import read_tensors, write_tensors
 from medrobust_lib.smoothing.batching import Batches, suggested_batch_size
 from medrobust_lib.smoothing.noise import NoiseStream
-from medrobust_lib.smoothing.prompt_frames import Position, PromptFrame, empty_frame, frame_from_template
+from medrobust_lib.smoothing.prompt_frames import (
+    Position,
+    PromptFrame,
+    empty_frame,
+    frame_from_template,
+    why_not_learned,
+)
 
 TRAINING_SIGMAS = (0.25, 0.5, 0.75, 1.0)
 """Noise levels that the authors of PromptSmooth train few-shot prompts with (issue 3 of their repository)."""
@@ -151,6 +157,7 @@ class PromptSet:
 
 def text_prompts(model: DualEncoder, classes: Sequence[str], template: str) -> PromptSet:
     """Hand-written prompt as a `PromptSet`, for instance as the start of per-image adaptation."""
+    _check_learns(model)
     frame = frame_from_template(model, classes, template)
     return PromptSet(
         context=frame.text_context, classes=tuple(classes), model=model.id, template=template,
@@ -213,12 +220,13 @@ def learn_prompts(
     Raises
     ------
     ValueError
-        A parameter out of range, or a class without images.
+        A parameter out of range, a class without images, or a model for which `why_not_learned` has an answer.
 
     References
     ----------
     Zhou et al. 2022 (CoOp), arXiv:2109.01134; PromptSmooth, Eq. 1.
     """
+    _check_learns(model)
     sigmas = _checked_sigmas(sigmas)
     for name, value in {"epochs": epochs, "batch_size": batch_size, "draws_per_image": draws_per_image}.items():
         if value < 1:
@@ -406,6 +414,11 @@ def _fit(
             optimiser.step()
         schedule.step()
     return context.detach().cpu()
+
+
+def _check_learns(model: DualEncoder) -> None:
+    if reason := why_not_learned(model):
+        raise ValueError(f"{reason}; hand-written prompts work with it (class_features)")
 
 
 def _checked_sigmas(sigmas: Sequence[float]) -> tuple[float, ...]:
