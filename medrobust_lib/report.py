@@ -8,6 +8,7 @@ from urllib.parse import quote
 
 import nbformat
 from jinja2 import Environment, PackageLoader, select_autoescape
+from latex2mathml import exceptions
 from latex2mathml.converter import convert as latex_to_mathml
 from markupsafe import Markup
 from PIL import Image
@@ -17,6 +18,8 @@ from medrobust_lib.experiments.cards import CAPTION_KEY
 from medrobust_lib.files import parsed
 
 _MATH = re.compile(r"(?P<code>```.*?```|`[^`\n]*`)|\$\$(?P<block>.+?)\$\$|\$(?P<inline>[^$\n]+?)\$", re.DOTALL)
+# The converter's errors share no base of their own.
+_REFUSALS = tuple(kind for kind in vars(exceptions).values() if isinstance(kind, type))
 WIDE = 1.9  # width over height from which a figure gets the whole row
 # Raw HTML in a notebook is its author's and stays, but no page of a report runs scripts or asks a network.
 POLICY = (
@@ -98,16 +101,28 @@ def notebook_body(notebook: nbformat.NotebookNode) -> str:
 
 
 def math_to_mathml(markdown: str) -> str:
-    """Replace ``$...$`` and ``$$...$$`` by MathML, outside code spans and fences."""
+    """Replace ``$...$`` and ``$$...$$`` by MathML, outside code spans and fences.
+
+    A formula with a command that the converter does not know stays as it was written.
+    """
 
     def replace(match: re.Match[str]) -> str:
         if match["code"]:
             return match[0]
         if match["block"]:
-            return latex_to_mathml(match["block"].strip(), display="block")
-        return latex_to_mathml(match["inline"])
+            return _formula(match["block"].strip(), "block")
+        return _formula(match["inline"], "inline")
 
     return _MATH.sub(replace, markdown)
+
+
+def _formula(latex: str, display: str) -> str:
+    try:
+        mathml = latex_to_mathml(latex, display=display)
+    except _REFUSALS:
+        mathml = "\\"
+    # Unknown commands are copied, backslash and all, and half a formula reads worse than its source.
+    return f"`{latex}`" if "\\" in mathml else mathml
 
 
 def _title(notebook: nbformat.NotebookNode, path: Path) -> str:

@@ -1,5 +1,6 @@
 import re
 from html.parser import HTMLParser
+from xml.etree import ElementTree
 
 import nbformat
 import pandas as pd
@@ -8,6 +9,7 @@ from matplotlib.figure import Figure
 
 from medrobust_lib import experiments, report
 from medrobust_lib.experiments import Metric, start_run
+from medrobust_lib.runner import find_notebooks
 
 
 @pytest.fixture
@@ -126,6 +128,37 @@ def test_block_and_inline_formulas_but_not_code():
     assert "`$c$`" in converted
     assert "\n$d$\n" in converted
     assert converted.endswith("costs 5 $")
+
+
+@pytest.mark.parametrize("notebook", find_notebooks().values(), ids=find_notebooks())
+def test_every_formula_of_the_notebooks_survives(notebook):
+    """No command, dollar or empty sign is left, fences pair, and letters are characters that every browser has."""
+    cells = [cell for cell in nbformat.read(notebook, as_version=4).cells if cell.cell_type == "markdown"]
+    converted = [report.math_to_mathml(cell.source) for cell in cells]
+    assert "$" not in re.sub(r"```.*?```|`[^`]*`", "", "".join(converted), flags=re.DOTALL)
+    formulas = [ElementTree.fromstring(found) for text in converted for found in re.findall("<math.*?</math>", text)]
+    asked = sum(cell.source.count("$$") // 2 + len(re.findall(r"(?<!\$)\$(?!\$)", cell.source)) // 2 for cell in cells)
+    assert len(formulas) == asked  # none fell back to its source
+    for part in (part for formula in formulas for part in formula.iter()):
+        kind, text = part.tag.rpartition("}")[2], part.text or ""
+        assert not set(text) & set("\\${}"), text
+        assert text.strip() or kind not in ("mi", "mn", "mo", "mtext"), "a sign was lost"
+        # Browsers know one variant only; others must be letters of their own, which braces as in \mathcal{N} give.
+        assert part.get("mathvariant", "normal") == "normal", text
+    for formula in formulas:
+        forms = [part.get("form") for part in formula.iter() if part.get("fence") == "true"]
+        assert forms.count("prefix") == forms.count("postfix")
+
+
+@pytest.mark.parametrize("latex", [r"t^* = \arg\min_t H", r"\nosuch{x} < 1", r"\left( x", "x_1_2", r"\sqrt"])
+def test_a_formula_that_cannot_be_converted_stays_as_it_was_written(latex):
+    assert report.math_to_mathml(f"so ${latex}$.") == f"so `{latex}`."
+
+
+def test_the_least_prompt_is_named_argmin():
+    converted = report.math_to_mathml(r"$\operatorname*{argmin}_t\; \mathbb{E}_x$")
+    assert re.search(r"<msub><mo [^>]*>argmin</mo><mi>t</mi></msub>", converted)
+    assert "&#x1D53C;" in converted  # double-struck E
 
 
 def test_a_folder_without_cards_is_named(tmp_path):

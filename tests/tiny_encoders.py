@@ -9,17 +9,16 @@ from torch import Tensor, nn
 
 from medrobust_lib.models.dual_encoder import DualEncoder, Preprocessing, Tokens
 
-SIDE, WIDTH, CONTEXT, VOCABULARY = 32, 8, 48, 512
+SIDE, WIDTH, CONTEXT, VOCABULARY = 28, 8, 48, 512
 
 
 class Tiny(DualEncoder):
     """Two convolutions for images; for texts, the mean of word embeddings and a matrix."""
 
     def __init__(self, id: str) -> None:
-        super().__init__(
-            id=id, preprocessing=Preprocessing(SIDE, "squash", "bicubic", (0.5,) * 3, (0.5,) * 3), embed_dim=WIDTH, context_length=CONTEXT,
-            logit_scale=20.0, provenance={"source": "random weights"},
-        )  # fmt: skip
+        geometry = Preprocessing(SIDE, "squash", "bicubic", (0.5,) * 3, (0.5,) * 3)
+        sizes = {"embed_dim": WIDTH, "context_length": CONTEXT, "logit_scale": 20.0}
+        super().__init__(id=id, preprocessing=geometry, provenance={"source": "random weights"}, **sizes)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             self.image = nn.Sequential(nn.Conv2d(3, WIDTH, 4, 4), nn.ReLU(), nn.Conv2d(WIDTH, WIDTH, 2, 2))
@@ -29,10 +28,10 @@ class Tiny(DualEncoder):
         return self.image(pixels).mean((2, 3))
 
     def tokenize(self, texts: Sequence[str]) -> Tokens:
-        rows = [[1, *(3 + zlib.crc32(word.encode()) % (VOCABULARY - 3) for word in re.findall(r"\w+|[^\w\s]", t)), 2] for t in texts]
-        ids = torch.zeros(len(rows), CONTEXT, dtype=torch.int64)
-        for row, found in zip(ids, rows, strict=True):
-            row[: len(found)] = torch.tensor(found)
+        ids = torch.zeros(len(texts), CONTEXT, dtype=torch.int64)
+        for row, text in zip(ids, texts, strict=True):
+            words = [3 + zlib.crc32(word.encode()) % (VOCABULARY - 3) for word in re.findall(r"\w+|[^\w\s]", text)]
+            row[: len(words) + 2] = torch.tensor([1, *words, 2])
         return Tokens(ids, ids > 0)
 
     def embed_tokens(self, tokens: Tokens) -> Tensor:

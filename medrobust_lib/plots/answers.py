@@ -165,6 +165,7 @@ def plot_prediction_shares(table: pd.DataFrame, ax: Axes) -> None:
     wide = table.pivot(index="sigma", columns="class", values="share")[list(table["class"].unique())]
     kept = leading(wide.max())
     if len(kept) < wide.shape[1]:
+        kept = kept[wide.max().iloc[kept] > 0]
         rest = wide.drop(columns=wide.columns[kept]).sum(axis=1)
         wide = wide.iloc[:, kept].assign(**{f"{wide.shape[1] - len(kept)} more classes": rest})
     bottom = np.zeros(len(wide))
@@ -224,5 +225,4 @@ def plot_votes(
     ax.barh(np.arange(len(kept)), votes[kept], color=[CORRECT if i == truth else "0.7" for i in kept])
     name_rows(ax.yaxis, [classes[i] for i in kept])
     ax.invert_yaxis()
-    told = f"votes out of {votes.sum()}" + shown_of(len(kept), len(classes), "those with most votes")
-    ax.set(xlabel=told, xlim=(0, votes.sum()))
+    ax.set(xlabel=f"votes out of {votes.sum()}{shown_of(len(kept), len(classes))}", xlim=(0, votes.sum()))

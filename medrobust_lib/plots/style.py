@@ -93,9 +93,9 @@ def name_rows(axis: Axis, names: Sequence[str], *, width: int = 24) -> None:
         axis.set_tick_params(labelsize=6.5)
 
 
-def shown_of(shown: int, total: int, which: str) -> str:
+def shown_of(shown: int, total: int, which: str = "") -> str:
     """Say which classes of how many a figure shows, after a semicolon on a line of its own; empty where it is all."""
-    return f";\nshown: {shown} of {total} classes, {which}" if shown < total else ""
+    return f";\nshown: {', '.join(filter(None, (f'{shown} of {total} classes', which)))}" if shown < total else ""
 
 
 def shorten(text: str, width: int = 24) -> str:

@@ -1,0 +1,123 @@
+"""Every notebook with 2, 30 and 200 classes, with classes of one image, and with an encoder that offers the minimum.
+
+Cells run in this process, with an encoder of random weights on patches of colour: what is tested is that a notebook
+reaches its end, that its card is saved and says what was left out, and that its figures keep a size.
+"""
+
+import ast
+import json
+import re
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import nbformat
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from scipy.stats import norm
+
+from medrobust_lib.experiments.cards import RUN_DIR_VARIABLE, Run
+from medrobust_lib.models.weights import DEMO_FOLDER
+from medrobust_lib.runner import find_notebooks
+
+MOST_INCHES = 16  # of a figure as it is saved: 2,400 dots at 150 an inch
+# What the parameters cannot make small; each is written in the notebook as it stands here.
+CHEAPER = {
+    "03": {"0.001, 50, 4, 6": "0.001, 1, 1, 1", "range(9)": "range(2)"},
+    "04": {'{"epochs": 20,': '{"epochs": 1,', "range(300)": "range(2)"},
+    "06": {"runs: int = 4000": "runs: int = 10"},
+}
+SMALL = {
+    "01": {"compare": []},
+    "02": {"sigmas": [0.0, 0.25]},
+    "03": {"sigmas": [0.25], "n_draws": 50, "shots": 1},
+    "03b": {"n_draws": 50, "epochs": 1},
+    "04": {"fraction": 0.01, "rank": 2},
+    "05": {"datasets": []},
+    "06": {"vlm": f"local-dir:{DEMO_FOLDER.parent / 'vlm'}", "n": 10, "n_images": 2},
+}
+# Images of each class, and how many are drawn. None of these folders is divided into splits.
+FOLDERS = {
+    "2 classes": ([6, 6], 6),
+    "30 classes, ten of one image": ([5] * 20 + [1] * 10, 30),
+    "200 classes, fewer images drawn": ([4] * 10 + [2] * 190, 30),
+    "30 classes of one image": ([1] * 30, 30),
+}
+LEARNS = ("03", "03b", "04")  # their question needs images to learn from
+
+
+@pytest.fixture
+def finish(tmp_path, monkeypatch, capsys):
+    """Run the code cells of a notebook on a folder; returns its card and what it printed, figures measured."""
+    monkeypatch.setenv(RUN_DIR_VARIABLE, str(tmp_path / "run"))
+    monkeypatch.setenv("LOKY_MAX_CPU_COUNT", "1")  # no worker processes
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    monkeypatch.setattr("medrobust_lib.models.registry._REGISTERED", {})
+    # The exact expectation is tested with the bounds; its sums over ten thousand draws take longer than all the rest.
+    monkeypatch.setattr(
+        "medrobust_lib.smoothing.bounds.expected_radius",
+        lambda q, n, alpha, *, sigma=1.0: sigma * np.maximum(norm.ppf(np.clip(q, 0.5, 0.999)), 0),
+    )
+    monkeypatch.setattr(Run, "save_figure", lambda run, figure, name, *, caption="": None)
+
+    def run(number: str, folder: str, *, model: str = "tiny") -> tuple[dict, str]:
+        counts, n_images = FOLDERS[folder]
+        write_patches(tmp_path / "images", counts)
+        images = f"folder:{tmp_path / 'images'}"
+        given = {"n_images": n_images, "model": f"python:tiny_encoders:load_{model}"}
+        given |= {"images" if number == "07" else "dataset": images} | SMALL.get(number, {})
+        given |= {"datasets": [images]} if number == "04" else {}
+        with plt.rc_context(), torch.enable_grad():
+            run_cells(number, given)
+        card = json.loads((tmp_path / "run" / "cards" / f"{number}.json").read_text(encoding="utf-8"))
+        said = capsys.readouterr().out
+        assert re.findall(r"^Left out: .+$", said, re.MULTILINE) == [x for x in card["notes"] if x[:8] == "Left out"]
+        return card, said
+
+    yield run
+    plt.close("all")
+    torch.set_grad_enabled(True)
+
+
+def write_patches(folder: Path, counts: list[int]) -> None:
+    """Class folders of noisy patches, a colour for each class."""
+    draw = np.random.default_rng(0)
+    for label, count in enumerate(counts):
+        (folder / f"class {label:03d}").mkdir(parents=True)
+        for number in range(count):
+            patch = draw.integers(0, 256, 3) * 0.7 + draw.normal(30, 30, (28, 28, 3))
+            Image.fromarray(patch.clip(0, 255).astype(np.uint8)).save(folder / f"class {label:03d}" / f"{number}.png")
+
+
+def run_cells(number: str, given: dict) -> None:
+    """Execute the code cells in order, render what a cell ends with as Jupyter would, and measure the figures."""
+    names: dict = {"display": lambda *shown: [one._repr_html_() for one in shown]}
+    cheaper = dict(CHEAPER.get(number, {}))
+    for place, cell in enumerate(nbformat.read(find_notebooks()[number], as_version=4).cells):
+        if cell.cell_type != "code":
+            continue
+        source = cell.source
+        for old in [old for old in cheaper if old in source]:
+            source = source.replace(old, cheaper.pop(old))
+        tree = ast.parse(source)
+        last = ast.Expression(tree.body.pop().value) if isinstance(tree.body[-1], ast.Expr) else None
+        exec(compile(tree, f"notebook {number}, cell {place}", "exec"), names)
+        if last is not None:
+            value = eval(compile(last, f"notebook {number}, cell {place}", "eval"), names)
+            getattr(value, "_repr_html_", lambda: None)()
+        if "parameters" in cell.metadata.get("tags", []):
+            names.update({name: value for name, value in given.items() if name in names})
+        for figure in map(plt.figure, plt.get_fignums()):
+            box = figure.get_tightbbox(figure.canvas.get_renderer())
+            assert max(box.size) <= MOST_INCHES, f"cell {place}: a figure of {box.size} inches"
+        plt.close("all")
+    assert not cheaper, f"not in notebook {number}: {list(cheaper)}"
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("folder", list(FOLDERS)[:3])
+@pytest.mark.parametrize("number", list(find_notebooks()))
+def test_it_reaches_its_end(finish, number, folder):
+    card, _ = finish(number, folder)
+    assert card["dataset"]["n"] <= FOLDERS[folder][1]
