@@ -32,8 +32,8 @@ _FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "WEBP", "GIF")
 _ORIENTATION, _PHOTOMETRIC, _BITS, _SAMPLE_FORMAT, _SUBFILE = 274, 262, 258, 339, 254  # tags of TIFF 6.0
 _REDUCED, _MASK = 1, 4  # bits of its NewSubfileType
 _COLOURS = frozenset({"RGB", "YBR_FULL", "YBR_FULL_422", "YBR_ICT", "YBR_RCT", "PALETTE COLOR"})
-_ADVICE = "Replace or remove the file."
-_EXPORT = "Replace or remove the file, or export the image anew."
+_ADVICE = "Replace or remove the file, or save it anew as PNG."
+_EXPORT = "Replace or remove the file, or export it anew."
 
 
 def read_image(path: str | Path, *, depth: int | None = None) -> NDArray[np.uint8]:

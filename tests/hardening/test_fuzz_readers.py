@@ -14,7 +14,16 @@ import yaml
 from hypothesis import given
 from PIL import Image
 from pydicom.dataset import FileDataset, FileMetaDataset
-from pydicom.uid import ExplicitVRLittleEndian, ImplicitVRLittleEndian, SecondaryCaptureImageStorage, generate_uid
+from pydicom.encaps import encapsulate
+from pydicom.uid import (
+    ExplicitVRLittleEndian,
+    ImplicitVRLittleEndian,
+    JPEG2000Lossless,
+    JPEGLosslessSV1,
+    JPEGLSLossless,
+    SecondaryCaptureImageStorage,
+    generate_uid,
+)
 
 from medrobust_lib.adaptation.training_state import load_state, save_state
 from medrobust_lib.corruptions.benchmark import write_benchmark
@@ -33,6 +42,11 @@ from medrobust_lib.smoothing.prompts import PromptSet
 spec = importlib.util.spec_from_file_location("spoiling", Path(__file__).with_name("spoiling.py"))
 spoiling = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(spoiling)
+spec = importlib.util.spec_from_file_location(
+    "compression", Path(__file__).parent.parent / "data" / "test_dicom_compression.py"
+)
+compression = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(compression)
 damages, damaged, fuzz = spoiling.damages, spoiling.damaged, spoiling.fuzz
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (6, 12, 10, 3), dtype=np.uint8)
@@ -83,7 +97,9 @@ def encoded(kind, **options):
 
 
 @pytest.mark.hardening(
-    area="damaged files", tried="PNG, JPEG, TIFF, BMP and WebP images", outcome="read, or refused with the file named"
+    area="damaged files",
+    tried="PNG, JPEG, TIFF, BMP, WebP and GIF images",
+    outcome="read, or refused with the file named",
 )
 @pytest.mark.parametrize(
     "suffix, whole",
@@ -94,6 +110,7 @@ def encoded(kind, **options):
         ("tif", encoded("TIFF", pixels=PIXELS[0, ..., 0].astype(np.uint16) * 200, compression="tiff_deflate")),
         ("bmp", encoded("BMP")),
         ("webp", encoded("WEBP")),
+        ("gif", encoded("GIF")),
     ],
 )
 def test_images(tmp_path, judge, suffix, whole):
@@ -147,6 +164,35 @@ def test_dicom(tmp_path, judge, syntax):
         image = judge(path, lambda: read_dicom(path))
         judge(path, lambda: image_shape(path))
         assert image is None or (image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3)
+
+    run()
+
+
+@pytest.mark.hardening(
+    area="damaged files", tried="the streams of compressed DICOM: JPEG Lossless, JPEG-LS, JPEG 2000",
+    outcome="read, or refused with the file named",
+)  # fmt: skip
+@pytest.mark.parametrize("syntax", [JPEGLosslessSV1, JPEGLSLossless, JPEG2000Lossless])
+def test_compressed_dicom(tmp_path, judge, syntax):
+    path, pixels = tmp_path / "scan.dcm", np.kron(PIXELS[0, ..., 0].astype("<u2") * 16, np.ones((4, 4), "<u2"))
+    path.write_bytes(dicom(Rows=48, Columns=40, PixelData=pixels.tobytes()))
+    record = pydicom.dcmread(path)
+    if syntax == JPEGLosslessSV1:
+        record.file_meta.TransferSyntaxUID = syntax
+        record.PixelData = encapsulate([compression.jpeg_lossless(pixels, 12)])
+        record["PixelData"].VR = "OB"
+    else:
+        record.compress(syntax)
+    record.save_as(path)
+    assert read_dicom(path).shape == (48, 40, 3)
+    whole = path.read_bytes()
+    start = len(whole) - len(record.PixelData)
+
+    @fuzz
+    @given(damages())
+    def run(changes):
+        path.write_bytes(whole[:start] + damaged(whole[start:], changes))
+        judge(path, lambda: read_dicom(path))
 
     run()
 
