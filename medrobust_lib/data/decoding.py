@@ -60,7 +60,7 @@ def read_image(path: str | Path, *, depth: int | None = None) -> NDArray[np.uint
     FileNotFoundError
         No such file.
     ValueError
-        Corrupt, multi-frame or floating-point image, or values beyond the depth; the file is named.
+        Corrupt or floating-point image, TIFF pages of one size, or values beyond the depth; the file is named.
     """
     path = Path(path)
     if depth is not None and (isinstance(depth, bool) or depth not in range(1, 33)):
@@ -267,7 +267,10 @@ def _is_dicom(path: Path) -> bool:
 def _scaled(values: NDArray, bits: int, path: Path) -> NDArray[np.uint8]:
     full = 2**bits - 1
     if values.min() < 0 or values.max() > full:
-        raise ValueError(f"{path} holds values from {values.min()} to {values.max()}; full scale is {full}")
+        raise ValueError(
+            f"{path} holds values from {values.min()} to {values.max()}; full scale is {full}. State the bits that they "
+            "have as depth, or save the image with values from 0 on"
+        )
     return values.astype(np.uint8) if full == 255 else np.round(values * (255 / full)).astype(np.uint8)
 
 
