@@ -141,6 +141,22 @@ def near_copies(images: NDArray[np.uint8], others: NDArray[np.uint8]) -> NDArray
     return pairs[[_alike(images[k], others[other]) for k, other in pairs]]
 
 
+def learned_too(tested: NDArray[np.uint8], learned: NDArray[np.uint8]) -> list[str]:
+    """Say how many tested images are nearly identical to one that is learned from, in a sentence for a card or in none.
+
+    Parameters
+    ----------
+    tested, learned : uint8 [n, H, W, 3], [m, H, W, 3]
+    """
+    copies = len(np.unique(near_copies(tested, learned)[:, 0]))
+    if not copies:
+        return []
+    return [
+        f"{copies} of {len(tested)} test images are nearly identical to images that are learned from: results are "
+        "better than they should be"
+    ]
+
+
 def _thumbnails(images: NDArray[np.uint8], side: int) -> NDArray[np.float32]:
     """Mean luma of side x side blocks, [n, side * side]."""
     luma = (Image.fromarray(image).convert("L").convert("F") for image in images)

@@ -7,6 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from medrobust_lib.data.dataset import ImageDataset, stratified_positions
+from medrobust_lib.data.inspection import learned_too
 from medrobust_lib.data.registry import OpenSplit, open_split
 
 Positions = NDArray[np.int64]
@@ -28,7 +29,8 @@ class LearningSplits:
         Whether the data set itself keeps ``train`` and ``test`` apart. If not, both come out of one split:
         with images of one patient on both sides, results look better than they are.
     notes : tuple of str
-        Sentences for the reader: where the images come from, and which classes are short of them.
+        Sentences for the reader: where the images come from, which classes are short of them, and how many test
+        images are copies of learned ones.
     """
 
     train: ImageDataset
@@ -89,6 +91,7 @@ def learning_splits(
     train = learning.read(learned, n=len(learned), seed=seed, drawn=f"at most {2 * shots} of each class")
     test = testing.read(tested, n=len(tested), seed=seed)
     notes = [source_note(testing, divided), *class_notes(learning, learned, shots=shots, divided=divided)]
+    notes += learned_too(test.images, train.images)
     if "val" in testing.splits:
         unlabelled = open_split(dataset, split="val", **options)
         drawn = draw_among(unlabelled.labels, np.arange(len(unlabelled.labels)), n=n_pool, seed=seed)
