@@ -80,7 +80,7 @@ def fraction_splits(
     test_seed : int
         Which validation and test images.
     **options
-        root, image_size, wording and like, as in `load_dataset`.
+        root, image_size, wording, like, class_names, templates, bit_depth and fit, as in `load_dataset`.
 
     Returns
     -------

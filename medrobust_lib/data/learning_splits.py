@@ -62,7 +62,7 @@ def learning_splits(
         Numbers of images, stratified by class; all where there are fewer.
     seed : int
     **options
-        root, image_size, wording and like, as in `load_dataset`.
+        root, image_size, wording, like, class_names, templates, bit_depth and fit, as in `load_dataset`.
 
     Returns
     -------

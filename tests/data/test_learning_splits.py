@@ -16,7 +16,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*before anything is measured")
 def save(path, value):
     """An image that its number identifies."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(np.full((16, 16, 3), value, np.uint8)).save(path)
+    Image.fromarray(np.full((16, 16, 3), 0, np.uint8) + np.uint8(value)).save(path)
     return path
 
 
@@ -82,7 +82,7 @@ def test_a_folder_with_splits_and_no_val_takes_other_train_images_as_its_pool(tm
     assert found.divided
     assert (found.train.split, found.pool.split, found.test.split) == ("train", "train", "test")
     assert not values(found.train) & values(found.pool) and len(found.pool) == 4
-    assert found.notes[1:] == ("no val split: the pool comes from the split 'train'",)
+    assert found.notes[-1] == "no val split: the pool comes from the split 'train'"
     more = draw(f"folder:{tmp_path}", n_pool=8)  # five others are left, three of the learned ones join them
     assert len(values(more.pool)) == 8 and len(values(more.pool) & values(more.train)) == 3
     assert more.notes[1].endswith("; 3 of its 8 images are learned from too")
@@ -268,3 +268,13 @@ def test_missing_data_names_the_script_and_a_typo_its_nearest(tmp_path):
         draw("pathology/kather", root=tmp_path)
     with pytest.raises(ValueError, match=r"unknown data set 'phantom/blod'\. Did you mean 'phantom/blood'"):
         draw("phantom/blod")
+
+
+def test_copies_of_learned_images_among_the_tested_ones_are_counted(tmp_path):
+    drawn = np.random.default_rng(0)
+    for split, name, number in ((s, n, k) for s in ("train", "test") for n in "ab" for k in range(3)):
+        save(tmp_path / split / name / f"{number}.png", drawn.integers(0, 256, (16, 16, 3), dtype=np.uint8))
+    assert not any("nearly identical" in note for note in draw(f"folder:{tmp_path}", n_test=6).notes)
+    (tmp_path / "test" / "a" / "0.png").write_bytes((tmp_path / "train" / "a" / "2.png").read_bytes())
+    (note,) = [note for note in draw(f"folder:{tmp_path}", n_test=6).notes if "nearly identical" in note]
+    assert note.startswith("1 of 6 test images are nearly identical to images that are learned from")

@@ -361,11 +361,11 @@ def layout(root, *names):
     [
         ("dataset/a/1.png dataset/b/1.png", r"one folder only, 'dataset', .* \(a, b\): write folder:.*set/dataset$"),
         ("set/train/a/1.png set/test/b/1.png", r"'set', which holds folders \(test, train\): write folder:.*set/set$"),
-        ("train/dataset/a/1.png test/dataset/b/1.png", "'dataset', which holds .*: move what dataset holds up one level"),
-        ("a/train/1.png a/test/1.png b/train/1.png", "holds folders for splits .*: expected set/CLASS/FILE or set/SPLIT/"),
-        ("1.png 2.png 3.png 4.png", r"4 images lie in .*set itself \(1.png, 2.png, 3.png and 1 more\).* list them in a"),
+        ("train/dataset/a/1.png test/dataset/b/1.png", "'dataset', which holds .*: move what dataset holds up"),
+        ("a/train/1.png a/test/1.png b/train/1.png", "folders for splits .*: expected set/CLASS/FILE or set/SPLIT/"),
+        ("1.png 2.png 3.png 4.png", r"4 images lie in .*set itself \(1.png, 2.png, 3.png and 1 more\).* in a table"),
         ("train/1.png test/2.png", "images lie in .* itself .* into a folder named after its class"),
-        ("x/images/1.png x/masks/1.png y/images/1.png y/masks/1.png", r"x, y of .* hold the same folders \(images, masks"),
+        ("x/images/1.png x/masks/1.png y/images/1.png y/masks/1.png", r"x, y of .* hold the same folders \(images"),
     ],
 )  # fmt: skip
 def test_another_layout_is_named_with_what_helps(tmp_path, names, message):

@@ -1,6 +1,7 @@
 """The readers on real medical images, where a copy is at hand."""
 
 import os
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -34,6 +35,19 @@ def test_class_folders_read_like_the_set_they_come_from(name):
     if counts:
         whole = load_dataset(f"folder:{ROOT / 'folders' / name}", like=like, image_size=32)
         assert list(whole.class_counts().values()) == counts
+
+
+@pytest.mark.parametrize("name", FOLDERS)
+def test_nothing_is_said_of_test_images_that_are_in_order(name):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert load_dataset(f"folder:{ROOT / 'folders' / name}", image_size=64).caveats == []
+
+
+def test_copies_in_a_published_set_are_counted():
+    with pytest.warns(UserWarning, match="6 of 624 images are nearly identical to another one"):
+        dataset = load_dataset("medmnist/pneumonia", root=ROOT)
+    assert len({image.tobytes() for image in dataset.images}) == 624 - 3  # three pairs, equal in each pixel
 
 
 def test_folder_and_label_agree_under_the_papers_order():
