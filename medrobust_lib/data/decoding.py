@@ -268,8 +268,8 @@ def _scaled(values: NDArray, bits: int, path: Path) -> NDArray[np.uint8]:
     full = 2**bits - 1
     if values.min() < 0 or values.max() > full:
         raise ValueError(
-            f"{path} holds values from {values.min()} to {values.max()}; full scale is {full}. State the bits that they "
-            "have as depth, or save the image with values from 0 on"
+            f"{path} holds values from {values.min()} to {values.max()}; full scale is {full}. State the bits that "
+            "they have as depth, or save the image with values from 0 on"
         )
     return values.astype(np.uint8) if full == 255 else np.round(values * (255 / full)).astype(np.uint8)
 

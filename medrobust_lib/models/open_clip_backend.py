@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from medrobust_lib.files import parsed, read_json_object
-from medrobust_lib.models.dual_encoder import DualEncoder, Tokens, check_text_lengths
+from medrobust_lib.models.dual_encoder import DualEncoder, Tokens, check_text_lengths, check_text_path
 from medrobust_lib.models.geometry import Preprocessing, per_channel
 from medrobust_lib.models.settings import HONOURED, Settings, check_settings
 from medrobust_lib.models.weights import (
@@ -49,10 +49,14 @@ _INTERPOLATIONS = {"bicubic": "bicubic", "bilinear": "bilinear", "random": "bicu
 # open_clip_config.json. open_clip builds the towers by it, but passes over what it does not know of the images.
 _MODEL_SETTINGS: dict[str, Settings] = {
     "model_cfg": dict.fromkeys((*inspect.signature(open_clip.CLIP).parameters, "custom_text"), HONOURED),
-    "vision_cfg": dict.fromkeys((field.name for field in fields(CLIPVisionCfg)), HONOURED),
-    # No class token appended to a text (CoCa), and no other way of cutting it.
+    # A tower gives a feature alone; a text gets no class token (CoCa), and is not cut in another way.
+    "vision_cfg": {
+        **dict.fromkeys((field.name for field in fields(CLIPVisionCfg)), HONOURED),
+        "output_tokens": (False,),
+    },
     "text_cfg": {
         **dict.fromkeys((field.name for field in fields(CLIPTextCfg)), HONOURED),
+        "output_tokens": (False,),
         "embed_cls": (False,),
         "tokenizer_mode": ("",),
     },
@@ -101,6 +105,7 @@ class OpenClipEncoder(DualEncoder):
         self.model = model
         self._tokenizer = tokenizer
         self._check_text_side()
+        check_text_path(self, lambda texts: self.model.encode_text(self._tokenizer(texts).to(self.device)))
 
     @property
     def _text_tower(self) -> torch.nn.Module:
@@ -124,7 +129,7 @@ class OpenClipEncoder(DualEncoder):
             raise ValueError(f"{self.id}: a text tower with an appended class token (CoCa) is not supported")
         if getattr(self._tokenizer, "tokenizer_mode", None):
             raise ValueError(f"{self.id}: the tokenizer mode {self._tokenizer.tokenizer_mode!r} is not supported")
-        _check_vocabulary(self._tokenizer, tower.vocab_size, id=self.id)
+        _check_tokenizer(self._tokenizer, tower.vocab_size, id=self.id)
 
     def _image_features(self, pixels: Tensor) -> Tensor:
         return self.model.encode_image(pixels)
@@ -190,11 +195,18 @@ class OpenClipEncoder(DualEncoder):
         return projection(pooled) if isinstance(projection, torch.nn.Linear) else pooled @ projection
 
 
-def _check_vocabulary(tokenizer: Any, vocab_size: int, *, id: str) -> None:
-    """Raise unless a tokenizer is that of a text tower: without its files it silently knows five special tokens."""
+def _check_tokenizer(tokenizer: Any, vocab_size: int | None, *, id: str) -> None:
+    """Raise unless a tokenizer pads at the end and is that of a text tower, as far as its vocabulary's size tells.
+
+    Without its files a tokenizer comes up silently with five special tokens.
+    """
     inner = getattr(tokenizer, "tokenizer", None)
     known = tokenizer.vocab_size if inner is None else len(inner)
-    if not vocab_size // 2 <= known <= vocab_size:
+    if inner is not None:
+        check_settings(
+            {"padding_side": inner.padding_side}, {"padding_side": ("right",)}, source=f"{id}, tokenizer_config.json"
+        )
+    if vocab_size is not None and not vocab_size // 2 <= known <= vocab_size:
         raise ValueError(
             f"{id}: the tokenizer knows {known} tokens, the text tower {vocab_size}; "
             "are the tokenizer files beside the weights (tokenizer.json, or vocab.txt and config.json)?"
@@ -313,9 +325,9 @@ def check_folder(folder: Path, *, id: str, published: Collection[str] = ()) -> P
     tokenizer = text.get("hf_tokenizer_name")
     if tokenizer:
         check_tokenizer(folder, id=id, published=tokenizer if tokenizer.count("/") == 1 else "")
-    if "hf_model_name" not in text:
-        size = text.get("vocab_size", CLIPTextCfg.vocab_size)
-        _check_vocabulary(open_clip.get_tokenizer(f"local-dir:{folder}"), size, id=id)
+    size = None if "hf_model_name" in text else text.get("vocab_size", CLIPTextCfg.vocab_size)
+    with hub_access(offline=True), explained_errors(str(folder)):
+        _check_tokenizer(open_clip.get_tokenizer(f"local-dir:{folder}"), size, id=id)
     return _checkpoint(folder, published)
 
 

@@ -19,7 +19,7 @@ from transformers.utils import (
 )
 
 from medrobust_lib.files import parsed
-from medrobust_lib.models.dual_encoder import DualEncoder, Tokens, check_text_lengths
+from medrobust_lib.models.dual_encoder import DualEncoder, Tokens, check_text_lengths, check_text_path
 from medrobust_lib.models.geometry import Preprocessing, per_channel
 from medrobust_lib.models.settings import HONOURED, Settings, check_settings
 from medrobust_lib.models.weights import (
@@ -111,11 +111,14 @@ class TransformersClipEncoder(DualEncoder):
         self.model = model
         self._tokenizer = tokenizer
         _check_parts(model.config, tokenizer, preprocessing, id=id)
+        check_text_path(self, self._own_text_features)
 
     def _image_features(self, pixels: Tensor) -> Tensor:
-        features = self.model.get_image_features(pixel_values=pixels)
-        # transformers 5 returns an output object, earlier versions the tensor.
-        return features if isinstance(features, Tensor) else features.pooler_output
+        return _tensor(self.model.get_image_features(pixel_values=pixels))
+
+    def _own_text_features(self, texts: list[str]) -> Tensor:
+        inputs = self._tokenizer(texts, padding=True, return_tensors="pt").to(self.device)
+        return _tensor(self.model.get_text_features(inputs["input_ids"], attention_mask=inputs["attention_mask"]))
 
     def tokenize(self, texts: Sequence[str]) -> Tokens:
         """Tokens of k texts, on the CPU, padded to the longest of them."""
@@ -351,6 +354,11 @@ def _hub_folder(repository: str, name: str, *, offline: bool) -> Path | None:
             return Path(hf_hub_download(repository, name, local_files_only=offline)).parent
     except OSError:
         return None
+
+
+def _tensor(features: Any) -> Tensor:
+    """Features as transformers 5 returns them, in an output object, or earlier versions."""
+    return features if isinstance(features, Tensor) else features.pooler_output
 
 
 def _plain(size: Any) -> dict[str, int]:

@@ -516,6 +516,30 @@ def test_unsupported_text_towers_are_refused(builders, tmp_path):
             OpenClipEncoder(model, open_clip.get_tokenizer(name), id="mine", provenance={})
 
 
+def test_a_tokenizer_that_pads_in_front_is_refused(demo_folder):
+    path = demo_folder / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"padding_side": "left"}))
+    id = f"local-dir:{demo_folder}"
+    for refused in (lambda: load_model(id, device="cpu"), lambda: check_kind(find_model(id))):
+        with pytest.raises(ValueError, match=r"tokenizer_config\.json: padding_side='left' is not supported"):
+            refused()
+
+
+def test_text_features_that_are_not_open_clips_are_refused(builders, hub_cache, tmp_path):
+    # The tower masks the token that its own configuration calls padding, whatever the tokenizer pads with.
+    bert = tmp_path / "bert"
+    bert.mkdir()
+    builders.write_bert(bert)
+    for path in bert.iterdir():
+        shutil.copy(path, tmp_path)
+    builders.write_weights(tmp_path, builders.biomedclip_configuration(str(bert)))
+    load_model(f"local-dir:{tmp_path}", device="cpu")
+    settings = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(settings | {"pad_token_id": 3}))
+    with pytest.raises(ValueError, match=r"text features differ by .* from those of the library's own forward pass"):
+        load_model(f"local-dir:{tmp_path}", device="cpu")
+
+
 def trained(state):
     """What open_clip's training writes after an epoch."""
     distributed = {f"module.{key}": value for key, value in state.items()}

@@ -243,9 +243,7 @@ def test_a_loader_must_return_a_dual_encoder(made, named):
 
 
 @pytest.mark.usefixtures("registered")
-@pytest.mark.parametrize(
-    "loader", [os.getcwd, lambda: None, lambda entry: None, lambda weights_dir, offline: None, dict]
-)
+@pytest.mark.parametrize("loader", [os.getcwd, lambda: None, lambda entry: None, lambda weights_dir, offline: None])
 def test_a_loader_must_take_what_loaders_are_called_with(loader):
     with pytest.raises(
         TypeError, match=r"the loader of 'mine' must take the call .*\(entry, weights_dir=\.\.\., offline="
