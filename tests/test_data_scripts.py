@@ -1,3 +1,4 @@
+import errno
 import importlib.util
 import json
 import zipfile
@@ -604,6 +605,29 @@ def test_a_generative_models_repository_is_fetched_whole_and_recorded(scripts, t
     (folder / "config.json").write_bytes(b"tampered")
     result = invoke(script, "llava-1.6-mistral-7b", "--weights-dir", tmp_path, exit_code=1)
     assert "config.json is not the file that was fetched" in result.stderr
+
+
+def test_a_disk_without_room_is_not_taken_for_a_hub_out_of_reach(scripts, tmp_path, monkeypatch):
+    script = scripts["fetch_weights"]
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(script, "snapshot_download", full)
+    result = invoke(script, "llava-1.6-mistral-7b", "--weights-dir", tmp_path, exit_code=1)
+    assert f"error: {tmp_path / 'llava-1.6-mistral-7b'}: the disk is full: what came is kept; " in result.stderr
+    assert "proxy" not in result.stderr and result.stderr.count("\n") == 1
+
+
+def test_a_prepared_set_without_room_is_named(tmp_path):
+    origin = preparation.Origin(source="", licence="", citation="", split="")
+    with (
+        pytest.raises(OSError, match="the disk is full: the set could not be built and nothing") as caught,
+        preparation.staged_dataset("chest/covid", root=tmp_path, origin=origin, overwrite=False),
+    ):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert caught.value.filename == str(tmp_path / "chest/covid")
+    assert list((tmp_path / "chest").iterdir()) == []
 
 
 def test_generative_models_offline_or_shipped(scripts, tmp_path):

@@ -1,11 +1,13 @@
 import errno
 import json
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
-from medrobust_lib.files import inside, lock, parsed, read_json_object, size_text, whole_file
+from medrobust_lib.files import inside, lock, parsed, read_json_object, reported_errors, size_text, told, whole_file
 
 
 def test_sizes_are_readable():
@@ -76,6 +78,69 @@ def test_a_place_that_cannot_be_a_folder_is_named(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(OSError, match="file"), whole_file(tmp_path / "file" / "a.txt"):
         pass
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+def test_a_device_is_written_to_and_not_replaced(tmp_path):
+    (tmp_path / "full").symlink_to("/dev/full")
+    (tmp_path / "null").symlink_to("/dev/null")
+    with whole_file(tmp_path / "null") as part:
+        part.write_text("gone")
+    with pytest.raises(OSError, match="disk is full: full could not"), whole_file(tmp_path / "full") as part:
+        part.write_text("no room")
+    assert {path.name: path.is_symlink() for path in tmp_path.iterdir()} == {"full": True, "null": True}
+
+
+def test_the_hidden_name_of_a_file_in_the_making_is_not_told(tmp_path):
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(IsADirectoryError) as caught, whole_file(tmp_path / "folder") as part:
+        part.write_text("text")
+    assert told(caught.value) == f"{tmp_path / 'folder'}: is a directory; name a file"
+    path = tmp_path / "a.txt"
+    with pytest.raises(PermissionError) as caught, whole_file(path) as part:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(part))
+    assert told(caught.value).startswith(f"{path}: permission denied; change its permissions, or name another place")
+
+
+def refused(number, *names):
+    return OSError(number, os.strerror(number), *names)
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (refused(errno.EROFS, "/a"), "/a: read-only file system; name another place, in which you may write"),
+        (refused(errno.EDQUOT, "/a"),
+         "/a: disk quota exceeded; free some of your quota, or name a folder on another disk"),
+        (refused(errno.EMFILE, b"/a"),
+         "/a: too many open files; allow more, for example with `ulimit -n 4096`, or start fewer jobs at a time"),
+        (refused(errno.ENOSPC), "no space left on device; free some, or name a folder on another disk"),
+        (refused(errno.EXDEV, "/a", None, "/b"), f"/b: {os.strerror(errno.EXDEV)}"),
+        (refused(errno.EXDEV, "/a"), f"/a: {os.strerror(errno.EXDEV)}"),
+        (OSError(errno.ENOENT, "no such study; write one", "/a"), "/a: no such study; write one"),
+        (FileNotFoundError("no weights; fetch them with\n    a command"), "no weights; fetch them with\n    a command"),
+    ],
+)  # fmt: skip
+def test_errors_of_the_system_are_told_with_the_path_and_what_helps(error, line):
+    assert told(error) == line
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        (
+            refused(errno.EROFS, "/a"),
+            1,
+            "error: /a: read-only file system; name another place, in which you may write\n",
+        ),
+        (ValueError("n=0: give 1"), 1, "error: n=0: give 1\n"),
+        (KeyboardInterrupt(), 130, "stopped; what is whole is kept, and the same command makes what is missing\n"),
+    ],
+)
+def test_a_command_ends_in_one_line(capsys, error, code, line):
+    with pytest.raises(SystemExit) as stopped, reported_errors():
+        raise error
+    assert (stopped.value.code, capsys.readouterr().err) == (code, line)
 
 
 def test_one_process_at_a_time_has_a_lock(tmp_path):

@@ -19,7 +19,7 @@ from typing import Any, Self
 import pandas as pd
 
 from medrobust_lib.experiments.cards import write_text_atomically
-from medrobust_lib.files import disk_full, lock, named_when_full
+from medrobust_lib.files import lock, named_when_full
 
 STORE_FORMAT = 1
 SECONDS_COLUMN = "seconds"
@@ -328,15 +328,13 @@ def _check_row(key: str, row: Row, columns: list[str]) -> None:
 
 
 def _write_whole(descriptor: int, line: bytes, path: Path) -> None:
-    """Append one line by one call, or leave the file as it was."""
+    """Append one line, by one call unless the disk takes a part first, or leave the file as it was."""
     end = os.fstat(descriptor).st_size
     written = 0
-    lost = "the item was not added, those before it are kept"
     try:
-        with named_when_full(path, lost):
-            written = os.write(descriptor, line)
+        with named_when_full(path, "the item was not added, those before it are kept"):
+            while written < len(line):  # the second call says why the first one took a part only
+                written += os.write(descriptor, line[written:])
     finally:
         if written != len(line):
             os.ftruncate(descriptor, end)
-    if written != len(line):
-        raise disk_full(path, f"the disk is full: {lost}")

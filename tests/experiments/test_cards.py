@@ -1,3 +1,4 @@
+import errno
 import json
 import re
 
@@ -198,6 +199,22 @@ def test_missing_broken_and_foreign_cards_are_named(tmp_path):
     card.write_text('{"format": 99}')
     with pytest.raises(ValueError, match="has card format 99, this version reads 1"):
         experiments.read_cards(tmp_path)
+
+
+def test_a_figure_is_whole_or_as_it_was(run):
+    figure = Figure(figsize=(1, 1))
+    path = run.save_figure(figure, "curve", caption="old")
+    before = path.read_bytes()
+
+    def full(file, **_):
+        file.write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    figure.savefig = full
+    with pytest.raises(OSError, match=r"disk is full: 01_curve\.png could not be written") as caught:
+        run.save_figure(figure, "curve")
+    assert caught.value.filename == str(path)
+    assert {file.name: file.read_bytes() for file in path.parent.iterdir()} == {path.name: before}
 
 
 @pytest.mark.hardening(

@@ -1,3 +1,4 @@
+import errno
 import json
 import math
 import os
@@ -263,9 +264,17 @@ def test_a_full_disk_leaves_no_half_line(store, monkeypatch):
     store.append("a", [row()], seconds=1.0)
     before = (store.folder / "journal.jsonl").read_bytes()
     write = os.write
-    monkeypatch.setattr(os, "write", lambda descriptor, line: write(descriptor, line[:10]))
+    room = [10, 10]
+
+    def fills_up(descriptor, line):
+        if not room:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(descriptor, line[: room.pop()])
+
+    monkeypatch.setattr(os, "write", fills_up)
     with pytest.raises(OSError, match="disk is full: the item was not added"):
         store.append("b", [row()], seconds=1.0)
+    assert not room
     monkeypatch.undo()
     assert (store.folder / "journal.jsonl").read_bytes() == before
     store.append("b", [row()], seconds=1.0)

@@ -86,6 +86,16 @@ def test_a_failing_cell_loses_nothing_and_is_tried_again(study, tmp_path, monkey
     assert "no space left" not in (tmp_path / "out" / "index.html").read_text()
 
 
+def test_a_cell_that_the_system_refuses_is_told_with_what_helps(study, tmp_path):
+    (tmp_path / "out" / "cells").mkdir(parents=True)
+    (tmp_path / "out" / "journal.jsonl").touch()
+    blocked = tmp_path / "out" / "cells" / "02-benchmark_demo-clip_phantom-chest_seed0"
+    blocked.write_text("a file where the cell's folder should be")
+    finished = run_study(study, tmp_path / "out", announce=quiet)
+    assert finished.done == 2
+    assert list(finished.failures.values()) == [f"{blocked}: file exists; move it away, or give another name"]
+
+
 def test_another_study_in_the_same_folder_is_refused_with_the_differences(study, study_file, tmp_path, undisturbed):
     before = (undisturbed / LEADERBOARD).read_bytes()
     other = read_study(study_file(study_file().read_text().replace("n: 20", "n: 30").replace("0.05, 0.1", "0.05")))
