@@ -105,7 +105,7 @@ def write_patches(folder: Path, counts: list[int]) -> None:
 
 
 def run_cells(number: str, given: dict, *, measure: bool) -> None:
-    """Execute the code cells in order, render what a cell ends with as Jupyter would, and measure figures (slow) if asked."""
+    """Execute the code cells in order, render what a cell ends with as Jupyter would; measuring figures is slow."""
     names: dict = {"display": lambda *shown: [one._repr_html_() for one in shown]}
     cheaper = dict(CHEAPER.get(number, {}))
     for place, cell in enumerate(nbformat.read(find_notebooks()[number], as_version=4).cells):

@@ -314,3 +314,85 @@ def test_grid_names_rows_and_takes_titles_for_the_first_row_only():
     assert [axis.get_title(loc="center") for axis in figure.axes] == ["one", "two", "three", "", "", ""]
     assert [axis.texts[0].get_text() for axis in (figure.axes[0], figure.axes[3])] == ["top", "bottom"]
     plt.close(figure)
+
+
+MANY = [f"class {k}" for k in range(200)]
+
+
+@pytest.fixture
+def many_answers():
+    """Of 200 classes, the last ten are never found, and class 190 is answered instead of them."""
+    labels = np.arange(400) % 200
+    predictions = np.where(labels >= 190, 190, labels)
+    predictions[np.flatnonzero(labels == 190)] = 191
+    return labels, predictions
+
+
+def tick_names(axis):
+    return [label.get_text() for label in axis.get_ticklabels()]
+
+
+def test_leading_keeps_the_largest_in_their_order_and_what_it_is_told_to():
+    assert plots.leading([1, 9, np.nan, 5], most=2).tolist() == [1, 3]
+    assert plots.leading([1, 9, np.nan, 5], most=2, keep=[2]).tolist() == [1, 2]
+    assert plots.leading([3, 3, 3], most=3).tolist() == [0, 1, 2]
+    assert plots.leading(range(200)).tolist() == list(range(176, 200))
+
+
+def test_what_is_shown_is_said_only_where_something_is_left_out():
+    assert plots.shown_of(9, 9, "the closest") == ""
+    assert plots.shown_of(24, 200, "the closest") == ";\nshown: 24 of 200 classes, the closest"
+    assert plots.shown_of(24, 200) == ";\nshown: 24 of 200 classes"
+
+
+def test_recall_of_many_classes_shows_those_found_least(ax, many_answers):
+    plots.plot_recall(*many_answers, MANY, ax)
+    names = tick_names(ax.yaxis)
+    assert len(names) == 24 and set(MANY[190:]) <= set(names)
+    assert "shown: 24 of 200 classes, found least or answered most" in ax.get_xlabel()
+    assert ax.patches[names.index("class 190")].get_width() == 0  # recall
+
+
+def test_confusion_of_many_classes_shows_those_with_most_errors(ax, many_answers):
+    plots.plot_confusion(*many_answers, MANY, ax)
+    names = tick_names(ax.yaxis)
+    assert len(names) == 24 and set(MANY[190:]) <= set(names) and names == tick_names(ax.xaxis)
+    cells = ax.collections[0].get_array().reshape(24, 24)
+    assert cells[names.index("class 199"), names.index("class 190")] == 1
+    assert cells[names.index("class 190"), names.index("class 191")] == 1
+    assert "shown: 24 of 200 classes, those with most errors" in ax.get_xlabel()
+
+
+def test_similarities_of_many_classes_are_the_closest_and_the_true_one(ax):
+    plots.plot_similarity(pd.Series(np.arange(200) / 200, index=MANY), ax, truth="class 3")
+    assert tick_names(ax.yaxis) == ["class 3", *MANY[177:]]
+    assert next(bar.get_width() for bar in ax.patches) == 3 / 200
+    assert "shown: 24 of 200 classes, the closest" in ax.get_xlabel()
+
+
+def test_votes_of_many_classes_keep_their_total_and_the_rows_asked_for(ax):
+    votes = np.zeros(200, int)
+    votes[[5, 150]] = 10, 40
+    plots.plot_votes(votes, MANY, ax, truth=7, shown=[5, 7, 150])
+    assert tick_names(ax.yaxis) == ["class 5", "class 7", "class 150"]
+    assert [bar.get_width() for bar in ax.patches] == [10, 0, 40]
+    assert ax.get_xlabel() == "votes out of 50;\nshown: 3 of 200 classes"
+
+
+def test_prediction_shares_of_many_classes_still_add_up(ax):
+    shares = np.array([0.5] + [0.5 / 199] * 199)
+    table = pd.DataFrame({"sigma": 0.0, "class": MANY, "share": shares})
+    plots.plot_prediction_shares(table, ax)
+    names = [text.get_text() for text in ax.get_legend().get_texts()]
+    assert len(names) == 25 and names[0] == "176 more classes"
+    assert sum(bar.get_height() for bar in ax.patches) == pytest.approx(1)
+
+
+def test_a_feature_map_of_many_classes_colours_those_with_most_images(ax):
+    kinds = {"image": [k for k in range(200) for _ in range(1 + (k >= 180))], "text": list(range(200))}
+    rows = [{"x": k, "y": 0.0, "class": MANY[k], "kind": kind} for kind, found in kinds.items() for k in found]
+    plots.plot_feature_map(pd.DataFrame(rows), ax)
+    names = [text.get_text() for text in ax.get_legend().get_texts()]
+    assert names == ["176 more classes", *MANY[:4], *MANY[180:]]
+    looks = {(tuple(c.get_facecolor()[0][:3]), c.get_paths()[0].vertices.tobytes()) for c in ax.collections[1::2]}
+    assert len(looks) == 24  # no two classes look alike

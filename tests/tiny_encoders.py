@@ -57,6 +57,21 @@ class Least(Tiny):
         raise NotImplementedError
 
 
+class NoGradient(Tiny):
+    """Text features come from elsewhere, without a gradient."""
+
+    def _text_features(self, embeddings: Tensor, tokens: Tokens) -> Tensor:
+        return super()._text_features(embeddings, tokens).detach()
+
+
+class NoFrame(Tiny):
+    """Texts end in one token and begin with none."""
+
+    def tokenize(self, texts: Sequence[str]) -> Tokens:
+        whole = super().tokenize(texts)
+        return Tokens(whole.ids[:, 1:], whole.mask[:, 1:])
+
+
 def load_tiny(entry: object, *, weights_dir: object, offline: bool) -> Tiny:
     return Tiny("tiny")
 

@@ -232,3 +232,10 @@ def test_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="disk full"):
         experiments.write_text_atomically(path, "new")
     assert path.read_text() == "old"
+
+
+def test_what_is_left_out_is_told_in_one_line_and_on_the_card(run, capsys):
+    run.leave_out("learned prompts", "no word embeddings")
+    assert capsys.readouterr().out.splitlines()[-1] == "Left out: learned prompts: no word embeddings"
+    card = json.loads(save(run, notes=["synthetic"]).read_text())
+    assert card["notes"] == ["synthetic", "Left out: learned prompts: no word embeddings"]

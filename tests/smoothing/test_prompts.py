@@ -1,6 +1,9 @@
 """Learned prompts: their tokens, their training on cached features, their files."""
 
+import importlib
 import math
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -28,6 +31,40 @@ def train():
 @pytest.fixture(scope="module")
 def learned(model, train):
     return learn_prompts(model, train, sigmas=(0.1,), shots=4, epochs=2, draws_per_image=2, learning_rate=0.02)
+
+
+# Models
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    """Encoders of random weights."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1]))
+    return importlib.import_module("tiny_encoders")
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        ("Least", "x reads whole texts only: prompts are learned among word embeddings (embed_tokens)"),
+        ("NoGradient", "x passes no gradient from the features of a text back to its word embeddings"),
+        ("NoFrame", "x does not frame a text by one start and one end token, between which prompts are learned"),
+    ],
+)
+def test_a_model_that_learns_no_prompts_says_why_before_an_image_is_encoded(tiny, kind, reason, train, monkeypatch):
+    model = getattr(tiny, kind)("x")
+    monkeypatch.setattr(tiny.Tiny, "encode_image", None)
+    assert prompts.why_not_learned(model) == reason
+    for learn in (lambda: learn_prompts(model, train), lambda: prompts.text_prompts(model, train.classes, "a {}")):
+        with pytest.raises(ValueError, match=re.escape(f"{reason}; hand-written prompts work with it")):
+            learn()
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_models_that_learn_prompts_have_no_reason_not_to_in_any_gradient_mode(tiny, model, mode):
+    models = model, tiny.Tiny("x")
+    with mode():
+        assert [prompts.why_not_learned(one) for one in models] == ["", ""]
 
 
 # Tokens
