@@ -233,12 +233,19 @@ def read_cards(runs_dir: Path, *, nested: bool = True) -> list[dict[str, Any]]:
     FileNotFoundError
         There is no card below the folder.
     OSError
-        It is no folder, or cannot be read.
+        It is no folder, or it or one below it cannot be read.
     ValueError
         A card is damaged or of an unknown format; the message names the file.
     """
+
+    def refused(error: OSError) -> None:
+        raise error
+
+    # A file, or a folder that cannot be read, is not one without cards; `glob` would pass over it.
     if Path(runs_dir).exists():
-        any(Path(runs_dir).iterdir())  # a file, or a folder that cannot be read, is not one without cards
+        for _ in os.walk(runs_dir, onerror=refused):
+            if not nested:
+                break
     cards = []
     for path in sorted(Path(runs_dir).glob(f"{'**/' if nested else ''}cards/[0-9]*.json")):
         card = read_json_object(path, "a result card", _AGAIN)

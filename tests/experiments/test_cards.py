@@ -1,6 +1,8 @@
 import errno
 import json
+import os
 import re
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -199,6 +201,24 @@ def test_missing_broken_and_foreign_cards_are_named(tmp_path):
     card.write_text('{"format": 99}')
     with pytest.raises(ValueError, match="has card format 99, this version reads 1"):
         experiments.read_cards(tmp_path)
+
+
+def test_a_folder_that_cannot_be_read_is_not_passed_over(run, tmp_path, monkeypatch):
+    save(run)
+    (tmp_path / "private").mkdir()
+    scan = os.scandir
+
+    def refused(path):
+        if Path(path).name == "private":
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", refused)
+    with pytest.raises(PermissionError, match="private"):
+        experiments.read_cards(tmp_path)
+    assert len(experiments.read_cards(tmp_path / "demo", nested=False)) == 1
+    with pytest.raises(NotADirectoryError):
+        experiments.read_cards(tmp_path / "demo" / "cards" / "01.json")
 
 
 def test_a_figure_is_whole_or_as_it_was(run):
