@@ -4,7 +4,8 @@ import difflib
 import re
 import sys
 import warnings
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -51,6 +52,13 @@ def seen_in(
         Values that do not fill their range, what a centre crop throws away, and images that are there twice.
     """
     return [*_dim(images, names), *_cropped(shapes), *_twice(images, labels, names)]
+
+
+def ignored_in(files: Iterable[Sequence[str]]) -> list[str]:
+    """Count what was ignored in reading files (see `decoding.left_out`), in a sentence for a card; none if nothing."""
+    counts = Counter(what for file in files for what in file)
+    told = ", ".join(f"{what} of {count}" for what, count in counts.most_common())
+    return [f"Ignored in reading image files: {told}."] if told else []
 
 
 def close_names(names: Sequence[str], counts: Sequence[int]) -> list[str]:

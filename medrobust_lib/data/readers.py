@@ -19,7 +19,7 @@ import yaml
 from numpy.typing import NDArray
 
 from medrobust_lib.data.dataset import check_labels
-from medrobust_lib.data.decoding import IMAGE_SUFFIXES, MOST_PIXELS, check_pixels, image_shape, read_image
+from medrobust_lib.data.decoding import IMAGE_SUFFIXES, MOST_PIXELS, check_pixels, image_shape, left_out, read_image
 from medrobust_lib.data.inspection import first_of
 from medrobust_lib.data.npz import member_header, member_labels, member_names_of, member_rows, whole_numbers
 from medrobust_lib.data.wording import ClassWording, composed, suggest
@@ -66,6 +66,8 @@ class Split:
         Images of each class in all splits together, where they were counted.
     caveats : tuple of str
         What the reader left out or took for granted, in sentences for the result cards.
+    ignored : callable
+        Positions -> what `left_out` says of each file.
     """
 
     split: str
@@ -79,6 +81,7 @@ class Split:
     files: tuple[str, ...] = ()
     totals: tuple[int, ...] = ()
     caveats: tuple[str, ...] = ()
+    ignored: Callable[[NDArray[np.int64]], Iterable[tuple[str, ...]]] = lambda positions: ()
 
 
 def medmnist_file(folder: Path, name: str, image_size: int | None) -> Path | None:
@@ -258,6 +261,7 @@ def class_folder_split(root: Path, split: str, *, bit_depth: int | None = None) 
         files=tuple(str(path.relative_to(root)) for path in paths),
         totals=tuple(sum(len(classes.get(code, [])) for classes in listing.values()) for code in codes),
         caveats=tuple(caveats),
+        ignored=_ignored_in(paths),
     )
 
 
@@ -308,6 +312,7 @@ def csv_split(path: Path, split: str, *, bit_depth: int | None = None) -> Split:
         split, labels, codes, _names(codes, (path.parent,)), shapes, read, str(path), splits,
         files=tuple(str(file.relative_to(folder)) if file.is_relative_to(folder) else file.name for file, _ in chosen),
         totals=tuple(counts[code] for code in codes),
+        ignored=_ignored_in([file for file, _ in chosen]),
     )  # fmt: skip
 
 
@@ -578,6 +583,10 @@ def _file_images(
         lambda: {image_shape(path) for path in paths},
         lambda positions: (read_image(paths[position], depth=bit_depth) for position in positions),
     )
+
+
+def _ignored_in(paths: list[Path]) -> Callable[[NDArray[np.int64]], Iterable[tuple[str, ...]]]:
+    return lambda positions: (left_out(paths[position]) for position in positions)
 
 
 def _hdf5_images(

@@ -16,7 +16,7 @@ from medrobust_lib.data import phantoms
 from medrobust_lib.data.catalogue import DATASETS, FALLBACK_SIZE, NOT_COUNTED, DatasetEntry
 from medrobust_lib.data.dataset import ImageDataset, check_classes, check_labels, stratified_positions
 from medrobust_lib.data.decoding import Fit, fit_square
-from medrobust_lib.data.inspection import close_names, seen_in, tell
+from medrobust_lib.data.inspection import close_names, ignored_in, seen_in, tell
 from medrobust_lib.data.readers import (
     SPLITS,
     Split,
@@ -165,7 +165,7 @@ class OpenSplit:
         names = [self.listed.files[place] if self.listed.files else f"image {place}" for place in positions]
         labels = self.labels[positions]
         seen = seen_in(images, labels, names=names, shapes=shapes if self.fit == "crop" else ())
-        caveats = [*self.listed.caveats, *seen]
+        caveats = [*self.listed.caveats, *ignored_in(self.listed.ignored(positions)), *seen]
         tell(self.row.id, caveats)
         provenance = {
             "source": self.row.source,

@@ -240,3 +240,22 @@ def test_a_misspelt_folder_is_told_with_its_counts_over_all_splits(tmp_path):
         warnings.simplefilter("error")
         assert mr.load_dataset(f"folder:{tmp_path}", class_names=names).caveats == []
         open_split(f"folder:{tmp_path}")  # nothing is measured yet
+
+
+@pytest.mark.parametrize("form", ["folder", "csv"])
+def test_what_reading_ignores_in_files_is_counted_for_the_set(tmp_path, form):
+    root = tmp_path / "set"
+    turned = Image.Exif()
+    turned[274] = 6
+    rows = ["path,label"]
+    for number, scene in enumerate(scenes(6)):
+        path = root / "ab"[number % 2] / f"{number}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(scene).save(path, quality=95, **({"exif": turned} if number < 3 else {}))
+        rows.append(f"{path.relative_to(root)},{path.parent.name}")
+    clear = np.dstack([scenes(1, seed=9)[0], np.full((64, 64), 7, np.uint8)])
+    write(root / "a" / "6.png", clear)
+    (root / "list.csv").write_text("\n".join([*rows, "a/6.png,a"]))
+    with pytest.warns(UserWarning, match="EXIF rotation of 3, transparency of 1"):
+        data = mr.load_dataset({"folder": f"folder:{root}", "csv": f"csv:{root / 'list.csv'}"}[form])
+    assert "Ignored in reading image files: EXIF rotation of 3, transparency of 1." in data.caveats
