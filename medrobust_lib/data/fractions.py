@@ -7,6 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from medrobust_lib.data.dataset import ImageDataset
+from medrobust_lib.data.inspection import learned_too
 from medrobust_lib.data.learning_splits import (
     check_whole_numbers,
     class_notes,
@@ -47,6 +48,11 @@ class FractionSplits:
     fraction: float
     divided: bool
     notes: tuple[str, ...]
+
+    @property
+    def copies(self) -> list[str]:
+        """A sentence where test images are nearly identical to train images; see `learned_too`."""
+        return learned_too(self.test.images, self.train.images)
 
 
 def fraction_splits(

@@ -91,7 +91,6 @@ def learning_splits(
     train = learning.read(learned, n=len(learned), seed=seed, drawn=f"at most {2 * shots} of each class")
     test = testing.read(tested, n=len(tested), seed=seed)
     notes = [source_note(testing, divided), *class_notes(learning, learned, shots=shots, divided=divided)]
-    notes += learned_too(test.images, train.images)
     if "val" in testing.splits:
         unlabelled = open_split(dataset, split="val", **options)
         drawn = draw_among(unlabelled.labels, np.arange(len(unlabelled.labels)), n=n_pool, seed=seed)
@@ -103,6 +102,7 @@ def learning_splits(
         pool = learning.read(np.union1d(drawn, again), n=len(drawn) + len(again), seed=seed)
         shared = f"; {len(again)} of its {len(pool)} images are learned from too" if len(again) else ""
         notes.append(f"no val split: the pool comes from the split {pool.split!r}{shared}")
+    notes += learned_too(test.images, train.images)
     return LearningSplits(train, pool, test, divided, tuple(notes))
 
 

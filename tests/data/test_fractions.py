@@ -259,3 +259,15 @@ def test_a_tenth_of_a_medmnist_file():
     assert [len(getattr(found, part)) for part in PARTS] == [55, 78, 156]
     whole = np.array(counts(load_dataset("medmnist/breast", split="train", root=ROOT)))
     np.testing.assert_allclose(counts(found.train), 0.1 * whole, atol=0.75)  # 54.6 in all
+
+
+def test_copies_of_train_images_among_the_test_images_are_counted(tmp_path):
+    drawn = np.random.default_rng(0)
+    for split, name, number in ((s, n, k) for s in ("train", "val", "test") for n in "ab" for k in range(3)):
+        path = tmp_path / split / name / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(drawn.integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(path)
+    assert draw(f"folder:{tmp_path}", 1.0, n_test=6).copies == []
+    (tmp_path / "test" / "a" / "0.png").write_bytes((tmp_path / "train" / "b" / "2.png").read_bytes())
+    (sentence,) = draw(f"folder:{tmp_path}", 1.0, n_test=6).copies
+    assert sentence.startswith("1 of 6 test images are nearly identical to images that are learned from")

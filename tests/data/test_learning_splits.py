@@ -82,7 +82,7 @@ def test_a_folder_with_splits_and_no_val_takes_other_train_images_as_its_pool(tm
     assert found.divided
     assert (found.train.split, found.pool.split, found.test.split) == ("train", "train", "test")
     assert not values(found.train) & values(found.pool) and len(found.pool) == 4
-    assert found.notes[-1] == "no val split: the pool comes from the split 'train'"
+    assert found.notes[1] == "no val split: the pool comes from the split 'train'"
     more = draw(f"folder:{tmp_path}", n_pool=8)  # five others are left, three of the learned ones join them
     assert len(values(more.pool)) == 8 and len(values(more.pool) & values(more.train)) == 3
     assert more.notes[1].endswith("; 3 of its 8 images are learned from too")
