@@ -507,6 +507,14 @@ def test_a_workbook_without_openpyxl_says_what_to_do(tmp_path, monkeypatch):
         preparation.read_table(tmp_path / "Train.xlsx")
 
 
+def test_a_table_with_longer_rows_than_its_header_is_refused(tmp_path):
+    (tmp_path / "Train.csv").write_bytes(b"\xef\xbb\xbffile,class\na.png,tumour\n")
+    assert preparation.read_table(tmp_path / "Train.csv").file.tolist() == ["a.png"]
+    (tmp_path / "Train.csv").write_text("file,class\n1,a.png,tumour\n2,b.png,skin\n")
+    with pytest.raises(ValueError, match=r"Train\.csv is not a readable .*: its rows have more fields than its header"):
+        preparation.read_table(tmp_path / "Train.csv")
+
+
 # ---- weights ----
 
 

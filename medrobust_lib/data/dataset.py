@@ -273,7 +273,8 @@ def _check_integer(name: str, value: object) -> None:
 def _check_array(source: str, name: str, array: object, dtype: type) -> None:
     if not isinstance(array, np.ndarray) or array.dtype != dtype:
         found = f"dtype {array.dtype}" if isinstance(array, np.ndarray) else type(array).__name__
-        raise TypeError(f"{source}: {name} must be a {dtype.__name__} array, got {found}")
+        advice = "; scale them to 0..255, round and cast" if name == "images" else ""
+        raise TypeError(f"{source}: {name} must be a {dtype.__name__} array, got {found}{advice}")
 
 
 def _card(

@@ -265,7 +265,10 @@ def read_table(path: Path) -> pd.DataFrame:
     as_csv = path.with_suffix(".csv")
     if as_csv.exists():
         with parsed(f"{as_csv} is not a readable CSV table (UTF-8, commas)"):
-            return pd.read_csv(as_csv)
+            table = pd.read_csv(as_csv)
+            if not isinstance(table.index, pd.RangeIndex):  # pandas took the first column for the rows' names
+                raise ValueError("its rows have more fields than its header")
+            return table
     if not path.exists():
         raise FileNotFoundError(f"no {path} (nor {as_csv.name} beside it)")
     with parsed(f"{path} is not a readable workbook", f"Save it as {as_csv}."):

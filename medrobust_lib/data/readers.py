@@ -4,6 +4,7 @@ MedMNIST npz, MedIMeta folders, class folders (ImageFolder and CoOp style) and C
 matched to the class list by name wherever the source states names, never by position alone.
 """
 
+import os
 import re
 import unicodedata
 import zipfile
@@ -361,8 +362,11 @@ def _split_folders(root: Path) -> tuple[Path, dict[str, Path]]:
 
 
 def _children(folder: Path) -> list[Path]:
-    kept = (path for path in folder.iterdir() if not path.name.startswith(".") and path.name.lower() not in _LITTER)
-    return sorted(kept)
+    return sorted(folder / name for name in _kept(path.name for path in folder.iterdir()))
+
+
+def _kept(names: Iterable[str]) -> list[str]:
+    return [name for name in names if not name.startswith(".") and name.lower() not in _LITTER]
 
 
 def _subfolders(folder: Path) -> list[Path]:
@@ -382,11 +386,10 @@ def _class_files(folder: Path) -> tuple[dict[str, list[Path]], list[Path]]:
 
 
 def _files_below(folder: Path) -> Iterator[Path]:
-    for child in _children(folder):
-        if child.is_dir() and not child.is_symlink():  # a link may lead back up
-            yield from _files_below(child)
-        else:
-            yield child
+    for place, folders, files in os.walk(folder):
+        links = [name for name in folders if Path(place, name).is_symlink()]  # may lead back up
+        folders[:] = _kept(folders)
+        yield from (Path(place, name) for name in _kept([*files, *links]))
 
 
 def _is_image(path: Path) -> bool:

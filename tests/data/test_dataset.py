@@ -89,7 +89,7 @@ NO_IMAGES = {
 @pytest.mark.parametrize(
     "changes, error, message",
     [
-        ({"images": np.zeros((5, 8, 8, 3))}, TypeError, "images must be a uint8 array, got dtype float64"),
+        ({"images": np.zeros((5, 8, 8, 3))}, TypeError, "images must be a uint8 array, got dtype float64; scale"),
         ({"images": [[0]]}, TypeError, "images must be a uint8 array, got list"),
         ({"images": np.zeros((5, 8, 8), np.uint8)}, ValueError, "images must be [n, H, W, 3], got shape (5, 8, 8)"),
         (NO_IMAGES, ValueError, "no images in split 'test'"),

@@ -3,10 +3,13 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
 
+from medrobust_lib.data.registry import load_dataset
 from medrobust_lib.experiments import leaderboard, read_cards
 from medrobust_lib.studies import cells
 from medrobust_lib.studies.execute import run_study
@@ -157,3 +160,10 @@ def test_no_scheduler_is_an_error_that_says_what_to_start(study, tmp_path, monke
         RuntimeError, match=r"no scheduler answers at 'tcp://127.0.0.1:9'.*start one with `dask schedul"
     ):
         run_study(study, tmp_path / "out", cluster="tcp://127.0.0.1:9", announce=quiet)
+
+
+def test_what_was_found_in_the_images_is_on_the_card_of_a_cell():
+    data = load_dataset("phantom/chest", n=3)
+    data = replace(data, provenance=data.provenance | {"caveats": ["Left out of mine: a/notes.txt (1 in all)."]})
+    model = SimpleNamespace(id="m", dtype="float32", image_size=64)
+    assert cells._described(model, data, ["a note"])["notes"][1:] == [*data.caveats, "a note"]
