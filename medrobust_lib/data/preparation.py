@@ -10,6 +10,7 @@ import inspect
 import json
 import shutil
 import tempfile
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -264,11 +265,11 @@ def read_table(path: Path) -> pd.DataFrame:
     """
     as_csv = path.with_suffix(".csv")
     if as_csv.exists():
-        with parsed(f"{as_csv} is not a readable CSV table (UTF-8, commas)"):
-            table = pd.read_csv(as_csv)
-            if not isinstance(table.index, pd.RangeIndex):  # pandas took the first column for the rows' names
-                raise ValueError("its rows have more fields than its header")
-            return table
+        says = f"{as_csv} is not a readable CSV table (UTF-8, commas, no row longer than the header)"
+        with parsed(says), warnings.catch_warnings():
+            warnings.simplefilter("error", pd.errors.ParserWarning)
+            # By default pandas would take the first column of longer rows for their names.
+            return pd.read_csv(as_csv, index_col=False)
     if not path.exists():
         raise FileNotFoundError(f"no {path} (nor {as_csv.name} beside it)")
     with parsed(f"{path} is not a readable workbook", f"Save it as {as_csv}."):
