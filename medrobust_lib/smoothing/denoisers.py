@@ -145,11 +145,12 @@ class DnCNNDenoiser:
         """
         header, tensors = _read(Path(path), "dncnn")
         networks = {}
-        for sigma, architecture in header["architectures"].items():
-            prefix = f"{sigma}/"
-            weights = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
-            networks[float(sigma)] = _filled(DnCNN, architecture, weights, Path(path))
-        return cls(networks, header["objective"], header["provenance"])
+        with explained_errors(str(path)):
+            for sigma, architecture in header["architectures"].items():
+                start = f"{sigma}/"
+                weights = {name.removeprefix(start): value for name, value in tensors.items() if name.startswith(start)}
+                networks[float(sigma)] = _filled(DnCNN, architecture, weights)
+            return cls(networks, header["objective"], header["provenance"])
 
 
 @dataclass(frozen=True, eq=False)
@@ -254,8 +255,9 @@ class DiffusionDenoiser:
             The file is damaged or holds something else.
         """
         header, tensors = _read(Path(path), "diffusion")
-        network = _filled(UNet, header["architecture"], tensors, Path(path))
-        return cls(network, tuple(header["sigma_range"]), header["timestep"], header["provenance"])
+        with explained_errors(str(path)):
+            network = _filled(UNet, header["architecture"], tensors)
+            return cls(network, tuple(header["sigma_range"]), header["timestep"], header["provenance"])
 
 
 def load_demo_denoisers(kind: str) -> DnCNNDenoiser | DiffusionDenoiser:
@@ -320,11 +322,8 @@ def _read(path: Path, kind: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
     return header, tensors
 
 
-def _filled(
-    kind: type[nn.Module], architecture: Mapping[str, Any], weights: Mapping[str, Tensor], path: Path
-) -> nn.Module:
+def _filled(kind: type[nn.Module], architecture: Mapping[str, Any], weights: Mapping[str, Tensor]) -> nn.Module:
     with torch.random.fork_rng(devices=[]):  # layers draw weights from the global stream when they are built
         network = kind(**architecture)
-    with explained_errors(str(path)):
-        network.load_state_dict(weights)
+    network.load_state_dict(weights)
     return network

@@ -6,6 +6,7 @@ import pickle
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -535,6 +536,28 @@ def test_no_shipped_denoiser_has_seen_anything_but_the_train_split():
         denoise = load_demo_denoisers(kind)
         origins = [denoise.provenance] if kind == "diffusion" else denoise.provenance.values()
         assert {(origin["dataset"], origin["split"]) for origin in origins} == {("phantom/histology", "train")}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"architecture": {"width": 8, "depth": 3}}, "TypeError: .*unexpected keyword argument 'depth'"),
+        ({"architecture": None}, "TypeError"),
+        ({"timestep": "random"}, "unknown timestep 'random'"),
+        ({"sigma_range": 3}, "TypeError"),
+    ],
+)
+def test_a_header_that_cannot_be_followed_is_refused(tmp_path, change, message):
+    path = DiffusionDenoiser(UNet(width=8), (0.1, 1.0)).save(tmp_path / "mine.safetensors")
+    with safe_open(path, framework="pt") as file:
+        (key, header), *_ = file.metadata().items()
+    save_file(load_file(path), path, metadata={key: json.dumps(json.loads(header) | change)})
+    with pytest.raises(ValueError, match=message):
+        DiffusionDenoiser.load(path)
+    kept = {name: value for name, value in json.loads(header).items() if name not in change}
+    save_file(load_file(path), path, metadata={key: json.dumps(kept)})
+    with pytest.raises(ValueError, match=f"mine.safetensors: KeyError: '{next(iter(change))}'"):
+        DiffusionDenoiser.load(path)
 
 
 def test_demo_files_are_checked(monkeypatch, tmp_path):
