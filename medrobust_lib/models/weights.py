@@ -232,7 +232,8 @@ def explained_errors(source: str) -> Iterator[None]:
             raise ValueError(f"cannot read the weights of {source}, the file is damaged: {message}") from error
         raise
     except (SafetensorError, UnpicklingError, EOFError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0].partition(" This file can still")[0]
+        refused = re.search(r"GLOBAL (\S+)", str(error))  # torch names what it did not unpickle far below
+        reason = refused[1] if refused else (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(
             f"cannot read the weights of {source}, the file is damaged or holds more than tensors, which may run code: "
             f"{reason.rstrip('.')}. Fetch it again, or save model.state_dict() alone where it comes from"
