@@ -15,6 +15,7 @@ from medrobust_lib.plots.style import (
     CLASS_COLOURS,
     CORRECT,
     MARKERS,
+    MOST_CLASSES,
     PALETTE,
     REFERENCE,
     leading,
@@ -163,7 +164,7 @@ def plot_prediction_shares(table: pd.DataFrame, ax: Axes) -> None:
     Of many classes the rarer answers are added up.
     """
     wide = table.pivot(index="sigma", columns="class", values="share")[list(table["class"].unique())]
-    kept = leading(wide.max())
+    kept = leading(wide.max(), most=MOST_CLASSES // 2)  # their names stand above each other beside the bars
     if len(kept) < wide.shape[1]:
         kept = kept[wide.max().iloc[kept] > 0]
         rest = wide.drop(columns=wide.columns[kept]).sum(axis=1)
