@@ -436,6 +436,18 @@ def test_own_images_are_found_and_their_prompts_checked_before_a_kernel_starts(o
     assert parameters.assign_parameters(own, {"images": "", "fraction": 0.5})["07"] == {"images": "", "fraction": 0.5}
 
 
+def test_class_folders_may_be_called_yes_and_01(own, tmp_path):
+    for name in ("yes", "01"):
+        (tmp_path / "set" / name).mkdir(parents=True)
+        Image.new("RGB", (16, 16)).save(tmp_path / "set" / name / "0.png")
+    typed = [f"images=folder:{tmp_path / 'set'}", "prompts={yes: a polyp: raised, 01: none}"]
+    with pytest.raises(ValueError, match="no valid YAML.*in quotes"):
+        parameters.assign_parameters(own, parameters.parse_parameters(typed))
+    typed[1] = "prompts={yes: 'a polyp: raised', 01: none}"
+    given = parameters.assign_parameters(own, parameters.parse_parameters(typed))["07"]
+    assert given["prompts"] == {"yes": "a polyp: raised", "01": "none"}
+
+
 @pytest.mark.parametrize(
     ("given", "error", "message"),
     [
