@@ -150,7 +150,7 @@ def named_when_full(path: Path, what: str) -> Iterator[None]:
         if error.errno in _NO_ROOM:
             reason = "the system allows no larger file" if error.errno == errno.EFBIG else "the disk is full"
             raise disk_full(path, f"{reason}: {what}") from error
-        if error.errno is not None and error.filename is None:
+        if error.errno in _REMEDIES and error.filename is None:  # not those of a network, which have no place
             error.filename = str(path)
         raise
 

@@ -23,6 +23,9 @@ from medrobust_lib.parameters import assign_parameters
 
 KERNEL = "python3"
 THREADS_VARIABLE = "OMP_NUM_THREADS"
+# An error of the system as Python writes it: number, words, and the last of its paths.
+_QUOTED = r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*\""""
+_REFUSED = re.compile(rf"\[Errno (\d{{1,4}})\] (.*?)(?:: (?:.* -> )?({_QUOTED}))?", re.DOTALL)
 
 
 class NotebookError(RuntimeError):
@@ -348,7 +351,7 @@ def environment_variables(variables: Mapping[str, str]) -> Iterator[None]:
 def _readable(error: Any, source: Path, target: Path) -> str:
     """The failing cell, its error and where the half-executed notebook lies; one line for an error of the system."""
     kept = f"the notebook up to there: {target}"
-    if refused := re.fullmatch(r"\[Errno (\d+)\] (.*?)(?:: (?:.* -> )?('.*'|\".*\"))?", error.evalue, re.DOTALL):
+    if refused := _REFUSED.fullmatch(error.evalue):
         place = ast.literal_eval(refused[3]) if refused[3] else None
         reason = told(OSError(int(refused[1]), refused[2], place))
         return f"{source.name} failed in cell {error.exec_count}: {reason}; {kept}"

@@ -3,6 +3,7 @@ import sys
 
 import nbformat
 import pytest
+from papermill.exceptions import PapermillExecutionError
 
 from medrobust_lib import runner
 from medrobust_lib.experiments import HEADLESS_VARIABLE, RUN_DIR_VARIABLE
@@ -56,6 +57,42 @@ def test_failure_shows_the_cell_and_keeps_the_notebook(tmp_path, write_notebook)
     assert "    divided = before / 0" in message
     assert "\x1b" not in message
     assert (tmp_path / "out" / "notebooks" / "01_first.ipynb").exists()
+
+
+@pytest.mark.parametrize(
+    ("evalue", "reason"),
+    [
+        ("[Errno 30] Read-only file system: '/a'", "/a: read-only file system; name another place"),
+        (f"[Errno 13] Permission denied: {chr(34)}/it's{chr(34)}", "/it's: permission denied; change its permissions"),
+        ("[Errno 21] Is a directory: '/a.part' -> '/a\\\\b'", "/a\\b: is a directory; name a file"),
+        ("[Errno 28] No space left on device", "no space left on device; free some"),
+        ("[Errno 2] neither: 'a' nor 'b'", "neither: 'a' nor 'b'"),
+        ("[Errno 2] words of its own: 'a'", "a: words of its own"),
+        ("no number", None),
+        ("[Errno 99999999999999999999] x", None),
+        ("", None),
+    ],
+)
+def test_an_error_of_the_system_in_a_cell_is_one_line(notebooks, tmp_path, monkeypatch, evalue, reason):
+    def fail(*_, **__):
+        raise PapermillExecutionError(2, 2, "run()", "OSError", evalue, ["Traceback", "the end"])
+
+    monkeypatch.setattr("papermill.execute_notebook", fail)
+    with pytest.raises(runner.NotebookError) as caught:
+        runner.run_notebooks({"01": notebooks["01"]}, {}, tmp_path / "out", announce=lambda _: None)
+    message = str(caught.value)
+    assert message.endswith(f"the notebook up to there: {tmp_path / 'out' / 'notebooks' / '01_first.ipynb'}")
+    if reason is None:
+        assert f"01_first.ipynb failed in cell 2 with OSError: {evalue}\nthe cell:\n    run()\n" in message
+    else:
+        assert message.startswith(f"01_first.ipynb failed in cell 2: {reason}") and "\n" not in message
+
+
+def test_ctrl_c_survives_the_way_back_from_a_worker(tmp_path):
+    import cloudpickle
+
+    stopped = cloudpickle.loads(cloudpickle.dumps(runner.RunStopped("what is kept", tmp_path, ["02"])))
+    assert (str(stopped), stopped.run_dir, stopped.left) == ("what is kept", tmp_path, ("02",))
 
 
 def test_notebooks_run_side_by_side_and_share_the_cores(tmp_path, write_notebook, monkeypatch):
