@@ -25,6 +25,8 @@ def test_notebooks_are_found_by_number_with_or_without_zero(notebooks, tmp_path)
 def test_unknown_notebook_and_empty_folder_are_named(notebooks, tmp_path):
     with pytest.raises(ValueError, match="unknown notebook '7'; there are 01, 02"):
         runner.find_notebooks(["7"], folder=tmp_path)
+    with pytest.raises(ValueError, match=r"unknown notebook '0.25\]'; there are 01, 02. Quotes keep a value"):
+        runner.find_notebooks(["01", "0.25]"], folder=tmp_path)  # -p sigmas=[0.1, 0.25] without quotes
     with pytest.raises(FileNotFoundError, match="no notebooks in .*pass --notebooks FOLDER"):
         runner.find_notebooks(folder=tmp_path / "empty")
 
