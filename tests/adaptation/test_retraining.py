@@ -61,7 +61,7 @@ class FixedEncoder(LetterEncoder):
     """An image tower without anything to train."""
 
     def _image_features(self, pixels):
-        return pixels.flatten(1)[:, :8]
+        return pixels.flatten(1)[:, :8] + 1  # mid-grey, which is zero, has a direction as well
 
 
 def patterns(seed, n=72, split="train"):
