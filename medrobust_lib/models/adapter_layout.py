@@ -1,5 +1,6 @@
 """Which layers of an image tower low-rank adapters go to."""
 
+import contextlib
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -8,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from medrobust_lib.models.dual_encoder import DualEncoder
+from medrobust_lib.models.dual_encoder import BrokenFeaturesError, DualEncoder
 from medrobust_lib.models.qkv import is_fused
 
 Kind = Literal["query, key, value", "convolutions"]
@@ -99,7 +100,8 @@ def _run(model: DualEncoder, encode: Callable[[], Tensor]) -> set[str]:
         layer.register_forward_hook(note(name)) for name, layer in model.named_modules() if isinstance(layer, kinds)
     ]
     try:
-        encode()
+        with contextlib.suppress(BrokenFeaturesError):  # which layers run is asked, not what they give
+            encode()
     finally:
         for hook in hooks:
             hook.remove()
