@@ -5,17 +5,14 @@ vision-language model convenient: there is one more set of image weights for eve
 """
 
 import copy
-import json
 import math
 import time
 import warnings
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, safe_open
 from torch import Tensor
 from torch.nn import functional
 
@@ -23,15 +20,12 @@ from medrobust_lib.data.dataset import ImageDataset
 from medrobust_lib.experiments import progress
 from medrobust_lib.models.dual_encoder import DualEncoder
 from medrobust_lib.models.image_tower import ImageTower, find_image_tower
-from medrobust_lib.models.tensor_files import write_tensors
-from medrobust_lib.models.weights import explained_errors, fingerprint
+from medrobust_lib.models.weights import fingerprint
 from medrobust_lib.smoothing.noise import NoiseStream, noisy_copies
 from medrobust_lib.smoothing.prompts import draw_shots
 from medrobust_lib.smoothing.votes import check_not_training
 
 _METHOD = "noise-augmented re-training"
-_FORMAT = 1
-_HEADER = "retrained"
 
 
 def retrain_on_noise(
@@ -146,73 +140,6 @@ def retrain_on_noise(
     return retrained
 
 
-def save_retrained(model: DualEncoder, path: Path | str) -> Path:
-    """Write the image tower of a re-trained model as one safetensors file, its provenance as JSON in the header.
-
-    Raises
-    ------
-    ValueError
-        The model does not come from `retrain_on_noise`.
-    """
-    if model.provenance.get("method") != _METHOD:
-        raise ValueError(f"{model.id!r} is not re-trained, so there is nothing to save; retrain_on_noise makes one")
-    path = Path(path)
-    with torch.inference_mode(False), torch.enable_grad():
-        tensors = find_image_tower(copy.deepcopy(model)).tensors()
-    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    header = {
-        "format": _FORMAT, "id": model.id, "provenance": model.provenance, "tensors": _fingerprint_of_named(plain),
-    }  # fmt: skip
-    write_tensors(path, plain, key=_HEADER, header=header)
-    return path
-
-
-def load_retrained(path: Path | str, base_model: DualEncoder) -> DualEncoder:
-    """Put a saved image tower into a copy of the model that it was trained from.
-
-    Parameters
-    ----------
-    path : path
-        What `save_retrained` wrote.
-    base_model : DualEncoder
-        The same model with the same weights in the same type; not changed.
-
-    Returns
-    -------
-    DualEncoder
-        A frozen copy in evaluation mode, on the device of `base_model`.
-
-    Raises
-    ------
-    FileNotFoundError
-        No such file.
-    ValueError
-        The file is damaged or holds something else, or it was trained from another model or other weights.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"no re-trained image tower at {path}; save_retrained writes one")
-    with explained_errors(str(path)):
-        with safe_open(path, framework="pt") as file:
-            header = json.loads((file.metadata() or {}).get(_HEADER, "{}"))
-        tensors = load_file(path)
-    if header.get("format") != _FORMAT:
-        raise ValueError(f"{path} holds no re-trained image tower of format {_FORMAT}; save_retrained writes one")
-    if header["tensors"] != _fingerprint_of_named(tensors):
-        raise ValueError(f"{path} is damaged: its tensors are not those that were saved; train again or copy it anew")
-    wanted, given = ({key: origin[key] for key in ("id", "dtype", "weights")} for origin in (
-        header["provenance"]["base"], _identity(base_model)
-    ))  # fmt: skip
-    if wanted != given:
-        raise ValueError(f"{path} was trained from {_described(wanted)}, not from {_described(given)}; load that model")
-    with torch.inference_mode(False):
-        retrained = copy.deepcopy(base_model).eval().requires_grad_(False)
-    with explained_errors(str(path)):
-        retrained.load_state_dict(retrained.state_dict() | tensors)
-    retrained.id, retrained.provenance = header["id"], header["provenance"]
-    return retrained
-
-
 def _check_batches(tower: ImageTower, images: int, batch_size: int) -> None:
     """Refuse steps of one image where their statistics are needed."""
     if tower.norms and images // math.ceil(images / batch_size) < 2:
@@ -287,13 +214,3 @@ def _identity(model: DualEncoder) -> dict[str, str]:
         "dtype": str(model.dtype).removeprefix("torch."),
         "weights": fingerprint(list(model.state_dict().values())),
     }
-
-
-def _described(identity: dict[str, str]) -> str:
-    return f"{identity['id']!r} in {identity['dtype']} with weights {identity['weights']}"
-
-
-def _fingerprint_of_named(tensors: dict[str, Tensor]) -> str:
-    names = sorted(tensors)
-    listing = torch.tensor(list("\n".join(names).encode()), dtype=torch.uint8)
-    return fingerprint([listing, *(tensors[name] for name in names)])

@@ -1,4 +1,4 @@
-"""Language models as judges: oracles whose answers come from any callable, a local pipeline or an HTTP endpoint.
+"""Language models as judges: oracles whose answers come from any callable or an HTTP endpoint.
 
 A judge is not proof against what it reads: the fence around a text only makes it harder for the text to give orders.
 The certificate covers that, for it is about the model together with this judge, at this version.
@@ -9,7 +9,6 @@ import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 from urllib.parse import urlsplit
 
 import requests
@@ -34,7 +33,7 @@ class JudgeOracle:
     Parameters
     ----------
     ask : callable
-        From n prompts to n replies, such as `pipeline_judge` and `chat_endpoint` make.
+        From n prompts to n replies, such as `chat_endpoint` makes.
     labels : sequence of str
         At least two, distinct whatever their case.
     instruction : str
@@ -158,59 +157,6 @@ def _version(ask: Ask, version: str | None, prompt: str) -> str:
     if not model:
         raise ValueError("version is missing, and ask has none; name the judging model and its weights: version='...'")
     return f"{model}, prompt {fingerprint(_READING, prompt)}"
-
-
-def pipeline_judge(pipeline: Any, *, max_new_tokens: int = 32) -> Ask:
-    """Ask a text-generation pipeline of transformers: chat template, greedy, one prompt at a time.
-
-    Prompts are never batched together, as padding could change a reply.
-
-    Parameters
-    ----------
-    pipeline : transformers.TextGenerationPipeline
-        Its tokenizer has a chat template.
-    max_new_tokens : int
-        Where a reply is cut off.
-
-    Returns
-    -------
-    callable
-        Its `version` names the model, its commit where known, and its dtype.
-
-    Raises
-    ------
-    ValueError
-        The tokenizer has no chat template.
-    """
-    if getattr(pipeline.tokenizer, "chat_template", None) is None:
-        raise ValueError("the pipeline's tokenizer has no chat template; choose a model that was tuned to chat")
-    return _PipelineJudge(pipeline, max_new_tokens)
-
-
-@dataclass(frozen=True)
-class _PipelineJudge:
-    pipeline: Any = field(repr=False)
-    max_new_tokens: int
-
-    @property
-    def version(self) -> str:
-        model = self.pipeline.model
-        commit = getattr(model.config, "_commit_hash", None) or "unknown commit"
-        return f"{model.name_or_path or type(model).__name__} ({commit}, {model.dtype}), {self.max_new_tokens} tokens"
-
-    def __call__(self, prompts: Sequence[str]) -> list[str | None]:
-        if not prompts:
-            return []
-        chats = [[{"role": "user", "content": prompt}] for prompt in prompts]
-        replies = self.pipeline(
-            chats,
-            do_sample=False,
-            num_beams=1,
-            max_new_tokens=self.max_new_tokens,
-            return_full_text=False,
-            batch_size=1,
-        )
-        return [reply[0]["generated_text"] for reply in replies]
 
 
 def chat_endpoint(

@@ -16,8 +16,6 @@ __all__ = [
     "check_draws",
     "check_sigma",
     "checked_probabilities",
-    "draws_for_radius",
-    "draws_for_ratio",
     "expected_radius",
     "lower_confidence_bound",
     "maximum_radius",
@@ -30,8 +28,6 @@ __all__ = [
     "upper_confidence_bound",
 ]
 
-_SCAN = 4096  # sample sizes evaluated at a time when the smallest sufficient one is looked for
-_LARGEST_PLAN = 10_000_000
 _LARGEST_SIGMA = 10.0  # no image survives this; 0 to 255 units begin here
 
 
@@ -222,47 +218,6 @@ def probability_of_radius(p: ArrayLike, n: ArrayLike, alpha: float, *, radius: f
     return binom.sf(np.asarray(minimum_count(n, alpha, radius=radius, sigma=sigma)) - 1, n, checked_probabilities(p))
 
 
-def draws_for_radius(radius: float, sigma: float, *, p: float, alpha: float, power: float = 0.5) -> int:
-    """Fewest fixed draws that certify a radius with a wanted probability.
-
-    Parameters
-    ----------
-    radius, sigma : float
-        Wanted L2 radius and noise level.
-    p : float in (0, 1]
-        True probability of the predicted class under noise.
-    alpha : float in (0, 1)
-    power : float in (0, 1)
-        Wanted probability of success. It is a saw-tooth in n, so slightly more draws may have slightly less of it.
-
-    Returns
-    -------
-    int
-
-    Raises
-    ------
-    ValueError
-        The radius exceeds what p allows however many draws are made, or needs more than ten million.
-    """
-    if not 0 < power < 1:
-        raise ValueError(f"power={power}: the wanted probability of success lies in (0, 1)")
-    needed = needed_probability(radius, sigma)
-    if not needed < p <= 1:
-        raise ValueError(
-            f"radius {radius} at sigma {sigma} needs a probability above {needed:.6g}, p={p} never certifies it; "
-            f"ask for at most {certified_radius(p, sigma):.4g} or use a larger sigma"
-        )
-    # The probability of success is a saw-tooth in n, so the smallest n is found by a scan, not by bisection.
-    for start in range(minimum_draws(alpha, radius=radius, sigma=sigma), _LARGEST_PLAN, _SCAN):
-        n = np.arange(start, start + _SCAN)
-        enough = np.flatnonzero(probability_of_radius(p, n, alpha, radius=radius, sigma=sigma) >= power)
-        if len(enough):
-            return int(n[enough[0]])
-    raise ValueError(
-        f"radius {radius} at sigma {sigma} with p={p} needs more than {_LARGEST_PLAN:,} draws; ask for a smaller radius"
-    )
-
-
 def radius_ratio_rule(n: ArrayLike, alpha: float) -> float | NDArray[np.float64]:
     """Share of the ideal radius that n draws keep on average, by the published rule of thumb.
 
@@ -299,52 +254,6 @@ def ratio_constant(p: ArrayLike) -> float:
     p = _plannable(p)
     quantile = norm.ppf(p)
     return float(np.mean(np.sqrt(p * (1 - p)) / norm.pdf(quantile)) / np.mean(quantile))
-
-
-def draws_for_ratio(ratio: float, alpha: float, *, p: ArrayLike | None = None) -> int:
-    """Draws that keep a share of the ideal radius (that of infinitely many draws) on average.
-
-    Parameters
-    ----------
-    ratio : float in (0, 1)
-    alpha : float in (0, 1)
-    p : float or array of float, optional
-        True probabilities to average over, each above one half; None applies `radius_ratio_rule`.
-
-    Returns
-    -------
-    int
-
-    Raises
-    ------
-    ValueError
-        ratio or p out of range, or more than ten million draws needed.
-    """
-    if not 0 < ratio < 1:
-        raise ValueError(f"ratio={ratio}: the share of the ideal radius lies in (0, 1)")
-    check_alpha(alpha)
-    if p is None:
-        return _affordable(math.ceil((1.64 * norm.isf(alpha) / (1 - ratio)) ** 2), ratio)
-    p = _plannable(p)
-    ideal = float(np.mean(certified_radius(p, 1.0)))
-
-    def keeps(n: int) -> bool:
-        return float(np.mean(expected_radius(p, n, alpha))) >= ratio * ideal
-
-    high = minimum_draws(alpha)
-    while not keeps(high):
-        high = _affordable(2 * high, ratio)
-    low = high // 2
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (low, middle) if keeps(middle) else (middle, high)
-    return high
-
-
-def _affordable(n: int, ratio: float) -> int:
-    if n > _LARGEST_PLAN:
-        raise ValueError(f"ratio {ratio} needs more than {_LARGEST_PLAN:,} draws; ask for less")
-    return n
 
 
 def _plannable(p: ArrayLike) -> NDArray[np.float64]:

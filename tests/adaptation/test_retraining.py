@@ -6,11 +6,10 @@ import json
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, safe_open, save_file
 from torch import nn
 
 import medrobust_lib as mr
-from medrobust_lib.adaptation.retraining import load_retrained, retrain_on_noise, save_retrained
+from medrobust_lib.adaptation.retraining import retrain_on_noise
 from medrobust_lib.data.dataset import ImageDataset
 from medrobust_lib.models.dual_encoder import DualEncoder, Preprocessing, Tokens
 from medrobust_lib.smoothing.noise import NoiseStream, noisy_features
@@ -300,60 +299,3 @@ def test_data_and_models_that_cannot_be_trained_are_refused(model, train):
         retrain_on_noise(LetterEncoder().train(), train, sigma=SIGMA)
     with pytest.raises(ValueError, match="letters: image features depend on no parameter of their own"):
         retrain_on_noise(FixedEncoder(), train, sigma=SIGMA)
-
-
-# Files
-
-
-def test_a_saved_image_tower_gives_identical_features(model, train, retrained, tmp_path):
-    path = save_retrained(retrained, tmp_path / "below" / "tower.safetensors")
-    again = load_retrained(path, model)
-    pixels = model.prepare(train.images[:5])
-    assert torch.equal(again.encode_image(pixels), retrained.encode_image(pixels))
-    assert not changed(again.state_dict(), retrained.state_dict())
-    assert (again.id, again.provenance) == (retrained.id, retrained.provenance)
-    assert not again.training and model.id == "letters"
-    assert not any(parameter.requires_grad for parameter in again.parameters())
-    assert set(load_file(path)) == changed(model.state_dict(), retrained.state_dict())
-    assert [file.name for file in path.parent.iterdir()] == ["tower.safetensors"]
-
-
-def test_another_base_is_refused_with_both_named(retrained, tmp_path):
-    path = save_retrained(retrained, tmp_path / "tower.safetensors")
-    with pytest.raises(ValueError, match="trained from 'letters' in float32 with weights .* not from 'letters' in flo"):
-        load_retrained(path, LetterEncoder(seed=1))
-    with pytest.raises(ValueError, match="not from 'letters' in bfloat16"):
-        load_retrained(path, LetterEncoder().to(torch.bfloat16))
-    other = LetterEncoder()
-    other.id = "numbers"
-    with pytest.raises(ValueError, match="trained from 'letters' .* not from 'numbers'"):
-        load_retrained(path, other)
-
-
-def test_only_retrained_models_are_saved(model, tmp_path):
-    with pytest.raises(ValueError, match="'letters' is not re-trained"):
-        save_retrained(model, tmp_path / "tower.safetensors")
-    assert not list(tmp_path.iterdir())
-
-
-def test_damaged_and_foreign_files_are_explained(model, retrained, tmp_path):
-    path = save_retrained(retrained, tmp_path / "tower.safetensors")
-    whole = path.read_bytes()
-    with pytest.raises(FileNotFoundError, match=r"no re-trained image tower at .*missing.safetensors"):
-        load_retrained(tmp_path / "missing.safetensors", model)
-    path.write_bytes(whole[:-10])
-    with pytest.raises(ValueError, match=r"cannot read the weights of .*tower.safetensors, the file is damaged"):
-        load_retrained(path, model)
-    path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
-    with pytest.raises(ValueError, match=r"tower.safetensors is damaged: its tensors are not those that were saved"):
-        load_retrained(path, model)
-    path.write_bytes(whole)
-    with safe_open(path, framework="pt") as file:
-        header = file.metadata()
-    some = dict(list(load_file(path).items())[:-1])
-    save_file(some, path, metadata=header)
-    with pytest.raises(ValueError, match="is damaged: its tensors"):
-        load_retrained(path, model)
-    save_file({"x": torch.zeros(1)}, path)
-    with pytest.raises(ValueError, match="holds no re-trained image tower of format 1"):
-        load_retrained(path, model)

@@ -5,12 +5,11 @@ import pickle
 import re
 import socket
 import threading
-from unittest.mock import Mock
 
 import pytest
 
 from medrobust_lib.generative import judge
-from medrobust_lib.generative.judge import JudgeEquivalence, JudgeOracle, chat_endpoint, pipeline_judge
+from medrobust_lib.generative.judge import JudgeEquivalence, JudgeOracle, chat_endpoint
 from medrobust_lib.generative.oracle import OracleUnavailableError, judged
 
 KEY = "sk-do-not-show-me-1234"
@@ -129,55 +128,6 @@ def test_equivalence_is_a_yes_or_a_no():
     for prompt, text in zip(ask.prompts, ["t1", "t2", "t3", "t4", "t5"], strict=True):
         assert prompt.index("Text A:") < prompt.index("the representative") < prompt.index("Text B:")
         assert prompt.index("Text B:") < prompt.index(text)
-
-
-# A local pipeline
-
-
-@pytest.fixture(scope="module")
-def pipeline():
-    import torch
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, TextGenerationPipeline
-
-    words = ["<unk>", "<eos>", "user", "assistant", "safe", "unsafe", *"abcdefghijklmnopqrstuvwxyz"]
-    base = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
-    base.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=base, unk_token="<unk>", eos_token="<eos>", pad_token="<eos>", model_max_length=512
-    )
-    tokenizer.chat_template = "{% for m in messages %}{{ m.role }} {{ m.content }} {% endfor %}assistant"
-    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-    special = {"bos_token_id": 1, "eos_token_id": 1, "pad_token_id": 1}
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = LlamaForCausalLM(LlamaConfig(vocab_size=len(words), **sizes, **special)).eval()
-    return TextGenerationPipeline(model=model, tokenizer=tokenizer, device="cpu")
-
-
-def test_a_pipeline_gives_new_text_only_and_the_same_for_any_company(pipeline):
-    ask = pipeline_judge(pipeline, max_new_tokens=4)
-    together = ask(["a b c", "d", "e f g h i j k"])
-    assert together == [ask([prompt])[0] for prompt in ["a b c", "d", "e f g h i j k"]]
-    assert all(0 < len(reply.split()) <= 4 and "user" not in reply for reply in together)
-    assert ask([]) == []
-
-
-def test_a_pipeline_decodes_greedily_and_without_padding():
-    pipeline = Mock(return_value=[[{"generated_text": "safe"}]])
-    assert pipeline_judge(pipeline)(["p"]) == ["safe"]
-    assert {"do_sample": False, "num_beams": 1, "batch_size": 1}.items() <= pipeline.call_args.kwargs.items()
-
-
-def test_a_pipeline_serves_as_a_judge(pipeline):
-    oracle = JudgeOracle(pipeline_judge(pipeline), LABELS)
-    assert set(judged(oracle, ["a", "b"]).labels) <= {*LABELS, None}
-    assert oracle.version.startswith("LlamaForCausalLM (unknown commit, torch.float32), 32 tokens, prompt ")
-
-
-def test_a_pipeline_that_cannot_chat_is_refused():
-    with pytest.raises(ValueError, match="no chat template"):
-        pipeline_judge(Mock(**{"tokenizer.chat_template": None}))
 
 
 # An HTTP endpoint
