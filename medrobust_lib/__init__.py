@@ -8,6 +8,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 from medrobust_lib._torchvision import install_guard
+from medrobust_lib.places import VERSION
 
 if TYPE_CHECKING:
     from medrobust_lib.corruptions.benchmark import corrupted
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from medrobust_lib.smoothing.certify import certify, predict
     from medrobust_lib.smoothing.study import certify_dataset
 
-__version__ = "0.1.0"
+__version__ = VERSION
 __all__ = [
     "SUITES",
     "Certificate",

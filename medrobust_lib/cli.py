@@ -90,7 +90,8 @@ def models(
     """List the models that `load_model` knows, and the generative ones of `load_vlm`."""
     import pandas as pd
 
-    from medrobust_lib import list_models, list_vlms
+    from medrobust_lib.models.registry import list_models
+    from medrobust_lib.models.vlm_registry import list_vlms
     from medrobust_lib.terminal import show, show_json
 
     tables = {"models": list_models(), "generative models (vlm)": list_vlms()}
@@ -107,8 +108,8 @@ def datasets(
     as_json: Annotated[bool, typer.Option("--json", help="JSON instead of a table.")] = False,
 ) -> None:
     """List the data sets that `load_dataset` knows, and the scenarios of MM-SafetyBench for notebook 06."""
-    from medrobust_lib import list_datasets
     from medrobust_lib.data.mm_safetybench import PREFIX, list_scenarios
+    from medrobust_lib.data.registry import list_datasets
     from medrobust_lib.terminal import show, show_json
 
     if root is not None:
@@ -139,7 +140,8 @@ def leaderboard(
     import difflib
 
     from medrobust_lib import experiments
-    from medrobust_lib.experiments.cards import BY_HAND, default_runs_dir
+    from medrobust_lib.experiments.cards import BY_HAND
+    from medrobust_lib.places import default_runs_dir
     from medrobust_lib.terminal import show_json, show_ranking
 
     folder = default_runs_dir() if runs is None else runs

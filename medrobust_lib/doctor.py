@@ -11,8 +11,9 @@ from pathlib import Path
 import numpy as np
 
 from medrobust_lib import _torchvision, runner
-from medrobust_lib.experiments import project_root, write_text_atomically
+from medrobust_lib.experiments import write_text_atomically
 from medrobust_lib.files import told
+from medrobust_lib.places import project_root
 
 REFERENCE_FILE = Path(__file__).parent / "models" / "demo" / "clip" / "reference_prediction.json"
 REFERENCE_DATASET = "phantom/blood"
@@ -42,7 +43,8 @@ def examine() -> Iterator[Finding]:
 
 def reference_prediction() -> dict[str, object]:
     """Probabilities of demo-clip on eight images of ``phantom/blood``, on the CPU in float32."""
-    from medrobust_lib import load_dataset, load_model
+    from medrobust_lib.data.registry import load_dataset
+    from medrobust_lib.models.registry import load_model
 
     model = load_model("demo-clip", device="cpu", dtype="float32")
     data = load_dataset(REFERENCE_DATASET, n=REFERENCE_IMAGES)
@@ -109,7 +111,8 @@ def _accelerator() -> str:
 def _weights() -> str:
     import pandas as pd
 
-    from medrobust_lib import list_models, list_vlms
+    from medrobust_lib.models.registry import list_models
+    from medrobust_lib.models.vlm_registry import list_vlms
 
     models = pd.concat([table[["id", "available_offline"]] for table in (list_models(), list_vlms())])
     found = models[models["available_offline"]]["id"].tolist()
@@ -117,7 +120,7 @@ def _weights() -> str:
 
 
 def _data() -> str:
-    from medrobust_lib import list_datasets
+    from medrobust_lib.data.registry import list_datasets
 
     datasets = list_datasets()
     downloaded = [i for i in datasets[datasets["available"]]["id"] if not i.startswith("phantom/")]

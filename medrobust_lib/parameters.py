@@ -14,6 +14,7 @@ from typing import Any, Optional, Union, get_args, get_origin
 import yaml
 
 from medrobust_lib.files import parsed
+from medrobust_lib.places import default_weights_dir
 
 MODEL_PARAMETERS = ("model", "models", "compare_with")
 VLM_PARAMETERS = ("vlm",)
@@ -359,7 +360,7 @@ def check_models(ids: Collection[str]) -> None:
         return
     from huggingface_hub import constants
 
-    from medrobust_lib.models.registry import available_offline, check_kind, default_weights_dir, find_model
+    from medrobust_lib.models.registry import available_offline, check_kind, find_model
 
     for id in sorted(ids):
         entry = find_model(id)
@@ -377,7 +378,6 @@ def _check_vlms(ids: Collection[str]) -> None:
     from huggingface_hub import constants
 
     from medrobust_lib.models.catalogue import BUILT_IN
-    from medrobust_lib.models.registry import default_weights_dir
     from medrobust_lib.models.vlm_catalogue import find_vlm
     from medrobust_lib.models.vlm_registry import check_vlm, vlm_available_offline
 

@@ -16,10 +16,10 @@ from typing import Any
 
 from jupyter_client import AsyncKernelManager
 
-from medrobust_lib.experiments import HEADLESS_VARIABLE, RUN_DIR_VARIABLE, map_items, project_root
-from medrobust_lib.experiments.cards import default_runs_dir
+from medrobust_lib.experiments import HEADLESS_VARIABLE, RUN_DIR_VARIABLE, map_items
 from medrobust_lib.files import named_when_full, told
 from medrobust_lib.parameters import assign_parameters
+from medrobust_lib.places import default_runs_dir, project_root
 
 KERNEL = "python3"
 THREADS_VARIABLE = "OMP_NUM_THREADS"

@@ -20,7 +20,6 @@ import pandas as pd
 from numpy.typing import NDArray
 from PIL import Image
 
-from medrobust_lib import __version__
 from medrobust_lib.corruptions.corrupt import corrupt
 from medrobust_lib.corruptions.layouts import (
     DESCRIPTION,
@@ -41,6 +40,7 @@ from medrobust_lib.data.registry import load_dataset
 from medrobust_lib.downloads import file_sha256
 from medrobust_lib.experiments import RowStore, map_items, open_store, progress
 from medrobust_lib.files import disk_full, size_text, whole_file
+from medrobust_lib.places import VERSION
 
 __all__ = ["BenchmarkPlan", "check_benchmark", "corrupted", "plan_benchmark", "read_corrupted", "write_benchmark"]
 
@@ -335,7 +335,7 @@ def _row(folder: Path, file: PlannedFile, split: str) -> dict[str, Any]:
 def _makers() -> str:
     """Versions that the bytes may depend on."""
     others = (f"{package} {version(package)}" for package in ("numpy", "scipy", "pillow"))
-    return ", ".join([f"medrobust {__version__}", *others])
+    return ", ".join([f"medrobust {VERSION}", *others])
 
 
 def _recorded(store: RowStore) -> dict[str, dict[str, Any]]:

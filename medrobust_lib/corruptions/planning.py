@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, get_args
 
-from medrobust_lib import __version__
 from medrobust_lib.corruptions.layouts import (
     CLEAN,
     DESCRIPTION,
@@ -18,6 +17,7 @@ from medrobust_lib.corruptions.suites import SEVERITIES, Suite, check_severity, 
 from medrobust_lib.data.registry import load_dataset
 from medrobust_lib.data.wording import suggest
 from medrobust_lib.files import size_text
+from medrobust_lib.places import VERSION
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ def plan_benchmark(
         "seed": seed,
         "n": n,
         "image_size": image_size,
-        "library": __version__,
+        "library": VERSION,
     }
     files: dict[str, tuple[PlannedFile, ...]] = {}
     for name in dict.fromkeys([datasets] if isinstance(datasets, str) else datasets):

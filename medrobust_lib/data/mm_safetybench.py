@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 
 from medrobust_lib.data.dataset import stratified_positions
 from medrobust_lib.data.decoding import read_image
-from medrobust_lib.data.registry import default_data_root
 from medrobust_lib.data.wording import suggest
 from medrobust_lib.files import parsed
+from medrobust_lib.places import default_data_root
 
 FOLDER = "mm-safetybench"
 PREFIX = f"{FOLDER}/"

@@ -26,6 +26,7 @@ from sklearn.model_selection import StratifiedGroupKFold
 from medrobust_lib.data.wording import class_wording
 from medrobust_lib.downloads import DownloadError, download, file_hash
 from medrobust_lib.files import named_when_full, parsed
+from medrobust_lib.places import default_data_root
 
 MANIFEST_NAME = "manifest.json"
 NUCLEUS_CHANNELS = 5  # PanNuke: neoplastic, inflammatory, connective, dead, epithelial; then the background
@@ -325,8 +326,4 @@ def listing_sha256(paths: Iterable[Path], *, base: Path) -> str:
 
 def data_root(root: Path | None) -> Path:
     """The folder given on the command line, or the library's default data root."""
-    if root is not None:
-        return root
-    from medrobust_lib.data.registry import default_data_root  # deferred: --help must not load every reader
-
-    return default_data_root()
+    return default_data_root() if root is None else root

@@ -1,7 +1,6 @@
 """The data sets by id: one row each, one call to load any of them, one table of what is there."""
 
 import json
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,6 +16,7 @@ from medrobust_lib.data.catalogue import DATASETS, FALLBACK_SIZE, NOT_COUNTED, D
 from medrobust_lib.data.dataset import ImageDataset, check_classes, check_labels, stratified_positions
 from medrobust_lib.data.decoding import Fit, fit_square
 from medrobust_lib.data.inspection import close_names, ignored_in, seen_in, tell
+from medrobust_lib.data.mm_safetybench import PREFIX as QUESTIONS_PREFIX
 from medrobust_lib.data.readers import (
     SPLITS,
     Split,
@@ -30,25 +30,16 @@ from medrobust_lib.data.readers import (
 )
 from medrobust_lib.data.wording import SITE_A, ClassWording, checked_templates, class_wording, own_wording, suggest
 from medrobust_lib.files import parsed
+from medrobust_lib.places import default_data_root
 
 __all__ = [
     "ClassWording",
     "OpenSplit",
     "class_wording",
-    "default_data_root",
     "list_datasets",
     "load_dataset",
     "open_split",
 ]
-
-
-def default_data_root() -> Path:
-    """Folder of the downloaded sets: ``MEDROBUST_DATA``, else ``data`` in the repository or working folder."""
-    named = os.environ.get("MEDROBUST_DATA")
-    if named:
-        return Path(named).expanduser().resolve()
-    checkout = Path(__file__).resolve().parents[2]
-    return (checkout if (checkout / "pyproject.toml").is_file() else Path.cwd()) / "data"
 
 
 def load_dataset(
@@ -229,9 +220,7 @@ def open_split(
         row, words = DATASETS[id], class_wording(id, wording=wording)
         listed = _registered_split(row, words, split, Path(root) if root else default_data_root(), image_size)
     else:
-        from medrobust_lib.data.mm_safetybench import PREFIX  # which needs this module
-
-        if id.startswith(PREFIX):
+        if id.startswith(QUESTIONS_PREFIX):
             raise ValueError(f"{id!r} holds questions and has no classes: load it with load_questions({id!r})")
         if Path(id).expanduser().is_dir():
             raise ValueError(f"unknown data set {id!r}, but there is such a folder: write 'folder:{id}'")

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from medrobust_lib.files import parsed, read_json_object, whole_file
+from medrobust_lib.places import default_runs_dir
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -368,17 +369,6 @@ def _named_models(card: Mapping[str, Any]) -> list[str]:
 def is_headless() -> bool:
     """Whether a runner (not a person in JupyterLab) executes the notebook."""
     return bool(os.environ.get(HEADLESS_VARIABLE))
-
-
-def project_root() -> Path:
-    """The checkout that holds this library, or the working folder for a plain installation."""
-    root = Path(__file__).resolve().parents[2]
-    return root if (root / "notebooks").is_dir() else Path.cwd()
-
-
-def default_runs_dir() -> Path:
-    """Where runs go unless told otherwise: ``runs`` below `project_root`."""
-    return project_root() / "runs"
 
 
 def environment() -> dict[str, str]:

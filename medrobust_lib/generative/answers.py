@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from medrobust_lib import __version__
 from medrobust_lib.data.questions import QuestionSet
 from medrobust_lib.experiments import RowStore, map_items, open_store, progress
 from medrobust_lib.generative.protocols import GenerativeModel, check_model
 from medrobust_lib.models.generative import Completion
 from medrobust_lib.models.weights import fingerprint
+from medrobust_lib.places import VERSION
 from medrobust_lib.smoothing.batching import Batches, make_batches
 from medrobust_lib.smoothing.bounds import check_sigma
 from medrobust_lib.smoothing.certify import check_image
@@ -219,7 +219,7 @@ def open_answers(
             "`provenance` nor a `version`: give it a `version` attribute: a string that changes when an answer could"
         )
     parameters = {
-        "medrobust_lib": __version__,
+        "medrobust_lib": VERSION,
         "model": vlm.id,
         "files": provenance.get("files", {}),
         "revision": provenance.get("revision"),

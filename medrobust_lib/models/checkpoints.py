@@ -5,15 +5,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import hf_hub_download
+from huggingface_hub import constants, hf_hub_download
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from medrobust_lib.downloads import read_sums
 from medrobust_lib.files import parsed
 from medrobust_lib.models.catalogue import ModelEntry
+from medrobust_lib.models.vlm_catalogue import fetch_command
 from medrobust_lib.models.weights import (
     check_hashes,
-    expected_hashes,
     explained_errors,
     file_hashes,
     hub_access,
@@ -143,3 +144,21 @@ def describe_files(entry: ModelEntry, *files: Path) -> dict[str, Any]:
         "licence": entry.licence,
         "files": {path.name: hashes[path.parent][path.name] for path in files},
     }
+
+
+def expected_hashes(entry: ModelEntry, folder: Path) -> dict[str, str]:
+    """SHA-256 by file name from ``SHA256SUMS`` in ``folder`` and from the registry, which has the last word."""
+    return {**read_sums(folder), **{file.name: file.sha256 for file in entry.files if file.sha256 is not None}}
+
+
+def missing_weights(
+    entry: ModelEntry, *, weights_dir: Path | None, offline: bool, reason: Exception
+) -> FileNotFoundError:
+    """Error for weights that are neither here nor to be had; names the places and the remedy."""
+    folder = f"{weights_dir / entry.id}" if weights_dir is not None else "no weights folder"
+    tried = "offline, so no download was tried" if offline else "the download failed"
+    return FileNotFoundError(
+        f"the weights of {entry.id!r} are not here: looked in {folder} and in the hub cache "
+        f"{constants.HF_HUB_CACHE} ({tried}). Run `{fetch_command(entry.id)}` where there "
+        f"is a network; source: {entry.source}. Reason: {str(reason).splitlines()[0].partition(' Last error:')[0]}"
+    )

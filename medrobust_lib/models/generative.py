@@ -13,9 +13,9 @@ from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_b
 from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, ProcessorMixin
 from transformers.utils import logging
 
+from medrobust_lib.downloads import read_sums
 from medrobust_lib.models.catalogue import BUILT_IN as DUAL_ENCODERS
 from medrobust_lib.models.devices import resolve_device, resolve_dtype
-from medrobust_lib.models.registry import default_weights_dir
 from medrobust_lib.models.settings import Settings, check_settings
 from medrobust_lib.models.vision_language import Completion, RowSampler, VisionLanguageModel
 from medrobust_lib.models.vlm_catalogue import (
@@ -32,8 +32,8 @@ from medrobust_lib.models.weights import (
     file_hashes,
     hub_access,
     mismatch_error,
-    read_sums,
 )
+from medrobust_lib.places import default_weights_dir
 
 __all__ = [
     "Completion",

@@ -23,7 +23,6 @@ from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import nn
 
-from medrobust_lib import __version__
 from medrobust_lib.downloads import file_sha256
 from medrobust_lib.models.adapter_layout import AdapterLayout, find_adapter_layout
 from medrobust_lib.models.dual_encoder import DualEncoder
@@ -32,6 +31,7 @@ from medrobust_lib.models.lora_layers import ADAPTER, adapter_parameters, inject
 from medrobust_lib.models.qkv import open_attention, split_qkv
 from medrobust_lib.models.tensor_files import save_tensors
 from medrobust_lib.models.weights import explained_errors, fingerprint, foreign_adapter
+from medrobust_lib.places import VERSION
 
 __all__ = [
     "AdapterLayout",
@@ -255,7 +255,7 @@ def save_adapter(
             "qkv": attached.qkv,
             "parameters": sum(tensor.numel() for tensor in tensors.values()),
             "files": {name: file_sha256(partial / name) for name in (_TENSORS, _CONFIG)},
-            "versions": {"medrobust_lib": __version__, "peft": peft_version, "torch": torch.__version__},
+            "versions": {"medrobust_lib": VERSION, "peft": peft_version, "torch": torch.__version__},
         }
         text = json.dumps({**json.loads(given), "adapter": adapter}, indent=1)
         (partial / _PROVENANCE).write_text(text + "\n", encoding="utf-8")

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from medrobust_lib.files import parsed, read_json_object
+from medrobust_lib.models.checkpoints import expected_hashes, missing_weights
 from medrobust_lib.models.dual_encoder import DualEncoder, Tokens, check_text_lengths, check_text_path
 from medrobust_lib.models.geometry import Preprocessing, per_channel
 from medrobust_lib.models.settings import HONOURED, Settings, check_settings
@@ -29,17 +30,15 @@ from medrobust_lib.models.weights import (
     check_hashes,
     check_no_adapter,
     check_tokenizer,
-    expected_hashes,
     explained_errors,
     file_hashes,
     hub_access,
     hub_snapshot,
     local_folder,
-    missing_weights,
 )
 
 if TYPE_CHECKING:
-    from medrobust_lib.models.registry import ModelEntry
+    from medrobust_lib.models.catalogue import ModelEntry
 
 CONFIG_NAME = OPEN_CLIP_CONFIG_NAME
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import pandas as pd
 
 from medrobust_lib.data.wording import closest
+from medrobust_lib.downloads import read_sums
 from medrobust_lib.models.catalogue import (
     BACKENDS,
     BUILT_IN,
@@ -35,8 +36,8 @@ from medrobust_lib.models.weights import (
     has_checkpoint,
     hub_snapshot,
     is_clip,
-    read_sums,
 )
+from medrobust_lib.places import default_weights_dir
 
 if TYPE_CHECKING:
     import torch
@@ -48,7 +49,6 @@ __all__ = [
     "WeightFile",
     "available_offline",
     "check_kind",
-    "default_weights_dir",
     "find_model",
     "hub_location",
     "list_models",
@@ -60,18 +60,6 @@ _OWN_IDS = f"{LOCAL_DIR_PREFIX}PATH, {HUB_PREFIX}OWNER/NAME or {PYTHON_PREFIX}MO
 
 # The one place that grows at run time: what register_model was given in this process.
 _REGISTERED: dict[str, ModelEntry] = {}
-
-
-def default_weights_dir() -> Path:
-    """Folder of weights: the environment variable ``MEDROBUST_WEIGHTS``, else ``weights`` in the repository.
-
-    Where the package is installed without its repository, ``weights`` in the current folder.
-    """
-    configured = os.environ.get("MEDROBUST_WEIGHTS")
-    if configured:
-        return Path(configured).expanduser()
-    repository = Path(__file__).parents[2]
-    return (repository if (repository / "pyproject.toml").is_file() else Path.cwd()) / "weights"
 
 
 def find_model(id: str) -> ModelEntry:

@@ -19,6 +19,7 @@ from transformers.utils import (
 )
 
 from medrobust_lib.files import parsed
+from medrobust_lib.models.checkpoints import expected_hashes, missing_weights
 from medrobust_lib.models.dual_encoder import DualEncoder, Tokens, check_text_lengths, check_text_path
 from medrobust_lib.models.geometry import Preprocessing, per_channel
 from medrobust_lib.models.settings import HONOURED, Settings, check_settings
@@ -29,18 +30,16 @@ from medrobust_lib.models.weights import (
     check_hashes,
     check_no_adapter,
     check_tokenizer,
-    expected_hashes,
     explained_errors,
     file_hashes,
     hub_access,
     hub_snapshot,
     local_folder,
     mismatch_error,
-    missing_weights,
 )
 
 if TYPE_CHECKING:
-    from medrobust_lib.models.registry import ModelEntry
+    from medrobust_lib.models.catalogue import ModelEntry
 
 _WEIGHT_NAMES = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME)
 # Pillow's number of the filter in preprocessor_config.json.

@@ -4,7 +4,6 @@ from pathlib import Path
 
 import pandas as pd
 
-from medrobust_lib.models.registry import default_weights_dir
 from medrobust_lib.models.vlm_catalogue import BUILT_IN, DEMO_VLM, FOLDER_PREFIX, HUB_PREFIX, VlmEntry
 from medrobust_lib.models.weights import (
     CONFIG_NAME,
@@ -15,6 +14,7 @@ from medrobust_lib.models.weights import (
     hub_snapshot,
     local_folder,
 )
+from medrobust_lib.places import default_weights_dir
 
 DEMO_VLM_FOLDER = Path(__file__).parent / "demo" / "vlm"
 

@@ -13,14 +13,12 @@ from typing import TYPE_CHECKING
 from huggingface_hub import constants, try_to_load_from_cache
 from safetensors import SafetensorError
 
-from medrobust_lib.downloads import file_sha256, read_sums
+from medrobust_lib.downloads import file_sha256
 from medrobust_lib.files import read_json_object
-from medrobust_lib.models.vlm_catalogue import fetch_command
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from medrobust_lib.models.registry import ModelEntry
 
 DEMO_FOLDER = Path(__file__).parent / "demo" / "clip"
 CHECKPOINT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
@@ -174,11 +172,6 @@ def file_hashes(folder: Path) -> dict[str, str]:
     }
 
 
-def expected_hashes(entry: "ModelEntry", folder: Path) -> dict[str, str]:
-    """SHA-256 by file name from ``SHA256SUMS`` in ``folder`` and from the registry, which has the last word."""
-    return {**read_sums(folder), **{file.name: file.sha256 for file in entry.files if file.sha256 is not None}}
-
-
 def check_hashes(folder: Path, expected: Mapping[str, str]) -> dict[str, str]:
     """SHA-256 of the files of ``folder`` after comparing them with the expected ones.
 
@@ -264,19 +257,6 @@ def hub_access(*, offline: bool) -> Iterator[None]:
             del os.environ[switch]
         else:
             os.environ[switch] = switch_before
-
-
-def missing_weights(
-    entry: "ModelEntry", *, weights_dir: Path | None, offline: bool, reason: Exception
-) -> FileNotFoundError:
-    """Error for weights that are neither here nor to be had; names the places and the remedy."""
-    folder = f"{weights_dir / entry.id}" if weights_dir is not None else "no weights folder"
-    tried = "offline, so no download was tried" if offline else "the download failed"
-    return FileNotFoundError(
-        f"the weights of {entry.id!r} are not here: looked in {folder} and in the hub cache "
-        f"{constants.HF_HUB_CACHE} ({tried}). Run `{fetch_command(entry.id)}` where there "
-        f"is a network; source: {entry.source}. Reason: {str(reason).splitlines()[0].partition(' Last error:')[0]}"
-    )
 
 
 def _key_error(source: str, message: str) -> ValueError:

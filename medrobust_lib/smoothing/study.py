@@ -13,11 +13,11 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from medrobust_lib import __version__
 from medrobust_lib.data.dataset import ImageDataset
 from medrobust_lib.experiments import map_items, open_store, progress
 from medrobust_lib.models.dual_encoder import DualEncoder
 from medrobust_lib.models.weights import fingerprint
+from medrobust_lib.places import VERSION
 from medrobust_lib.smoothing.batching import Batches, make_batches
 from medrobust_lib.smoothing.bounds import maximum_radius
 from medrobust_lib.smoothing.certificate import GUARANTEES, Mode, Sampling
@@ -303,7 +303,7 @@ def _manifest(study: _Study, *, radii: Sequence[float] | None, n: int) -> dict[s
     """Everything that shapes the rows, but images and sigmas: those are in the keys, so more can be added."""
     data = study.data
     return {
-        "medrobust_lib": __version__,
+        "medrobust_lib": VERSION,
         "model": study.model.id,
         "weights": fingerprint(list(study.model.state_dict().values())),
         "preprocessing": asdict(study.model.preprocessing),

@@ -11,13 +11,15 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from medrobust_lib import load_dataset, load_model, metrics
+from medrobust_lib import metrics
 from medrobust_lib.corruptions.suites import SEVERITIES
 from medrobust_lib.data.dataset import ImageDataset
+from medrobust_lib.data.registry import load_dataset
 from medrobust_lib.evaluation import CLEAN, Candidate, accuracy_table, corruption_answers
 from medrobust_lib.experiments import Metric, Run
 from medrobust_lib.files import named_when_full, told
 from medrobust_lib.models.dual_encoder import DualEncoder
+from medrobust_lib.models.registry import load_model
 from medrobust_lib.report import write_report
 from medrobust_lib.runner import find_notebooks, run_notebooks
 from medrobust_lib.smoothing.certificate import GUARANTEES

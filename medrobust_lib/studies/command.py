@@ -24,7 +24,7 @@ def study(
     notebooks: Annotated[Path | None, typer.Option(help="Folder of the notebooks.", show_default=False)] = None,
 ) -> None:
     """Run a grid of models, data sets and steps; the same command goes on after an interruption."""
-    from medrobust_lib.experiments.cards import default_runs_dir
+    from medrobust_lib.places import default_runs_dir
     from medrobust_lib.studies.study_file import read_study
     from medrobust_lib.terminal import show_ranking
 
@@ -82,8 +82,8 @@ def compare(
 def _show_plan(read: "Study", notebooks: Path | None) -> None:
     import pandas as pd
 
-    from medrobust_lib.experiments.cards import default_runs_dir
     from medrobust_lib.files import size_text
+    from medrobust_lib.places import default_runs_dir
     from medrobust_lib.studies.plan import estimate_cells, most_draws, plan_cells, unanimous_draws
     from medrobust_lib.terminal import show
 

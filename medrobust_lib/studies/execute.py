@@ -10,8 +10,8 @@ from typing import Any
 
 import pandas as pd
 
-from medrobust_lib import __version__
 from medrobust_lib.experiments import is_headless, map_items, open_store, progress
+from medrobust_lib.places import VERSION
 from medrobust_lib.runner import environment_variables
 from medrobust_lib.studies.cells import Site, run_cell
 from medrobust_lib.studies.plan import Cell, plan_cells
@@ -88,7 +88,7 @@ def run_study(
     out = Path(out).expanduser().resolve()
     cells = plan_cells(study, notebooks=notebooks)
     site = Site(out, None if notebooks is None else Path(notebooks).resolve())
-    manifest = {"study": study.record(), "medrobust_lib": __version__}
+    manifest = {"study": study.record(), "medrobust_lib": VERSION}
     failures: dict[str, str] = {}
     with ExitStack() as stack:
         store = stack.enter_context(open_store(out, parameters=manifest))

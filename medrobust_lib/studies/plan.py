@@ -174,7 +174,8 @@ def encodings_per_second(model_id: str, dataset: str, *, dtype: str = "auto") ->
     dtype : str
         As in `load_model`.
     """
-    from medrobust_lib import load_dataset, load_model
+    from medrobust_lib.data.registry import load_dataset
+    from medrobust_lib.models.registry import load_model
 
     return measured_rate(load_model(model_id, dtype=dtype), load_dataset(dataset, n=_classes(dataset)))
 
@@ -258,7 +259,8 @@ def _classes(dataset: str) -> int:
 
 def _seconds_to_corrupt(dataset: str, suite: str) -> float:
     """Seconds a corrupted image takes, the mean over the corruptions of a suite at their middle severity."""
-    from medrobust_lib import corrupted, load_dataset
+    from medrobust_lib.corruptions.benchmark import corrupted
+    from medrobust_lib.data.registry import load_dataset
 
     data = load_dataset(dataset, n=_classes(dataset)).subset([0])
     names = find_suite(suite).names(dataset)

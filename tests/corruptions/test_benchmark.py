@@ -126,7 +126,7 @@ def test_the_files_are_those_of_the_authors_layout_with_a_manifest(whole):
     parameters = json.loads((whole.folder / "manifest.json").read_text())["parameters"]
     constants = parameters["suite"]["parameters"]["every data set"]
     assert constants["contrast"] == [{"factor": factor} for factor in (0.4, 0.3, 0.2, 0.1, 0.05)]
-    assert (parameters["seed"], parameters["n"], parameters["library"]) == (3, 5, benchmark.__version__)
+    assert (parameters["seed"], parameters["n"], parameters["library"]) == (3, 5, benchmark.VERSION)
     row = whole.table.set_index("file").loc["phantom_oct/test/gaussian_noise_severity_4.npz"]
     path = whole.folder / row.name
     assert (row["dataset"], row["corruption"], row["severities"], row["images"]) == (OCT, "gaussian_noise", "4", 5)

@@ -9,7 +9,7 @@ import pytest
 from matplotlib.figure import Figure
 from PIL import Image
 
-from medrobust_lib import experiments
+from medrobust_lib import experiments, places
 from medrobust_lib.experiments import Metric, start_run
 from medrobust_lib.experiments.cards import CAPTION_KEY, lower_is_better
 from medrobust_lib.report import write_report
@@ -95,7 +95,7 @@ def test_by_hand_the_folder_does_not_depend_on_the_working_folder(monkeypatch, t
     monkeypatch.delenv(experiments.RUN_DIR_VARIABLE, raising=False)
     here = start_run("01", "Title").folder
     monkeypatch.chdir(tmp_path)
-    assert start_run("01", "Title").folder == here == experiments.project_root() / "runs" / "by-hand"
+    assert start_run("01", "Title").folder == here == places.project_root() / "runs" / "by-hand"
 
 
 def test_figures_are_written_under_the_notebooks_number(run):

@@ -17,7 +17,6 @@ from medrobust_lib.models.registry import (
     ModelEntry,
     available_offline,
     check_kind,
-    default_weights_dir,
     find_model,
     hub_location,
     list_models,
@@ -294,18 +293,6 @@ def test_device_auto_is_the_accelerator_else_the_cpu(monkeypatch):
 def test_devices_that_are_not_here_are_refused(device):
     with pytest.raises(ValueError, match=f"device '{device}' cannot be used here .* try 'auto' or 'cpu'"):
         load_model("demo-clip", device=device)
-
-
-def test_weights_folder_comes_from_the_environment_else_lies_in_the_repository(monkeypatch, tmp_path):
-    monkeypatch.setenv("MEDROBUST_WEIGHTS", str(tmp_path / "here"))
-    assert default_weights_dir() == tmp_path / "here"
-    monkeypatch.delenv("MEDROBUST_WEIGHTS")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(registry, "__file__", str(tmp_path / "repository" / "medrobust_lib" / "models" / "registry.py"))
-    assert default_weights_dir() == tmp_path / "weights"
-    (tmp_path / "repository").mkdir()
-    (tmp_path / "repository" / "pyproject.toml").touch()
-    assert default_weights_dir() == tmp_path / "repository" / "weights"
 
 
 @pytest.mark.usefixtures("registered")
