@@ -25,6 +25,8 @@ __all__ = [
 TEXT_CHUNK = 64
 """Texts encoded at a time by :meth:`DualEncoder.encode_text`: bounds memory, not the result."""
 
+_LEAST_NORM = 1e-12  # below it torch's normalisation divides by this instead, and the feature is not of norm 1
+
 
 @dataclass(frozen=True)
 class Tokens:
@@ -369,8 +371,19 @@ class DualEncoder(torch.nn.Module, abc.ABC):
         -------
         Tensor
             float32 [n, K], rows summing to 1.
+
+        Raises
+        ------
+        BrokenFeaturesError
+            For features that are not finite, whatever made them: softmax and argmax would take them for class 0.
         """
         cosine = image_features.float() @ class_features.to(image_features.device).float().T
+        if not cosine.detach().isfinite().all():
+            images, classes = (int((~x.isfinite()).any(dim=1).sum()) for x in (image_features, class_features))
+            raise BrokenFeaturesError(
+                f"{self.id}: the features of {images} of {len(image_features)} images and of {classes} of "
+                f"{len(class_features)} classes are not finite, so they have no probabilities"
+            )
         return functional.softmax(self.logit_scale * cosine, dim=-1)
 
     def _unit(self, features: Tensor, *, of: str) -> Tensor:
@@ -380,14 +393,15 @@ class DualEncoder(torch.nn.Module, abc.ABC):
         # A gradient belongs to a loss, which is not finite either, and whose trainer knows the remedy.
         if not norms.requires_grad:
             low, high = torch.stack(torch.aminmax(norms)).tolist()  # one transfer; NaN stays NaN
-            if not (low > 0 and high < math.inf):
-                broken = int((~((norms > 0) & norms.isfinite())).sum())
+            if not (low >= _LEAST_NORM and high < math.inf):
+                broken = int((~((norms >= _LEAST_NORM) & norms.isfinite())).sum())
                 raise BrokenFeaturesError(
                     f"{self.id} in {str(self.dtype).removeprefix('torch.')}: the features of {broken} of {len(norms)} "
-                    f"{of} are not finite or zero, so they have no answer. Load the model with dtype='float32' or "
-                    "'bfloat16' (float16 ends at 65,504); if that does not help, its weights or its adapter are damaged"
+                    f"{of} are not finite or have no length (below {_LEAST_NORM:g}, or beyond float32), so they have "
+                    "no answer. Load the model with dtype='float32' or 'bfloat16' (float16 ends at 65,504); if that "
+                    "does not help, its weights or its adapter are damaged"
                 )
-        return features / norms.clamp_min(1e-12)
+        return features / norms.clamp_min(_LEAST_NORM)
 
     def __repr__(self) -> str:
         # The towers' hundreds of layers would drown the facts; print(model.model) shows them.

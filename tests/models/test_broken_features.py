@@ -89,12 +89,23 @@ def test_nothing_votes_or_learns_with_images_that_have_no_features(blind, data, 
         USES[use](blind, data, features)
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 0.0, 1e30])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 0.0, 1e-20, 1e30])
 @pytest.mark.parametrize("tower", ["image", "text"])
 def test_every_feature_without_a_direction_is_refused(whole, data, tower, value):
     model = broken(whole, tower, value)
     with pytest.raises(BrokenFeaturesError, match=r"features of (8 of 8 images|2 of 2 texts) are not finite or"):
         model.encode_image(model.prepare(data.images)) if tower == "image" else model.encode_text(["one", "two"])
+
+
+def test_probabilities_of_what_is_not_finite_are_refused(whole, data, features):
+    """With a gradient features are not looked at, and an own encoder may hand out anything."""
+    images = whole.encode_image(whole.prepare(data.images))
+    images[3:5], texts = torch.nan, features.clone()
+    with pytest.raises(BrokenFeaturesError, match="features of 2 of 8 images and of 0 of 8 classes are not finite"):
+        whole.probabilities(images.requires_grad_(), texts)
+    texts[0, 0] = torch.inf
+    with pytest.raises(BrokenFeaturesError, match="of 0 of 3 images and of 1 of 8 classes"):
+        whole.probabilities(images[:3], texts)
 
 
 def test_only_the_broken_rows_are_counted(whole, data):
