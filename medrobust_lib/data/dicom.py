@@ -152,8 +152,7 @@ def display_gray(record: pydicom.Dataset, pixels: NDArray) -> NDArray[np.uint8]:
             low, high = apply_windowing(np.array([-(2.0**40), 2.0**40]), record)
             values = apply_windowing(values, record)
     elif record.BitsStored <= 8:
-        lowest = -(2 ** (record.BitsStored - 1)) if record.PixelRepresentation else 0
-        every = _modality(record, np.arange(lowest, lowest + 2**record.BitsStored))
+        every = _modality(record, _every_stored(record))
         low, high = every.min(), every.max()
     else:
         image = values[~padding]
@@ -192,9 +191,22 @@ def _padding(record: pydicom.Dataset, pixels: NDArray) -> NDArray[np.bool_]:
     value, limit = record.get("PixelPaddingValue"), record.get("PixelPaddingRangeLimit")
     if value is None:
         return np.zeros(pixels.shape, bool)
-    # These two are often written with the wrong sign; the pixels' own counts.
-    low, high = np.sort(np.array([value, value if limit is None else limit]).astype(pixels.dtype))
-    return (pixels >= low) & (pixels <= high)
+    limit = value if limit is None else limit
+    if pixels.itemsize <= 2:
+        every = _every_stored(record)
+        if not every[0] <= min(value, limit) <= max(value, limit) <= every[-1]:
+            # Often written with the wrong sign, in their own 16 bits. Read round the circle of these, either end may
+            # come first; padding is the way that leaves more for an image.
+            ways = [(start, (end - start) % 2**16) for start, end in ((value, limit), (limit, value))]
+            start, length = min(ways, key=lambda way: np.sum((every - way[0]) % 2**16 <= way[1]))
+            return (pixels.astype(np.int64) - start) % 2**16 <= length
+    return (pixels >= min(value, limit)) & (pixels <= max(value, limit))
+
+
+def _every_stored(record: pydicom.Dataset) -> NDArray[np.int64]:
+    """All values that the stored bits can hold, in order; of up to 16 bits."""
+    lowest = -(2 ** (record.BitsStored - 1)) if record.PixelRepresentation else 0
+    return np.arange(lowest, lowest + 2**record.BitsStored)
 
 
 def _modality(record: pydicom.Dataset, pixels: NDArray) -> NDArray:

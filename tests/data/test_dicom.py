@@ -221,6 +221,43 @@ def test_padding_of_signed_values_with_either_sign(tmp_path, written):
     assert gray(path).tolist() == [[0, 0, 128, 255]]
 
 
+@pytest.mark.parametrize(
+    ("kind", "bits", "ends", "padded"),
+    [
+        (np.uint8, 8, [-2000], []),
+        (np.uint8, 8, [63536], []),
+        (np.uint8, 8, [300], []),
+        (np.uint8, 8, [-2000, -1000], []),
+        (np.uint8, 8, [63536, 64536], []),
+        (np.uint8, 8, [240, 300], range(240, 256)),
+        (np.int8, 8, [200], []),
+        (np.uint16, 12, [-2000], []),
+        (np.uint16, 12, [-2000, 0], [0]),
+        (np.uint16, 12, [0, -2000], [0]),
+        (np.uint16, 12, [63536, 0], [0]),
+        (np.uint16, 12, [4000, 65535], range(4000, 4096)),
+        (np.uint16, 16, [-2000], [63536]),
+        (np.uint16, 16, [-2000, -1000], range(63536, 64537)),
+        (np.uint16, 16, [0, 40000], range(40001)),
+        (np.int16, 16, [63536, 0], range(-2000, 1)),
+        (np.int16, 16, [64536, 63536], range(-2000, -999)),
+        (np.int16, 12, [63536], [-2000]),
+        (np.uint32, 17, [-2000, 3], range(4)),
+        (np.int32, 17, [63536], [63536]),
+    ],
+)
+def test_padding_that_the_pixels_cannot_hold_pads_nothing_else(tmp_path, kind, bits, ends, padded):
+    lowest = -(2 ** (bits - 1)) if np.dtype(kind).kind == "i" else 0
+    stored = np.arange(lowest, lowest + 2**bits).reshape(16, -1)
+    record = pydicom.dcmread(write_dicom(tmp_path / "x.dcm", stored.astype(kind), bits=bits))
+    for keyword, end in zip(("PixelPaddingValue", "PixelPaddingRangeLimit"), ends, strict=False):
+        record.add(pydicom.DataElement(keyword, "SS" if min(ends) < 0 else "US", end))
+    record.WindowCenter, record.WindowWidth, record.VOILUTFunction = str(lowest - 5), "1", "LINEAR"  # all white
+    record.save_as(tmp_path / "x.dcm")
+    shown = gray(tmp_path / "x.dcm")
+    assert stored[shown == 0].tolist() == list(padded) and set(np.unique(shown)) <= {0, 255}
+
+
 def test_nothing_but_padding_is_black(tmp_path):
     path = write_dicom(
         tmp_path / "x.dcm", np.full((3, 3), 7, np.uint16), photometric="MONOCHROME1", PixelPaddingValue=7
