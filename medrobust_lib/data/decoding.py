@@ -1,5 +1,6 @@
 """One image file to uint8 RGB: PNG, JPEG, TIFF, BMP, WebP and GIF through Pillow, DICOM through pydicom."""
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -42,7 +43,8 @@ def read_image(path: str | Path, *, depth: int | None = None) -> NDArray[np.uint
     Gray images are repeated over three channels; palettes are resolved. Values are scaled by the full range
     of the file's bits (16 bits: 65535 to 255; colour keeps its upper byte), never stretched per image, so
     exposures stay comparable. Alpha, colour profiles and EXIF rotation are ignored as in the papers' loaders,
-    and of several pictures the first counts, as in viewers: `left_out` tells of both. For DICOM see `read_dicom`.
+    and of several pictures the first counts, as in viewers, or the largest page of a TIFF: `left_out` tells of both.
+    For DICOM see `read_dicom`.
 
     Parameters
     ----------
@@ -245,18 +247,21 @@ def _opened(path: Path) -> Iterator[Image.Image]:
 
 
 def _seek_main_page(picture: Image.Image) -> None:
-    main, size = 0, None
+    main, main_size, rival = 0, (0, 0), None
     for page in range(picture.n_frames):
         picture.seek(page)
         if picture.tag_v2.get(_SUBFILE, 0) & (_REDUCED | _MASK):
             continue
-        if size is None:
-            main, size = page, picture.size
-        elif picture.size == size:
-            raise ValueError(
-                f"pages {main + 1} and {page + 1} of {picture.n_frames} are both {size[1]} x {size[0]} pixels, and "
-                "which is meant it does not say; one image per file is expected, so split it first"
-            )
+        if math.prod(picture.size) > math.prod(main_size):  # thumbnails often bear no flag
+            main, main_size, rival = page, picture.size, None
+        elif picture.size == main_size and rival is None:
+            rival = page
+    if rival is not None:
+        width, height = main_size
+        raise ValueError(
+            f"pages {main + 1} and {rival + 1} of {picture.n_frames} are both {height} x {width} pixels, and "
+            "which is meant it does not say; one image per file is expected, so split it first"
+        )
     picture.seek(main)
 
 

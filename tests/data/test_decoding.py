@@ -192,10 +192,20 @@ def test_thumbnail_of_a_tiff_is_passed_over(tmp_path, order):
     assert image_shape(path) == (8, 8) and left_out(path) == ("further pictures",)
 
 
-def test_thumbnail_without_a_flag_and_pages_that_are_all_flagged(tmp_path):
-    path = tmp_path / "x.tiff"
-    path.write_bytes(tiff(({PHOTOMETRIC: 1}, RAMP), ({PHOTOMETRIC: 1}, RAMP[::2, ::2])))
+@pytest.mark.parametrize("order", [1, -1], ids=["large first", "small first"])
+def test_the_largest_page_counts_where_none_is_flagged(tmp_path, order):
+    path, pages = tmp_path / "x.tiff", [Image.fromarray(RAMP[::step, ::step]) for step in (1, 2, 2, 4)][::order]
+    pages[0].save(path, save_all=True, append_images=pages[1:])
     np.testing.assert_array_equal(gray(path), RAMP)
+    assert image_shape(path) == (8, 8) and left_out(path) == ("further pictures",)
+    pages = [pages[1], *2 * [Image.fromarray(RAMP)]]
+    pages[0].save(path, save_all=True, append_images=pages[1:])
+    with pytest.raises(ValueError, match="pages 2 and 3 of 3 are both 8 x 8 pixels"):
+        read_image(path)
+
+
+def test_pages_that_are_all_flagged(tmp_path):
+    path = tmp_path / "x.tiff"
     path.write_bytes(tiff(*2 * [({PHOTOMETRIC: 1, SUBFILE: 1}, RAMP)]))
     np.testing.assert_array_equal(gray(path), RAMP)
 
