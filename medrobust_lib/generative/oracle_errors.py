@@ -21,6 +21,7 @@ References
 Seferis et al. 2025, arXiv:2509.16088, Theorems 4.1 and 4.2 (the symmetric case).
 """
 
+import numbers
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -49,6 +50,8 @@ class ErrorRate:
     ------
     ValueError
         Neither or both are given, or one is out of range.
+    TypeError
+        A value that is no number, or a count that is no whole one.
     """
 
     value: float | None = None
@@ -59,6 +62,11 @@ class ErrorRate:
         counted = self.errors is not None and self.trials is not None
         if (self.value is not None) == counted or (self.errors is None) != (self.trials is None):
             raise ValueError(f"{self}: give either value=RATE, or errors=COUNT and trials=COUNT")
+        if self.value is not None:
+            _check_number("value", self.value, numbers.Real)
+        if counted:
+            _check_number("errors", self.errors, numbers.Integral)
+            _check_number("trials", self.trials, numbers.Integral)
         if self.value is not None and not 0 <= self.value <= 1:
             raise ValueError(f"error rate {self.value}: a rate lies in [0, 1]")
         if counted and not 0 <= self.errors <= self.trials >= 1:
@@ -130,7 +138,7 @@ class SymmetricErrors:
     Raises
     ------
     TypeError
-        A rate that is no `ErrorRate`.
+        A rate that is no `ErrorRate`, or an n_labels that is no whole number.
     ValueError
         A known rate at or above (K - 1) / K, where the oracle says nothing.
     """
@@ -141,6 +149,7 @@ class SymmetricErrors:
     def __post_init__(self) -> None:
         if self.rate is not None:
             _check_rate(self.rate, "SymmetricErrors(", ")")
+        _check_number("n_labels", self.n_labels, numbers.Integral)
         if self.n_labels < 2:
             raise ValueError(f"n_labels={self.n_labels}: errors exchange labels, so there are at least 2")
         if self.rate is not None and not self.rate.is_estimated:
@@ -315,3 +324,8 @@ def _check_rate(rate: Any, before: str, after: str) -> None:
             f"{before}{rate!r}{after}: a rate is an ErrorRate; write {before}ErrorRate(0.05){after} for a known rate, "
             "or ErrorRate(errors=COUNT, trials=COUNT) for an estimated one"
         )
+
+
+def _check_number(name: str, value: Any, kind: type) -> None:
+    if isinstance(value, bool) or not isinstance(value, kind):
+        raise TypeError(f"{name}={value!r}: give a {'whole ' * (kind is numbers.Integral)}number")

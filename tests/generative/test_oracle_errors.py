@@ -370,6 +370,23 @@ def test_counts_that_cannot_be(errors, trials):
         ErrorRate(errors=errors, trials=trials)
 
 
+@pytest.mark.parametrize("make", [
+    lambda: ErrorRate("0.1"), lambda: ErrorRate(True), lambda: ErrorRate([0.1]),
+    lambda: ErrorRate(errors="1", trials="3"), lambda: ErrorRate(errors=1.5, trials=3),
+    lambda: ErrorRate(errors=True, trials=3), lambda: ErrorRate(errors=1, trials=float("nan")),
+    lambda: SymmetricErrors(n_labels=2.5), lambda: SymmetricErrors(n_labels="2"),
+])  # fmt: skip
+def test_what_is_no_number_is_refused_by_name(make):
+    with pytest.raises(TypeError, match=r"^(value|errors|trials|n_labels)=.*: give a (whole )?number$"):
+        make()
+
+
+def test_numbers_of_numpy_are_numbers():
+    assert ErrorRate(np.float32(0.25)).upper(0.1) == 0.25
+    assert ErrorRate(errors=np.int64(1), trials=np.int32(9)).lower(0.1) == ErrorRate(errors=1, trials=9).lower(0.1)
+    assert SymmetricErrors(n_labels=np.int64(3)) == SymmetricErrors(n_labels=3)
+
+
 def test_other_numbers_out_of_range():
     with pytest.raises(ValueError, match="n_labels=1: errors exchange labels, so there are at least 2"):
         SymmetricErrors(n_labels=1)
