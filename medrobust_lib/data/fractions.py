@@ -14,6 +14,7 @@ from medrobust_lib.data.learning_splits import (
     draw_among,
     draw_of_each_class,
     other_positions,
+    part_notes,
     source_note,
 )
 from medrobust_lib.data.registry import OpenSplit, open_split
@@ -39,7 +40,8 @@ class FractionSplits:
         Whether the data set itself keeps ``train`` and ``test`` apart. If not, both come out of one split:
         with images of one patient on both sides, results look better than they are.
     notes : tuple of str
-        Sentences for the reader: where the images come from, and where a class is short of them.
+        Sentences for the reader: where the images come from, where a class is short of them, and the caveats of
+        ``train`` and ``val``.
     """
 
     train: ImageDataset
@@ -147,10 +149,13 @@ def fraction_splits(
         )
     notes += class_notes(learning, learned, shots=0, divided=divided)
     notes += _missing_in_validation(learning, learned, validating.labels[validated])
+    val = validating.read(validated, n=len(validated), seed=test_seed)
+    test = _read_test(testing, left, n=n_test, seed=test_seed)
+    notes += part_notes(test, train=train, val=val)
     return FractionSplits(
         train=train,
-        val=validating.read(validated, n=len(validated), seed=test_seed),
-        test=_read_test(testing, left, n=n_test, seed=test_seed),
+        val=val,
+        test=test,
         fraction=float(fraction),
         divided=divided,
         notes=tuple(notes),

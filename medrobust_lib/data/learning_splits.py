@@ -29,8 +29,8 @@ class LearningSplits:
         Whether the data set itself keeps ``train`` and ``test`` apart. If not, both come out of one split:
         with images of one patient on both sides, results look better than they are.
     notes : tuple of str
-        Sentences for the reader: where the images come from, which classes are short of them, and how many test
-        images are copies of learned ones.
+        Sentences for the reader: where the images come from, which classes are short of them, the caveats of
+        ``train`` and ``pool``, and how many test images are copies of learned ones.
     """
 
     train: ImageDataset
@@ -102,7 +102,7 @@ def learning_splits(
         pool = learning.read(np.union1d(drawn, again), n=len(drawn) + len(again), seed=seed)
         shared = f"; {len(again)} of its {len(pool)} images are learned from too" if len(again) else ""
         notes.append(f"no val split: the pool comes from the split {pool.split!r}{shared}")
-    notes += learned_too(test.images, train.images)
+    notes += [*part_notes(test, train=train, pool=pool), *learned_too(test.images, train.images)]
     return LearningSplits(train, pool, test, divided, tuple(notes))
 
 
@@ -165,6 +165,13 @@ def class_notes(learning: OpenSplit, learned: Positions, *, shots: int, divided:
     if not divided and (counts == 1).any():
         notes.append(f"one image only, learned from and not tested: {', '.join(classes[counts == 1])}")
     return notes
+
+
+def part_notes(test: ImageDataset, **parts: ImageDataset) -> list[str]:
+    """Caveats of the parts that no card tells beside those of the test images; each names its part."""
+    return [
+        f"{name} images: {said}" for name, part in parts.items() for said in part.caveats if said not in test.caveats
+    ]
 
 
 def check_whole_numbers(*, least: int, **values: object) -> None:

@@ -11,6 +11,7 @@ from PIL import Image
 
 from medrobust_lib.data import registry
 from medrobust_lib.data.fractions import fraction_splits
+from medrobust_lib.data.learning_splits import learning_splits
 from medrobust_lib.data.registry import load_dataset
 
 # Most images here are of one colour, to be told apart by it: dark, and copies of each other.
@@ -50,6 +51,11 @@ def counts(dataset):
     return list(dataset.class_counts().values())
 
 
+def of_the_draw(found):
+    """Its notes but for those on what the images look like: see above."""
+    return tuple(note for note in found.notes if not re.match("(train|val) images: ", note))
+
+
 def pixels(dataset):
     return {tuple(colour) for colour in dataset.images[:, 0, 0].tolist()}
 
@@ -82,8 +88,8 @@ def test_classes_keep_their_shares_and_each_gives_one_image(tmp_path):
     ]
     few = draw(folder, 0.01)
     assert counts(few.train) == [1, 1, 1]
-    assert few.notes[1:] == ("1 % of 100 train images would be 1; 3 are learned from, one of each class",)
-    assert draw(folder, 0.1).notes == ("train and test are the data set's own splits",)
+    assert of_the_draw(few)[1:] == ("1 % of 100 train images would be 1; 3 are learned from, one of each class",)
+    assert of_the_draw(draw(folder, 0.1)) == ("train and test are the data set's own splits",)
     assert_disjoint(draw(folder, 1, n_val=100, n_test=100))
 
 
@@ -146,7 +152,7 @@ def test_without_a_val_split_a_fifth_of_each_class_is_kept_from_training(tmp_pat
     found = draw(folder, 1.0, n_val=100)
     assert counts(found.val) == [4, 2, 1, 1, 0] and counts(found.train) == [16, 8, 2, 1, 1]
     assert (found.train.split, found.val.split, found.test.split) == ("train", "train", "test")
-    assert found.notes[1:] == (
+    assert of_the_draw(found)[1:] == (
         "no val split: 8 of the 36 train images are kept for validation and not learned from",
         "100 % of 36 train images would be 36; 28 are learned from, all but those for validation",
         "no image for validation: c4",
@@ -194,6 +200,28 @@ def test_only_the_images_drawn_are_decoded(tmp_path, monkeypatch):
     found = draw(folder, 0.1, n_val=4, n_test=6, image_size=8)
     assert sorted(opened) == sorted(np.concatenate([getattr(found, part).indices for part in PARTS]))
     assert len(opened) == 4 + 4 + 6
+
+
+@pytest.mark.parametrize("draw", [
+    lambda folder: fraction_splits(folder, fraction=1.0, n_val=9, n_test=9),
+    lambda folder: learning_splits(folder, shots=3, n_test=9, n_pool=9),
+])  # fmt: skip
+def test_what_train_and_validation_images_look_like_is_told_beside_the_test_images(tmp_path, draw):
+    turned, random = Image.Exif(), np.random.default_rng(5)
+    turned[274] = 6
+    for split, rotated, peak in (("train", turned, 256), ("val", None, 40), ("test", None, 256)):
+        for number in range(6):
+            path = tmp_path / split / "ab"[number % 2] / f"{number}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            scene = random.integers(0, peak, (16, 16, 3), dtype=np.uint8)
+            Image.fromarray(scene).save(path, **({"exif": rotated} if rotated else {}))
+    (tmp_path / "loose.png").write_bytes(path.read_bytes())
+    found = draw(f"folder:{tmp_path}")
+    first, rotation, dim = found.notes
+    assert first == "train and test are the data set's own splits"
+    assert rotation == "train images: Ignored in reading image files: EXIF rotation of 6."
+    assert re.match("(val|pool) images: 6 of 6 images do not fill their range and are nearly black to any model", dim)
+    assert len(found.test.caveats) == 1  # the loose file, which is told there
 
 
 def test_a_class_of_the_list_without_images_is_named(tmp_path):
