@@ -16,10 +16,10 @@ from medrobust_lib.data.dicom import (
     check_image,
     check_stream,
     display_gray,
+    left_out_of,
     plug_ins,
     read_record,
     stated,
-    unequal_sides,
 )
 from medrobust_lib.files import parsed
 
@@ -156,7 +156,8 @@ def left_out(path: str | Path) -> tuple[str, ...]:
     -------
     tuple of str
         Some of ``further pictures``, ``transparency``, ``EXIF rotation``, ``colour profile`` (other than
-        sRGB), ``unequal pixel sides``; empty for most files.
+        sRGB), ``unequal pixel sides`` and, for DICOM of more than 8 bits, ``absolute brightness (no window:
+        stretched by each image's own range)``; empty for most files.
 
     Raises
     ------
@@ -168,7 +169,7 @@ def left_out(path: str | Path) -> tuple[str, ...]:
         raise FileNotFoundError(f"no image file at {path}")
     with parsed(f"{path} is not a readable image", _ADVICE):
         if _is_dicom(path):
-            return ("unequal pixel sides",) if unequal_sides(path) else ()
+            return left_out_of(path)
         with _opened(path) as picture:
             profile = (picture.info.get("icc_profile") or b"sRGB").replace(b"\0", b"")
             sides = picture.info.get("dpi", (1, 1))

@@ -92,11 +92,16 @@ def check_image(record: pydicom.Dataset) -> None:
         raise ValueError(f"{samples} samples per pixel, {bits} of {allocated} bits stored, the highest {highest}")
 
 
-def unequal_sides(path: Path) -> bool:
-    """Whether pixels are not square, from the header."""
-    header = read_record(path, stop_before_pixels=True, specific_tags=list(_SPACINGS))
+def left_out_of(path: Path) -> tuple[str, ...]:
+    """What `decoding.left_out` says of a DICOM file, from the header."""
+    header = read_record(path, stop_before_pixels=True)
     height, width = next((header.get(keyword) for keyword in _SPACINGS if header.get(keyword)), (1, 1))
-    return float(height) != float(width)
+    found = () if float(height) == float(width) else ("unequal pixel sides",)
+    _bring_up_functional_groups(header)
+    gray = str(header.get("PhotometricInterpretation")) in {"MONOCHROME1", "MONOCHROME2"}
+    if gray and (header.get("BitsStored") or 0) > 8 and not header.get("VOILUTSequence") and not _has_window(header):
+        return (*found, "absolute brightness (no window: stretched by each image's own range)")
+    return found
 
 
 def plug_ins(decoder: Decoder) -> str:

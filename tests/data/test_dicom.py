@@ -16,7 +16,7 @@ from pydicom.uid import (
     MediaStorageDirectoryStorage,
 )
 
-from medrobust_lib.data.decoding import image_shape, read_image
+from medrobust_lib.data.decoding import image_shape, left_out, read_image
 
 spec = importlib.util.spec_from_file_location("dicom_files", Path(__file__).with_name("dicom_files.py"))
 dicom_files = importlib.util.module_from_spec(spec)
@@ -126,6 +126,40 @@ def test_functional_groups_of_a_one_frame_enhanced_image(tmp_path):
         PerFrameFunctionalGroupsSequence=Sequence([item()]), **common,
     )  # fmt: skip
     np.testing.assert_array_equal(gray(empty), gray(write_dicom(tmp_path / "plain.dcm", CT, bits=12)))
+
+
+@pytest.mark.parametrize(
+    ("elements", "told"),
+    [
+        ({"bits": 12}, True),
+        ({"bits": 9}, True),
+        ({"bits": 8}, False),
+        ({"bits": 12, "photometric": "MONOCHROME1", "WindowCenter": "40"}, True),
+        ({"bits": 12, "WindowCenter": "40", "WindowWidth": "0"}, True),
+        ({"bits": 12, "WindowCenter": "40", "WindowWidth": "400"}, False),
+        ({"bits": 12, "VOILUTSequence": table(np.arange(4096))}, False),
+        (
+            {
+                "bits": 12,
+                "SharedFunctionalGroupsSequence": Sequence(
+                    [item(FrameVOILUTSequence=Sequence([item(WindowCenter="40", WindowWidth="400")]))]
+                ),
+            },
+            False,
+        ),
+    ],
+)
+def test_a_stretch_by_the_image_s_own_range_is_told(tmp_path, elements, told):
+    stored = CT % 2 ** elements["bits"] // 2  # half of the range
+    path = write_dicom(tmp_path / "x.dcm", stored, **elements)
+    phrase = "absolute brightness (no window: stretched by each image's own range)"
+    assert left_out(path) == ((phrase,) if told else ())
+    path = write_dicom(tmp_path / "half.dcm", stored // 2, **elements)
+    own = np.round(255 * ((stored // 2).astype(float) - (stored // 2).min()) / np.ptp(stored // 2))
+    own = 255 - own if "photometric" in elements else own
+    assert (gray(path) == own).all() == told
+    path = write_dicom(tmp_path / "x.dcm", stored, **elements, PixelSpacing=["1", "2"])
+    assert left_out(path) == ("unequal pixel sides", *((phrase,) if told else ()))
 
 
 # Modality
