@@ -311,6 +311,7 @@ def split_alpha(model: ErrorModel | None, alpha: float, *, share: float = 0.5) -
         rate takes none of it.
     """
     check_alpha(alpha)
+    _check_number("share", share, numbers.Real)
     if not 0 < share < 1:
         raise ValueError(f"share={share}: the part of alpha for the error rate lies in (0, 1)")
     if model is None or not model.is_estimated:

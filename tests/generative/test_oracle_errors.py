@@ -375,9 +375,10 @@ def test_counts_that_cannot_be(errors, trials):
     lambda: ErrorRate(errors="1", trials="3"), lambda: ErrorRate(errors=1.5, trials=3),
     lambda: ErrorRate(errors=True, trials=3), lambda: ErrorRate(errors=1, trials=float("nan")),
     lambda: SymmetricErrors(n_labels=2.5), lambda: SymmetricErrors(n_labels="2"),
+    lambda: split_alpha(None, 0.01, share="0.5"),
 ])  # fmt: skip
 def test_what_is_no_number_is_refused_by_name(make):
-    with pytest.raises(TypeError, match=r"^(value|errors|trials|n_labels)=.*: give a (whole )?number$"):
+    with pytest.raises(TypeError, match=r"^(value|errors|trials|n_labels|share)=.*: give a (whole )?number$"):
         make()
 
 
