@@ -37,7 +37,7 @@ _ADVICE = "Replace or remove the file, or save it anew as PNG."
 _EXPORT = "Replace or remove the file, or export it anew."
 
 
-def read_image(path: str | Path, *, depth: int | None = None) -> NDArray[np.uint8]:
+def read_image(path: str | Path, *, bit_depth: int | None = None) -> NDArray[np.uint8]:
     """Decode one image file.
 
     Gray images are repeated over three channels; palettes are resolved. Values are scaled by the full range
@@ -49,9 +49,10 @@ def read_image(path: str | Path, *, depth: int | None = None) -> NDArray[np.uint
     Parameters
     ----------
     path : str or Path
-    depth : int or None
+    bit_depth : int or None
         Bits that the values really have, 1 to 32, where the file has room for more: 12 takes 4095 for full
-        scale in a 16-bit PNG. DICOM files state their own and are not touched.
+        scale in a 16-bit PNG. A file with fewer bits keeps its own full scale, so that 8-bit files may lie beside
+        deeper ones; DICOM files state their own and are not touched.
 
     Returns
     -------
@@ -62,11 +63,11 @@ def read_image(path: str | Path, *, depth: int | None = None) -> NDArray[np.uint
     FileNotFoundError
         No such file.
     ValueError
-        Corrupt or floating-point image, TIFF pages of one size, or values beyond the depth; the file is named.
+        Corrupt or floating-point image, TIFF pages of one size, or values beyond the bit depth; the file is named.
     """
     path = Path(path)
-    if depth is not None and (isinstance(depth, bool) or depth not in range(1, 33)):
-        raise ValueError(f"depth={depth!r}: give the bits that the values have, 1 to 32, or None")
+    if bit_depth is not None and (isinstance(bit_depth, bool) or bit_depth not in range(1, 33)):
+        raise ValueError(f"bit_depth={bit_depth!r}: give the bits that the values have, 1 to 32, or None")
     if not path.is_file():
         raise FileNotFoundError(f"no image file at {path}")
     if _is_dicom(path):
@@ -84,13 +85,13 @@ def read_image(path: str | Path, *, depth: int | None = None) -> NDArray[np.uint
         bits = int(tags.get(_BITS, (16,))[0]) if gray else 8
     if values.dtype == np.float32:
         raise ValueError(f"{path} holds floating-point values of unknown range; save it with 8 or 16 bits")
-    if cut and depth not in (None, 16):
+    if cut and bit_depth is not None and bit_depth < 16:
         raise ValueError(
-            f"{path}: of 16-bit colour only the upper 8 bits are read, so depth={depth} cannot be; save it with 8 bits"
+            f"{path}: of 16-bit colour only the upper 8 bits are read, so bit_depth={bit_depth} cannot be; save it "
+            "with 8 bits"
         )
-    if depth and depth > bits and not cut:
-        raise ValueError(f"{path} holds {bits} bits, fewer than depth={depth}; leave depth out")
-    scaled = _scaled(values.view(np.int8) if signed else values, min(bits, 16) if cut or not depth else depth, path)
+    full = min(bits, 16) if cut or bit_depth is None else min(bits, bit_depth)
+    scaled = _scaled(values.view(np.int8) if signed else values, full, path)
     # Pillow turns white-is-zero round for up to 8 bits only.
     scaled = 255 - scaled if gray and tags.get(_PHOTOMETRIC) == 0 else scaled
     return _repeat(scaled) if gray else scaled
@@ -275,7 +276,7 @@ def _scaled(values: NDArray, bits: int, path: Path) -> NDArray[np.uint8]:
     if values.min() < 0 or values.max() > full:
         raise ValueError(
             f"{path} holds values from {values.min()} to {values.max()}; full scale is {full}. State the bits that "
-            "they have as depth, or save the image with values from 0 on"
+            "they have as bit_depth, or save the image with values from 0 on"
         )
     return values.astype(np.uint8) if full == 255 else np.round(values * (255 / full)).astype(np.uint8)
 

@@ -202,7 +202,7 @@ def class_folder_split(root: Path, split: str, *, bit_depth: int | None = None) 
     root : Path
     split : str
     bit_depth : int or None
-        As ``depth`` of `read_image`.
+        As in `read_image`.
 
     Raises
     ------
@@ -584,7 +584,7 @@ def _file_images(
 ) -> tuple[Callable[[], set[tuple[int, int]]], Callable[..., Images]]:
     return (
         lambda: {image_shape(path) for path in paths},
-        lambda positions: (read_image(paths[position], depth=bit_depth) for position in positions),
+        lambda positions: (read_image(paths[position], bit_depth=bit_depth) for position in positions),
     )
 
 

@@ -92,6 +92,23 @@ def test_a_table_takes_the_depth_too_and_a_registered_set_does_not(tmp_path):
         mr.load_dataset(f"csv:{tmp_path / 't.csv'}", bit_depth=3)
 
 
+def test_a_stated_depth_leaves_files_of_eight_bits_beside_deeper_ones_alone(tmp_path):
+    ramp = np.arange(4096, dtype=np.uint16).reshape(64, 64)
+    shown = np.round(ramp * (255 / 4095)).astype(np.uint8)
+    for name, image in {"a/deep.png": ramp, "a/flat.png": shown[::-1], "b/one.png": shown.T}.items():
+        write(tmp_path / name, image)
+    Image.fromarray(NOISE[0]).save(tmp_path / "b" / "two.jpg", quality=95)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        images = mr.load_dataset(f"folder:{tmp_path}?bit_depth=12").images
+    np.testing.assert_array_equal(images[:3, ..., 0], [shown, shown[::-1], shown.T])
+    np.testing.assert_array_equal(images[3], np.asarray(Image.open(tmp_path / "b" / "two.jpg")))
+    with pytest.raises(ValueError, match=r"deep\.png holds values from 0 to 4095; .* State the bits .* as bit_depth"):
+        mr.load_dataset(f"folder:{tmp_path}?bit_depth=10")
+    with pytest.raises(ValueError, match="bit_depth=99: give the bits"):
+        mr.load_dataset(f"folder:{tmp_path}?bit_depth=99")
+
+
 def test_arrays_that_were_cast_before_they_were_scaled_are_told(tmp_path):
     with pytest.warns(UserWarning, match="values from 0 to 1 of 255") as told:
         data = by_hand((NOISE / 255).round().astype(np.uint8))
