@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
-from urllib.parse import parse_qsl
+from urllib.parse import parse_qsl, urlencode
 
 import numpy as np
 import pandas as pd
@@ -93,6 +93,7 @@ def load_dataset(
     bit_depth : int or None
         For ``folder:`` and ``csv:``: bits that the values of PNG, TIFF and other files really have, where the files
         have room for more. None takes the file's own: with 12 bits in 16, the brightest value is then 16 of 255.
+        It stands in the set's id, as does ``fit="pad"`` for these names, and so draws other noise.
     fit : {"crop", "pad"}
         How images become square. ``crop``: resizing brings the shortest edge to size (bicubic) and crops the centre;
         images that are not resized keep their shape, and most models crop them so. ``pad``: the longest edge is
@@ -212,6 +213,10 @@ def open_split(
     if scheme in {"folder", "csv"} and path:
         own = {"class_names": class_names, "templates": templates, "bit_depth": bit_depth}
         listed, row, words = _own_split(scheme, Path(path).expanduser(), split, like, wording, **own)
+        # Other pixels must not pass for the same set in a comparison of results.
+        options = {"bit_depth": bit_depth, "fit": fit}
+        changed = urlencode({name: value for name, value in options.items() if value not in (None, "crop")})
+        row = replace(row, id=f"{row.id}?{changed}") if changed else row
     elif id in DATASETS:
         own = {"like": like, "class_names": class_names, "templates": templates, "bit_depth": bit_depth}
         for name, value in own.items():

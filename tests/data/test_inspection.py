@@ -71,13 +71,25 @@ def test_twelve_bits_in_sixteen_are_told_with_the_depth_that_mends_them(tmp_path
     assert "(a/0.png, a/2.png, b/1.png and 1 more)" in caveat
     assert (f"folder:PATH?bit_depth={bits} of 16" in caveat) == (peak > 0)
     stated = open_split(f"folder:{tmp_path}?bit_depth={bits}&fit=pad")
-    assert (stated.bit_depth, stated.fit, stated.row.id) == (bits, "pad", data.id)
+    assert (stated.bit_depth, stated.fit, stated.row.id) == (bits, "pad", f"{data.id}?bit_depth={bits}&fit=pad")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         mended = mr.load_dataset(f"folder:{tmp_path}", bit_depth=bits)
     assert mended.caveats == [] and mended.provenance["bit_depth"] == bits
     exact = np.round(values[[0, 2, 1, 3]] * (255 / (2**bits - 1))).astype(np.uint8)
     np.testing.assert_array_equal(mended.images[..., 0], exact)
+
+
+def test_what_changes_pixels_stands_in_the_id_and_what_does_not_changes_no_id(tmp_path):
+    for name, image in zip("ab", scenes(2), strict=True):
+        write(tmp_path / "set" / name / "1.png", image)
+    path, table = f"folder:{tmp_path / 'set'}", tmp_path / "set" / "t.csv"
+    table.write_text("path,label\na/1.png,a\nb/1.png,b\n")
+    for query, given in {"": {}, "?bit_depth=12": {"bit_depth": 12}, "?fit=pad": {"fit": "pad"}}.items():
+        assert mr.load_dataset(path + query).id == mr.load_dataset(path, **given).id == "folder:set" + query
+        assert open_split(f"csv:{table}", **given).row.id == "csv:t.csv" + query
+    assert open_split(f"{path}?fit=pad&bit_depth=12").row.id == "folder:set?bit_depth=12&fit=pad"
+    assert open_split(f"{path}?fit=crop", image_size=32).row.id == "folder:set"
 
 
 def test_a_table_takes_the_depth_too_and_a_registered_set_does_not(tmp_path):
