@@ -15,10 +15,12 @@ from scipy.spatial import KDTree
 from medrobust_lib.data.wording import folded
 
 DIM = 64  # of 255: an image without a value above it leaves two bits or more of the eight empty
+FLAT = 32  # of 255: gray levels of an image that no window fits; chest films and phantoms have 50 or more
 LEAST_CROP = 0.05  # share of an image's area
 VERY_FEW = 5  # images of a class
 SHOWN = 3  # names of files in a sentence
 
+_HOT = 0.001  # share of an image's pixels that may lie outside a range: markers, dead and hot pixels
 _MANY = 5  # times as many images
 _CLOSE = 0.8  # difflib's ratio
 _THUMBNAIL = 8  # px
@@ -101,19 +103,41 @@ def tell(set_name: str, caveats: Sequence[str]) -> None:
 
 
 def _dim(images: NDArray[np.uint8], names: Sequence[str]) -> list[str]:
+    channels = np.array([np.reshape(Image.fromarray(image).histogram(), (3, 256)) for image in images])
+    shares = channels.sum(1).cumsum(1) / channels[0].sum()
+    low, high = (shares < _HOT).sum(1), (shares < 1 - _HOT).sum(1)
     peaks = images.max(axis=(1, 2, 3))
-    dim = np.flatnonzero(peaks <= DIM)
-    if not len(dim):
-        return []
-    peak = int(peaks[dim].max())
-    # The fewest bits that hold the least 16-bit value shown as `peak`.
-    deep, shallow = (257 * peak - 128).bit_length(), peak.bit_length()
-    bits = f": folder:PATH?bit_depth={deep} of 16, or ?bit_depth={shallow} of 8" if peak else ""
-    return [
-        f"{len(dim)} of {len(images)} images do not fill their range and are nearly black to any model: values from "
-        f"{int(images[dim].min())} to {peak} of 255 ({first_of([names[k] for k in dim])}). Where files hold fewer bits "
-        f"than they have room for, say how many{bits}; scale arrays to 0..255."
-    ]
+    dim = np.flatnonzero(high <= DIM)
+    # White background of stained tissue is flat too, but coloured.
+    gray = (channels == channels[:, :1]).all((1, 2))
+    flat = np.flatnonzero((high > DIM) & (high - low < FLAT) & gray)
+    found = []
+    if len(dim):
+        peak = int(np.where(peaks > DIM, high, peaks)[dim].max())
+        # The fewest bits that hold the least 16-bit value shown as `peak`.
+        deep, shallow = (257 * peak - 128).bit_length(), peak.bit_length()
+        bits = f": folder:PATH?bit_depth={deep} of 16, or ?bit_depth={shallow} of 8" if peak else ""
+        hot = dim[peaks[dim] > DIM]
+        found.append(
+            f"{len(dim)} of {len(images)} images do not fill their range and are nearly black to any model: values "
+            f"from {int(images[dim].min())} to {peak} of 255 ({first_of([names[k] for k in dim])}). Where files hold "
+            f"fewer bits than they have room for, say how many{bits}; scale arrays to 0..255."
+        )
+        if len(hot):
+            found[-1] += (
+                f" {len(hot)} of them hold a few brighter pixels, up to {int(peaks[hot].max())} "
+                f"({first_of([names[k] for k in hot])}): bit_depth refuses values above it, so set these pixels to 0 "
+                "first."
+            )
+    if len(flat):
+        found.append(
+            f"{len(flat)} of {len(images)} images are nearly flat gray to any model: "
+            f"{int((high - low)[flat].max()) + 1} gray levels or fewer in each, from {int(low[flat].min())} to "
+            f"{int(high[flat].max())} of 255 ({first_of([names[k] for k in flat])}). Where files hold values "
+            "with an offset, such as Hounsfield units plus 32768, save them with a window that brings the tissue to "
+            "the full range; bit_depth cannot."
+        )
+    return found
 
 
 def _cropped(shapes: Sequence[tuple[int, int]]) -> list[str]:

@@ -136,6 +136,48 @@ def test_arrays_that_were_cast_before_they_were_scaled_are_told(tmp_path):
         assert data.subset([0, 1]).caveats == data.caveats
 
 
+def test_hounsfield_units_with_an_offset_are_told_to_be_flat(tmp_path):
+    units = np.round(scenes(4)[..., 0] * (2000 / 255)).astype(int) - 1000  # air to bone
+    units[:, 0, :2] = -1000, 1000
+    for place, image in enumerate(units):
+        write(tmp_path / "ab"[place % 2] / f"{place}.png", (image + 32768).astype(np.uint16))
+    with pytest.warns(UserWarning, match="nearly flat gray"):
+        (caveat,) = mr.load_dataset(f"folder:{tmp_path}").caveats
+    # round((32768 - 1000) / 257), round((32768 + 1000) / 257)
+    assert "4 of 4 images are nearly flat gray to any model: 8 gray levels or fewer in each, from 124 to 131" in caveat
+    assert "(a/0.png, a/2.png, b/1.png and 1 more)" in caveat and "plus 32768" in caveat
+
+
+def test_one_hot_pixel_does_not_hide_twelve_bits_in_sixteen(tmp_path):
+    values = np.round(scenes(4)[..., 0] * (4095 / 255)).astype(np.uint16)
+    values[0, 5, 5] = 65535
+    values[1:, 0, :9] = 4095
+    for place, image in enumerate(values):
+        write(tmp_path / "ab"[place % 2] / f"{place}.png", image)
+    with pytest.warns(UserWarning, match="nearly black"):
+        (caveat,) = mr.load_dataset(f"folder:{tmp_path}").caveats
+    assert "4 of 4 images do not fill their range and are nearly black to any model: values from 0 to 16 of" in caveat
+    assert "folder:PATH?bit_depth=12 of 16" in caveat
+    assert caveat.endswith(
+        "1 of them hold a few brighter pixels, up to 255 (a/0.png): bit_depth refuses values above it, so set these "
+        "pixels to 0 first."
+    )
+    with pytest.raises(ValueError, match=r"0\.png holds values from \d+ to 65535; full scale is 4095"):
+        mr.load_dataset(f"folder:{tmp_path}", bit_depth=12)
+
+
+def test_few_bright_structures_and_white_background_are_none_of_ours():
+    spots = np.zeros((2, 64, 64, 3), np.uint8)
+    spots[0, 5:8, 5:8] = spots[1, 40:43, 20:23] = 220
+    stain = 235 - NOISE[:2] // 12 - np.uint8([0, 3, 1])  # nothing but slide
+    assert seen(spots) == [] and seen(stain) == []
+    gray = np.repeat(224 + NOISE[:2, ..., :1] // 8, 3, axis=3)
+    assert (
+        "2 of 2 images are nearly flat gray to any model: 32 gray levels or fewer in each, from 224 to 255"
+        in seen(gray)[0]
+    )
+
+
 def test_an_image_that_reaches_a_quarter_of_the_range_is_none_of_ours():
     edge = np.zeros((1, 8, 8, 3), np.uint8)
     edge[0, 0, 0] = 65
@@ -149,6 +191,7 @@ def test_an_image_that_reaches_a_quarter_of_the_range_is_none_of_ours():
 @pytest.mark.parametrize("image_size", [None, 24])
 def test_what_a_centre_crop_throws_away_is_told_and_padding_keeps_it(tmp_path, image_size):
     bright = np.full((40, 64, 3), 200, np.uint8)
+    bright[30:, 20:40] = 100
     bright[:, :4], bright[:, -4:] = 255, 90  # at the two ends, which a crop to 40 x 40 never shows
     for place, shift in enumerate((0, 60)):
         write(tmp_path / "ab"[place] / "1.png", bright - np.uint8(shift))
