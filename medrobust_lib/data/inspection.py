@@ -76,14 +76,23 @@ def close_names(names: Sequence[str], counts: Sequence[int]) -> list[str]:
     for rare, few in zip(names, counts, strict=True):
         many = [k for k, count in enumerate(counts) if 0 < few <= VERY_FEW and few * _MANY <= count]
         for name, count in ((names[k], counts[k]) for k in many):
-            numbers = [re.findall(r"\d+", text) for text in (rare, name)]  # grade 1 is no misspelling of grade 2
-            near = difflib.SequenceMatcher(None, folded(rare), folded(name)).ratio() >= _CLOSE
-            if near and numbers[0] == numbers[1]:
+            if _misspelt(folded(rare), folded(name)):
                 found.append(
                     f"Class {rare!r} ({few} image{'s' * (few > 1)}) is spelled nearly like {name!r} ({count}). If one "
                     "is a misspelling, rename it, or give both one noun with class_names."
                 )
     return found
+
+
+def _misspelt(one: str, other: str) -> bool:
+    """Whether two names differ in one letter, or in two that changed places, behind the first one of a longer word."""
+    matcher = difflib.SequenceMatcher(None, one, other)
+    edits = [(one[a:b], other[c:d]) for what, a, b, c, d in matcher.get_opcodes() if what != "equal"]
+    removed, added = ("".join(parts) for parts in zip(*edits, strict=True)) if edits else ("", "")
+    small = max(len(removed), len(added)) <= 1 and (len(edits) < 2 or removed == added)
+    # abnormal is no misspelling of normal, nor atypical of typical; grade 1 none of grade 2, nor stage II of stage I.
+    marks = [re.findall(r"\d+|(?<![^\W_])[^\W_]{1,3}(?![^\W_])|\+", text) for text in (one, other)]
+    return small and matcher.ratio() >= _CLOSE and one[:1] == other[:1] and marks[0] == marks[1]
 
 
 def first_of(names: Sequence[str]) -> str:

@@ -288,6 +288,15 @@ def test_phantoms_raise_no_warning(modality):
         (("Bacteria ", "bacterie"), (3, 200), ["Bacteria "]),
         (("bacteria", "bactera"), (40, 20), []),  # many of both
         (("bacteria", "bactera"), (4, 1), []),  # few of both
+        (("bacteria", "bacetria"), (40, 2), ["bacetria"]),
+        (("lung_cancer", "lung cancer"), (2, 40), ["lung_cancer"]),
+        (("normal", "abnormal"), (30, 3), []),
+        (("typical", "atypical"), (30, 3), []),
+        (("benign", "nonbenign"), (30, 3), []),
+        (("hyperplasia", "hypoplasia"), (30, 3), []),
+        (("intracellular", "intercellular"), (30, 3), []),
+        (("stage_i", "stage_ii"), (30, 3), []),
+        (("receptor+", "receptor-"), (30, 3), []),
         (("grade 1", "grade 2"), (80, 2), []),
         (("basophil", "platelet"), (80, 2), []),
         (("a", "b"), (80, 0), []),
