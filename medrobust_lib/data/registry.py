@@ -113,7 +113,7 @@ def load_dataset(
         The set is not on this computer; the message names the folder and the command to run.
     ValueError
         Unknown id, split or wording, ``n`` outside the split, a label outside the class list, a corrupt
-        file, fewer than two classes or two that differ in case, spaces or the form of accents only, ``class_names``
+        file, fewer than two classes or two that differ in case, spaces or the form of letters only, ``class_names``
         that do not fit, or a template without its ``{}``.
     TypeError
         ``class_names`` is no mapping, or ``templates`` a single text.

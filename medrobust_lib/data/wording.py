@@ -194,11 +194,13 @@ def composed(name: str) -> str:
 
 
 def folded(name: str) -> str:
-    """A name without what people do not see as a difference: case, spaces around it, the way accents are composed.
+    """A name without what people do not see as a difference: case, spaces around it, how its letters are composed.
 
-    Unicode's canonical caseless form (The Unicode Standard, definition D145), runs of white space as one space.
+    Unicode's compatibility caseless form (The Unicode Standard, definition D146) without characters that only format
+    (category Cf, such as a zero-width space) and without the dot that an i has anyhow; runs of white space as one.
     """
-    return " ".join(unicodedata.normalize("NFD", unicodedata.normalize("NFD", name).casefold()).split())
+    lower = unicodedata.normalize("NFKD", unicodedata.normalize("NFKD", name).casefold()).replace("i\u0307", "i")
+    return " ".join("".join(letter for letter in lower if unicodedata.category(letter) != "Cf").split())
 
 
 def check_distinct(names: Sequence[str], what: str, advice: str) -> None:
@@ -209,7 +211,7 @@ def check_distinct(names: Sequence[str], what: str, advice: str) -> None:
         if other != name:
             shown = map(ascii if composed(other) == composed(name) else repr, (other, name))
             raise ValueError(
-                f"{what} {' and '.join(shown)} differ in case, spaces or the form of accents only; {advice}"
+                f"{what} {' and '.join(shown)} differ in case, spaces or the form of letters only; {advice}"
             )
 
 
