@@ -32,6 +32,8 @@ _SPLIT_SPELLINGS = {"train": "train", "training": "train", "val": "val", "valid"
 _SPLIT_SPELLINGS |= {"test": "test", "testing": "test"}
 
 _LITTER = {"thumbs.db", "desktop.ini", "__macosx", "@eadir"}  # that systems leave in folders, beside hidden files
+# What BUSI and others add to the name of an image for the drawing of its lesion.
+_MASK = re.compile(r"(.+)_(?:mask|seg|segmentation|label)s?(?:_\d+)?", re.IGNORECASE)
 _SHOWN_PATH = 80  # characters
 _MOST_BRACKETS = 1000
 _AGAIN = "Download the set again."
@@ -250,6 +252,7 @@ def class_folder_split(root: Path, split: str, *, bit_depth: int | None = None) 
             f"{len(nested)} of {len(paths)} images lie in folders below their class folder "
             f"({first_of([str(path.relative_to(root)) for path in nested])}) and were taken for images of that class."
         )
+    names = tuple(str(path.relative_to(root)) for path in paths)
     return Split(
         split,
         np.array([label for _, label in files], dtype=np.int64),
@@ -259,9 +262,9 @@ def class_folder_split(root: Path, split: str, *, bit_depth: int | None = None) 
         read,
         str(root),
         tuple(folders),
-        files=tuple(str(path.relative_to(root)) for path in paths),
+        files=names,
         totals=tuple(sum(len(classes.get(code, [])) for classes in listing.values()) for code in codes),
-        caveats=tuple(caveats),
+        caveats=(*caveats, *_masks(names)),
         ignored=_ignored_in(paths),
     )
 
@@ -309,9 +312,11 @@ def csv_split(path: Path, split: str, *, bit_depth: int | None = None) -> Split:
     labels = np.array([label for _, label in chosen], dtype=np.int64)
     counts = Counter(label for _, label, _ in rows.values())
     folder = path.absolute().parent
+    names = tuple(str(file.relative_to(folder)) if file.is_relative_to(folder) else file.name for file, _ in chosen)
     return Split(
         split, labels, codes, _names(codes, (path.parent,)), shapes, read, str(path), splits,
-        files=tuple(str(file.relative_to(folder)) if file.is_relative_to(folder) else file.name for file, _ in chosen),
+        files=names,
+        caveats=tuple(_masks(names)),
         totals=tuple(counts[code] for code in codes),
         ignored=_ignored_in([file for file, _ in chosen]),
     )  # fmt: skip
@@ -390,6 +395,20 @@ def _files_below(folder: Path) -> Iterator[Path]:
         links = [name for name in folders if Path(place, name).is_symlink()]  # may lead back up
         folders[:] = _kept(folders)
         yield from (Path(place, name) for name in _kept([*files, *links]))
+
+
+def _masks(files: Sequence[str]) -> list[str]:
+    """Count the images that are named after another one beside them as its mask, in a sentence; none if none are."""
+    stems = [str(Path(name).with_suffix("")) for name in files]
+    there = set(stems)
+    matches = map(_MASK.fullmatch, stems)
+    masks = [name for name, match in zip(files, matches, strict=True) if match and match[1] in there]
+    if not masks:
+        return []
+    return [
+        f"{len(masks)} of {len(files)} images are called after another one as its mask or label ({first_of(masks)}) "
+        "and were taken for images of their class: move masks out of the class folders, or list only images in a table."
+    ]
 
 
 def _is_image(path: Path) -> bool:

@@ -349,6 +349,22 @@ def test_what_is_left_out_is_counted_and_named(tmp_path):
     assert "litter" not in everything and "README" not in everything
 
 
+@pytest.mark.parametrize("form", ["folder", "csv"])
+def test_masks_beside_their_images_are_counted(tmp_path, form):
+    masks = ("b/x (1)_mask.png", "b/x (1)_mask_1.png", "m/2_Seg.tif", "m/3_segmentation.png", "m/4_label.png")
+    images = ("b/x (1).png", "m/2.png", "m/3.jpg", "m/4.bmp", "m/5_mask.png", "b/2_mask.png", "b/flask.png")
+    names = (*masks, *images)
+    layout(tmp_path, *names)
+    if form == "folder":
+        split = class_folder_split(tmp_path, "test")
+    else:
+        rows = "".join(f"{name},{name[0]}\n" for name in sorted(names))
+        split = csv_split(write_csv(tmp_path, f"path,label\n{rows}"), "test")
+    (caveat,) = split.caveats
+    assert caveat.startswith("5 of 12 images are called after another one as its mask or label (b/x (1)_mask.png, b/x")
+    assert class_folder_split(layout(tmp_path / "n", *(f"n/{name}" for name in images)) / "n", "test").caveats == ()
+
+
 def layout(root, *names):
     for name in names:
         save(root / name)
