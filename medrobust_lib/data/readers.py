@@ -219,7 +219,8 @@ def class_folder_split(root: Path, split: str, *, bit_depth: int | None = None) 
     if not root.is_dir():
         raise FileNotFoundError(f"no folder at {root.absolute()}")
     base, folders = _split_folders(root)
-    split = resolve_split(split, tuple(folders), str(root))
+    beside = [child.name for child in _subfolders(base) if child not in folders.values()]
+    split = resolve_split(split, tuple(folders), str(root), beside=() if folders.get(UNSPLIT) == base else beside)
     found = {name: _class_files(folder) for name, folder in folders.items()}
     listing = {name: classes for name, (classes, _) in found.items()}
     codes = _ordered({code for classes in listing.values() for code in classes})
@@ -339,15 +340,16 @@ def file_advice(path: Path) -> str:
     return "a file: write folder: and a folder of class folders, or csv: and a table of images"
 
 
-def resolve_split(split: str, available: Sequence[str], source: str) -> str:
-    """Return the split to read, or raise ValueError naming what the source offers."""
+def resolve_split(split: str, available: Sequence[str], source: str, *, beside: Sequence[str] = ()) -> str:
+    """Return the split to read, or raise ValueError naming what the source offers, and folders beside its splits."""
     if split in available:
         return split
     if tuple(available) == (UNSPLIT,):
         if split == "test":
             return UNSPLIT
         raise ValueError(f"{source} is not divided into splits, so it has no {split!r}; ask for {UNSPLIT!r}")
-    raise ValueError(f"{source} has no split {split!r}.{suggest(split, available)}")
+    advice = f" Passed over: {first_of(beside)}; rename what is a split to {', '.join(SPLITS)}." if beside else ""
+    raise ValueError(f"{source} has no split {split!r}.{suggest(split, available)}{advice}")
 
 
 def _split_folders(root: Path) -> tuple[Path, dict[str, Path]]:

@@ -263,6 +263,17 @@ def test_empty_and_unknown_splits_are_named(tmp_path):
         class_folder_split(tmp_path, "val")
 
 
+@pytest.mark.parametrize("name", ["dev", "test_set"])
+def test_a_folder_that_is_passed_over_is_named_where_a_split_is_missed(tmp_path, name):
+    layout(tmp_path, "train/a/1.png", "train/b/1.png", f"{name}/a/1.png", f"{name}/b/1.png")
+    message = f"no split 'test'. Choose one of: train. Passed over: {name}; rename what is a split to train, val, test."
+    with pytest.raises(ValueError, match=re.escape(message)):
+        class_folder_split(tmp_path, "test")
+    assert class_folder_split(tmp_path, "train").labels.tolist() == [0, 1]
+    (tmp_path / name).rename(tmp_path / "test")
+    assert class_folder_split(tmp_path, "test").labels.tolist() == [0, 1]
+
+
 def test_two_folders_for_one_split_are_refused(tmp_path):
     save(tmp_path / "val" / "a" / "1.png")
     save(tmp_path / "valid" / "a" / "1.png")
