@@ -4,6 +4,7 @@ MedMNIST npz, MedIMeta folders, class folders (ImageFolder and CoOp style) and C
 matched to the class list by name wherever the source states names, never by position alone.
 """
 
+import io
 import os
 import re
 import unicodedata
@@ -195,7 +196,7 @@ def class_folder_split(root: Path, split: str, *, bit_depth: int | None = None) 
 
     Images in folders below a class folder, such as those of patients, belong to that class. A file is an image by its
     suffix, or, with any other suffix or none, by its content. What is left out is named in ``caveats``: files in class
-    folders that are no readable images, images outside the class folders, folders beside the splits, and links that
+    folders that are no images by suffix or content, images outside the class folders, folders beside the splits, and links that
     lead nowhere. Hidden files and what systems leave behind (Thumbs.db, desktop.ini, __MACOSX, @eaDir) are left out
     without a word.
 
@@ -271,7 +272,7 @@ def class_folder_split(root: Path, split: str, *, bit_depth: int | None = None) 
 
 
 def csv_split(path: Path, split: str, *, bit_depth: int | None = None) -> Split:
-    """List a split of a CSV table with the columns ``path``, ``label`` and, optionally, ``split``.
+    """List a split of a CSV table with the columns ``path``, ``label`` and, optionally, ``split``, in any case.
 
     Relative paths start at the CSV's folder and must stay inside it; absolute paths are taken as
     written. A path that names no file is also tried with forward slashes for backslashes and with its accents
@@ -475,8 +476,7 @@ def _names(codes: Sequence[str], folders: Sequence[Path]) -> tuple[str, ...]:
     for folder in folders:
         path = folder / "classnames.txt"
         if path.is_file():
-            with parsed(f"{path} is no list of class names in UTF-8"):
-                lines = path.read_text(encoding="utf-8-sig").splitlines()
+            lines = _text(path, "text in UTF-8").splitlines()
             named = dict(_named(unicodedata.normalize("NFC", line), codes) for line in lines if line.strip())
             for code in codes:
                 if composed(code) not in named:
@@ -486,6 +486,13 @@ def _names(codes: Sequence[str], folders: Sequence[Path]) -> tuple[str, ...]:
                     )
             return tuple(named[composed(code)] for code in codes)
     return tuple(re.sub(r"[_\-\s]+", " ", code).strip() for code in codes)
+
+
+def _text(path: Path, form: str) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8: save it as {form} (byte {error.start}: {error.reason})") from error
 
 
 def _named(line: str, codes: Sequence[str]) -> tuple[str, str]:
@@ -500,17 +507,17 @@ def _named(line: str, codes: Sequence[str]) -> tuple[str, str]:
 
 def _csv_table(path: Path) -> pd.DataFrame:
     """Rows of a table as text, the index their lines; refuse another form, saying which it is."""
+    text = _text(path, "CSV UTF-8")
     advice = "Save it as CSV with commas in UTF-8, and put a path or label with a comma in it into quotes."
     with parsed(f"{path} is not a readable CSV table (UTF-8, commas)", advice):
-        with path.open(encoding="utf-8-sig") as stream:
-            first = stream.readline().strip()
+        first = text.partition("\n")[0].strip()
         for delimiter, called in {";": "semicolons", "\t": "tabs", "|": "vertical bars"}.items():
             if delimiter in first and "," not in first:
                 raise ValueError(f"it has {called} between its columns {first.replace(delimiter, ', ')}")
         # The header is read as a row like the others: beside a longer row pandas would take the first column for names.
         table = pd.read_csv(
-            path, header=None, dtype=str, keep_default_na=False, skipinitialspace=True, skip_blank_lines=False,
-            encoding="utf-8-sig",
+            io.StringIO(text), header=None, dtype=str, keep_default_na=False, skipinitialspace=True,
+            skip_blank_lines=False,
         ).fillna("")  # fmt: skip
         table.index += 1
         table = table[(table != "").any(axis=1)]
@@ -518,6 +525,8 @@ def _csv_table(path: Path) -> pd.DataFrame:
             raise ValueError("it is empty")
     header, table = [name.strip() for name in table.iloc[0]], table.iloc[1:]
     for column, least in {"path": 1, "label": 1, "split": 0}.items():
+        if column not in header:
+            header = [column if name.lower() == column else name for name in header]
         if not least <= header.count(column) <= 1:
             raise ValueError(
                 f"{path} has {'more than one' if column in header else 'no'} column {column!r}; its columns are "

@@ -338,6 +338,15 @@ def test_a_file_is_an_image_by_its_content_where_its_suffix_does_not_say(tmp_pat
     np.testing.assert_array_equal(first(split, [6])[0][..., 1], np.arange(256).reshape(16, 16))
 
 
+def test_a_file_with_the_suffix_of_an_image_that_cannot_be_read_is_refused_by_name(tmp_path):
+    layout(tmp_path, "a/1.png", "b/1.png")
+    (tmp_path / "a" / "2.png").write_bytes((tmp_path / "a" / "1.png").read_bytes()[:40])
+    split = class_folder_split(tmp_path, "test")
+    assert len(split.labels) == 3 and split.caveats == ()
+    with pytest.raises(ValueError, match=r"a/2\.png is not a readable image: .* Replace or remove the file"):
+        first(split, [1])
+
+
 def test_what_is_left_out_is_counted_and_named(tmp_path):
     root = tmp_path / "set"
     for name in ("train/a/1.png", "train/b/1.png", "test/a/1.png", "test/b/1.png", "loose.png", "test/loose.png"):
@@ -504,7 +513,7 @@ def test_csv_without_splits_and_with_numbers_for_classes(tmp_path):
     "text, error, message",
     [
         ("file,label\na.png,x\n", ValueError, "has no column 'path'; its columns are file, label. Call the column of"),
-        ("Path,label,label\na.png,x,y\n", ValueError, "has no column 'path'; its columns are Path, label, label"),
+        ("Path,PATH,label\na.png,x,y\n", ValueError, "has more than one column 'path'"),
         ("path,label,label\na.png,x,y\n", ValueError, "has more than one column 'label'"),
         ("path;label\na.png;x\n", ValueError, "it has semicolons between its columns path, label. Save it as CSV"),
         ("path\tlabel\na.png\tx, y\n", ValueError, "it has tabs between its columns path, label. Save it as CSV"),
@@ -522,11 +531,29 @@ def test_csv_mistakes_name_the_line(tmp_path, text, error, message):
         csv_split(write_csv(tmp_path, text), "test")
 
 
-@pytest.mark.parametrize("content", [b"", b"path,label\n\xff\xfe.png,x\n", b"path,label\na,b\nc,d,e,f\n"])
+@pytest.mark.parametrize("content", [b"", b"path,label\na,b\nc,d,e,f\n"])
 def test_unreadable_csv_is_named(tmp_path, content):
     (tmp_path / "table.csv").write_bytes(content)
     with pytest.raises(ValueError, match=rf"{re.escape(str(tmp_path / 'table.csv'))} is not a readable CSV table"):
         csv_split(tmp_path / "table.csv", "test")
+
+
+@pytest.mark.parametrize("header", ["Path,Label,Split,Age", "PATH, label ,SPLIT,age", "path,Label,split,Path"])
+def test_column_names_may_differ_in_case(tmp_path, header):
+    layout(tmp_path, "a.png", "b.png")
+    split = csv_split(write_csv(tmp_path, f"{header}\na.png,x,test,1\nb.png,y,train,2\n"), "test")
+    assert split.files == ("a.png",) and split.codes == ("x", "y") and split.splits == ("test", "train")
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "utf-16"])
+def test_text_in_another_encoding_is_told_how_to_save_it(tmp_path, encoding):
+    layout(tmp_path, "x/1.png", "y/1.png")
+    (tmp_path / "t.csv").write_text("path,label\nx/1.png,Zähne\ny/1.png,Ärzte\n", encoding=encoding)
+    with pytest.raises(ValueError, match=r"t\.csv is not UTF-8: save it as CSV UTF-8 \(byte \d+: "):
+        csv_split(tmp_path / "t.csv", "test")
+    (tmp_path / "classnames.txt").write_text("x Zähne\ny Ärzte\n", encoding=encoding)
+    with pytest.raises(ValueError, match=r"classnames\.txt is not UTF-8: save it as text in UTF-8 \(byte \d+: "):
+        class_folder_split(tmp_path, "test")
 
 
 def test_a_folder_given_as_table_is_named(tmp_path):
