@@ -4,7 +4,6 @@ import difflib
 import re
 import sys
 import warnings
-from collections import Counter
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -56,11 +55,24 @@ def seen_in(
     return [*_dim(images, names), *_cropped(shapes), *_twice(images, labels, names)]
 
 
-def ignored_in(files: Iterable[Sequence[str]]) -> list[str]:
-    """Count what was ignored in reading files (see `decoding.left_out`), in a sentence for a card; none if nothing."""
-    counts = Counter(what for file in files for what in file)
-    told = ", ".join(f"{what} of {count}" for what, count in counts.most_common())
-    return [f"Ignored in reading image files: {told}."] if told else []
+def ignored_in(files: Iterable[Sequence[str]], names: Sequence[str]) -> list[str]:
+    """Count what was ignored in reading files (see `decoding.left_out`), in a sentence for a card; none if nothing.
+
+    Parameters
+    ----------
+    files : iterable of sequences of str
+        What was ignored in each file; empty where the images are not files.
+    names : sequence of str
+        What to call each file.
+    """
+    found: dict[str, list[str]] = {}
+    for whats, name in zip(files, names, strict=False):
+        for what in whats:
+            found.setdefault(what, []).append(name)
+    most_first = sorted(found.items(), key=lambda item: -len(item[1]))
+    told = ", ".join(f"{what} of {len(where)} ({first_of(where)})" for what, where in most_first)
+    advice = "Where it matters, rotate, flatten or convert them as a viewer shows them, and save them again."
+    return [f"Ignored in reading image files: {told}. {advice}"] if told else []
 
 
 def close_names(names: Sequence[str], counts: Sequence[int]) -> list[str]:

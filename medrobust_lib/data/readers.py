@@ -196,9 +196,9 @@ def class_folder_split(root: Path, split: str, *, bit_depth: int | None = None) 
 
     Images in folders below a class folder, such as those of patients, belong to that class. A file is an image by its
     suffix, or, with any other suffix or none, by its content. What is left out is named in ``caveats``: files in class
-    folders that are no images by suffix or content, images outside the class folders, folders beside the splits, and links that
-    lead nowhere. Hidden files and what systems leave behind (Thumbs.db, desktop.ini, __MACOSX, @eaDir) are left out
-    without a word.
+    folders that are no images by suffix or content, images outside the class folders, folders beside the splits, and
+    links that lead nowhere. Hidden files and what systems leave behind (Thumbs.db, desktop.ini, __MACOSX, @eaDir) are
+    left out without a word.
 
     Parameters
     ----------

@@ -157,7 +157,7 @@ class OpenSplit:
         names = [self.listed.files[place] if self.listed.files else f"image {place}" for place in positions]
         labels = self.labels[positions]
         seen = seen_in(images, labels, names=names, shapes=shapes if self.fit == "crop" else ())
-        caveats = [*self.listed.caveats, *ignored_in(self.listed.ignored(positions)), *seen]
+        caveats = [*self.listed.caveats, *ignored_in(self.listed.ignored(positions), names), *seen]
         tell(self.row.id, caveats)
         provenance = {
             "source": self.row.source,

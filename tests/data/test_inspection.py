@@ -337,6 +337,10 @@ def test_what_reading_ignores_in_files_is_counted_for_the_set(tmp_path, form):
     clear = np.dstack([scenes(1, seed=9)[0], np.full((64, 64), 7, np.uint8)])
     write(root / "a" / "6.png", clear)
     (root / "list.csv").write_text("\n".join([*rows, "a/6.png,a"]))
-    with pytest.warns(UserWarning, match="EXIF rotation of 3, transparency of 1"):
+    with pytest.warns(UserWarning, match="EXIF rotation of 3 .*, transparency of 1"):
         data = mr.load_dataset({"folder": f"folder:{root}", "csv": f"csv:{root / 'list.csv'}"}[form])
-    assert "Ignored in reading image files: EXIF rotation of 3, transparency of 1." in data.caveats
+    turned_ones = {"folder": "a/0.jpg, a/2.jpg, b/1.jpg", "csv": "a/0.jpg, b/1.jpg, a/2.jpg"}[form]
+    assert (
+        f"Ignored in reading image files: EXIF rotation of 3 ({turned_ones}), transparency of 1 (a/6.png). Where it "
+        "matters, rotate, flatten or convert them as a viewer shows them, and save them again."
+    ) in data.caveats
