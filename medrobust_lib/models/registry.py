@@ -165,7 +165,7 @@ def load_model(
     with torch.random.fork_rng(devices=[]):
         model = loader(entry, weights_dir=folder, offline=offline)
     if not isinstance(model, DualEncoder):
-        raise TypeError(
+        raise ValueError(
             f"the loader of {id!r} must return a DualEncoder, not {type(model).__name__} ({model!r:.60}); its form is "
             "loader(entry, *, weights_dir, offline) -> DualEncoder in float32 on the CPU"
         )
@@ -238,7 +238,8 @@ def register_model(
     Raises
     ------
     ValueError
-        If the id belongs to a built-in model or holds the prefix of a folder, the hub or a loader.
+        If the id belongs to a built-in model or holds the prefix of a folder, the hub or a loader, or the loader
+        does not take what loaders are called with.
     TypeError
         If the loader cannot be called.
     """
@@ -280,9 +281,8 @@ def check_kind(entry: ModelEntry) -> None:
     FileNotFoundError
         The folder or one of its files is missing.
     ValueError
-        Another kind of model, or a setting that is not supported; names both.
-    TypeError
-        A loader that cannot be called as loaders are.
+        Another kind of model, or a setting that is not supported (names both), or a loader that cannot be called as
+        loaders are.
     """
     if entry.id.startswith(LOCAL_DIR_PREFIX):
         folder = Path(entry.id.removeprefix(LOCAL_DIR_PREFIX)).expanduser()
@@ -306,12 +306,12 @@ def _check_snapshot(folder: Path, *, id: str) -> None:
 
 
 def _check_loader(loader: Loader, *, id: str) -> None:
-    """Raise TypeError unless a loader of one's own takes what loaders are called with."""
+    """Raise ValueError unless a loader of one's own takes what loaders are called with."""
     try:
         inspect.signature(loader).bind(None, weights_dir=None, offline=False)
     except TypeError as error:
         name = getattr(loader, "__name__", type(loader).__name__)
-        raise TypeError(
+        raise ValueError(
             f"the loader of {id!r} must take the call {name}(entry, weights_dir=..., offline=...) and return a "
             f"DualEncoder in float32 on the CPU: {error}"
         ) from error

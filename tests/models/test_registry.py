@@ -237,7 +237,7 @@ def test_registering_again_replaces_and_built_in_ids_are_taken():
 )
 def test_a_loader_must_return_a_dual_encoder(made, named):
     register_model("mine", lambda entry, **_: made, **FACTS)
-    with pytest.raises(TypeError, match=rf"the loader of 'mine' must return a DualEncoder, not {named} .*its form is"):
+    with pytest.raises(ValueError, match=rf"the loader of 'mine' must return a DualEncoder, not {named} .*its form is"):
         load_model("mine", device="cpu")
 
 
@@ -245,7 +245,7 @@ def test_a_loader_must_return_a_dual_encoder(made, named):
 @pytest.mark.parametrize("loader", [os.getcwd, lambda: None, lambda entry: None, lambda weights_dir, offline: None])
 def test_a_loader_must_take_what_loaders_are_called_with(loader):
     with pytest.raises(
-        TypeError, match=r"the loader of 'mine' must take the call .*\(entry, weights_dir=\.\.\., offline="
+        ValueError, match=r"the loader of 'mine' must take the call .*\(entry, weights_dir=\.\.\., offline="
     ):
         register_model("mine", loader, **FACTS)
 
@@ -382,6 +382,6 @@ def test_a_loader_of_ones_own_is_named_by_module_and_function(tmp_path, monkeypa
             load_model(id)
     for refused in (lambda: load_model("python:os:getcwd"), lambda: check_kind(find_model("python:os:getcwd"))):
         with pytest.raises(
-            TypeError, match=r"must take the call getcwd\(entry, weights_dir=\.\.\., offline=\.\.\.\) and"
+            ValueError, match=r"must take the call getcwd\(entry, weights_dir=\.\.\., offline=\.\.\.\) and"
         ):
             refused()
