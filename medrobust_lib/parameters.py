@@ -56,11 +56,25 @@ class ParameterError(ValueError):
     """A parameter that no selected notebook knows, of the wrong type, or with a value that cannot work."""
 
 
+# Stands for "?" while YAML reads, which would not have it in a list or mapping. Unicode's last noncharacter is no text.
+_QUESTION_MARK = "\U0010ffff"
+
+
+class _TextDumper(yaml.SafeDumper):
+    """Writes every key without the "? " that YAML puts before long ones."""
+
+    def check_simple_key(self) -> bool:
+        return True
+
+
 class _TextLoader(yaml.SafeLoader):
     """Leaves every scalar as it is written, and refuses a key given twice, of which YAML would drop one in silence."""
 
     # By YAML 1.1 yes is true, 010 is eight, 1:30 is ninety and 1e2 is no number.
     yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012 - PyYAML's own
+
+    def construct_scalar(self, node: yaml.ScalarNode) -> str:
+        return super().construct_scalar(node).replace(_QUESTION_MARK, "?")
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
@@ -72,6 +86,8 @@ class _TextLoader(yaml.SafeLoader):
 
 def read_yaml(source: Path | str, *, says: str = "") -> Any:
     """Read YAML without types: every scalar is the text that is written, and `typed` makes a number of it.
+
+    A question mark is text, too: keys after "? " are not read.
 
     Parameters
     ----------
@@ -89,7 +105,10 @@ def read_yaml(source: Path | str, *, says: str = "") -> Any:
     """
     with parsed(f"{says or source} is no valid YAML", "Put text that holds ': ', ' #' or brackets in quotes."):
         text = source.read_text(encoding="utf-8") if isinstance(source, Path) else source
-        return yaml.load(text, Loader=_TextLoader)
+        try:
+            return yaml.load(text.replace("?", _QUESTION_MARK), Loader=_TextLoader)
+        except yaml.YAMLError as error:
+            raise ValueError(str(error).replace(_QUESTION_MARK, "?")) from error
 
 
 def parse_parameters(assignments: Sequence[str], file: Path | None = None) -> dict[str, Any]:
@@ -115,6 +134,15 @@ def parse_parameters(assignments: Sequence[str], file: Path | None = None) -> di
             raise ParameterError(f"-p {name} is given twice, {given[name]} and {value}; a list is [ONE, TWO]")
         given[name] = value
     return {str(name): value for name, value in loaded.items()} | given
+
+
+def as_written(value: str | list[Any] | dict[str, Any]) -> str:
+    """What to write behind ``name=`` for a value of `parse_parameters`."""
+    if isinstance(value, str):
+        return value
+    # Without an end to the line, at which YAML would break a long text.
+    how = {"default_flow_style": True, "allow_unicode": True, "sort_keys": False, "width": math.inf}
+    return yaml.dump(value, Dumper=_TextDumper, **how).strip()
 
 
 def typed(value: Any, kind: Any, name: str) -> Any:
@@ -303,8 +331,8 @@ def _in_range(name: str, value: Any) -> Any:
         for pattern, allows, needed in _RULES:
             if re.fullmatch(pattern, name) and isinstance(item, int | float) and not allows(item):
                 raise ParameterError(f"{shown}: give {needed}")
-        if name == "template" and item and "{}" not in str(item):
-            raise ParameterError(f"{shown}: write {{}} in the place of the class name")
+        if name == "template" and item and str(item).count("{}") != 1:
+            raise ParameterError(f"{shown}: write {{}} once, in the place of the class name")
     return value
 
 

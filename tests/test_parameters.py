@@ -118,6 +118,36 @@ def test_text_arrives_as_it_is_written(any_values, way):
 
 
 @pytest.mark.parametrize("way", WAYS)
+def test_texts_in_lists_and_mappings_arrive_as_they_are_written(any_values, way):
+    one_line = UNICODE.filter(lambda key: key and key.isprintable())  # others safe_dump writes after "? "
+
+    @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+    @given(st.lists(AS_YAML_READS_THEM | UNICODE, min_size=1, max_size=5), st.lists(one_line, max_size=5, unique=True))
+    def check(texts, keys):
+        names = {key: texts[place % len(texts)] for place, key in enumerate(keys)}
+        written = {name: parameters.as_written(value) for name, value in (("texts", texts), ("names", names))}
+        assert read_by(way, any_values, "texts", texts, written=written["texts"]) == texts
+        assert read_by(way, any_values, "names", names, written=written["names"]) == names
+
+    check()
+
+
+def test_a_plain_question_mark_is_text_wherever_a_plain_text_may_stand():
+    @settings(max_examples=100, deadline=None)
+    @given(st.lists(st.text("a? ", min_size=1).map(str.strip).filter(bool), min_size=1))
+    def check(texts):
+        assert parameters.read_yaml(f"[{', '.join(texts)}]") == texts
+        assert parameters.read_yaml("".join(f"- {text}\n" for text in texts)) == texts
+
+    check()
+
+
+def test_a_long_key_is_written_as_it_is_read():
+    names = {"k" * 200: "v?", "a\nb" * 60: "", "": "e", "? c": "d"}
+    assert parameters.read_yaml(parameters.as_written(names)) == names
+
+
+@pytest.mark.parametrize("way", WAYS)
 def test_every_finite_number_arrives_exactly(any_values, way):
     @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
     @given(st.floats(allow_nan=False, allow_infinity=False), st.integers())
@@ -149,6 +179,9 @@ def test_every_finite_number_arrives_exactly(any_values, way):
         ("names", "", {}),
         ("texts", "plip", ["plip"]),
         ("texts", "[yes, 01, folder:a/b, '[x]', 2024-01-01]", ["yes", "01", "folder:a/b", "[x]", "2024-01-01"]),
+        ("texts", "[folder:/tmp/x?fit=pad, phantom/blood]", ["folder:/tmp/x?fit=pad", "phantom/blood"]),
+        ("texts", "[un polype ?, ?, ? a, 'b?']", ["un polype ?", "?", "? a", "b?"]),
+        ("names", "{A: is it a?, B?: b}", {"A": "is it a?", "B?": "b"}),
         ("texts", "", []),
         ("switch", "on", True), ("switch", "YES", True), ("switch", "1", True), ("switch", "true", True),
         ("switch", "off", False), ("switch", "No", False), ("switch", "0", False), ("switch", "False", False),
@@ -193,6 +226,7 @@ def test_what_people_write_is_read_alike_everywhere(any_values, tmp_path, way, n
         ("names", "{a: 1, a: 2}", r"names={a: 1, a: 2} is no valid YAML: the key 'a' is given twice"),
         ("texts", "[a, b: c]", r"texts\[1\]={'b': 'c'}: give text, in quotes if it holds ': ' or brackets"),
         ("texts", "[a", r"parameter texts=\[a is no valid YAML"),
+        ("texts", "[a?", r"parameter texts=\[a\? is no valid YAML: [ -~]*$"),
         ("maybe", "x", "maybe='x': give a whole number"),
     ],
 )
@@ -239,7 +273,13 @@ wording_of: str = ""  # id
         ("sigmas", [math.nan], ValueError, r"parameter sigmas\[0\]=nan: give a number"),
         ("sigmas", [0.1, 64], ValueError, r"parameter sigmas\[1\]=64.0: give 10 or less.*divide a level in 0 to 255"),
         ("sigmas", [10.001], ValueError, "give 10 or less"),
-        ("template", "no place", ValueError, "parameter template='no place': write {} in the place of the class"),
+        ("template", "no place", ValueError, "parameter template='no place': write {} once, in the place of"),
+        (
+            "template",
+            "a {} {}",
+            ValueError,
+            "parameter template='a {} {}': write {} once, in the place of the class name",
+        ),
         ("model", "demo-clop", ValueError, "unknown model 'demo-clop': did you mean 'demo-clip'"),
         ("compare_with", ["demo-clip", "plop"], ValueError, "unknown model 'plop': did you mean 'plip'"),
         ("model", "local-dir:/no/such", FileNotFoundError, "no folder /no/such for the model 'local-dir:/no/such'"),
@@ -256,7 +296,7 @@ wording_of: str = ""  # id
             ValueError,
             r"did you mean 'plip'\? A repository on the hub is hf:vinid/plip, a folder",
         ),
-        ("model", "python:os:getcwd", TypeError, r"must take the call getcwd\(entry, weights_dir=..., offline=...\)"),
+        ("model", "python:os:getcwd", ValueError, r"must take the call getcwd\(entry, weights_dir=..., offline=...\)"),
         ("model", "medclip-vit", FileNotFoundError, "'medclip-vit' are not .*\n.*fetch_weights.py medclip-vit"),
         ("dataset", "phantom/blod", ValueError, "unknown data set 'phantom/blod'. Did you mean 'phantom/blood'"),
         ("compare", ["phantom/octt"], ValueError, "unknown data set 'phantom/octt'. Did you mean 'phantom/oct'"),
