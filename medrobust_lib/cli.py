@@ -51,7 +51,7 @@ def run(
     In an existing run folder the executed notebooks replace their own earlier results and nothing else.
     """
     from medrobust_lib import runner
-    from medrobust_lib.parameters import parse_parameters
+    from medrobust_lib.parameters import as_written, notebook_parameters, parse_parameters
     from medrobust_lib.report import write_report
 
     started = time.monotonic()
@@ -63,15 +63,15 @@ def run(
     try:
         executed = runner.run_notebooks(chosen, parameters, out, announce=typer.echo, jobs=jobs)
     except runner.NotebookError as error:
-        try:
-            typer.echo(f"report of what was executed: {write_report(error.run_dir)}")
-        except (OSError, ValueError) as second:  # the disk that the notebook has filled
-            reason = told(second) if isinstance(second, OSError) else second
-            typer.echo(f"no report of what was executed: {reason}", err=True)
+        _report_what_there_is(error.run_dir)
         raise
     except runner.RunStopped as stopped:
-        given = {"-p": parameter or (), "-f": [file] if file else (), "--notebooks": [folder] if folder else ()}
-        options = [str(word) for option, values in given.items() for value in values for word in (option, value)]
+        _report_what_there_is(stopped.run_dir)
+        # What only finished notebooks know would be refused for the others.
+        known = {name for number in stopped.left for name in notebook_parameters(chosen[number])}
+        given = [f"{name}={as_written(value)}" for name, value in parameters.items() if name in known]
+        options = [word for assignment in given for word in ("-p", assignment)]
+        options += ["--notebooks", str(folder)] if folder else []
         command = ["medrobust", "run", *stopped.left, *options, "--out", str(stopped.run_dir), "--jobs", str(jobs)]
         typer.echo(f"stopped; {stopped}. It goes on with\n    {shlex.join(command)}", err=True)
         raise typer.Exit(130) from stopped
@@ -180,6 +180,16 @@ def doctor() -> None:
         typer.echo(f"{'ok  ' if finding.passed else 'FAIL'} {finding.check:<20} {finding.detail}")
     if failed:
         raise RuntimeError(f"{failed} check{'s' if failed > 1 else ''} failed, see above")
+
+
+def _report_what_there_is(run_dir: Path) -> None:
+    from medrobust_lib.report import write_report
+
+    try:
+        typer.echo(f"report of what was executed: {write_report(run_dir)}")
+    except (OSError, ValueError) as error:  # the disk that the notebook has filled
+        reason = told(error) if isinstance(error, OSError) else error
+        typer.echo(f"no report of what was executed: {reason}", err=True)
 
 
 def _describe(notebooks: dict[str, Path]) -> None:

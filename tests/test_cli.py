@@ -72,6 +72,14 @@ def runs(save_run):
     return save_run("b", Metric("accuracy", 0.75, 8), Metric("majority_share", 0.3, 8), model="model-b")
 
 
+def test_a_loader_that_cannot_be_called_is_refused_in_one_line(invoke, notebooks, tmp_path):
+    out = tmp_path / "out"
+    code, _, error = invoke("run", "1", "-p", "model=python:os:getcwd", "--notebooks", notebooks, "--out", out)
+    assert code == 1 and not out.exists()
+    assert error.startswith("error: the loader of 'python:os:getcwd' must take the call getcwd(entry, ")
+    assert error.count("\n") == 1
+
+
 def test_run_executes_and_writes_a_report(invoke, notebooks, tmp_path):
     out = tmp_path / "out"
     code, text, _ = invoke("run", "1", "-p", "n_images=8", "--notebooks", notebooks, "--out", out)

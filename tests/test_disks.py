@@ -272,6 +272,7 @@ def test_ctrl_c_says_what_is_kept_and_the_command_that_goes_on(places, write_not
     assert stopped.returncode == 130, stopped.stderr
     said, command = stopped.stderr.splitlines()
     out = places / "out"
+    assert f"report of what was executed: {out / 'index.html'}\n" in stopped.stdout and (out / "index.html").exists()
     assert said.startswith(f"stopped; finished notebooks, with their results, are kept in {out}: ")
     first, *words = shlex.split(command)
     assert (first, words[0]) == ("medrobust", "run")
@@ -289,6 +290,28 @@ def test_ctrl_c_says_what_is_kept_and_the_command_that_goes_on(places, write_not
         assert done.returncode == 0, done.stderr
         assert sorted(path.name for path in (out / "cards").iterdir()) == ["01.json", "02.json"]
         assert (out / "cards" / "01.json").stat().st_mtime_ns == made
+
+
+def test_the_command_that_goes_on_gives_the_rest_what_it_knows_and_nothing_else(places, write_notebook):
+    write_notebook(places / "notebooks", "01_first", START, CARD)
+    rest = 'model: str = "demo-clip"  # id\nprompts: dict[str, str] = {}  # texts\nn: int = 1  # draws\n'
+    (places / "params.yaml").write_text("sigma: 0.5\nmodel: plip\nprompts: {A: is it a?, B: 'b: c'}\nn: 7\n")
+    start = "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+    program = [sys.executable, "-c", f"{start}from medrobust_lib.cli import main; main()"]
+    code = CTRL_C.replace("GENERATION", "0") + 'pathlib.Path("got").write_text(repr((model, prompts, n)))'
+    write_notebook(places / "notebooks", "02_second", code, parameters=rest)
+    words = ["run", "01", "02", "-f", "params.yaml", "-p", "model=demo-clip", "-p", "fast=yes"]
+    words += ["--notebooks", "notebooks", "--out", "out"]
+    stopped = subprocess.run([*program, *words], capture_output=True, text=True, check=False, timeout=300)
+    assert stopped.returncode == 130, stopped.stderr
+    _, *words = shlex.split(stopped.stderr.splitlines()[-1])
+    prompts = "prompts={A: 'is it a?', B: 'b: c'}"
+    left = ["-p", "model=demo-clip", "-p", prompts, "-p", "n=7", "--notebooks", "notebooks"]
+    assert words == ["run", "02", *left, "--out", str(places / "out"), "--jobs", "1"]
+    done = subprocess.run([*program, *words], capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr
+    got = (places / "notebooks" / "got").read_text()
+    assert got == repr(("demo-clip", {"A": "is it a?", "B": "b: c"}, 7))
 
 
 def test_ctrl_c_in_a_study_says_that_the_same_command_goes_on(invoke, places, monkeypatch):
