@@ -20,6 +20,7 @@ from medrobust_lib.files import parsed
 _MATH = re.compile(r"(?P<code>```.*?```|`[^`\n]*`)|\$\$(?P<block>.+?)\$\$|\$(?P<inline>[^$\n]+?)\$", re.DOTALL)
 # The converter's errors share no base of their own.
 _REFUSALS = tuple(kind for kind in vars(exceptions).values() if isinstance(kind, type))
+_HEADING = re.compile(r"^#+ +(.+)", re.MULTILINE)
 WIDE = 1.9  # width over height from which a figure gets the whole row
 # Raw HTML in a notebook is its author's and stays, but no page of a report runs scripts or asks a network.
 POLICY = (
@@ -93,9 +94,15 @@ def notebook_body(notebook: nbformat.NotebookNode) -> str:
 
     # The notebook is shown, not changed: the caller's object keeps its LaTeX.
     notebook = nbformat.from_dict(notebook)
+    heading = "a notebook"
     for cell in notebook.cells:
         if cell.cell_type == "markdown":
+            heading = ([heading] + _HEADING.findall(cell.source))[-1]
             cell.source = math_to_mathml(cell.source)
+        for output in cell.get("outputs", ()):
+            for kind in output.get("data", ()):
+                if kind.startswith("image/"):  # what a screen reader says
+                    output.metadata.setdefault(kind, {}).setdefault("alt", f"Figure in: {heading}")
     exporter = HTMLExporter(template_name="basic", exclude_input_prompt=True, exclude_output_prompt=True)
     return exporter.from_notebook_node(notebook)[0]
 

@@ -164,3 +164,21 @@ def test_the_least_prompt_is_named_argmin():
 def test_a_folder_without_cards_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="no result cards below"):
         report.write_report(tmp_path)
+
+
+def test_images_of_a_notebook_are_described_by_their_heading_unless_they_say_what_they_show(caplog):
+    png = {"image/png": "iVBORw0KGgo="}
+
+    def cell(metadata):
+        return nbformat.v4.new_code_cell("", outputs=[nbformat.v4.new_output("display_data", png, metadata=metadata)])
+
+    cells = [
+        nbformat.v4.new_markdown_cell("# Title\n\n## The <first> part\n\ntext"), cell({}),
+        nbformat.v4.new_markdown_cell("no heading"), cell({"image/png": {"alt": "two cells"}}),
+        nbformat.v4.new_markdown_cell("## Second"), cell({}),
+    ]  # fmt: skip
+    body = report.notebook_body(nbformat.v4.new_notebook(cells=cells))
+    texts = ["Figure in: The &lt;first&gt; part", "two cells", "Figure in: Second"]
+    assert re.findall('alt="(.*?)"', body) == texts
+    assert cells[1].outputs[0].metadata == {}
+    assert "Alternative text" not in caplog.text
