@@ -4,9 +4,12 @@ Commands import what they need when they are called, so that ``--help`` answers 
 """
 
 import shlex
+import sys
 import time
+import warnings
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -27,8 +30,9 @@ app = typer.Typer(
 
 
 def main() -> None:
-    """Entry point: expected errors become one readable message and exit code 1."""
-    with reported_errors():
+    """Entry point: expected errors become one readable message and exit code 1, the project's own warnings notes."""
+    with reported_errors(), warnings.catch_warnings():
+        warnings.showwarning = _noted(warnings.showwarning)
         app()
 
 
@@ -51,6 +55,7 @@ def run(
     In an existing run folder the executed notebooks replace their own earlier results and nothing else.
     """
     from medrobust_lib import runner
+    from medrobust_lib.experiments import read_cards
     from medrobust_lib.parameters import as_written, notebook_parameters, parse_parameters
     from medrobust_lib.report import write_report
 
@@ -77,7 +82,11 @@ def run(
         raise typer.Exit(130) from stopped
     plural = "s" if len(executed) > 1 else ""
     typer.echo(f"{len(executed)} notebook{plural} in {time.monotonic() - started:.1f} s")
-    typer.echo(f"report: {write_report(executed[0].run_dir)}")
+    run_dir = executed[0].run_dir
+    typer.echo(f"report: {write_report(run_dir)}")
+    cards = read_cards(run_dir, nested=False) if any((run_dir / "cards").glob("*.json")) else []
+    if notes := {note for card in cards for note in card["notes"]}:
+        typer.echo(f"to know beside the numbers, in the report: {len(notes)} note{'s' if len(notes) > 1 else ''}")
 
 
 app.command()(study)
@@ -180,6 +189,25 @@ def doctor() -> None:
         typer.echo(f"{'ok  ' if finding.passed else 'FAIL'} {finding.check:<20} {finding.detail}")
     if failed:
         raise RuntimeError(f"{failed} check{'s' if failed > 1 else ''} failed, see above")
+
+
+def _noted(show: Callable[..., None]) -> Callable[..., None]:
+    """Print each of the project's warnings once, without the line of code; ``show`` takes those of others."""
+    noted: set[str] = set()
+
+    def show_or_note(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
+        frame = sys._getframe(1)
+        while frame.f_back and frame.f_globals.get("__name__") == "warnings":
+            frame = frame.f_back
+        if not issubclass(category, UserWarning) or not frame.f_globals.get("__name__", "").startswith(
+            "medrobust_lib."
+        ):
+            show(message, category, *place, **more)
+        elif str(message) not in noted:
+            noted.add(str(message))
+            typer.echo(f"note: {message}", err=True)
+
+    return show_or_note
 
 
 def _report_what_there_is(run_dir: Path) -> None:

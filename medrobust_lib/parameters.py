@@ -5,6 +5,7 @@ import contextlib
 import difflib
 import math
 import re
+import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from inspect import formatannotation
 from pathlib import Path
@@ -429,7 +430,6 @@ def _not_here(id: str) -> FileNotFoundError:
 def _smallest_dataset(parameters: Mapping[str, Any], *, wanted: int | None) -> float:
     """Test images of the smallest data set; raise unless each can be loaded and holds as many as are wanted."""
     from medrobust_lib.data import mm_safetybench
-    from medrobust_lib.data.registry import load_dataset
 
     smallest = math.inf
     for id in dict.fromkeys(id for name in DATASET_PARAMETERS for id in _ids(parameters.get(name))):
@@ -441,10 +441,19 @@ def _smallest_dataset(parameters: Mapping[str, Any], *, wanted: int | None) -> f
             words = {"like": parameters.get("wording_of") or None}
         elif id == parameters.get("images") and parameters.get("prompts"):
             words = {"class_names": parameters["prompts"], "templates": ["{}"]}
-        # One image of a set meets the errors that the notebook would meet half a minute later.
-        size = load_dataset(id, n=1, image_size=64, **words).provenance["split_size"]
-        smallest = min(smallest, _checked_size(id, size, wanted))
+        smallest = min(smallest, _checked_size(id, split_size(id, **words), wanted))
     return smallest
+
+
+def split_size(id: str, **words: Any) -> int:
+    """Test images of a data set; ``words`` go to `load_dataset`, whose errors are raised.
+
+    One image is read: it meets the errors that a measurement would meet half a minute later.
+    """
+    from medrobust_lib.data.registry import load_dataset
+
+    with warnings.catch_warnings(action="ignore", category=UserWarning):  # one image does not speak for the set
+        return load_dataset(id, n=1, image_size=64, **words).provenance["split_size"]
 
 
 def _checked_size(id: str, size: int, wanted: int | None) -> int:

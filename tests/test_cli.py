@@ -2,12 +2,16 @@ import json
 import re
 import subprocess
 import sys
+import warnings
 
 import nbformat
+import numpy as np
 import pytest
+from PIL import Image
 from typer.testing import CliRunner
 
 from medrobust_lib import cli, doctor, experiments, runner
+from medrobust_lib.data import inspection
 from medrobust_lib.doctor import Finding
 from medrobust_lib.experiments import Metric, start_run
 
@@ -78,6 +82,62 @@ def test_a_loader_that_cannot_be_called_is_refused_in_one_line(invoke, notebooks
     assert code == 1 and not out.exists()
     assert error.startswith("error: the loader of 'python:os:getcwd' must take the call getcwd(entry, ")
     assert error.count("\n") == 1
+
+
+@pytest.fixture
+def dim(tmp_path):
+    """A study of two cells on images of one's own that are nearly black, wider than high and of two classes."""
+    draw = np.random.default_rng(0)
+    for name in ("healthy", "ill"):
+        (tmp_path / "mine" / name).mkdir(parents=True)
+        for place in range(3):
+            pixels = draw.integers(0, 30 + place, (48, 64), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "mine" / name / f"{place}.png")
+    steps = "[certify: {sigmas: [0.1, 0.2], n0: 5, n: 20, alpha: 0.05, radii: 0.02}]"
+    path = tmp_path / "dim.yaml"
+    path.write_text(f"models: [demo-clip]\ndatasets: ['folder:{tmp_path}/mine']\nn_images: 4\nsteps: {steps}\n")
+    return path
+
+
+def test_a_study_tells_what_to_know_of_a_set_once_and_of_the_images_measured(invoke, dim, tmp_path):
+    code, _, error = invoke("study", dim, "--dry-run")
+    assert (code, error) == (0, "")  # of the one or two images of a check there is nothing to tell
+    code, _, error = invoke("study", dim, "--out", tmp_path / "out")
+    assert code == 0
+    first, *caveats = error.splitlines()
+    assert first == "note: folder:mine, before anything is measured:"
+    assert [caveat[:11] for caveat in caveats] == ["- 4 of 4 im", "- A centre "]
+
+
+def test_warnings_of_other_libraries_stay_as_they_are_and_the_way_back_is_kept(invoke, monkeypatch):
+    shown = warnings.showwarning
+
+    def models():
+        warnings.warn("theirs", UserWarning, stacklevel=1)
+        inspection.tell("a set", ["a caveat"])
+        inspection.tell("a set", ["a caveat"])
+
+    monkeypatch.setattr(cli, "app", lambda: models() or sys.exit(0))
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        seen = []
+        warnings.showwarning = lambda message, *_, **__: seen.append(str(message))
+        code, _, error = invoke("models")
+        assert (code, error) == (0, "note: a set, before anything is measured:\n- a caveat\n")
+        assert seen == ["theirs"]
+    assert warnings.showwarning is shown
+
+
+def test_run_says_how_many_things_to_know_stand_in_the_report(invoke, notebooks, tmp_path):
+    out = tmp_path / "out"
+    code, text, _ = invoke("run", "1", "--notebooks", notebooks, "--out", out)
+    assert code == 0 and "to know" not in text
+    path = out / "cards" / "01.json"
+    card = json.loads(path.read_text()) | {"notebook": "02", "notes": ["this", "that"]}
+    (out / "cards" / "02.json").write_text(json.dumps(card))
+    (out / "cards" / "03.json").write_text(json.dumps(card | {"notebook": "03", "notes": ["this"]}))
+    code, text, _ = invoke("run", "1", "--notebooks", notebooks, "--out", out)
+    assert code == 0 and text.endswith("\nto know beside the numbers, in the report: 2 notes\n")
 
 
 def test_run_executes_and_writes_a_report(invoke, notebooks, tmp_path):

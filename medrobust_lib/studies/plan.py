@@ -6,6 +6,7 @@ import io
 import re
 import statistics
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -174,10 +175,9 @@ def encodings_per_second(model_id: str, dataset: str, *, dtype: str = "auto") ->
     dtype : str
         As in `load_model`.
     """
-    from medrobust_lib.data.registry import load_dataset
     from medrobust_lib.models.registry import load_model
 
-    return measured_rate(load_model(model_id, dtype=dtype), load_dataset(dataset, n=_classes(dataset)))
+    return measured_rate(load_model(model_id, dtype=dtype), _probed(dataset))
 
 
 def measured_rate(
@@ -251,18 +251,18 @@ def _images(dataset: str, n_images: int | None) -> int:
     return n_images or len(open_split(dataset).labels)
 
 
-def _classes(dataset: str) -> int:
-    from medrobust_lib.data.registry import open_split
+def _probed(dataset: str) -> "ImageDataset":  # noqa: F821
+    from medrobust_lib.data.registry import load_dataset, open_split
 
-    return len(open_split(dataset).classes)
+    with warnings.catch_warnings(action="ignore", category=UserWarning):  # so few images do not speak for the set
+        return load_dataset(dataset, n=len(open_split(dataset).classes))
 
 
 def _seconds_to_corrupt(dataset: str, suite: str) -> float:
     """Seconds a corrupted image takes, the mean over the corruptions of a suite at their middle severity."""
     from medrobust_lib.corruptions.benchmark import corrupted
-    from medrobust_lib.data.registry import load_dataset
 
-    data = load_dataset(dataset, n=_classes(dataset)).subset([0])
+    data = _probed(dataset).subset([0])
     names = find_suite(suite).names(dataset)
     started = time.perf_counter()
     for name in names:

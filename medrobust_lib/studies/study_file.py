@@ -8,7 +8,6 @@ from typing import Any, ClassVar, get_args
 from medrobust_lib import parameters as notebook_parameters
 from medrobust_lib.corruptions.suites import SEVERITIES, check_severity, find_suite
 from medrobust_lib.data import wording
-from medrobust_lib.data.registry import load_dataset
 from medrobust_lib.smoothing.bounds import check_alpha, check_draws, check_sigma
 from medrobust_lib.smoothing.certificate import Mode, Sampling
 
@@ -304,7 +303,7 @@ def _check_study(study: Study, path: Path, notebooks: Path | None) -> None:
                 raise StudyError(f"{path}, step {number}, {step.kind}: {error}") from error
     notebook_parameters.check_models(set(study.models))
     for dataset in study.datasets if own_steps else ():
-        size = load_dataset(dataset, n=1, image_size=64).provenance["split_size"]
+        size = notebook_parameters.split_size(dataset)
         if study.n_images is not None and study.n_images > size:
             raise StudyError(f"{path}: n_images: {study.n_images}; the test split of {dataset} has {size} images")
     for number, step in enumerate(study.steps, start=1):
