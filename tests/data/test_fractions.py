@@ -219,7 +219,7 @@ def test_what_train_and_validation_images_look_like_is_told_beside_the_test_imag
     found = draw(f"folder:{tmp_path}")
     first, rotation, dim = found.notes
     assert first == "train and test are the data set's own splits"
-    assert rotation == "train images: Ignored in reading image files: EXIF rotation of 6."
+    assert rotation.startswith("train images: Ignored in reading image files: EXIF rotation of 6 (train/a/0.png, ")
     assert re.match("(val|pool) images: 6 of 6 images do not fill their range and are nearly black to any model", dim)
     assert len(found.test.caveats) == 1  # the loose file, which is told there
 
