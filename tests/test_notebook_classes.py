@@ -77,13 +77,14 @@ def finish(tmp_path, monkeypatch, capsys, folders):
     )
     monkeypatch.setattr(Run, "save_figure", lambda run, figure, name, *, caption="": None)
 
-    def run(number: str, folder: str, *, model: str = "tiny") -> tuple[dict, str]:
-        images = f"folder:{folders(folder)}"
-        given = {"n_images": FOLDERS[folder][1], "model": f"python:tiny_encoders:load_{model}"}
+    def run(number: str, folder: str | Path, *, model: str = "tiny") -> tuple[dict, str]:
+        path, n_images = (folders(folder), FOLDERS[folder][1]) if isinstance(folder, str) else (folder, 6)
+        images = f"folder:{path}"
+        given = {"n_images": n_images, "model": f"python:tiny_encoders:load_{model}"}
         given |= {"images" if number == "07" else "dataset": images} | SMALL.get(number, {})
         given |= {"datasets": [images]} if number == "04" else {}
         with plt.rc_context(), torch.enable_grad():
-            run_cells(number, given, measure=folder.startswith("200"))
+            run_cells(number, given, measure=str(folder).startswith("200"))
         card = json.loads((tmp_path / "run" / "cards" / f"{number}.json").read_text(encoding="utf-8"))
         said = capsys.readouterr().out
         assert re.findall(r"^Left out: .+$", said, re.MULTILINE) == [x for x in card["notes"] if x[:8] == "Left out"]
@@ -165,3 +166,17 @@ def test_a_notebook_about_learning_refuses_at_once_what_it_cannot_learn_from(fin
 def test_a_notebook_about_prompts_refuses_at_once_a_model_without_words(finish, number):
     with pytest.raises(ValueError, match="least reads whole texts only.*; notebooks 01, 02, 04, 05 and 07 need no"):
         finish(number, "2 classes", model="least")
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("number", ["04", "05", "07"])
+def test_a_model_without_an_error_has_no_corruption_error_to_compare_with(finish, tmp_path, number):
+    for name, colour in (("class 000", (230, 40, 40)), ("class 001", (40, 40, 230))):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        for shade in range(6):
+            Image.new("RGB", (28, 28), tuple(part - 5 * shade for part in colour)).save(
+                tmp_path / "images" / name / f"{shade}.png"
+            )
+    card, _ = finish(number, tmp_path / "images", model="sure")
+    assert "average_accuracy" in {metric["name"] for metric in card["metrics"]}
+    assert "mce" not in {metric["name"] for metric in card["metrics"]}

@@ -72,9 +72,27 @@ class NoFrame(Tiny):
         return Tokens(whole.ids[:, 1:], whole.mask[:, 1:])
 
 
+class Sure(Tiny):
+    """Tells red from blue without an error, whatever its weights: ``class 000`` is red."""
+
+    def _image_features(self, pixels: Tensor) -> Tensor:
+        redder = (pixels[:, 0] - pixels[:, 2]).mean((1, 2))
+        learned = 1e-4 * self.image(pixels).mean((2, 3))
+        return nn.functional.pad(torch.stack((redder, -redder), 1), (0, WIDTH - 2)) + learned
+
+    def _text_features(self, embeddings: Tensor, tokens: Tokens) -> Tensor:
+        (red,) = {int(number) for number in self.tokenize(["000"]).ids[0]} - {0, 1, 2}
+        red = (tokens.ids == red).any(1).to(embeddings)
+        return nn.functional.pad(torch.stack((red, 1 - red), 1), (0, WIDTH - 2)) + 0 * embeddings.sum()
+
+
 def load_tiny(entry: object, *, weights_dir: object, offline: bool) -> Tiny:
     return Tiny("tiny")
 
 
 def load_least(entry: object, *, weights_dir: object, offline: bool) -> Least:
     return Least("least")
+
+
+def load_sure(entry: object, *, weights_dir: object, offline: bool) -> Sure:
+    return Sure("sure")
