@@ -27,12 +27,11 @@ from open_clip import CLIPTextCfg, CLIPVisionCfg
 from torch import Tensor, nn
 from torch.nn import functional
 
-from medrobust_lib.adaptation.summed_convolutions import summed_convolutions
-from medrobust_lib.models.devices import resolve_device
-from medrobust_lib.models.dual_encoder import DualEncoder
-from medrobust_lib.models.image_tower import find_image_tower
-from medrobust_lib.models.low_rank import adapter_layout, adapter_parameters, attach_adapters, merge_adapters
-from medrobust_lib.models.open_clip_backend import OpenClipEncoder
+from medrobust_lib.adaptation.adapting import summed_convolutions
+from medrobust_lib.models.adapters import adapter_layout, adapter_parameters, attach_adapters, merge_adapters
+from medrobust_lib.models.dual_encoder import DualEncoder, find_image_tower
+from medrobust_lib.models.loading import resolve_device
+from medrobust_lib.models.open_clip import OpenClipEncoder
 
 MB = 1e6
 

@@ -26,11 +26,10 @@ import torch
 import typer
 
 from medrobust_lib.experiments import environment, write_text_atomically
-from medrobust_lib.models.devices import resolve_device
-from medrobust_lib.smoothing.batching import suggested_batch_size
+from medrobust_lib.models.loading import resolve_device
 from medrobust_lib.smoothing.bounds import probability_of_radius
 from medrobust_lib.smoothing.methods import FixedPrompts, PromptClassifier, zero_shot_methods
-from medrobust_lib.smoothing.noise import NoiseStream, noisy_copies
+from medrobust_lib.smoothing.noise import NoiseStream, noisy_copies, suggested_batch_size
 from medrobust_lib.smoothing.sequential import operating_characteristics, price_of_radii, sequential_plan
 from medrobust_lib.smoothing.study import RADII
 
@@ -158,7 +157,7 @@ def rate(device: str, n: int, methods: int = 5, images: int = 3) -> pd.DataFrame
     import open_clip
     from torch.utils.flop_counter import FlopCounterMode
 
-    from medrobust_lib.models.open_clip_backend import OpenClipEncoder
+    from medrobust_lib.models.open_clip import OpenClipEncoder
 
     target = resolve_device(device)
     dtype = torch.float32 if target.type == "cpu" else torch.bfloat16

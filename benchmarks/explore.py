@@ -25,9 +25,9 @@ import typer
 from medrobust_lib import explore, plots
 from medrobust_lib.adaptation import demo_adapters
 from medrobust_lib.evaluation import Candidate
-from medrobust_lib.generative.oracle import ExactMatch, SameLabel
+from medrobust_lib.generative.oracles import ExactMatch, SameLabel
 from medrobust_lib.generative.study import default_oracle
-from medrobust_lib.models.low_rank import load_adapter
+from medrobust_lib.models.adapters import load_adapter
 from medrobust_lib.smoothing import prompts
 
 DATASET = "phantom/histology"  # nine classes with long names: the slowest figures

@@ -32,8 +32,8 @@ from transformers import (
 
 from medrobust_lib.generative.answers import AnswerBank, Drawing
 from medrobust_lib.generative.certify import certify_answers
-from medrobust_lib.generative.oracle import ExactMatch, SameLabel, safety_oracle
-from medrobust_lib.models.devices import resolve_device, resolve_dtype
+from medrobust_lib.generative.oracles import ExactMatch, SameLabel, safety_oracle
+from medrobust_lib.models.loading import resolve_device, resolve_dtype
 from medrobust_lib.models.vision_language import VisionLanguageModel
 
 GRID = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]

@@ -24,12 +24,12 @@ import torch
 import typer
 
 from medrobust_lib.experiments import write_text_atomically
-from medrobust_lib.models.devices import resolve_device, resolve_dtype
+from medrobust_lib.models.loading import resolve_device, resolve_dtype
 from medrobust_lib.smoothing.bounds import probability_of_radius
 from medrobust_lib.smoothing.noise import NoiseStream, noisy_copies
 from medrobust_lib.smoothing.sequential import operating_characteristics, sequential_plan
+from medrobust_lib.studies.cells import measured_rate
 from medrobust_lib.studies.command import duration
-from medrobust_lib.studies.plan import measured_rate
 
 DAY = 86_400
 ALPHA, N0 = 0.001, 100
@@ -68,7 +68,7 @@ def random_vit_b16(device: torch.device) -> Any:
     """A ViT-B/16 CLIP with random weights, built from open_clip's own configuration."""
     import open_clip
 
-    from medrobust_lib.models.open_clip_backend import OpenClipEncoder
+    from medrobust_lib.models.open_clip import OpenClipEncoder
 
     network = open_clip.create_model("ViT-B-16", pretrained=None)
     model = OpenClipEncoder(network, open_clip.get_tokenizer("ViT-B-16"), id="random-vit-b16", provenance={})

@@ -26,10 +26,9 @@ from medrobust_lib.downloads import (
     record_sums,
 )
 from medrobust_lib.files import named_when_full, reported_errors
-from medrobust_lib.models.registry import ModelEntry, WeightFile, find_model, list_models
-from medrobust_lib.models.vlm_catalogue import BUILT_IN as VLMS
-from medrobust_lib.models.vlm_catalogue import HUB_PREFIX, VlmEntry, fetch_command
-from medrobust_lib.models.weights import HUB_URL
+from medrobust_lib.models.catalogue import GENERATIVE as VLMS
+from medrobust_lib.models.catalogue import HUB_PREFIX, HUB_URL, VlmEntry, fetch_command
+from medrobust_lib.models.loading import ModelEntry, WeightFile, find_model, list_models
 from medrobust_lib.places import default_weights_dir
 
 AUTHORS_HUB = "razaimam45/RobustMedCLIP"

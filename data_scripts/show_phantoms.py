@@ -12,8 +12,8 @@ from typing import Annotated
 import typer
 from matplotlib.figure import Figure
 
-from medrobust_lib.data.phantoms import LARGEST, MODALITIES, SITES, SMALLEST, phantom_classes, render_phantoms
 from medrobust_lib.files import reported_errors, whole_file
+from medrobust_lib.phantoms import LARGEST, MODALITIES, SITES, SMALLEST, phantom_classes, render_phantoms
 
 ALL = "all"
 OVERVIEW_COLUMNS = 9
@@ -55,7 +55,7 @@ def contact_sheet(modality: str, *, sites: list[str], image_size: int, samples: 
     Parameters
     ----------
     modality : str
-        One of ``medrobust_lib.data.phantoms.MODALITIES``.
+        One of ``medrobust_lib.phantoms.MODALITIES``.
     sites : list of {"A", "B"}
     image_size : int
         Side of each phantom in pixels.

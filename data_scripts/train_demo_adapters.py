@@ -15,13 +15,13 @@ import typer
 
 import medrobust_lib as mr
 from medrobust_lib.adaptation.adapting import Adapted, adapt_lora
-from medrobust_lib.adaptation.augmentation import PAPER_AUGMENTATION
 from medrobust_lib.adaptation.demo_adapters import DATASETS, FOLDER, NOISY, RECIPE, folder_name
-from medrobust_lib.data.fractions import fraction_splits
+from medrobust_lib.adaptation.training_images import PAPER_AUGMENTATION
+from medrobust_lib.data.splits import fraction_splits
 from medrobust_lib.experiments import map_items, write_text_atomically
 from medrobust_lib.files import reported_errors
+from medrobust_lib.models.adapters import save_adapter
 from medrobust_lib.models.dual_encoder import DualEncoder
-from medrobust_lib.models.low_rank import save_adapter
 
 CARD = """# Demo adapters
 

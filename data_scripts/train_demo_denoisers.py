@@ -19,9 +19,14 @@ from medrobust_lib.downloads import record_sums
 from medrobust_lib.experiments import write_text_atomically
 from medrobust_lib.files import reported_errors
 from medrobust_lib.models.dual_encoder import DualEncoder
-from medrobust_lib.smoothing.denoiser_networks import matching_timestep
 from medrobust_lib.smoothing.denoiser_training import linear_share, pixel_spread, psnr, train_denoiser, train_diffusion
-from medrobust_lib.smoothing.denoisers import DEMO_FILES, DEMO_FOLDER, DiffusionDenoiser, DnCNNDenoiser
+from medrobust_lib.smoothing.denoisers import (
+    DEMO_FILES,
+    DEMO_FOLDER,
+    DiffusionDenoiser,
+    DnCNNDenoiser,
+    matching_timestep,
+)
 from medrobust_lib.smoothing.noise import NoiseStream
 
 DATASET = "phantom/histology"

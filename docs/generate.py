@@ -20,11 +20,10 @@ import typer
 import yaml
 from demo_snapshot import INTERVAL, ROOT, SEEDS, SNAPSHOT, changed_parameters, read_snapshot, write_snapshot
 
-from medrobust_lib import published_audit
-from medrobust_lib.data import mm_safetybench
-from medrobust_lib.data.published_tables import load_published
+from medrobust_lib.data import mm_safetybench, published
+from medrobust_lib.data.published import load_published
 from medrobust_lib.experiments import write_text_atomically
-from medrobust_lib.models.catalogue import BUILT_IN
+from medrobust_lib.models.catalogue import DUAL_ENCODERS
 from medrobust_lib.runner import find_notebooks
 from medrobust_lib.smoothing.certificate import GUARANTEES
 
@@ -173,7 +172,7 @@ def models_part(snapshot: Snapshot) -> str:
     """Table of dual encoders and generative models."""
     rows = []
     models = mr.list_models()
-    models = models[models["id"].isin([entry.id for entry in BUILT_IN])]  # a process may have registered others
+    models = models[models["id"].isin([entry.id for entry in DUAL_ENCODERS])]  # a process may have registered others
     for loader, table in (("load_model", models), ("load_vlm", mr.list_vlms())):
         for row in table.itertuples():
             weights = "included" if row.source.startswith("shipped") else "fetch"
@@ -221,8 +220,8 @@ def published_part(snapshot: Snapshot) -> str:
     """What the papers report beside the demo, and what an audit of the printed tables says."""
     header = ("", "reported", "this demo, on phantoms")
     comparison = _table(header, [*_certified_rows(snapshot), *_corruption_rows(snapshot)])
-    rows, odd = published_audit.rows_of_table_2(), published_audit.entries_that_do_not_fit()
-    suspects = published_audit.constant_predictors()
+    rows, odd = published.rows_of_table_2(), published.entries_that_do_not_fit()
+    suspects = published.constant_predictors()
     audit = (
         f"An audit of RobustMedCLIP's printed tables, from their own numbers: {rows['fits'].sum()} of the {len(rows)} "
         f"rows of Table 2 follow from Table 3; {len(odd)} printed entries elsewhere do not "
@@ -297,7 +296,7 @@ def _certified_rows(snapshot: Snapshot) -> list[tuple[str, str, str]]:
 
 def _corruption_rows(snapshot: Snapshot) -> list[tuple[str, str, str]]:
     """Adaptation relative to the model that was adapted: BioMedCLIP in the paper, demo-clip here."""
-    errors = published_audit.published_corruption_errors(reference="BioMedCLIP").groupby("model")
+    errors = published.published_corruption_errors(reference="BioMedCLIP").groupby("model")
     paper = errors[["clean_error", "mce", "degradation"]].mean()
     base, tuned = paper.loc["BioMedCLIP"], paper.loc["RobustMedCLIP"]
     ours = snapshot["curves"]["adaptation"]

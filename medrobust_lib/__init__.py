@@ -11,18 +11,16 @@ from medrobust_lib._torchvision import install_guard
 from medrobust_lib.places import VERSION
 
 if TYPE_CHECKING:
-    from medrobust_lib.corruptions.benchmark import corrupted
-    from medrobust_lib.corruptions.corrupt import corrupt
     from medrobust_lib.corruptions.stored import read_corrupted
-    from medrobust_lib.corruptions.suites import SUITES
+    from medrobust_lib.corruptions.suites import SUITES, corrupt
+    from medrobust_lib.corruptions.writing import corrupted
     from medrobust_lib.data.dataset import ImageDataset
     from medrobust_lib.data.questions import load_questions
     from medrobust_lib.data.registry import list_datasets, load_dataset
     from medrobust_lib.generative.certify import GenerativeCertificate, certify_generative
     from medrobust_lib.models.dual_encoder import DualEncoder
-    from medrobust_lib.models.generative import load_vlm
-    from medrobust_lib.models.registry import list_models, load_model, register_model
-    from medrobust_lib.models.vlm_registry import list_vlms
+    from medrobust_lib.models.loading import list_models, list_vlms, load_model, register_model
+    from medrobust_lib.models.vision_language import load_vlm
     from medrobust_lib.smoothing.certificate import Certificate
     from medrobust_lib.smoothing.certify import certify, predict
     from medrobust_lib.smoothing.study import certify_dataset
@@ -60,18 +58,18 @@ _HOMES = {
     "certify": "medrobust_lib.smoothing.certify",
     "certify_dataset": "medrobust_lib.smoothing.study",
     "certify_generative": "medrobust_lib.generative.certify",
-    "corrupt": "medrobust_lib.corruptions.corrupt",
-    "corrupted": "medrobust_lib.corruptions.benchmark",
+    "corrupt": "medrobust_lib.corruptions.suites",
+    "corrupted": "medrobust_lib.corruptions.writing",
     "list_datasets": "medrobust_lib.data.registry",
-    "list_models": "medrobust_lib.models.registry",
-    "list_vlms": "medrobust_lib.models.vlm_registry",
+    "list_models": "medrobust_lib.models.loading",
+    "list_vlms": "medrobust_lib.models.loading",
     "load_dataset": "medrobust_lib.data.registry",
-    "load_model": "medrobust_lib.models.registry",
+    "load_model": "medrobust_lib.models.loading",
     "load_questions": "medrobust_lib.data.questions",
-    "load_vlm": "medrobust_lib.models.generative",
+    "load_vlm": "medrobust_lib.models.vision_language",
     "predict": "medrobust_lib.smoothing.certify",
     "read_corrupted": "medrobust_lib.corruptions.stored",
-    "register_model": "medrobust_lib.models.registry",
+    "register_model": "medrobust_lib.models.loading",
 }
 
 install_guard()

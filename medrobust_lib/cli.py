@@ -56,8 +56,8 @@ def run(
     """
     from medrobust_lib import runner
     from medrobust_lib.experiments import read_cards
+    from medrobust_lib.experiments.report import write_report
     from medrobust_lib.parameters import as_written, notebook_parameters, parse_parameters
-    from medrobust_lib.report import write_report
 
     started = time.monotonic()
     chosen = runner.find_notebooks(notebooks or (), folder=folder)
@@ -99,9 +99,8 @@ def models(
     """List the models that `load_model` knows, and the generative ones of `load_vlm`."""
     import pandas as pd
 
-    from medrobust_lib.models.registry import list_models
-    from medrobust_lib.models.vlm_registry import list_vlms
-    from medrobust_lib.terminal import show, show_json
+    from medrobust_lib.experiments.report import show, show_json
+    from medrobust_lib.models.loading import list_models, list_vlms
 
     tables = {"models": list_models(), "generative models (vlm)": list_vlms()}
     if as_json:
@@ -119,7 +118,7 @@ def datasets(
     """List the data sets that `load_dataset` knows, and the scenarios of MM-SafetyBench for notebook 06."""
     from medrobust_lib.data.mm_safetybench import PREFIX, list_scenarios
     from medrobust_lib.data.registry import list_datasets
-    from medrobust_lib.terminal import show, show_json
+    from medrobust_lib.experiments.report import show, show_json
 
     if root is not None:
         any(root.iterdir())  # a folder that cannot be read is not one without data
@@ -150,8 +149,8 @@ def leaderboard(
 
     from medrobust_lib import experiments
     from medrobust_lib.experiments.cards import BY_HAND
+    from medrobust_lib.experiments.report import show_json, show_ranking
     from medrobust_lib.places import default_runs_dir
-    from medrobust_lib.terminal import show_json, show_ranking
 
     folder = default_runs_dir() if runs is None else runs
     cards = experiments.read_cards(folder)
@@ -211,7 +210,7 @@ def _noted(show: Callable[..., None]) -> Callable[..., None]:
 
 
 def _report_what_there_is(run_dir: Path) -> None:
-    from medrobust_lib.report import write_report
+    from medrobust_lib.experiments.report import write_report
 
     try:
         typer.echo(f"report of what was executed: {write_report(run_dir)}")

@@ -44,7 +44,7 @@ def examine() -> Iterator[Finding]:
 def reference_prediction() -> dict[str, object]:
     """Probabilities of demo-clip on eight images of ``phantom/blood``, on the CPU in float32."""
     from medrobust_lib.data.registry import load_dataset
-    from medrobust_lib.models.registry import load_model
+    from medrobust_lib.models.loading import load_model
 
     model = load_model("demo-clip", device="cpu", dtype="float32")
     data = load_dataset(REFERENCE_DATASET, n=REFERENCE_IMAGES)
@@ -111,8 +111,7 @@ def _accelerator() -> str:
 def _weights() -> str:
     import pandas as pd
 
-    from medrobust_lib.models.registry import list_models
-    from medrobust_lib.models.vlm_registry import list_vlms
+    from medrobust_lib.models.loading import list_models, list_vlms
 
     models = pd.concat([table[["id", "available_offline"]] for table in (list_models(), list_vlms())])
     found = models[models["available_offline"]]["id"].tolist()

@@ -3,13 +3,18 @@
 import errno
 import json
 import os
+import re
 import shutil
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
 
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _NO_LOCKS_HERE = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP}
@@ -220,3 +225,54 @@ def lock(descriptor: int) -> bool:
         if error.errno not in _NO_LOCKS_HERE:
             raise
     return True
+
+
+def write_tensors(path: Path, tensors: Mapping[str, "Tensor"], *, key: str, header: Mapping[str, Any]) -> None:
+    """Write tensors, with a JSON header in the same file so that it can never belong to others.
+
+    Raises
+    ------
+    OSError
+        The file could not be written; the one that was there stays.
+    """
+    with whole_file(path) as part:
+        save_tensors(part, tensors, metadata={key: json.dumps(dict(header))})
+
+
+def save_tensors(path: Path, tensors: Mapping[str, "Tensor"], *, metadata: Mapping[str, str] | None = None) -> None:
+    """Write a safetensors file in place, readable by anyone as other files are.
+
+    Raises
+    ------
+    OSError
+        It could not be written.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file  # deferred: it loads torch
+
+    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    try:
+        save_file(plain, path, metadata=None if metadata is None else dict(metadata))
+    except SafetensorError as error:  # its own words for the system's errors, without the file
+        refused = re.search(r"os error (\d+)", str(error))
+        if refused is None:
+            raise OSError(f"{path} could not be written: {error}") from error
+        raise OSError(int(refused[1]), os.strerror(int(refused[1])), str(path)) from error
+    path.chmod(0o644)  # safetensors writes for the owner only
+
+
+def read_tensors(path: Path, *, key: str, kind: str, advice: str) -> tuple[dict[str, "Tensor"], dict[str, Any]]:
+    """Tensors and JSON header of a file that `write_tensors` wrote; the header is empty where it has another key.
+
+    Raises
+    ------
+    ValueError
+        The file is damaged; it is named, as in `medrobust_lib.files.parsed`.
+    """
+    from safetensors import safe_open
+
+    with parsed(f"{path} is not {kind}", advice), safe_open(path, framework="pt") as file:
+        header = json.loads((file.metadata() or {}).get(key, "{}"))
+        if not isinstance(header, dict):
+            raise TypeError(f"its header {key!r} is no object")
+        return {name: file.get_tensor(name) for name in file.keys()}, header  # noqa: SIM118 - it is no mapping

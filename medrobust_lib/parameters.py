@@ -354,7 +354,7 @@ def _check_judge(judge: str | None) -> None:
     """Raise unless a language model can be asked at this address; an empty one asks none."""
     if not judge:
         return
-    from medrobust_lib.generative.judge import chat_endpoint
+    from medrobust_lib.generative.judges import chat_endpoint
 
     url, _, model = judge.partition("#")
     try:
@@ -389,7 +389,7 @@ def check_models(ids: Collection[str]) -> None:
         return
     from huggingface_hub import constants
 
-    from medrobust_lib.models.registry import available_offline, check_kind, find_model
+    from medrobust_lib.models.loading import available_offline, check_kind, find_model
 
     for id in sorted(ids):
         entry = find_model(id)
@@ -406,12 +406,11 @@ def _check_vlms(ids: Collection[str]) -> None:
         return
     from huggingface_hub import constants
 
-    from medrobust_lib.models.catalogue import BUILT_IN
-    from medrobust_lib.models.vlm_catalogue import find_vlm
-    from medrobust_lib.models.vlm_registry import check_vlm, vlm_available_offline
+    from medrobust_lib.models.catalogue import DUAL_ENCODERS, find_vlm
+    from medrobust_lib.models.loading import check_vlm, vlm_available_offline
 
     for id in sorted(ids):
-        entry = find_vlm(id, dual_encoders=[other.id for other in BUILT_IN])
+        entry = find_vlm(id, dual_encoders=[other.id for other in DUAL_ENCODERS])
         weights_dir = default_weights_dir()
         check_vlm(entry, weights_dir=weights_dir)
         if constants.HF_HUB_OFFLINE and not vlm_available_offline(entry, weights_dir=weights_dir):
@@ -419,7 +418,7 @@ def _check_vlms(ids: Collection[str]) -> None:
 
 
 def _not_here(id: str) -> FileNotFoundError:
-    from medrobust_lib.models.vlm_catalogue import fetch_command
+    from medrobust_lib.models.catalogue import fetch_command
 
     return FileNotFoundError(
         f"the weights of {id!r} are not on this computer; fetch them where there is a network with\n"

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from medrobust_lib.attacks import projected_gradient
+from medrobust_lib.evaluation import projected_gradient
 
 SHAPE = (3, 8, 8)
 

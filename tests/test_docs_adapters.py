@@ -18,17 +18,17 @@ from transformers import BertConfig, CLIPVisionConfig, CLIPVisionModelWithProjec
 from typer.testing import CliRunner
 
 from medrobust_lib import cli
-from medrobust_lib.models.dual_encoder import DualEncoder, Preprocessing, Tokens
-from medrobust_lib.models.low_rank import (
+from medrobust_lib.models.adapters import (
     adapter_layout,
     adapter_parameters,
     attach_adapters,
     attached_adapters,
     trainable_share,
 )
-from medrobust_lib.models.medclip_backend import MedCLIPArchitecture, MedCLIPNetwork
-from medrobust_lib.models.registry import find_model
-from medrobust_lib.models.unimedclip_backend import published_architecture
+from medrobust_lib.models.dual_encoder import DualEncoder, Preprocessing, Tokens
+from medrobust_lib.models.loading import find_model
+from medrobust_lib.models.medclip import MedCLIPArchitecture, MedCLIPNetwork
+from medrobust_lib.models.unimedclip import published_architecture
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = (ROOT / "docs" / "adapters.md").read_text(encoding="utf-8")

@@ -16,11 +16,11 @@ import medrobust_lib
 PACKAGE = Path(medrobust_lib.__file__).parent
 # From the ground up. Rooms beside each other know nothing of each other.
 FLOORS = (
-    ("_torchvision", "files", "places"),
-    ("downloads", "metrics", "spectrum", "attacks"),
+    ("_torchvision", "checks", "files", "places"),
+    ("downloads", "metrics", "phantoms"),
     ("archives", "data", "plots"),
-    ("experiments", "published_audit"),
-    ("corruptions", "models", "report", "terminal"),
+    ("experiments",),
+    ("corruptions", "models"),
     ("evaluation", "smoothing"),
     ("adaptation", "generative"),
     ("explore", "parameters"),

@@ -69,7 +69,7 @@ def finish(tmp_path, monkeypatch, capsys, folders):
     monkeypatch.setenv(RUN_DIR_VARIABLE, str(tmp_path / "run"))
     monkeypatch.setenv("LOKY_MAX_CPU_COUNT", "1")  # no worker processes
     monkeypatch.syspath_prepend(str(Path(__file__).parent))
-    monkeypatch.setattr("medrobust_lib.models.registry._REGISTERED", {})
+    monkeypatch.setattr("medrobust_lib.models.loading._REGISTERED", {})
     # The exact expectation is tested with the bounds; its sums over ten thousand draws take longer than all the rest.
     monkeypatch.setattr(
         "medrobust_lib.smoothing.bounds.expected_radius",

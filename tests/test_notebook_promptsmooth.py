@@ -15,8 +15,8 @@ from transformers import CLIPConfig, CLIPModel
 from typer.testing import CliRunner
 
 from medrobust_lib import cli
-from medrobust_lib.data.learning_splits import learning_splits
-from medrobust_lib.models.registry import load_model
+from medrobust_lib.data.splits import learning_splits
+from medrobust_lib.models.loading import load_model
 
 TISSUES = ("ADI", "BACK", "DEB", "LYM", "MUC", "MUS", "NORM", "STR", "TUM")
 TEN_TILES = dict.fromkeys(TISSUES, 1) | {"NORM": 2}

@@ -17,9 +17,9 @@ from transformers import BertConfig
 from typer.testing import CliRunner
 
 from medrobust_lib import cli
-from medrobust_lib.data.fractions import fraction_splits
-from medrobust_lib.models.low_rank import adapter_layout, load_adapter
-from medrobust_lib.models.registry import load_model
+from medrobust_lib.data.splits import fraction_splits
+from medrobust_lib.models.adapters import adapter_layout, load_adapter
+from medrobust_lib.models.loading import load_model
 
 REAL = Path(os.environ.get("MEDROBUST_REAL_DATA") or Path(__file__).parents[2] / "shared" / "data" / "real")
 PIECES = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefghijklmnopqrstuvwxyz.-&,'"]

@@ -14,9 +14,9 @@ from typer.testing import CliRunner
 
 from medrobust_lib import cli
 from medrobust_lib.data.registry import load_dataset
+from medrobust_lib.models.adapters import load_adapter
 from medrobust_lib.models.caveats import OWN_SITE, caveats
-from medrobust_lib.models.low_rank import load_adapter
-from medrobust_lib.models.registry import load_model
+from medrobust_lib.models.loading import load_model
 
 REAL = Path(os.environ.get("MEDROBUST_REAL_DATA") or Path(__file__).parents[2] / "shared" / "data" / "real")
 PROMPTS = {"lesion": "an ultrasound image of a bright lesion.", "healthy": "an ultrasound image without a lesion."}
@@ -124,7 +124,7 @@ def test_real_ultrasound_images_in_class_folders(user):
 
 
 def test_the_examples_of_the_page_about_own_images_and_models_run(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("medrobust_lib.models.registry._REGISTERED", {})
+    monkeypatch.setattr("medrobust_lib.models.loading._REGISTERED", {})
     monkeypatch.chdir(tmp_path)
     for name in "BMN":
         (tmp_path / "my_images" / name).mkdir(parents=True)

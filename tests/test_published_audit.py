@@ -1,8 +1,8 @@
 import pandas as pd
 import pytest
 
-from medrobust_lib import published_audit
-from medrobust_lib.data.published_tables import load_published
+from medrobust_lib.data import published
+from medrobust_lib.data.published import load_published
 
 SETS = ["collection", "dataset"]
 
@@ -19,7 +19,7 @@ def at(table, **where):
 
 
 def test_all_50_rows_of_table_2_follow_from_table_3():
-    rows = published_audit.rows_of_table_2()
+    rows = published.rows_of_table_2()
     assert len(rows) == 50
     assert rows["fits"].all()
     assert rows["largest_deviation"].max() == pytest.approx(0.092, abs=0.001)
@@ -29,7 +29,7 @@ def test_all_50_rows_of_table_2_follow_from_table_3():
 
 
 def test_everything_printed_that_can_be_recomputed_is():
-    table = published_audit.recompute_published()
+    table = published.recompute_published()
     assert table.groupby("source").size().to_dict() == {"Table 2": 450, "Table 3": 50, "Table 6": 11, "README": 10}
     assert table[["printed", "recomputed"]].notna().all(axis=None)
     assert not table.duplicated(["source", *SETS, "model", "entry"]).any()
@@ -39,7 +39,7 @@ def test_everything_printed_that_can_be_recomputed_is():
 
 
 def test_exactly_three_entries_do_not_fit():
-    table = published_audit.entries_that_do_not_fit()
+    table = published.entries_that_do_not_fit()
     found = {(row.source, row.model, row.entry): (row.printed, round(row.recomputed, 1)) for row in table.itertuples()}
     assert found == {
         ("Table 6", "RobustMedCLIP-ResNet, 3 %", "clean error"): (103.1, 106.1),
@@ -53,20 +53,20 @@ def test_a_changed_accuracy_is_found_where_it_matters(accuracies, change):
     cell = (accuracies["dataset"] == "OCT") & (accuracies["model"] == "MedCLIP")
     cell &= accuracies["corruption"] == "motion_blur"
     accuracies.loc[cell, "accuracy"] += change
-    rows = published_audit.rows_of_table_2(accuracies)
+    rows = published.rows_of_table_2(accuracies)
     assert rows[~rows["fits"]][[*SETS, "model"]].to_numpy().tolist() == [["MediMeta-C", "OCT", "MedCLIP"]]
-    extra = at(published_audit.entries_that_do_not_fit(accuracies), source="Table 2")
+    extra = at(published.entries_that_do_not_fit(accuracies), source="Table 2")
     assert extra["entry"].to_list() == ["CE, motion_blur"]
     assert (extra["deviation"] * change < 0).all()
 
 
 def test_a_narrower_tolerance_finds_rounding():
-    assert len(published_audit.entries_that_do_not_fit(tolerance=0.09)) == 4
-    assert published_audit.recompute_published(tolerance=11)["fits"].all()
+    assert len(published.entries_that_do_not_fit(tolerance=0.09)) == 4
+    assert published.recompute_published(tolerance=11)["fits"].all()
 
 
 def test_constant_predictors_are_found_with_their_class_and_their_rank():
-    table = published_audit.constant_predictors()
+    table = published.constant_predictors()
     found = {
         (row.dataset, row.model): (row.count_, row.n, row.columns_at_share, row.every_column, row.rank_by_mce)
         for row in table.rename(columns={"count": "count_"}).itertuples()
@@ -87,36 +87,36 @@ def test_constant_predictors_are_found_with_their_class_and_their_rank():
 
 
 def test_how_many_columns_must_agree_can_be_chosen():
-    assert set(published_audit.constant_predictors(least_columns=8)["model"]) == {"UniMedCLIP"}
-    fewer = published_audit.constant_predictors(least_columns=2)
+    assert set(published.constant_predictors(least_columns=8)["model"]) == {"UniMedCLIP"}
+    fewer = published.constant_predictors(least_columns=2)
     assert set(fewer[fewer["columns_at_share"] == 2]["model"]) == {"CLIP"}  # Pneumonia: clean and motion blur
 
 
 def test_the_rule_asks_for_the_clean_column_and_for_a_class_of_that_size(accuracies):
     clean = (accuracies["dataset"] == "Mammo") & (accuracies["corruption"] == "clean")
     accuracies.loc[clean & (accuracies["model"] == "UniMedCLIP"), "accuracy"] += 0.0002
-    assert "Mammo" not in set(published_audit.constant_predictors(accuracies)["dataset"])
+    assert "Mammo" not in set(published.constant_predictors(accuracies)["dataset"])
     counts = load_published("test_class_counts")
     counts.loc[counts["dataset"] == "Fundus", "images"] = [505, 135]
-    assert "Fundus" not in set(published_audit.constant_predictors(class_counts=counts)["dataset"])
+    assert "Fundus" not in set(published.constant_predictors(class_counts=counts)["dataset"])
 
 
 def test_a_constant_row_of_ones_own_is_found(accuracies):
     own = accuracies["dataset"].eq("OCTMNIST") & accuracies["model"].eq("MedCLIP")
     accuracies.loc[own, "accuracy"] = 0.25
-    found = at(published_audit.constant_predictors(accuracies), dataset="OCTMNIST").iloc[0]
+    found = at(published.constant_predictors(accuracies), dataset="OCTMNIST").iloc[0]
     assert (found["model"], found["count"], found["columns_at_share"]) == ("MedCLIP", 250, 8)
     assert found["class"].count(" or ") == 3  # four classes of 250
 
 
 def test_other_choices_and_the_ranking():
-    table = published_audit.rankings_by_choice()
+    table = published.rankings_by_choice()
     choices = table.groupby(["reference", "aggregation"])
     assert choices.ngroups == 6
     assert set(choices.size()) == {5 * 13}  # ten data sets and three means
-    published = at(table, reference="CLIP", aggregation="mean of ratios")
-    assert (published["moved"] == 0).all()
-    means = at(published, dataset="mean of 10").set_index("model")["mce"]
+    printed = at(table, reference="CLIP", aggregation="mean of ratios")
+    assert (printed["moved"] == 0).all()
+    means = at(printed, dataset="mean of 10").set_index("model")["mce"]
     assert means.round(2).to_dict() == {
         "CLIP": 100.0,
         "MedCLIP": 112.48,
@@ -135,7 +135,7 @@ def test_other_choices_and_the_ranking():
 
 
 def test_the_order_over_all_sets_is_the_same_under_every_choice_but_not_in_every_set():
-    table = published_audit.rankings_by_choice()
+    table = published.rankings_by_choice()
     assert (at(table, dataset="mean of 10")["moved"] == 0).all()
     moved = table[table["moved"] != 0].groupby(["reference", "aggregation"])["dataset"].unique().map(list).to_dict()
     assert moved == {
@@ -151,7 +151,7 @@ def test_the_order_over_all_sets_is_the_same_under_every_choice_but_not_in_every
 
 
 def test_within_a_set_the_ratio_of_sums_ranks_alike_for_every_reference():
-    table = published_audit.rankings_by_choice(references=["CLIP", "MedCLIP", "RobustMedCLIP", "mean of models"])
+    table = published.rankings_by_choice(references=["CLIP", "MedCLIP", "RobustMedCLIP", "mean of models"])
     sums = at(table, aggregation="ratio of sums")
     sums = sums[~sums["dataset"].str.startswith("mean")]
     assert (sums.groupby([*SETS, "model"])["rank"].nunique() == 1).all()
@@ -159,7 +159,7 @@ def test_within_a_set_the_ratio_of_sums_ranks_alike_for_every_reference():
 
 
 def test_the_mean_of_models_errs_as_their_mean(accuracies):
-    relative = published_audit.published_corruption_errors(reference=published_audit.MEAN_OF_MODELS)
+    relative = published.published_corruption_errors(reference=published.MEAN_OF_MODELS)
     assert len(relative) == 50
     mean = relative.groupby(SETS)[["ratio_of_sums", "ce_zoom_blur", "relative_clean_error"]].mean()
     assert mean.to_numpy() == pytest.approx(100)
@@ -167,7 +167,7 @@ def test_the_mean_of_models_errs_as_their_mean(accuracies):
 
 def test_an_unknown_reference_names_the_models():
     with pytest.raises(ValueError, match=r"no reference model 'MedCLP' for .*\. Did you mean 'MedCLIP'\? Models there"):
-        published_audit.published_corruption_errors(reference="MedCLP")
+        published.published_corruption_errors(reference="MedCLP")
 
 
 def test_ties_share_a_rank():
@@ -176,6 +176,6 @@ def test_ties_share_a_rank():
     same = accuracies["model"] == "MedCLIP"
     keys = pd.MultiIndex.from_frame(accuracies.loc[same, [*SETS, "corruption"]])
     accuracies.loc[same, "accuracy"] = clip.loc[keys].to_numpy()
-    table = at(published_audit.rankings_by_choice(accuracies), dataset="PBC", reference="BioMedCLIP")
+    table = at(published.rankings_by_choice(accuracies), dataset="PBC", reference="BioMedCLIP")
     ranks = table.pivot(index="aggregation", columns="model", values="rank")
     assert (ranks["CLIP"] == ranks["MedCLIP"]).all()

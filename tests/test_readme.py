@@ -26,13 +26,12 @@ from typer.testing import CliRunner
 
 from medrobust_lib import cli, runner
 from medrobust_lib.data import mm_safetybench
-from medrobust_lib.data.catalogue import DATASETS
+from medrobust_lib.data.registry import DATASETS
 from medrobust_lib.experiments import Metric, start_run
 from medrobust_lib.experiments.cards import RUN_DIR_VARIABLE
-from medrobust_lib.models import registry
-from medrobust_lib.models.registry import find_model, list_models
-from medrobust_lib.models.vlm_catalogue import find_vlm
-from medrobust_lib.models.vlm_registry import list_vlms
+from medrobust_lib.models import loading
+from medrobust_lib.models.catalogue import find_vlm
+from medrobust_lib.models.loading import find_model, list_models, list_vlms
 from medrobust_lib.parameters import assign_parameters, read_yaml
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -208,7 +207,7 @@ def stop_at_the_kernel(monkeypatch):
         return [runner.Executed(number, folder / "notebooks" / path.name, 0.0) for number, path in chosen.items()]
 
     monkeypatch.setattr(runner, "run_notebooks", run_notebooks)
-    monkeypatch.setattr("medrobust_lib.report.write_report", lambda folder: folder / "index.html")
+    monkeypatch.setattr("medrobust_lib.experiments.report.write_report", lambda folder: folder / "index.html")
 
 
 def stand_in(name, value):
@@ -327,7 +326,7 @@ def test_a_command_that_is_wrong_fails(command, error, workplace, monkeypatch):
 
 @pytest.mark.parametrize(("page", "code"), list(python_examples()))
 def test_python_example(page, code, workplace, monkeypatch):
-    monkeypatch.setattr(registry, "_REGISTERED", dict(registry._REGISTERED))  # one of them registers a model
+    monkeypatch.setattr(loading, "_REGISTERED", dict(loading._REGISTERED))  # one of them registers a model
     if "import SLURMCluster" in code:
         stand_in_for_slurm(workplace, monkeypatch)
     scope: dict = {"__name__": "__main__"}

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from medrobust_lib.spectrum import dct_power, radial_profile
+from medrobust_lib.corruptions.functions import dct_power, radial_profile
 
 
 def test_white_noise_has_power_sigma_squared_everywhere():

@@ -7,8 +7,8 @@ import torch
 import typer
 from typer.testing import CliRunner
 
-from medrobust_lib.models.low_rank import load_adapter
-from medrobust_lib.models.registry import load_model
+from medrobust_lib.models.adapters import load_adapter
+from medrobust_lib.models.loading import load_model
 
 SCRIPT = Path(__file__).parents[1] / "data_scripts" / "train_demo_adapters.py"
 SETS = ("phantom/breast", "phantom/chest")

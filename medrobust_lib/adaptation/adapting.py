@@ -1,21 +1,13 @@
-"""Adaptation of the image tower from labelled images of one or several data sets: low-rank adapters or all weights.
-
-RobustMedCLIP (Imam et al. 2025) trains low-rank adapters of queries, keys and values jointly on several modalities.
-This is the method and no replica. From its published code differ, among others: the softmax runs over the classes of
-an image's own data set (``softmax="global"`` is theirs); the logits are cosines times the model's scale (theirs the
-product of an image feature that is not normalised with a text feature that is, without a scale); the best epoch is
-chosen on validation images (theirs on the test split by default); images are a share of the train split (theirs of the
-validation split); batches have 32 images (theirs 256); the data sets are those given (theirs twelve); the adapters of
-the keys start at zero and are saved (theirs start at random and are left out of the adapter file); and the text tower
-is in evaluation mode, with the same templates in training as in testing.
-"""
+"""Faster training of low-rank adapters on small convolutions: one pass with the summed weight instead of three."""
 
 import copy
+import functools
 import hashlib
 import json
 import shutil
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -23,18 +15,60 @@ from typing import Any, Literal
 import numpy as np
 import pandas as pd
 import torch
+from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
-from torch import nn
+from torch import Tensor, nn
 
-from medrobust_lib.adaptation.augmentation import PAPER_AUGMENTATION, Augmentation
-from medrobust_lib.adaptation.joint_training import Recipe, Schedule, Softmax, templates_of, train_jointly
+from medrobust_lib.adaptation.training import Recipe, Schedule, Softmax, templates_of, train_jointly
+from medrobust_lib.adaptation.training_images import PAPER_AUGMENTATION, Augmentation
 from medrobust_lib.data.dataset import ImageDataset
 from medrobust_lib.experiments import parameter_differences, write_text_atomically
-from medrobust_lib.models.dual_encoder import DualEncoder
-from medrobust_lib.models.image_tower import find_image_tower
-from medrobust_lib.models.tensor_files import save_tensors
+from medrobust_lib.files import save_tensors
+from medrobust_lib.models.dual_encoder import DualEncoder, find_image_tower
 from medrobust_lib.models.weights import explained_errors, fingerprint
-from medrobust_lib.smoothing.votes import check_not_training
+from medrobust_lib.smoothing.certify import check_not_training
+
+_LARGEST_EXCESS = 2.0  # of multiplications, which the two saved passes over memory make up for (measured on a CPU)
+
+
+@contextmanager
+def summed_convolutions(model: nn.Module) -> Iterator[None]:
+    """While it lasts, let adapted convolutions compute with W + B A where that is faster; same values up to rounding.
+
+    peft runs W, A and B one after the other. With the sum, the gradient of the whole weight is needed, which costs
+    more multiplications than those of A and B where the convolution is large: such ones stay with peft.
+
+    Parameters
+    ----------
+    model : nn.Module
+        With peft's adapters, unmerged; afterwards as before.
+    """
+    changed = [layer for layer in model.modules() if isinstance(layer, LoraLayer) and _is_faster(layer)]
+    for layer in changed:
+        layer.forward = functools.partial(_forward, layer)
+    try:
+        yield
+    finally:
+        for layer in changed:
+            del layer.forward
+
+
+def _is_faster(layer: LoraLayer) -> bool:
+    convolution = layer.get_base_layer()
+    if not isinstance(convolution, nn.Conv2d):
+        return False
+    (adapter,) = layer.active_adapters
+    of_adapters = sum(side[adapter].weight.numel() for side in (layer.lora_A, layer.lora_B))
+    # A and B each take a forward pass and two backward passes, the whole weight one backward pass.
+    return convolution.weight.numel() <= _LARGEST_EXCESS * 3 * of_adapters
+
+
+def _forward(layer: LoraLayer, pixels: Tensor) -> Tensor:
+    convolution = layer.get_base_layer()
+    (adapter,) = layer.active_adapters
+    weight = convolution.weight + layer.get_delta_weight(adapter)
+    return torch.func.functional_call(convolution, {"weight": weight}, (pixels,))
+
 
 _LOW_RANK, _FINE_TUNING = "low-rank adaptation", "fine-tuning of the image tower"
 _PROVENANCE, _TOWER = "provenance.json", "image_tower.safetensors"
@@ -144,8 +178,7 @@ def adapt_lora(
     recipe = Recipe(epochs, batch_size, learning_rate, weight_decay, schedule, softmax, augmentation, seed)
     plan = _plan(model, train, validation, templates, recipe, {"method": _LOW_RANK, "rank": rank, "qkv": qkv})
     # peft takes seconds to import.
-    from medrobust_lib.adaptation.summed_convolutions import summed_convolutions
-    from medrobust_lib.models.low_rank import adapter_parameters, attach_adapters, load_adapter, save_adapter
+    from medrobust_lib.models.adapters import adapter_parameters, attach_adapters, load_adapter, save_adapter
 
     out = None if out is None else Path(out).expanduser()
     if out is None or not _is_taken(out):

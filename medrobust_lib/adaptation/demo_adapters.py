@@ -6,10 +6,10 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from medrobust_lib.adaptation.augmentation import PAPER_AUGMENTATION, Augmentation
-from medrobust_lib.adaptation.joint_training import Recipe
+from medrobust_lib.adaptation.training import Recipe
+from medrobust_lib.adaptation.training_images import PAPER_AUGMENTATION, Augmentation
+from medrobust_lib.models.adapters import weights_identity
 from medrobust_lib.models.dual_encoder import DualEncoder
-from medrobust_lib.models.low_rank import weights_identity
 from medrobust_lib.models.weights import DEMO_FOLDER
 
 FOLDER = DEMO_FOLDER.parent / "adapters"

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage, sparse
 
-from medrobust_lib.corruptions.pixels import Pixels, on_pixels
+from medrobust_lib.corruptions.functions import Pixels, on_pixels
 
 # Weights are whole multiples of 1 / ONE, and 255 * ONE < 2**24: float32 sums of bytes times weights are then exact on
 # every machine in every order, and a constant area keeps its grey level.

@@ -6,9 +6,9 @@ from typing import Annotated, Any, get_args
 
 import typer
 
-from medrobust_lib.corruptions.benchmark import check_benchmark, plan_benchmark, write_benchmark
-from medrobust_lib.corruptions.layouts import Layout
+from medrobust_lib.corruptions.stored import Layout
 from medrobust_lib.corruptions.suites import SEVERITIES
+from medrobust_lib.corruptions.writing import check_benchmark, plan_benchmark, write_benchmark
 from medrobust_lib.files import reported_errors
 
 LayoutName = StrEnum("LayoutName", {name.replace("-", "_"): name for name in get_args(Layout)})

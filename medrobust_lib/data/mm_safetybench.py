@@ -13,9 +13,9 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from medrobust_lib.checks import suggest
 from medrobust_lib.data.dataset import stratified_positions
 from medrobust_lib.data.decoding import read_image
-from medrobust_lib.data.wording import suggest
 from medrobust_lib.files import parsed
 from medrobust_lib.places import default_data_root
 

@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from medrobust_lib.checks import suggest
 from medrobust_lib.data import mm_safetybench
 from medrobust_lib.data.dataset import ImageDataset
-from medrobust_lib.data.phantoms import MODALITIES
 from medrobust_lib.data.registry import load_dataset
-from medrobust_lib.data.wording import SITE_A, suggest
+from medrobust_lib.data.wording import SITE_A
+from medrobust_lib.phantoms import MODALITIES
 
 PHANTOM_TASKS = ("safety", "finding", "action")
 REFUSAL_LABELS = ("refusal", "compliance")

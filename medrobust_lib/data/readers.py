@@ -20,11 +20,23 @@ import pandas as pd
 import yaml
 from numpy.typing import NDArray
 
+from medrobust_lib.checks import suggest
 from medrobust_lib.data.dataset import check_labels
-from medrobust_lib.data.decoding import IMAGE_SUFFIXES, MOST_PIXELS, check_pixels, image_shape, left_out, read_image
+from medrobust_lib.data.decoding import (
+    IMAGE_SUFFIXES,
+    MOST_PIXELS,
+    check_pixels,
+    image_shape,
+    left_out,
+    member_header,
+    member_labels,
+    member_names_of,
+    member_rows,
+    read_image,
+    whole_numbers,
+)
 from medrobust_lib.data.inspection import first_of
-from medrobust_lib.data.npz import member_header, member_labels, member_names_of, member_rows, whole_numbers
-from medrobust_lib.data.wording import ClassWording, composed, suggest
+from medrobust_lib.data.wording import ClassWording, composed
 from medrobust_lib.files import parsed
 
 UNSPLIT = "all"

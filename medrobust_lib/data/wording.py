@@ -1,13 +1,14 @@
 """What each data set's classes are called in a prompt, read from classes.json, the only place of names."""
 
-import difflib
 import json
 import re
 import unicodedata
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from typing import Any
+
+from medrobust_lib.checks import suggest
 
 SITE_A = "-site-a"
 
@@ -213,24 +214,6 @@ def check_distinct(names: Sequence[str], what: str, advice: str) -> None:
             raise ValueError(
                 f"{what} {' and '.join(shown)} differ in case, spaces or the form of letters only; {advice}"
             )
-
-
-def closest(value: str, choices: Iterable[str], *, n: int = 3, cutoff: float = 0.6) -> list[str]:
-    """At most n choices that are spelled like the value, best first; the only one if the case alone differs."""
-    by_name = {choice.casefold(): choice for choice in choices}
-    if value.casefold() in by_name:
-        return [by_name[value.casefold()]]
-    return [by_name[name] for name in difflib.get_close_matches(value.casefold(), by_name, n=n, cutoff=cutoff)]
-
-
-def suggest(value: str, choices: Iterable[str]) -> str:
-    """Finish an error message: the closest choices, or all of them where none is close."""
-    choices = list(choices)
-    close = closest(value, choices)
-    close = close or [choice for choice in choices if value and value.casefold() in choice.casefold()]
-    if close:
-        return f" Did you mean {' or '.join(map(repr, close))}?"
-    return f" Choose one of: {', '.join(choices)}."
 
 
 def _table() -> dict[str, dict[str, Any]]:

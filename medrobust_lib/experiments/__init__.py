@@ -17,9 +17,8 @@ from medrobust_lib.experiments.cards import (
     start_run,
     write_text_atomically,
 )
-from medrobust_lib.experiments.progress_bars import progress
 from medrobust_lib.experiments.store import RowStore, open_store, parameter_differences
-from medrobust_lib.experiments.work import map_items
+from medrobust_lib.experiments.work import map_items, progress
 
 __all__ = [
     "HEADLESS_VARIABLE",

@@ -10,12 +10,24 @@ from medrobust_lib.explore.answers import (
     explore_answers,
     prepare_answers,
 )
-from medrobust_lib.explore.corruptions import adapters_view, corruption_view, explore_adapters, explore_corruptions
-from medrobust_lib.explore.encoded import EncodedImages
+from medrobust_lib.explore.images import (
+    EncodedImages,
+    adapters_view,
+    corruption_view,
+    explore_adapters,
+    explore_corruptions,
+    explore_noise,
+    noise_view,
+)
 from medrobust_lib.explore.instrument import Instrument
-from medrobust_lib.explore.methods import Adaptation, explore_methods, few_images, methods_view
-from medrobust_lib.explore.noise import explore_noise, noise_view
-from medrobust_lib.explore.similarity import explore_similarity, similarity_view
+from medrobust_lib.explore.methods import (
+    Adaptation,
+    explore_methods,
+    explore_similarity,
+    few_images,
+    methods_view,
+    similarity_view,
+)
 
 __all__ = [
     "Adaptation",

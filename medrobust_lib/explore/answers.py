@@ -13,10 +13,9 @@ from medrobust_lib.data.questions import QuestionSet
 from medrobust_lib.experiments import progress
 from medrobust_lib.explore.instrument import Instrument, level_slider
 from medrobust_lib.generative.answers import AnswerBank, Drawing
-from medrobust_lib.generative.calibration import SAME
 from medrobust_lib.generative.certify import GenerativeCertificate, certify_answers
-from medrobust_lib.generative.oracle import Equivalence, Oracle, judged
-from medrobust_lib.generative.oracle_errors import (
+from medrobust_lib.generative.errors import (
+    SAME,
     ErrorModel,
     ErrorRate,
     FalsePositives,
@@ -24,6 +23,7 @@ from medrobust_lib.generative.oracle_errors import (
     SymmetricErrors,
     TotalErrors,
 )
+from medrobust_lib.generative.oracles import Equivalence, Oracle, judged
 from medrobust_lib.plots import plot_label_votes, shorten
 from medrobust_lib.plots.panels import add_caption, add_panel, add_picture, add_words, fixed_figure, plot_named_bars
 from medrobust_lib.smoothing.bounds import certified_radius, maximum_radius

@@ -1,10 +1,4 @@
-"""Certificates of generative models: an oracle turns text into a label, and randomized smoothing does the rest.
-
-f(x) = oracle(model(x, prompt)) is an ordinary base classifier, so its smoothed label is constant in an L2 ball. Where
-answers are free text, clusters of equal meaning are built on selection draws and frozen: "equivalent to the largest
-cluster's representative" is then a fixed question, which fresh draws answer. Clustering and certifying on the same
-draws would prove nothing: the question would depend on its own answers.
-"""
+"""Clusters of texts that mean the same, built on selection draws only."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -15,22 +9,80 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from medrobust_lib.generative.answers import AnswerBank, Drawing, StoredAnswers, open_answers
-from medrobust_lib.generative.calibration import SAME
-from medrobust_lib.generative.clusters import Cluster, cluster_texts
-from medrobust_lib.generative.oracle import Judged, judged
-from medrobust_lib.generative.oracle_errors import (
+from medrobust_lib.generative.answers import (
+    AnswerBank,
+    Drawing,
+    Equivalence,
+    GenerativeModel,
+    Oracle,
+    StoredAnswers,
+    check_oracle,
+    open_answers,
+)
+from medrobust_lib.generative.errors import (
+    SAME,
     ErrorModel,
     InconsistentErrorRateError,
     SymmetricErrors,
     check_error_model,
     split_alpha,
 )
-from medrobust_lib.generative.protocols import Equivalence, GenerativeModel, Oracle, check_oracle
+from medrobust_lib.generative.oracles import Judged, judged
 from medrobust_lib.smoothing.bounds import certified_radius
 from medrobust_lib.smoothing.certificate import ABSTAIN, Certificate, Guarantee, Sampling, Tally, about_text
+from medrobust_lib.smoothing.certify import Verdict, check_mode_draws, make_plan, take_votes
 from medrobust_lib.smoothing.noise import Role
-from medrobust_lib.smoothing.votes import Verdict, check_mode_draws, make_plan, take_votes
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """Texts that mean the same as their first one.
+
+    Attributes
+    ----------
+    representative : str
+    size : int
+    """
+
+    representative: str
+    size: int
+
+
+def cluster_texts(texts: Sequence[str | None], equivalence: Equivalence) -> tuple[list[Cluster], Judged]:
+    """Group texts by meaning, greedily in their order: a text joins the first representative it is equivalent to.
+
+    An equivalence need be neither symmetric nor transitive, so another order may give other clusters; the order of the
+    draws is fixed by their addresses.
+
+    Parameters
+    ----------
+    texts : sequence of str or None
+        Empty ones, and None, join no cluster.
+    equivalence : Equivalence
+
+    Returns
+    -------
+    clusters : list of Cluster
+        In the order of their representatives.
+    judged : Judged
+        Number of its cluster for each text, or None; with the counts of empty texts and of failures.
+    """
+    numbers: list[int | None] = [None] * len(texts)
+    waiting = [place for place, text in enumerate(texts) if text is not None and text.strip()]
+    empty, failed, first_error = len(texts) - len(waiting), 0, ""
+    clusters = []
+    while waiting:
+        representative = texts[waiting[0]]
+        answers = judged(equivalence, [texts[place] for place in waiting], representative)
+        failed, first_error = failed + answers.failed, first_error or answers.first_error
+        # A text stands for itself, whatever an unreliable judge says.
+        joined = [place for place, same in zip(waiting, answers.labels, strict=True) if same or place == waiting[0]]
+        for place in joined:
+            numbers[place] = len(clusters)
+        clusters.append(Cluster(representative, len(joined)))
+        waiting = [place for place in waiting if numbers[place] is None]
+    return clusters, Judged(tuple(numbers), empty=empty, failed=failed, first_error=first_error)
+
 
 _TESTED = 0  # the number that votes for the tested answer carry; all others count for no class
 

@@ -9,9 +9,9 @@ import pandas as pd
 from medrobust_lib.data.questions import QuestionSet
 from medrobust_lib.data.wording import SITE_A
 from medrobust_lib.generative.answers import AnswerBank
-from medrobust_lib.generative.calibration import SAME
 from medrobust_lib.generative.certify import GenerativeCertificate, certify_answers
-from medrobust_lib.generative.oracle import (
+from medrobust_lib.generative.errors import SAME, ErrorModel, InconsistentErrorRateError, split_alpha
+from medrobust_lib.generative.oracles import (
     Equivalence,
     OptionOracle,
     Oracle,
@@ -21,10 +21,9 @@ from medrobust_lib.generative.oracle import (
     refusal_oracle,
     safety_oracle,
 )
-from medrobust_lib.generative.oracle_errors import ErrorModel, InconsistentErrorRateError, split_alpha
 from medrobust_lib.smoothing.bounds import certified_radius, maximum_radius, needed_probability
 from medrobust_lib.smoothing.certificate import ABSTAIN, Certificate
-from medrobust_lib.smoothing.votes import make_plan
+from medrobust_lib.smoothing.certify import make_plan
 
 _UNKNOWN = -2  # number of a truth that nobody knows; no certificate predicts it
 _COPIED = ("sigma", "radius", "p_lower", "k", "n", "n0", "n_max", "alpha", "sampling", "mode", "seed")

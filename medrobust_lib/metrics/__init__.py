@@ -26,15 +26,16 @@ from medrobust_lib.metrics.corruption import (
     LEAST_RISE,
     GuardedMean,
     average_accuracy,
+    balanced_error_table,
     bootstrap_interval,
     corruption_error,
+    corruption_error_table,
     degradation,
     mean_corruption_error,
     relative_clean_error,
     relative_corruption_error,
     relative_mean_corruption_error,
 )
-from medrobust_lib.metrics.corruption_tables import balanced_error_table, corruption_error_table
 
 __all__ = [
     "AGGREGATIONS",

@@ -7,11 +7,11 @@ from typing import Any
 
 from medrobust_lib.data.dataset import ImageDataset
 from medrobust_lib.data.inspection import first_of
-from medrobust_lib.data.phantoms import MODALITIES
 from medrobust_lib.data.questions import QuestionSet
 from medrobust_lib.data.wording import SITE_A
+from medrobust_lib.models.catalogue import DEMO_VLM
 from medrobust_lib.models.dual_encoder import DualEncoder
-from medrobust_lib.models.vlm_catalogue import DEMO_VLM
+from medrobust_lib.phantoms import MODALITIES
 
 DEMO_MODEL = "demo-clip"
 # From here on the model sees either blown-up pixels or a thumbnail of what a reader of the images saw.

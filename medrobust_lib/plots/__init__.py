@@ -1,7 +1,18 @@
 """Figures: each function draws one table or array on the axes it is given and reads no file."""
 
-from medrobust_lib.plots.adaptation import plot_before_after, plot_fractions
-from medrobust_lib.plots.answers import (
+from medrobust_lib.plots.figures import (
+    plot_ablation,
+    plot_before_after,
+    plot_certified_accuracy,
+    plot_certified_methods,
+    plot_error_models,
+    plot_fractions,
+    plot_label_votes,
+    plot_radius_ratio,
+    plot_robustness,
+    plot_severity_curves,
+)
+from medrobust_lib.plots.panels import (
     plot_accuracy_against_sigma,
     plot_confusion,
     plot_feature_map,
@@ -13,9 +24,6 @@ from medrobust_lib.plots.answers import (
     plot_template_accuracy,
     plot_votes,
 )
-from medrobust_lib.plots.certified import plot_ablation, plot_certified_accuracy, plot_certified_methods
-from medrobust_lib.plots.corruption import plot_robustness, plot_severity_curves
-from medrobust_lib.plots.generative import plot_error_models, plot_label_votes, plot_radius_ratio
 from medrobust_lib.plots.style import (
     CLASS_COLOURS,
     CORRECT,

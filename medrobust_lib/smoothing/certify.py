@@ -1,30 +1,253 @@
-"""Certificates of randomized smoothing: PREDICT and CERTIFY of Cohen et al., fixed or sequential.
+"""Counting the votes of base classifiers on shared noise, and stopping when a plan says so."""
 
-The smoothed classifier g answers what its base classifier f answers most often under Gaussian noise,
-g(x) = argmax_y P[f(x + e) = y] with e ~ N(0, sigma^2 I). A certificate says: g(x') is the predicted class for
-every x' within an L2 radius of x. It is false with probability at most alpha, over the noise drawn to make it.
-"""
-
+import reprlib
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, get_args
 
 import numpy as np
 import torch
 from scipy.stats import binomtest
 from torch import Tensor
 
-from medrobust_lib.smoothing.batching import make_batches
-from medrobust_lib.smoothing.bounds import check_alpha, check_sigma, minimum_draws
-from medrobust_lib.smoothing.certificate import ABSTAIN, Certificate, Sampling
-from medrobust_lib.smoothing.noise import NoiseStream, Role, noisy_copies
-from medrobust_lib.smoothing.votes import (
-    Answers,
-    check_classifier,
-    check_mode_draws,
-    checked_answers,
-    count_votes,
-    make_plan,
-    take_votes,
+from medrobust_lib.models.dual_encoder import DualEncoder
+from medrobust_lib.smoothing.bounds import (
+    certified_radius,
+    check_alpha,
+    check_draws,
+    check_sigma,
+    lower_confidence_bound,
+    maximum_radius,
+    minimum_draws,
 )
+from medrobust_lib.smoothing.certificate import ABSTAIN, Certificate, Sampling
+from medrobust_lib.smoothing.noise import NoiseStream, Role, make_batches, noisy_copies
+from medrobust_lib.smoothing.sequential import sequential_plan
+
+Answers = Callable[[Role, int, int, Sequence[int]], Sequence[Tensor]]
+
+LABEL_LIMIT = 1_000_000
+"""Votes are counted in a table with a row for each class; a label from here on is a mistake."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Outcome of the votes for one classifier; the fields mean what they mean in `Certificate`."""
+
+    predicted: int
+    radius: float
+    p_lower: float
+    k: int
+    n: int
+
+
+class Plan(Protocol):
+    """When to look at the votes and what they prove then."""
+
+    looks: Sequence[int]
+    n: int
+    alpha: float
+    largest_radius: float
+
+    def step(self, look: int, k: int, proved: int) -> tuple[int, bool]: ...  # noqa: D102
+    def p_lower(self, k: int, n: int, proved: int) -> float: ...  # noqa: D102
+    def radius(self, k: int, n: int, proved: int) -> float: ...  # noqa: D102
+
+
+@dataclass(frozen=True)
+class FixedPlan:
+    """One look after n draws, with the Clopper-Pearson bound: CERTIFY of Cohen et al. 2019."""
+
+    sigma: float
+    n: int
+    alpha: float
+
+    @property
+    def looks(self) -> tuple[int]:
+        """Numbers of draws after which the votes are looked at."""
+        return (self.n,)
+
+    @property
+    def largest_radius(self) -> float:
+        """Largest radius that can come out."""
+        return maximum_radius(self.n, self.alpha, self.sigma)
+
+    def step(self, look: int, k: int, proved: int) -> tuple[int, bool]:
+        """Take the only look: (1 if a majority is proved else 0, True)."""
+        return int(self.p_lower(k, self.n, 0) > 0.5), True
+
+    def p_lower(self, k: int, n: int, proved: int) -> float:
+        """Clopper-Pearson bound of k in n."""
+        return lower_confidence_bound(k, n, self.alpha)
+
+    def radius(self, k: int, n: int, proved: int) -> float:
+        """Certified radius of k in n."""
+        return certified_radius(self.p_lower(k, n, proved), self.sigma)
+
+
+def make_plan(sampling: Sampling, *, sigma: float, radii: Sequence[float] | None, n: int, alpha: float) -> Plan:
+    """Check the numbers and return when to look and what is proved then.
+
+    Raises
+    ------
+    ValueError
+        Unknown sampling, sigma or alpha out of range, n too small to ever certify.
+    """
+    if sampling not in get_args(Sampling):
+        raise ValueError(f"unknown sampling {sampling!r}; choose one of {', '.join(get_args(Sampling))}")
+    check_sigma(sigma)
+    check_alpha(alpha)
+    check_draws(n, alpha)
+    if sampling == "fixed":
+        return FixedPlan(sigma=sigma, n=n, alpha=alpha)
+    return sequential_plan(sigma=sigma, radii=radii, n=n, alpha=alpha)
+
+
+def take_votes(answers: Answers, plans: Sequence[Plan], *, n0: int, label: int | None) -> list[Verdict]:
+    """Run selection and estimation for several base classifiers on the same noise.
+
+    Parameters
+    ----------
+    answers : callable of (role, first, count, positions)
+        Returns int64 [count] for each classifier named by its position.
+    plans : sequence of Plan
+        One for each classifier.
+    n0 : int
+        Selection draws.
+    label : int or None
+        Class to test for all classifiers, instead of selecting one.
+
+    Returns
+    -------
+    list of Verdict
+        Every certificate is valid on its own at its plan's alpha; sharing noise only makes them dependent.
+    """
+    everyone = range(len(plans))
+    if label is None:
+        selected = [_favourite(votes) for votes in answers("select", 0, n0, everyone)]
+    else:
+        selected = [label] * len(plans)
+    verdicts = [Verdict(predicted=ABSTAIN, radius=0.0, p_lower=0.0, k=0, n=0) for _ in everyone]
+    active = [position for position in everyone if selected[position] != ABSTAIN]
+    looks = [{int(draws): look for look, draws in enumerate(plan.looks)} for plan in plans]
+    counts, proved, done = [0] * len(plans), [0] * len(plans), 0
+    for draws in sorted(set().union(*looks)):
+        if not active:
+            break
+        for position, labels in zip(active, answers("estimate", done, draws - done, active), strict=True):
+            counts[position] += int((labels == selected[position]).sum())
+        done = draws
+        for position in [position for position in active if draws in looks[position]]:
+            plan, k = plans[position], counts[position]
+            proved[position], finished = plan.step(looks[position][draws], k, proved[position])
+            if finished:
+                certified = proved[position]
+                verdicts[position] = Verdict(
+                    predicted=selected[position] if certified else ABSTAIN,
+                    radius=plan.radius(k, draws, certified),
+                    p_lower=plan.p_lower(k, draws, certified),
+                    k=k,
+                    n=draws,
+                )
+                active.remove(position)
+    return verdicts
+
+
+def agreement(verdicts: Sequence[Verdict]) -> Verdict:
+    """Join the verdicts of a finite set of classifiers: their common class with the smallest radius, or abstain.
+
+    If each is wrong with probability at most alpha / M, all M hold at once with probability at least 1 - alpha, so
+    any choice among the classifiers, even one that depends on the attacked image, gives this class in the ball.
+    """
+    weakest = min(verdicts, key=lambda verdict: verdict.radius)
+    joined = {"k": weakest.k, "n": max(verdict.n for verdict in verdicts)}
+    if len({verdict.predicted for verdict in verdicts}) > 1 or weakest.predicted == ABSTAIN:
+        return Verdict(predicted=ABSTAIN, radius=0.0, p_lower=min(verdict.p_lower for verdict in verdicts), **joined)
+    return Verdict(predicted=weakest.predicted, radius=weakest.radius, p_lower=weakest.p_lower, **joined)
+
+
+def checked_answers(answers: Any, count: int, *, n_classes: int = LABEL_LIMIT) -> Tensor:
+    """Bring a classifier's labels to the CPU as int64 [count], or say what is wrong with them.
+
+    Parameters
+    ----------
+    answers : Tensor, array or sequence
+        Whole numbers or bools [count]: classes from 0, or below 0 for no class.
+    count : int
+    n_classes : int
+        A label from here on is no class.
+
+    Raises
+    ------
+    TypeError
+        Scores, texts or another shape: what is not finite is never a vote.
+    ValueError
+        A label that is no class.
+    """
+    kind = getattr(answers, "dtype", type(answers).__name__)
+    if isinstance(answers, Tensor):
+        answers = answers.detach().cpu()
+        answers = (answers.double() if answers.is_floating_point() else answers).numpy()
+    try:
+        labels = np.asarray(answers)
+    except ValueError:  # rows of different lengths
+        labels = np.asarray(None)
+    if labels.shape != (count,) or labels.dtype.kind not in "biu":
+        unfit = int((~np.isfinite(labels)).sum()) if labels.dtype.kind == "f" else 0
+        raise TypeError(
+            f"a base classifier maps [b, 3, H, W] to labels, whole numbers [b]: expected int64 ({count},), got {kind} "
+            f"{labels.shape}{f', {unfit} of them NaN or infinite' if unfit else ''}; logits [b, K] need .argmax(1), "
+            "probabilities [b] of one class (p > 0.5)"
+        )
+    if count and labels.max() >= n_classes:
+        raise ValueError(
+            f"a base classifier answered with the label {labels.max()}: classes are 0 to {n_classes - 1}; answer below "
+            "0 for no class"
+        )
+    return torch.from_numpy(labels.astype(np.int64))
+
+
+def check_classifier(classifier: Any) -> None:
+    """Refuse what is no map from pixels to labels: a dual encoder, which gives features, a class, or no callable."""
+    if isinstance(classifier, DualEncoder):
+        raise TypeError(
+            f"{classifier.id} is a dual encoder, which gives features and no labels; a base classifier also has class "
+            "texts:\n"
+            "    from medrobust_lib.smoothing.methods import PromptClassifier\n"
+            "    features = model.class_features(classes, templates)  # such as data.classes, data.templates\n"
+            "    certify(PromptClassifier(model, features), image, ...)"
+        )
+    if not callable(classifier) or isinstance(classifier, type):
+        what = f"the class {classifier.__name__}" if isinstance(classifier, type) else reprlib.repr(classifier)
+        raise TypeError(f"classifier must be a function or object that maps [b, 3, H, W] to labels [b], not {what}")
+    check_not_training(classifier)
+
+
+def check_not_training(classifier: Any) -> None:
+    """Refuse a network whose answers depend on the batch or on chance of its own (batch norm, dropout)."""
+    if getattr(classifier, "training", False):
+        raise ValueError(
+            f"{type(classifier).__name__} is in training mode, so an answer depends on the rest of its batch and is "
+            "no fixed function of the noisy image; call .eval() first"
+        )
+
+
+def check_mode_draws(n0: int, label_given: bool) -> None:
+    """Refuse a selection without draws."""
+    if not label_given and n0 < 1:
+        raise ValueError(f"n0={n0}: choosing a class takes at least one selection draw (100 is usual)")
+
+
+def count_votes(labels: Tensor) -> np.ndarray:
+    """Votes per class, int64; answers below 0 count for no class."""
+    answered = labels[labels >= 0].numpy()
+    return np.bincount(answered) if len(answered) else np.zeros(1, dtype=np.int64)
+
+
+def _favourite(labels: Tensor) -> int:
+    votes = count_votes(labels)
+    return int(votes.argmax()) if votes.any() else ABSTAIN
+
 
 Classifier = Callable[[Tensor], Tensor]
 

@@ -12,18 +12,21 @@ from torch.nn import functional
 
 from medrobust_lib.data.dataset import ImageDataset
 from medrobust_lib.experiments import progress
-from medrobust_lib.models.devices import resolve_device
 from medrobust_lib.models.dual_encoder import DualEncoder
+from medrobust_lib.models.loading import resolve_device
 from medrobust_lib.models.weights import fingerprint
-from medrobust_lib.smoothing.denoiser_networks import (
+from medrobust_lib.smoothing.denoisers import (
     DIFFUSION_STEPS,
+    DiffusionDenoiser,
     DnCNN,
+    DnCNNDenoiser,
+    Objective,
     ResidualBlock,
     UNet,
+    check_objective,
     diffusion_sigmas,
     matching_timestep,
 )
-from medrobust_lib.smoothing.denoisers import DiffusionDenoiser, DnCNNDenoiser, Objective, check_objective
 
 
 def train_denoiser(

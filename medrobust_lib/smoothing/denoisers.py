@@ -1,10 +1,4 @@
-"""Denoisers in front of a frozen model: denoised smoothing (DnCNN) and diffusion smoothing (a small DDPM).
-
-Randomized smoothing certifies any function of the noisy image that was fixed before the image was seen.
-"Denoise, then classify" is such a function: its noise is the nominal N(0, sigma^2) on the image itself, and
-neither denoiser draws noise of its own, clips its input or looks at the clean image. So the guarantee is the
-standard one, however good or bad the denoiser is; a bad one only costs radius.
-"""
+"""Networks of the denoisers: DnCNN, and the compact U-Net of a DDPM with its noise levels."""
 
 import copy
 import json
@@ -16,14 +10,202 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from safetensors.torch import load_file, safe_open
 from torch import Tensor, nn
+from torch.nn import functional
 
-from medrobust_lib.data.wording import suggest
+from medrobust_lib.checks import suggest
 from medrobust_lib.downloads import check_sums
-from medrobust_lib.models.tensor_files import write_tensors
+from medrobust_lib.files import write_tensors
 from medrobust_lib.models.weights import explained_errors, fingerprint
-from medrobust_lib.smoothing.denoiser_networks import DIFFUSION_STEPS, DnCNN, UNet, diffusion_sigmas, matching_timestep
+
+DIFFUSION_STEPS, FIRST_BETA, LAST_BETA = 1000, 1e-4, 2e-2
+
+
+class DnCNN(nn.Module):
+    """Residual denoiser: predicts the noise and takes it off; with a last layer of zeros it returns its input.
+
+    Its state dict has the keys of Salman et al.'s published networks, which load into ``DnCNN()``.
+
+    Parameters
+    ----------
+    depth : int
+        Convolutions, >= 2; 17 in the paper.
+    width : int
+        Channels of the hidden layers; 64 in the paper.
+    unshuffle : int
+        Side of the pixel blocks that become channels first, a divisor of the image's sides. 1 is the paper's
+        network; 2 sees twice as far for a quarter of the work, as in FFDNet.
+    skip : float
+        Share of the input that the prediction is taken from. 1 is the paper's network; a small or briefly trained
+        one, which cannot rebuild strong noise exactly, does better with `linear_share`.
+
+    References
+    ----------
+    Zhang et al. 2017 (DnCNN), arXiv:1608.03981; Zhang et al. 2018 (FFDNet), arXiv:1710.04026.
+    """
+
+    def __init__(self, *, depth: int = 17, width: int = 64, unshuffle: int = 1, skip: float = 1.0) -> None:
+        super().__init__()
+        if depth < 2 or width < 1 or unshuffle < 1:
+            raise ValueError(
+                f"DnCNN needs depth >= 2, width >= 1 and unshuffle >= 1, got {depth}, {width}, {unshuffle}"
+            )
+        self.architecture = {"depth": depth, "width": width, "unshuffle": unshuffle, "skip": skip}
+        channels = 3 * unshuffle**2
+        layers: list[nn.Module] = [nn.Conv2d(channels, width, 3, padding=1), nn.ReLU(inplace=True)]
+        for _ in range(depth - 2):
+            convolution = nn.Conv2d(width, width, 3, padding=1, bias=False)
+            layers += [convolution, nn.BatchNorm2d(width, eps=1e-4), nn.ReLU(inplace=True)]
+        self.dncnn = nn.Sequential(*layers, nn.Conv2d(width, channels, 3, padding=1, bias=False))
+        self.side, self.skip = unshuffle, float(skip)
+
+    def forward(self, noisy: Tensor) -> Tensor:
+        """Denoise float32 [b, 3, H, W]."""
+        residual = self.dncnn(functional.pixel_unshuffle(noisy, self.side))
+        return self.skip * noisy - functional.pixel_shuffle(residual, self.side)
+
+
+class UNet(nn.Module):
+    """Compact noise predictor of a DDPM: residual blocks, one per level on the way down and up, no attention.
+
+    Parameters
+    ----------
+    width : int
+        Channels of the first level, a multiple of 8.
+    multipliers : sequence of int
+        Channels of each level in units of width; each level halves the resolution of the one before.
+    unshuffle : int
+        As for `DnCNN`. The image's sides are multiples of ``unshuffle * 2 ** (levels - 1)``.
+    spread : float, optional
+        Standard deviation of the clean pixels in [-1, 1]. With it the network corrects the best linear estimate
+        of the noise, which a small or briefly trained one cannot rebuild; None is the plain noise predictor.
+
+    References
+    ----------
+    Ho et al. 2020 (DDPM), arXiv:2006.11239; Karras et al. 2022, arXiv:2206.00364, Table 1 (the linear estimate).
+    """
+
+    def __init__(
+        self,
+        *,
+        width: int = 64,
+        multipliers: tuple[int, ...] = (1, 2, 2),
+        unshuffle: int = 1,
+        spread: float | None = None,
+    ) -> None:
+        super().__init__()
+        if width < 8 or width % 8 or not multipliers or unshuffle < 1:
+            raise ValueError(
+                f"UNet needs a width that is a multiple of 8, at least one level and unshuffle >= 1, "
+                f"got {width}, {multipliers}, {unshuffle}"
+            )
+        self.architecture = {
+            "width": width, "multipliers": list(multipliers), "unshuffle": unshuffle, "spread": spread,
+        }  # fmt: skip
+        self.width, self.unshuffle, self.spread = width, unshuffle, spread
+        self.side = unshuffle * 2 ** (len(multipliers) - 1)
+        widths = [width * multiplier for multiplier in multipliers]
+        channels, embedding = 3 * unshuffle**2, 4 * width
+        self.time = nn.Sequential(nn.Linear(width, embedding), nn.SiLU(), nn.Linear(embedding, embedding), nn.SiLU())
+        self.first = nn.Conv2d(channels, width, 3, padding=1)
+        before = [width, *widths[:-1]]
+        self.down = nn.ModuleList(ResidualBlock(*pair, embedding) for pair in zip(before, widths, strict=True))
+        self.middle = ResidualBlock(widths[-1], widths[-1], embedding)
+        self.up = nn.ModuleList(
+            ResidualBlock(2 * inner, outer, embedding) for inner, outer in zip(widths[::-1], before[::-1], strict=True)
+        )
+        self.last = nn.Sequential(nn.GroupNorm(8, width), nn.SiLU(), nn.Conv2d(width, channels, 3, padding=1))
+
+    def forward(self, pixels: Tensor, timesteps: Tensor) -> Tensor:
+        """Predict the noise in scaled images, float32 [b, 3, H, W], at timesteps, float32 [b], whole or not."""
+        time = self.time(_sinusoids(timesteps, self.width))
+        hidden = self.first(functional.pixel_unshuffle(pixels, self.unshuffle))
+        skips: list[Tensor] = []
+        for level, block in enumerate(self.down):
+            hidden = block(functional.avg_pool2d(hidden, 2) if level else hidden, time)
+            skips.append(hidden)
+        hidden = self.middle(hidden, time)
+        for block in self.up:
+            hidden = block(torch.cat([hidden, skips.pop()], dim=1), time)
+            if skips:
+                hidden = functional.interpolate(hidden, scale_factor=2.0, mode="nearest")
+        predicted = functional.pixel_shuffle(self.last(hidden), self.unshuffle)
+        if self.spread is None:
+            return predicted
+        level = _levels_at(timesteps)[:, None, None, None]
+        total = level.square() + self.spread**2
+        linear = level * (1 + level.square()).sqrt() * pixels / total
+        return linear + self.spread / total.sqrt() * predicted
+
+
+class ResidualBlock(nn.Module):
+    """Two convolutions with the time embedding added between them, around a shortcut."""
+
+    def __init__(self, inputs: int, outputs: int, embedding: int) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = nn.GroupNorm(8, inputs), nn.GroupNorm(8, outputs)
+        self.conv1, self.conv2 = nn.Conv2d(inputs, outputs, 3, padding=1), nn.Conv2d(outputs, outputs, 3, padding=1)
+        self.time = nn.Linear(embedding, outputs)
+        self.shortcut = nn.Conv2d(inputs, outputs, 1) if inputs != outputs else nn.Identity()
+
+    def forward(self, hidden: Tensor, time: Tensor) -> Tensor:
+        """Map float32 [b, inputs, h, w] and an embedding, float32 [b, e], to float32 [b, outputs, h, w]."""
+        inner = self.conv1(functional.silu(self.norm1(hidden))) + self.time(time)[:, :, None, None]
+        return self.shortcut(hidden) + self.conv2(functional.silu(self.norm2(inner)))
+
+
+def _levels_at(timesteps: Tensor) -> Tensor:
+    """Standard deviation of the noise in [-1, 1] pixels before scaling, at timesteps [b], whole or not."""
+    places = timesteps.detach().cpu().double().numpy()
+    logs = np.interp(places, np.arange(DIFFUSION_STEPS), np.log(2 * diffusion_sigmas()))
+    return torch.from_numpy(np.exp(logs)).to(timesteps.device, torch.float32)
+
+
+def _sinusoids(timesteps: Tensor, width: int) -> Tensor:
+    """Transformer positions of timesteps: float32 [b, width], defined between whole timesteps, too."""
+    rates = torch.exp(-math.log(10_000) * torch.arange(width // 2, device=timesteps.device) / (width // 2))
+    angles = timesteps.float()[:, None] * rates
+    return torch.cat([angles.sin(), angles.cos()], dim=1)
+
+
+def diffusion_sigmas() -> NDArray[np.float64]:
+    """Noise level of each timestep in [0, 1] pixel units, increasing: sqrt((1 - abar) / abar) / 2.
+
+    abar is the running product of 1 - beta with beta linear from 1e-4 to 2e-2 over 1,000 steps. The half comes
+    from the diffusion's pixels, which run over [-1, 1].
+
+    Returns
+    -------
+    float64 [1000]
+    """
+    kept = np.cumprod(1 - np.linspace(FIRST_BETA, LAST_BETA, DIFFUSION_STEPS))
+    return np.sqrt((1 - kept) / kept) / 2
+
+
+def matching_timestep(sigma: float) -> float:
+    """Timestep at which a diffusion's images carry noise of sigma, between whole timesteps by log(sigma).
+
+    Parameters
+    ----------
+    sigma : float
+        In [0, 1] pixel units.
+
+    Raises
+    ------
+    ValueError
+        Less noise than at the first timestep, or more than at the last.
+
+    References
+    ----------
+    Carlini et al. 2023, arXiv:2206.10550, section 3.
+    """
+    sigmas = diffusion_sigmas()
+    if not sigmas[0] <= sigma <= sigmas[-1]:
+        raise ValueError(f"sigma={sigma}: the diffusion's noise levels run from {sigmas[0]:.4f} to {sigmas[-1]:.1f}")
+    return float(np.interp(math.log(sigma), np.log(sigmas), np.arange(DIFFUSION_STEPS)))
+
 
 Objective = Literal["mse", "stability"]
 Timestep = Literal["interpolated", "nearest"]

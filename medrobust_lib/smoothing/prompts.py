@@ -17,11 +17,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from medrobust_lib.data.dataset import ImageDataset
-from medrobust_lib.files import parsed
+from medrobust_lib.files import parsed, read_tensors, write_tensors
 from medrobust_lib.models.dual_encoder import DualEncoder
-from medrobust_lib.models.tensor_files import read_tensors, write_tensors
-from medrobust_lib.smoothing.batching import Batches, suggested_batch_size
-from medrobust_lib.smoothing.noise import NoiseStream
+from medrobust_lib.smoothing.noise import Batches, NoiseStream, suggested_batch_size
 from medrobust_lib.smoothing.prompt_frames import (
     Position,
     PromptFrame,

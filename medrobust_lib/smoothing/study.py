@@ -18,21 +18,9 @@ from medrobust_lib.experiments import map_items, open_store, progress
 from medrobust_lib.models.dual_encoder import DualEncoder
 from medrobust_lib.models.weights import fingerprint
 from medrobust_lib.places import VERSION
-from medrobust_lib.smoothing.batching import Batches, make_batches
 from medrobust_lib.smoothing.bounds import maximum_radius
 from medrobust_lib.smoothing.certificate import GUARANTEES, Mode, Sampling
-from medrobust_lib.smoothing.methods import (
-    AdaptationFeatures,
-    CandidatePrompts,
-    Denoiser,
-    FeatureClassifier,
-    PromptMethod,
-    denoised,
-    zero_shot_methods,
-)
-from medrobust_lib.smoothing.noise import NoiseStream, Role, noisy_copies
-from medrobust_lib.smoothing.sequential import plan_constants
-from medrobust_lib.smoothing.votes import (
+from medrobust_lib.smoothing.certify import (
     Answers,
     Plan,
     Verdict,
@@ -43,6 +31,17 @@ from medrobust_lib.smoothing.votes import (
     make_plan,
     take_votes,
 )
+from medrobust_lib.smoothing.methods import (
+    AdaptationFeatures,
+    CandidatePrompts,
+    Denoiser,
+    FeatureClassifier,
+    PromptMethod,
+    denoised,
+    zero_shot_methods,
+)
+from medrobust_lib.smoothing.noise import Batches, NoiseStream, Role, make_batches, noisy_copies
+from medrobust_lib.smoothing.sequential import plan_constants
 
 RADII = (0.0, 0.1, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
 """The radii of PromptSmooth's tables, in [0, 1] pixel units."""

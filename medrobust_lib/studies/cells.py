@@ -1,10 +1,15 @@
-"""The work of one cell: certificates, a benchmark or a notebook, written as a run folder with a result card."""
+"""What a study will do: its cells, and what they cost before any of them runs."""
 
 import contextlib
+import hashlib
+import io
+import re
+import statistics
 import time
 import traceback
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,20 +17,289 @@ import numpy as np
 import pandas as pd
 
 from medrobust_lib import metrics
-from medrobust_lib.corruptions.suites import SEVERITIES
+from medrobust_lib.corruptions.suites import SEVERITIES, find_suite
 from medrobust_lib.data.dataset import ImageDataset
 from medrobust_lib.data.registry import load_dataset
 from medrobust_lib.evaluation import CLEAN, Candidate, accuracy_table, corruption_answers
 from medrobust_lib.experiments import Metric, Run
+from medrobust_lib.experiments.report import write_report
 from medrobust_lib.files import named_when_full, told
+from medrobust_lib.metrics.classification import share_interval
 from medrobust_lib.models.dual_encoder import DualEncoder
-from medrobust_lib.models.registry import load_model
-from medrobust_lib.report import write_report
+from medrobust_lib.models.loading import load_model
 from medrobust_lib.runner import find_notebooks, run_notebooks
 from medrobust_lib.smoothing.certificate import GUARANTEES
 from medrobust_lib.smoothing.study import certify_dataset
-from medrobust_lib.studies.intervals import share_interval
-from medrobust_lib.studies.plan import Cell
+from medrobust_lib.studies.study_file import BenchmarkStep, CertifyStep, NotebookStep, Study, notebook_assignments
+
+_LONGEST_PART = 32
+_PROBE_SECONDS = 1.0
+_PROBE_DRAWS = 10  # the fewest that a certificate at alpha 0.001 takes
+# Bytes, about: a row of certificates in the journal and in two tables, an answer, and a cell's other files.
+_CERTIFICATE_BYTES, _ANSWER_BYTES, _CELL_BYTES = 1_100, 60, 16_000
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One piece of a study: it runs on its own, is finished or not, and has a folder and a result card.
+
+    Attributes
+    ----------
+    name : str
+        Names the folder; unique in the study.
+    number : int
+        Of its step in the file, from 1.
+    kind : {"certify", "benchmark", "notebook"}
+    model, dataset : str
+        Ids; empty for a notebook that has no such parameter.
+    seed : int or None
+    parameters : dict
+        Everything else that shapes its results, as JSON values; of a notebook the parameters that it is given.
+    notebook : str
+        Number of the notebook.
+    """
+
+    name: str
+    number: int
+    kind: str
+    model: str
+    dataset: str
+    seed: int | None
+    parameters: dict[str, Any] = field(repr=False)
+    notebook: str = ""
+
+    @property
+    def label(self) -> str:
+        """What a person reads in tables."""
+        what = f"notebook {self.notebook}" if self.notebook else self.kind
+        sigma = f"sigma {self.parameters['sigma']:g}" if self.kind == "certify" else ""
+        seed = "" if self.seed is None else f"seed {self.seed}"
+        return ", ".join(filter(None, (f"{self.number} {what}", self.model, self.dataset, sigma, seed)))
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a cell costs; None where nobody knows.
+
+    Attributes
+    ----------
+    images : int or None
+    draws : int or None
+        Encodings of noisy or corrupted images, at most.
+    seconds : float or None
+        In one process of this machine.
+    size : int or None
+        Bytes on disk.
+    """
+
+    images: int | None
+    draws: int | None
+    seconds: float | None
+    size: int | None
+
+
+def plan_cells(study: Study, *, notebooks: Path | None = None) -> list[Cell]:
+    """Cells of a study, in the order of its file.
+
+    Parameters
+    ----------
+    study : Study
+    notebooks : Path, optional
+        Folder of the notebooks; default: the project's.
+    """
+    cells = []
+    for number, step in enumerate(study.steps, start=1):
+        if isinstance(step, NotebookStep):
+            for chosen, given in notebook_assignments(study, step, notebooks=notebooks):
+                cells.append(_cell(number, "notebook", chosen, given, notebook=step.notebook))
+            continue
+        for model in study.models:
+            for dataset in study.datasets:
+                for seed in study.seeds:
+                    chosen = {"model": model, "dataset": dataset, "seed": seed}
+                    shared = {"n_images": study.n_images, "dtype": study.dtype}
+                    for own in _settings(study, step):
+                        cells.append(_cell(number, step.kind, chosen, shared | own))
+    return cells
+
+
+def estimate_cells(study: Study, cells: Sequence[Cell], *, earlier: Path | None = None) -> list[Estimate]:
+    """Price the cells by a short probe of each model on this machine; nothing is written.
+
+    Parameters
+    ----------
+    study : Study
+    cells : sequence of Cell
+        From `plan_cells`.
+    earlier : Path, optional
+        Folder of earlier runs, whose cards tell what notebooks took; default: none.
+
+    Returns
+    -------
+    list of Estimate
+        The seconds of certify cells are those of all draws; sequential sampling stops earlier.
+    """
+    sizes = {dataset: _images(dataset, study.n_images) for dataset in {cell.dataset for cell in cells if _is_own(cell)}}
+    rates: dict[str, float] = {}
+    for cell in cells:
+        if _is_own(cell) and cell.model not in rates:
+            rates[cell.model] = encodings_per_second(cell.model, cell.dataset, dtype=study.dtype)
+    corrupting: dict[tuple[str, str], float] = {}
+    taken = _seconds_of_notebooks(earlier)
+    estimates = []
+    for cell in cells:
+        if cell.kind == "certify":
+            images = sizes[cell.dataset]
+            draws = images * most_draws(cell)
+            size = _CELL_BYTES + 2 * images * _CERTIFICATE_BYTES
+            estimates.append(Estimate(images, draws, draws / rates[cell.model], size))
+        elif cell.kind == "benchmark":
+            images = sizes[cell.dataset]
+            suite = find_suite(cell.parameters["suite"])
+            draws = images * (1 + len(suite.names(cell.dataset)) * len(cell.parameters["severities"]))
+            key = (cell.dataset, suite.id)
+            if key not in corrupting:
+                corrupting[key] = _seconds_to_corrupt(*key)
+            seconds = draws / rates[cell.model] + (draws - images) * corrupting[key]
+            estimates.append(Estimate(images, draws, seconds, _CELL_BYTES + draws * _ANSWER_BYTES))
+        else:
+            seconds = taken.get((cell.notebook.zfill(2), cell.model)) or None
+            estimates.append(Estimate(cell.parameters.get("n_images"), None, seconds, None))
+    return estimates
+
+
+def most_draws(cell: Cell) -> int:
+    """Draws of one image of a certify cell, selection draws included; sequential sampling stops earlier."""
+    return (cell.parameters["n0"] if cell.parameters["mode"] == "predict" else 0) + cell.parameters["n"]
+
+
+def unanimous_draws(cell: Cell) -> float:
+    """Expected draws of an image whose noisy copies all get the same answer, in sequential sampling."""
+    from medrobust_lib.smoothing.sequential import operating_characteristics, sequential_plan
+
+    p = cell.parameters
+    plan = sequential_plan(sigma=p["sigma"], radii=p["radii"], n=p["n"], alpha=p["alpha"])
+    return operating_characteristics(plan, 1.0)[1] + most_draws(cell) - p["n"]
+
+
+def encodings_per_second(model_id: str, dataset: str, *, dtype: str = "auto") -> float:
+    """Noisy copies that pass through a model in a second, noise and votes included: about a second's probe.
+
+    Parameters
+    ----------
+    model_id, dataset : str
+        The data set gives the image and the texts.
+    dtype : str
+        As in `load_model`.
+    """
+    from medrobust_lib.models.loading import load_model
+
+    return measured_rate(load_model(model_id, dtype=dtype), _probed(dataset))
+
+
+def measured_rate(
+    model: Any, data: Any, *, seconds: float = _PROBE_SECONDS, clock: Callable[[], float] = time.perf_counter
+) -> float:
+    """Draws of `certify_dataset` in a second, with a loaded model: the noisy-feature bank of one image.
+
+    Parameters
+    ----------
+    model : DualEncoder
+    data : ImageDataset
+    seconds : float
+        Length of the probe.
+    clock : callable
+        ``time.process_time`` counts this process's seconds on the CPU, whatever else the machine does.
+    """
+    from medrobust_lib.smoothing.methods import zero_shot_methods
+    from medrobust_lib.smoothing.study import certify_dataset
+
+    methods = zero_shot_methods(model, data)[:1]
+    draws, rate = _PROBE_DRAWS, 0.0
+    for _ in range(3):
+        with contextlib.redirect_stdout(io.StringIO()):
+            started = clock()
+            certify_dataset(
+                model, data.subset([0]), methods, sigmas=[0.25], n0=1, n=draws, sampling="fixed", radii=None
+            )
+            spent = clock() - started
+        rate = (draws + 1) / spent
+        # The first calls of a network are slow, and a few draws fill no batch.
+        if spent >= seconds / 2:
+            break
+        draws = max(_PROBE_DRAWS, int(rate * seconds))
+    return rate
+
+
+def _is_own(cell: Cell) -> bool:
+    return cell.kind != "notebook"
+
+
+def _settings(study: Study, step: CertifyStep | BenchmarkStep) -> list[dict[str, Any]]:
+    """Settings of each cell of a step on one model, data set and seed, as JSON values."""
+    values = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(step).items()}
+    if isinstance(step, CertifyStep):
+        del values["sigmas"]
+        return [{"sigma": sigma, **values} for sigma in step.sigmas]
+    return [values]
+
+
+def _cell(number: int, kind: str, chosen: Mapping[str, Any], parameters: dict[str, Any], *, notebook: str = "") -> Cell:
+    model, dataset, seed = chosen["model"] or "", chosen["dataset"] or "", chosen["seed"]
+    parts = [f"{number:02d}-{'notebook-' + notebook if notebook else kind}", short_id(model), short_id(dataset)]
+    if kind == "certify":
+        parts.append(f"sigma{parameters['sigma']:g}")
+    if seed is not None:
+        parts.append(f"seed{seed}")
+    return Cell("_".join(filter(None, parts)), number, kind, model, dataset, seed, parameters, notebook)
+
+
+def short_id(id: str) -> str:
+    """An id as part of a folder's name; one that had to be shortened stays unique by a piece of its hash."""
+    text = re.sub(r"[^A-Za-z0-9.-]+", "-", id).strip("-.")
+    if len(text) <= _LONGEST_PART and not id.partition(":")[2]:
+        return text
+    return f"{text[-_LONGEST_PART:].strip('-.')}-{hashlib.sha256(id.encode()).hexdigest()[:6]}"
+
+
+def _images(dataset: str, n_images: int | None) -> int:
+    from medrobust_lib.data.registry import open_split
+
+    return n_images or len(open_split(dataset).labels)
+
+
+def _probed(dataset: str) -> ImageDataset:
+    from medrobust_lib.data.registry import load_dataset, open_split
+
+    with warnings.catch_warnings(action="ignore", category=UserWarning):  # so few images do not speak for the set
+        return load_dataset(dataset, n=len(open_split(dataset).classes))
+
+
+def _seconds_to_corrupt(dataset: str, suite: str) -> float:
+    """Seconds a corrupted image takes, the mean over the corruptions of a suite at their middle severity."""
+    from medrobust_lib.corruptions.writing import corrupted
+
+    data = _probed(dataset).subset([0])
+    names = find_suite(suite).names(dataset)
+    started = time.perf_counter()
+    for name in names:
+        corrupted(data, name, severity=3, suite=suite)
+    return (time.perf_counter() - started) / len(names)
+
+
+def _seconds_of_notebooks(runs: Path | None) -> dict[tuple[str, str], float]:
+    """Median seconds of each notebook and model, from the cards of earlier runs."""
+    from medrobust_lib.experiments import read_cards
+
+    taken: dict[tuple[str, str], list[float]] = {}
+    try:
+        cards = read_cards(runs) if runs is not None else []
+    except FileNotFoundError:
+        return {}
+    for card in cards:
+        taken.setdefault((card["notebook"], card["parameters"].get("model", "")), []).append(card["seconds"])
+    return {key: statistics.median(seconds) for key, seconds in taken.items()}
+
 
 CERTIFICATES, ANSWERS = "certificates", "answers"  # ends of the names of the tables with one row an image
 LOG = "log.txt"

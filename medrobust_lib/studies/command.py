@@ -24,9 +24,9 @@ def study(
     notebooks: Annotated[Path | None, typer.Option(help="Folder of the notebooks.", show_default=False)] = None,
 ) -> None:
     """Run a grid of models, data sets and steps; the same command goes on after an interruption."""
+    from medrobust_lib.experiments.report import show_ranking
     from medrobust_lib.places import default_runs_dir
     from medrobust_lib.studies.study_file import read_study
-    from medrobust_lib.terminal import show_ranking
 
     read = read_study(file, notebooks=notebooks)
     if dry_run:
@@ -61,8 +61,8 @@ def compare(
 ) -> None:
     """Compare two runs image by image where both kept their answers, and by their cards elsewhere."""
     from medrobust_lib.experiments import write_text_atomically
+    from medrobust_lib.experiments.report import show_json
     from medrobust_lib.studies.compare import compare_runs
-    from medrobust_lib.terminal import show_json
 
     compared = compare_runs(run_a, run_b)
     if csv is not None:
@@ -82,10 +82,10 @@ def compare(
 def _show_plan(read: "Study", notebooks: Path | None) -> None:
     import pandas as pd
 
+    from medrobust_lib.experiments.report import show
     from medrobust_lib.files import size_text
     from medrobust_lib.places import default_runs_dir
-    from medrobust_lib.studies.plan import estimate_cells, most_draws, plan_cells, unanimous_draws
-    from medrobust_lib.terminal import show
+    from medrobust_lib.studies.cells import estimate_cells, most_draws, plan_cells, unanimous_draws
 
     cells = plan_cells(read, notebooks=notebooks)
     estimates = estimate_cells(read, cells, earlier=default_runs_dir())
@@ -148,7 +148,7 @@ def _show_comparison(table: "pd.DataFrame", run_a: Path, run_b: Path) -> None:  
     from rich.markup import escape
     from rich.table import Table
 
-    from medrobust_lib.terminal import short_number
+    from medrobust_lib.experiments.report import short_number
 
     console = Console(highlight=False)
     console.print(f"A: {escape(str(run_a))}\nB: {escape(str(run_b))}", soft_wrap=True)
@@ -177,7 +177,7 @@ def _show_comparison(table: "pd.DataFrame", run_a: Path, run_b: Path) -> None:  
 
 
 def _signed(value: float, digits: int) -> str:
-    from medrobust_lib.terminal import short_number
+    from medrobust_lib.experiments.report import short_number
 
     text = short_number(abs(value), digits)
     # What rounds to zero, and what could not be measured, has no sign.

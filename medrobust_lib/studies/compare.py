@@ -10,8 +10,8 @@ import pandas as pd
 
 from medrobust_lib.evaluation import CLEAN
 from medrobust_lib.experiments import leaderboard, read_cards
+from medrobust_lib.metrics.classification import difference_interval, mcnemar_p, mean_interval, paired_interval
 from medrobust_lib.studies.cells import averaged_over, correct_shares
-from medrobust_lib.studies.intervals import difference_interval, mcnemar_p, mean_interval, paired_interval
 
 COLUMNS = ("dataset", "model", "metric", "of", "value_a", "value_b", "difference", "low", "high", "n", "kind", "p")
 PAIRED, UNPAIRED = "paired", "unpaired"

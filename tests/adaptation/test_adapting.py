@@ -9,11 +9,11 @@ import torch
 from torch import nn
 
 import medrobust_lib as mr
-from medrobust_lib.adaptation import joint_training
+from medrobust_lib.adaptation import training
 from medrobust_lib.adaptation.adapting import adapt_lora, fine_tune
-from medrobust_lib.adaptation.augmentation import Augmentation
-from medrobust_lib.models.image_tower import find_image_tower
-from medrobust_lib.models.low_rank import adapter_parameters
+from medrobust_lib.adaptation.training_images import Augmentation
+from medrobust_lib.models.adapters import adapter_parameters
+from medrobust_lib.models.dual_encoder import find_image_tower
 
 BEST = {"epochs": 2, "learning_rate": 1e-3, "batch_size": 8, "rank": 4}
 TUNED = {name: value for name, value in BEST.items() if name != "rank"} | {"learning_rate": 3e-4}
@@ -44,14 +44,14 @@ def data():
 def improving(monkeypatch):
     """Validation that rises from epoch to epoch, so that the last one counts."""
     count = iter(range(10_000))
-    monkeypatch.setattr(joint_training.metrics, "balanced_accuracy", lambda *_: next(count) / 10_000)
+    monkeypatch.setattr(training.metrics, "balanced_accuracy", lambda *_: next(count) / 10_000)
 
 
 @pytest.fixture(scope="module")
 def adapted(model, data):
     with pytest.MonkeyPatch.context() as patch:
         count = iter(range(10_000))
-        patch.setattr(joint_training.metrics, "balanced_accuracy", lambda *_: next(count) / 10_000)
+        patch.setattr(training.metrics, "balanced_accuracy", lambda *_: next(count) / 10_000)
         return adapt_lora(model, data[0], validation=data[1], **BEST)
 
 
@@ -162,7 +162,7 @@ def test_the_fraction_of_the_training_split_is_kept(model, data):
 
 
 def test_a_run_without_improvement_is_told(model, data, monkeypatch):
-    monkeypatch.setattr(joint_training.metrics, "balanced_accuracy", lambda *_: 0.5)
+    monkeypatch.setattr(training.metrics, "balanced_accuracy", lambda *_: 0.5)
     with pytest.warns(UserWarning, match="no epoch of 2 is better on the validation images than demo-clip") as told:
         found = adapt_lora(model, data[0], validation=data[1], **BEST)
     assert told[0].filename == __file__
@@ -179,7 +179,7 @@ def test_a_finished_folder_is_loaded_instead_of_trained(model, data, tmp_path, m
     out = tmp_path / "below" / "breast-oct"
     first = method(model, data[0], validation=data[1], out=out, **change)
     assert [path.name for path in out.parent.iterdir()] == ["breast-oct"]
-    monkeypatch.setattr(joint_training, "summed_loss", lambda *_: pytest.fail("trained again"))
+    monkeypatch.setattr(training, "summed_loss", lambda *_: pytest.fail("trained again"))
     again = method(model, data[0], validation=data[1], out=str(out), **change)
     assert torch.equal(features(first.model, data), features(again.model, data))
     assert not torch.equal(features(first.model, data), features(model, data))
@@ -206,17 +206,15 @@ def test_an_adapter_folder_is_what_load_model_takes(model, data, adapted, tmp_pa
 def test_an_interrupted_folder_is_continued(model, data, tmp_path, monkeypatch, method):
     change = BEST if method is adapt_lora else TUNED
     expected = method(model, data[0], validation=data[1], **change)
-    count, loss = iter(range(5)), joint_training.summed_loss  # three steps an epoch
+    count, loss = iter(range(5)), training.summed_loss  # three steps an epoch
     with monkeypatch.context() as broken, pytest.raises(KeyboardInterrupt):
-        broken.setattr(
-            joint_training, "summed_loss", lambda *some: loss(*some) if next(count, None) is not None else stop()
-        )
+        broken.setattr(training, "summed_loss", lambda *some: loss(*some) if next(count, None) is not None else stop())
         method(model, data[0], validation=data[1], out=tmp_path / "made", **change)
     assert [path.name for path in tmp_path.iterdir()] == ["made.training"]
     with pytest.raises(ValueError, match="recipe.seed: the store has 0, this run asks 5"):
         method(model, data[0], validation=data[1], out=tmp_path / "made", seed=5, **change)
     steps = []
-    monkeypatch.setattr(joint_training, "summed_loss", lambda *some: steps.append(0) or loss(*some))
+    monkeypatch.setattr(training, "summed_loss", lambda *some: steps.append(0) or loss(*some))
     resumed = method(model, data[0], validation=data[1], out=tmp_path / "made", **change)
     assert len(steps) == 3
     assert torch.equal(features(expected.model, data), features(resumed.model, data))

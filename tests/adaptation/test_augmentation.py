@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from medrobust_lib.adaptation.augmentation import (
+from medrobust_lib.adaptation.training_images import (
     Augmentation,
     add_noise,
     corrupt_at_random,

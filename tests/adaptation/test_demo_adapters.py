@@ -14,10 +14,10 @@ import torch
 import medrobust_lib as mr
 from medrobust_lib import metrics
 from medrobust_lib.adaptation import demo_adapters
-from medrobust_lib.adaptation.augmentation import PAPER_AUGMENTATION, Augmentation
 from medrobust_lib.adaptation.demo_adapters import DATASETS, FOLDER, NOISY, RECIPE, find_demo_adapter, folder_name
-from medrobust_lib.data.fractions import fraction_splits
-from medrobust_lib.models.low_rank import attached_adapters, load_adapter
+from medrobust_lib.adaptation.training_images import PAPER_AUGMENTATION, Augmentation
+from medrobust_lib.data.splits import fraction_splits
+from medrobust_lib.models.adapters import attached_adapters, load_adapter
 
 ROOT = Path(__file__).parents[2]
 CARD = (FOLDER / "MODEL_CARD.md").read_text(encoding="utf-8")

@@ -16,10 +16,9 @@ import pytest
 import torch
 from torch import nn
 
-from medrobust_lib.adaptation import joint_training
-from medrobust_lib.adaptation.augmentation import Augmentation
-from medrobust_lib.adaptation.joint_training import Recipe, summed_loss, train_jointly
-from medrobust_lib.adaptation.training_images import TrainingImages
+from medrobust_lib.adaptation import training
+from medrobust_lib.adaptation.training import Recipe, summed_loss, train_jointly
+from medrobust_lib.adaptation.training_images import Augmentation, TrainingImages
 from medrobust_lib.data.dataset import ImageDataset
 from medrobust_lib.models.dual_encoder import DualEncoder, Preprocessing, Tokens
 
@@ -227,7 +226,7 @@ def test_templates_are_the_first_of_each_set_unless_given(monkeypatch):
 def with_scores(monkeypatch, scores):
     """Validation that always gives these balanced accuracies, epoch by epoch, the same for both sets."""
     left = iter(np.repeat(scores, 2))
-    monkeypatch.setattr(joint_training.metrics, "balanced_accuracy", lambda *_: float(next(left)))
+    monkeypatch.setattr(training.metrics, "balanced_accuracy", lambda *_: float(next(left)))
 
 
 @pytest.mark.parametrize(
@@ -293,14 +292,12 @@ def test_a_run_that_was_interrupted_gives_the_same(tmp_path, monkeypatch, steps)
     recipe = dataclasses.replace(RECIPE, schedule="one-cycle")
     expected, outcome = fit(recipe)
     left = iter(range(steps))
-    loss = joint_training.summed_loss
+    loss = training.summed_loss
     with monkeypatch.context() as broken, pytest.raises(KeyboardInterrupt):
-        broken.setattr(
-            joint_training, "summed_loss", lambda *some: loss(*some) if next(left, None) is not None else stop()
-        )
+        broken.setattr(training, "summed_loss", lambda *some: loss(*some) if next(left, None) is not None else stop())
         fit(recipe, folder=tmp_path / "state")
     calls = []
-    monkeypatch.setattr(joint_training, "summed_loss", lambda *some: calls.append(0) or loss(*some))
+    monkeypatch.setattr(training, "summed_loss", lambda *some: calls.append(0) or loss(*some))
     resumed, again = fit(recipe, folder=tmp_path / "state")
     assert len(calls) == 12 - steps // 4 * 4  # four steps an epoch; finished ones are not repeated
     assert equal(expected, resumed)
@@ -395,7 +392,7 @@ class SmallMemory(TinyEncoder):
 def test_scarce_memory_halves_the_batch_and_keeps_the_step(caplog, softmax):
     recipe = dataclasses.replace(RECIPE, softmax=softmax)
     expected, outcome = fit(recipe)
-    with caplog.at_level(logging.WARNING, logger=joint_training.__name__):
+    with caplog.at_level(logging.WARNING, logger=training.__name__):
         found, same = fit(recipe, model=SmallMemory())
     told = [record.getMessage() for record in caplog.records]
     assert told == [f"out of memory: going on with {size} images at a time, gradients accumulated" for size in (4, 2)]
@@ -428,12 +425,12 @@ def test_images_that_fit_are_prepared_once(monkeypatch):
     first, _ = fit()
     assert sum(prepared) == 27 + 19
     prepared.clear()
-    monkeypatch.setattr(joint_training, "cache_budget", lambda: 12 * 192)
+    monkeypatch.setattr(training, "cache_budget", lambda: 12 * 192)
     second, _ = fit()
     assert sum(prepared) == 3 * 27 + 4 * 19  # each in every epoch
     assert equal(first, second)
     prepared.clear()
-    monkeypatch.setattr(joint_training, "cache_budget", lambda: 30 * 192)
+    monkeypatch.setattr(training, "cache_budget", lambda: 30 * 192)
     fit()
     assert sum(prepared) == 27 + 4 * 19  # the validation images no longer fit
 

@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional
 
 from medrobust_lib import metrics
-from medrobust_lib.adaptation.linear_probe import STRENGTHS, linear_probe
+from medrobust_lib.adaptation.retraining import STRENGTHS, linear_probe
 from medrobust_lib.data.dataset import ImageDataset
 from medrobust_lib.evaluation import Candidate, accuracy_table, corruption_answers
 from medrobust_lib.models.dual_encoder import DualEncoder, Preprocessing, Tokens

@@ -6,9 +6,9 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 
 import medrobust_lib as mr
-from medrobust_lib.adaptation.summed_convolutions import summed_convolutions
-from medrobust_lib.models.lora_layers import inject_adapters
-from medrobust_lib.models.low_rank import adapter_parameters, attach_adapters
+from medrobust_lib.adaptation.adapting import summed_convolutions
+from medrobust_lib.models.adapter_layers import inject_adapters
+from medrobust_lib.models.adapters import adapter_parameters, attach_adapters
 
 
 @pytest.fixture(scope="module")

@@ -5,8 +5,7 @@ import pytest
 import torch
 
 from medrobust_lib.adaptation import training_images
-from medrobust_lib.adaptation.augmentation import Augmentation
-from medrobust_lib.adaptation.training_images import TrainingImages
+from medrobust_lib.adaptation.training_images import Augmentation, TrainingImages
 from medrobust_lib.corruptions.suites import MEDIMETA_C
 from medrobust_lib.data.dataset import ImageDataset
 from medrobust_lib.models.geometry import Preprocessing, prepare_images

@@ -57,7 +57,7 @@ summary = pd.DataFrame([
 from collections import namedtuple
 
 from medrobust_lib.adaptation import demo_adapters
-from medrobust_lib.models.low_rank import load_adapter
+from medrobust_lib.models.adapters import load_adapter
 
 Job = namedtuple("Job", "method fraction rank seed")
 seed, fraction, rank, images = 1, 0.1, 16, data
@@ -83,7 +83,7 @@ compared = {data.id: {
     + """
 from medrobust_lib.generative.answers import Drawing, collect_answers
 from medrobust_lib.generative.study import default_oracle
-from medrobust_lib.generative.oracle import ExactMatch, SameLabel
+from medrobust_lib.generative.oracles import ExactMatch, SameLabel
 
 model, tasks, free, is_demo = mr.load_vlm("demo-vlm"), ["safety", "finding"], "finding", True
 sigma, n0, n, alpha = 0.25, 4, 20, 0.001

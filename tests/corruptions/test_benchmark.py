@@ -7,15 +7,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from medrobust_lib.corruptions import benchmark, layouts
-from medrobust_lib.corruptions.benchmark import (
+from medrobust_lib.corruptions import stored, writing
+from medrobust_lib.corruptions.suites import corrupt
+from medrobust_lib.corruptions.writing import (
     check_benchmark,
     corrupted,
     plan_benchmark,
     read_corrupted,
     write_benchmark,
 )
-from medrobust_lib.corruptions.corrupt import corrupt
 from medrobust_lib.data.registry import load_dataset
 
 CHEST, OCT = "phantom/chest", "phantom/oct"
@@ -45,7 +45,7 @@ def fails_after(monkeypatch, calls, error):
             raise error
         return corrupt(*arguments, **options)
 
-    monkeypatch.setattr(benchmark, "corrupt", failing)
+    monkeypatch.setattr(writing, "corrupt", failing)
 
 
 # ---- on the fly ----
@@ -101,7 +101,7 @@ def test_the_official_layout_comes_back_severity_by_severity(tmp_path, dataset):
     names = ["pixelate", "contrast_down"]
     table = write_benchmark(tmp_path / "C", [dataset], suite="medmnist-c", n=4, image_size=28, corruptions=names)
     data = load_dataset(dataset, n=4, image_size=28)
-    with np.load(tmp_path / "C" / layouts.set_folder(dataset) / "pixelate.npz", allow_pickle=False) as arrays:
+    with np.load(tmp_path / "C" / stored.set_folder(dataset) / "pixelate.npz", allow_pickle=False) as arrays:
         assert set(arrays) == {"test_images", "test_labels"}
         assert arrays["test_images"].shape == ((20, 28, 28) if dataset == CHEST else (20, 28, 28, 3))
         np.testing.assert_array_equal(arrays["test_labels"], np.tile(data.labels, 5)[:, None])
@@ -126,7 +126,7 @@ def test_the_files_are_those_of_the_authors_layout_with_a_manifest(whole):
     parameters = json.loads((whole.folder / "manifest.json").read_text())["parameters"]
     constants = parameters["suite"]["parameters"]["every data set"]
     assert constants["contrast"] == [{"factor": factor} for factor in (0.4, 0.3, 0.2, 0.1, 0.05)]
-    assert (parameters["seed"], parameters["n"], parameters["library"]) == (3, 5, benchmark.VERSION)
+    assert (parameters["seed"], parameters["n"], parameters["library"]) == (3, 5, writing.VERSION)
     row = whole.table.set_index("file").loc["phantom_oct/test/gaussian_noise_severity_4.npz"]
     path = whole.folder / row.name
     assert (row["dataset"], row["corruption"], row["severities"], row["images"]) == (OCT, "gaussian_noise", "4", 5)
@@ -147,8 +147,8 @@ def test_the_bytes_do_not_depend_on_how_many_images_are_in_memory(whole, tmp_pat
         seen.append(len(images))
         return corrupt(images, *arguments, **options)
 
-    monkeypatch.setattr(layouts, "_CHUNK", 2)
-    monkeypatch.setattr(benchmark, "corrupt", watched)
+    monkeypatch.setattr(stored, "_CHUNK", 2)
+    monkeypatch.setattr(writing, "corrupt", watched)
     write_benchmark(tmp_path / "C", [CHEST, OCT], **SMALL)
     assert contents(tmp_path / "C") == whole.contents
     assert seen == [2, 2, 1] * 8
@@ -247,7 +247,7 @@ def test_another_result_for_a_lost_file_is_not_taken(tmp_path, monkeypatch):
     write_benchmark(folder, [CHEST], **SMALL)
     path = folder / "phantom_chest" / "test" / "contrast_severity_4.npz"
     path.unlink()
-    monkeypatch.setattr(benchmark, "corrupt", lambda images, name, **options: images // 2)
+    monkeypatch.setattr(writing, "corrupt", lambda images, name, **options: images // 2)
     with pytest.raises(
         ValueError, match=r"contrast_severity_4\.npz had to be written again and has SHA-256 .*recorded"
     ):
@@ -335,7 +335,7 @@ def test_the_plan_says_what_comes(tmp_path, whole):
 )  # fmt: skip
 def test_too_small_a_disk_is_noticed_before_the_start(tmp_path, monkeypatch):
     usage = SimpleNamespace(total=1e6, used=9e5, free=100_000)
-    monkeypatch.setattr(benchmark.shutil, "disk_usage", lambda path: usage)
+    monkeypatch.setattr(writing.shutil, "disk_usage", lambda path: usage)
     with pytest.raises(OSError, match=r"118 kB are to be written; 100 kB are free: free some, or name a folder on"):
         write_benchmark(tmp_path / "C", [CHEST, OCT], **SMALL)
     assert list((tmp_path / "C").rglob("*.npz")) == []

@@ -3,7 +3,7 @@ import pytest
 
 import medrobust_lib as mr
 from medrobust_lib.corruptions import MEDIMETA_C, MEDMNIST_C, SUITES, corrupt
-from medrobust_lib.corruptions.corrupt import random_stream
+from medrobust_lib.corruptions.suites import random_stream
 
 ALL = [
     (suite.id, family, name) for suite in SUITES.values() for family in suite.families for name in suite.names(family)

@@ -15,17 +15,22 @@ from torchvision.transforms import functional as torchvision_functional
 
 from medrobust_lib.corruptions import MEDIMETA_C, MEDMNIST_C
 from medrobust_lib.corruptions.blur import defocus_blur, gaussian_blur, line_blur, zoom_blur
-from medrobust_lib.corruptions.colour import (
+from medrobust_lib.corruptions.functions import (
     brightness,
+    bubble,
     contrast,
     gamma_correction,
+    gaussian_noise,
+    impulse_noise,
+    jpeg_compression,
+    pixelate,
     saturate,
     scale_brightness,
     scale_contrast,
+    shot_noise,
+    speckle_noise,
+    stain_deposit,
 )
-from medrobust_lib.corruptions.digital import jpeg_compression, pixelate
-from medrobust_lib.corruptions.microscopy import bubble, stain_deposit
-from medrobust_lib.corruptions.noise import gaussian_noise, impulse_noise, shot_noise, speckle_noise
 
 SEVERITIES = (1, 2, 3, 4, 5)
 

@@ -4,8 +4,8 @@ import zipfile
 import numpy as np
 import pytest
 
-from medrobust_lib.corruptions import layouts
-from medrobust_lib.corruptions.layouts import (
+from medrobust_lib.corruptions import stored
+from medrobust_lib.corruptions.stored import (
     image_chunks,
     read_labels,
     read_npz,
@@ -72,7 +72,7 @@ def test_bytes_do_not_depend_on_time_or_chunks(tmp_path):
 
 
 def test_images_come_back_a_few_at_a_time(tmp_path, monkeypatch):
-    monkeypatch.setattr(layouts, "_CHUNK", 2)
+    monkeypatch.setattr(stored, "_CHUNK", 2)
     images = pictures()
     write(tmp_path / "a.npz", images)
     chunks = list(image_chunks(tmp_path / "a.npz", "images", 5))

@@ -10,9 +10,8 @@ import pytest
 from PIL import Image
 
 from medrobust_lib.data import registry
-from medrobust_lib.data.fractions import fraction_splits
-from medrobust_lib.data.learning_splits import learning_splits
 from medrobust_lib.data.registry import load_dataset
+from medrobust_lib.data.splits import fraction_splits, learning_splits
 
 # Most images here are of one colour, to be told apart by it: dark, and copies of each other.
 pytestmark = pytest.mark.filterwarnings("ignore:.*before anything is measured")

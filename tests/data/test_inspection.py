@@ -11,8 +11,8 @@ from PIL import Image
 import medrobust_lib as mr
 from medrobust_lib.data.dataset import ImageDataset
 from medrobust_lib.data.inspection import close_names, near_copies, seen_in
-from medrobust_lib.data.phantoms import MODALITIES
 from medrobust_lib.data.registry import open_split
+from medrobust_lib.phantoms import MODALITIES
 
 NOISE = np.random.default_rng(0).integers(0, 256, (6, 64, 64, 3), dtype=np.uint8)
 

@@ -10,7 +10,7 @@ from sklearn.model_selection import cross_val_score
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from medrobust_lib.data.phantoms import MODALITIES, SPLITS, phantom_classes, render_phantoms
+from medrobust_lib.phantoms import MODALITIES, SPLITS, phantom_classes, render_phantoms
 
 every_modality = pytest.mark.parametrize("modality", MODALITIES)
 

@@ -1,8 +1,8 @@
 import pandas as pd
 import pytest
 
-from medrobust_lib.data.catalogue import DATASETS
-from medrobust_lib.data.published_tables import list_published, load_published
+from medrobust_lib.data.published import list_published, load_published
+from medrobust_lib.data.registry import DATASETS
 from medrobust_lib.data.wording import class_wording
 
 BLOCK = ["collection", "dataset"]

@@ -7,7 +7,6 @@ import pytest
 from PIL import Image
 
 from medrobust_lib.data.dataset import ImageDataset
-from medrobust_lib.data.phantoms import MODALITIES, phantom_classes
 from medrobust_lib.data.questions import (
     PHANTOM_TASKS,
     QuestionSet,
@@ -21,6 +20,7 @@ from medrobust_lib.data.questions import (
     question_wordings,
 )
 from medrobust_lib.data.registry import load_dataset
+from medrobust_lib.phantoms import MODALITIES, phantom_classes
 
 TABLE = json.loads(files("medrobust_lib.data").joinpath("questions.json").read_text(encoding="utf-8"))
 HARMLESS = {"discharge", "repeat"}

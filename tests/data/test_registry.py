@@ -11,10 +11,11 @@ import yaml
 from PIL import Image
 
 import medrobust_lib
-from medrobust_lib.data.fractions import fraction_splits
-from medrobust_lib.data.phantoms import MODALITIES, SPLITS, phantom_classes
+from medrobust_lib.checks import closest, suggest
 from medrobust_lib.data.registry import class_wording, list_datasets, load_dataset
-from medrobust_lib.data.wording import closest, spelled, suggest
+from medrobust_lib.data.splits import fraction_splits
+from medrobust_lib.data.wording import spelled
+from medrobust_lib.phantoms import MODALITIES, SPLITS, phantom_classes
 
 # Most images here are of one colour, to be told apart by it: dark, and copies of each other.
 pytestmark = pytest.mark.filterwarnings("ignore:.*before anything is measured")

@@ -12,8 +12,7 @@ from PIL import Image
 from medrobust_lib import experiments, places
 from medrobust_lib.experiments import Metric, start_run
 from medrobust_lib.experiments.cards import CAPTION_KEY, lower_is_better
-from medrobust_lib.report import write_report
-from medrobust_lib.terminal import show_ranking
+from medrobust_lib.experiments.report import show_ranking, write_report
 
 
 @pytest.fixture

@@ -3,9 +3,9 @@ import pytest
 
 from medrobust_lib import SUITES, explore
 from medrobust_lib.adaptation import demo_adapters
-from medrobust_lib.corruptions.benchmark import corrupted
+from medrobust_lib.corruptions.writing import corrupted
 from medrobust_lib.evaluation import Candidate
-from medrobust_lib.models.low_rank import load_adapter
+from medrobust_lib.models.adapters import load_adapter
 
 
 @pytest.fixture(scope="module")

@@ -4,8 +4,7 @@ import pytest
 import torch
 
 from medrobust_lib import explore
-from medrobust_lib.smoothing.adaptive import AdaptedPrompts
-from medrobust_lib.smoothing.methods import AdaptationFeatures
+from medrobust_lib.smoothing.methods import AdaptationFeatures, AdaptedPrompts
 from medrobust_lib.smoothing.noise import NoiseStream
 from medrobust_lib.smoothing.prompts import text_prompts
 

@@ -2,11 +2,10 @@ import numpy as np
 import pytest
 
 from medrobust_lib import certify, explore
-from medrobust_lib.explore.encoded import EncodedImages
-from medrobust_lib.explore.noise import ALPHA, N0, N, proof_in_words
+from medrobust_lib.explore.images import ALPHA, N0, EncodedImages, N, proof_in_words
+from medrobust_lib.smoothing.certify import Verdict
 from medrobust_lib.smoothing.methods import PromptClassifier
 from medrobust_lib.smoothing.noise import NoiseStream, noisy_copies, vote
-from medrobust_lib.smoothing.votes import Verdict
 
 
 def widths(ax):

@@ -16,7 +16,7 @@ from medrobust_lib.generative.answers import (
     collect_answers,
     open_answers,
 )
-from medrobust_lib.models.generative import Completion
+from medrobust_lib.models.vision_language import Completion
 from medrobust_lib.smoothing.noise import NoiseStream, noisy_copies
 
 HOW = Drawing(sigma=0.5, seed=3)

@@ -1,9 +1,8 @@
 import pytest
 from scipy.stats import binomtest
 
-from medrobust_lib.generative.calibration import calibrate_equivalence, calibrate_oracle
-from medrobust_lib.generative.oracle import ExactMatch, OracleUnavailableError
-from medrobust_lib.generative.oracle_errors import ErrorRate
+from medrobust_lib.generative.errors import ErrorRate, calibrate_equivalence, calibrate_oracle
+from medrobust_lib.generative.oracles import ExactMatch, OracleUnavailableError
 
 
 class Reader:

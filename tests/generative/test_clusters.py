@@ -2,8 +2,8 @@ import random
 
 import pytest
 
-from medrobust_lib.generative.clusters import Cluster, cluster_texts
-from medrobust_lib.generative.oracle import ExactMatch, OracleUnavailableError
+from medrobust_lib.generative.certify import Cluster, cluster_texts
+from medrobust_lib.generative.oracles import ExactMatch, OracleUnavailableError
 
 
 class Rule:

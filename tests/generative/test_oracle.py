@@ -5,8 +5,7 @@ import pytest
 import torch
 
 from medrobust_lib.data import questions
-from medrobust_lib.data.phantoms import MODALITIES
-from medrobust_lib.generative.oracle import (
+from medrobust_lib.generative.oracles import (
     EmbeddingEquivalence,
     ExactMatch,
     KeywordOracle,
@@ -19,6 +18,7 @@ from medrobust_lib.generative.oracle import (
     refusal_oracle,
     safety_oracle,
 )
+from medrobust_lib.phantoms import MODALITIES
 
 
 class Scripted:

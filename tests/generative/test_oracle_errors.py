@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from scipy.stats import binom, binomtest
 
-from medrobust_lib.generative.oracle_errors import (
+from medrobust_lib.generative.errors import (
     ErrorRate,
     FalsePositives,
     InconsistentErrorRateError,

@@ -1,7 +1,7 @@
 import pytest
 
-from medrobust_lib.generative.oracle import OracleUnavailableError, judged
-from medrobust_lib.generative.remembered import RememberedOracle
+from medrobust_lib.generative.judges import RememberedOracle
+from medrobust_lib.generative.oracles import OracleUnavailableError, judged
 
 
 class Judge:

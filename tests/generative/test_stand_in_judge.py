@@ -1,9 +1,8 @@
 import pytest
 
-from medrobust_lib.data.phantoms import phantom_classes
 from medrobust_lib.data.questions import answer_wordings
-from medrobust_lib.generative.judge import JudgeOracle
-from medrobust_lib.generative.stand_in_judge import StandInJudge
+from medrobust_lib.generative.judges import JudgeOracle, StandInJudge
+from medrobust_lib.phantoms import phantom_classes
 
 WORDINGS = {name: answer_wordings("blood", name, "finding") for name in phantom_classes("blood")}
 

@@ -8,10 +8,10 @@ from medrobust_lib import metrics
 from medrobust_lib.data.questions import QuestionSet
 from medrobust_lib.generative.answers import Drawing, collect_answers
 from medrobust_lib.generative.certify import certify_answers
-from medrobust_lib.generative.oracle import ExactMatch, OptionOracle
-from medrobust_lib.generative.oracle_errors import ErrorRate, SymmetricErrors, TotalErrors
+from medrobust_lib.generative.errors import ErrorRate, SymmetricErrors, TotalErrors
+from medrobust_lib.generative.oracles import ExactMatch, OptionOracle
 from medrobust_lib.generative.study import certify_questions
-from medrobust_lib.models.generative import Completion
+from medrobust_lib.models.vision_language import Completion
 from medrobust_lib.smoothing.certificate import ABSTAIN
 
 ORACLE = OptionOracle({"bright": (), "dark": ()})

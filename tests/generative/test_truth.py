@@ -8,11 +8,10 @@ import torch
 from scipy.stats import binomtest, norm
 
 from medrobust_lib.generative.answers import AnswerBank, Drawing
-from medrobust_lib.generative.certify import certify_answers, certify_generative
-from medrobust_lib.generative.clusters import cluster_texts
-from medrobust_lib.generative.oracle import ExactMatch, OptionOracle
-from medrobust_lib.generative.oracle_errors import ErrorRate, FalsePositives, SymmetricErrors
-from medrobust_lib.models.generative import Completion
+from medrobust_lib.generative.certify import certify_answers, certify_generative, cluster_texts
+from medrobust_lib.generative.errors import ErrorRate, FalsePositives, SymmetricErrors
+from medrobust_lib.generative.oracles import ExactMatch, OptionOracle
+from medrobust_lib.models.vision_language import Completion
 from medrobust_lib.smoothing import bounds
 
 ALPHA, SIGMA, N0 = 0.05, 0.5, 20  # alpha far larger than in use, so that some hundred cases tell a broken bound
@@ -24,7 +23,7 @@ lower_bound = functools.cache(bounds.lower_confidence_bound)
 
 @pytest.fixture(autouse=True)
 def remembered_bounds(monkeypatch):
-    monkeypatch.setattr("medrobust_lib.smoothing.votes.lower_confidence_bound", lower_bound)
+    monkeypatch.setattr("medrobust_lib.smoothing.certify.lower_confidence_bound", lower_bound)
 
 
 class Named:

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from medrobust_lib.corruptions.benchmark import write_benchmark
+from medrobust_lib.corruptions.writing import write_benchmark
 from medrobust_lib.downloads import DownloadError, download
 from medrobust_lib.experiments import open_store, start_run, write_text_atomically
 from medrobust_lib.smoothing.prompts import PromptSet
@@ -186,7 +186,7 @@ FULL = """
 import json, resource, sys
 from pathlib import Path
 import numpy as np, torch
-from medrobust_lib.corruptions.layouts import write_npz
+from medrobust_lib.corruptions.stored import write_npz
 from medrobust_lib.downloads import download
 from medrobust_lib.experiments import open_store
 from medrobust_lib.smoothing.prompts import PromptSet

@@ -25,10 +25,9 @@ from pydicom.uid import (
     generate_uid,
 )
 
-from medrobust_lib.adaptation.training_state import load_state, save_state
-from medrobust_lib.corruptions.benchmark import write_benchmark
-from medrobust_lib.corruptions.layouts import read_npz, write_npz
-from medrobust_lib.corruptions.stored import check_benchmark, read_corrupted
+from medrobust_lib.adaptation.training import load_state, save_state
+from medrobust_lib.corruptions.stored import check_benchmark, read_corrupted, read_npz, write_npz
+from medrobust_lib.corruptions.writing import write_benchmark
 from medrobust_lib.data.decoding import image_shape, read_dicom, read_image
 from medrobust_lib.data.mm_safetybench import read_questions
 from medrobust_lib.data.preparation import read_table
@@ -36,7 +35,7 @@ from medrobust_lib.data.readers import class_folder_split, csv_split, medimeta_s
 from medrobust_lib.data.wording import class_wording
 from medrobust_lib.downloads import read_sums
 from medrobust_lib.experiments import Metric, leaderboard, open_store, read_cards, start_run
-from medrobust_lib.models.checkpoints import read_state_dict
+from medrobust_lib.models.weights import read_state_dict
 from medrobust_lib.smoothing.prompts import PromptSet
 
 spec = importlib.util.spec_from_file_location("spoiling", Path(__file__).with_name("spoiling.py"))

@@ -17,13 +17,12 @@ import torch
 import yaml
 from PIL import Image
 
-from medrobust_lib.corruptions.layouts import read_npz
-from medrobust_lib.corruptions.stored import check_benchmark
+from medrobust_lib.corruptions.stored import check_benchmark, read_npz
 from medrobust_lib.data.mm_safetybench import read_questions
 from medrobust_lib.data.readers import class_folder_split, csv_split, medimeta_split, medmnist_split
 from medrobust_lib.data.wording import class_wording
 from medrobust_lib.experiments import open_store
-from medrobust_lib.models.checkpoints import read_state_dict
+from medrobust_lib.models.weights import read_state_dict
 from medrobust_lib.smoothing.prompts import PromptSet
 
 spec = importlib.util.spec_from_file_location("spoiling", Path(__file__).with_name("spoiling.py"))

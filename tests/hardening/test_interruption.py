@@ -14,7 +14,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from medrobust_lib.corruptions.benchmark import check_benchmark, write_benchmark
+from medrobust_lib.corruptions.writing import check_benchmark, write_benchmark
 from medrobust_lib.downloads import CHUNK_BYTES, download
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="other signals there")
@@ -69,9 +69,9 @@ def test_an_interrupted_certification(tmp_path):
 
 WRITE = """
 import json, os, signal, sys
-from medrobust_lib.corruptions import layouts
-from medrobust_lib.corruptions.benchmark import write_benchmark
-signals, chunks, whole = json.loads(sys.argv[3]), [], layouts.np.ascontiguousarray
+from medrobust_lib.corruptions import stored
+from medrobust_lib.corruptions.writing import write_benchmark
+signals, chunks, whole = json.loads(sys.argv[3]), [], stored.np.ascontiguousarray
 def counted(*arguments):
     chunks.append(1)
     if len(chunks) == signals["after"]:
@@ -80,8 +80,8 @@ def counted(*arguments):
 class Module:
     def __getattr__(self, name):
         return counted if name == "ascontiguousarray" else getattr(np, name)
-np = layouts.np
-layouts.np = Module()
+np = stored.np
+stored.np = Module()
 options = json.loads(sys.argv[2])
 write_benchmark(sys.argv[1], ["phantom/chest"], **options)
 """

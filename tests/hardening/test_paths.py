@@ -15,8 +15,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from medrobust_lib.archives import extract
-from medrobust_lib.corruptions.layouts import set_folder
-from medrobust_lib.corruptions.stored import check_benchmark
+from medrobust_lib.corruptions.stored import check_benchmark, set_folder
 from medrobust_lib.data.preparation import StagedDataset
 from medrobust_lib.data.readers import class_folder_split, csv_split
 from medrobust_lib.downloads import DownloadError, check_sums

@@ -9,8 +9,8 @@ import pandas as pd
 import pytest
 from matplotlib.figure import Figure
 
-from medrobust_lib import experiments, report
-from medrobust_lib.experiments import Metric, start_run
+from medrobust_lib import experiments
+from medrobust_lib.experiments import Metric, report, start_run
 
 HOSTILE = [
     "<script>alert(1)</script>",

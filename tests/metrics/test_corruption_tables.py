@@ -3,7 +3,7 @@ import pandas as pd
 import pytest
 
 from medrobust_lib import metrics
-from medrobust_lib.data.published_tables import load_published
+from medrobust_lib.data.published import load_published
 
 CORRUPTIONS = ["gaussian_noise", "zoom_blur", "contrast"]
 MODELS = ["demo-clip", "adapted", "other"]

@@ -17,10 +17,10 @@ from tokenizers import BertWordPieceTokenizer, Tokenizer, models, normalizers, p
 from torch.nn import functional
 from transformers import BertConfig, CLIPConfig, CLIPModel, PreTrainedTokenizerFast, SwinConfig
 
+from medrobust_lib.models.adapters import adapter_parameters, attach_adapters
 from medrobust_lib.models.dual_encoder import DualEncoder
-from medrobust_lib.models.low_rank import adapter_parameters, attach_adapters
-from medrobust_lib.models.medclip_backend import MedCLIPArchitecture, MedCLIPEncoder, MedCLIPNetwork
-from medrobust_lib.models.registry import load_model
+from medrobust_lib.models.loading import load_model
+from medrobust_lib.models.medclip import MedCLIPArchitecture, MedCLIPEncoder, MedCLIPNetwork
 from medrobust_lib.smoothing import prompts
 
 WORDS = ["a", "an", "image", "of", "tissue", "lymphocytes", "debris", "histology", "patch", ".", ","]

@@ -9,8 +9,8 @@ import pytest
 import torch
 from peft import PeftModel
 
-from medrobust_lib.models import low_rank
-from medrobust_lib.models.low_rank import (
+from medrobust_lib.models import adapters
+from medrobust_lib.models.adapters import (
     attach_adapters,
     load_adapter,
     merge_adapters,
@@ -155,7 +155,7 @@ def test_an_interrupted_save_leaves_nothing(demo, tmp_path, monkeypatch):
     def interrupted(path):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(low_rank, "file_sha256", interrupted)
+    monkeypatch.setattr(adapters, "file_sha256", interrupted)
     with pytest.raises(KeyboardInterrupt):
         save_adapter(attach_adapters(demo, rank=1), tmp_path / "new", provenance={})
     assert list(tmp_path.iterdir()) == []

@@ -7,12 +7,11 @@ import pytest
 import torch
 
 import medrobust_lib as mr
-from medrobust_lib.adaptation.linear_probe import linear_probe
+from medrobust_lib.adaptation.retraining import linear_probe
 from medrobust_lib.evaluation import Candidate, corruption_answers
 from medrobust_lib.models.dual_encoder import BrokenFeaturesError, DualEncoder
 from medrobust_lib.models.geometry import Preprocessing
-from medrobust_lib.smoothing.adaptive import AdaptedPrompts, adapt_to_pool
-from medrobust_lib.smoothing.methods import FixedPrompts, PromptClassifier
+from medrobust_lib.smoothing.methods import AdaptedPrompts, FixedPrompts, PromptClassifier, adapt_to_pool
 from medrobust_lib.smoothing.noise import NoiseStream, vote
 from medrobust_lib.smoothing.prompts import PromptSet, learn_prompts, text_prompts
 

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from medrobust_lib import load_dataset, load_model
-from medrobust_lib.data.phantoms import MODALITIES
 from medrobust_lib.doctor import REFERENCE_FILE
 from medrobust_lib.metrics import accuracy, accuracy_interval
+from medrobust_lib.phantoms import MODALITIES
 from medrobust_lib.smoothing.noise import noisy_features
 
 FOLDER = REFERENCE_FILE.parent

@@ -27,10 +27,10 @@ from transformers import (
 from transformers.utils import logging
 
 from medrobust_lib.downloads import file_sha256
-from medrobust_lib.models import generative
-from medrobust_lib.models.generative import load_vlm
-from medrobust_lib.models.vlm_catalogue import find_vlm
-from medrobust_lib.models.vlm_registry import check_vlm, list_vlms
+from medrobust_lib.models import vision_language
+from medrobust_lib.models.catalogue import find_vlm
+from medrobust_lib.models.loading import check_vlm, list_vlms
+from medrobust_lib.models.vision_language import load_vlm
 
 spec = importlib.util.spec_from_file_location("tiny_vlms", Path(__file__).with_name("tiny_vlms.py"))
 tiny_vlms = importlib.util.module_from_spec(spec)
@@ -230,13 +230,13 @@ def test_smolvlm2_says_which_package_it_needs(tmp_path):
 @pytest.mark.parametrize("shown", [True, False])
 def test_progress_bars_are_silent_for_the_load_only(folder, monkeypatch, shown):
     during = []
-    real = generative.AutoModelForImageTextToText.from_pretrained
+    real = vision_language.AutoModelForImageTextToText.from_pretrained
 
     def from_pretrained(*arguments, **options):
         during.append(logging.is_progress_bar_enabled())
         return real(*arguments, **options)
 
-    monkeypatch.setattr(generative.AutoModelForImageTextToText, "from_pretrained", from_pretrained)
+    monkeypatch.setattr(vision_language.AutoModelForImageTextToText, "from_pretrained", from_pretrained)
     before = logging.is_progress_bar_enabled()
     try:
         for of_hub in (True, False):
@@ -395,7 +395,7 @@ def test_a_failed_download_gives_its_reason(hub_cache, tmp_path, monkeypatch):
         assert not constants.HF_HUB_OFFLINE
         raise OSError("the hub cannot be reached\nand more")
 
-    monkeypatch.setattr(generative.AutoModelForImageTextToText, "from_pretrained", unreachable)
+    monkeypatch.setattr(vision_language.AutoModelForImageTextToText, "from_pretrained", unreachable)
     with pytest.raises(FileNotFoundError, match=r"the download failed; run .*Reason: the hub cannot be reached$"):
         load_vlm("smolvlm-256m", device="cpu", weights_dir=tmp_path, offline=False)
     assert constants.HF_HUB_OFFLINE

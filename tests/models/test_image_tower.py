@@ -4,8 +4,7 @@ import pytest
 import torch
 
 from medrobust_lib import load_model
-from medrobust_lib.models.dual_encoder import DualEncoder, Preprocessing, Tokens
-from medrobust_lib.models.image_tower import find_image_tower
+from medrobust_lib.models.dual_encoder import DualEncoder, Preprocessing, Tokens, find_image_tower
 
 
 class Pair(DualEncoder):

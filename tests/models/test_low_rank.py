@@ -11,8 +11,7 @@ from torch import nn
 from torch.nn import functional
 from transformers import BertConfig
 
-from medrobust_lib.models.dual_encoder import DualEncoder, Preprocessing, Tokens
-from medrobust_lib.models.low_rank import (
+from medrobust_lib.models.adapters import (
     adapter_layout,
     adapter_parameters,
     attach_adapters,
@@ -20,8 +19,9 @@ from medrobust_lib.models.low_rank import (
     merge_adapters,
     trainable_share,
 )
-from medrobust_lib.models.medclip_backend import MedCLIPArchitecture, MedCLIPNetwork
-from medrobust_lib.models.open_clip_backend import OpenClipEncoder
+from medrobust_lib.models.dual_encoder import DualEncoder, Preprocessing, Tokens
+from medrobust_lib.models.medclip import MedCLIPArchitecture, MedCLIPNetwork
+from medrobust_lib.models.open_clip import OpenClipEncoder
 
 TEXTS = ["an image of tissue", "debris"]
 

@@ -16,7 +16,7 @@ from torchvision.models.resnet import Bottleneck, ResNet
 from transformers import BertConfig, BertTokenizer, SwinConfig
 
 from medrobust_lib.models.catalogue import ModelEntry
-from medrobust_lib.models.medclip_backend import (
+from medrobust_lib.models.medclip import (
     MedCLIPArchitecture,
     MedCLIPNetwork,
     convert_state_dict,

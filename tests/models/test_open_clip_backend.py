@@ -12,9 +12,9 @@ from safetensors.torch import load_file, save_file
 from torch.nn import functional
 from transformers import BertConfig
 
-from medrobust_lib.models import registry
-from medrobust_lib.models.open_clip_backend import OpenClipEncoder
-from medrobust_lib.models.registry import available_offline, check_kind, find_model, load_model
+from medrobust_lib.models import loading
+from medrobust_lib.models.loading import available_offline, check_kind, find_model, load_model
+from medrobust_lib.models.open_clip import OpenClipEncoder
 
 BIOMEDCLIP = "microsoft/BiomedCLIP-PubMedBERT_256-vit_base_patch16_224"
 BIOMED_BERT = "microsoft/BiomedNLP-BiomedBERT-base-uncased-abstract"
@@ -84,7 +84,7 @@ def test_local_folder_with_its_own_vocabulary_matches_open_clip(demo_folder, ima
 def test_demo_clip_loads_from_the_package_wherever_it_lies(demo_folder, images, texts, tmp_path, monkeypatch):
     elsewhere = tmp_path / "site-packages" / "demo" / "clip"
     shutil.copytree(demo_folder, elsewhere)
-    monkeypatch.setattr("medrobust_lib.models.open_clip_backend.DEMO_FOLDER", elsewhere)
+    monkeypatch.setattr("medrobust_lib.models.open_clip.DEMO_FOLDER", elsewhere)
     monkeypatch.chdir(tmp_path)
     encoder = load_model("demo-clip", device="cpu", weights_dir=tmp_path / "none")
     assert_parity(encoder, reference(f"local-dir:{demo_folder}", images, texts), images, texts)
@@ -92,7 +92,7 @@ def test_demo_clip_loads_from_the_package_wherever_it_lies(demo_folder, images, 
 
 
 def test_demo_clip_absent_from_the_package_is_said(tmp_path, monkeypatch):
-    monkeypatch.setattr("medrobust_lib.models.open_clip_backend.DEMO_FOLDER", tmp_path)
+    monkeypatch.setattr("medrobust_lib.models.open_clip.DEMO_FOLDER", tmp_path)
     with pytest.raises(FileNotFoundError, match=r"the package is incomplete: .*open_clip_config\.json is missing"):
         load_model("demo-clip", device="cpu")
 
@@ -150,7 +150,7 @@ def test_biomedclip_loads_through_the_unchanged_hub_call(builders, hub_cache, im
     assert encoder.context_length == 256
     assert encoder.tokenize(texts).ids.shape[1] < 30
     assert set(encoder.provenance["files"]) == {"open_clip_config.json", "open_clip_pytorch_model.bin"}
-    assert registry.available_offline(find_model("biomedclip"), weights_dir=tmp_path)
+    assert loading.available_offline(find_model("biomedclip"), weights_dir=tmp_path)
     with pytest.raises(ValueError, match=r"has \d+ tokens .* biomedclip reads at most 256"):
         encoder.encode_text(["a " * 300])
 
@@ -240,7 +240,7 @@ def test_openai_weights_load_from_hub_cache_and_folder(
     assert_embeddings_steer_the_features(encoder, "an H&E image of debris!!")
     assert encoder.preprocessing.mean == open_clip.OPENAI_DATASET_MEAN
     assert encoder.provenance["files"] == {path.name: hashlib.sha256(path.read_bytes()).hexdigest()}
-    assert registry.available_offline(find_model(model_id), weights_dir=tmp_path / "weights")
+    assert loading.available_offline(find_model(model_id), weights_dir=tmp_path / "weights")
 
 
 def test_quiltnet_loads_through_the_unchanged_hub_call(builders, hub_cache, images, texts, tmp_path):

@@ -8,7 +8,14 @@ import timm
 import torch
 from torch import nn
 
-from medrobust_lib.models.qkv import SelfAttention, SplitProjection, fuse_qkv, is_fused, open_attention, split_qkv
+from medrobust_lib.models.adapter_layers import (
+    SelfAttention,
+    SplitProjection,
+    fuse_qkv,
+    is_fused,
+    open_attention,
+    split_qkv,
+)
 
 
 @pytest.fixture

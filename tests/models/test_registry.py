@@ -9,11 +9,10 @@ import torch
 from huggingface_hub import constants
 
 import medrobust_lib
-from medrobust_lib.models import registry
-from medrobust_lib.models.devices import resolve_device, resolve_dtype
+from medrobust_lib.models import loading
+from medrobust_lib.models.adapters import adapter_parameters, attach_adapters, merge_adapters, save_adapter
 from medrobust_lib.models.dual_encoder import DualEncoder, Preprocessing, Tokens
-from medrobust_lib.models.low_rank import adapter_parameters, attach_adapters, merge_adapters, save_adapter
-from medrobust_lib.models.registry import (
+from medrobust_lib.models.loading import (
     ModelEntry,
     available_offline,
     check_kind,
@@ -22,6 +21,8 @@ from medrobust_lib.models.registry import (
     list_models,
     load_model,
     register_model,
+    resolve_device,
+    resolve_dtype,
 )
 from medrobust_lib.models.weights import hub_access
 
@@ -76,7 +77,7 @@ class MeanColour(DualEncoder):
 @pytest.fixture
 def registered(monkeypatch):
     """An empty list of registered models, put back afterwards."""
-    monkeypatch.setattr(registry, "_REGISTERED", {})
+    monkeypatch.setattr(loading, "_REGISTERED", {})
 
 
 def test_list_models_is_one_row_per_model(tmp_path, hub_cache):
@@ -127,7 +128,7 @@ def test_weights_in_the_hub_cache_count_once_all_repositories_are_there(tmp_path
 
 
 def test_every_published_file_has_an_address_and_a_plain_name():
-    for entry in registry.BUILT_IN:
+    for entry in loading.DUAL_ENCODERS:
         names = [file.name for file in entry.files]
         assert len(set(names)) == len(names)
         for file in entry.files:
@@ -137,8 +138,8 @@ def test_every_published_file_has_an_address_and_a_plain_name():
 
 
 def test_every_loader_exists():
-    for entry in registry.BUILT_IN:
-        assert callable(registry._resolve_loader(entry))
+    for entry in loading.DUAL_ENCODERS:
+        assert callable(loading._resolve_loader(entry))
 
 
 def test_hub_location_reads_addresses_of_files():

@@ -11,10 +11,10 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import BertConfig
 
-from medrobust_lib.models.lora_layers import remove_adapters
-from medrobust_lib.models.open_clip_backend import load_open_clip
-from medrobust_lib.models.registry import find_model
-from medrobust_lib.models.robustmedclip_backend import (
+from medrobust_lib.models.adapter_layers import remove_adapters
+from medrobust_lib.models.loading import find_model
+from medrobust_lib.models.open_clip import load_open_clip
+from medrobust_lib.models.robustmedclip import (
     QKVAdapter,
     attach_published_adapters,
     load_robustmedclip,

@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, CLIPConfig, CLIPImageProcessorPil, CLIPModel
 
 from medrobust_lib.models.geometry import prepare_images
-from medrobust_lib.models.registry import available_offline, check_kind, find_model, load_model
-from medrobust_lib.models.transformers_backend import read_preprocessing
+from medrobust_lib.models.loading import available_offline, check_kind, find_model, load_model
+from medrobust_lib.models.transformers_clip import read_preprocessing
 from medrobust_lib.models.weights import check_writes_text
 
 END_OF_TEXT = 49407

@@ -6,8 +6,8 @@ from open_clip import CLIPVisionCfg
 from torch.nn import functional
 from transformers import BertConfig, BertModel
 
-from medrobust_lib.models.registry import find_model
-from medrobust_lib.models.unimedclip_backend import (
+from medrobust_lib.models.loading import find_model
+from medrobust_lib.models.unimedclip import (
     UniMedCLIPArchitecture,
     build_network,
     convert_state_dict,

@@ -45,8 +45,7 @@ from transformers import (
 )
 from transformers.models.smolvlm import processing_smolvlm
 
-from medrobust_lib.models.generative import load_vlm
-from medrobust_lib.models.vision_language import VisionLanguageModel
+from medrobust_lib.models.vision_language import VisionLanguageModel, load_vlm
 
 SIZE, PATCH = 32, 8
 PROMPT, ANSWER = "what is in this image ?", "grey lung"

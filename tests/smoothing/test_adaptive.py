@@ -5,9 +5,14 @@ import pytest
 import torch
 
 import medrobust_lib as mr
-from medrobust_lib.smoothing import adaptive, prompts
-from medrobust_lib.smoothing.adaptive import AdaptedPrompts, PerSamplePrompts, adapt_to_pool
-from medrobust_lib.smoothing.methods import AdaptationFeatures, FixedPrompts
+from medrobust_lib.smoothing import methods, prompts
+from medrobust_lib.smoothing.methods import (
+    AdaptationFeatures,
+    AdaptedPrompts,
+    FixedPrompts,
+    PerSamplePrompts,
+    adapt_to_pool,
+)
 from medrobust_lib.smoothing.noise import NoiseStream
 from medrobust_lib.smoothing.prompts import mean_prediction_entropy
 
@@ -95,8 +100,8 @@ def test_adaptation_inside_the_base_classifier_takes_the_step_it_names(model, da
 
 def test_a_pool_of_other_images_lowers_their_entropy_and_keeps_the_standard_guarantee(model, data, start):
     pool = mr.load_dataset("phantom/chest", split="val", n=9)
-    assert adaptive.disjoint(pool, data)
-    assert not adaptive.disjoint(data, data)
+    assert methods.disjoint(pool, data)
+    assert not methods.disjoint(data, data)
     adapted = adapt_to_pool(model, start, pool, sigma=SIGMA, steps=4)
     bank = prompts.noisy_bank(model, pool, sigmas=(SIGMA,), draws=1, seed=0, choose=np.random.default_rng(0))
 

@@ -8,8 +8,8 @@ from torch.nn import functional
 import medrobust_lib as mr
 from medrobust_lib.smoothing.bounds import certified_radius, lower_confidence_bound
 from medrobust_lib.smoothing.certificate import ABSTAIN
+from medrobust_lib.smoothing.certify import FixedPlan, Verdict, agreement, take_votes
 from medrobust_lib.smoothing.methods import CandidatePrompts, FixedPrompts
-from medrobust_lib.smoothing.votes import FixedPlan, Verdict, agreement, take_votes
 
 SIGMA, N0, N, ALPHA = 0.1, 20, 300, 0.01
 

@@ -16,7 +16,6 @@ from medrobust_lib.downloads import DownloadError, read_sums
 from medrobust_lib.models.dual_encoder import DualEncoder, Preprocessing
 from medrobust_lib.models.weights import fingerprint
 from medrobust_lib.smoothing import denoisers
-from medrobust_lib.smoothing.denoiser_networks import DnCNN, UNet, diffusion_sigmas, matching_timestep
 from medrobust_lib.smoothing.denoiser_training import (
     linear_share,
     psnr,
@@ -24,7 +23,15 @@ from medrobust_lib.smoothing.denoiser_training import (
     train_denoiser,
     train_diffusion,
 )
-from medrobust_lib.smoothing.denoisers import DiffusionDenoiser, DnCNNDenoiser, load_demo_denoisers
+from medrobust_lib.smoothing.denoisers import (
+    DiffusionDenoiser,
+    DnCNN,
+    DnCNNDenoiser,
+    UNet,
+    diffusion_sigmas,
+    load_demo_denoisers,
+    matching_timestep,
+)
 from medrobust_lib.smoothing.methods import FixedPrompts
 
 KINDS = ("mse", "stability", "diffusion")

@@ -18,10 +18,16 @@ from medrobust_lib import metrics
 from medrobust_lib.data.dataset import ImageDataset
 from medrobust_lib.experiments import HEADLESS_VARIABLE
 from medrobust_lib.models.dual_encoder import DualEncoder, Preprocessing
-from medrobust_lib.smoothing.adaptive import AdaptedPrompts, PerSamplePrompts
 from medrobust_lib.smoothing.certificate import ABSTAIN
 from medrobust_lib.smoothing.certify import certify
-from medrobust_lib.smoothing.methods import AdaptationFeatures, CandidatePrompts, FixedPrompts, PromptClassifier
+from medrobust_lib.smoothing.methods import (
+    AdaptationFeatures,
+    AdaptedPrompts,
+    CandidatePrompts,
+    FixedPrompts,
+    PerSamplePrompts,
+    PromptClassifier,
+)
 from medrobust_lib.smoothing.noise import NoiseStream
 from medrobust_lib.smoothing.prompts import text_prompts
 from medrobust_lib.smoothing.study import certify_dataset

@@ -13,9 +13,8 @@ from scipy.stats import binomtest, norm
 
 from medrobust_lib.smoothing import bounds
 from medrobust_lib.smoothing.certificate import ABSTAIN, GUARANTEES
-from medrobust_lib.smoothing.certify import certify
+from medrobust_lib.smoothing.certify import FixedPlan, Verdict, certify, make_plan, take_votes
 from medrobust_lib.smoothing.sequential import operating_characteristics
-from medrobust_lib.smoothing.votes import FixedPlan, Verdict, make_plan, take_votes
 
 ALPHA = 0.05  # far larger than in use, so that a few thousand cases can tell a broken bound
 N, N0, SIGMA = 300, 30, 0.5
@@ -30,7 +29,7 @@ lower_bound = functools.cache(bounds.lower_confidence_bound)
 
 @pytest.fixture(autouse=True)
 def remembered_bounds(monkeypatch):
-    monkeypatch.setattr("medrobust_lib.smoothing.votes.lower_confidence_bound", lower_bound)
+    monkeypatch.setattr("medrobust_lib.smoothing.certify.lower_confidence_bound", lower_bound)
 
 
 def simulated(p_one: float, rng: np.random.Generator):

@@ -9,8 +9,7 @@ import time
 import pandas as pd
 import pytest
 
-from medrobust_lib.studies.execute import run_study
-from medrobust_lib.studies.results import LEADERBOARD
+from medrobust_lib.studies.execute import LEADERBOARD, run_study
 from medrobust_lib.studies.study_file import read_study
 
 distributed = pytest.importorskip("distributed")

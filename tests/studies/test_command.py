@@ -5,7 +5,7 @@ import sys
 import pytest
 
 from medrobust_lib import cli
-from medrobust_lib.studies import cells, plan
+from medrobust_lib.studies import cells
 from medrobust_lib.studies.command import duration
 
 
@@ -30,8 +30,8 @@ def terminal(monkeypatch):
 
 
 def test_a_dry_run_prices_every_cell_and_writes_nothing(invoke, study_file, tmp_path, monkeypatch):
-    monkeypatch.setattr(plan, "encodings_per_second", lambda model, dataset, *, dtype: 10.0)
-    monkeypatch.setattr(plan, "_seconds_to_corrupt", lambda dataset, suite: 0.0)
+    monkeypatch.setattr(cells, "encodings_per_second", lambda model, dataset, *, dtype: 10.0)
+    monkeypatch.setattr(cells, "_seconds_to_corrupt", lambda dataset, suite: 0.0)
     path = study_file()
     before = sorted(tmp_path.rglob("*"))
     code, text, _ = invoke("study", path, "--out", tmp_path / "out", "--dry-run")

@@ -6,9 +6,9 @@ import pandas as pd
 import pytest
 
 from medrobust_lib.experiments import Metric, Run
+from medrobust_lib.metrics.classification import difference_interval, paired_interval
 from medrobust_lib.studies.command import _show_comparison
 from medrobust_lib.studies.compare import compare_runs
-from medrobust_lib.studies.intervals import difference_interval, paired_interval
 
 
 @pytest.fixture

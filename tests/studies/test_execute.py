@@ -12,8 +12,7 @@ import pytest
 from medrobust_lib.data.registry import load_dataset
 from medrobust_lib.experiments import leaderboard, read_cards
 from medrobust_lib.studies import cells
-from medrobust_lib.studies.execute import run_study
-from medrobust_lib.studies.results import LEADERBOARD
+from medrobust_lib.studies.execute import LEADERBOARD, run_study
 from medrobust_lib.studies.study_file import read_study
 
 

@@ -3,7 +3,7 @@ import pytest
 from scipy import stats
 
 from medrobust_lib.metrics import accuracy_interval
-from medrobust_lib.studies.intervals import (
+from medrobust_lib.metrics.classification import (
     difference_interval,
     mcnemar_p,
     mean_interval,

@@ -4,8 +4,7 @@ import pytest
 
 from medrobust_lib.corruptions.suites import find_suite
 from medrobust_lib.smoothing.sequential import operating_characteristics, sequential_plan
-from medrobust_lib.studies import plan
-from medrobust_lib.studies.plan import estimate_cells, measured_rate, plan_cells, short_id, unanimous_draws
+from medrobust_lib.studies.cells import estimate_cells, measured_rate, plan_cells, short_id, unanimous_draws
 from medrobust_lib.studies.study_file import read_study
 
 TEXT = """
@@ -45,8 +44,8 @@ def test_long_and_foreign_ids_make_short_names_that_stay_apart():
 
 def test_estimates_are_counts_times_the_measured_rates(cells, monkeypatch):
     study, found = cells
-    monkeypatch.setattr(plan, "encodings_per_second", lambda model, dataset, *, dtype: 50.0)
-    monkeypatch.setattr(plan, "_seconds_to_corrupt", lambda dataset, suite: 0.5)
+    monkeypatch.setattr("medrobust_lib.studies.cells.encodings_per_second", lambda model, dataset, *, dtype: 50.0)
+    monkeypatch.setattr("medrobust_lib.studies.cells._seconds_to_corrupt", lambda dataset, suite: 0.5)
     estimates = dict(zip([cell.label for cell in found], estimate_cells(study, found), strict=True))
     sequential = estimates["1 certify, demo-clip, phantom/chest, sigma 0.1, seed 0"]
     assert (sequential.images, sequential.draws, sequential.seconds) == (6, 6 * 1100, 6 * 1100 / 50)

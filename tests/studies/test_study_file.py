@@ -1,7 +1,7 @@
 import pytest
 
 from medrobust_lib.parameters import ParameterError
-from medrobust_lib.studies.plan import plan_cells
+from medrobust_lib.studies.cells import plan_cells
 from medrobust_lib.studies.study_file import BenchmarkStep, CertifyStep, NotebookStep, StudyError, read_study
 
 HEAD = "models: [demo-clip]\ndatasets: [phantom/chest]\nn_images: 4\n"

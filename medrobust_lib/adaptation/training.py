@@ -1,0 +1,418 @@
+"""What a training run writes after each epoch, so that it goes on from there when it was interrupted."""
+
+import json
+import logging
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar, get_args
+
+import numpy as np
+import pandas as pd
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn import functional
+
+from medrobust_lib import metrics
+from medrobust_lib.adaptation.training_images import PAPER_AUGMENTATION, Augmentation, TrainingImages, cache_budget
+from medrobust_lib.data.dataset import ImageDataset
+from medrobust_lib.experiments import open_store, progress
+from medrobust_lib.files import parsed, read_tensors, write_tensors
+from medrobust_lib.models.dual_encoder import BrokenFeaturesError, DualEncoder
+from medrobust_lib.smoothing.noise import is_out_of_memory, release_cached_memory
+
+_FILE = "state.safetensors"
+_HEADER = "training"
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def save_state(
+    folder: Path,
+    parameters: Mapping[str, nn.Parameter],
+    optimiser: torch.optim.AdamW,
+    best: Mapping[str, Tensor],
+    record: dict[str, Any],
+) -> None:
+    """Write parameters, moments, the best parameters so far and a JSON record as one file, atomically.
+
+    Parameters
+    ----------
+    folder : Path
+        Exists.
+    parameters : mapping of str to Parameter
+    optimiser : torch.optim.AdamW
+        Of these parameters, after at least one step.
+    best : mapping of str to Tensor
+        Parameters of the best epoch.
+    record : dict
+        JSON values; kept in the file's header, so that it can never belong to other tensors.
+    """
+    tensors = {f"best.{name}": tensor for name, tensor in best.items()}
+    for name, parameter in parameters.items():
+        tensors[f"parameter.{name}"] = parameter
+        tensors |= {f"{moment}.{name}": optimiser.state[parameter][moment] for moment in _MOMENTS}
+    steps = {name: int(optimiser.state[parameter]["step"]) for name, parameter in parameters.items()}
+    write_tensors(folder / _FILE, tensors, key=_HEADER, header={**record, "steps": steps})
+
+
+def load_state(
+    folder: Path, parameters: Mapping[str, nn.Parameter], optimiser: torch.optim.AdamW
+) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+    """Put a state into parameters and optimiser; returns the best parameters and the record, or None without a state.
+
+    Raises
+    ------
+    ValueError
+        The file is damaged or holds other tensors.
+    """
+    path = folder / _FILE
+    if not path.is_file():
+        return None
+    anew = f"Delete {folder} and train anew."
+    tensors, record = read_tensors(path, key=_HEADER, kind="a readable state", advice=anew)
+    shapes = {name: parameter.shape for name, parameter in parameters.items()}
+    wanted = {f"{part}.{name}": shapes[name] for name in shapes for part in ("best", "parameter", *_MOMENTS)}
+    if {name: tensor.shape for name, tensor in tensors.items()} != wanted:
+        raise ValueError(f"{path} is no state of this training; delete {folder} and train anew")
+    with parsed(f"{path} does not say how far the training was", anew):
+        steps = {name: torch.tensor(float(record["steps"][name])) for name in parameters}
+    del record["steps"]
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(tensors[f"parameter.{name}"])
+            optimiser.state[parameter] = {
+                "step": steps[name],
+                **{moment: tensors[f"{moment}.{name}"].to(parameter.device) for moment in _MOMENTS},
+            }
+    return {name: tensors[f"best.{name}"] for name in parameters}, record
+
+
+Schedule = Literal["constant", "one-cycle"]
+Softmax = Literal["masked", "global"]
+Result = TypeVar("Result")
+
+_WARM_UP = 0.1  # share of the steps in which one-cycle raises the rate, from 1/25 of it
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a tower is trained; epochs, rate, decay, schedule and augmentation are those of RobustMedCLIP's code.
+
+    Its batches have 256 images and its softmax is global.
+
+    Attributes
+    ----------
+    epochs : int
+        0 or more.
+    batch_size : int
+        At most so many images a step; the steps of an epoch are of equal size, give or take one image.
+    learning_rate, weight_decay : float
+        AdamW.
+    schedule : {"constant", "one-cycle"}
+        A constant rate (the paper), or one that rises to `learning_rate` over the first tenth of the steps and falls
+        to almost 0, both along a cosine (Smith and Topin 2019, arXiv:1708.07120).
+    softmax : {"masked", "global"}
+        Each image among the classes of its own data set, or among all classes of all sets (the authors' code).
+    augmentation : Augmentation
+    seed : int
+        Of order and augmentation, keyed by the epoch.
+
+    Raises
+    ------
+    ValueError
+        A number out of range or an unknown schedule or softmax.
+    """
+
+    epochs: int = 20
+    batch_size: int = 32
+    learning_rate: float = 1e-4
+    weight_decay: float = 1e-4
+    schedule: Schedule = "constant"
+    softmax: Softmax = "masked"
+    augmentation: Augmentation = PAPER_AUGMENTATION
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, least in (("epochs", 0), ("batch_size", 1), ("seed", 0)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
+                raise ValueError(f"{name}={value!r}: give a whole number, {least} or more")
+        if not 0 < self.learning_rate < math.inf:
+            raise ValueError(f"learning_rate={self.learning_rate}: must be > 0")
+        if not 0 <= self.weight_decay < math.inf:
+            raise ValueError(f"weight_decay={self.weight_decay}: must be >= 0")
+        for name, offered in (("schedule", get_args(Schedule)), ("softmax", get_args(Softmax))):
+            if getattr(self, name) not in offered:
+                raise ValueError(f"unknown {name} {getattr(self, name)!r}; choose one of {', '.join(offered)}")
+
+    def rate(self, step: int, steps: int) -> float:
+        """Learning rate of a step, 0 to ``steps - 1``."""
+        if self.schedule == "constant":
+            return self.learning_rate
+        peak, last = _WARM_UP * steps - 1, steps - 1
+        if step <= peak:
+            start, end, way = self.learning_rate / 25, self.learning_rate, step / peak if peak > 0 else 1.0
+        else:
+            start, end, way = self.learning_rate, self.learning_rate / 250_000, (step - peak) / (last - peak)
+        return end + (start - end) / 2 * (1 + math.cos(math.pi * way))
+
+    def as_json(self) -> dict[str, Any]:
+        """JSON values of all fields."""
+        return json.loads(json.dumps(asdict(self)))
+
+
+@dataclass(frozen=True, eq=False)
+class Outcome:
+    """What `train_jointly` found; the trained parameters are those of the best epoch.
+
+    Attributes
+    ----------
+    history : DataFrame
+        One row for each epoch (0 is before training) and validation set: epoch, loss (mean over the epoch; NaN in
+        epoch 0), seconds (of the epoch, validation included), dataset, n, val_accuracy, val_balanced_accuracy,
+        val_mean (mean balanced accuracy over the sets).
+    best_epoch : int
+        Epoch with the highest `val_mean`, the earliest of equals.
+    """
+
+    history: pd.DataFrame
+    best_epoch: int
+
+
+def templates_of(data: ImageDataset, templates: Sequence[str] | None) -> list[str]:
+    """Prompt templates to use with a data set: those given, or its first."""
+    return list(data.templates[:1] if templates is None else templates)
+
+
+def train_jointly(
+    model: DualEncoder,
+    parameters: Mapping[str, nn.Parameter],
+    train: Sequence[ImageDataset],
+    *,
+    validation: Sequence[ImageDataset],
+    templates: Sequence[str] | None = None,
+    recipe: Recipe,
+    folder: Path | None = None,
+    identity: Mapping[str, Any] | None = None,
+    description: str = "train",
+) -> Outcome:
+    """Train some parameters of a model in place, and leave those of the best epoch in it.
+
+    Minimises the cross-entropy of ``logit_scale`` times the cosine between image features and class features, which
+    are computed once, before training. Batch normalisation keeps its statistics and dropout stays off.
+
+    Parameters
+    ----------
+    model : DualEncoder
+        Is brought to evaluation mode.
+    parameters : mapping of str to Parameter
+        What is trained, by names that are the same in the next process; they require a gradient.
+    train, validation : sequence of ImageDataset
+        Every set once. The best epoch is chosen on `validation`, which is never trained on.
+    templates : sequence of str, optional
+        Of the class features of all sets; default: the first of each set.
+    recipe : Recipe
+    folder : Path, optional
+        Where the state is kept after each epoch. An interrupted run goes on from the last of them, and gives the same
+        parameters as an uninterrupted one on the same kind of device.
+    identity : mapping, optional
+        JSON values: everything that the result depends on, beside the recipe. A folder of another run is refused.
+    description : str
+        For the progress bar.
+
+    Returns
+    -------
+    Outcome
+
+    Raises
+    ------
+    ValueError
+        Training diverges, or `folder` belongs to other parameters (the differences are named).
+    RuntimeError
+        Not even one image fits into memory, or `folder` is in use.
+    """
+    model.eval()
+    with torch.inference_mode(False), torch.enable_grad():
+        run = _Run(model, parameters, train, validation, templates, recipe, description)
+        if folder is None:
+            return run.finish(None)
+        with open_store(folder, parameters={**(identity or {}), "recipe": recipe.as_json()}):
+            return run.finish(folder)
+
+
+def summed_loss(logits: Tensor, targets: Tensor, allowed: Tensor | None) -> Tensor:
+    """Cross-entropy summed over images.
+
+    Parameters
+    ----------
+    logits : float [b, K]
+        Over all classes of all data sets.
+    targets : int64 [b]
+    allowed : bool [b, K] or None
+        Classes that an image is judged among; None stands for all.
+
+    Returns
+    -------
+    float []
+    """
+    if allowed is not None:
+        logits = logits.masked_fill(~allowed, -math.inf)
+    return functional.cross_entropy(logits, targets, reduction="sum")
+
+
+class _Parts:
+    """How many images go through the tower at once: halved, and told, when memory runs out."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+    def until_they_fit(self, compute: Callable[[int], Result]) -> Result:
+        """``compute(size)``, called again with half the size after running out of memory."""
+        while True:
+            try:
+                return compute(self.size)
+            except (RuntimeError, MemoryError) as error:
+                if self.size == 1 or not is_out_of_memory(error):
+                    raise
+            # Outside the handler, where what the failed attempt held is no longer referenced.
+            self.size //= 2
+            logger.warning("out of memory: going on with %d images at a time, gradients accumulated", self.size)
+            release_cached_memory()
+
+
+class _Run:
+    """A training run: what stays the same in it, and how far it is."""
+
+    def __init__(
+        self,
+        model: DualEncoder,
+        parameters: Mapping[str, nn.Parameter],
+        train: Sequence[ImageDataset],
+        validation: Sequence[ImageDataset],
+        templates: Sequence[str] | None,
+        recipe: Recipe,
+        description: str,
+    ) -> None:
+        self.model, self.parameters, self.recipe, self.description = model, parameters, recipe, description
+        self.validation = validation
+        with torch.no_grad():
+            texts = [model.class_features(data.classes, templates_of(data, templates)) for data in train]
+            self.judged = [model.class_features(data.classes, templates_of(data, templates)) for data in validation]
+        self.texts = torch.cat(texts)
+        counts = [len(features) for features in texts]
+        self.first_class = np.cumsum([0, *counts])[:-1]
+        self.own = torch.block_diag(*(torch.ones(1, count) for count in counts)).bool().to(model.device)
+        budget = cache_budget()
+        self.images = TrainingImages(model, train, budget=budget)
+        self.shown = TrainingImages(model, validation, budget=budget - self.images.bytes)
+        self.parts = _Parts(recipe.batch_size)
+        self.optimiser = torch.optim.AdamW(parameters.values(), weight_decay=recipe.weight_decay)
+        self.rows: list[dict[str, Any]] = []
+        self.best_epoch = 0
+        self.best: dict[str, Tensor] = {}
+
+    def finish(self, folder: Path | None) -> Outcome:
+        """Train what is left to train."""
+        recipe = self.recipe
+        resumed = None if folder is None else load_state(folder, self.parameters, self.optimiser)
+        if resumed is None:
+            self._judge(0, None, time.monotonic())
+        else:
+            self.best, record = resumed
+            self.rows, self.best_epoch = record["rows"], record["best_epoch"]
+        done = self.rows[-1]["epoch"]
+        per_epoch = math.ceil(len(self.images) / recipe.batch_size)
+        if done < recipe.epochs:
+            bar = progress(
+                range(done * per_epoch, recipe.epochs * per_epoch), total=recipe.epochs * per_epoch,
+                done=done * per_epoch, unit="steps", description=self.description, resumes=folder is not None,
+            )  # fmt: skip
+            for step in bar:
+                epoch, place = divmod(step, per_epoch)
+                if place == 0:
+                    started, losses = time.monotonic(), []
+                    # Keyed by the epoch: a resumed run draws what an uninterrupted one does.
+                    rng = np.random.default_rng([recipe.seed, epoch])
+                    generator = torch.Generator(self.model.device).manual_seed(int(rng.integers(2**63)))
+                    batches = np.array_split(rng.permutation(len(self.images)), per_epoch)
+                pixels = self.images.augmented(batches[place], recipe.augmentation, rng=rng, generator=generator)
+                losses.append(self._step(pixels, batches[place], recipe.rate(step, recipe.epochs * per_epoch), epoch))
+                if place == per_epoch - 1:
+                    self._judge(epoch + 1, float(np.mean(losses)), started)
+                    if folder is not None:
+                        record = {"rows": self.rows, "best_epoch": self.best_epoch}
+                        save_state(folder, self.parameters, self.optimiser, self.best, record)
+        self.optimiser.zero_grad()
+        with torch.no_grad():
+            for name, parameter in self.parameters.items():
+                parameter.copy_(self.best[name])
+        return Outcome(pd.DataFrame(self.rows).astype({"loss": float}), self.best_epoch)
+
+    def _step(self, pixels: Tensor, rows: NDArray[np.int64], rate: float, epoch: int) -> float:
+        """One step of the optimiser; returns the mean loss of its images."""
+        sets = self.images.set_of[rows]
+        targets = torch.from_numpy(self.images.label_of[rows] + self.first_class[sets]).to(self.model.device)
+        allowed = self.own[torch.from_numpy(sets)] if self.recipe.softmax == "masked" else None
+
+        def accumulate(size: int) -> float:
+            self.optimiser.zero_grad()
+            total = 0.0
+            for start in range(0, len(rows), size):
+                part = slice(start, start + size)
+                logits = self.model.logit_scale * self.model.encode_image(pixels[part]) @ self.texts.T
+                loss = summed_loss(logits, targets[part], None if allowed is None else allowed[part]) / len(rows)
+                loss.backward()
+                total += loss.item()
+            return total
+
+        loss = self.parts.until_they_fit(accumulate)
+        if not math.isfinite(loss):
+            raise self._diverged(epoch + 1)
+        for group in self.optimiser.param_groups:
+            group["lr"] = rate
+        self.optimiser.step()
+        return loss
+
+    @torch.no_grad()
+    def _judge(self, epoch: int, loss: float | None, started: float) -> None:
+        """Add the rows of an epoch, and keep its parameters if it is the best so far."""
+        scores = []
+        for number, (data, texts) in enumerate(zip(self.validation, self.judged, strict=True)):
+            rows = np.flatnonzero(self.shown.set_of == number)
+            answers = self.parts.until_they_fit(
+                lambda size, rows=rows, texts=texts: self._answers(rows, texts, size, epoch)
+            )
+            scores.append((metrics.accuracy(data.labels, answers), metrics.balanced_accuracy(data.labels, answers)))
+        mean = float(np.mean([balanced for _, balanced in scores]))
+        if not self.rows or mean > max(row["val_mean"] for row in self.rows):
+            self.best_epoch = epoch
+            self.best = {name: parameter.detach().cpu().clone() for name, parameter in self.parameters.items()}
+        seconds = round(time.monotonic() - started, 3)
+        self.rows += [
+            {
+                "epoch": epoch, "loss": loss, "seconds": seconds, "dataset": data.id, "n": len(data),
+                "val_accuracy": accuracy, "val_balanced_accuracy": balanced, "val_mean": mean,
+            }
+            for data, (accuracy, balanced) in zip(self.validation, scores, strict=True)
+        ]  # fmt: skip
+
+    def _answers(self, rows: NDArray[np.int64], texts: Tensor, size: int, epoch: int) -> NDArray[np.int64]:
+        parts = [rows[start : start + size] for start in range(0, len(rows), size)]
+        try:
+            features = torch.cat([self.model.encode_image(self.shown.pixels(part)) for part in parts])
+        except BrokenFeaturesError as error:
+            if epoch == 0:  # nothing was trained yet: the model is to blame
+                raise
+            raise self._diverged(epoch) from error
+        return (features @ texts.T).argmax(1).cpu().numpy()
+
+    def _diverged(self, epoch: int) -> ValueError:
+        return ValueError(
+            f"training diverged in epoch {epoch} of {self.recipe.epochs}: "
+            f"lower learning_rate={self.recipe.learning_rate:g}"
+        )

@@ -1,0 +1,288 @@
+"""One static page per run: cards, figures and the executed notebooks, readable without a network."""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import nbformat
+import pandas as pd
+import typer
+from jinja2 import Environment, PackageLoader, select_autoescape
+from latex2mathml import exceptions
+from latex2mathml.converter import convert as latex_to_mathml
+from markupsafe import Markup
+from PIL import Image
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from medrobust_lib.experiments import read_cards, write_text_atomically
+from medrobust_lib.experiments.cards import CAPTION_KEY, lower_is_better
+from medrobust_lib.files import parsed
+
+_MATH = re.compile(r"(?P<code>```.*?```|`[^`\n]*`)|\$\$(?P<block>.+?)\$\$|\$(?P<inline>[^$\n]+?)\$", re.DOTALL)
+# The converter's errors share no base of their own.
+_REFUSALS = tuple(kind for kind in vars(exceptions).values() if isinstance(kind, type))
+_HEADING = re.compile(r"^#+ +(.+)", re.MULTILINE)
+WIDE = 1.9  # width over height from which a figure gets the whole row
+# Raw HTML in a notebook is its author's and stays, but no page of a report runs scripts or asks a network.
+POLICY = (
+    "default-src 'none'; img-src 'self' file: data:; style-src 'unsafe-inline'; form-action 'none'; base-uri 'none'"
+)
+_PLAIN_NAME = re.compile(r"\w[\w.-]*")
+NOTICE = "For teaching and research. Not for clinical use."
+
+
+def write_report(run_dir: Path) -> Path:
+    """Write ``index.html`` of a run, and one page per executed notebook under ``html/``.
+
+    Parameters
+    ----------
+    run_dir : Path
+        A run folder with ``cards/`` or ``notebooks/``; ``figures/`` are used where they exist. A notebook
+        without a card is shown as one that did not reach its end.
+
+    Returns
+    -------
+    Path
+        The index page.
+
+    Raises
+    ------
+    FileNotFoundError
+        The folder holds neither result cards nor executed notebooks.
+    ValueError
+        A card, a figure or a notebook is damaged, or a card names a file outside the folder; it is named.
+    """
+    run_dir = Path(run_dir)
+    pages = {path.name.split("_")[0]: path for path in sorted((run_dir / "notebooks").glob("*.ipynb"))}
+    cards = read_cards(run_dir, nested=False) if any((run_dir / "cards").glob("*.json")) or not pages else []
+    finished = {card.get("notebook") for card in cards}
+    templates = Environment(
+        loader=PackageLoader("medrobust_lib", "templates"),
+        autoescape=select_autoescape(["html", "j2"]),
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    style = Markup(templates.get_template("style.css").render() + _code_colours())
+    unfinished = []
+    for number, path in pages.items():
+        with parsed(f"{path} is not a readable notebook", "Delete it, or run it again."):
+            notebook = nbformat.read(path, as_version=4)
+            title, body = _title(notebook, path), Markup(notebook_body(notebook))
+        if number not in finished:
+            unfinished.append({"number": number, "title": title, "html": quote(f"html/{path.stem}.html")})
+        page = templates.get_template("notebook.html.j2").render(
+            title=title, body=body, style=style, notice=NOTICE, policy=POLICY
+        )
+        write_text_atomically(run_dir / "html" / f"{path.stem}.html", page)
+    index = templates.get_template("index.html.j2").render(
+        title=run_dir.resolve().name,
+        sections=[_section(card, run_dir, pages) for card in cards],
+        unfinished=unfinished,
+        style=style,
+        notice=NOTICE,
+        policy=POLICY,
+    )
+    write_text_atomically(run_dir / "index.html", index)
+    return run_dir / "index.html"
+
+
+def notebook_body(notebook: nbformat.NotebookNode) -> str:
+    """Render a notebook to the inside of an HTML page that loads nothing from anywhere.
+
+    Formulas become MathML, which browsers draw by themselves; figures stay embedded.
+    """
+    from nbconvert import HTMLExporter
+
+    # The notebook is shown, not changed: the caller's object keeps its LaTeX.
+    notebook = nbformat.from_dict(notebook)
+    heading = "a notebook"
+    for cell in notebook.cells:
+        if cell.cell_type == "markdown":
+            heading = ([heading] + _HEADING.findall(cell.source))[-1]
+            cell.source = math_to_mathml(cell.source)
+        for output in cell.get("outputs", ()):
+            for kind in output.get("data", ()):
+                if kind.startswith("image/"):  # what a screen reader says
+                    output.metadata.setdefault(kind, {}).setdefault("alt", f"Figure in: {heading}")
+    exporter = HTMLExporter(template_name="basic", exclude_input_prompt=True, exclude_output_prompt=True)
+    return exporter.from_notebook_node(notebook)[0]
+
+
+def math_to_mathml(markdown: str) -> str:
+    """Replace ``$...$`` and ``$$...$$`` by MathML, outside code spans and fences.
+
+    A formula with a command that the converter does not know stays as it was written.
+    """
+
+    def replace(match: re.Match[str]) -> str:
+        if match["code"]:
+            return match[0]
+        if match["block"]:
+            return _formula(match["block"].strip(), "block")
+        return _formula(match["inline"], "inline")
+
+    return _MATH.sub(replace, markdown)
+
+
+def _formula(latex: str, display: str) -> str:
+    try:
+        mathml = latex_to_mathml(latex, display=display)
+    except _REFUSALS:
+        mathml = "\\"
+    # Unknown commands are copied, backslash and all, and half a formula reads worse than its source.
+    return f"`{latex}`" if "\\" in mathml else mathml
+
+
+def _title(notebook: nbformat.NotebookNode, path: Path) -> str:
+    """First heading of a notebook, or its file's name."""
+    # Papermill puts a note before the title of a notebook that failed.
+    lines = (line for cell in notebook.cells if cell.cell_type == "markdown" for line in cell.source.splitlines())
+    return next((line.removeprefix("# ") for line in lines if line.startswith("# ")), path.stem)
+
+
+def _section(card: Mapping[str, Any], run_dir: Path, pages: Mapping[str, Path]) -> dict[str, Any]:
+    """Everything that the index template shows of one card; links are relative to the index."""
+    with parsed(f"{run_dir / 'cards'}: the card of notebook {card.get('notebook')!r} is damaged", "Run it again."):
+        for name in (card["notebook"], *card["tables"]):
+            if not _PLAIN_NAME.fullmatch(name):
+                raise ValueError(f"{name!r} is no name of a notebook or table")
+        figures = (run_dir / "figures").glob(f"{card['notebook']}_*.png")
+        # The headline first, then as the notebook drew them.
+        figures = sorted(figures, key=lambda path: (not path.stem.endswith("_headline"), path.stat().st_mtime_ns))
+        return _shown(card, figures, pages.get(card["notebook"]))
+
+
+def _shown(card: Mapping[str, Any], figures: Sequence[Path], notebook: Path | None) -> dict[str, Any]:
+    return {
+        "card": card,
+        "metrics": [
+            {**metric, "of": _metric_subject(metric), "text": _metric_text(metric)} for metric in card["metrics"]
+        ],
+        "facts": _facts(card),
+        "figures": [
+            {
+                "src": quote(f"figures/{path.name}"),
+                **_described(path),
+            }
+            for path in figures
+        ],
+        "html": quote(f"html/{notebook.stem}.html") if notebook else "",
+        "notebook": quote(f"notebooks/{notebook.name}") if notebook else "",
+        "tables": [f"cards/{name}.csv" for name in card["tables"]],
+    }
+
+
+def _described(figure: Path) -> dict[str, Any]:
+    """Caption of a figure, from the file itself or else from its name, and whether it wants a whole row."""
+    name = figure.stem.partition("_")[2].replace("_", " ")
+    with Image.open(figure) as picture:
+        caption = picture.info.get(CAPTION_KEY) or name[:1].upper() + name[1:]
+        return {"alt": name, "caption": caption, "wide": picture.width / picture.height > WIDE}
+
+
+def _metric_subject(metric: Mapping[str, Any]) -> str:
+    """What a metric was measured on, where the card holds several such things."""
+    return ", ".join(filter(None, (metric.get("model"), metric.get("dataset"), metric["of"])))
+
+
+def _metric_text(metric: Mapping[str, Any]) -> str:
+    if metric["value"] is None:
+        return "– (beyond the reach of the draws)"
+    value = f"{metric['value']:.3f}"
+    if metric["low"] is None:
+        return value
+    return f"{value} [{metric['low']:.3f}, {metric['high']:.3f}]"
+
+
+def _facts(card: Mapping[str, Any]) -> list[tuple[str, str]]:
+    git = card["git"]
+    commit = git.get("commit", "")[:10] + (" (changed)" if git.get("changed") else "")
+    return [
+        ("model", str(card["model"].get("id", ""))),
+        ("data set", f"{card['dataset'].get('id', '')}, {card['dataset'].get('n', '?')} images"),
+        ("seconds", f"{card['seconds']:.1f}"),
+        ("peak memory", f"{card['peak_memory_mb']:.0f} MB" if card["peak_memory_mb"] else "unknown"),
+        ("parameters", card["parameters_hash"]),
+        ("commit", commit or "no checkout"),
+        ("torch", card["environment"]["torch"]),
+        ("created", card["created"].replace("T", " ").removesuffix("+00:00") + " UTC"),
+    ]
+
+
+def _code_colours() -> str:
+    from pygments.formatters import HtmlFormatter
+
+    # A style whose text reaches a contrast of at least 4.5 on a near-white background.
+    return HtmlFormatter(style="xcode").get_style_defs(".highlight")
+
+
+def show(table: pd.DataFrame, *, title: str, columns: Sequence[str] | None = None, right: Sequence[str] = ()) -> None:
+    """Print a table, or some of its columns; ``right`` are set as numbers, which are never broken over lines."""
+    table = table[list(columns)] if columns else table
+    console = Console(highlight=False)
+    shown = Table(title=title, title_justify="left", header_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+    for position, column in enumerate(table.columns):
+        number = column in right or (pd.api.types.is_numeric_dtype(table[column]) and table[column].dtype != bool)
+        name, justify = str(column).replace("_", " "), "right" if number else "left"
+        # A number that is broken over lines cannot be read; where it gets narrow, the names are folded.
+        shown.add_column(name, justify=justify, overflow="fold", no_wrap=number or (position == 0 and not right))
+    for row in table.itertuples(index=False):
+        shown.add_row(*(_cell(value) for value in row))
+    console.print(shown)
+
+
+def show_json(table: pd.DataFrame) -> None:
+    """Print every row and column as JSON records."""
+    typer.echo(json.dumps(json.loads(table.to_json(orient="records")), indent=2))
+
+
+def show_ranking(table: pd.DataFrame) -> None:
+    """Print one narrow table per metric and data set; a result that several runs agree on is one row."""
+    console = Console(highlight=False)
+    for (metric, dataset), block in table.groupby(["metric", "dataset"], sort=False):
+        best = "lowest" if lower_is_better(metric) else "highest"
+        console.print(f"[bold]{escape(metric.replace('_', ' '))}[/] on {escape(dataset)}, {best} first")
+        shown = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+        shown.add_column("#", justify="right")
+        shown.add_column("value [95 %]" if block["low"].notna().any() else "value", no_wrap=True)
+        shown.add_column("n", justify="right", no_wrap=True)
+        for column in ("model", "of", "run"):
+            shown.add_column(column, overflow="fold")
+        same = ["parameters", "model", "of", "value", "n"]
+        runs = block.groupby(same, sort=False, dropna=False)["run"].unique()
+        results = block.drop_duplicates(same)
+        ascending = lower_is_better(metric)
+        ranks = results["value"].rank(method="min", ascending=ascending, na_option="bottom").astype(int)
+        for rank, names, (_, row) in zip(ranks, runs, results.iterrows(), strict=True):
+            run = f"{names[0]} (+{len(names) - 1} more)" if len(names) > 1 else names[0]
+            cells = (str(rank), interval_text(row), str(row["n"]), row["model"], row["of"], run)
+            shown.add_row(*map(escape, cells))
+        console.print(shown)
+
+
+def interval_text(row: pd.Series) -> str:
+    """A value and its interval, as short as they can be told: ``.764 [.70, .82]``."""
+    value = short_number(row["value"], 3)
+    return value if pd.isna(row["low"]) else f"{value} [{short_number(row['low'], 2)}, {short_number(row['high'], 2)}]"
+
+
+def short_number(value: float, digits: int) -> str:
+    """No zero before the point, and four figures from ten on; a dash for what could not be measured."""
+    if pd.isna(value):
+        return "–"
+    text = f"{value:.{digits}f}" if abs(value) < 10 else f"{value:.4g}"
+    return re.sub(r"^(-?)0(?=\.)", r"\1", text)
+
+
+def _cell(value: object) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return "" if pd.isna(value) else f"{value:.4g}"
+    return "" if value is None else escape(str(value))

@@ -1,0 +1,467 @@
+"""Features that instruments look at again and again: encoded when first asked for, then kept."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+from torch import Tensor
+
+from medrobust_lib.corruptions.functions import dct_power, radial_profile
+from medrobust_lib.corruptions.suites import find_suite
+from medrobust_lib.corruptions.writing import corrupted
+from medrobust_lib.data.dataset import ImageDataset
+from medrobust_lib.evaluation import Candidate
+from medrobust_lib.experiments import progress
+from medrobust_lib.explore.instrument import Instrument, image_slider, level_slider
+from medrobust_lib.models.dual_encoder import DualEncoder
+from medrobust_lib.plots import leading, shorten, shown_of
+from medrobust_lib.plots.panels import (
+    add_caption,
+    add_panel,
+    add_picture,
+    add_words,
+    fixed_figure,
+    plot_moves,
+    plot_named_bars,
+    plot_proof,
+    plot_spectra,
+    write_names,
+)
+from medrobust_lib.smoothing.bounds import certified_radius, check_alpha, lower_confidence_bound, minimum_count
+from medrobust_lib.smoothing.certificate import ABSTAIN, GUARANTEES
+from medrobust_lib.smoothing.certify import Verdict, make_plan, take_votes
+from medrobust_lib.smoothing.methods import FixedPrompts
+from medrobust_lib.smoothing.noise import NoiseStream, Role, make_batches, noisy_copies
+
+if TYPE_CHECKING:
+    from ipywidgets import Widget
+
+_KEPT = 256  # feature sets: some tens of megabytes
+_TEXTS_KEPT = 1024
+
+
+@dataclass(frozen=True, eq=False)
+class EncodedImages:
+    """Features of single images of a data set, clean and under noise, and of sentences.
+
+    Attributes
+    ----------
+    model : DualEncoder
+    dataset : ImageDataset
+    seed : int
+        Of the noise; draws have the addresses that certificates use, so votes here are votes there.
+    """
+
+    model: DualEncoder
+    dataset: ImageDataset
+    seed: int = 0
+    _clean: Callable[[int], Tensor] = field(init=False, repr=False)
+    _noisy: Callable[[int, float, Role, int], Tensor] = field(init=False, repr=False)
+    _text: Callable[[str], Tensor] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        # Caches of this object, not of the class: they go when it goes.
+        object.__setattr__(self, "_clean", lru_cache(_KEPT)(self._encode))
+        object.__setattr__(self, "_noisy", lru_cache(_KEPT)(self._encode_noisy))
+        object.__setattr__(self, "_text", lru_cache(_TEXTS_KEPT)(self._encode_text))
+
+    def pixels(self, index: int) -> Tensor:
+        """Image as the model takes it, float32 [3, H, W] in [0, 1]."""
+        return self.model.prepare(self.dataset.images[index : index + 1])[0].to(self.model.device)
+
+    def clean(self, index: int) -> Tensor:
+        """Feature of an image, float32 [d], unit norm."""
+        return self._clean(index)
+
+    def texts(self, sentences: Sequence[str]) -> Tensor:
+        """Features of sentences, float32 [k, d], unit norm."""
+        return torch.stack([self._text(sentence) for sentence in sentences])
+
+    def noisy(self, index: int, *, sigma: float, role: Role, count: int) -> Tensor:
+        """Features of the first noisy copies of an image, float32 [count, d], unit norm."""
+        return self._noisy(index, float(sigma), role, count)
+
+    def noisy_copy(self, index: int, sigma: float) -> Tensor:
+        """First copy that votes in a certificate, float32 [3, H, W]; not clipped."""
+        return noisy_copies(self.pixels(index), self._stream(index, sigma, "estimate"))[0]
+
+    def verdict(
+        self, index: int, class_features: Tensor, *, sigma: float, n0: int, n: int, alpha: float
+    ) -> tuple[Verdict, np.ndarray]:
+        """Certificate of one image with prompts that are fixed by now, and the votes behind it.
+
+        Returns
+        -------
+        verdict : Verdict
+            As `certify` gives it, with fixed sampling; at sigma 0 nothing is certified.
+        votes : int64 [K]
+            Of the estimation draws.
+
+        Raises
+        ------
+        ValueError
+            n that can never certify at this alpha.
+        """
+        classify = FixedPrompts("chosen", class_features).classifier()
+
+        def answers(role: Role, first: int, count: int, positions: Sequence[int]) -> list[Tensor]:
+            wanted = first + count
+            labels = classify(self.noisy(index, sigma=sigma, role=role, count=wanted)).cpu()[first:]
+            return [labels for _ in positions]
+
+        votes = np.bincount(answers("estimate", 0, n, [0])[0].numpy(), minlength=len(class_features))
+        if sigma == 0:
+            return Verdict(predicted=ABSTAIN, radius=0.0, p_lower=0.0, k=0, n=0), votes
+        plan = make_plan("fixed", sigma=sigma, radii=None, n=n, alpha=alpha)
+        return take_votes(answers, [plan], n0=n0, label=None)[0], votes
+
+    def prepare(self, indices: Sequence[int], *, sigmas: Sequence[float], draws: Sequence[tuple[Role, int]]) -> None:
+        """Encode noisy copies ahead, and show how far it is."""
+        work = [(index, float(sigma)) for index in indices for sigma in sigmas]
+        for index, sigma in progress(
+            work, total=len(work), description="prepare the instrument", unit="images x sigmas", resumes=False
+        ):
+            for role, count in draws:
+                self.noisy(index, sigma=sigma, role=role, count=count)
+
+    def _stream(self, index: int, sigma: float, role: Role) -> NoiseStream:
+        return NoiseStream(self.seed, self.dataset.id, int(self.dataset.indices[index]), sigma, role)
+
+    # No inference mode: prompts are adapted to these features, and a gradient has to pass.
+    @torch.no_grad()
+    def _encode(self, index: int) -> Tensor:
+        return self.model.encode_image(self.pixels(index)[None])[0].float()
+
+    @torch.no_grad()
+    def _encode_text(self, sentence: str) -> Tensor:
+        return self.model.encode_text([sentence])[0].float()
+
+    @torch.no_grad()
+    def _encode_noisy(self, index: int, sigma: float, role: Role, count: int) -> Tensor:
+        if sigma == 0:  # all copies are the image
+            return self.clean(index).expand(count, -1)
+        pixels, stream = self.pixels(index), self._stream(index, sigma, role)
+
+        def encode(first: int, count: int) -> Tensor:
+            return self.model.encode_image(noisy_copies(pixels, stream, first=first, count=count)).float()
+
+        return torch.cat(list(make_batches(None, pixels.device, tuple(pixels.shape)).map(encode, first=0, count=count)))
+
+
+N0, N, ALPHA = 20, 100, 0.001
+"""Selection draws, estimation draws and failure probability of the certificates that instruments show."""
+
+SIGMAS = (0.0, 0.02, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.75, 1.0)
+"""Noise levels of the slider, in [0, 1] pixel units."""
+
+
+@torch.no_grad()
+def noise_view(
+    model: DualEncoder,
+    dataset: ImageDataset,
+    class_features: Tensor,
+    *,
+    index: int,
+    sigma: float,
+    n0: int = N0,
+    n: int = N,
+    alpha: float = ALPHA,
+    seed: int = 0,
+    encoded: EncodedImages | None = None,
+) -> Figure:
+    """Draw one noisy image and its prediction, the votes over n noisy copies, and the radius that they certify.
+
+    Parameters
+    ----------
+    model : DualEncoder
+    dataset : ImageDataset
+    class_features : float [K, d]
+        Prompts that were fixed before the image was seen: the guarantee is the standard one.
+    index : int
+        Position in the data set, 0 to n-1.
+    sigma : float
+        Noise standard deviation in [0, 1] pixel units at the model's input size; at 0 nothing is certified.
+    n0, n : int
+        Draws that choose the class, and draws that count votes for it.
+    alpha : float in (0, 1)
+        Failure probability of the certificate.
+    seed : int
+    encoded : EncodedImages, optional
+        Of the same model, data set and seed; keeps features from one call to the next.
+    """
+    encoded = encoded or EncodedImages(model, dataset, seed)
+    check_alpha(alpha)
+    verdict, votes = encoded.verdict(index, class_features, sigma=sigma, n0=n0, n=n, alpha=alpha)
+    one = encoded.noisy(index, sigma=sigma, role="estimate", count=n)[:1]
+    probabilities = model.probabilities(one, class_features)[0].cpu()
+    truth = int(dataset.labels[index])
+    names = dataset.classes
+    kept = leading(votes, keep=[truth])
+    height = max(2.5, 0.27 * len(kept))
+    figure = fixed_figure(10.2, height + 1.75 + 0.15 * (len(kept) < len(names)))
+    answer, chance = shorten(names[int(probabilities.argmax())], 30), float(probabilities.max())
+    add_picture(figure, (0.1, 0.45, 2.4, 2.4), encoded.noisy_copy(index, sigma), f"truth: {shorten(names[truth], 28)}")
+    add_words(
+        figure, 0.1, 2.95, f"one copy at sigma = {sigma:g}; the model says\n{answer} ({chance:.0%})", width=60,
+        color="0.15",
+    )  # fmt: skip
+    bars = add_panel(figure, (4.7, 0.45, 2.3, height), f"votes of {n} noisy copies")
+    place = int(np.searchsorted(kept, truth))
+    plot_named_bars(votes[kept], [names[k] for k in kept], bars, total=n, truth=place, counts=True)
+    bars.axvline(n / 2, color="0.5", ls=":", lw=1)
+    told = shown_of(len(kept), len(names), "those with most votes")
+    bars.set_xlabel("votes; blue: the true class, dotted: half" + told, fontsize=8)
+    _proof(figure, (8.05, 0.45, 2.0, height), verdict, names=names, truth=truth, sigma=sigma, n=n, alpha=alpha)
+    words = proof_in_words(verdict, names, truth=truth, sigma=sigma, n0=n0, alpha=alpha)
+    add_caption(figure, height + 1.05 + 0.15 * (len(kept) < len(names)), words)
+    return figure
+
+
+def _proof(
+    figure: Figure,
+    box: tuple[float, float, float, float],
+    verdict: Verdict,
+    *,
+    names: tuple[str, ...],
+    truth: int,
+    sigma: float,
+    n: int,
+    alpha: float,
+) -> None:
+    if sigma == 0:
+        add_panel(figure, box, "no noise, no certificate").set_axis_off()
+        return
+    told = "abstains" if verdict.predicted == ABSTAIN else f"certified radius {verdict.radius:.3f}"
+    if verdict.predicted not in (ABSTAIN, truth):
+        told = f"wrong class, radius {verdict.radius:.3f}"
+    reach = lower_confidence_bound(n, n, alpha)
+    grid = np.linspace(0.5, reach, 40)
+    points = list(zip(grid, certified_radius(grid, sigma), strict=True))
+    plot_proof(
+        verdict.p_lower, add_panel(figure, box, told), reach=reach, radius_of=points, right=verdict.predicted == truth
+    )
+
+
+def proof_in_words(
+    verdict: Verdict, names: tuple[str, ...], *, truth: int, sigma: float, n0: int, alpha: float, what: str = "standard"
+) -> str:
+    """What a verdict says, and what its guarantee means."""
+    guarantee = f"Guarantee ({what}): {GUARANTEES[what]}."
+    if sigma == 0:
+        return f"Certificates need noise. {guarantee}"
+    draws = f"{n0} draws choose the class, of {verdict.n} fresh ones {verdict.k} vote for it"
+    proved = f"p > {verdict.p_lower:.3f} with confidence {1 - alpha:g}"
+    if verdict.predicted == ABSTAIN:
+        least = minimum_count(verdict.n, alpha) if verdict.n else 0
+        return f"{draws}: {proved}. Abstains: {least} votes are the fewest that prove a majority. {guarantee}"
+    wrong = "wrong: a certificate says that the answer stays, not that it is right"
+    right = "right" if verdict.predicted == truth else wrong
+    return f"{draws}: {proved}. Certified: {names[verdict.predicted]} ({right}). {guarantee}"
+
+
+def explore_noise(
+    model: DualEncoder,
+    dataset: ImageDataset,
+    class_features: Tensor,
+    *,
+    sigmas: tuple[float, ...] = SIGMAS,
+    n0: int = N0,
+    n: int = N,
+    alpha: float = ALPHA,
+    index: int = 0,
+    seed: int = 0,
+) -> Instrument:
+    """Build the instrument of notebook 02: move the noise, see picture, votes and certified radius.
+
+    Parameters
+    ----------
+    model, dataset, class_features, n0, n, alpha, seed
+        As in `noise_view`.
+    sigmas : tuple of float
+        Levels of the slider.
+    index : int
+        Image to begin with.
+    """
+    encoded = EncodedImages(model, dataset, seed)
+    controls = {"index": image_slider(len(dataset), index), "sigma": level_slider(sigmas, 0.1)}
+
+    def draw(index: int, sigma: float) -> Figure:
+        options = {"n0": n0, "n": n, "alpha": alpha, "seed": seed, "encoded": encoded}
+        return noise_view(model, dataset, class_features, index=index, sigma=sigma, **options)
+
+    return Instrument(draw, controls)
+
+
+def adapters_view(
+    base: DualEncoder,
+    adapted: Mapping[str, DualEncoder],
+    dataset: ImageDataset,
+    class_features: Tensor,
+    *,
+    adapter: str,
+    index: int,
+    corruption: str,
+    severity: int,
+    suite: str = "medimeta-c",
+    seed: int = 0,
+) -> Figure:
+    """Draw class probabilities of one image before and after adaptation, clean and corrupted.
+
+    Parameters
+    ----------
+    base : DualEncoder
+    adapted : mapping of str to DualEncoder
+        Adapted models, by the name of their adapter; they share the text tower of `base`.
+    dataset : ImageDataset
+    class_features : float [K, d]
+    adapter : str
+        One of `adapted`.
+    index : int
+        Position in the data set, 0 to n-1.
+    corruption : str
+        A corruption of the suite.
+    severity : int
+        0 (clean) to 5.
+    suite : {"medimeta-c", "medmnist-c"}
+    seed : int
+        Of the corruption.
+    """
+    clean = dataset.subset([index])
+    worse = corrupted(clean, corruption, severity=severity, seed=seed, suite=suite)
+    truth, names = int(clean.labels[0]), dataset.classes
+    towers = [Candidate(tower, class_features) for tower in (base, adapted[adapter])]
+    pairs = [[_probabilities(tower, data) for tower in towers] for data in (clean, worse)]
+    kept = leading(np.max(pairs, axis=(0, 1)), keep=[truth])
+    place, left_out = int(np.searchsorted(kept, truth)), shown_of(len(kept), len(names), "the likeliest")
+    height = max(2.1, 0.25 * len(kept))
+    figure = fixed_figure(10.8, height + 1.25 + 0.15 * bool(left_out))
+    shown = [(clean, "clean", 0.1, 4.0), (worse, f"{corruption.replace('_', ' ')}, severity {severity}", 6.45, 8.6)]
+    told = []
+    for (data, title, left, bars_left), (before, after) in zip(shown, pairs, strict=True):
+        add_picture(figure, (left, 0.45, 2.0, 2.0), data.images[0], title)
+        bars = add_panel(figure, (bars_left, 0.45, 1.9, height), _answer(after, names, truth))
+        plot_named_bars(
+            after[kept], [names[k] for k in kept], bars, total=1, truth=place, before=before[kept],
+            show_names=data is clean,
+        )  # fmt: skip
+        bars.set_xlabel("probability; thin: before" + left_out, fontsize=8)
+        told.append(f"{title}: {names[int(before.argmax())]} before, {names[int(after.argmax())]} after")
+    add_caption(figure, height + 0.95 + 0.15 * bool(left_out), f"{adapter}. {'; '.join(told)}. Truth: {names[truth]}.")
+    return figure
+
+
+def corruption_view(
+    candidates: Mapping[str, Candidate],
+    dataset: ImageDataset,
+    *,
+    index: int,
+    corruption: str,
+    severity: int,
+    suite: str = "medimeta-c",
+    seed: int = 0,
+) -> Figure:
+    """Draw one image and its corrupted version, their spectra, and what each model makes of both.
+
+    Parameters
+    ----------
+    candidates : mapping of str to Candidate
+        Models to compare, by the name shown.
+    dataset : ImageDataset
+    index : int
+        Position in the data set, 0 to n-1.
+    corruption : str
+        A corruption of the suite.
+    severity : int
+        0 (clean) to 5.
+    suite : {"medimeta-c", "medmnist-c"}
+    seed : int
+        Of the corruption.
+    """
+    clean = dataset.subset([index])
+    worse = corrupted(clean, corruption, severity=severity, seed=seed, suite=suite)
+    truth, names = int(clean.labels[0]), dataset.classes
+    title = f"{corruption.replace('_', ' ')}, severity {severity}"
+    height = max(2.0, 0.52 * len(candidates))
+    figure = fixed_figure(10.8, height + 3.95)
+    add_picture(figure, (0.1, 0.45, 2.0, 2.0), clean.images[0], f"clean: {shorten(names[truth], 22)}")
+    add_picture(figure, (2.5, 0.45, 2.0, 2.0), worse.images[0], title)
+    spectra = add_panel(figure, (5.3, 0.45, 5.2, 1.75), "power of the gray image (log scale)")
+    plot_spectra({"clean": _spectrum(clean.images), "corrupted": _spectrum(worse.images)}, spectra)
+    found = {who: [_probabilities(candidate, part) for part in (clean, worse)] for who, candidate in candidates.items()}
+    moves = add_panel(figure, (1.9, 3.15, 4.6, height), "hollow: clean image; filled: corrupted")
+    before, after = (np.array([pair[which][truth] for pair in found.values()]) for which in (0, 1))
+    plot_moves(before, after, moves, right=[bool(pair[1].argmax() == truth) for pair in found.values()])
+    write_names(list(found), moves, width=24)
+    across = moves.get_yaxis_transform()
+    for row, pair in enumerate(found.values()):
+        words = [f"{shorten(names[int(one.argmax())], 36)} ({one.max():.0%})" for one in pair]
+        moves.text(1.04, row, f"clean: {words[0]}\nnow: {words[1]}", transform=across, va="center", fontsize=8)
+    words = "dot: the corrupted image is classified correctly; cross: it is not"
+    add_caption(figure, height + 3.65, words)
+    return figure
+
+
+def explore_adapters(
+    base: DualEncoder,
+    adapted: Mapping[str, DualEncoder],
+    dataset: ImageDataset,
+    class_features: Tensor,
+    *,
+    suite: str = "medimeta-c",
+    seed: int = 0,
+) -> Instrument:
+    """Build the instrument of notebook 04: choose an adapter, see one image before and after, clean and corrupted."""
+    import ipywidgets as widgets
+
+    adapter = widgets.Dropdown(options=list(adapted), description="adapter", layout=widgets.Layout(width="27em"))
+    controls = {"adapter": adapter, **_corruption_controls(dataset, suite)}
+
+    def draw(**values: object) -> Figure:
+        return adapters_view(base, adapted, dataset, class_features, **values, suite=suite, seed=seed)
+
+    return Instrument(draw, controls)
+
+
+def explore_corruptions(
+    candidates: Mapping[str, Candidate], dataset: ImageDataset, *, suite: str = "medimeta-c", seed: int = 0
+) -> Instrument:
+    """Build the instrument of notebook 05: image, corruption and severity; spectrum and answers of every model."""
+
+    def draw(**values: object) -> Figure:
+        return corruption_view(candidates, dataset, **values, suite=suite, seed=seed)
+
+    return Instrument(draw, _corruption_controls(dataset, suite))
+
+
+def _corruption_controls(dataset: ImageDataset, suite: str) -> "dict[str, Widget]":
+    import ipywidgets as widgets
+
+    return {
+        "index": image_slider(len(dataset)),
+        "corruption": widgets.Dropdown(options=find_suite(suite).names(dataset.id), description="corruption"),
+        "severity": widgets.IntSlider(3, min=0, max=5, description="severity", continuous_update=False),
+    }
+
+
+@torch.no_grad()
+def _probabilities(candidate: Candidate, data: ImageDataset) -> NDArray[np.float32]:
+    """Class probabilities [K] of the only image of a data set."""
+    encoder, class_features = candidate
+    features = encoder.encode_image(encoder.prepare(data.images))
+    return encoder.probabilities(features, class_features)[0].cpu().numpy()
+
+
+def _spectrum(images: NDArray[np.uint8]) -> tuple[NDArray, NDArray]:
+    """Frequency (fraction of Nyquist) and mean power of gray images without their mean."""
+    gray = images.mean(3) / 255
+    return radial_profile(dct_power(gray - gray.mean((1, 2), keepdims=True)))
+
+
+def _answer(probabilities: NDArray, names: Sequence[str], truth: int) -> str:
+    answer = int(probabilities.argmax())
+    return f"{'right' if answer == truth else 'wrong'}: {shorten(names[answer], 22)}"

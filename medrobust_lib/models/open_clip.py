@@ -1,0 +1,429 @@
+"""Models in open_clip's format: OpenAI CLIP, QuiltNet, BiomedCLIP, demo-clip and anyone's ``local-dir:`` folder."""
+
+import inspect
+import logging
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import open_clip
+import torch
+from open_clip import CLIPTextCfg, CLIPVisionCfg
+from open_clip.hf_model import HFTextEncoder
+from open_clip.transform import PreprocessCfg
+from open_clip.transformer import TextTransformer, text_global_pool
+from torch import Tensor
+from torch.nn import functional
+
+from medrobust_lib.files import parsed, read_json_object
+from medrobust_lib.models.catalogue import OPEN_CLIP_CONFIG_NAME
+from medrobust_lib.models.dual_encoder import DualEncoder, Tokens, check_text_lengths, check_text_path
+from medrobust_lib.models.geometry import Preprocessing, per_channel
+from medrobust_lib.models.weights import (
+    CHECKPOINT_SUFFIXES,
+    DEMO_FOLDER,
+    HONOURED,
+    HUB_CHECKPOINTS,
+    Settings,
+    check_hashes,
+    check_no_adapter,
+    check_settings,
+    check_tokenizer,
+    expected_hashes,
+    explained_errors,
+    file_hashes,
+    hub_access,
+    hub_snapshot,
+    local_folder,
+    missing_weights,
+)
+
+if TYPE_CHECKING:
+    from medrobust_lib.models.catalogue import ModelEntry
+
+CONFIG_NAME = OPEN_CLIP_CONFIG_NAME
+
+_GEOMETRIES = {"shortest": "shortest-edge-crop", "squash": "squash"}
+# open_clip's own inference transform reads "random" as bicubic.
+_INTERPOLATIONS = {"bicubic": "bicubic", "bilinear": "bilinear", "random": "bicubic"}
+# open_clip_config.json. open_clip builds the towers by it, but passes over what it does not know of the images.
+_MODEL_SETTINGS: dict[str, Settings] = {
+    "model_cfg": dict.fromkeys((*inspect.signature(open_clip.CLIP).parameters, "custom_text"), HONOURED),
+    # A tower gives a feature alone; a text gets no class token (CoCa), and is not cut in another way.
+    "vision_cfg": {
+        **dict.fromkeys((field.name for field in fields(CLIPVisionCfg)), HONOURED),
+        "output_tokens": (False,),
+    },
+    "text_cfg": {
+        **dict.fromkeys((field.name for field in fields(CLIPTextCfg)), HONOURED),
+        "output_tokens": (False,),
+        "embed_cls": (False,),
+        "tokenizer_mode": ("",),
+    },
+}
+_IMAGE_SETTINGS: Settings = {
+    **dict.fromkeys(("size", "mean", "std", "fill_color"), HONOURED),  # nothing is filled in these geometries
+    "mode": ("RGB",),
+    "interpolation": tuple(_INTERPOLATIONS),
+    "resize_mode": tuple(_GEOMETRIES),
+}
+
+
+class OpenClipEncoder(DualEncoder):
+    """An open_clip model behind the common interface.
+
+    Sequences are cut to the longest text of a call where the text tower allows it (a causal mask and pooling at
+    the end token, or a BERT that masks its padding): features are the same and the text side runs several
+    times faster.
+
+    Parameters
+    ----------
+    model : open_clip.CLIP or open_clip.CustomTextCLIP
+        The network, with its weights.
+    tokenizer : callable
+        open_clip's tokenizer of the same model.
+    id : str
+        Name of the model.
+    provenance : dict
+        Source, licence and files.
+
+    Raises
+    ------
+    ValueError
+        If the tokenizer does not belong to the text tower, or tower or geometry are of an unsupported kind.
+    """
+
+    def __init__(self, model: torch.nn.Module, tokenizer: Any, *, id: str, provenance: dict[str, Any]) -> None:
+        super().__init__(
+            id=id,
+            preprocessing=read_preprocessing(model.visual.preprocess_cfg, source=id),
+            embed_dim=_embed_dim(model),
+            context_length=tokenizer.context_length,
+            logit_scale=float(model.logit_scale.detach().exp()),
+            provenance=provenance,
+        )
+        self.model = model
+        self._tokenizer = tokenizer
+        self._check_text_side()
+        check_text_path(self, lambda texts: self.model.encode_text(self._tokenizer(texts).to(self.device)))
+
+    @property
+    def _text_tower(self) -> torch.nn.Module:
+        """open_clip's plain CLIP holds the parts of its text tower itself."""
+        return getattr(self.model, "text", self.model)
+
+    @property
+    def _pad_id(self) -> int:
+        return self._inner_tokenizer.pad_token_id if self._inner_tokenizer is not None else 0
+
+    @property
+    def _inner_tokenizer(self) -> Any:
+        """The Hugging Face tokenizer inside open_clip's wrapper; None for CLIP's own."""
+        return getattr(self._tokenizer, "tokenizer", None)
+
+    def _check_text_side(self) -> None:
+        tower = self._text_tower
+        if not isinstance(tower, (open_clip.CLIP, TextTransformer, HFTextEncoder)):
+            raise ValueError(f"{self.id}: a text tower of type {type(tower).__name__} is not supported")
+        if getattr(tower, "cls_emb", None) is not None:
+            raise ValueError(f"{self.id}: a text tower with an appended class token (CoCa) is not supported")
+        if getattr(self._tokenizer, "tokenizer_mode", None):
+            raise ValueError(f"{self.id}: the tokenizer mode {self._tokenizer.tokenizer_mode!r} is not supported")
+        _check_tokenizer(self._tokenizer, tower.vocab_size, id=self.id)
+
+    def _image_features(self, pixels: Tensor) -> Tensor:
+        return self.model.encode_image(pixels)
+
+    def tokenize(self, texts: Sequence[str]) -> Tokens:
+        """Tokens of k texts, on the CPU, without columns that are padding in every text."""
+        texts = [texts] if isinstance(texts, str) else list(texts)
+        ids = self._tokenizer(texts)
+        mask = self._real_tokens(ids)
+        full = mask[:, -1].nonzero().flatten().tolist()
+        if full:
+            # A full row may have been cut: count again with room for one token per byte.
+            suspects = [texts[row] for row in full]
+            room = max(self.context_length, *(len(text.encode()) for text in suspects)) + 4
+            counts = self._real_tokens(self._tokenizer(suspects, context_length=room)).sum(dim=1).tolist()
+            check_text_lengths(suspects, counts, context_length=self.context_length, model_id=self.id)
+        tokens = Tokens(ids, mask)
+        return tokens.trimmed() if self._padding_is_inert() else tokens
+
+    def _real_tokens(self, ids: Tensor) -> Tensor:
+        """True up to the last token that is not padding; CLIP's padding id 0 is also the id of "!"."""
+        real = (ids != self._pad_id).flip(1).cummax(dim=1).values.flip(1)
+        inner = self._inner_tokenizer
+        if inner is not None and inner.pad_token_id == inner.eos_token_id:
+            # Padded with end tokens: the first of them belongs to the text.
+            real = real | functional.pad(real[:, :-1], (1, 0))
+        return real
+
+    def _padding_is_inert(self) -> bool:
+        """Whether dropping trailing padding leaves the features unchanged."""
+        tower = self._text_tower
+        if isinstance(tower, HFTextEncoder):
+            return True
+        pool = tower.text_pool_type if isinstance(tower, open_clip.CLIP) else tower.pool_type
+        return tower.attn_mask is not None and pool in ("argmax", "eos")
+
+    def embed_tokens(self, tokens: Tokens) -> Tensor:
+        """Word embeddings [k, L, w], without positions, on the model's device."""
+        tower = self._text_tower
+        ids = tokens.ids.to(self.device)
+        if isinstance(tower, HFTextEncoder):
+            return tower.transformer.get_input_embeddings()(ids)
+        return tower.token_embedding(ids)
+
+    def _text_features(self, embeddings: Tensor, tokens: Tokens) -> Tensor:
+        tower = self._text_tower
+        if isinstance(tower, HFTextEncoder):
+            mask = tokens.mask.long()
+            return tower.proj(tower.pooler(tower.transformer(inputs_embeds=embeddings, attention_mask=mask), mask))
+        length = embeddings.shape[1]
+        mask = None if tower.attn_mask is None else tower.attn_mask[:length, :length]
+        hidden = tower.ln_final(tower.transformer(embeddings + tower.positional_embedding[:length], attn_mask=mask))
+        is_clip = isinstance(tower, open_clip.CLIP)
+        pooled = text_global_pool(
+            hidden,
+            tokens.ids,
+            tower.text_pool_type if is_clip else tower.pool_type,
+            eos_token_id=tower.text_eos_id if is_clip else tower.eos_id,
+        )
+        projection = tower.text_projection
+        if projection is None:
+            return pooled
+        return projection(pooled) if isinstance(projection, torch.nn.Linear) else pooled @ projection
+
+
+def _check_tokenizer(tokenizer: Any, vocab_size: int | None, *, id: str) -> None:
+    """Raise unless a tokenizer pads at the end and is that of a text tower, as far as its vocabulary's size tells.
+
+    Without its files a tokenizer comes up silently with five special tokens.
+    """
+    inner = getattr(tokenizer, "tokenizer", None)
+    known = tokenizer.vocab_size if inner is None else len(inner)
+    if inner is not None:
+        check_settings(
+            {"padding_side": inner.padding_side}, {"padding_side": ("right",)}, source=f"{id}, tokenizer_config.json"
+        )
+    if vocab_size is not None and not vocab_size // 2 <= known <= vocab_size:
+        raise ValueError(
+            f"{id}: the tokenizer knows {known} tokens, the text tower {vocab_size}; "
+            "are the tokenizer files beside the weights (tokenizer.json, or vocab.txt and config.json)?"
+        )
+
+
+def read_preprocessing(settings: Mapping[str, Any], *, source: str) -> Preprocessing:
+    """Preprocessing from open_clip's ``preprocess_cfg``.
+
+    Raises
+    ------
+    ValueError
+        A setting that would have to be passed over, or an image that is not square.
+    """
+    check_settings(settings, _IMAGE_SETTINGS, source=source)
+    given = {name: value for name, value in settings.items() if value is not None}
+    cfg = {**asdict(PreprocessCfg()), **given}
+    with parsed(source):
+        sides = set(per_channel(cfg["size"]))
+        if len(sides) != 1:
+            raise ValueError(f"unsupported size {cfg['size']}; need a square")
+        return Preprocessing(
+            image_size=sides.pop(),
+            geometry=_GEOMETRIES[cfg["resize_mode"]],
+            interpolation=_INTERPOLATIONS[cfg["interpolation"]],
+            mean=per_channel(cfg["mean"]),
+            std=per_channel(cfg["std"]),
+        )
+
+
+def load_demo(entry: "ModelEntry", *, weights_dir: Path | None, offline: bool) -> OpenClipEncoder:
+    """demo-clip from the folder inside the package, its SHA-256 checked; the arguments change nothing."""
+    if not (DEMO_FOLDER / CONFIG_NAME).is_file():
+        raise FileNotFoundError(f"the package is incomplete: {DEMO_FOLDER / CONFIG_NAME} is missing; reinstall it")
+    return _load_folder(entry, DEMO_FOLDER)
+
+
+def load_open_clip(entry: "ModelEntry", *, weights_dir: Path | None, offline: bool) -> OpenClipEncoder:
+    """Load a model in open_clip's format, from a folder or through open_clip's own call to the hub.
+
+    Parameters
+    ----------
+    entry : ModelEntry
+        Its ``source`` is ``local-dir:PATH``, ``hf-hub:OWNER/NAME`` or ``open_clip:ARCHITECTURE/TAG``.
+    weights_dir : Path or None
+        ``weights_dir/<id>/`` comes before the hub. It holds ``open_clip_config.json`` and a checkpoint, plus the
+        tokenizer's files and the text tower's ``config.json`` if that is a Hugging Face model; for
+        ``open_clip:`` sources the checkpoint alone.
+    offline : bool
+        Never download.
+
+    Returns
+    -------
+    OpenClipEncoder
+        float32, on the CPU.
+
+    Raises
+    ------
+    FileNotFoundError
+        If folder or weights are missing, naming where they were looked for.
+    ValueError
+        If keys do not fit, a file is damaged or has a wrong SHA-256, or the tokenizer is not the model's.
+    """
+    scheme, _, place = entry.source.partition(":")
+    if scheme == "local-dir":
+        return _load_folder(entry, Path(place).expanduser())
+    folder = local_folder(entry.id, weights_dir)
+    if folder is not None and (scheme == "hf-hub" or (folder / CONFIG_NAME).is_file()):
+        return _load_folder(entry, folder)
+    try:
+        with hub_access(offline=offline), explained_errors(entry.source):
+            if scheme == "open_clip":
+                return _load_named(entry, folder, *place.split("/"))
+            model = open_clip.create_model_from_pretrained(entry.source, return_transform=False)
+            tokenizer = open_clip.get_tokenizer(entry.source)
+    except (OSError, RuntimeError) as error:
+        raise missing_weights(entry, weights_dir=weights_dir, offline=offline, reason=error) from error
+    snapshot = hub_snapshot(place, CONFIG_NAME)
+    if snapshot is not None:
+        _read_config(snapshot)
+    return _encoder(entry, model, tokenizer, _hub_hashes(place))
+
+
+def check_folder(folder: Path, *, id: str, published: Collection[str] = ()) -> Path:
+    """Raise unless a folder holds a model in open_clip's format, as far as this is known without reading its weights.
+
+    Parameters
+    ----------
+    folder : Path
+    id : str
+        Named in errors.
+    published : collection of str
+        Names of the checkpoints that the model is published with; any other is then no part of it.
+
+    Returns
+    -------
+    Path
+        The only checkpoint, or the preferred one of the names that open_clip publishes.
+
+    Raises
+    ------
+    FileNotFoundError
+        The folder or one of its files is missing.
+    ValueError
+        Several checkpoints, or a setting that is not supported.
+    """
+    if not folder.is_dir():
+        raise FileNotFoundError(f"no folder {folder} for the model {id!r}")
+    check_no_adapter(folder, id=id)
+    if not (folder / CONFIG_NAME).is_file():
+        raise FileNotFoundError(
+            f"{folder} holds no {CONFIG_NAME}: it is not a model folder in open_clip's format, nor, without "
+            "config.json, in transformers'"
+        )
+    text = _read_config(folder)["model_cfg"]["text_cfg"]
+    tokenizer = text.get("hf_tokenizer_name")
+    if tokenizer:
+        check_tokenizer(folder, id=id, published=tokenizer if tokenizer.count("/") == 1 else "")
+    size = None if "hf_model_name" in text else text.get("vocab_size", CLIPTextCfg.vocab_size)
+    with hub_access(offline=True), explained_errors(str(folder)):
+        _check_tokenizer(open_clip.get_tokenizer(f"local-dir:{folder}"), size, id=id)
+    return _checkpoint(folder, published)
+
+
+def _checkpoint(folder: Path, published: Collection[str]) -> Path:
+    """The only checkpoint of a folder, or the preferred one among names that stand for the same weights."""
+    found = sorted(path for path in folder.iterdir() if path.suffix in CHECKPOINT_SUFFIXES)
+    found = [path for path in found if path.name in published] or found
+    if not found:
+        raise FileNotFoundError(f"{folder} holds no weights ({', '.join(CHECKPOINT_SUFFIXES)})")
+    if len(found) > 1 and not {path.name for path in found} <= set(HUB_CHECKPOINTS):
+        raise ValueError(
+            f"{folder} holds several checkpoints: {', '.join(path.name for path in found)}; leave the one that is "
+            "meant, and move the others elsewhere"
+        )
+    return min(found, key=lambda path: HUB_CHECKPOINTS.index(path.name) if len(found) > 1 else 0)
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    """Content of ``open_clip_config.json`` whose settings of images are all supported; open_clip refuses the others."""
+    config = read_json_object(folder / CONFIG_NAME, "a configuration of open_clip")
+    source = str(folder / CONFIG_NAME)
+    check_settings(config, dict.fromkeys(("model_cfg", "preprocess_cfg"), HONOURED), source=source)
+    with parsed(f"{source} is not a configuration of open_clip"):
+        parts = {"model_cfg": dict(config["model_cfg"]), "preprocess_cfg": dict(config.get("preprocess_cfg") or {})}
+        parts |= {name: dict(parts["model_cfg"][name]) for name in ("vision_cfg", "text_cfg")}
+    for name, settings in _MODEL_SETTINGS.items():
+        check_settings(parts[name], settings, source=f"{source}, {name}")
+    images = parts["preprocess_cfg"]
+    read = read_preprocessing(images, source=f"{source}, preprocess_cfg")
+    size = parts["vision_cfg"].get("image_size", CLIPVisionCfg.image_size)
+    if images.get("size") and {read.image_size} != set(per_channel(size)):
+        raise ValueError(f"{source}: preprocess_cfg has images of {images['size']} px, vision_cfg reads {size} px")
+    return config
+
+
+def _load_named(entry: "ModelEntry", folder: Path | None, architecture: str, tag: str) -> OpenClipEncoder:
+    """A built-in architecture with a published tag, or with the checkpoint in ``folder``."""
+    if folder is None:
+        pretrained = tag
+    else:
+        hashes = check_hashes(folder, expected_hashes(entry, folder))
+        pretrained = str(_checkpoint(folder, [file.name for file in entry.files]))
+    with explained_errors(pretrained):
+        model = open_clip.create_model_from_pretrained(architecture, pretrained=pretrained, return_transform=False)
+    if folder is None:
+        hashes = _hub_hashes(open_clip.get_pretrained_cfg(architecture, tag)["hf_hub"].rstrip("/"))
+    return _encoder(entry, model, open_clip.get_tokenizer(architecture), hashes)
+
+
+def _load_folder(entry: "ModelEntry", folder: Path) -> OpenClipEncoder:
+    """A folder in open_clip's format; nothing is looked up elsewhere if it is complete."""
+    checkpoint = check_folder(folder, id=entry.id, published=[file.name for file in entry.files])
+    hashes = check_hashes(folder, expected_hashes(entry, folder))
+    name = f"local-dir:{folder}"
+    with explained_errors(str(checkpoint)):
+        with _no_warning_of_missing_weights():  # open_clip finds only some of the names that its training gives
+            model = open_clip.create_model(name, load_weights=False, pretrained_text=False, **_own_text_config(folder))
+        open_clip.load_checkpoint(model, str(checkpoint))
+    return _encoder(entry, model, open_clip.get_tokenizer(name), hashes)
+
+
+@contextmanager
+def _no_warning_of_missing_weights() -> Iterator[None]:
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(before)
+
+
+def _encoder(entry: "ModelEntry", model: torch.nn.Module, tokenizer: Any, hashes: dict[str, str]) -> OpenClipEncoder:
+    provenance = {"source": entry.source, "licence": entry.licence, "files": hashes}
+    return OpenClipEncoder(model, tokenizer, id=entry.id, provenance=provenance)
+
+
+def _own_text_config(folder: Path) -> dict[str, Any]:
+    """Point a Hugging Face text tower at the ``config.json`` in the folder instead of at the hub."""
+    text = _read_config(folder)["model_cfg"]["text_cfg"]
+    if "hf_model_name" not in text or not (folder / "config.json").is_file():
+        return {}
+    return {"text_cfg": {**text, "hf_model_name": str(folder), "hf_model_pretrained": False}}
+
+
+def _hub_hashes(repository: str) -> dict[str, str]:
+    """SHA-256 of the cached files of the revision that was just loaded."""
+    names = (CONFIG_NAME, *HUB_CHECKPOINTS)
+    folder = next((found for name in names if (found := hub_snapshot(repository, name))), None)
+    return {} if folder is None else file_hashes(folder)
+
+
+def _embed_dim(model: torch.nn.Module) -> int:
+    """Length of a feature, which open_clip does not keep on the model."""
+    size = model.visual.image_size
+    height, width = (size, size) if isinstance(size, int) else size
+    with torch.inference_mode():
+        return model.eval().encode_image(torch.zeros(1, 3, height, width)).shape[-1]

@@ -1,0 +1,367 @@
+"""CLIP models in the format of Hugging Face transformers: PLIP, ``hf:OWNER/NAME`` and anyone's folder."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from huggingface_hub import hf_hub_download
+from torch import Tensor
+from transformers import AutoTokenizer, CLIPConfig, CLIPImageProcessor, CLIPModel
+from transformers.utils import (
+    IMAGE_PROCESSOR_NAME,
+    PROCESSOR_NAME,
+    SAFE_WEIGHTS_INDEX_NAME,
+    SAFE_WEIGHTS_NAME,
+    WEIGHTS_INDEX_NAME,
+    WEIGHTS_NAME,
+)
+
+from medrobust_lib.files import parsed
+from medrobust_lib.models.catalogue import CONFIG_NAME, OPEN_CLIP_CONFIG_NAME
+from medrobust_lib.models.dual_encoder import DualEncoder, Tokens, check_text_lengths, check_text_path
+from medrobust_lib.models.geometry import Preprocessing, per_channel
+from medrobust_lib.models.weights import (
+    HONOURED,
+    Settings,
+    check_clip_type,
+    check_hashes,
+    check_no_adapter,
+    check_settings,
+    check_tokenizer,
+    expected_hashes,
+    explained_errors,
+    file_hashes,
+    hub_access,
+    hub_snapshot,
+    local_folder,
+    mismatch_error,
+    missing_weights,
+)
+
+if TYPE_CHECKING:
+    from medrobust_lib.models.catalogue import ModelEntry
+
+_WEIGHT_NAMES = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME)
+# Pillow's number of the filter in preprocessor_config.json.
+_FILTERS = {2: "bilinear", 3: "bicubic"}
+# Old configurations, PLIP's among them, name this end token by mistake: there it is the token of the largest id.
+_UNKNOWN_END = 2
+_TOKENIZER_SOURCE = "openai/clip-vit-base-patch32"  # the vocabulary that nearly every CLIP shares
+_CLIP_PROCESSORS = ("CLIPImageProcessor", "CLIPImageProcessorFast", "CLIPImageProcessorPil", "CLIPFeatureExtractor")
+# preprocessor_config.json
+_PROCESSOR_SETTINGS: Settings = {
+    **dict.fromkeys(("size", "crop_size", "default_to_square", "use_square_size"), HONOURED),
+    **dict.fromkeys(("do_center_crop", "do_normalize", "image_mean", "image_std"), HONOURED),
+    **dict.fromkeys(("do_rescale", "rescale_factor"), HONOURED),
+    "do_resize": (True,),
+    "resample": tuple(_FILTERS),
+    "do_pad": (False,),
+    "do_convert_rgb": HONOURED,  # what comes here is RGB
+    "image_processor_type": _CLIP_PROCESSORS,
+    "feature_extractor_type": _CLIP_PROCESSORS,
+    # What holds and moves arrays, not what is in them.
+    **dict.fromkeys(("processor_class", "_processor_class", "_valid_processor_keys"), HONOURED),
+    **dict.fromkeys(("data_format", "input_data_format", "return_tensors", "device", "disable_grouping"), HONOURED),
+}
+
+
+class TransformersClipEncoder(DualEncoder):
+    """A ``transformers.CLIPModel`` behind the common interface.
+
+    transformers' text tower takes token ids only, so :meth:`encode_embeddings` walks through its parts: positions,
+    encoder under a causal mask, final norm, pooling at the end token, projection.
+
+    Parameters
+    ----------
+    model : transformers.CLIPModel
+        The network, with its weights.
+    tokenizer : transformers tokenizer
+        Of the same model.
+    preprocessing : Preprocessing
+        Geometry and normalisation.
+    id : str
+        Name of the model.
+    provenance : dict
+        Source, licence and files.
+
+    Raises
+    ------
+    ValueError
+        If the tokenizer does not belong to the text tower, or the images are not those that the image tower reads.
+    """
+
+    def __init__(
+        self,
+        model: CLIPModel,
+        tokenizer: Any,
+        *,
+        preprocessing: Preprocessing,
+        id: str,
+        provenance: dict[str, Any],
+    ) -> None:
+        super().__init__(
+            id=id,
+            preprocessing=preprocessing,
+            embed_dim=model.config.projection_dim,
+            context_length=min(model.config.text_config.max_position_embeddings, tokenizer.model_max_length),
+            logit_scale=float(model.logit_scale.detach().exp()),
+            provenance=provenance,
+        )
+        self.model = model
+        self._tokenizer = tokenizer
+        _check_parts(model.config, tokenizer, preprocessing, id=id)
+        check_text_path(self, self._own_text_features)
+
+    def _image_features(self, pixels: Tensor) -> Tensor:
+        return _tensor(self.model.get_image_features(pixel_values=pixels))
+
+    def _own_text_features(self, texts: list[str]) -> Tensor:
+        inputs = self._tokenizer(texts, padding=True, return_tensors="pt").to(self.device)
+        return _tensor(self.model.get_text_features(inputs["input_ids"], attention_mask=inputs["attention_mask"]))
+
+    def tokenize(self, texts: Sequence[str]) -> Tokens:
+        """Tokens of k texts, on the CPU, padded to the longest of them."""
+        texts = [texts] if isinstance(texts, str) else list(texts)
+        encoded = self._tokenizer(texts, padding=True, truncation=False, return_tensors="pt")
+        mask = encoded["attention_mask"].bool()
+        check_text_lengths(texts, mask.sum(dim=1).tolist(), context_length=self.context_length, model_id=self.id)
+        return Tokens(encoded["input_ids"], mask)
+
+    def embed_tokens(self, tokens: Tokens) -> Tensor:
+        """Word embeddings [k, L, w], without positions, on the model's device."""
+        return self.model.text_model.embeddings.token_embedding(tokens.ids.to(self.device))
+
+    def _text_features(self, embeddings: Tensor, tokens: Tokens) -> Tensor:
+        tower = self.model.text_model
+        length = embeddings.shape[1]
+        hidden = tower.embeddings(inputs_embeds=embeddings)
+        causal = torch.full((length, length), torch.finfo(hidden.dtype).min, device=hidden.device).triu(1)
+        hidden = tower.encoder(inputs_embeds=hidden, attention_mask=causal.to(hidden.dtype)[None, None])
+        hidden = tower.final_layer_norm(hidden.last_hidden_state)
+        rows = torch.arange(len(hidden), device=hidden.device)
+        return self.model.text_projection(hidden[rows, self._end_positions(tokens.ids)])
+
+    def _end_positions(self, ids: Tensor) -> Tensor:
+        """Where a text is pooled: its first end token."""
+        end = self.model.config.text_config.eos_token_id
+        return ids.argmax(dim=1) if end == _UNKNOWN_END else (ids == end).int().argmax(dim=1)
+
+
+def _check_parts(config: CLIPConfig, tokenizer: Any, preprocessing: Preprocessing, *, id: str) -> None:
+    """Raise ValueError unless tokenizer and preprocessing are those of the two towers."""
+    text, vision = config.text_config, config.vision_config
+    # Without its files a tokenizer comes up silently with a handful of special tokens.
+    if not text.vocab_size // 2 <= len(tokenizer) <= text.vocab_size:
+        raise ValueError(
+            f"{id}: the tokenizer knows {len(tokenizer)} tokens, the text tower {text.vocab_size}; "
+            "are the tokenizer files (tokenizer.json, or vocab.json and merges.txt) beside the weights?"
+        )
+    if preprocessing.image_size != vision.image_size:
+        raise ValueError(
+            f"{id}: preprocessor_config.json makes images of {preprocessing.image_size} px, but the image tower of "
+            f"config.json reads {vision.image_size} px"
+        )
+    check_settings(
+        {"padding_side": tokenizer.padding_side}, {"padding_side": ("right",)}, source=f"{id}, tokenizer_config.json"
+    )
+    check_settings({"num_channels": vision.num_channels}, {"num_channels": (3,)}, source=f"{id}, config.json")
+    written = tokenizer("x")["input_ids"]
+    if text.eos_token_id not in (_UNKNOWN_END, *written):
+        # transformers would pool every text at its first token, whatever it says.
+        raise ValueError(
+            f"{id}, config.json: texts are pooled at the token eos_token_id={text.eos_token_id} of text_config, which "
+            f"its tokenizer never writes; it ends texts with {written[-1]}"
+        )
+
+
+def read_preprocessing(settings: Mapping[str, Any], *, source: str) -> Preprocessing:
+    """Preprocessing from the settings of a ``CLIPImageProcessor``, as ``preprocessor_config.json`` holds them.
+
+    Noise is added to [0, 1] pixels before anything else, so another scale or none goes into mean and standard
+    deviation, where it has exactly the same effect.
+
+    Raises
+    ------
+    ValueError
+        A setting that would have to be passed over, or sizes and a crop that do not lead to one square.
+    """
+    check_settings(settings, _PROCESSOR_SETTINGS, source=source)
+    processor = CLIPImageProcessor(**settings)
+    size, crop = _plain(processor.size), _plain(processor.crop_size) if processor.do_center_crop else None
+    edge = size.get("shortest_edge") or size.get("height") or 0
+    square = {"height": edge, "width": edge}
+    scale = 255 * processor.rescale_factor if processor.do_rescale else 255.0
+    geometry = None
+    if size == {"shortest_edge": edge} and crop == square:
+        geometry = "shortest-edge-crop"
+    elif size == square and crop in (None, square):
+        geometry = "squash"
+    if geometry is None or scale <= 0:
+        raise ValueError(
+            f"{source}: unsupported preprocessing: size {size}, crop_size {crop}, do_center_crop="
+            f"{processor.do_center_crop}, rescale_factor={processor.rescale_factor}; need a shortest edge with a "
+            "square crop of the same size, or height = width without another crop, and a factor above 0"
+        )
+    mean, std = (processor.image_mean, processor.image_std) if processor.do_normalize else (0.0, 1.0)
+    with parsed(source):
+        return Preprocessing(
+            image_size=edge,
+            geometry=geometry,
+            interpolation=_FILTERS[processor.resample],
+            mean=tuple(value / scale for value in per_channel(mean)),
+            std=tuple(value / scale for value in per_channel(std)),
+            floor_margin=True,
+        )
+
+
+def load_hub_clip(entry: "ModelEntry", *, weights_dir: Path | None, offline: bool) -> DualEncoder:
+    """Load ``hf:OWNER/NAME``: with transformers, or with open_clip where the repository has its format only.
+
+    Parameters and errors are those of `load_transformers_clip`.
+    """
+    repository = entry.source.removeprefix("hf:")
+    folder = local_folder(entry.id, weights_dir) or _hub_folder(repository, CONFIG_NAME, offline=offline)
+    try:
+        if folder is not None and (folder / CONFIG_NAME).is_file():
+            check_clip_type(folder, id=entry.id)
+    except ValueError:
+        # Beside open_clip's own configuration lies that of a text tower or of a timm model.
+        if _hub_folder(repository, OPEN_CLIP_CONFIG_NAME, offline=offline) is None:
+            raise
+    else:
+        if folder is not None or _hub_folder(repository, OPEN_CLIP_CONFIG_NAME, offline=offline) is None:
+            return load_transformers_clip(entry, weights_dir=weights_dir, offline=offline)
+    from medrobust_lib.models.open_clip import load_open_clip
+
+    return load_open_clip(replace(entry, source=f"hf-hub:{repository}"), weights_dir=weights_dir, offline=offline)
+
+
+def load_transformers_clip(entry: "ModelEntry", *, weights_dir: Path | None, offline: bool) -> TransformersClipEncoder:
+    """Load a ``CLIPModel`` from a folder or through transformers' own call to the hub.
+
+    Parameters
+    ----------
+    entry : ModelEntry
+        Its ``source`` is ``hf:OWNER/NAME`` or ``local-dir:PATH``.
+    weights_dir : Path or None
+        ``weights_dir/<id>/`` comes before the hub; it holds the files of the repository.
+    offline : bool
+        Never download.
+
+    Returns
+    -------
+    TransformersClipEncoder
+        float32, on the CPU.
+
+    Raises
+    ------
+    FileNotFoundError
+        If the weights are missing, naming where they were looked for.
+    ValueError
+        If the model is another than CLIP, keys do not fit, a file is damaged or has a wrong SHA-256, or the tokenizer
+        is not the model's.
+    """
+    scheme, _, place = entry.source.partition(":")
+    folder = Path(place).expanduser() if scheme == "local-dir" else local_folder(entry.id, weights_dir)
+    parts = None
+    if folder is not None:
+        place = str(folder)
+        parts = check_folder(folder, id=entry.id)
+        check_hashes(folder, expected_hashes(entry, folder))
+    try:
+        with hub_access(offline=offline or scheme == "local-dir"), explained_errors(place):
+            tokenizer, preprocessing = parts or _read_parts(place, id=entry.id)
+            model, report = CLIPModel.from_pretrained(
+                place, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True
+            )
+    except OSError as error:
+        if scheme == "local-dir":
+            raise FileNotFoundError(
+                f"cannot load {entry.id!r}: the folder must hold config.json, model.safetensors, "
+                f"preprocessor_config.json and the tokenizer's files. Reason: {str(error).splitlines()[0]}"
+            ) from error
+        raise missing_weights(entry, weights_dir=weights_dir, offline=offline, reason=error) from error
+    if getattr(model, "peft_config", None):
+        raise ValueError(f"{entry.id!r} is no model of its own but an adapter of peft; merge it into its base first")
+    misshapen = [str(key[0] if isinstance(key, tuple) else key) for key in report["mismatched_keys"]]
+    if report["missing_keys"] or report["unexpected_keys"] or misshapen:
+        raise mismatch_error(
+            place, missing=report["missing_keys"], unexpected=report["unexpected_keys"], misshapen=misshapen
+        )
+    folder = folder or hub_snapshot(place, CONFIG_NAME)
+    return TransformersClipEncoder(
+        model,
+        tokenizer,
+        preprocessing=preprocessing,
+        id=entry.id,
+        provenance={
+            "source": entry.source,
+            "licence": entry.licence,
+            "files": {} if folder is None else file_hashes(folder),
+        },
+    )
+
+
+def check_folder(folder: Path, *, id: str) -> tuple[Any, Preprocessing]:
+    """Raise unless a folder holds a CLIP that can be loaded, as far as this is known without reading its weights.
+
+    Returns
+    -------
+    (tokenizer, Preprocessing)
+
+    Raises
+    ------
+    FileNotFoundError
+        A file is missing; names it.
+    ValueError
+        The model is another than CLIP, or one of its settings is not supported.
+    """
+    check_no_adapter(folder, id=id)
+    if (folder / CONFIG_NAME).is_file():
+        check_clip_type(folder, id=id)
+    # Newer processors keep the settings of images among their own.
+    processor = PROCESSOR_NAME if (folder / PROCESSOR_NAME).is_file() else IMAGE_PROCESSOR_NAME
+    missing = [name for name in (CONFIG_NAME, processor) if not (folder / name).is_file()]
+    if not any((folder / name).is_file() for name in _WEIGHT_NAMES):
+        missing.append(" or ".join(_WEIGHT_NAMES))
+    if missing:
+        held = ", ".join(sorted(path.name for path in folder.glob("*"))) or "nothing, or is not there"
+        raise FileNotFoundError(
+            f"cannot load {id!r}: the folder must hold config.json, model.safetensors, preprocessor_config.json and "
+            f"the tokenizer's files. {folder} lacks {' and '.join(missing)}; it holds {held}"
+        )
+    check_tokenizer(folder, id=id, published=_TOKENIZER_SOURCE)
+    with hub_access(offline=True), explained_errors(str(folder)):
+        parts = _read_parts(str(folder), id=id)
+        _check_parts(CLIPConfig.from_pretrained(str(folder)), *parts, id=id)
+    return parts
+
+
+def _read_parts(place: str, *, id: str) -> tuple[Any, Preprocessing]:
+    """Tokenizer and preprocessing of a folder or repository."""
+    settings, _ = CLIPImageProcessor.get_image_processor_dict(place)
+    return AutoTokenizer.from_pretrained(place), read_preprocessing(settings, source=f"{id}, preprocessor_config.json")
+
+
+def _hub_folder(repository: str, name: str, *, offline: bool) -> Path | None:
+    """Folder in the hub cache with a small file of a repository, fetched where that is allowed; None if there is none.
+
+    Of an error of the hub, too: the loader that follows meets the same and explains it.
+    """
+    try:
+        with hub_access(offline=offline):
+            return Path(hf_hub_download(repository, name, local_files_only=offline)).parent
+    except OSError:
+        return None
+
+
+def _tensor(features: Any) -> Tensor:
+    """Features as transformers 5 returns them, in an output object, or earlier versions."""
+    return features if isinstance(features, Tensor) else features.pooler_output
+
+
+def _plain(size: Any) -> dict[str, int]:
+    """Size object of transformers as a dictionary of the values that are set."""
+    return {name: value for name, value in dict(size).items() if value is not None}

@@ -1,0 +1,92 @@
+"""Synthetic phantoms: seeded drawings that imitate six imaging modalities.
+
+They are not patients' images and say nothing about patients. They exist so that every notebook runs
+without a download: their classes mirror the public sets' classes, and their two acquisition sites
+give the demonstration a train-to-test shift.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from medrobust_lib.phantoms import blood, breast, chest, fundus, histology, oct
+from medrobust_lib.phantoms.painting import Site, acquire
+
+MODALITIES = {module.__name__.rpartition(".")[2]: module for module in (histology, blood, breast, chest, fundus, oct)}
+SITES = ("A", "B")
+# "pretrain" exists to train demo models; the benchmark never reads it.
+SPLITS = {"train": 1440, "val": 360, "test": 720, "pretrain": 5040}
+SMALLEST, LARGEST = 28, 512
+
+
+def phantom_classes(modality: str) -> tuple[str, ...]:
+    """Class names of a modality, in label order."""
+    return tuple(_module(modality).PAINTERS)
+
+
+def render_phantoms(
+    modality: str,
+    indices: Sequence[int] | NDArray[np.int64],
+    *,
+    split: str,
+    site: str = "B",
+    image_size: int = 64,
+) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+    """Render phantoms by their index.
+
+    An image depends on (modality, site, split, index) and nothing else, so any subset can be drawn
+    anywhere. No two splits or sites share a random stream: the seed sequence holds all four keys.
+
+    Parameters
+    ----------
+    modality : {"histology", "blood", "breast", "chest", "fundus", "oct"}
+    indices : sequence of int
+        Positions in the split; label ``index % number of classes``, so each split is balanced.
+    split : {"train", "val", "test", "pretrain"}
+    site : {"A", "B"}
+        A trained demo-clip; B is the benchmark.
+    image_size : int
+        Side in pixels, 28 to 512.
+
+    Returns
+    -------
+    images : uint8 [n, image_size, image_size, 3]
+    labels : int64 [n]
+
+    Raises
+    ------
+    ValueError
+        Unknown modality, split or site; size or index out of range.
+    """
+    module = _module(modality)
+    _check_choice("split", split, tuple(SPLITS))
+    _check_choice("site", site, SITES)
+    if not SMALLEST <= image_size <= LARGEST:
+        raise ValueError(f"image_size={image_size}: phantoms are drawn from {SMALLEST} to {LARGEST} px")
+    indices = np.asarray(indices, dtype=np.int64)
+    if indices.size and not 0 <= indices.min() <= indices.max() < SPLITS[split]:
+        raise ValueError(f"phantom indices of split {split!r} run from 0 to {SPLITS[split] - 1}")
+    painters = list(module.PAINTERS.values())
+    labels = indices % len(painters)
+    images = np.empty((len(indices), image_size, image_size, 3), np.uint8)
+    keys = (tuple(MODALITIES).index(modality), SITES.index(site), tuple(SPLITS).index(split))
+    for row, (index, label) in enumerate(zip(indices, labels, strict=True)):
+        rng = np.random.default_rng([*keys, int(index)])
+        scene = painters[label](rng, image_size)
+        images[row] = acquire(scene, _site(module, site), rng)
+    return images, labels
+
+
+def _module(modality: str):  # noqa: ANN202 - a module has no useful static type
+    _check_choice("modality", modality, tuple(MODALITIES))
+    return MODALITIES[modality]
+
+
+def _site(module, site: str) -> Site:  # noqa: ANN001
+    return {"A": module.SITE_A, "B": module.SITE_B}[site]
+
+
+def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"unknown {name} {value!r}; choose one of {', '.join(choices)}")
