@@ -2,75 +2,48 @@
 
 The public names are loaded on first use, so importing the package costs nothing; it only makes sure
 that torchvision can be imported beside a CPU-only torch. Not for clinical use.
+
+What each notebook is about, and the files to read for it, in this order:
+
+======== =====================================================================================================
+notebook files of ``medrobust_lib``
+======== =====================================================================================================
+01       data/dataset, models/dual_encoder, models/loading, metrics/classification
+02       smoothing/noise, smoothing/bounds, smoothing/certificate, smoothing/certify, smoothing/sequential
+03       smoothing/prompts, smoothing/methods, smoothing/study, metrics/certified
+03b      smoothing/prompt_frames, smoothing/denoisers, data/splits
+04       models/adapters, adaptation/training_images, adaptation/training, adaptation/adapting
+05       corruptions/functions, corruptions/suites, evaluation, metrics/corruption
+06       generative/answers, generative/oracles, generative/errors, generative/certify
+07       data/readers, data/decoding, data/inspection
+======== =====================================================================================================
+
+The rest (experiments, studies, plots, explore, the command line) runs, keeps and shows what these compute.
 """
 
 import importlib
-from typing import TYPE_CHECKING
 
 from medrobust_lib._torchvision import install_guard
 from medrobust_lib.places import VERSION
 
-if TYPE_CHECKING:
-    from medrobust_lib.corruptions.stored import read_corrupted
-    from medrobust_lib.corruptions.suites import SUITES, corrupt
-    from medrobust_lib.corruptions.writing import corrupted
-    from medrobust_lib.data.dataset import ImageDataset
-    from medrobust_lib.data.questions import load_questions
-    from medrobust_lib.data.registry import list_datasets, load_dataset
-    from medrobust_lib.generative.certify import GenerativeCertificate, certify_generative
-    from medrobust_lib.models.dual_encoder import DualEncoder
-    from medrobust_lib.models.loading import list_models, list_vlms, load_model, register_model
-    from medrobust_lib.models.vision_language import load_vlm
-    from medrobust_lib.smoothing.certificate import Certificate
-    from medrobust_lib.smoothing.certify import certify, predict
-    from medrobust_lib.smoothing.study import certify_dataset
-
 __version__ = VERSION
-__all__ = [
-    "SUITES",
-    "Certificate",
-    "DualEncoder",
-    "GenerativeCertificate",
-    "ImageDataset",
-    "certify",
-    "certify_dataset",
-    "certify_generative",
-    "corrupt",
-    "corrupted",
-    "list_datasets",
-    "list_models",
-    "list_vlms",
-    "load_dataset",
-    "load_model",
-    "load_questions",
-    "load_vlm",
-    "predict",
-    "read_corrupted",
-    "register_model",
-]
-
-_HOMES = {
-    "SUITES": "medrobust_lib.corruptions.suites",
-    "Certificate": "medrobust_lib.smoothing.certificate",
-    "DualEncoder": "medrobust_lib.models.dual_encoder",
-    "GenerativeCertificate": "medrobust_lib.generative.certify",
-    "ImageDataset": "medrobust_lib.data.dataset",
-    "certify": "medrobust_lib.smoothing.certify",
-    "certify_dataset": "medrobust_lib.smoothing.study",
-    "certify_generative": "medrobust_lib.generative.certify",
-    "corrupt": "medrobust_lib.corruptions.suites",
-    "corrupted": "medrobust_lib.corruptions.writing",
-    "list_datasets": "medrobust_lib.data.registry",
-    "list_models": "medrobust_lib.models.loading",
-    "list_vlms": "medrobust_lib.models.loading",
-    "load_dataset": "medrobust_lib.data.registry",
-    "load_model": "medrobust_lib.models.loading",
-    "load_questions": "medrobust_lib.data.questions",
-    "load_vlm": "medrobust_lib.models.vision_language",
-    "predict": "medrobust_lib.smoothing.certify",
-    "read_corrupted": "medrobust_lib.corruptions.stored",
-    "register_model": "medrobust_lib.models.loading",
+_NAMES = {
+    "corruptions.stored": ["read_corrupted"],
+    "corruptions.suites": ["SUITES", "corrupt"],
+    "corruptions.writing": ["corrupted"],
+    "data.dataset": ["ImageDataset"],
+    "data.questions": ["load_questions"],
+    "data.registry": ["list_datasets", "load_dataset"],
+    "generative.certify": ["GenerativeCertificate", "certify_generative"],
+    "models.dual_encoder": ["DualEncoder"],
+    "models.loading": ["list_models", "list_vlms", "load_model", "register_model"],
+    "models.vision_language": ["load_vlm"],
+    "smoothing.certificate": ["Certificate"],
+    "smoothing.certify": ["certify", "predict"],
+    "smoothing.study": ["certify_dataset"],
 }
+_HOMES = {name: f"medrobust_lib.{module}" for module, names in _NAMES.items() for name in names}
+__all__ = sorted(_HOMES)
 
 install_guard()
 
