@@ -27,9 +27,20 @@ from medrobust_lib.models.catalogue import DUAL_ENCODERS
 from medrobust_lib.runner import find_notebooks
 from medrobust_lib.smoothing.certificate import GUARANTEES
 
-PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+PAGES = (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")))
 _NO_BREAK = "\N{NO-BREAK SPACE}"
 MISSING = "not in the present snapshot"
+# The files of the library to read for a notebook, in this order; the package's docstring has the same table.
+READING = {
+    "01": ["data/dataset", "models/dual_encoder", "models/loading", "metrics/classification"],
+    "02": ["smoothing/noise", "smoothing/bounds", "smoothing/certificate", "smoothing/certify", "smoothing/sequential"],
+    "03": ["smoothing/prompts", "smoothing/methods", "smoothing/study", "metrics/certified"],
+    "03b": ["smoothing/prompt_frames", "smoothing/denoisers", "data/splits"],
+    "04": ["models/adapters", "adaptation/training_images", "adaptation/training", "adaptation/adapting"],
+    "05": ["corruptions/functions", "corruptions/suites", "evaluation", "metrics/corruption"],
+    "06": ["generative/answers", "generative/oracles", "generative/errors", "generative/certify"],
+    "07": ["data/readers", "data/decoding", "data/inspection"],
+}
 _PART = re.compile(r"(<!-- generated: (?P<name>[\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 Snapshot = Mapping[str, Any]
@@ -232,6 +243,14 @@ def published_part(snapshot: Snapshot) -> str:
     return f"{comparison}\n\n{audit}"
 
 
+def reading_part(snapshot: Snapshot) -> str:
+    """Table of the files that tell a notebook's story."""
+    rows = []
+    for number, names in READING.items():
+        rows.append((number, ", ".join(f"[`{name}`](medrobust_lib/{name}.py)" for name in names)))
+    return _table(("notebook", "files of `medrobust_lib`, in the order to read them"), rows)
+
+
 def guarantees_part(snapshot: Snapshot) -> str:
     """Table of what a certificate may say."""
     return _table(("guarantee", "what it says"), [(f"`{name}`", words) for name, words in GUARANTEES.items()])
@@ -263,6 +282,7 @@ PARTS: dict[str, Callable[[Snapshot], str]] = {
     "results": results_part,
     "published": published_part,
     "guarantees": guarantees_part,
+    "reading": reading_part,
     "citations": citations_part,
 }
 

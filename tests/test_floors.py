@@ -6,6 +6,7 @@ outside import from it.
 """
 
 import ast
+import re
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -29,6 +30,9 @@ FLOORS = (
     ("cli",),
     ("__main__",),
 )
+
+
+MOST_MODULES, MOST_LINES, MOST_PARAMETERS = 80, 500, 10
 
 
 def rooms_by_floor():
@@ -83,3 +87,70 @@ def test_nobody_inside_imports_the_face(imports):
 
 def test_no_circle(imports):
     TopologicalSorter(imports).prepare()
+
+
+# ---- a house in which one finds one's way ----
+
+
+@pytest.fixture(scope="module")
+def trees():
+    return {path.relative_to(PACKAGE): ast.parse(path.read_text(encoding="utf-8")) for path in PACKAGE.rglob("*.py")}
+
+
+def holds_code(tree):
+    """Whether a file holds more than a docstring, imports and a table of names."""
+    listed = (ast.Expr, ast.Import, ast.ImportFrom, ast.Assign)
+    return not all(isinstance(statement, listed) for statement in tree.body)
+
+
+def test_rooms_are_few_and_files_are_short(trees):
+    assert len([path for path, tree in trees.items() if path.name != "__init__.py" or holds_code(tree)]) <= MOST_MODULES
+    long = {str(path): len((PACKAGE / path).read_text(encoding="utf-8").splitlines()) for path in trees}
+    assert not {path: lines for path, lines in long.items() if lines > MOST_LINES}
+
+
+def test_no_function_takes_more_than_ten_parameters(trees):
+    many = []
+    for path, tree in trees.items():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and path.name != "cli.py":
+                names = [one.arg for one in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)]
+                if len([name for name in names if name not in ("self", "cls")]) > MOST_PARAMETERS:
+                    many.append(f"{path}:{node.lineno} {node.name}")
+    assert not many
+
+
+# ---- what is said of the house ----
+
+ROOT = PACKAGE.parent
+ARCHITECTURE = ROOT / "docs" / "architecture.md"
+
+
+def test_the_page_of_the_house_has_every_room_from_the_ground_up():
+    table = re.search(r"\| floor \|.+?\n\n", ARCHITECTURE.read_text(encoding="utf-8"), re.DOTALL)[0]
+    told = re.findall(r"`(\w+)`", table)
+    floor = rooms_by_floor()
+    assert {*told, "__main__"} == set(floor)
+    assert [floor[room] for room in told] == sorted(floor[room] for room in told)
+
+
+def test_what_the_page_of_the_house_names_exists():
+    text = ARCHITECTURE.read_text(encoding="utf-8")
+    for path in re.findall(r"`((?:\w+/)+[\w.]*)`", text):
+        assert (ROOT / path).exists() or (PACKAGE / path).exists(), path
+    sources = {path.stem: path.read_text(encoding="utf-8") for path in PACKAGE.rglob("*.py")}
+    for module, name in re.findall(r"`(?:\w+\.)*(\w+)\.(\w+)`", text):
+        if module in sources:
+            assert name in sources or re.search(rf"\b(def|class) {name}\b", sources[module]), f"{module}.{name}"
+    for name in re.findall(r"`(\w+)`", re.sub(r"\| floor \|.+?\n\n", "", text, flags=re.DOTALL)):
+        assert any(re.search(rf"\b(def|class) {name}\b", source) for source in sources.values()), name
+
+
+def test_the_package_names_the_files_that_tell_each_notebooks_story(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "docs"))
+    from generate import READING
+
+    assert list(READING) == [path.name.split("_")[0] for path in sorted((ROOT / "notebooks").glob("*.ipynb"))]
+    for number, names in READING.items():
+        assert f"{number:<8} {', '.join(names)}" in medrobust_lib.__doc__.split("\n")
+        assert all((PACKAGE / f"{name}.py").is_file() for name in names)
