@@ -2,16 +2,19 @@ import os
 
 # Before any library that reads it: a failed look-up on the hub waits half a minute.
 os.environ["HF_HUB_OFFLINE"] = "1"
+# Small tensors are slower on several threads, above all beside other processes.
+os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["TQDM_DISABLE"] = "1"
 os.environ.setdefault("MPLBACKEND", "agg")
 
+import functools
 import importlib.util
 from pathlib import Path
 
 import nbformat
 import pytest
 
-import medrobust_lib  # noqa: F401 - installs the torchvision guard before any test module imports it
+import medrobust_lib as mr  # installs the torchvision guard before any test module imports it
 from medrobust_lib.experiments import write_text_atomically
 
 spec = importlib.util.spec_from_file_location("hardening_table", Path(__file__).parent / "hardening" / "table.py")
@@ -50,6 +53,36 @@ def pytest_sessionfinish(session, exitstatus):
         print(f"\nthe table was not written: {', '.join(results.troubles) or 'the run did not end well'}")
         return
     write_text_atomically(session.config.getoption("hardening_table"), results.page())
+
+
+@pytest.fixture(scope="session")
+def model():
+    """demo-clip, for every test: whoever changes a model takes a copy."""
+    from medrobust_lib.models.weights import fingerprint
+
+    model = mr.load_model("demo-clip", device="cpu")
+    before = fingerprint([*model.state_dict().values()])
+    yield model
+    assert fingerprint([*model.state_dict().values()]) == before, "a test changed the model that all tests share"
+
+
+@pytest.fixture(scope="session")
+def phantoms():
+    """Function giving the phantoms of a modality, drawn once and not to be changed."""
+
+    @functools.cache
+    def drawn(modality, **options):
+        data = mr.load_dataset(f"phantom/{modality}", **options)
+        data.images.flags.writeable = data.labels.flags.writeable = False
+        return data
+
+    return drawn
+
+
+@pytest.fixture(scope="session")
+def data(phantoms):
+    """Eight images of eight classes, for every test that does not mind which."""
+    return phantoms("blood", n=8)
 
 
 @pytest.fixture

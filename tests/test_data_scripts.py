@@ -500,7 +500,7 @@ def test_a_workbook_without_openpyxl_says_what_to_do(tmp_path, monkeypatch):
     def read_excel(path):
         raise ImportError("no openpyxl")
 
-    monkeypatch.setattr(preparation.pd, "read_excel", read_excel)
+    monkeypatch.setattr(pd, "read_excel", read_excel)
     with pytest.raises(
         ImportError, match=r"Train\.xlsx needs openpyxl: `pip install openpyxl`, or save it as .*Train\.csv"
     ):

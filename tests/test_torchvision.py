@@ -25,13 +25,9 @@ def make_torchvision(folder, body: str) -> str:
 
 
 def test_real_torchvision_and_what_needs_it_import():
-    code = """
-    import medrobust_lib
-    import torchvision, timm, open_clip, peft
-    from transformers import CLIPModel
-    print(torchvision.transforms.Resize(3).size)
-    """
-    assert run_python(code, "").strip() == "3"
+    for name in ("torchvision", "timm", "open_clip", "peft", "transformers.models.clip.modeling_clip"):
+        importlib.import_module(name)  # after medrobust_lib, which conftest.py imports
+    assert sys.modules["torchvision"].transforms.Resize(3).size == 3
 
 
 def test_guard_does_nothing_where_torchvision_imports(tmp_path):
@@ -76,11 +72,6 @@ def test_guard_passes_on_any_other_failure(tmp_path):
         print(error)
     """
     assert run_python(code, path).strip() == "something else is broken"
-
-
-def test_importing_the_package_loads_neither_torch_nor_pandas():
-    code = "import sys, medrobust_lib; print([m for m in ('torch', 'pandas', 'matplotlib') if m in sys.modules])"
-    assert run_python(code, "").strip() == "[]"
 
 
 def test_guard_leaves_other_modules_alone_and_is_installed_once():

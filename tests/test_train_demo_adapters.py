@@ -3,7 +3,6 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
 import typer
 from typer.testing import CliRunner
 
@@ -12,15 +11,6 @@ from medrobust_lib.models.loading import load_model
 
 SCRIPT = Path(__file__).parents[1] / "data_scripts" / "train_demo_adapters.py"
 SETS = ("phantom/breast", "phantom/chest")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Small tensors are slower on several threads, above all beside other processes."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture

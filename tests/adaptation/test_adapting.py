@@ -1,6 +1,8 @@
 """Adapters and fine-tuning of demo-clip: what changes, what is remembered, finished and interrupted folders, errors."""
 
+import contextlib
 import dataclasses
+import functools
 import json
 
 import numpy as np
@@ -9,7 +11,7 @@ import torch
 from torch import nn
 
 import medrobust_lib as mr
-from medrobust_lib.adaptation import training
+from medrobust_lib import metrics
 from medrobust_lib.adaptation.adapting import adapt_lora, fine_tune
 from medrobust_lib.adaptation.training_images import Augmentation
 from medrobust_lib.models.adapters import adapter_parameters
@@ -17,42 +19,56 @@ from medrobust_lib.models.dual_encoder import find_image_tower
 
 BEST = {"epochs": 2, "learning_rate": 1e-3, "batch_size": 8, "rank": 4}
 TUNED = {name: value for name, value in BEST.items() if name != "rank"} | {"learning_rate": 3e-4}
-SETS = {"phantom/breast": 8, "phantom/oct": 12}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Small tensors are slower on several threads, above all beside other processes."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+RECIPES = {adapt_lora: BEST, fine_tune: TUNED}
+BALANCED_ACCURACY = metrics.balanced_accuracy
+SETS = {"breast": 8, "oct": 12}
 
 
 @pytest.fixture(scope="module")
-def model():
-    return mr.load_model("demo-clip", device="cpu")
-
-
-@pytest.fixture(scope="module")
-def data():
+def data(phantoms):
     """Training and validation images of two sets."""
-    return tuple([mr.load_dataset(id, split=split, n=n) for id, n in SETS.items()] for split in ("train", "val"))
+    return tuple([phantoms(name, split=split, n=n) for name, n in SETS.items()] for split in ("train", "val"))
+
+
+@contextlib.contextmanager
+def rising_validation():
+    """Validation that rises from epoch to epoch, so that the last one counts."""
+    count = iter(range(10_000))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(metrics, "balanced_accuracy", lambda *_: next(count) / 10_000)
+        yield
 
 
 @pytest.fixture(autouse=True)
-def improving(monkeypatch):
-    """Validation that rises from epoch to epoch, so that the last one counts."""
-    count = iter(range(10_000))
-    monkeypatch.setattr(training.metrics, "balanced_accuracy", lambda *_: next(count) / 10_000)
+def improving():
+    with rising_validation():
+        yield
 
 
 @pytest.fixture(scope="module")
-def adapted(model, data):
-    with pytest.MonkeyPatch.context() as patch:
-        count = iter(range(10_000))
-        patch.setattr(training.metrics, "balanced_accuracy", lambda *_: next(count) / 10_000)
-        return adapt_lora(model, data[0], validation=data[1], **BEST)
+def trained(model, data, tmp_path_factory):
+    """Function giving what a method learns, made once in memory or in a folder and not to be changed."""
+
+    @functools.cache
+    def made(method, *, in_folder=False):
+        out = tmp_path_factory.mktemp("trained") / "below" / "breast-oct" if in_folder else None
+        with rising_validation():
+            return method(model, data[0], validation=data[1], out=out, **RECIPES[method]), out
+
+    return made
+
+
+@pytest.fixture
+def adapted(trained):
+    return trained(adapt_lora)[0]
+
+
+@pytest.fixture
+def steps(monkeypatch):
+    """List with an entry for each step of training."""
+    taken, step = [], torch.optim.AdamW.step
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda self: taken.append(0) or step(self))
+    return taken
 
 
 def changed(before, after):
@@ -93,9 +109,9 @@ def test_the_adapted_model_is_frozen_and_ready_for_certificates(adapted):
     assert adapted.best_epoch == 2 and adapted.seconds > 0
 
 
-def test_fine_tuning_changes_all_of_the_image_tower_and_no_statistics(model, data):
-    tuned = fine_tune(model, data[0], validation=data[1], **TUNED)
-    wanted = set(find_image_tower(mr.load_model("demo-clip", device="cpu")).parameters)
+def test_fine_tuning_changes_all_of_the_image_tower_and_no_statistics(model, trained):
+    tuned, _ = trained(fine_tune)
+    wanted = set(find_image_tower(model).parameters)
     # Shifts before a batch normalisation with frozen statistics still have gradients; keys' biases have none.
     moved = changed(model.state_dict(), tuned.model.state_dict())
     assert moved <= wanted and len(moved) >= len(wanted) - 1
@@ -118,10 +134,9 @@ def test_seeds_decide_the_adapters(model, data, adapted):
     assert differing == {name for name in names if ".lora_A." in name}  # B begins as zero
 
 
-def test_adaptation_wins_on_images_it_has_not_seen(model, monkeypatch):
-    monkeypatch.undo()
-    id = "phantom/blood"
-    train, val, test = (mr.load_dataset(id, split=split, n=64) for split in ("train", "val", "test"))
+def test_adaptation_wins_on_images_it_has_not_seen(model, phantoms, monkeypatch):
+    monkeypatch.setattr(metrics, "balanced_accuracy", BALANCED_ACCURACY)
+    train, val, test = (phantoms("blood", split=split, n=64) for split in ("train", "val", "test"))
     adapted = adapt_lora(model, [train], validation=[val], epochs=5, learning_rate=1e-3, schedule="one-cycle")
     texts = model.class_features(test.classes, test.templates[:1])
     share = [
@@ -162,7 +177,7 @@ def test_the_fraction_of_the_training_split_is_kept(model, data):
 
 
 def test_a_run_without_improvement_is_told(model, data, monkeypatch):
-    monkeypatch.setattr(training.metrics, "balanced_accuracy", lambda *_: 0.5)
+    monkeypatch.setattr(metrics, "balanced_accuracy", lambda *_: 0.5)
     with pytest.warns(UserWarning, match="no epoch of 2 is better on the validation images than demo-clip") as told:
         found = adapt_lora(model, data[0], validation=data[1], **BEST)
     assert told[0].filename == __file__
@@ -174,13 +189,12 @@ def test_a_run_without_improvement_is_told(model, data, monkeypatch):
 
 
 @pytest.mark.parametrize("method", [adapt_lora, fine_tune])
-def test_a_finished_folder_is_loaded_instead_of_trained(model, data, tmp_path, monkeypatch, method):
-    change = BEST if method is adapt_lora else TUNED
-    out = tmp_path / "below" / "breast-oct"
-    first = method(model, data[0], validation=data[1], out=out, **change)
+def test_a_finished_folder_is_loaded_instead_of_trained(model, data, trained, steps, method):
+    first, out = trained(method, in_folder=True)
     assert [path.name for path in out.parent.iterdir()] == ["breast-oct"]
-    monkeypatch.setattr(training, "summed_loss", lambda *_: pytest.fail("trained again"))
-    again = method(model, data[0], validation=data[1], out=str(out), **change)
+    steps.clear()
+    again = method(model, data[0], validation=data[1], out=str(out), **RECIPES[method])
+    assert not steps
     assert torch.equal(features(first.model, data), features(again.model, data))
     assert not torch.equal(features(first.model, data), features(model, data))
     assert again.history.equals(first.history)
@@ -189,10 +203,10 @@ def test_a_finished_folder_is_loaded_instead_of_trained(model, data, tmp_path, m
     assert again.model.provenance == first.model.provenance
 
 
-def test_an_adapter_folder_is_what_load_model_takes(model, data, adapted, tmp_path):
-    made = adapt_lora(model, data[0], validation=data[1], out=tmp_path / "made", **BEST)
+def test_an_adapter_folder_is_what_load_model_takes(data, adapted, trained):
+    made, out = trained(adapt_lora, in_folder=True)
     assert torch.equal(features(made.model, data), features(adapted.model, data))
-    loaded = mr.load_model("demo-clip", device="cpu", adapter=tmp_path / "made")
+    loaded = mr.load_model("demo-clip", device="cpu", adapter=out)
     assert torch.allclose(features(loaded, data), features(made.model, data), atol=1e-5)
     assert loaded.id == made.model.id
     assert loaded.provenance["recipe"] == made.model.provenance["recipe"]
@@ -203,18 +217,18 @@ def test_an_adapter_folder_is_what_load_model_takes(model, data, adapted, tmp_pa
     outcome="the same call goes on; the result is the undisturbed one",
 )  # fmt: skip
 @pytest.mark.parametrize("method", [adapt_lora, fine_tune])
-def test_an_interrupted_folder_is_continued(model, data, tmp_path, monkeypatch, method):
-    change = BEST if method is adapt_lora else TUNED
-    expected = method(model, data[0], validation=data[1], **change)
-    count, loss = iter(range(5)), training.summed_loss  # three steps an epoch
+def test_an_interrupted_folder_is_continued(model, data, trained, tmp_path, monkeypatch, steps, method):
+    change, (expected, _) = RECIPES[method], trained(method)
+    counted = torch.optim.AdamW.step
     with monkeypatch.context() as broken, pytest.raises(KeyboardInterrupt):
-        broken.setattr(training, "summed_loss", lambda *some: loss(*some) if next(count, None) is not None else stop())
+        # In the last of three steps of the second epoch.
+        broken.setattr(torch.optim.AdamW, "step", lambda self: counted(self) if len(steps) < 5 else stop())
+        steps.clear()
         method(model, data[0], validation=data[1], out=tmp_path / "made", **change)
     assert [path.name for path in tmp_path.iterdir()] == ["made.training"]
     with pytest.raises(ValueError, match="recipe.seed: the store has 0, this run asks 5"):
         method(model, data[0], validation=data[1], out=tmp_path / "made", seed=5, **change)
-    steps = []
-    monkeypatch.setattr(training, "summed_loss", lambda *some: steps.append(0) or loss(*some))
+    steps.clear()
     resumed = method(model, data[0], validation=data[1], out=tmp_path / "made", **change)
     assert len(steps) == 3
     assert torch.equal(features(expected.model, data), features(resumed.model, data))

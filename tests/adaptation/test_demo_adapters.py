@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 
-import medrobust_lib as mr
 from medrobust_lib import metrics
 from medrobust_lib.adaptation import demo_adapters
 from medrobust_lib.adaptation.demo_adapters import DATASETS, FOLDER, NOISY, RECIPE, find_demo_adapter, folder_name
@@ -24,20 +23,6 @@ CARD = (FOLDER / "MODEL_CARD.md").read_text(encoding="utf-8")
 NAMES = re.findall(r"^\| `(\S+)` \|", CARD, re.MULTILINE)
 ONE = {"fraction": 0.1, "rank": 16, "seed": 1}
 LARGEST = 2_000_000  # bytes of all folders together
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Small tensors are slower on several threads, above all beside other processes."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def model():
-    return mr.load_model("demo-clip", device="cpu")
 
 
 @pytest.fixture(scope="module")

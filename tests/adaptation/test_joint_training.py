@@ -4,7 +4,6 @@ import dataclasses
 import json
 import logging
 import math
-import os
 import signal
 import subprocess
 import sys
@@ -12,10 +11,12 @@ import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from torch import nn
 
+from medrobust_lib import metrics
 from medrobust_lib.adaptation import training
 from medrobust_lib.adaptation.training import Recipe, summed_loss, train_jointly
 from medrobust_lib.adaptation.training_images import Augmentation, TrainingImages
@@ -88,15 +89,6 @@ def equal(first, second):
     return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Tiny matrices are slower on several threads, above all beside other processes."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 # Loss and steps
 
 
@@ -159,12 +151,15 @@ def test_the_one_cycle_is_that_of_torch():
     assert {Recipe(learning_rate=0.3).rate(step, 9) for step in range(9)} == {0.3}
 
 
-def test_the_schedule_reaches_the_optimiser(monkeypatch):
-    rates = []
-    step = torch.optim.AdamW.step
-    monkeypatch.setattr(
-        torch.optim.AdamW, "step", lambda self: rates.append(self.param_groups[0]["lr"]) or step(self)
-    )  # fmt: skip
+@pytest.fixture
+def rates(monkeypatch):
+    """The learning rate of each step of training."""
+    taken, step = [], torch.optim.AdamW.step
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda self: taken.append(self.param_groups[0]["lr"]) or step(self))
+    return taken
+
+
+def test_the_schedule_reaches_the_optimiser(rates):
     recipe = dataclasses.replace(RECIPE, schedule="one-cycle")
     fit(recipe)
     assert rates == [recipe.rate(number, 12) for number in range(12)]
@@ -226,7 +221,7 @@ def test_templates_are_the_first_of_each_set_unless_given(monkeypatch):
 def with_scores(monkeypatch, scores):
     """Validation that always gives these balanced accuracies, epoch by epoch, the same for both sets."""
     left = iter(np.repeat(scores, 2))
-    monkeypatch.setattr(training.metrics, "balanced_accuracy", lambda *_: float(next(left)))
+    monkeypatch.setattr(metrics, "balanced_accuracy", lambda *_: float(next(left)))
 
 
 @pytest.mark.parametrize(
@@ -283,32 +278,45 @@ def test_no_epochs_change_nothing():
 # Interruptions
 
 
+class Interrupted(TinyEncoder):
+    """Is stopped by a person after some steps of training."""
+
+    def __init__(self, steps):
+        super().__init__()
+        self.left = steps
+
+    def _image_features(self, pixels):
+        if torch.is_grad_enabled():
+            if not self.left:
+                raise KeyboardInterrupt
+            self.left -= 1
+        return super()._image_features(pixels)
+
+
 @pytest.mark.hardening(
     area="interruption", tried="an interrupt at different steps of training",
     outcome="continued at the last epoch; the parameters are the same, bit for bit",
 )  # fmt: skip
 @pytest.mark.parametrize("steps", [2, 4, 5, 9])
-def test_a_run_that_was_interrupted_gives_the_same(tmp_path, monkeypatch, steps):
+def test_a_run_that_was_interrupted_gives_the_same(tmp_path, rates, steps):
     recipe = dataclasses.replace(RECIPE, schedule="one-cycle")
     expected, outcome = fit(recipe)
-    left = iter(range(steps))
-    loss = training.summed_loss
-    with monkeypatch.context() as broken, pytest.raises(KeyboardInterrupt):
-        broken.setattr(training, "summed_loss", lambda *some: loss(*some) if next(left, None) is not None else stop())
-        fit(recipe, folder=tmp_path / "state")
-    calls = []
-    monkeypatch.setattr(training, "summed_loss", lambda *some: calls.append(0) or loss(*some))
+    with pytest.raises(KeyboardInterrupt):
+        fit(recipe, model=Interrupted(steps), folder=tmp_path / "state")
+    rates.clear()
     resumed, again = fit(recipe, folder=tmp_path / "state")
-    assert len(calls) == 12 - steps // 4 * 4  # four steps an epoch; finished ones are not repeated
+    assert len(rates) == 12 - steps // 4 * 4  # four steps an epoch; finished ones are not repeated
     assert equal(expected, resumed)
     assert again.best_epoch == outcome.best_epoch
     assert again.history.drop(columns="seconds").equals(outcome.history.drop(columns="seconds"))
     finished, _ = fit(recipe, folder=tmp_path / "state")
-    assert equal(expected, finished) and len(calls) == 12 - steps // 4 * 4
+    assert equal(expected, finished) and len(rates) == 12 - steps // 4 * 4
 
 
-def stop():
-    raise KeyboardInterrupt
+class Slow(TinyEncoder):
+    def _image_features(self, pixels):
+        time.sleep(0.01)
+        return super()._image_features(pixels)
 
 
 @pytest.mark.hardening(
@@ -318,16 +326,15 @@ def stop():
 def test_a_killed_process_is_continued(tmp_path):
     recipe = dataclasses.replace(RECIPE, epochs=40)
     lines = (
-        "import importlib.util, pathlib, sys, time, torch, medrobust_lib.adaptation.adapting",
+        "import importlib.util, pathlib, sys, medrobust_lib.adaptation.adapting",
         "assert 'peft' not in sys.modules",  # it takes seconds to import, and notebooks import more than they use
         f"spec = importlib.util.spec_from_file_location('tests_here', {str(Path(__file__))!r})",
         "here = importlib.util.module_from_spec(spec); sys.modules['tests_here'] = here",
-        "spec.loader.exec_module(here); torch.set_num_threads(1)",
-        "step = here.joint_training._Run._step",
-        "here.joint_training._Run._step = lambda self, *some: time.sleep(0.01) or step(self, *some)",
-        f"here.fit(here.dataclasses.replace(here.RECIPE, epochs=40), folder=pathlib.Path({str(tmp_path / 'state')!r}))",
+        "spec.loader.exec_module(here)",
+        "recipe = here.dataclasses.replace(here.RECIPE, epochs=40)",
+        f"here.fit(recipe, model=here.Slow(), folder=pathlib.Path({str(tmp_path / 'state')!r}))",
     )
-    child = subprocess.Popen([sys.executable, "-c", "\n".join(lines)], env={**os.environ, "OMP_NUM_THREADS": "1"})
+    child = subprocess.Popen([sys.executable, "-c", "\n".join(lines)])
     try:
         deadline = time.monotonic() + 60
         while not (tmp_path / "state" / "state.safetensors").exists():
@@ -425,12 +432,13 @@ def test_images_that_fit_are_prepared_once(monkeypatch):
     first, _ = fit()
     assert sum(prepared) == 27 + 19
     prepared.clear()
-    monkeypatch.setattr(training, "cache_budget", lambda: 12 * 192)
+    memory = psutil.virtual_memory()
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: memory._replace(available=4 * 12 * 192))
     second, _ = fit()
     assert sum(prepared) == 3 * 27 + 4 * 19  # each in every epoch
     assert equal(first, second)
     prepared.clear()
-    monkeypatch.setattr(training, "cache_budget", lambda: 30 * 192)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: memory._replace(available=4 * 30 * 192))
     fit()
     assert sum(prepared) == 27 + 4 * 19  # the validation images no longer fit
 

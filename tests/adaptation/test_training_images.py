@@ -1,6 +1,7 @@
 """Images of several data sets as one series: kept exactly or not at all, and changed in the right order."""
 
 import numpy as np
+import psutil
 import pytest
 import torch
 
@@ -51,9 +52,9 @@ def test_kept_images_are_exact_or_not_kept(monkeypatch):
 
 
 def test_the_budget_follows_free_memory(monkeypatch):
-    memory = training_images.psutil.virtual_memory()
+    memory = psutil.virtual_memory()
     for free, budget in ((1 << 40, 1 << 30), (1 << 20, 1 << 18)):
-        monkeypatch.setattr(training_images.psutil, "virtual_memory", lambda free=free: memory._replace(available=free))
+        monkeypatch.setattr(psutil, "virtual_memory", lambda free=free: memory._replace(available=free))
         assert training_images.cache_budget() == budget
 
 

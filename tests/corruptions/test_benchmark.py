@@ -1,6 +1,7 @@
 import errno
 import hashlib
 import json
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
@@ -335,7 +336,7 @@ def test_the_plan_says_what_comes(tmp_path, whole):
 )  # fmt: skip
 def test_too_small_a_disk_is_noticed_before_the_start(tmp_path, monkeypatch):
     usage = SimpleNamespace(total=1e6, used=9e5, free=100_000)
-    monkeypatch.setattr(writing.shutil, "disk_usage", lambda path: usage)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     with pytest.raises(OSError, match=r"118 kB are to be written; 100 kB are free: free some, or name a folder on"):
         write_benchmark(tmp_path / "C", [CHEST, OCT], **SMALL)
     assert list((tmp_path / "C").rglob("*.npz")) == []

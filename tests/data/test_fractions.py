@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from medrobust_lib.data import registry
 from medrobust_lib.data.registry import load_dataset
 from medrobust_lib.data.splits import fraction_splits, learning_splits
 
@@ -188,17 +187,16 @@ def test_provenance_says_how_the_images_came_and_can_be_stored(tmp_path):
 
 def test_only_the_images_drawn_are_decoded(tmp_path, monkeypatch):
     folder = f"folder:{class_folders(tmp_path, [40, 40])}"
-    opened = []
-    original = registry._decode
-
-    def decode(listed, positions, *how):
-        opened.extend(positions)
-        return original(listed, positions, *how)
-
-    monkeypatch.setattr(registry, "_decode", decode)
+    opened, original = [], Image.open
+    monkeypatch.setattr(Image, "open", lambda path, **how: opened.append(path) or original(path, **how))
     found = draw(folder, 0.1, n_val=4, n_test=6, image_size=8)
-    assert sorted(opened) == sorted(np.concatenate([getattr(found, part).indices for part in PARTS]))
-    assert len(opened) == 4 + 4 + 6
+    drawn = np.concatenate([getattr(found, part).indices for part in PARTS])
+    assert len(set(opened)) == len(drawn) == 4 + 4 + 6
+    for index in set(range(80)) - set(drawn.tolist()):
+        (tmp_path / f"c{index // 40}" / f"{index % 40:03}.png").write_bytes(b"damaged")
+    again = draw(folder, 0.1, n_val=4, n_test=6, image_size=8)
+    for part in PARTS:
+        np.testing.assert_array_equal(getattr(found, part).images, getattr(again, part).images)
 
 
 @pytest.mark.parametrize("draw", [

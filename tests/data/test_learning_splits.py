@@ -5,7 +5,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from medrobust_lib.data import registry
 from medrobust_lib.data.registry import load_dataset, open_split
 from medrobust_lib.data.splits import learning_splits
 
@@ -190,22 +189,18 @@ def test_medmnist(tmp_path, splits):
 
 def test_only_the_images_drawn_are_read(tmp_path, monkeypatch):
     class_folders(tmp_path, [20, 20])
-    opened = []
-    original = registry._decode
-
-    def decode(listed, positions, *how):
-        opened.extend(positions)
-        return original(listed, positions, *how)
-
-    monkeypatch.setattr(registry, "_decode", decode)
+    opened, original = [], Image.open
+    monkeypatch.setattr(Image, "open", lambda path, **how: opened.append(path) or original(path, **how))
     first = draw(f"folder:{tmp_path}", image_size=16)
-    assert len(opened) == len(first.train) + len(first.pool) + len(first.test) == 17
+    drawn = np.concatenate([part.indices for part in (first.train, first.pool, first.test)])
+    assert len(set(opened)) == len(drawn) == 17
     files = [tmp_path / f"c{index // 20}" / name for index in (0, 20) for name in sorted_names(tmp_path)]
     for index, file in enumerate(files):
-        if index not in opened:
+        if index not in drawn:
             file.write_bytes(b"damaged")
     again = draw(f"folder:{tmp_path}", image_size=16)
-    np.testing.assert_array_equal(first.test.images, again.test.images)
+    for part in ("train", "pool", "test"):
+        np.testing.assert_array_equal(getattr(first, part).images, getattr(again, part).images)
 
 
 def sorted_names(root: Path):

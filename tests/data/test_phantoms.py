@@ -1,5 +1,6 @@
 """Synthetic phantoms: what they promise about streams, labels, sizes, and the absence of shortcuts."""
 
+import functools
 import itertools
 
 import numpy as np
@@ -11,6 +12,17 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from medrobust_lib.phantoms import MODALITIES, SPLITS, phantom_classes, render_phantoms
+
+SIDE = 28
+
+
+@functools.cache
+def rendered(modality, split, site="B", n=24):
+    """The first images of a split, drawn once for all tests that ask about them, and their labels."""
+    images, labels = render_phantoms(modality, range(n), split=split, site=site, image_size=SIDE)
+    images.flags.writeable = labels.flags.writeable = False
+    return images, labels
+
 
 every_modality = pytest.mark.parametrize("modality", MODALITIES)
 
@@ -63,8 +75,8 @@ def test_a_scene_keeps_its_layout_at_every_size(modality):
 
 @every_modality
 def test_rendering_is_deterministic_and_independent_of_the_subset(modality):
-    images, labels = render_phantoms(modality, range(10), split="test", image_size=28)
-    again, again_labels = render_phantoms(modality, [7, 5], split="test", image_size=28)
+    images, labels = rendered(modality, "test")
+    again, again_labels = render_phantoms(modality, [7, 5], split="test", image_size=SIDE)
     np.testing.assert_array_equal(again, images[[7, 5]])
     np.testing.assert_array_equal(again_labels, labels[[7, 5]])
 
@@ -73,7 +85,7 @@ def test_rendering_is_deterministic_and_independent_of_the_subset(modality):
 def test_no_image_is_shared_by_splits_sites_or_indices(modality):
     seen = set()
     for split, site in itertools.product(SPLITS, "AB"):
-        images, _ = render_phantoms(modality, range(4), split=split, site=site, image_size=28)
+        images, _ = rendered(modality, split, site, n=4)
         seen.update(image.tobytes() for image in images)
     assert len(seen) == 4 * len(SPLITS) * 2
 
@@ -81,8 +93,7 @@ def test_no_image_is_shared_by_splits_sites_or_indices(modality):
 @every_modality
 def test_another_split_is_another_scene(modality):
     """Not one scene recorded twice: the recorded images are no more alike than two of one split."""
-    test, _ = render_phantoms(modality, range(12), split="test", image_size=32)
-    train, _ = render_phantoms(modality, range(12), split="train", image_size=32)
+    test, train = rendered(modality, "test")[0][:12], rendered(modality, "train", n=12)[0]
     step = len(phantom_classes(modality))
     across = np.abs(test.astype(float) - train).mean((1, 2, 3))
     within = np.abs(test[:-step].astype(float) - test[step:]).mean()
@@ -91,7 +102,7 @@ def test_another_split_is_another_scene(modality):
 
 @every_modality
 def test_sites_record_differently(modality):
-    site_a, site_b = (render_phantoms(modality, range(24), split="test", site=site, image_size=28)[0] for site in "AB")
+    site_a, site_b = (rendered(modality, "test", site)[0] for site in "AB")
     colours_a, colours_b = (images.mean((1, 2)) / images.mean((1, 2, 3))[:, None] for images in (site_a, site_b))
     contrast_a, contrast_b = (images.std((1, 2, 3)) for images in (site_a, site_b))
     fine_a, fine_b = (np.abs(np.diff(i.astype(float), axis=2)).mean((1, 2, 3)) for i in (site_a, site_b))

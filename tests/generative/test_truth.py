@@ -17,7 +17,7 @@ from medrobust_lib.smoothing import bounds
 ALPHA, SIGMA, N0 = 0.05, 0.5, 20  # alpha far larger than in use, so that some hundred cases tell a broken bound
 IMAGE = torch.full((3, 8, 8), 0.5)
 
-# The same counts come back thousands of times.
+# The same counts come back thousands of times; certificates make their plans themselves, so remembering is put below.
 lower_bound = functools.cache(bounds.lower_confidence_bound)
 
 

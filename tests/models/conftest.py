@@ -3,7 +3,7 @@
 import functools
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -35,15 +35,6 @@ def randomise(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
             if name != "logit_scale":
                 parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
     return model.eval()
-
-
-@pytest.fixture(autouse=True, scope="session")
-def one_thread() -> Iterator[None]:
-    """Tiny matrices are slower on several threads, above all beside other processes."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture
@@ -181,18 +172,19 @@ def write_bert(folder: Path) -> None:
     ).save_pretrained(folder)
 
 
-def write_plip(folder: Path, *, end_token: int, safetensors: bool) -> None:
-    """A tiny ``CLIPModel`` in the layout of vinid/plip, with CLIP's real vocabulary.
+def write_plip(folder: Path, *, end_token: int, safetensors: bool, merges: bool = True) -> None:
+    """A tiny ``CLIPModel`` in the layout of vinid/plip, with CLIP's real vocabulary or, to load sooner, its bytes only.
 
     The checkpoint keeps the ``position_ids`` that transformers stored when PLIP was published.
     """
     tokenizer = SimpleTokenizer()
     # open_clip spells the names of the two special tokens differently.
     names = {"<start_of_text>": "<|startoftext|>", "<end_of_text>": "<|endoftext|>"}
-    vocabulary = {names.get(token, token): index for token, index in tokenizer.encoder.items()}
+    tokens = [names.get(token, token) for token in tokenizer.encoder]
+    vocabulary = {token: place for place, token in enumerate(tokens if merges else [*tokens[:512], *names.values()])}
     (folder / "vocab.json").write_text(json.dumps(vocabulary), encoding="utf-8")
-    merges = [" ".join(pair) for pair in tokenizer.bpe_ranks]
-    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]) + "\n", encoding="utf-8")
+    pairs = [" ".join(pair) for pair in tokenizer.bpe_ranks] if merges else []
+    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *pairs]) + "\n", encoding="utf-8")
     (folder / "tokenizer_config.json").write_text(
         json.dumps({"tokenizer_class": "CLIPTokenizer", "model_max_length": 77, "pad_token": "<|endoftext|>"})
     )
@@ -215,7 +207,13 @@ def write_plip(folder: Path, *, end_token: int, safetensors: bool) -> None:
     model = randomise(
         CLIPModel(
             CLIPConfig(
-                text_config={**layers, "bos_token_id": 0, "eos_token_id": end_token, "pad_token_id": 1},
+                text_config={
+                    **layers,
+                    "vocab_size": len(vocabulary),
+                    "bos_token_id": 0,
+                    "eos_token_id": end_token,
+                    "pad_token_id": 1,
+                },
                 vision_config={**layers, "image_size": 32, "patch_size": 8},
                 projection_dim=24,
             )
@@ -238,9 +236,9 @@ def plip_folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path
     """Function giving a PLIP folder that is made once; copy it before changing anything."""
 
     @functools.cache
-    def made(end_token: int, safetensors: bool) -> Path:
+    def made(end_token: int, safetensors: bool, merges: bool = True) -> Path:
         folder = tmp_path_factory.mktemp("plip")
-        write_plip(folder, end_token=end_token, safetensors=safetensors)
+        write_plip(folder, end_token=end_token, safetensors=safetensors, merges=merges)
         return folder
 
     return made
@@ -262,7 +260,9 @@ def medclip(vision: SwinConfig | tuple[int, ...], folder: Path, *, image_size: i
 
 
 @pytest.fixture(scope="session")
-def loaded(plip_folders: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], DualEncoder]:
+def loaded(
+    plip_folders: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory, model: DualEncoder
+) -> Callable[[str], DualEncoder]:
     """Function giving a tiny model of one of `KINDS`, made once; none of the functions under test may change it."""
 
     @functools.cache
@@ -276,7 +276,7 @@ def loaded(plip_folders: Callable[..., Path], tmp_path_factory: pytest.TempPathF
             size = write_word_tokenizer(folder, context_length=16)
             write_weights(folder, tiny_configuration(size, hf_tokenizer_name="beside"))
         elif kind == "HF CLIP":
-            shutil.copytree(plip_folders(2, True), folder / "plip")
+            shutil.copytree(plip_folders(2, True, merges=False), folder / "plip")
             return load_model("plip", device="cpu", weights_dir=folder)
         elif kind == "HF Swin":
             swin = SwinConfig(image_size=56, embed_dim=16, depths=(2, 2), num_heads=(2, 4), window_size=7)
@@ -284,7 +284,7 @@ def loaded(plip_folders: Callable[..., Path], tmp_path_factory: pytest.TempPathF
         elif kind == "torchvision ResNet":
             return randomise(medclip((1, 1, 1, 1), folder, image_size=64)).requires_grad_(False)
         else:
-            return load_model("demo-clip", device="cpu")
+            return model
         return load_model(f"local-dir:{folder}", device="cpu")
 
     return made
@@ -338,8 +338,9 @@ def pixels() -> Callable[[DualEncoder], torch.Tensor]:
 
 @pytest.fixture(scope="session")
 def trained(pixels: Callable[[DualEncoder], torch.Tensor]) -> Callable[..., DualEncoder]:
-    """Function giving a model whose adapters took a few optimiser steps on random targets."""
+    """Function giving a model whose adapters took a few optimiser steps on random targets, not to be changed."""
 
+    @functools.cache
     def train(model: DualEncoder, **options: object) -> DualEncoder:
         adapted = attach_adapters(model, **{"rank": 4, **options})
         images, generator = pixels(adapted), torch.Generator().manual_seed(2)

@@ -1,6 +1,7 @@
 """Folders of low-rank adapters: what is in them, and that they are read back on their own base only."""
 
 import copy
+import hashlib
 import json
 import socket
 
@@ -9,7 +10,6 @@ import pytest
 import torch
 from peft import PeftModel
 
-from medrobust_lib.models import adapters
 from medrobust_lib.models.adapters import (
     attach_adapters,
     load_adapter,
@@ -27,13 +27,14 @@ def same_state(a, b):
 
 @pytest.fixture
 def folder(demo, trained, tmp_path):
-    return save_adapter(trained(demo), tmp_path / "deep" / "site-b", provenance={"epochs": 3, "base": "a word"})
+    provenance = {"epochs": 3, "base": "a word"}
+    return save_adapter(trained(demo, qkv="separate"), tmp_path / "deep" / "site-b", provenance=provenance)
 
 
 def test_saved_and_loaded_is_identical(loaded, form, pixels, trained, tmp_path, monkeypatch):
     kind, qkv = form
     model = loaded(kind)
-    adapted = trained(model, qkv=qkv)
+    adapted = copy.deepcopy(trained(model, qkv=qkv))
     place = save_adapter(adapted, tmp_path / "mine", provenance={})
     monkeypatch.setattr(socket, "socket", None)  # whoever needs the network fails
     images = pixels(model)
@@ -152,17 +153,17 @@ def test_saving_refuses_what_it_cannot_keep(demo, folder, tmp_path):
     outcome="nothing half written is left",
 )  # fmt: skip
 def test_an_interrupted_save_leaves_nothing(demo, tmp_path, monkeypatch):
-    def interrupted(path):
+    def interrupted(*arguments):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(adapters, "file_sha256", interrupted)
+    monkeypatch.setattr(hashlib, "file_digest", interrupted)
     with pytest.raises(KeyboardInterrupt):
         save_adapter(attach_adapters(demo, rank=1), tmp_path / "new", provenance={})
     assert list(tmp_path.iterdir()) == []
 
 
 def test_the_base_is_named_even_if_the_model_was_renamed(demo, trained, tmp_path):
-    adapted = trained(demo)
+    adapted = copy.deepcopy(trained(demo, qkv="separate"))
     adapted.id, adapted.provenance = "renamed", {}
     place = save_adapter(adapted, tmp_path / "new", provenance={})
     assert json.loads((place / "provenance.json").read_text())["adapter"]["base"]["id"] == "demo-clip"

@@ -19,18 +19,8 @@ FEW = {"epochs": 1, "shots": 1, "draws_per_image": 1}
 
 
 @pytest.fixture(scope="module")
-def whole():
-    return mr.load_model("demo-clip", device="cpu")
-
-
-@pytest.fixture(scope="module")
-def data():
-    return mr.load_dataset("phantom/blood", n=8)
-
-
-@pytest.fixture(scope="module")
-def features(whole, data):
-    return whole.class_features(data.classes, data.templates[:1])
+def features(model, data):
+    return model.class_features(data.classes, data.templates[:1])
 
 
 def broken(model, tower, value=float("nan")):
@@ -45,17 +35,17 @@ def broken(model, tower, value=float("nan")):
 
 
 @pytest.fixture(scope="module")
-def blind(whole):
-    return broken(whole, "image")
+def blind(model):
+    return broken(model, "image")
 
 
 @pytest.fixture(scope="module")
-def mute(whole):
-    return broken(whole, "text")
+def mute(model):
+    return broken(model, "text")
 
 
-def test_a_projection_that_leaves_the_range_of_float16_is_named_with_its_remedy(whole, data):
-    scaled = copy.deepcopy(whole)
+def test_a_projection_that_leaves_the_range_of_float16_is_named_with_its_remedy(model, data):
+    scaled = copy.deepcopy(model)
     with torch.no_grad():
         scaled.model.visual.attnpool.c_proj.weight.mul_(5e4)
     pixels = scaled.prepare(data.images)
@@ -63,7 +53,7 @@ def test_a_projection_that_leaves_the_range_of_float16_is_named_with_its_remedy(
         copy.deepcopy(scaled).half().encode_image(pixels)
     for dtype in (torch.float32, torch.bfloat16):  # what the message advises
         found = copy.deepcopy(scaled).to(dtype).encode_image(pixels)
-        assert torch.allclose(found, whole.encode_image(pixels), atol=0.1)
+        assert torch.allclose(found, model.encode_image(pixels), atol=0.1)
         assert torch.allclose(found.norm(dim=1), torch.ones(8), atol=1e-5)
 
 
@@ -90,31 +80,31 @@ def test_nothing_votes_or_learns_with_images_that_have_no_features(blind, data, 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 0.0, 1e-20, 1e30])
 @pytest.mark.parametrize("tower", ["image", "text"])
-def test_every_feature_without_a_direction_is_refused(whole, data, tower, value):
-    model = broken(whole, tower, value)
+def test_every_feature_without_a_direction_is_refused(model, data, tower, value):
+    model = broken(model, tower, value)
     with pytest.raises(BrokenFeaturesError, match=r"features of (8 of 8 images|2 of 2 texts) are not finite or"):
         model.encode_image(model.prepare(data.images)) if tower == "image" else model.encode_text(["one", "two"])
 
 
-def test_probabilities_of_what_is_not_finite_are_refused(whole, data, features):
+def test_probabilities_of_what_is_not_finite_are_refused(model, data, features):
     """With a gradient features are not looked at, and an own encoder may hand out anything."""
-    images = whole.encode_image(whole.prepare(data.images))
+    images = model.encode_image(model.prepare(data.images))
     images[3:5], texts = torch.nan, features.clone()
     with pytest.raises(BrokenFeaturesError, match="features of 2 of 8 images and of 0 of 8 classes are not finite"):
-        whole.probabilities(images.requires_grad_(), texts)
+        model.probabilities(images.requires_grad_(), texts)
     texts[0, 0] = torch.inf
     with pytest.raises(BrokenFeaturesError, match="of 0 of 3 images and of 1 of 8 classes"):
-        whole.probabilities(images[:3], texts)
+        model.probabilities(images[:3], texts)
 
 
-def test_only_the_broken_rows_are_counted(whole, data):
-    class Patchy(type(whole)):
+def test_only_the_broken_rows_are_counted(model, data):
+    class Patchy(type(model)):
         def _image_features(self, pixels):
             features = super()._image_features(pixels).clone()
             features[2:5] = float("nan")
             return features
 
-    patchy = copy.deepcopy(whole)
+    patchy = copy.deepcopy(model)
     patchy.__class__ = Patchy
     with pytest.raises(BrokenFeaturesError, match="of 3 of 8 images"):
         patchy.encode_image(patchy.prepare(data.images))
@@ -139,9 +129,9 @@ def test_prompts_learned_with_a_broken_text_tower_are_not_handed_out(mute, data,
         USES[use](mute, data, None)
 
 
-def test_prompts_that_diverged_are_not_handed_out_either(whole, data):
+def test_prompts_that_diverged_are_not_handed_out_either(model, data):
     with pytest.raises(ValueError, match="640 of 640 context values are not finite"):
-        learn_prompts(whole, data, epochs=3, shots=1, draws_per_image=1, learning_rate=1e38, n_context=5)
+        learn_prompts(model, data, epochs=3, shots=1, draws_per_image=1, learning_rate=1e38, n_context=5)
 
 
 def test_a_saved_context_that_is_not_finite_is_refused():
@@ -149,31 +139,31 @@ def test_a_saved_context_that_is_not_finite_is_refused():
         PromptSet(torch.tensor([[1.0, float("nan")] * 2, [float("inf"), 0, 0, float("nan")]]), ("a", "b"), "m")
 
 
-def test_a_denoiser_that_breaks_is_named_as_a_suspect(whole, data, features):
+def test_a_denoiser_that_breaks_is_named_as_a_suspect(model, data, features):
     def denoise(noisy, sigma):
         return noisy * float("nan")
 
     method = FixedPrompts("denoised", features, denoiser=denoise)
     with pytest.raises(ValueError, match=r"NaN or infinite values in image 0 .*the denoiser in front of the model"):
-        mr.certify_dataset(whole, data, [method], sigmas=[0.25], n=20, n0=5)
+        mr.certify_dataset(model, data, [method], sigmas=[0.25], n=20, n0=5)
 
 
-def test_an_own_encoder_that_lets_nan_through_gets_no_vote(whole, data, features):
-    class Own(type(whole)):
+def test_an_own_encoder_that_lets_nan_through_gets_no_vote(model, data, features):
+    class Own(type(model)):
         def encode_image(self, pixels):
             return super().encode_image(pixels) * torch.nan
 
-    own = copy.deepcopy(whole)
+    own = copy.deepcopy(model)
     own.__class__ = Own
     certificate = mr.certify(PromptClassifier(own, features), own.prepare(data.images)[0], sigma=0.25, n=20, n0=5)
     assert (certificate.abstained, certificate.k, certificate.radius) == (True, 0, 0)
 
 
-def test_ordinary_features_are_torchs_own_to_the_bit(whole, data):
-    pixels = whole.prepare(data.images)
-    mean, std = (torch.tensor(value).view(3, 1, 1) for value in (whole.preprocessing.mean, whole.preprocessing.std))
-    raw = whole.model.encode_image(torch.addcmul(-mean / std, pixels, 1 / std))
-    assert torch.equal(whole.encode_image(pixels), torch.nn.functional.normalize(raw, dim=-1))
+def test_ordinary_features_are_torchs_own_to_the_bit(model, data):
+    pixels = model.prepare(data.images)
+    mean, std = (torch.tensor(value).view(3, 1, 1) for value in (model.preprocessing.mean, model.preprocessing.std))
+    raw = model.model.encode_image(torch.addcmul(-mean / std, pixels, 1 / std))
+    assert torch.equal(model.encode_image(pixels), torch.nn.functional.normalize(raw, dim=-1))
 
 
 @pytest.mark.parametrize("scale", [float("nan"), float("inf"), 0.0, -1.0])

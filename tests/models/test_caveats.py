@@ -3,7 +3,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from medrobust_lib import load_dataset, load_model, load_questions
+from medrobust_lib import load_dataset, load_questions
 from medrobust_lib.data.dataset import ImageDataset
 from medrobust_lib.data.questions import ask
 from medrobust_lib.models.caveats import MADE_UP_ANSWERS, NOT_CLINICAL, SYNTHETIC, UNSEEN_MODALITY, caveats, vlm_caveats
@@ -28,8 +28,8 @@ def images(id: str = "folder:mine", *, side: int = 64, synthetic: bool = False, 
     )
 
 
-def test_demo_clip_on_phantoms_says_synthetic_and_nothing_of_real_images():
-    found = caveats(load_model("demo-clip", device="cpu"), load_dataset("phantom/blood", n=8))
+def test_demo_clip_on_phantoms_says_synthetic_and_nothing_of_real_images(model, data):
+    found = caveats(model, data)
     assert found == [
         "The images are synthetic phantoms, not patients' images: no number here says anything about patients.",
         NOT_CLINICAL,

@@ -1,5 +1,6 @@
 """The shipped generative model: small, intact, right on clean phantoms, less so under noise."""
 
+import functools
 import json
 
 import pytest
@@ -21,6 +22,7 @@ def vlm():
 
 @pytest.fixture(scope="module")
 def accuracy(vlm):
+    @functools.cache
     def measure(modality, task, sigma):
         asked = load_questions(f"phantom/{modality}", task=task, n=PER_TASK)
         labels = judged(default_oracle(asked), answer_once(vlm, asked, sigma=sigma, max_new_tokens=24)).labels

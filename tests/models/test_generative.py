@@ -12,6 +12,7 @@ from peft import LoraConfig, get_peft_model
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import (
+    AutoModelForImageTextToText,
     AutoProcessor,
     CLIPVisionConfig,
     Idefics3Config,
@@ -27,7 +28,6 @@ from transformers import (
 from transformers.utils import logging
 
 from medrobust_lib.downloads import file_sha256
-from medrobust_lib.models import vision_language
 from medrobust_lib.models.catalogue import find_vlm
 from medrobust_lib.models.loading import check_vlm, list_vlms
 from medrobust_lib.models.vision_language import load_vlm
@@ -230,13 +230,13 @@ def test_smolvlm2_says_which_package_it_needs(tmp_path):
 @pytest.mark.parametrize("shown", [True, False])
 def test_progress_bars_are_silent_for_the_load_only(folder, monkeypatch, shown):
     during = []
-    real = vision_language.AutoModelForImageTextToText.from_pretrained
+    real = AutoModelForImageTextToText.from_pretrained
 
     def from_pretrained(*arguments, **options):
         during.append(logging.is_progress_bar_enabled())
         return real(*arguments, **options)
 
-    monkeypatch.setattr(vision_language.AutoModelForImageTextToText, "from_pretrained", from_pretrained)
+    monkeypatch.setattr(AutoModelForImageTextToText, "from_pretrained", from_pretrained)
     before = logging.is_progress_bar_enabled()
     try:
         for of_hub in (True, False):
@@ -395,7 +395,7 @@ def test_a_failed_download_gives_its_reason(hub_cache, tmp_path, monkeypatch):
         assert not constants.HF_HUB_OFFLINE
         raise OSError("the hub cannot be reached\nand more")
 
-    monkeypatch.setattr(vision_language.AutoModelForImageTextToText, "from_pretrained", unreachable)
+    monkeypatch.setattr(AutoModelForImageTextToText, "from_pretrained", unreachable)
     with pytest.raises(FileNotFoundError, match=r"the download failed; run .*Reason: the hub cannot be reached$"):
         load_vlm("smolvlm-256m", device="cpu", weights_dir=tmp_path, offline=False)
     assert constants.HF_HUB_OFFLINE

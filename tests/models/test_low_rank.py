@@ -27,7 +27,8 @@ TEXTS = ["an image of tissue", "debris"]
 
 
 @pytest.fixture
-def model(each_kind, loaded):
+def each(each_kind, loaded):
+    """A model of every kind."""
     return loaded(each_kind)
 
 
@@ -64,8 +65,8 @@ def test_layouts(loaded, kinds):
         assert not [name for name in layout.names if "downsample" in name or "attnpool" in name]
 
 
-def test_an_adapted_model_keeps_the_layout_of_its_base(model):
-    assert adapter_layout(attach_adapters(model, rank=1)) == adapter_layout(model)
+def test_an_adapted_model_keeps_the_layout_of_its_base(each):
+    assert adapter_layout(attach_adapters(each, rank=1)) == adapter_layout(each)
 
 
 class Own(DualEncoder):
@@ -167,17 +168,17 @@ def test_the_shortcut_of_frozen_attention_agrees_up_to_rounding(loaded, pixels):
     assert torch.allclose(found, model.encode_image(images), atol=1e-6, rtol=0)
 
 
-def test_only_adapters_require_a_gradient_and_the_base_stays_as_it_is(model):
-    before = copy.deepcopy(model.state_dict())
+def test_only_adapters_require_a_gradient_and_the_base_stays_as_it_is(each):
+    before = copy.deepcopy(each.state_dict())
     stream = torch.random.get_rng_state()
-    adapted = attach_adapters(model, rank=2)
+    adapted = attach_adapters(each, rank=2)
     assert torch.equal(torch.random.get_rng_state(), stream)
     assert {n for n, p in adapted.named_parameters() if p.requires_grad} == set(adapter_parameters(adapted))
-    assert list(model.state_dict()) == list(before)
-    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
-    assert not any(parameter.requires_grad for parameter in model.parameters())
-    assert adapter_parameters(model) == {}
-    assert attached_adapters(model) is None
+    assert list(each.state_dict()) == list(before)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in each.state_dict().items())
+    assert not any(parameter.requires_grad for parameter in each.parameters())
+    assert adapter_parameters(each) == {}
+    assert attached_adapters(each) is None
 
 
 def test_the_first_values_follow_from_the_seed(demo):
@@ -267,15 +268,15 @@ def test_a_share_counts_adapters_tower_and_model(loaded, rank):
 # Training
 
 
-def test_training_changes_all_adapters_and_nothing_else(model, pixels, trained):
-    start = attach_adapters(model, rank=4)
-    adapted = trained(model)
+def test_training_changes_all_adapters_and_nothing_else(each, pixels, trained):
+    start = attach_adapters(each, rank=4)
+    adapted = trained(each, qkv="separate")
     before, after = start.state_dict(), adapted.state_dict()
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed == set(adapter_parameters(adapted))
-    images = pixels(model)
-    assert (adapted.encode_image(images) - model.encode_image(images)).abs().max() > 1e-3
-    assert torch.equal(adapted.encode_text(TEXTS), model.encode_text(TEXTS))
+    images = pixels(each)
+    assert (adapted.encode_image(images) - each.encode_image(images)).abs().max() > 1e-3
+    assert torch.equal(adapted.encode_text(TEXTS), each.encode_text(TEXTS))
 
 
 def test_merged_equals_unmerged_and_has_the_layers_of_the_base(loaded, form, pixels, trained):
@@ -311,7 +312,7 @@ def test_separate_adapters_share_nothing_and_fused_ones_share_a(loaded, trained)
 
 
 def test_a_copy_of_an_adapted_model_is_independent(loaded, pixels, trained):
-    adapted = trained(loaded("timm ViT"))
+    adapted = trained(loaded("timm ViT"), qkv="separate")
     images = pixels(adapted)
     expected = adapted.encode_image(images)
     other = copy.deepcopy(adapted)

@@ -20,13 +20,8 @@ SIGMA = 0.1
 
 
 @pytest.fixture(scope="module")
-def model():
-    return mr.load_model("demo-clip", device="cpu")
-
-
-@pytest.fixture(scope="module")
-def data():
-    return mr.load_dataset("phantom/chest", n=3)
+def data(phantoms):
+    return phantoms("chest", n=3)
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-from medrobust_lib import load_dataset, load_model
 from medrobust_lib.smoothing.certificate import ABSTAIN, Certificate
 from medrobust_lib.smoothing.certify import certify, predict
 from medrobust_lib.smoothing.methods import PromptClassifier
@@ -14,22 +13,13 @@ POSITIONS = (0, 3, 4, 15)
 STEPS, COPIES = 10, 16
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+@pytest.fixture(scope="module")
+def data(phantoms):
+    return phantoms("blood", n=16).subset(POSITIONS)
 
 
 @pytest.fixture(scope="module")
-def data():
-    return load_dataset("phantom/blood", n=16).subset(POSITIONS)
-
-
-@pytest.fixture(scope="module")
-def classifier(data):
-    model = load_model("demo-clip", device="cpu")
+def classifier(model, data):
     return PromptClassifier(model, model.class_features(data.classes, data.templates[:1]))
 
 

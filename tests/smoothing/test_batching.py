@@ -5,7 +5,6 @@ import psutil
 import pytest
 import torch
 
-from medrobust_lib.smoothing import noise
 from medrobust_lib.smoothing.certify import certify
 from medrobust_lib.smoothing.noise import Batches, is_out_of_memory, make_batches, suggested_batch_size
 
@@ -166,7 +165,7 @@ def test_without_free_memory_draws_go_one_by_one(monkeypatch):
 
 def test_an_accelerator_gets_larger_batches_from_its_own_memory(monkeypatch):
     module = SimpleNamespace(mem_get_info=lambda device: (40 * GIB, 80 * GIB))
-    monkeypatch.setattr(noise.torch, "get_device_module", lambda device: module)
+    monkeypatch.setattr(torch, "get_device_module", lambda device: module)
     gpu = SimpleNamespace(type="cuda")
     assert suggested_batch_size(gpu, (3, 32, 32)) == 1024
     assert suggested_batch_size(gpu, (3, 224, 224)) == 512

@@ -11,17 +11,12 @@ from medrobust_lib.smoothing.certificate import ABSTAIN
 from medrobust_lib.smoothing.certify import FixedPlan, Verdict, agreement, take_votes
 from medrobust_lib.smoothing.methods import CandidatePrompts, FixedPrompts
 
-SIGMA, N0, N, ALPHA = 0.1, 20, 300, 0.01
+SIGMA, N0, N, ALPHA = 0.1, 10, 100, 0.01
 
 
 @pytest.fixture(scope="module")
-def model():
-    return mr.load_model("demo-clip", device="cpu")
-
-
-@pytest.fixture(scope="module")
-def data():
-    return mr.load_dataset("phantom/breast", n=4)
+def data(phantoms):
+    return phantoms("breast", n=4)
 
 
 @pytest.fixture(scope="module")

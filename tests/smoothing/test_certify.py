@@ -468,8 +468,7 @@ def test_whole_numbers_are_labels_whatever_holds_them(image, given):
         assert function(lambda pixels: given(classifier(pixels)), image, sigma=SIGMA, n=300, **ADDRESS) == expected
 
 
-def test_what_gives_no_labels_is_refused_with_what_does(image):
-    model = mr.load_model("demo-clip", device="cpu")
+def test_what_gives_no_labels_is_refused_with_what_does(model, image):
     prepared = model.prepare(np.zeros((1, 64, 64, 3), dtype=np.uint8))[0]
     for function in (certify, predict):
         with pytest.raises(TypeError, match="demo-clip is a dual encoder, which gives features and no label") as caught:

@@ -76,10 +76,10 @@ def colours():
 
 
 @pytest.fixture(scope="module")
-def few():
+def few(phantoms):
     """Nine phantoms of the val split, clean, and the same unit noise for every test."""
-    data = mr.load_dataset("phantom/histology", split="val", n=9)
-    clean = torch.from_numpy(data.images).permute(0, 3, 1, 2).float() / 255
+    data = phantoms("histology", split="val", n=9)
+    clean = torch.from_numpy(data.images.copy()).permute(0, 3, 1, 2).float() / 255
     return clean, torch.randn(clean.shape, generator=torch.Generator().manual_seed(5))
 
 
@@ -522,9 +522,8 @@ def test_shipped_denoisers_raise_the_signal_of_every_phantom(few, kind, sigma):
     assert (psnr(denoised, clean) > psnr(noisy, clean) + 3).all()
 
 
-def test_the_shipped_stability_denoiser_brings_answers_closer_to_the_clean_ones(few):
-    model = mr.load_model("demo-clip", device="cpu", dtype="float32")
-    data = mr.load_dataset("phantom/histology", split="val", n=9)
+def test_the_shipped_stability_denoiser_brings_answers_closer_to_the_clean_ones(model, phantoms, few):
+    data = phantoms("histology", split="val", n=9)
     texts = model.class_features(data.classes, data.templates[:1])
     clean, noise = few
     denoise = load_demo_denoisers("stability")

@@ -4,7 +4,6 @@ import pytest
 import torch
 from torch.nn import functional
 
-from medrobust_lib import load_dataset, load_model
 from medrobust_lib.models.weights import fingerprint
 from medrobust_lib.smoothing.methods import (
     AdaptationFeatures,
@@ -13,16 +12,6 @@ from medrobust_lib.smoothing.methods import (
     zero_shot_methods,
 )
 from medrobust_lib.smoothing.noise import NoiseStream, noisy_copies
-
-
-@pytest.fixture(scope="module")
-def model():
-    return load_model("demo-clip", device="cpu")
-
-
-@pytest.fixture(scope="module")
-def data():
-    return load_dataset("phantom/blood", n=8)
 
 
 @pytest.fixture(scope="module")

@@ -5,22 +5,11 @@ import pytest
 import torch
 from scipy.stats import kstest
 
-from medrobust_lib import load_dataset, load_model
 from medrobust_lib.smoothing.noise import NoiseStream, noisy_copies, noisy_features, vote
 
 KEY = {"seed": 0, "dataset": "phantom/blood", "index": 3, "sigma": 0.5, "role": "estimate"}
 PINNED = [-0.234383, -0.359585, 0.11853]
 PINNED_SEEDS = [442354182981401830, -5470865254765373447]
-
-
-@pytest.fixture(scope="module")
-def model():
-    return load_model("demo-clip", device="cpu")
-
-
-@pytest.fixture(scope="module")
-def data():
-    return load_dataset("phantom/blood", n=10)
 
 
 def test_draws_are_standard_normal_times_sigma():

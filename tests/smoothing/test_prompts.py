@@ -19,13 +19,8 @@ from medrobust_lib.smoothing.prompts import PromptSet, learn_prompts, mean_predi
 
 
 @pytest.fixture(scope="module")
-def model():
-    return mr.load_model("demo-clip", device="cpu")
-
-
-@pytest.fixture(scope="module")
-def train():
-    return mr.load_dataset("phantom/breast", split="train", n=24)
+def train(phantoms):
+    return phantoms("breast", split="train", n=24)
 
 
 @pytest.fixture(scope="module")
@@ -135,7 +130,7 @@ def test_learning_lowers_the_loss_on_noisy_shots(model, train):
     short = learn_prompts(model, train, epochs=1, **change)  # the warm-up epoch hardly moves
     long = learn_prompts(model, train, epochs=12, learning_rate=0.02, **change)
     bank = prompts.noisy_bank(model, train, sigmas=(0.1,), draws=2, seed=9, choose=np.random.default_rng(0))
-    labels = torch.from_numpy(train.labels).repeat_interleave(2)
+    labels = torch.tensor(train.labels).repeat_interleave(2)
 
     def loss(found):
         logits = model.logit_scale * bank.flatten(0, 1) @ found.class_features(model).T

@@ -1,10 +1,8 @@
 import dataclasses
-import json
+import multiprocessing
 import os
-import subprocess
 import sys
 import time
-from pathlib import Path
 
 import cloudpickle
 import numpy as np
@@ -134,15 +132,6 @@ class MeanShift:
         return {"name": self.name, "n_adapt": self.n_adapt}
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Three numbers are added more slowly by several threads, above all beside other processes."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture
 def encoder():
     return ColourEncoder()
@@ -151,6 +140,18 @@ def encoder():
 @pytest.fixture
 def data():
     return colour_data(8)
+
+
+@pytest.fixture(scope="module")
+def plain():
+    """The table of these images with one method, not to be changed."""
+    return certify_dataset(ColourEncoder(), colour_data(8), [prompts()], **NUMBERS)
+
+
+@pytest.fixture(scope="module")
+def mixed():
+    """The table of these images with a fixed and an adapting method, not to be changed."""
+    return certify_dataset(ColourEncoder(), colour_data(8), [prompts(), MeanShift()], **NUMBERS, batch_size=13)
 
 
 def without_seconds(table):
@@ -239,28 +240,26 @@ def test_repeated_sigmas_count_once_and_a_fine_grid_of_radii_may_be_asked_for(en
     assert np.allclose(table.radius / 0.0125, (table.radius / 0.0125).round())
 
 
-def test_images_follow_their_index_not_their_place(encoder, data):
-    whole = certify_dataset(encoder, data, [prompts()], **NUMBERS)
+def test_images_follow_their_index_not_their_place(encoder, data, plain):
     part = certify_dataset(encoder, data.subset([6, 2]), [prompts()], **NUMBERS)
-    expected = pd.concat([whole[whole.image == data.indices[place]] for place in (6, 2)], ignore_index=True)
+    expected = pd.concat([plain[plain.image == data.indices[place]] for place in (6, 2)], ignore_index=True)
     assert_same(part, expected)
 
 
 @pytest.mark.parametrize(
     "change", [np.ascontiguousarray, lambda x: x[::-1][::-1], lambda x: x[:, ::-1].copy()[:, ::-1]]
 )
-def test_images_may_be_read_only_or_views(encoder, data, change):
+def test_images_may_be_read_only_or_views(encoder, data, plain, change):
     images = change(data.images.copy())
     images.flags.writeable = False
     found = certify_dataset(encoder, dataclasses.replace(data, images=images), [prompts()], **NUMBERS)
-    assert_same(found, certify_dataset(encoder, data, [prompts()], **NUMBERS))
+    assert_same(found, plain)
 
 
 @pytest.mark.parametrize("batch_size", [1, 7, 64, 1000])
-def test_counts_do_not_depend_on_the_batch_size(data, batch_size):
-    encoder, methods = ColourEncoder(), [prompts(), MeanShift()]
-    reference = certify_dataset(ColourEncoder(), data, methods, **NUMBERS, batch_size=13)
-    assert_same(certify_dataset(encoder, data, methods, **NUMBERS, batch_size=batch_size), reference)
+def test_counts_do_not_depend_on_the_batch_size(encoder, data, mixed, batch_size):
+    methods = [prompts(), MeanShift()]
+    assert_same(certify_dataset(encoder, data, methods, **NUMBERS, batch_size=batch_size), mixed)
     assert max(encoder.batches) <= max(batch_size, MeanShift().n_adapt)
 
 
@@ -276,22 +275,22 @@ def test_workers_give_the_same_table_and_keep_it_in_the_same_store(data, tmp_pat
     assert (tmp_path / "two" / "table.csv").read_bytes() == (tmp_path / "one" / "table.csv").read_bytes()
 
 
-def test_demo_clip_gives_the_same_table_in_worker_processes_with_prompts_that_adapt():
-    model, phantoms = mr.load_model("demo-clip", device="cpu"), mr.load_dataset("phantom/blood", n=2)
-    hand_written = text_prompts(model, phantoms.classes, phantoms.templates[0])
+def test_demo_clip_gives_the_same_table_in_worker_processes_with_prompts_that_adapt(model, phantoms):
+    blood = phantoms("blood", n=2)
+    hand_written = text_prompts(model, blood.classes, blood.templates[0])
     methods = [
-        FixedPrompts("zero-shot", model.class_features(phantoms.classes, phantoms.templates[:1])),
+        FixedPrompts("zero-shot", model.class_features(blood.classes, blood.templates[:1])),
         AdaptedPrompts("zero-shot PromptSmooth", model, hand_written, n_adapt=8),
     ]
     numbers = {**NUMBERS, "sigmas": [0.1], "radii": (0, 0.1), "n": 40}
     assert_same(
-        mr.certify_dataset(model, phantoms, methods, **numbers, jobs=2),
-        mr.certify_dataset(model, phantoms, methods, **numbers),
+        mr.certify_dataset(model, blood, methods, **numbers, jobs=2),
+        mr.certify_dataset(model, blood, methods, **numbers),
     )
 
 
-def test_prompts_for_other_classes_are_refused():
-    model, eyes = mr.load_model("demo-clip", device="cpu"), mr.load_dataset("phantom/fundus", n=2)
+def test_prompts_for_other_classes_are_refused(model, phantoms):
+    eyes = phantoms("fundus", n=2)
     other = text_prompts(model, ("benign", "malignant"), "a {}")
     message = r"method 'p': its prompts are for the classes \['benign', 'malignant'\], phantom/fundus has \['"
     for method in (AdaptedPrompts("p", model, other), PerSamplePrompts("p", model, other)):
@@ -303,15 +302,15 @@ def test_prompts_for_other_classes_are_refused():
             mr.certify_dataset(model, eyes, [method], sigmas=[0.1], n=20)
 
 
-def test_demo_clip_gives_one_table_whatever_the_batches():
-    model, phantoms = mr.load_model("demo-clip", device="cpu"), mr.load_dataset("phantom/blood", n=2)
+def test_demo_clip_gives_one_table_whatever_the_batches(model, phantoms):
+    blood = phantoms("blood", n=2)
     numbers = {**NUMBERS, "sigmas": [0.1], "radii": (0, 0.1), "n": 60}
-    reference = mr.certify_dataset(model, phantoms, **numbers)
+    reference = mr.certify_dataset(model, blood, **numbers)
     assert set(reference.method) == {"zero-shot", "zero-shot ensemble"}
     for change in ({"batch_size": 7}, {"batch_size": 1000}):
-        assert_same(mr.certify_dataset(model, phantoms, **numbers, **change), reference)
-    texts = model.class_features(phantoms.classes, phantoms.templates[:1])
-    pixels = model.prepare(phantoms.images)
+        assert_same(mr.certify_dataset(model, blood, **numbers, **change), reference)
+    texts = model.class_features(blood.classes, blood.templates[:1])
+    pixels = model.prepare(blood.images)
     for place, row in enumerate(reference[reference.method == "zero-shot"].itertuples()):
         found = certify(
             PromptClassifier(model, texts),
@@ -322,7 +321,7 @@ def test_demo_clip_gives_one_table_whatever_the_batches():
             alpha=0.05,
             sampling="sequential",
             radii=(0, 0.1),
-            dataset=phantoms.id,
+            dataset=blood.id,
             index=row.image,
         )
         assert (row.predicted, row.radius, row.k, row.n) == (found.predicted, found.radius, found.k, found.n)
@@ -617,34 +616,7 @@ def test_a_nameless_denoiser_is_refused_by_a_store_only(encoder, data, tmp_path)
         run(tmp_path, data.subset([0]), methods=methods)
 
 
-# Killed again and again. The script loads this file for its encoder, and forks, so that libraries load only once.
-
-KILLED = """
-import importlib.util, json, os, signal, sys, time
-import numpy as np
-
-test_file, store, seed = sys.argv[1:]
-spec = importlib.util.spec_from_file_location("killed", test_file)
-module = sys.modules["killed"] = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(module)
-rng = np.random.default_rng(int(seed))
-journal = module.Path(store) / "journal.jsonl"
-n_lines = lambda: journal.read_bytes().count(10) if journal.exists() else 0
-finished, deadline = [], time.monotonic() + 60
-for _ in range(8):
-    child = os.fork()
-    if not child:
-        module.killed_study(store)
-        os._exit(0)
-    enough = n_lines() + rng.integers(0, 4)
-    while n_lines() < enough and time.monotonic() < deadline:
-        time.sleep(0.001)
-    time.sleep(rng.uniform(0, 0.02))
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-    finished.append(n_lines())
-print(json.dumps({"finished": finished, "rows": len(module.killed_study(store))}))
-"""
+# Killed again and again: forks, so that libraries load only once.
 
 
 def killed_study(store):
@@ -657,13 +629,26 @@ def killed_study(store):
 )  # fmt: skip
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="kill -9 and fork are not of this system")
 def test_killed_at_any_moment_and_resumed_the_table_is_the_same_byte_for_byte(tmp_path):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(mr.__file__).parents[1])}
-    command = [sys.executable, "-c", KILLED, __file__, str(tmp_path / "killed"), "0"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    told = json.loads(done.stdout.splitlines()[-1])
-    assert len({count for count in told["finished"] if 0 < count < 36}) >= 3, told
-    assert told["rows"] == len(killed_study(tmp_path / "undisturbed")) == 18 * 2 * 3
+    rng, fork = np.random.default_rng(0), multiprocessing.get_context("fork")
+    journal = tmp_path / "killed" / "journal.jsonl"
+
+    def n_lines():
+        return journal.read_bytes().count(10) if journal.exists() else 0
+
+    finished, deadline = [], time.monotonic() + 60
+    for _ in range(8):
+        child = fork.Process(target=killed_study, args=(tmp_path / "killed",))
+        child.start()
+        enough = n_lines() + rng.integers(0, 4)
+        while n_lines() < enough and time.monotonic() < deadline:
+            time.sleep(0.001)
+        time.sleep(rng.uniform(0, 0.02))
+        child.kill()
+        child.join()
+        finished.append(n_lines())
+    assert len({count for count in finished if 0 < count < 36}) >= 3, finished
+    rows = [len(killed_study(tmp_path / folder)) for folder in ("killed", "undisturbed")]
+    assert rows == [18 * 2 * 3] * 2
     tables = [(tmp_path / folder / "table.csv").read_bytes() for folder in ("killed", "undisturbed")]
     assert tables[0] == tables[1]
     left = {path.name for path in (tmp_path / "killed").iterdir()}

@@ -25,11 +25,22 @@ MODES = ("predict", "evaluate")
 
 # The same counts come back thousands of times.
 lower_bound = functools.cache(bounds.lower_confidence_bound)
+certified_radius = functools.cache(bounds.certified_radius)
 
 
-@pytest.fixture(autouse=True)
-def remembered_bounds(monkeypatch):
-    monkeypatch.setattr("medrobust_lib.smoothing.certify.lower_confidence_bound", lower_bound)
+class RememberingPlan(FixedPlan):
+    """The fixed plan, whose bounds are computed once."""
+
+    def p_lower(self, k, n, proved):
+        return lower_bound(k, n, self.alpha)
+
+    def radius(self, k, n, proved):
+        return certified_radius(self.p_lower(k, n, proved), self.sigma)
+
+
+def plan_of(sampling):
+    plan = make_plan(sampling, sigma=SIGMA, radii=RADII, n=N, alpha=ALPHA)
+    return RememberingPlan(**vars(plan)) if type(plan) is FixedPlan else plan
 
 
 def simulated(p_one: float, rng: np.random.Generator):
@@ -76,7 +87,7 @@ def more_often_than_alpha(wrong: int, n_cases: int) -> float:
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("sampling", SAMPLINGS)
 def test_certificates_are_false_no_more_often_than_alpha(sampling, mode):
-    plan = make_plan(sampling, sigma=SIGMA, radii=RADII, n=N, alpha=ALPHA)
+    plan = plan_of(sampling)
     wrong = false_certificates(plan, mode, n_cases=1500, seed=1)
     assert more_often_than_alpha(wrong, 1500) > 0.01
     assert wrong > 0, "a third of the cases are as hard as can be, so alpha is nearly used up"
@@ -180,7 +191,7 @@ def test_the_mean_radius_from_noisy_pixels_is_the_expected_one():
 @pytest.mark.parametrize("mode", MODES)
 def test_the_mean_radius_of_fixed_sampling_is_the_expected_one(p, mode):
     rng = np.random.default_rng(6)
-    plan = make_plan("fixed", sigma=SIGMA, radii=None, n=N, alpha=ALPHA)
+    plan = plan_of("fixed")
     # With 300 selection draws the wrong class has no chance at these p.
     label = 1 if mode == "evaluate" else None
     radii = [take_votes(simulated(p, rng), [plan], n0=300, label=label)[0].radius for _ in range(800)]
@@ -191,7 +202,7 @@ def test_the_mean_radius_of_fixed_sampling_is_the_expected_one(p, mode):
 @pytest.mark.parametrize("p", [0.4, 0.7, 0.95])
 def test_sequential_sampling_does_what_its_plan_predicts(p):
     rng = np.random.default_rng(7)
-    plan = make_plan("sequential", sigma=SIGMA, radii=RADII, n=N, alpha=ALPHA)
+    plan = plan_of("sequential")
     verdicts = [take_votes(simulated(p, rng), [plan], n0=N0, label=1)[0] for _ in range(700)]
     proved, draws = operating_characteristics(plan, p)
     for radius, chance in zip(plan.radii, proved, strict=True):
@@ -203,7 +214,7 @@ def test_sequential_sampling_does_what_its_plan_predicts(p):
 
 def test_sequential_sampling_of_a_wrong_label_stops_early():
     rng = np.random.default_rng(8)
-    plan = make_plan("sequential", sigma=SIGMA, radii=RADII, n=N, alpha=ALPHA)
+    plan = plan_of("sequential")
     (verdict,) = take_votes(simulated(0.05, rng), [plan], n0=N0, label=1)
     assert verdict.predicted == ABSTAIN
     assert verdict.n < N / 4
