@@ -1,3 +1,4 @@
+# ruff: noqa: E402
 import os
 
 # Before any library that reads it: a failed look-up on the hub waits half a minute.
@@ -6,6 +7,11 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["TQDM_DISABLE"] = "1"
 os.environ.setdefault("MPLBACKEND", "agg")
+
+import sys
+
+# jsonschema takes it where it is there, and it takes seconds to build parsers of addresses that no notebook has.
+sys.modules.setdefault("rfc3987_syntax", None)
 
 import functools
 import importlib.util

@@ -1,5 +1,6 @@
 """What docs/adapters.md says: its Python runs as written, and its numbers are those of the layouts."""
 
+import functools
 import importlib
 import importlib.util
 import re
@@ -18,6 +19,7 @@ from transformers import BertConfig, CLIPVisionConfig, CLIPVisionModelWithProjec
 from typer.testing import CliRunner
 
 from medrobust_lib import cli
+from medrobust_lib.data import splits
 from medrobust_lib.models.adapters import (
     adapter_layout,
     adapter_parameters,
@@ -191,6 +193,7 @@ def test_the_estimates_follow_from_what_they_name():
 
 def test_the_python_runs_as_written(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(splits, "fraction_splits", functools.cache(splits.fraction_splits))  # drawn once
     assert len(PYTHON) == 3
     scope: dict = {}
     for code in PYTHON:

@@ -6,6 +6,7 @@ import json
 import threading
 from pathlib import Path
 
+import notebook_cells
 import numpy as np
 import pandas as pd
 import pytest
@@ -18,6 +19,7 @@ spec = importlib.util.spec_from_file_location("tiny_vlms", Path(__file__).parent
 tiny_vlms = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(tiny_vlms)
 
+pytestmark = pytest.mark.filterwarnings("ignore")
 SCENARIO = "01-Illegal_Activitiy"
 
 
@@ -70,8 +72,15 @@ def judge():
     server.server_close()
 
 
-def test_the_whole_command_for_real_weights_and_a_judge(weights, data, judge, tmp_path, monkeypatch):
+@pytest.fixture(autouse=True)
+def no_kernel(weights, monkeypatch):
+    """The notebook's cells run in this process, where the weights are."""
     monkeypatch.setenv("MEDROBUST_WEIGHTS", str(weights))
+    # Nothing ends the sentences of random weights.
+    notebook_cells.run_here_instead_of_in_a_kernel(monkeypatch, cheaper={"24 if is_demo else 64": "8"})
+
+
+def test_the_whole_command_for_real_weights_and_a_judge(data, judge, tmp_path, monkeypatch):
     monkeypatch.setenv("MEDROBUST_DATA", str(data))
     out = tmp_path / "run"
     command = ["run", "06", "-p", "vlm=llava-1.6-mistral-7b", "-p", "dataset=mm-safetybench/01", "-p", "n=12"]
@@ -108,22 +117,11 @@ def folder(tmp_path):
 
 
 @pytest.mark.parametrize("own", [False, True], ids=["phantoms", "own images"])
-def test_a_model_whose_answers_no_oracle_can_read(weights, folder, tmp_path, monkeypatch, own):
-    monkeypatch.setenv("MEDROBUST_WEIGHTS", str(weights))
+def test_a_model_whose_answers_no_oracle_can_read(folder, tmp_path, own):
     out = tmp_path / "run"
     dataset = folder if own else "phantom/blood"
-    command = [
-        "run",
-        "06",
-        "-p",
-        "vlm=llava-1.6-mistral-7b",
-        "-p",
-        f"dataset={dataset}",
-        "-p",
-        "n=12",
-        "-p",
-        "n_images=3",
-    ]
+    given = (f"dataset={dataset}", "vlm=llava-1.6-mistral-7b", "n=12", "n_images=3")
+    command = ["run", "06", *(word for assignment in given for word in ("-p", assignment))]
     result = CliRunner().invoke(cli.app, [*command, "--out", str(out)])
     assert result.exit_code == 0, result.output
     certificates = pd.read_csv(out / "cards" / "06_certificates.csv")

@@ -5,6 +5,7 @@ import os
 import shutil
 from pathlib import Path
 
+import notebook_cells
 import numpy as np
 import pandas as pd
 import pytest
@@ -20,6 +21,7 @@ from medrobust_lib.models.loading import load_model
 
 TISSUES = ("ADI", "BACK", "DEB", "LYM", "MUC", "MUS", "NORM", "STR", "TUM")
 TEN_TILES = dict.fromkeys(TISSUES, 1) | {"NORM": 2}
+pytestmark = pytest.mark.filterwarnings("ignore")
 REAL = Path(os.environ.get("MEDROBUST_REAL_DATA") or Path(__file__).parents[2] / "shared" / "data" / "real")
 REAL_TILES = REAL / "folders" / "colon_tiles"
 
@@ -88,10 +90,10 @@ def write_tiles(data: Path, *, real: bool = False, **counts: dict[str, int]) -> 
 
 @pytest.fixture
 def user(weights, tmp_path, monkeypatch):
-    """Someone with weights and data in folders of their own, and one thread."""
+    """Someone with weights and data in folders of their own."""
     monkeypatch.setenv("MEDROBUST_WEIGHTS", str(weights))
     monkeypatch.setenv("MEDROBUST_DATA", str(tmp_path / "data"))
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    notebook_cells.run_here_instead_of_in_a_kernel(monkeypatch)
     return tmp_path
 
 

@@ -9,6 +9,7 @@ import os
 import shutil
 from pathlib import Path
 
+import notebook_cells
 import numpy as np
 import pandas as pd
 import pytest
@@ -21,6 +22,7 @@ from medrobust_lib.data.splits import fraction_splits
 from medrobust_lib.models.adapters import adapter_layout, load_adapter
 from medrobust_lib.models.loading import load_model
 
+pytestmark = pytest.mark.filterwarnings("ignore")
 REAL = Path(os.environ.get("MEDROBUST_REAL_DATA") or Path(__file__).parents[2] / "shared" / "data" / "real")
 PIECES = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefghijklmnopqrstuvwxyz.-&,'"]
 N_IMAGES = 12
@@ -52,10 +54,10 @@ def weights(builders, tmp_path_factory):
 
 @pytest.fixture
 def user(weights, tmp_path, monkeypatch):
-    """Someone with weights and data in folders of their own, and one thread."""
+    """Someone with weights and data in folders of their own."""
     monkeypatch.setenv("MEDROBUST_WEIGHTS", str(weights))
     monkeypatch.setenv("MEDROBUST_DATA", str(tmp_path / "data"))
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    notebook_cells.run_here_instead_of_in_a_kernel(monkeypatch)
     (tmp_path / "data" / "medmnist").mkdir(parents=True)
     return tmp_path
 

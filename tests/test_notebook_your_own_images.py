@@ -6,6 +6,7 @@ import os
 import re
 from pathlib import Path
 
+import notebook_cells
 import numpy as np
 import pandas as pd
 import pytest
@@ -18,18 +19,22 @@ from medrobust_lib.models.adapters import load_adapter
 from medrobust_lib.models.caveats import OWN_SITE, caveats
 from medrobust_lib.models.loading import load_model
 
+pytestmark = pytest.mark.filterwarnings("ignore")
 REAL = Path(os.environ.get("MEDROBUST_REAL_DATA") or Path(__file__).parents[2] / "shared" / "data" / "real")
 PROMPTS = {"lesion": "an ultrasound image of a bright lesion.", "healthy": "an ultrasound image without a lesion."}
 
 
 @pytest.fixture
 def user(tmp_path, monkeypatch):
-    """Someone with a model in the hub cache, images in a folder, and one thread."""
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))  # of the notebook's kernel
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))  # of this process
+    """Someone with a model in the hub cache, and images in a folder."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     return tmp_path
+
+
+@pytest.fixture
+def no_kernel(monkeypatch):
+    """The notebook's cells run in this process."""
+    notebook_cells.run_here_instead_of_in_a_kernel(monkeypatch)
 
 
 def write_clip(hub: Path, repository: str) -> None:
@@ -72,7 +77,7 @@ def read_tables(user: Path) -> tuple[pd.DataFrame, ...]:
     return tuple(pd.read_csv(user / "out" / "cards" / f"07_{name}.csv") for name in names)
 
 
-def test_an_undivided_folder_with_own_prompts_and_a_clip_of_the_hub(user):
+def test_an_undivided_folder_with_own_prompts_and_a_clip_of_the_hub(user, no_kernel):
     write_clip(user / "hub", "me/my-clip")
     write_images(user / "breast", healthy=10, lesion=6)
     (user / "breast" / "lesion" / "99.png").write_bytes((user / "breast" / "lesion" / "00.png").read_bytes())
@@ -97,6 +102,7 @@ def test_an_undivided_folder_with_own_prompts_and_a_clip_of_the_hub(user):
 
 
 def test_too_few_images_to_divide_are_measured_and_nothing_is_learned(user):
+    """The one whole notebook of this lane in a kernel, with its report."""
     write_images(user / "two", healthy=1, lesion=1)
     rows = "healthy/00.png,healthy\nlesion/00.png,lesion\n"
     (user / "two" / "list.csv").write_text(f"path,label\n{rows}")
@@ -106,13 +112,14 @@ def test_too_few_images_to_divide_are_measured_and_nothing_is_learned(user):
     accuracy, corruptions, certificates = read_tables(user)
     assert list(accuracy.name) == ["zero-shot"] and set(corruptions.model) == set(certificates.method) == {"zero-shot"}
     assert len(certificates) == 2
+    assert "07_your_own_images" in (user / "out" / "index.html").read_text(encoding="utf-8")
 
 
 @pytest.mark.skipif(
     not (REAL / "folders" / "breast_us").is_dir(),
     reason=f"no real images at {REAL}; name their folder with MEDROBUST_REAL_DATA",
 )
-def test_real_ultrasound_images_in_class_folders(user):
+def test_real_ultrasound_images_in_class_folders(user, no_kernel):
     card = run_notebook(user, images=f"folder:{REAL / 'folders' / 'breast_us'}", n_images=14, fraction=0.05)
     assert card["dataset"] | {"classes": ["malignant", "normal benign"], "split": "test"} == card["dataset"]
     assert any("say nothing about medical models" in note for note in card["notes"])

@@ -157,20 +157,26 @@ def test_the_nbval_lane_fails_when_a_checked_output_is_wrong(tmp_path):
         "print(6 * 7)",
         execution_count=1,
         metadata={"tags": ["nbval-check-output"]},
-        outputs=[nbformat.v4.new_output("stream", name="stdout", text="42\n")],
+        outputs=[nbformat.v4.new_output("stream", name="stdout", text="")],
     )
     notebook = nbformat.v4.new_notebook(
         cells=[cell], metadata={"kernelspec": {"name": "python3", "display_name": "x", "language": "python"}}
     )
-    lane = [sys.executable, "-m", "pytest", "-q", "--nbval-lax", "--nbval-current-env", "-p", "no:cacheprovider"]
-    lane += ["--nbval-sanitize-with", str(ROOT / "tests" / "nbval_sanitize.cfg"), "--rootdir", str(tmp_path)]
-    codes = []
-    for text in ("42\n", "43\n"):
+    for name, text in (("right", "42\n"), ("wrong", "43\n")):
         cell.outputs[0].text = text
-        nbformat.write(notebook, tmp_path / "example.ipynb")
-        finished = subprocess.run([*lane, "example.ipynb"], cwd=tmp_path, capture_output=True, text=True, check=False)
-        codes.append(finished.returncode)
-    assert codes == [0, 1]
+        nbformat.write(notebook, tmp_path / f"{name}.ipynb")
+    # Without it nbformat is there seconds earlier, as in conftest.py.
+    (tmp_path / "rfc3987_syntax.py").write_text("raise ImportError")
+    lane = [sys.executable, "-m", "pytest", "-rA", "--nbval-lax", "--nbval-current-env", "-p", "no:cacheprovider"]
+    lane += ["--nbval-sanitize-with", str(ROOT / "tests" / "nbval_sanitize.cfg"), "--rootdir", str(tmp_path)]
+    finished = subprocess.run(
+        [*lane, "right.ipynb", "wrong.ipynb"], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert finished.returncode == 1, finished.stdout
+    assert re.findall(r"^(PASSED|FAILED) (\w+)", finished.stdout, re.MULTILINE) == [
+        ("PASSED", "right"),
+        ("FAILED", "wrong"),
+    ]
 
 
 def test_the_runner_finds_the_same_notebooks():
