@@ -14,10 +14,10 @@ from typing import Annotated
 
 import typer
 
-from medrobust_lib.archives import extract
-from medrobust_lib.data.preparation import data_root
-from medrobust_lib.downloads import RemoteFile, download, zenodo_files
 from medrobust_lib.files import reported_errors
+from preparing.archives import extract
+from preparing.downloads import RemoteFile, download, zenodo_files
+from preparing.folders import data_root
 
 RECORD = 7884735
 INFO_NAME = "info.yaml"

@@ -11,9 +11,9 @@ from typing import Annotated
 
 import typer
 
-from medrobust_lib.data.preparation import data_root
-from medrobust_lib.downloads import download
 from medrobust_lib.files import reported_errors
+from preparing.downloads import download
+from preparing.folders import data_root
 
 RECORD = "https://zenodo.org/records/10519652/files"
 

@@ -21,12 +21,12 @@ from typing import Annotated, Any
 import typer
 from tqdm.auto import tqdm
 
-from medrobust_lib.archives import extract
 from medrobust_lib.data import mm_safetybench
 from medrobust_lib.data.mm_safetybench import FOLDER, IMAGE_TYPES
-from medrobust_lib.data.preparation import MANIFEST_NAME, data_root, listing_sha256
-from medrobust_lib.downloads import download, file_sha256
-from medrobust_lib.files import named_when_full, reported_errors
+from medrobust_lib.files import file_sha256, named_when_full, reported_errors
+from preparing.archives import extract
+from preparing.downloads import download
+from preparing.folders import MANIFEST_NAME, data_root, listing_sha256
 
 # A commit, not a branch: the questions that were audited must stay the questions that are fetched.
 REVISION = "b80eedea3db312c09ded2082813390f68e750ef3"

@@ -16,7 +16,9 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from medrobust_lib.data.decoding import read_dicom
-from medrobust_lib.data.preparation import (
+from medrobust_lib.data.wording import spelled
+from medrobust_lib.files import file_sha256, inside, parsed, reported_errors
+from preparing.folders import (
     Origin,
     data_root,
     listing_sha256,
@@ -26,9 +28,6 @@ from medrobust_lib.data.preparation import (
     split_by_group,
     staged_dataset,
 )
-from medrobust_lib.data.wording import spelled
-from medrobust_lib.downloads import file_sha256
-from medrobust_lib.files import inside, parsed, reported_errors
 
 COVID_CLASSES = {"covid": ("COVID", "COVID-19"), "normal": ("Normal",)}
 COVID_QU_SPLITS = {"Train": "train", "Val": "val", "Test": "test"}

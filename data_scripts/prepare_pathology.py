@@ -12,8 +12,9 @@ import numpy as np
 import typer
 from tqdm.auto import tqdm
 
-from medrobust_lib.archives import extract
-from medrobust_lib.data.preparation import (
+from medrobust_lib.files import file_sha256, inside, reported_errors
+from preparing.archives import extract
+from preparing.folders import (
     Origin,
     data_root,
     listing_sha256,
@@ -25,8 +26,6 @@ from medrobust_lib.data.preparation import (
     require_columns,
     staged_dataset,
 )
-from medrobust_lib.downloads import file_sha256
-from medrobust_lib.files import inside, reported_errors
 
 KATHER_RECORD = "https://zenodo.org/records/1214456"
 # MD5 as shown on the record's page.

@@ -10,9 +10,10 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from medrobust_lib import downloads
+from medrobust_lib import files
 from medrobust_lib.data import mm_safetybench
 from medrobust_lib.data.mm_safetybench import IMAGE_TYPES, list_scenarios, read_scenario
+from preparing import downloads
 
 SCRIPT = Path(__file__).parents[1] / "data_scripts" / "download_mm_safetybench.py"
 SMALL = {"01-Illegal_Activitiy": 3, "06-Fraud": 12}
@@ -125,9 +126,9 @@ def test_manifest(script, root, source):
         scenario: {"questions": count, **dict.fromkeys(IMAGE_TYPES, count)} for scenario, count in SMALL.items()
     }
     folder = root / "mm-safetybench/processed_questions"
-    assert manifest["questions_sha256"] == {path.name: downloads.file_sha256(path) for path in folder.iterdir()}
+    assert manifest["questions_sha256"] == {path.name: files.file_sha256(path) for path in folder.iterdir()}
     assert manifest["images_from"] == archive.name
-    assert manifest["images_from_sha256"] == downloads.file_sha256(archive)
+    assert manifest["images_from_sha256"] == files.file_sha256(archive)
     invoke(script, "--root", root, "--source", source, "--overwrite")
     again = json.loads((root / "mm-safetybench/manifest.json").read_text(encoding="utf-8"))
     assert again["images_from_sha256"] is None
