@@ -218,7 +218,7 @@ def test_what_a_centre_crop_throws_away_is_told_and_padding_keeps_it(tmp_path, i
         ("depth=12", "depth is unknown"),
         ("bit_depth=twelve", "invalid literal"),
         ("pad", "bad query field"),
-        ("fit=p", "fit='p'"),
+        ("fit=p", "unknown fit 'p'"),
     ],
 )
 def test_what_an_id_states_wrongly_is_refused(tmp_path, stated, message):

@@ -12,9 +12,9 @@ from PIL import Image
 
 import medrobust_lib
 from medrobust_lib.checks import closest, suggest
-from medrobust_lib.data.registry import class_wording, list_datasets, load_dataset
+from medrobust_lib.data.registry import list_datasets, load_dataset
 from medrobust_lib.data.splits import fraction_splits
-from medrobust_lib.data.wording import spelled
+from medrobust_lib.data.wording import class_wording, spelled
 from medrobust_lib.phantoms import MODALITIES, SPLITS, phantom_classes
 
 # Most images here are of one colour, to be told apart by it: dark, and copies of each other.
@@ -595,7 +595,9 @@ def test_label_outside_the_list_is_refused(tmp_path):
 
 @pytest.mark.parametrize("size", [0, -4, 7, 2.5, True, "64"])
 def test_wrong_image_size_is_refused(size):
-    with pytest.raises(ValueError, match=re.escape(f"image_size={size!r}: give a whole number of pixels")):
+    with pytest.raises(
+        ValueError, match=re.escape(f"image_size={size!r} is no whole number of 8 or more: give the side in pixels")
+    ):
         load_dataset("phantom/chest", image_size=size)
 
 

@@ -30,7 +30,8 @@ from medrobust_lib.corruptions.stored import check_benchmark, read_corrupted, re
 from medrobust_lib.corruptions.writing import write_benchmark
 from medrobust_lib.data.decoding import image_shape, read_dicom, read_image
 from medrobust_lib.data.mm_safetybench import read_questions
-from medrobust_lib.data.readers import class_folder_split, csv_split, medimeta_split, medmnist_split
+from medrobust_lib.data.own_images import class_folder_split, csv_split
+from medrobust_lib.data.readers import medimeta_split, medmnist_split
 from medrobust_lib.data.wording import class_wording
 from medrobust_lib.experiments import Metric, leaderboard, open_store, read_cards, start_run
 from medrobust_lib.files import read_sums

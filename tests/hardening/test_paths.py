@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from medrobust_lib.corruptions.stored import check_benchmark, set_folder
-from medrobust_lib.data.readers import class_folder_split, csv_split
+from medrobust_lib.data.own_images import class_folder_split, csv_split
 from medrobust_lib.files import DownloadError, check_sums
 from preparing.archives import extract
 from preparing.folders import StagedDataset
