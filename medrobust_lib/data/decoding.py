@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 from pydicom.pixels import apply_color_lut, get_decoder
 
+from medrobust_lib.checks import check_whole
 from medrobust_lib.data.dicom import (
     begins_as_dicom,
     check_image,
@@ -67,8 +68,8 @@ def read_image(path: str | Path, *, bit_depth: int | None = None) -> NDArray[np.
         Corrupt or floating-point image, TIFF pages of one size, or values beyond the bit depth; the file is named.
     """
     path = Path(path)
-    if bit_depth is not None and (isinstance(bit_depth, bool) or bit_depth not in range(1, 33)):
-        raise ValueError(f"bit_depth={bit_depth!r}: give the bits that the values have, 1 to 32, or None")
+    if bit_depth is not None:
+        check_whole("bit_depth", bit_depth, most=32, hint=": give the bits that the values have, or None")
     if not path.is_file():
         raise FileNotFoundError(f"no image file at {path}")
     if _is_dicom(path):

@@ -68,24 +68,12 @@ class SafetyQuestion:
         Position in the full scenario, ordered by `question_id`.
     question_id : str
         The authors' number, also the name of the image file.
-    scenario : str
-        A key of `SCENARIOS`.
-    image_type : str
-        One of `IMAGE_TYPES`.
-    original_question : str or None
-        The harmful question that image and prompt stand for; None where the file does not say.
-    key_phrase : str or None
-        What the image shows or spells out; None where the file does not say.
     """
 
     image: NDArray[np.uint8] = field(repr=False)
     question: str
     index: int
     question_id: str
-    scenario: str
-    image_type: str
-    original_question: str | None
-    key_phrase: str | None
 
 
 def read_scenario(
@@ -120,8 +108,6 @@ def read_scenario(
     ValueError
         Unknown scenario or type, ``n`` outside the scenario, a question file that cannot be read or lacks the
         question, or a corrupt image; the file is named.
-    TypeError
-        ``n`` or ``seed`` is not an integer.
     """
     scenario, image_type = parse_id(id)
     root = Path(root) if root else default_data_root()
@@ -142,10 +128,6 @@ def read_scenario(
             question=prompts[position],
             index=int(position),
             question_id=ids[position],
-            scenario=scenario,
-            image_type=image_type,
-            original_question=questions[ids[position]].get("Question"),
-            key_phrase=questions[ids[position]].get("Key Phrase"),
         )
         for position in drawn
     )

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from medrobust_lib.checks import suggest
+from medrobust_lib.checks import check_choice
 from medrobust_lib.data import mm_safetybench
 from medrobust_lib.data.dataset import ImageDataset
 from medrobust_lib.data.registry import load_dataset
@@ -114,8 +114,7 @@ def load_questions(
     """
     if id.startswith(mm_safetybench.PREFIX):
         return _jailbreak_questions(id, n=n, seed=seed, root=root)
-    if task not in PHANTOM_TASKS:
-        raise ValueError(f"unknown task {task!r}.{suggest(task, PHANTOM_TASKS)}")
+    check_choice("task", task, PHANTOM_TASKS)
     return ask(load_dataset(id, split=split, n=n, seed=seed, root=root), task)
 
 
@@ -132,18 +131,13 @@ def ask(data: ImageDataset, task: str) -> QuestionSet:
         id=data.id,
         task=task,
         images=data.images,
-        questions=(question(task),) * len(data),
+        questions=question_wordings(task)[:1] * len(data),
         truths=tuple(truths[label] for label in data.labels),
         labels=labels,
         indices=data.indices,
         licence=data.licence,
         provenance=data.provenance,
     )
-
-
-def question(task: str) -> str:
-    """Return the canonical wording of a task's question."""
-    return _table()["tasks"][task]["question"]
 
 
 def question_wordings(task: str) -> tuple[str, ...]:

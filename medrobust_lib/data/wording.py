@@ -147,17 +147,17 @@ def own_wording(
     )
 
 
-def checked_templates(templates: Sequence[str]) -> tuple[str, ...]:
-    """Return prompt templates given by a caller, or raise: texts with one ``{}`` each, at least one."""
+def checked_templates(templates: Sequence[str], *, source: str = "") -> tuple[str, ...]:
+    """Return prompt templates, or raise: texts with one ``{}`` each, at least one; ``source`` begins the message."""
     if isinstance(templates, str):
-        raise TypeError(f"templates={templates!r} is one text: give a list, [{templates!r}]")
+        raise TypeError(f"{source}templates={templates!r} is one text: give a list, [{templates!r}]")
     if not templates:
-        raise ValueError("templates is empty: give at least one such as 'an ultrasound image of {}.', or None")
+        raise ValueError(f"{source}no prompt templates: give at least one such as 'an ultrasound image of {{}}.'")
     for template in templates:
         if not isinstance(template, str):
-            raise TypeError(f"template {template!r} is no text")
+            raise TypeError(f"{source}template {template!r} is no text")
         if template.count("{}") != 1:
-            raise ValueError(f"template {template!r} needs exactly one {{}} in the place of the class name")
+            raise ValueError(f"{source}template {template!r} needs exactly one {{}} in the place of the class name")
     return tuple(templates)
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from medrobust_lib.data import registry
+from medrobust_lib.data.readers import Split
 from medrobust_lib.data.registry import load_dataset
 from medrobust_lib.data.splits import fraction_splits, learning_splits
 
@@ -189,13 +189,13 @@ def test_provenance_says_how_the_images_came_and_can_be_stored(tmp_path):
 def test_only_the_images_drawn_are_decoded(tmp_path, monkeypatch):
     folder = f"folder:{class_folders(tmp_path, [40, 40])}"
     opened = []
-    original = registry._decode
+    original = Split.decode
 
     def decode(listed, positions, *how):
         opened.extend(positions)
         return original(listed, positions, *how)
 
-    monkeypatch.setattr(registry, "_decode", decode)
+    monkeypatch.setattr(Split, "decode", decode)
     found = draw(folder, 0.1, n_val=4, n_test=6, image_size=8)
     assert sorted(opened) == sorted(np.concatenate([getattr(found, part).indices for part in PARTS]))
     assert len(opened) == 4 + 4 + 6
@@ -238,14 +238,17 @@ def test_a_class_of_the_list_without_images_is_named(tmp_path):
     ("change", "message"),
     [
         *(
-            ({"fraction": wrong}, f"fraction={wrong!r}: give a share of the train images above 0 and up to 1")
+            (
+                {"fraction": wrong},
+                f"fraction={wrong!r} is no number above 0 and up to 1: give a share",
+            )
             for wrong in (0, -0.1, 1.01, 10, True, "0.1", float("nan"))
         ),
-        ({"n_val": 0}, "n_val=0: give a whole number, 1 or more"),
-        ({"n_test": 2.5}, "n_test=2.5: give a whole number, 1 or more"),
-        ({"seed": -1}, "seed=-1: give a whole number, 0 or more"),
-        ({"test_seed": True}, "test_seed=True: give a whole number, 0 or more"),
-        ({"image_size": 3}, "image_size=3: give a whole number of pixels"),
+        ({"n_val": 0}, "n_val=0 is no whole number of 1 or more"),
+        ({"n_test": 2.5}, "n_test=2.5 is no whole number of 1 or more"),
+        ({"seed": -1}, "seed=-1 is no whole number of 0 or more"),
+        ({"test_seed": True}, "test_seed=True is no whole number of 0 or more"),
+        ({"image_size": 3}, "image_size=3 is no whole number of 8 or more"),
     ],
 )
 def test_bad_numbers_are_named(change, message):

@@ -117,7 +117,7 @@ def test_a_stated_depth_leaves_files_of_eight_bits_beside_deeper_ones_alone(tmp_
     np.testing.assert_array_equal(images[3], np.asarray(Image.open(tmp_path / "b" / "two.jpg")))
     with pytest.raises(ValueError, match=r"deep\.png holds values from 0 to 4095; .* State the bits .* as bit_depth"):
         mr.load_dataset(f"folder:{tmp_path}?bit_depth=10")
-    with pytest.raises(ValueError, match="bit_depth=99: give the bits"):
+    with pytest.raises(ValueError, match="bit_depth=99 is no whole number from 1 to 32: give the bits"):
         mr.load_dataset(f"folder:{tmp_path}?bit_depth=99")
 
 

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from medrobust_lib.data import registry
+from medrobust_lib.data.readers import Split
 from medrobust_lib.data.registry import load_dataset, open_split
 from medrobust_lib.data.splits import learning_splits
 
@@ -191,13 +191,13 @@ def test_medmnist(tmp_path, splits):
 def test_only_the_images_drawn_are_read(tmp_path, monkeypatch):
     class_folders(tmp_path, [20, 20])
     opened = []
-    original = registry._decode
+    original = Split.decode
 
     def decode(listed, positions, *how):
         opened.extend(positions)
         return original(listed, positions, *how)
 
-    monkeypatch.setattr(registry, "_decode", decode)
+    monkeypatch.setattr(Split, "decode", decode)
     first = draw(f"folder:{tmp_path}", image_size=16)
     assert len(opened) == len(first.train) + len(first.pool) + len(first.test) == 17
     files = [tmp_path / f"c{index // 20}" / name for index in (0, 20) for name in sorted_names(tmp_path)]
@@ -244,11 +244,11 @@ def test_open_split_lists_splits_and_labels_without_reading(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"shots": 0}, "shots=0: give a whole number, 1 or more"),
-        ({"n_test": 2.5}, "n_test=2.5: give a whole number, 1 or more"),
-        ({"n_pool": True}, "n_pool=True: give a whole number, 1 or more"),
-        ({"seed": -1}, "seed=-1: give a whole number, 0 or more"),
-        ({"image_size": 3}, "image_size=3: give a whole number of pixels"),
+        ({"shots": 0}, "shots=0 is no whole number of 1 or more"),
+        ({"n_test": 2.5}, "n_test=2.5 is no whole number of 1 or more"),
+        ({"n_pool": True}, "n_pool=True is no whole number of 1 or more"),
+        ({"seed": -1}, "seed=-1 is no whole number of 0 or more"),
+        ({"image_size": 3}, "image_size=3 is no whole number of 8 or more"),
     ],
 )
 def test_bad_numbers_are_named(change, message):
@@ -258,7 +258,7 @@ def test_bad_numbers_are_named(change, message):
 
 def test_nothing_left_to_test_says_what_to_do(tmp_path):
     class_folders(tmp_path, [1, 1, 1])
-    message = "3 images of 3 classes, one each, are all needed to learn from and none is left to test; add images"
+    message = "each class has one image, 3 in all, which is needed to learn from, and none is left to test; add images"
     with pytest.raises(ValueError, match=message):
         draw(f"folder:{tmp_path}")
 

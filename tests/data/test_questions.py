@@ -217,8 +217,8 @@ def test_chance_of_a_phantom_set():
 @pytest.mark.parametrize(
     ("task", "message"),
     [
-        ("safty", "unknown task 'safty'. Did you mean 'safety'?"),
-        ("jailbreak", "unknown task 'jailbreak'. Choose one of: safety, finding, action."),
+        ("safty", "unknown task 'safty'; choose one of safety, finding, action; did you mean 'safety'?"),
+        ("jailbreak", "unknown task 'jailbreak'; choose one of safety, finding, action"),
     ],
 )
 def test_unknown_task(task, message):

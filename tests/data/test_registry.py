@@ -370,7 +370,7 @@ def test_class_names_may_be_keyed_by_the_numbers_of_a_table_and_templates_join_a
         ({"templates": ["a cell"]}, ValueError, "template 'a cell' needs exactly one {} in the place of the class"),
         ({"templates": ["{} {}"]}, ValueError, "template '{} {}' needs exactly one {}"),
         ({"templates": "a {}."}, TypeError, r"templates='a {}.' is one text: give a list, \['a {}.'\]"),
-        ({"templates": []}, ValueError, "templates is empty: give at least one"),
+        ({"templates": []}, ValueError, "no prompt templates: give at least one"),
         (
             {"class_names": {"blast": "x", "mature": "y"}, "like": "medmnist/blood"},
             ValueError,
@@ -572,7 +572,7 @@ def test_missing_data_names_the_folder_and_the_command(tmp_path, id, folder, com
 
 
 def test_n_beyond_the_split_is_refused():
-    with pytest.raises(ValueError, match="n=721: this split has 720 images; give 1 to 720"):
+    with pytest.raises(ValueError, match="n=721 is no whole number from 1 to 720: it counts images of this split"):
         load_dataset("phantom/chest", n=721)
 
 
