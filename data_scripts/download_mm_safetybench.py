@@ -24,9 +24,10 @@ from tqdm.auto import tqdm
 from medrobust_lib.data import mm_safetybench
 from medrobust_lib.data.mm_safetybench import FOLDER, IMAGE_TYPES
 from medrobust_lib.files import file_sha256, named_when_full, reported_errors
+from medrobust_lib.places import default_data_root
 from preparing.archives import extract
 from preparing.downloads import download
-from preparing.folders import MANIFEST_NAME, data_root, listing_sha256
+from preparing.folders import MANIFEST_NAME, listing_sha256
 
 # A commit, not a branch: the questions that were audited must stay the questions that are fetched.
 REVISION = "b80eedea3db312c09ded2082813390f68e750ef3"
@@ -53,7 +54,7 @@ def main(
 ) -> None:
     """Fetch the questions and put them in place together with the images."""
     with reported_errors():
-        base = data_root(root)
+        base = default_data_root(root)
         final = base / FOLDER
         if (final / MANIFEST_NAME).exists() and not overwrite:
             require_complete(base, f"{final} is prepared, but", "Run again with --overwrite and --source.")

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import typer
 
+from medrobust_lib.places import default_data_root
 from preparing import corrupted_sets
-from preparing.folders import data_root
 
 DATASETS = [f"medimeta/{name}" for name in ("pbc", "mammo", "pneumonia", "fundus", "oct")]
 
@@ -38,7 +38,7 @@ def main(
     check: corrupted_sets.Check = False,
 ) -> None:
     """Write, plan or check the collection."""
-    folder: Path = out or data_root(root) / "MediMeta-C"
+    folder: Path = out or default_data_root(root) / "MediMeta-C"
     corrupted_sets.run_command(
         folder,
         [*(datasets or []), *(named or [])] or DATASETS,

@@ -17,8 +17,8 @@ from typing import Annotated
 import typer
 
 from medrobust_lib.corruptions import SUITES
+from medrobust_lib.places import default_data_root
 from preparing import corrupted_sets
-from preparing.folders import data_root
 
 DATASETS = [f"medmnist/{name}" for name in ("blood", "breast", "pneumonia", "retina", "oct")]
 FOLDERS = {"medimeta-c": "MedMNIST-C", "medmnist-c": "MedMNIST-C-official"}
@@ -46,7 +46,7 @@ def main(
     check: corrupted_sets.Check = False,
 ) -> None:
     """Write, plan or check the collection."""
-    folder: Path = out or data_root(root) / FOLDERS[suite]
+    folder: Path = out or default_data_root(root) / FOLDERS[suite]
     corrupted_sets.run_command(
         folder,
         [*(datasets or []), *(named or [])] or DATASETS,

@@ -18,9 +18,9 @@ from tqdm.auto import tqdm
 from medrobust_lib.data.decoding import read_dicom
 from medrobust_lib.data.wording import spelled
 from medrobust_lib.files import file_sha256, inside, parsed, reported_errors
+from medrobust_lib.places import default_data_root
 from preparing.folders import (
     Origin,
-    data_root,
     listing_sha256,
     named_source,
     read_table,
@@ -58,7 +58,7 @@ def covid(
     Computers in Biology and Medicine 132, 2021, and Chowdhury et al., IEEE Access 8, 2020.
     """
     with reported_errors():
-        base, source = data_root(root), named_source(source, covid)
+        base, source = default_data_root(root), named_source(source, covid)
         table = covid_table(source)
         official = table["split"].notna().all()
         if not official:
@@ -125,7 +125,7 @@ def rsna(
     Intelligence 1(1), 2019.
     """
     with reported_errors():
-        base, source = data_root(root), named_source(source, rsna)
+        base, source = default_data_root(root), named_source(source, rsna)
         patients = rsna_patients(source / RSNA_TABLE)
         groups = patients["patientId"] if nih_mapping is None else nih_patients(patients["patientId"], nih_mapping)
         test = split_by_group(groups.tolist(), patients["class"].tolist(), folds=folds, seed=seed)

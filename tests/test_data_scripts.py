@@ -664,12 +664,6 @@ def test_a_hub_file_with_a_wrong_hash_is_kept_aside(scripts, tmp_path, monkeypat
     assert [path.name for path in tmp_path.iterdir()] == ["a.bin.wrong-hash"]
 
 
-def test_the_data_root_is_the_librarys_unless_named(tmp_path, monkeypatch):
-    monkeypatch.setenv("MEDROBUST_DATA", str(tmp_path))
-    assert folders.data_root(None) == tmp_path
-    assert folders.data_root(tmp_path / "mine") == tmp_path / "mine"
-
-
 @pytest.mark.parametrize("modality", ["oct", "all"])
 def test_contact_sheets_are_written(tmp_path, modality):
     path = tmp_path / "sheet.png"

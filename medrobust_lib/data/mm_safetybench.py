@@ -110,7 +110,7 @@ def read_scenario(
         question, or a corrupt image; the file is named.
     """
     scenario, image_type = parse_id(id)
-    root = Path(root) if root else default_data_root()
+    root = default_data_root(root)
     path, folder = question_file(scenario, root), image_folder(scenario, image_type, root)
     for place, found in ((path, path.is_file()), (folder, folder.is_dir())):
         if not found:
@@ -142,7 +142,7 @@ def scenario_size(id: str, *, root: str | Path | None = None) -> int:
         As `read_scenario`.
     """
     read_scenario(id, n=1, root=root)
-    return len(read_questions(question_file(parse_id(id)[0], Path(root) if root else default_data_root())))
+    return len(read_questions(question_file(parse_id(id)[0], default_data_root(root))))
 
 
 def list_scenarios(*, root: str | Path | None = None) -> pd.DataFrame:
@@ -164,7 +164,7 @@ def list_scenarios(*, root: str | Path | None = None) -> pd.DataFrame:
     ValueError
         A question file that is there cannot be read; it is named.
     """
-    root = Path(root) if root else default_data_root()
+    root = default_data_root(root)
     rows = []
     for scenario, count in SCENARIOS.items():
         path = question_file(scenario, root)

@@ -231,16 +231,11 @@ def rankings_by_choice(accuracies: pd.DataFrame | None = None) -> pd.DataFrame:
             ]
     table = pd.concat(parts, ignore_index=True)
     table["rank"] = _rank(table, ["reference", "aggregation", *_SETS])
-    paper = _paper_ranks(accuracies)
+    as_printed = table[(table["reference"] == REFERENCE) & (table["aggregation"] == "mean of ratios")]
+    paper = as_printed.set_index([*_SETS, "model"])["rank"].rename("paper_rank")
     table = table.join(paper, on=[*_SETS, "model"])
     table["moved"] = table["rank"] - table["paper_rank"]
     return table[["reference", "aggregation", *_SETS, "model", "mce", "rank", "paper_rank", "moved"]]
-
-
-def _paper_ranks(accuracies: pd.DataFrame | None) -> pd.Series:
-    errors = published_corruption_errors(accuracies)[[*_SETS, "model", "mce"]]
-    table = pd.concat([errors, *_means_over_sets(errors)], ignore_index=True)
-    return table.assign(paper_rank=_rank(table, _SETS)).set_index([*_SETS, "model"])["paper_rank"]
 
 
 def _means_over_sets(one: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:

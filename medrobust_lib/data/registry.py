@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, TypedDict, Unpack, get_args
 from urllib.parse import parse_qsl, urlencode
 
 import numpy as np
@@ -137,20 +137,21 @@ DATASETS = {
 }
 
 
+class SplitOptions(TypedDict, total=False):
+    """Options of `open_split` and of all that draws by it; `load_dataset` explains them."""
+
+    root: str | Path | None
+    image_size: int | None
+    wording: str
+    like: str | None
+    class_names: Mapping[Any, str] | None
+    templates: Sequence[str] | None
+    bit_depth: int | None
+    fit: Fit
+
+
 def load_dataset(
-    id: str,
-    *,
-    split: str = "test",
-    n: int | None = None,
-    seed: int = 0,
-    root: str | Path | None = None,
-    image_size: int | None = None,
-    wording: str = "paper",
-    like: str | None = None,
-    class_names: Mapping[Any, str] | None = None,
-    templates: Sequence[str] | None = None,
-    bit_depth: int | None = None,
-    fit: Fit = "crop",
+    id: str, *, split: str = "test", n: int | None = None, seed: int = 0, **options: Unpack[SplitOptions]
 ) -> ImageDataset:
     """Load a data set by id, whole or as a seeded, class-stratified subset.
 
@@ -213,10 +214,7 @@ def load_dataset(
     TypeError
         ``class_names`` is no mapping, or ``templates`` a single text.
     """
-    found = open_split(
-        id, split=split, root=root, image_size=image_size, wording=wording, like=like, class_names=class_names,
-        templates=templates, bit_depth=bit_depth, fit=fit,
-    )  # fmt: skip
+    found = open_split(id, split=split, **options)
     return found.read(stratified_positions(found.labels, n=n, seed=seed), n=n, seed=seed)
 
 
@@ -318,7 +316,7 @@ def open_split(
             if value is not None:
                 raise ValueError(f"{name}={value!r} is for folder: and csv: data; {id} has its own classes")
         row, words = DATASETS[id], class_wording(id, wording=wording)
-        listed = _registered_split(row, words, split, Path(root) if root else default_data_root(), image_size)
+        listed = _registered_split(row, words, split, default_data_root(root), image_size)
     else:
         if id.startswith(QUESTIONS_PREFIX):
             raise ValueError(f"{id!r} holds questions and has no classes: load it with load_questions({id!r})")
@@ -342,7 +340,7 @@ def list_datasets(*, root: str | Path | None = None) -> pd.DataFrame:
         test (images; missing until the script that decides has run), licence, source, available (on this
         computer), script (the command that fetches or prepares it).
     """
-    folder = Path(root) if root else default_data_root()
+    folder = default_data_root(root)
     places = {id: _place(row, folder) for id, row in DATASETS.items()}
     table = pd.DataFrame(
         {
@@ -420,24 +418,24 @@ def _own_split(
 ) -> tuple[Split, DatasetEntry, ClassWording]:
     reader: Callable[..., Split] = {"folder": class_folder_split, "csv": csv_split}[scheme]
     listed = reader(path, split, bit_depth=bit_depth)
-    if like is None and class_names is None:
-        listed = replace(listed, caveats=(*listed.caveats, *close_names(listed.codes, listed.totals)))
-    if like is not None and like not in DATASETS:
-        raise ValueError(f"unknown data set {like!r} for like.{suggest(like, DATASETS)}")
-    if like is not None and class_names is not None:
-        raise ValueError(f"give class_names or like={like!r}, not both: each of them names the classes")
-    if like is None and wording != "paper":
-        raise ValueError(f"wording={wording!r} needs like=..., the registered set whose words to take")
-    if like is not None:
-        words = class_wording(like, wording=wording)
-        listed = listed.named(words)
-        if templates is not None:
-            words = replace(words, templates=checked_templates(templates), start="")
-    else:
+    if like is None:
+        if wording != "paper":
+            raise ValueError(f"wording={wording!r} needs like=..., the registered set whose words to take")
+        if class_names is None:
+            listed = replace(listed, caveats=(*listed.caveats, *close_names(listed.codes, listed.totals)))
         words = own_wording(
             listed.codes, listed.names, class_names=class_names, templates=templates, source=listed.source
         )
         listed = listed.relabelled([words.spellings[code] for code in listed.codes], words)
+    else:
+        if like not in DATASETS:
+            raise ValueError(f"unknown data set {like!r} for like.{suggest(like, DATASETS)}")
+        if class_names is not None:
+            raise ValueError(f"give class_names or like={like!r}, not both: each of them names the classes")
+        words = class_wording(like, wording=wording)
+        listed = listed.named(words)
+        if templates is not None:
+            words = replace(words, templates=checked_templates(templates), start="")
     row = DatasetEntry(
         # The name alone keys the noise, so that a moved folder keeps its noise.
         id=f"{scheme}:{path.resolve().name}",

@@ -1,7 +1,7 @@
 """Images to learn from, images to choose by or adapt to, and test images, of a data set with splits or without."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Unpack
 
 import numpy as np
 from numpy.typing import NDArray
@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from medrobust_lib.checks import check_positive, check_whole
 from medrobust_lib.data.dataset import ImageDataset, stratified_positions
 from medrobust_lib.data.inspection import learned_too
-from medrobust_lib.data.registry import OpenSplit, open_split
+from medrobust_lib.data.registry import OpenSplit, SplitOptions, open_split
 
 Positions = NDArray[np.int64]
 
@@ -75,7 +75,7 @@ class FractionSplits(Splits):
 
 
 def learning_splits(
-    dataset: str, *, shots: int, n_test: int, n_pool: int, seed: int = 0, **options: Any
+    dataset: str, *, shots: int, n_test: int, n_pool: int, seed: int = 0, **options: Unpack[SplitOptions]
 ) -> LearningSplits:
     """Draw labelled images to learn from, an unlabelled pool and test images, reproducibly and disjoint.
 
@@ -131,7 +131,14 @@ def learning_splits(
 
 
 def fraction_splits(
-    dataset: str, *, fraction: float, n_val: int, n_test: int, seed: int = 0, test_seed: int = 0, **options: Any
+    dataset: str,
+    *,
+    fraction: float,
+    n_val: int,
+    n_test: int,
+    seed: int = 0,
+    test_seed: int = 0,
+    **options: Unpack[SplitOptions],
 ) -> FractionSplits:
     """Draw a stratified fraction of the train split, and validation and test images, reproducibly and disjoint.
 
@@ -243,7 +250,7 @@ class _Sides:
         return f"the data set {has}: its images were divided class by class, patients may be on both sides"
 
 
-def _sides(dataset: str, *, most: int | None, seed: int, **options: Any) -> _Sides:
+def _sides(dataset: str, *, most: int | None, seed: int, **options: Unpack[SplitOptions]) -> _Sides:
     """Tell the images to learn from, at most so many of a class, from those to test; divide where no split does."""
     testing = open_split(dataset, split="test", **options)
     divided = "train" in testing.splits

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from importlib.resources import files
 from typing import Any
 
-from medrobust_lib.checks import suggest
+from medrobust_lib.checks import check_choice, suggest
 
 SITE_A = "-site-a"
 
@@ -72,8 +72,7 @@ def class_wording(set_name: str, *, wording: str = "paper") -> ClassWording:
         raise ValueError(f"no class names for {set_name!r}.{suggest(set_name, table)}")
     entry = table[key]
     choices = ("paper", "clear", *(name for name in entry["alternatives"] if name != "clear"))
-    if wording not in choices:
-        raise ValueError(f"unknown wording {wording!r} for {set_name}.{suggest(wording, choices)}")
+    check_choice(f"wording of {set_name}", wording, choices)
     nouns = entry["alternatives"].get(wording, entry["prompt_nouns"])
     return ClassWording(
         set_name=set_name,
