@@ -11,8 +11,8 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from medrobust_lib import files
-from medrobust_lib.data import mm_safetybench
-from medrobust_lib.data.mm_safetybench import IMAGE_TYPES, list_scenarios, read_scenario
+from medrobust_lib.data import questions
+from medrobust_lib.data.questions import IMAGE_TYPES, list_scenarios, read_scenario
 from preparing import downloads
 
 SCRIPT = Path(__file__).parents[1] / "data_scripts" / "download_mm_safetybench.py"
@@ -35,7 +35,7 @@ def script(monkeypatch, tmp_path):
         return downloads.download(url, path, **expected)
 
     monkeypatch.setattr(module, "download", download)
-    monkeypatch.setattr(mm_safetybench, "SCENARIOS", SMALL)
+    monkeypatch.setattr(questions, "SCENARIOS", SMALL)
     return module
 
 
@@ -101,9 +101,9 @@ def test_set_lands_where_the_reader_looks(script, root, source, pack):
     assert script.asked == [f"{script.QUESTIONS}/{scenario}.json" for scenario in SMALL]
     assert "only to measure refusals" in result.output
     assert list_scenarios(root=root)["available"].all()
-    rows = read_scenario("mm-safetybench/06-SD_TYPO", root=root)
-    assert [row.question for row in rows] == [f"made-up Rephrased Question {number}" for number in range(12)]
-    assert [int(row.image[0, 0, 0]) for row in rows] == list(range(12))
+    found = read_scenario("mm-safetybench/06-SD_TYPO", root=root)
+    assert list(found.questions) == [f"made-up Rephrased Question {number}" for number in range(12)]
+    assert [int(image[0, 0, 0]) for image in found.images] == list(range(12))
     images = {f"{name}/{kind}/{id}.jpg" for name, count in SMALL.items() for kind in IMAGE_TYPES for id in range(count)}
     assert installed(root) == {
         "mm-safetybench/manifest.json",

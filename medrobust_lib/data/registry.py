@@ -17,7 +17,6 @@ from medrobust_lib.checks import check_choice, check_whole, suggest
 from medrobust_lib.data.dataset import ImageDataset, check_classes, stratified_positions
 from medrobust_lib.data.decoding import Fit
 from medrobust_lib.data.inspection import close_names, ignored_in, seen_in, tell
-from medrobust_lib.data.mm_safetybench import PREFIX as QUESTIONS_PREFIX
 from medrobust_lib.data.own_images import class_folder_split, csv_split, file_advice
 from medrobust_lib.data.readers import (
     FALLBACK_SIZE,
@@ -34,6 +33,7 @@ from medrobust_lib.files import parsed
 from medrobust_lib.places import default_data_root
 
 PHANTOM_SIZE = 64
+QUESTIONS_PREFIX = "mm-safetybench/"  # of ids for `load_questions`
 
 
 @dataclass(frozen=True)

@@ -29,8 +29,8 @@ from medrobust_lib.adaptation.training import load_state, save_state
 from medrobust_lib.corruptions.stored import check_benchmark, read_corrupted, read_npz, write_npz
 from medrobust_lib.corruptions.writing import write_benchmark
 from medrobust_lib.data.decoding import image_shape, read_dicom, read_image
-from medrobust_lib.data.mm_safetybench import read_questions
 from medrobust_lib.data.own_images import class_folder_split, csv_split
+from medrobust_lib.data.questions import read_questions
 from medrobust_lib.data.readers import medimeta_split, medmnist_split
 from medrobust_lib.data.wording import class_wording
 from medrobust_lib.experiments import Metric, leaderboard, open_store, read_cards, start_run
