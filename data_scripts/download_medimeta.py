@@ -14,10 +14,10 @@ from typing import Annotated
 
 import typer
 
-from medrobust_lib.archives import extract
-from medrobust_lib.data.preparation import data_root
-from medrobust_lib.downloads import RemoteFile, download, zenodo_files
 from medrobust_lib.files import reported_errors
+from medrobust_lib.places import default_data_root
+from preparing.archives import extract
+from preparing.downloads import RemoteFile, download, zenodo_files
 
 RECORD = 7884735
 INFO_NAME = "info.yaml"
@@ -37,7 +37,7 @@ def main(
 ) -> None:
     """Fetch the sets asked for."""
     with reported_errors():
-        base = data_root(root)
+        base = default_data_root(root)
         folders = [FOLDERS[name] for name in sets or SetName]
         missing = [name for name in folders if not (base / "medimeta" / name / INFO_NAME).exists()]
         files = zenodo_files(RECORD) if missing else {}

@@ -11,9 +11,9 @@ from typing import Annotated
 
 import typer
 
-from medrobust_lib.data.preparation import data_root
-from medrobust_lib.downloads import download
 from medrobust_lib.files import reported_errors
+from medrobust_lib.places import default_data_root
+from preparing.downloads import download
 
 RECORD = "https://zenodo.org/records/10519652/files"
 
@@ -65,7 +65,7 @@ def main(
 ) -> None:
     """Fetch the sets asked for."""
     with reported_errors():
-        folder = data_root(root) / "medmnist"
+        folder = default_data_root(root) / "medmnist"
         for name in sets or SetName:
             for side in map(int, size or [Size.px28]):
                 file = f"{name}mnist.npz" if side == 28 else f"{name}mnist_{side}.npz"

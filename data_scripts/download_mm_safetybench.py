@@ -21,12 +21,13 @@ from typing import Annotated, Any
 import typer
 from tqdm.auto import tqdm
 
-from medrobust_lib.archives import extract
-from medrobust_lib.data import mm_safetybench
-from medrobust_lib.data.mm_safetybench import FOLDER, IMAGE_TYPES
-from medrobust_lib.data.preparation import MANIFEST_NAME, data_root, listing_sha256
-from medrobust_lib.downloads import download, file_sha256
-from medrobust_lib.files import named_when_full, reported_errors
+from medrobust_lib.data import questions as bench
+from medrobust_lib.data.questions import IMAGE_TYPES, MM_FOLDER
+from medrobust_lib.files import file_sha256, named_when_full, reported_errors
+from medrobust_lib.places import default_data_root
+from preparing.archives import extract
+from preparing.downloads import download
+from preparing.folders import MANIFEST_NAME, listing_sha256
 
 # A commit, not a branch: the questions that were audited must stay the questions that are fetched.
 REVISION = "b80eedea3db312c09ded2082813390f68e750ef3"
@@ -35,7 +36,7 @@ PROJECT_PAGE = "https://isxinliu.github.io/Project/MM-SafetyBench/"
 NOTE = "The questions are harmful by design; they are shown to models only to measure refusals."
 CITATION = "Liu et al., MM-SafetyBench, ECCV 2024, arXiv 2311.17600"
 BY_HAND = (
-    f"Fetch MM-SafetyBench(imgs).zip by hand: the README of {mm_safetybench.SOURCE} links to it on Google Drive "
+    f"Fetch MM-SafetyBench(imgs).zip by hand: the README of {bench.MM_SOURCE} links to it on Google Drive "
     f"(project page: {PROJECT_PAGE}). Then name the archive, or the folder that you unpacked it to, with --source."
 )
 NAMED_IDS = 10  # of the missing images of one kind; the rest is counted
@@ -53,8 +54,8 @@ def main(
 ) -> None:
     """Fetch the questions and put them in place together with the images."""
     with reported_errors():
-        base = data_root(root)
-        final = base / FOLDER
+        base = default_data_root(root)
+        final = base / MM_FOLDER
         if (final / MANIFEST_NAME).exists() and not overwrite:
             require_complete(base, f"{final} is prepared, but", "Run again with --overwrite and --source.")
             typer.echo(f"{final}  ready already; --overwrite builds it anew")
@@ -74,14 +75,14 @@ def main(
 def fetch_questions(base: Path) -> list[Path]:
     """Download the question file of each scenario and check it against the published number of questions."""
     files = []
-    for scenario, count in mm_safetybench.SCENARIOS.items():
+    for scenario, count in bench.SCENARIOS.items():
         name = f"{scenario}.json"
-        path = download(f"{QUESTIONS}/{name}", base / "downloads" / FOLDER / REVISION / name)
-        questions = mm_safetybench.read_questions(path)
+        path = download(f"{QUESTIONS}/{name}", base / "downloads" / MM_FOLDER / REVISION / name)
+        questions = bench.read_questions(path)
         if len(questions) != count:
             raise ValueError(f"{path} holds {len(questions)} questions, expected {count}. Delete it and run again.")
         for image_type in IMAGE_TYPES:
-            mm_safetybench.prompts_for(image_type, questions, path)
+            bench.prompts_for(image_type, questions, path)
         files.append(path)
     return files
 
@@ -90,7 +91,7 @@ def install(files: list[Path], source: Path, base: Path, final: Path) -> int:
     """Build the set aside, check it, and move it to `final`; returns how many images have no question."""
     base.mkdir(parents=True, exist_ok=True)
     full = named_when_full(final, "the set could not be built and nothing of it was kept")
-    with full, tempfile.TemporaryDirectory(dir=base, prefix=f".{FOLDER}-") as scratch:
+    with full, tempfile.TemporaryDirectory(dir=base, prefix=f".{MM_FOLDER}-") as scratch:
         packed = source.is_file()
         if packed:
             extract(source, Path(scratch) / "content")
@@ -100,23 +101,23 @@ def install(files: list[Path], source: Path, base: Path, final: Path) -> int:
         offered = sum(1 for kind in IMAGE_TYPES for _ in images.glob(f"*/{kind}/*.jpg"))
         new = Path(scratch) / "new"
         for path in tqdm(files, unit="scenario"):
-            target = mm_safetybench.question_file(path.stem, new)
+            target = bench.question_file(path.stem, new)
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, target)
-            questions = mm_safetybench.read_questions(path)
+            questions = bench.read_questions(path)
             for kind in IMAGE_TYPES:
-                folder = mm_safetybench.image_folder(path.stem, kind, new)
+                folder = bench.image_folder(path.stem, kind, new)
                 folder.mkdir(parents=True)
                 for name in (f"{id}.jpg" for id in questions):
                     if (images / path.stem / kind / name).is_file():
                         put(images / path.stem / kind / name, folder / name)
         require_complete(new, f"nothing was put in place: {source} is incomplete;", BY_HAND)
         text = json.dumps(manifest(new, files, source), indent=2, ensure_ascii=False)
-        (new / FOLDER / MANIFEST_NAME).write_text(text + "\n", encoding="utf-8")
+        (new / MM_FOLDER / MANIFEST_NAME).write_text(text + "\n", encoding="utf-8")
         installed = sum(1 for _ in new.rglob("*.jpg"))
         if final.exists():
             final.replace(Path(scratch) / "old")
-        (new / FOLDER).replace(final)
+        (new / MM_FOLDER).replace(final)
     return offered - installed
 
 
@@ -125,12 +126,12 @@ def scenarios_in(folder: Path, source: Path) -> Path:
     found = {
         path.parent
         for path in folder.rglob("*-*")
-        if path.name in mm_safetybench.SCENARIOS
+        if path.name in bench.SCENARIOS
         and "__MACOSX" not in path.parts
         and any((path / kind).is_dir() for kind in IMAGE_TYPES)
     }
     if not found:
-        example = f"{next(iter(mm_safetybench.SCENARIOS))}/{IMAGE_TYPES[0]}"
+        example = f"{next(iter(bench.SCENARIOS))}/{IMAGE_TYPES[0]}"
         raise FileNotFoundError(f"{source} has no folder such as {example} with images. {BY_HAND}")
     if len(found) > 1:
         listing = " and ".join(sorted(str(path.relative_to(folder)) for path in found))
@@ -141,13 +142,13 @@ def scenarios_in(folder: Path, source: Path) -> Path:
 def require_complete(root: Path, what: str, remedy: str) -> None:
     """Raise a FileNotFoundError that names every missing question file and image below a data root."""
     gaps = []
-    for scenario, count in mm_safetybench.SCENARIOS.items():
-        path = mm_safetybench.question_file(scenario, root)
-        questions = mm_safetybench.read_questions(path) if path.is_file() else {}
+    for scenario, count in bench.SCENARIOS.items():
+        path = bench.question_file(scenario, root)
+        questions = bench.read_questions(path) if path.is_file() else {}
         if len(questions) != count:
             gaps.append(f"{scenario}: {len(questions)} of {count} questions")
         for kind in IMAGE_TYPES:
-            missing = mm_safetybench.missing_images(scenario, kind, questions, root)
+            missing = bench.missing_images(scenario, kind, questions, root)
             if missing:
                 rest = f" and {len(missing) - NAMED_IDS} more" if len(missing) > NAMED_IDS else ""
                 names = ", ".join(f"{id}.jpg" for id in missing[:NAMED_IDS])
@@ -158,24 +159,22 @@ def require_complete(root: Path, what: str, remedy: str) -> None:
 
 def manifest(root: Path, files: list[Path], source: Path) -> dict[str, Any]:
     """Where the set comes from and what is in it."""
-    folder = root / FOLDER
-    table = mm_safetybench.list_scenarios(root=root)
+    folder = root / MM_FOLDER
+    table = bench.list_scenarios(root=root)
     counts = table.pivot(index="scenario", columns="image type", values="images").to_dict("index")
     return {
-        "dataset": FOLDER,
-        "source": mm_safetybench.SOURCE,
+        "dataset": MM_FOLDER,
+        "source": bench.MM_SOURCE,
         "project_page": PROJECT_PAGE,
         "revision": REVISION,
-        "licence": mm_safetybench.LICENCE,
+        "licence": bench.MM_LICENCE,
         "citation": CITATION,
         "note": NOTE,
         "questions_sha256": {path.name: file_sha256(path) for path in files},
         "images_from": source.name,
         "images_from_sha256": file_sha256(source) if source.is_file() else None,
         "images_listing_sha256": listing_sha256((folder / "imgs").rglob("*.jpg"), base=folder / "imgs"),
-        "counts": {
-            path.stem: {"questions": len(mm_safetybench.read_questions(path)), **counts[path.stem]} for path in files
-        },
+        "counts": {path.stem: {"questions": len(bench.read_questions(path)), **counts[path.stem]} for path in files},
     }
 
 

@@ -15,12 +15,12 @@ from tqdm import tqdm
 import medrobust_lib as mr
 from medrobust_lib import metrics
 from medrobust_lib.doctor import write_reference
-from medrobust_lib.downloads import record_sums
 from medrobust_lib.experiments import write_text_atomically
 from medrobust_lib.files import reported_errors
 from medrobust_lib.models.dual_encoder import DualEncoder
 from medrobust_lib.phantoms import MODALITIES
 from medrobust_lib.smoothing.noise import noisy_features
+from preparing.downloads import record_sums
 
 FOLDER = Path(__file__).resolve().parent.parent / "medrobust_lib" / "models" / "demo" / "clip"
 HASHED = ("open_clip_model.safetensors", "open_clip_config.json", "tokenizer.json", "tokenizer_config.json")

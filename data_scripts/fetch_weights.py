@@ -16,20 +16,13 @@ import typer
 from huggingface_hub import HfApi, hf_hub_download, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
-from medrobust_lib.archives import OF_THE_DISK, extract
-from medrobust_lib.downloads import (
-    DownloadError,
-    check_sums,
-    download,
-    file_sha256,
-    read_sums,
-    record_sums,
-)
-from medrobust_lib.files import named_when_full, reported_errors
+from medrobust_lib.files import DownloadError, check_sums, file_sha256, named_when_full, read_sums, reported_errors
 from medrobust_lib.models.catalogue import GENERATIVE as VLMS
-from medrobust_lib.models.catalogue import HUB_PREFIX, HUB_URL, VlmEntry, fetch_command
-from medrobust_lib.models.loading import ModelEntry, WeightFile, find_model, list_models
+from medrobust_lib.models.catalogue import HUB_PREFIX, HUB_URL, ModelEntry, VlmEntry, WeightFile, fetch_command
+from medrobust_lib.models.loading import find_model, list_models
 from medrobust_lib.places import default_weights_dir
+from preparing.archives import OF_THE_DISK, extract
+from preparing.downloads import download, record_sums
 
 AUTHORS_HUB = "razaimam45/RobustMedCLIP"
 # Checkpoints that a hub repository keeps in folders; they are found by pattern and stored by file name.

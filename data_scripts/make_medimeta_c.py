@@ -12,8 +12,8 @@ from pathlib import Path
 
 import typer
 
-from medrobust_lib.corruptions import command
-from medrobust_lib.data.preparation import data_root
+from medrobust_lib.places import default_data_root
+from preparing import corrupted_sets
 
 DATASETS = [f"medimeta/{name}" for name in ("pbc", "mammo", "pneumonia", "fundus", "oct")]
 
@@ -22,24 +22,24 @@ app = typer.Typer(add_completion=False, rich_markup_mode="markdown")
 
 @app.command(help=__doc__)
 def main(
-    named: command.Named = None,
-    datasets: command.Datasets = None,
-    out: command.Out = None,
-    corruptions: command.Corruptions = "",
-    severities: command.Severities = command.ALL_SEVERITIES,
-    layout: command.LayoutOption = None,
-    split: command.Split = "test",
-    n: command.Number = None,
-    image_size: command.ImageSize = None,
-    seed: command.Seed = 0,
-    jobs: command.Jobs = -1,
-    root: command.Root = None,
-    dry_run: command.DryRun = False,
-    check: command.Check = False,
+    named: corrupted_sets.Named = None,
+    datasets: corrupted_sets.Datasets = None,
+    out: corrupted_sets.Out = None,
+    corruptions: corrupted_sets.Corruptions = "",
+    severities: corrupted_sets.Severities = corrupted_sets.ALL_SEVERITIES,
+    layout: corrupted_sets.LayoutOption = None,
+    split: corrupted_sets.Split = "test",
+    n: corrupted_sets.Number = None,
+    image_size: corrupted_sets.ImageSize = None,
+    seed: corrupted_sets.Seed = 0,
+    jobs: corrupted_sets.Jobs = -1,
+    root: corrupted_sets.Root = None,
+    dry_run: corrupted_sets.DryRun = False,
+    check: corrupted_sets.Check = False,
 ) -> None:
     """Write, plan or check the collection."""
-    folder: Path = out or data_root(root) / "MediMeta-C"
-    command.run_command(
+    folder: Path = out or default_data_root(root) / "MediMeta-C"
+    corrupted_sets.run_command(
         folder,
         [*(datasets or []), *(named or [])] or DATASETS,
         suite="medimeta-c",

@@ -16,9 +16,11 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from medrobust_lib.data.decoding import read_dicom
-from medrobust_lib.data.preparation import (
+from medrobust_lib.data.wording import spelled
+from medrobust_lib.files import file_sha256, inside, parsed, reported_errors
+from medrobust_lib.places import default_data_root
+from preparing.folders import (
     Origin,
-    data_root,
     listing_sha256,
     named_source,
     read_table,
@@ -26,9 +28,6 @@ from medrobust_lib.data.preparation import (
     split_by_group,
     staged_dataset,
 )
-from medrobust_lib.data.wording import spelled
-from medrobust_lib.downloads import file_sha256
-from medrobust_lib.files import inside, parsed, reported_errors
 
 COVID_CLASSES = {"covid": ("COVID", "COVID-19"), "normal": ("Normal",)}
 COVID_QU_SPLITS = {"Train": "train", "Val": "val", "Test": "test"}
@@ -59,7 +58,7 @@ def covid(
     Computers in Biology and Medicine 132, 2021, and Chowdhury et al., IEEE Access 8, 2020.
     """
     with reported_errors():
-        base, source = data_root(root), named_source(source, covid)
+        base, source = default_data_root(root), named_source(source, covid)
         table = covid_table(source)
         official = table["split"].notna().all()
         if not official:
@@ -126,7 +125,7 @@ def rsna(
     Intelligence 1(1), 2019.
     """
     with reported_errors():
-        base, source = data_root(root), named_source(source, rsna)
+        base, source = default_data_root(root), named_source(source, rsna)
         patients = rsna_patients(source / RSNA_TABLE)
         groups = patients["patientId"] if nih_mapping is None else nih_patients(patients["patientId"], nih_mapping)
         test = split_by_group(groups.tolist(), patients["class"].tolist(), folds=folds, seed=seed)

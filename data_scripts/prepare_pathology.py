@@ -12,10 +12,11 @@ import numpy as np
 import typer
 from tqdm.auto import tqdm
 
-from medrobust_lib.archives import extract
-from medrobust_lib.data.preparation import (
+from medrobust_lib.files import file_sha256, inside, reported_errors
+from medrobust_lib.places import default_data_root
+from preparing.archives import extract
+from preparing.folders import (
     Origin,
-    data_root,
     listing_sha256,
     named_source,
     nuclei_counts,
@@ -25,8 +26,6 @@ from medrobust_lib.data.preparation import (
     require_columns,
     staged_dataset,
 )
-from medrobust_lib.downloads import file_sha256
-from medrobust_lib.files import inside, reported_errors
 
 KATHER_RECORD = "https://zenodo.org/records/1214456"
 # MD5 as shown on the record's page.
@@ -71,7 +70,7 @@ def kather(root: Root = None, source: Archives = None, overwrite: Overwrite = Fa
         split="by the owners: NCT-CRC-HE-100K is train, CRC-VAL-HE-7K (other patients) is test",
     )
     with reported_errors():
-        base = data_root(root)
+        base = default_data_root(root)
         with staged_dataset("pathology/kather", root=base, origin=origin, overwrite=overwrite) as staged:
             for split, (name, md5) in KATHER_ARCHIVES.items():
                 url = f"{KATHER_RECORD}/files/{name}.zip"
@@ -99,7 +98,7 @@ def pannuke(root: Root = None, source: Archives = None, overwrite: Overwrite = F
         split="by the owners' folds: 1 and 2 are train, 3 is test",
     )
     with reported_errors():
-        base = data_root(root)
+        base = default_data_root(root)
         with staged_dataset("pathology/pannuke", root=base, origin=origin, overwrite=overwrite) as staged:
             left_out = 0
             for fold, sha256 in PANNUKE_SHA256.items():
@@ -138,7 +137,7 @@ def skincancer(source: Folder = None, root: Root = None, overwrite: Overwrite = 
         split="by the owners: the column `set` of tiles-v2.csv",
     )
     with reported_errors():
-        base, source = data_root(root), named_source(source, skincancer)
+        base, source = default_data_root(root), named_source(source, skincancer)
         table_path = source / "tiles-v2.csv"
         if not table_path.exists():
             raise FileNotFoundError(f"no tiles-v2.csv in {source}; --source is the folder that holds it and tiles/")
@@ -173,7 +172,7 @@ def sicapv2(source: Folder = None, root: Root = None, overwrite: Overwrite = Fal
         split="by the owners: partition/Test, whose train and test share no patient",
     )
     with reported_errors():
-        base, source = data_root(root), named_source(source, sicapv2)
+        base, source = default_data_root(root), named_source(source, sicapv2)
         with staged_dataset("pathology/sicapv2", root=base, origin=origin, overwrite=overwrite) as staged:
             for split in ("train", "test"):
                 path = source / "partition" / "Test" / f"{split.capitalize()}.xlsx"

@@ -33,7 +33,7 @@ from medrobust_lib.data.wording import class_wording
 from medrobust_lib.experiments import write_text_atomically
 from medrobust_lib.files import reported_errors
 from medrobust_lib.phantoms import MODALITIES, SPLITS, phantom_classes
-from medrobust_lib.phantoms.pretraining import render_many, shifted
+from preparing.pretraining import render_many, shifted
 
 FOLDER = Path(__file__).resolve().parent.parent / "medrobust_lib" / "models" / "demo" / "clip"
 IMAGE_SIZE = 64

@@ -15,7 +15,6 @@ import typer
 import medrobust_lib as mr
 from medrobust_lib import metrics
 from medrobust_lib.data.dataset import ImageDataset
-from medrobust_lib.downloads import record_sums
 from medrobust_lib.experiments import write_text_atomically
 from medrobust_lib.files import reported_errors
 from medrobust_lib.models.dual_encoder import DualEncoder
@@ -28,6 +27,7 @@ from medrobust_lib.smoothing.denoisers import (
     matching_timestep,
 )
 from medrobust_lib.smoothing.noise import NoiseStream
+from preparing.downloads import record_sums
 
 DATASET = "phantom/histology"
 SIGMAS = (0.1, 0.25, 0.5, 1.0)

@@ -20,7 +20,7 @@ import typer
 import yaml
 from demo_snapshot import INTERVAL, ROOT, SEEDS, SNAPSHOT, changed_parameters, read_snapshot, write_snapshot
 
-from medrobust_lib.data import mm_safetybench, published
+from medrobust_lib.data import published, questions
 from medrobust_lib.data.published import load_published
 from medrobust_lib.experiments import write_text_atomically
 from medrobust_lib.models.catalogue import DUAL_ENCODERS
@@ -203,10 +203,10 @@ def datasets_part(snapshot: Snapshot) -> str:
         script = part["script"].str.rsplit(" ", n=1).str[0].iloc[0]
         shown = (f"`{collection}/{{{names}}}`", _joined(part["modality"]), _counts(part["classes"]))
         rows.append((*shown, _counts(part["image size"], f"{_NO_BREAK}px"), _joined(part["licence"]), _script(script)))
-    count = sum(mm_safetybench.SCENARIOS.values())
+    count = sum(questions.SCENARIOS.values())
     what = f"{count:,} questions with images that test what a generative model refuses"
-    last = f"`{mm_safetybench.PREFIX}{{01, ..., {len(mm_safetybench.SCENARIOS)}}}`"
-    rows.append((last, what, "", "", mm_safetybench.LICENCE, _script(mm_safetybench.COMMAND)))
+    last = f"`{questions.QUESTIONS_PREFIX}{{01, ..., {len(questions.SCENARIOS)}}}`"
+    rows.append((last, what, "", "", questions.MM_LICENCE, _script(questions.MM_COMMAND)))
     own = "your own images: class folders, or a table; PNG, JPEG, TIFF, DICOM"
     rows.append(("`folder:PATH`, `csv:PATH`", own, "any", "any", "yours", ""))
     return _table(("id", "what", "classes", "image", "licence", "script in `data_scripts/`"), rows)

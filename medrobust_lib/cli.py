@@ -116,8 +116,8 @@ def datasets(
     as_json: Annotated[bool, typer.Option("--json", help="JSON instead of a table.")] = False,
 ) -> None:
     """List the data sets that `load_dataset` knows, and the scenarios of MM-SafetyBench for notebook 06."""
-    from medrobust_lib.data.mm_safetybench import PREFIX, list_scenarios
-    from medrobust_lib.data.registry import list_datasets
+    from medrobust_lib.data.questions import list_scenarios
+    from medrobust_lib.data.registry import QUESTIONS_PREFIX, list_datasets
     from medrobust_lib.experiments.report import show, show_json
 
     if root is not None:
@@ -128,7 +128,7 @@ def datasets(
     show(list_datasets(root=root), title="data sets", columns=DATASET_COLUMNS)
     scenarios = list_scenarios(root=root).groupby("scenario", sort=False)
     table = scenarios.agg(questions=("questions", "first"), available=("available", "all")).reset_index()
-    table.insert(0, "id", PREFIX + table["scenario"].str[:2])
+    table.insert(0, "id", QUESTIONS_PREFIX + table["scenario"].str[:2])
     show(table, title="questions for generative models (images: SD, TYPO, SD_TYPO)")
 
 

@@ -1,13 +1,14 @@
 """Files read with errors that name them, and written whole or not at all."""
 
 import errno
+import hashlib
 import json
 import os
 import re
 import shutil
 import signal
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+SUMS_NAME = "SHA256SUMS"
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _NO_LOCKS_HERE = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP}
 _SHOWN_CHARACTERS = 300  # of a parser's own message
@@ -38,6 +40,10 @@ _REMEDIES = {
     errno.EDQUOT: "free some of your quota, or name a folder on another disk",
     errno.ENOSPC: "free some, or name a folder on another disk",
 }
+
+
+class DownloadError(RuntimeError):
+    """A file could not be fetched, verified or unpacked; the message says which, why and what to do."""
 
 
 @contextmanager
@@ -225,6 +231,64 @@ def lock(descriptor: int) -> bool:
         if error.errno not in _NO_LOCKS_HERE:
             raise
     return True
+
+
+def file_hash(path: Path | str, algorithm: str) -> str:
+    """Hexadecimal digest of a file; `algorithm` as in `hashlib.new` ("sha256", "md5")."""
+    with Path(path).open("rb") as stream:
+        return hashlib.file_digest(stream, algorithm).hexdigest()
+
+
+def file_sha256(path: Path | str) -> str:
+    """Hexadecimal SHA-256 of a file."""
+    return file_hash(path, "sha256")
+
+
+def read_sums(folder: Path | str) -> dict[str, str]:
+    """SHA-256 by file name from ``SHA256SUMS`` of `folder` (sha256sum's format); empty where there is none.
+
+    Raises
+    ------
+    ValueError
+        The file is damaged, or a name in it leads out of the folder.
+    """
+    path = Path(folder) / SUMS_NAME
+    if not path.exists():
+        return {}
+    with parsed(f"{path} is no list of SHA-256 and file names", "Delete it and fetch the files again."):
+        rows = [line.split(maxsplit=1) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        sums = {name.removeprefix("*"): digest for digest, name in rows}
+    for name in sums:
+        inside(Path(folder), name, source=path)
+    return sums
+
+
+def check_sums(folder: Path | str, names: Collection[str] | None = None) -> None:
+    """Compare the files of `folder` with its ``SHA256SUMS``.
+
+    Parameters
+    ----------
+    folder : Path or str
+        A folder that `record_sums` has written to; nothing is checked where it has not.
+    names : collection of str, optional
+        Files to check; all recorded ones by default. A name without a record passes.
+
+    Raises
+    ------
+    DownloadError
+        A recorded file is missing or has changed since it was first fetched.
+    """
+    folder = Path(folder)
+    for name, recorded in read_sums(folder).items():
+        if names is not None and name not in names:
+            continue
+        path = folder / name
+        found = file_sha256(path) if path.exists() else "no such file"
+        if found != recorded:
+            raise DownloadError(
+                f"{path} is not the file that was fetched: SHA-256 {found}, recorded {recorded}. "
+                f"Restore it, or delete it together with {folder / SUMS_NAME} and fetch it again."
+            )
 
 
 def write_tensors(path: Path, tensors: Mapping[str, "Tensor"], *, key: str, header: Mapping[str, Any]) -> None:

@@ -428,12 +428,13 @@ def _not_here(id: str) -> FileNotFoundError:
 
 def _smallest_dataset(parameters: Mapping[str, Any], *, wanted: int | None) -> float:
     """Test images of the smallest data set; raise unless each can be loaded and holds as many as are wanted."""
-    from medrobust_lib.data import mm_safetybench
+    from medrobust_lib.data.questions import scenario_size
+    from medrobust_lib.data.registry import QUESTIONS_PREFIX
 
     smallest = math.inf
     for id in dict.fromkeys(id for name in DATASET_PARAMETERS for id in _ids(parameters.get(name))):
-        if id.startswith(mm_safetybench.PREFIX):
-            smallest = min(smallest, _checked_size(id, mm_safetybench.scenario_size(id), wanted))
+        if id.startswith(QUESTIONS_PREFIX):
+            smallest = min(smallest, _checked_size(id, scenario_size(id), wanted))
             continue
         words: dict[str, Any] = {}
         if id == parameters.get("dataset"):

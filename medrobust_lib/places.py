@@ -12,9 +12,9 @@ def project_root() -> Path:
     return checkout if (checkout / "pyproject.toml").is_file() else Path.cwd()
 
 
-def default_data_root() -> Path:
-    """Folder of the downloaded sets: ``MEDROBUST_DATA``, else ``data`` below `project_root`."""
-    return _named_by("MEDROBUST_DATA", "data")
+def default_data_root(named: str | Path | None = None) -> Path:
+    """Folder of the downloaded sets: the one named, else ``MEDROBUST_DATA``, else ``data`` below `project_root`."""
+    return Path(named) if named else _named_by("MEDROBUST_DATA", "data")
 
 
 def default_weights_dir() -> Path:

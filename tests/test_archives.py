@@ -6,8 +6,8 @@ import zipfile
 
 import pytest
 
-from medrobust_lib.archives import extract
-from medrobust_lib.downloads import DownloadError
+from medrobust_lib.files import DownloadError
+from preparing.archives import extract
 
 
 def make_zip(path, members):

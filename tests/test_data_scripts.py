@@ -1,4 +1,5 @@
 import errno
+import hashlib
 import importlib.util
 import json
 import zipfile
@@ -14,9 +15,9 @@ from pydicom.dataset import FileMetaDataset
 from pydicom.uid import ExplicitVRLittleEndian, SecondaryCaptureImageStorage, generate_uid
 from typer.testing import CliRunner
 
-from medrobust_lib import downloads
-from medrobust_lib.data import preparation
+from medrobust_lib import files
 from medrobust_lib.data.registry import list_datasets, load_dataset
+from preparing import downloads, folders
 
 SCRIPTS = Path(__file__).parents[1] / "data_scripts"
 NAMES = [
@@ -151,7 +152,7 @@ def test_medimeta_lands_where_the_reader_looks(scripts, tmp_path, monkeypatch):
         archive.writestr("mammo_calc/info.yaml", "id: mammo_calc\n")
         archive.writestr("mammo_calc/splits/test.txt", "images/000000.tiff\n")
     content = source.read_bytes()
-    remote = downloads.RemoteFile("mammo_calc.zip", CLOSED, len(content), downloads.file_hash(source, "md5"))
+    remote = downloads.RemoteFile("mammo_calc.zip", CLOSED, len(content), files.file_hash(source, "md5"))
     monkeypatch.setattr(scripts["download_medimeta"], "zenodo_files", lambda record: {"mammo_calc.zip": remote})
     served(monkeypatch, scripts["download_medimeta"], content)
     for _ in range(2):
@@ -179,7 +180,7 @@ def kather_archives(scripts, tmp_path, monkeypatch):
             for code in KATHER:
                 for index in range(2 if split == "train" else 1):
                     archive.writestr(f"{name}/{code}/{code}-{index}.tif", tile)
-        known[split] = (name, downloads.file_hash(folder / f"{name}.zip", "md5"))
+        known[split] = (name, files.file_hash(folder / f"{name}.zip", "md5"))
     monkeypatch.setattr(scripts["prepare_pathology"], "KATHER_ARCHIVES", known)
     return folder
 
@@ -233,9 +234,9 @@ def test_pannuke_rule_on_made_up_masks(nuclei, expected):
     for channel, count in enumerate(nuclei):
         masks[..., channel].reshape(-1)[:count] = 1000 + np.arange(count)
     masks[..., 5] = masks[..., :5].sum(axis=-1) == 0
-    counts = preparation.nuclei_counts(masks)
+    counts = folders.nuclei_counts(masks)
     assert tuple(counts) == nuclei
-    assert preparation.pannuke_class(counts) == expected
+    assert folders.pannuke_class(counts) == expected
 
 
 def test_pannuke_folds_become_train_and_test(scripts, tmp_path, monkeypatch):
@@ -253,7 +254,7 @@ def test_pannuke_folds_become_train_and_test(scripts, tmp_path, monkeypatch):
                 with archive.open(f"Fold {fold}/{kind}/fold{fold}/{kind}.npy", "w") as stream:
                     np.save(stream, array, allow_pickle=False)
             archive.writestr(f"Fold {fold}/README.md", "not needed")
-        hashes[fold] = downloads.file_sha256(archives / f"fold_{fold}.zip")
+        hashes[fold] = files.file_sha256(archives / f"fold_{fold}.zip")
     monkeypatch.setattr(scripts["prepare_pathology"], "PANNUKE_SHA256", hashes)
     invoke(scripts["prepare_pathology"], "pannuke", "--source", archives, "--root", tmp_path)
     manifest = manifest_of(tmp_path, "pathology/pannuke")
@@ -271,7 +272,7 @@ def test_skincancer_follows_the_set_column(scripts, tmp_path):
     source = tmp_path / "data"
     names = [
         name
-        for name in preparation.class_wording("pathology/skincancer").spellings
+        for name in folders.class_wording("pathology/skincancer").spellings
         if name.startswith(("tumor", "nontumor"))
     ]
     classes = [name.replace(" ", "_") for name in names]
@@ -461,12 +462,12 @@ def test_covid_qu_keeps_the_owners_split(scripts, tmp_path):
 def test_a_split_does_not_depend_on_the_order_of_the_rows():
     groups = [f"g{index}" for index in range(20)]
     labels = ["a", "b"] * 10
-    chosen = preparation.split_by_group(groups, labels, folds=4, seed=3)
+    chosen = folders.split_by_group(groups, labels, folds=4, seed=3)
     assert chosen.sum() == 5
-    back = preparation.split_by_group(groups[::-1], labels[::-1], folds=4, seed=3)
+    back = folders.split_by_group(groups[::-1], labels[::-1], folds=4, seed=3)
     assert (back[::-1] == chosen).all()
     with pytest.raises(ValueError, match="2 groups cannot be split into 4 folds"):
-        preparation.split_by_group(["g1", "g2"], ["a", "b"], folds=4, seed=3)
+        folders.split_by_group(["g1", "g2"], ["a", "b"], folds=4, seed=3)
 
 
 def test_an_unknown_class_folder_is_named(tmp_path):
@@ -475,11 +476,11 @@ def test_an_unknown_class_folder_is_named(tmp_path):
         ValueError,
         match=r"pathology/pannuke has no class 'tumour' \(in train\); its classes are: benign, malignant",
     ):
-        preparation.class_counts("pathology/pannuke", tmp_path / "images")
+        folders.class_counts("pathology/pannuke", tmp_path / "images")
 
 
 def test_two_images_of_one_name_are_refused(tmp_path):
-    staged = preparation.StagedDataset("pathology/pannuke", tmp_path)
+    staged = folders.StagedDataset("pathology/pannuke", tmp_path)
     pixels = np.zeros((4, 4, 3), dtype=np.uint8)
     staged.add("train", "benign", "1.png", pixels)
     with pytest.raises(ValueError, match=r"two images of pathology/pannuke would be called train/benign/1\.png"):
@@ -504,15 +505,15 @@ def test_a_workbook_without_openpyxl_says_what_to_do(tmp_path, monkeypatch):
     with pytest.raises(
         ImportError, match=r"Train\.xlsx needs openpyxl: `pip install openpyxl`, or save it as .*Train\.csv"
     ):
-        preparation.read_table(tmp_path / "Train.xlsx")
+        folders.read_table(tmp_path / "Train.xlsx")
 
 
 def test_a_table_with_longer_rows_than_its_header_is_refused(tmp_path):
     (tmp_path / "Train.csv").write_bytes(b"\xef\xbb\xbffile,class\na.png,tumour\n")
-    assert preparation.read_table(tmp_path / "Train.csv").file.tolist() == ["a.png"]
+    assert folders.read_table(tmp_path / "Train.csv").file.tolist() == ["a.png"]
     (tmp_path / "Train.csv").write_text("file,class\n1,a.png,tumour\n2,b.png,skin\n")
     with pytest.raises(ValueError, match=r"Train\.csv is not a readable CSV table \(UTF-8, commas, no row longer"):
-        preparation.read_table(tmp_path / "Train.csv")
+        folders.read_table(tmp_path / "Train.csv")
 
 
 # ---- weights ----
@@ -541,7 +542,7 @@ def test_medclip_is_unpacked_and_recorded(scripts, tmp_path, monkeypatch):
     assert (folder / "pytorch_model.bin").read_bytes() == b"weights"
     names = {"medclip-vit-pretrained.zip", "pytorch_model.bin", "vocab.txt"}
     assert {path.name for path in folder.iterdir()} == names | {"SHA256SUMS"}
-    assert set(downloads.read_sums(folder)) == names
+    assert set(files.read_sums(folder)) == names
     (folder / "pytorch_model.bin").write_bytes(b"tampered")
     result = invoke(script, "medclip-vit", "--weights-dir", tmp_path, exit_code=1)
     assert "pytorch_model.bin is not the file that was fetched" in result.stderr
@@ -552,7 +553,7 @@ def test_the_record_is_what_the_models_check(scripts, tmp_path):
 
     (tmp_path / "model.safetensors").write_bytes(b"weights")
     downloads.record_sums(tmp_path, ["model.safetensors"])
-    weights.check_hashes(tmp_path, downloads.read_sums(tmp_path))
+    weights.check_hashes(tmp_path, files.read_sums(tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -566,8 +567,8 @@ def test_checkpoints_in_folders_of_the_hub_are_found(scripts, monkeypatch, model
     script = scripts["fetch_weights"]
     listed = [path, "README.md", "exp-rank-8/vit/fewshot_100_percent/checkpoints/best_model/model.pth"]
     monkeypatch.setattr(script.HfApi, "list_repo_files", lambda self, repository: listed)
-    files = script.published_files(script.find_model(model))
-    matching = [file for file in files if "razaimam45/RobustMedCLIP" in file.url]
+    published = script.published_files(script.find_model(model))
+    matching = [file for file in published if "razaimam45/RobustMedCLIP" in file.url]
     assert [(file.name, file.url.partition("/resolve/main/")[2]) for file in matching] == [(Path(path).name, path)]
 
 
@@ -607,7 +608,7 @@ def test_a_generative_models_repository_is_fetched_whole_and_recorded(scripts, t
         asked == [("llava-hf/llava-v1.6-mistral-7b-hf", ["*.jinja", "*.json", "*.model", "*.safetensors", "*.txt"])] * 2
     )
     folder = tmp_path / "llava-1.6-mistral-7b"
-    assert set(downloads.read_sums(folder)) == {path.name for path in folder.iterdir()} - {"SHA256SUMS"}
+    assert set(files.read_sums(folder)) == {path.name for path in folder.iterdir()} - {"SHA256SUMS"}
     (folder / "config.json").write_bytes(b"tampered")
     result = invoke(script, "llava-1.6-mistral-7b", "--weights-dir", tmp_path, exit_code=1)
     assert "config.json is not the file that was fetched" in result.stderr
@@ -626,10 +627,10 @@ def test_a_disk_without_room_is_not_taken_for_a_hub_out_of_reach(scripts, tmp_pa
 
 
 def test_a_prepared_set_without_room_is_named(tmp_path):
-    origin = preparation.Origin(source="", licence="", citation="", split="")
+    origin = folders.Origin(source="", licence="", citation="", split="")
     with (
         pytest.raises(OSError, match="the disk is full: the set could not be built and nothing") as caught,
-        preparation.staged_dataset("chest/covid", root=tmp_path, origin=origin, overwrite=False),
+        folders.staged_dataset("chest/covid", root=tmp_path, origin=origin, overwrite=False),
     ):
         raise OSError(errno.ENOSPC, "No space left on device")
     assert caught.value.filename == str(tmp_path / "chest/covid")
@@ -656,17 +657,11 @@ def test_a_hub_file_with_a_wrong_hash_is_kept_aside(scripts, tmp_path, monkeypat
     monkeypatch.setattr(script, "hf_hub_download", hf_hub_download)
     file = script.WeightFile("a.bin", "https://huggingface.co/o/n/resolve/main/a.bin", "0" * 64)
     with pytest.raises(
-        downloads.DownloadError,
-        match=f"has sha256 {downloads.hashlib.sha256(b'weights').hexdigest()}, expected 0{{64}}",
+        files.DownloadError,
+        match=f"has sha256 {hashlib.sha256(b'weights').hexdigest()}, expected 0{{64}}",
     ):
         script.fetch(file, tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["a.bin.wrong-hash"]
-
-
-def test_the_data_root_is_the_librarys_unless_named(tmp_path, monkeypatch):
-    monkeypatch.setenv("MEDROBUST_DATA", str(tmp_path))
-    assert preparation.data_root(None) == tmp_path
-    assert preparation.data_root(tmp_path / "mine") == tmp_path / "mine"
 
 
 @pytest.mark.parametrize("modality", ["oct", "all"])

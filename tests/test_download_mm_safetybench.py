@@ -10,9 +10,10 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from medrobust_lib import downloads
-from medrobust_lib.data import mm_safetybench
-from medrobust_lib.data.mm_safetybench import IMAGE_TYPES, list_scenarios, read_scenario
+from medrobust_lib import files
+from medrobust_lib.data import questions
+from medrobust_lib.data.questions import IMAGE_TYPES, list_scenarios, read_scenario
+from preparing import downloads
 
 SCRIPT = Path(__file__).parents[1] / "data_scripts" / "download_mm_safetybench.py"
 SMALL = {"01-Illegal_Activitiy": 3, "06-Fraud": 12}
@@ -34,7 +35,7 @@ def script(monkeypatch, tmp_path):
         return downloads.download(url, path, **expected)
 
     monkeypatch.setattr(module, "download", download)
-    monkeypatch.setattr(mm_safetybench, "SCENARIOS", SMALL)
+    monkeypatch.setattr(questions, "SCENARIOS", SMALL)
     return module
 
 
@@ -100,9 +101,9 @@ def test_set_lands_where_the_reader_looks(script, root, source, pack):
     assert script.asked == [f"{script.QUESTIONS}/{scenario}.json" for scenario in SMALL]
     assert "only to measure refusals" in result.output
     assert list_scenarios(root=root)["available"].all()
-    rows = read_scenario("mm-safetybench/06-SD_TYPO", root=root)
-    assert [row.question for row in rows] == [f"made-up Rephrased Question {number}" for number in range(12)]
-    assert [int(row.image[0, 0, 0]) for row in rows] == list(range(12))
+    found = read_scenario("mm-safetybench/06-SD_TYPO", root=root)
+    assert list(found.questions) == [f"made-up Rephrased Question {number}" for number in range(12)]
+    assert [int(image[0, 0, 0]) for image in found.images] == list(range(12))
     images = {f"{name}/{kind}/{id}.jpg" for name, count in SMALL.items() for kind in IMAGE_TYPES for id in range(count)}
     assert installed(root) == {
         "mm-safetybench/manifest.json",
@@ -125,9 +126,9 @@ def test_manifest(script, root, source):
         scenario: {"questions": count, **dict.fromkeys(IMAGE_TYPES, count)} for scenario, count in SMALL.items()
     }
     folder = root / "mm-safetybench/processed_questions"
-    assert manifest["questions_sha256"] == {path.name: downloads.file_sha256(path) for path in folder.iterdir()}
+    assert manifest["questions_sha256"] == {path.name: files.file_sha256(path) for path in folder.iterdir()}
     assert manifest["images_from"] == archive.name
-    assert manifest["images_from_sha256"] == downloads.file_sha256(archive)
+    assert manifest["images_from_sha256"] == files.file_sha256(archive)
     invoke(script, "--root", root, "--source", source, "--overwrite")
     again = json.loads((root / "mm-safetybench/manifest.json").read_text(encoding="utf-8"))
     assert again["images_from_sha256"] is None

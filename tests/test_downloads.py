@@ -8,17 +8,8 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from medrobust_lib.downloads import (
-    CHUNK_BYTES,
-    DownloadError,
-    check_sums,
-    download,
-    file_hash,
-    file_sha256,
-    read_sums,
-    record_sums,
-    zenodo_files,
-)
+from medrobust_lib.files import DownloadError, check_sums, file_hash, file_sha256, read_sums
+from preparing.downloads import CHUNK_BYTES, download, record_sums, zenodo_files
 
 BODY = bytes(range(256)) * 500  # 128,000 bytes, so that a cut after 70,000 leaves one whole chunk
 SHA256 = hashlib.sha256(BODY).hexdigest()

@@ -60,7 +60,7 @@ def test_every_package_that_is_named_is_used():
         "pylibjpeg": "decoders.pylibjpeg", "pyjpegls": "decoders.pyjpegls",
         "pylibjpeg-libjpeg": '"pylibjpeg-libjpeg"', "pylibjpeg-openjpeg": '"pylibjpeg-openjpeg"',
     }  # fmt: skip
-    sources = [*ROOT.glob("medrobust_lib/**/*.py"), *ROOT.glob("data_scripts/*.py"), *ROOT.glob("tests/**/*.py")]
+    sources = [*ROOT.glob("medrobust_lib/**/*.py"), *ROOT.glob("data_scripts/**/*.py"), *ROOT.glob("tests/**/*.py")]
     sources = [path for path in sources if path != Path(__file__)] + [ROOT / "Makefile"]
     text = "\n".join(path.read_text() for path in sources)
     for requirement in REQUIREMENTS:

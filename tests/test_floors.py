@@ -18,8 +18,8 @@ PACKAGE = Path(medrobust_lib.__file__).parent
 # From the ground up. Rooms beside each other know nothing of each other.
 FLOORS = (
     ("_torchvision", "checks", "files", "places"),
-    ("downloads", "metrics", "phantoms"),
-    ("archives", "data", "plots"),
+    ("metrics", "phantoms"),
+    ("data", "plots"),
     ("experiments",),
     ("corruptions", "models"),
     ("evaluation", "smoothing"),

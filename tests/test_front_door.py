@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 from medrobust_lib import cli
 from medrobust_lib.experiments import Metric, start_run
 from medrobust_lib.experiments.cards import RUN_DIR_VARIABLE
+from medrobust_lib.places import VERSION
 from medrobust_lib.runner import find_notebooks
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -252,7 +253,7 @@ def test_citation_file_is_valid():
     assert CITATION["cff-version"] == "1.2.0"
     assert {"message", "title", "authors", "type", "license", "version"} <= CITATION.keys()
     assert CITATION["authors"] == [{"name": "medrobust contributors"}]
-    assert (CITATION["version"], CITATION["license"]) == (PROJECT["version"], PROJECT["license"])
+    assert (CITATION["version"], CITATION["license"]) == (VERSION, PROJECT["license"])
     assert [entry["identifiers"][0]["value"] for entry in CITATION["references"]] == [
         "arXiv:2408.16769", "arXiv:2505.15425", "arXiv:2509.16088",
     ]  # fmt: skip
@@ -266,7 +267,7 @@ def test_citation_file_is_valid():
 
 def test_changelog_has_the_present_version():
     text = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
-    assert re.findall(r"^## \[([^]]+)\]", text, re.MULTILINE) == ["Unreleased", PROJECT["version"]]
+    assert re.findall(r"^## \[([^]]+)\]", text, re.MULTILINE) == ["Unreleased", VERSION]
 
 
 def test_contributing_guide_names_lanes_and_files_that_exist():

@@ -13,6 +13,7 @@ from medrobust_lib import places
 def test_a_folder_comes_from_the_environment_else_lies_in_the_project(monkeypatch, tmp_path, variable, name, where):
     monkeypatch.setenv(variable, str(tmp_path / "here"))
     assert where() == tmp_path / "here"
+    assert places.default_data_root(tmp_path / "mine") == tmp_path / "mine"
     monkeypatch.delenv(variable)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(places, "__file__", str(tmp_path / "project" / "medrobust_lib" / "places.py"))

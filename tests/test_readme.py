@@ -25,7 +25,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from medrobust_lib import cli, runner
-from medrobust_lib.data import mm_safetybench
+from medrobust_lib.data import questions
 from medrobust_lib.data.registry import DATASETS
 from medrobust_lib.experiments import Metric, start_run
 from medrobust_lib.experiments.cards import RUN_DIR_VARIABLE
@@ -221,8 +221,8 @@ def stand_in(name, value):
     if name == "vlm" and find_vlm(value):
         return VLM_STAND_IN
     if name in ("dataset", "datasets") and not value.startswith(("folder:", "csv:")):
-        scenario = value.startswith(mm_safetybench.PREFIX)
-        assert mm_safetybench.parse_id(value) if scenario else value in DATASETS
+        scenario = value.startswith(questions.QUESTIONS_PREFIX)
+        assert questions.parse_scenario(value) if scenario else value in DATASETS
         return DATA_STAND_IN
     return value
 

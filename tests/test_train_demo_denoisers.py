@@ -5,7 +5,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from medrobust_lib.downloads import check_sums, read_sums
+from medrobust_lib.files import check_sums, read_sums
 from medrobust_lib.smoothing.denoisers import DEMO_FILES, DnCNNDenoiser
 
 SCRIPT = Path(__file__).parents[1] / "data_scripts" / "train_demo_denoisers.py"

@@ -11,7 +11,7 @@ import typer
 from typer.testing import CliRunner
 
 from medrobust_lib.data.questions import PHANTOM_TASKS, actions, answer_wordings, load_questions, question_wordings
-from medrobust_lib.downloads import check_sums
+from medrobust_lib.files import check_sums
 from medrobust_lib.models.vision_language import load_vlm
 from medrobust_lib.phantoms import phantom_classes
 

@@ -28,8 +28,7 @@ from medrobust_lib.data.dataset import ImageDataset, check_labels
 from medrobust_lib.data.decoding import member_header, member_labels, member_names_of, member_rows
 from medrobust_lib.data.registry import DATASETS
 from medrobust_lib.data.wording import class_wording
-from medrobust_lib.downloads import file_sha256
-from medrobust_lib.files import inside, parsed, read_json_object, whole_file
+from medrobust_lib.files import file_sha256, inside, parsed, read_json_object, whole_file
 
 Layout = Literal["per-severity", "concatenated"]
 CLEAN = "clean"

@@ -36,9 +36,8 @@ from medrobust_lib.corruptions.stored import (
 from medrobust_lib.corruptions.suites import SEVERITIES, Suite, check_severity, corrupt, find_suite
 from medrobust_lib.data.dataset import ImageDataset
 from medrobust_lib.data.registry import load_dataset
-from medrobust_lib.downloads import file_sha256
 from medrobust_lib.experiments import RowStore, map_items, open_store, progress
-from medrobust_lib.files import disk_full, size_text, whole_file
+from medrobust_lib.files import disk_full, file_sha256, size_text, whole_file
 from medrobust_lib.places import VERSION
 
 

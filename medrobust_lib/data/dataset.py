@@ -12,8 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from medrobust_lib.checks import check_whole
 from medrobust_lib.data.inspection import close_names, seen_in, tell
-from medrobust_lib.data.wording import check_distinct
+from medrobust_lib.data.wording import check_distinct, checked_templates
 
 _ROW_OF_THUMBNAILS, _MOST_THUMBNAILS = 9, 16
 _THUMBNAIL_SIDE = 88
@@ -81,11 +82,7 @@ class ImageDataset:
                 raise ValueError(f"{self.id}: {name} have shape {array.shape} for {len(self.images)} images")
         check_classes(self.classes, self.id)
         check_labels(self.labels, self.classes, self.id)
-        if not self.templates:
-            raise ValueError(f"{self.id}: no prompt templates; give at least one such as 'an image of {{}}.'")
-        for template in self.templates:
-            if template.count("{}") != 1:
-                raise ValueError(f"{self.id}: template {template!r} needs exactly one {{}} for the class name")
+        checked_templates(self.templates, source=f"{self.id}: ")
         if self.indices.min() < 0 or len(np.unique(self.indices)) < len(self.indices):
             raise ValueError(f"{self.id}: indices must be distinct positions >= 0 in the full split")
         json.dumps(self.provenance)
@@ -233,23 +230,17 @@ def stratified_positions(labels: NDArray[np.int64], *, n: int | None, seed: int)
 
     Raises
     ------
-    TypeError
-        ``n`` or ``seed`` is not an integer.
     ValueError
-        ``n`` outside 1 to N, or a negative seed.
+        ``n`` outside 1 to N, a negative seed, or one of them no whole number.
     """
-    _check_integer("seed", seed)
-    if seed < 0:
-        raise ValueError(f"seed={seed}: give 0 or more")
+    seed = check_whole("seed", seed, least=0)
     if n is None:
         return np.arange(len(labels), dtype=np.int64)
-    _check_integer("n", n)
-    if not 1 <= n <= len(labels):
-        raise ValueError(f"n={n}: this split has {len(labels)} images; give 1 to {len(labels)}, or None for all")
+    n = check_whole("n", n, most=len(labels), hint=": it counts images of this split; None takes all")
     values, counts = np.unique(labels, return_counts=True)
     chosen = [
-        np.random.default_rng([int(seed), int(value)]).permutation(np.flatnonzero(labels == value))[:share]
-        for value, share in zip(values, _shares(counts, int(n)), strict=True)
+        np.random.default_rng([seed, int(value)]).permutation(np.flatnonzero(labels == value))[:share]
+        for value, share in zip(values, _shares(counts, n), strict=True)
     ]
     return np.sort(np.concatenate(chosen)).astype(np.int64)
 
@@ -263,11 +254,6 @@ def _shares(counts: NDArray[np.int64], n: int) -> NDArray[np.int64]:
             share[np.argmax(share)] -= 1
             share[np.argmin(share)] += 1
     return share
-
-
-def _check_integer(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | np.integer):
-        raise TypeError(f"{name}={value!r}: give a whole number")
 
 
 def _check_array(source: str, name: str, array: object, dtype: type) -> None:

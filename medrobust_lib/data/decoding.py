@@ -1,4 +1,7 @@
-"""One image file to uint8 RGB: PNG, JPEG, TIFF, BMP, WebP and GIF through Pillow, DICOM through pydicom."""
+"""One image file to uint8 RGB, and the arrays of an npz image by image.
+
+PNG, JPEG, TIFF, BMP, WebP and GIF are read through Pillow, DICOM through pydicom.
+"""
 
 import math
 import zipfile
@@ -12,6 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 from pydicom.pixels import apply_color_lut, get_decoder
 
+from medrobust_lib.checks import check_whole
 from medrobust_lib.data.dicom import (
     begins_as_dicom,
     check_image,
@@ -36,6 +40,7 @@ _REDUCED, _MASK = 1, 4  # bits of its NewSubfileType
 _COLOURS = frozenset({"RGB", "YBR_FULL", "YBR_FULL_422", "YBR_ICT", "YBR_RCT", "PALETTE COLOR"})
 _ADVICE = "Replace or remove the file, or save it anew as PNG."
 _EXPORT = "Replace or remove the file, or export it anew."
+_NPY_HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
 
 
 def read_image(path: str | Path, *, bit_depth: int | None = None) -> NDArray[np.uint8]:
@@ -66,11 +71,9 @@ def read_image(path: str | Path, *, bit_depth: int | None = None) -> NDArray[np.
     ValueError
         Corrupt or floating-point image, TIFF pages of one size, or values beyond the bit depth; the file is named.
     """
-    path = Path(path)
-    if bit_depth is not None and (isinstance(bit_depth, bool) or bit_depth not in range(1, 33)):
-        raise ValueError(f"bit_depth={bit_depth!r}: give the bits that the values have, 1 to 32, or None")
-    if not path.is_file():
-        raise FileNotFoundError(f"no image file at {path}")
+    if bit_depth is not None:
+        check_whole("bit_depth", bit_depth, most=32, hint=": give the bits that the values have, or None")
+    path = _existing(path)
     if _is_dicom(path):
         return read_dicom(path)
     with parsed(f"{path} is not a readable image", _ADVICE), _opened(path) as picture:
@@ -166,9 +169,7 @@ def left_out(path: str | Path) -> tuple[str, ...]:
     FileNotFoundError, ValueError
         As `read_image`.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"no image file at {path}")
+    path = _existing(path)
     with parsed(f"{path} is not a readable image", _ADVICE):
         if _is_dicom(path):
             return left_out_of(path)
@@ -187,9 +188,7 @@ def left_out(path: str | Path) -> tuple[str, ...]:
 
 def image_shape(path: str | Path) -> tuple[int, int]:
     """Height and width from the header alone; raises as `read_image`."""
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"no image file at {path}")
+    path = _existing(path)
     with parsed(f"{path} is not a readable image", _ADVICE):
         if _is_dicom(path):
             header = read_record(path, stop_before_pixels=True, specific_tags=["SOPClassUID", "Rows", "Columns"])
@@ -268,6 +267,13 @@ def _seek_main_page(picture: Image.Image) -> None:
     picture.seek(main)
 
 
+def _existing(path: str | Path) -> Path:
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no image file at {path}")
+    return path
+
+
 def _is_dicom(path: Path) -> bool:
     return path.suffix.lower() in DICOM_SUFFIXES or begins_as_dicom(path)
 
@@ -284,9 +290,6 @@ def _scaled(values: NDArray, bits: int, path: Path) -> NDArray[np.uint8]:
 
 def _repeat(gray: NDArray[np.uint8]) -> NDArray[np.uint8]:
     return np.repeat(gray[:, :, None], 3, axis=2)
-
-
-_NPY_HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
 
 
 def member_names_of(archive: zipfile.ZipFile) -> tuple[str, ...]:

@@ -1,14 +1,20 @@
-"""The papers' own tables, shipped as tidy CSV so that a result can stand beside the reported number."""
+"""The papers' own tables, shipped as tidy CSV for comparison, and whether RobustMedCLIP's follow from each other."""
 
-from collections.abc import Sequence
 from importlib.resources import files
 
 import pandas as pd
 
-from medrobust_lib.checks import closest
+from medrobust_lib.checks import check_choice
 from medrobust_lib.metrics import corruption_error_table, relative_clean_error
 
 _FOLDER = files("medrobust_lib.data") / "published"
+REFERENCE = "CLIP"  # the paper's reference: zero-shot CLIP ViT-B/16
+TOLERANCE = 0.1  # percent; a percentage printed with one decimal, of accuracies printed with two, may be off by that
+MEAN_OF_MODELS = "mean of models"
+_LEAST_COLUMNS = 4  # of eight, that equal the share of a class
+_ROUNDING = 0.00005  # of fractions printed with four decimals
+_SETS = ["collection", "dataset"]
+_COLUMNS = ["source", *_SETS, "model", "entry", "printed", "recomputed"]
 
 
 def list_published() -> tuple[str, ...]:
@@ -51,20 +57,9 @@ def load_published(name: str) -> pd.DataFrame:
     Models: Are they Truly Generalizable?, MIUA 2025 (arXiv 2505.15425v2).
     Di Salvo et al., MedMNIST-C, 2024 (arXiv 2406.17536; package medmnistc 0.1.0).
     """
-    names = list_published()
-    if name not in names:
-        close = closest(name, names, n=1)
-        hint = f" Did you mean {close[0]!r}?" if close else ""
-        raise ValueError(f"no published table {name!r}.{hint} Available: {', '.join(names)}")
+    check_choice("published table", name, list_published())
     with (_FOLDER / f"{name}.csv").open(encoding="utf-8") as stream:
         return pd.read_csv(stream, dtype={"table": "string"})
-
-
-REFERENCE = "CLIP"  # the paper's reference: zero-shot CLIP ViT-B/16
-TOLERANCE = 0.1  # percent; a percentage printed with one decimal, of accuracies printed with two, may be off by that
-MEAN_OF_MODELS = "mean of models"
-_SETS = ["collection", "dataset"]
-_COLUMNS = ["source", *_SETS, "model", "entry", "printed", "recomputed"]
 
 
 def published_corruption_errors(accuracies: pd.DataFrame | None = None, *, reference: str = REFERENCE) -> pd.DataFrame:
@@ -96,92 +91,77 @@ def published_corruption_errors(accuracies: pd.DataFrame | None = None, *, refer
     return table[table["model"] != MEAN_OF_MODELS].reset_index(drop=True)
 
 
-def recompute_published(accuracies: pd.DataFrame | None = None, *, tolerance: float = TOLERANCE) -> pd.DataFrame:
+def recompute_published(accuracies: pd.DataFrame | None = None) -> pd.DataFrame:
     """Every printed number that follows from the accuracies of Table 3 (or of its own row), beside its recomputation.
 
     Parameters
     ----------
     accuracies : DataFrame or None
         As in `published_corruption_errors`.
-    tolerance : float
-        Largest deviation, in percent or percentage points, that rounding explains.
 
     Returns
     -------
     DataFrame
         source ("Table 2", "Table 3", "Table 6" or "README"), collection, dataset, model, entry, printed and
         recomputed (errors in percent of CLIP's, accuracies in percent), deviation (recomputed minus printed) and
-        fits. Table 2 has 450 entries, Table 3's averages 50; of Table 6 the clean errors, which follow from the
-        accuracies beside them, and what the variant shared with the other tables repeats; of the README the means
-        over all ten data sets.
+        fits (up to `TOLERANCE`). Table 2 has 450 entries, Table 3's averages 50; of Table 6 the clean errors, which
+        follow from the accuracies beside them, and what the variant shared with the other tables repeats; of the
+        README the means over all ten data sets.
     """
     errors = published_corruption_errors(accuracies)
     table = pd.concat([_table_2(errors), _table_3(errors), _table_6(errors), _readme(errors)], ignore_index=True)
     table["deviation"] = table["recomputed"] - table["printed"]
-    table["fits"] = table["deviation"].abs() <= tolerance + 1e-9
+    table["fits"] = table["deviation"].abs() <= TOLERANCE + 1e-9
     return table
 
 
-def rows_of_table_2(accuracies: pd.DataFrame | None = None, *, tolerance: float = TOLERANCE) -> pd.DataFrame:
+def rows_of_table_2(accuracies: pd.DataFrame | None = None) -> pd.DataFrame:
     """The 50 rows of Table 2: printed and recomputed mCE, and the largest deviation of the row's nine numbers.
 
     Parameters
     ----------
-    accuracies, tolerance
-        As in `recompute_published`.
+    accuracies : DataFrame or None
+        As in `published_corruption_errors`.
 
     Returns
     -------
     DataFrame with columns collection, dataset, model, printed, recomputed, largest_deviation, fits
     """
-    table = recompute_published(accuracies, tolerance=tolerance).query("source == 'Table 2'")
+    table = recompute_published(accuracies).query("source == 'Table 2'")
     keys = [*_SETS, "model"]
     rows = table[table["entry"] == "mCE"].set_index(keys)[["printed", "recomputed"]]
     of_row = table.assign(deviation=table["deviation"].abs()).groupby(keys, sort=False)
     return rows.assign(largest_deviation=of_row["deviation"].max(), fits=of_row["fits"].all()).reset_index()
 
 
-def entries_that_do_not_fit(accuracies: pd.DataFrame | None = None, *, tolerance: float = TOLERANCE) -> pd.DataFrame:
+def entries_that_do_not_fit(accuracies: pd.DataFrame | None = None) -> pd.DataFrame:
     """The printed numbers that the accuracies do not give: the rows of `recompute_published` beyond the tolerance.
-
-    Parameters
-    ----------
-    accuracies, tolerance
-        As in `recompute_published`.
-
-    Returns
-    -------
-    DataFrame, as from `recompute_published` without the column fits
-    """
-    table = recompute_published(accuracies, tolerance=tolerance)
-    return table[~table["fits"]].drop(columns="fits").reset_index(drop=True)
-
-
-def constant_predictors(
-    accuracies: pd.DataFrame | None = None,
-    class_counts: pd.DataFrame | None = None,
-    *,
-    least_columns: int = 4,
-    decimals: int = 4,
-) -> pd.DataFrame:
-    """Rows of accuracies that a classifier with one and the same answer for every image would print.
-
-    A row is listed if its clean accuracy, and that under at least ``least_columns - 1`` corruptions, equal the
-    share of one and the same class in the test split, to the printed precision. Accuracies are means over five
-    severities, so that several columns hardly agree with a share by chance. Sets without class counts are not
-    judged.
 
     Parameters
     ----------
     accuracies : DataFrame or None
         As in `published_corruption_errors`.
-    class_counts : DataFrame or None
-        Columns collection, dataset, class, images; None for ``load_published("test_class_counts")`` (all the
-        paper's sets but PBC).
-    least_columns : int
-        Columns (the clean one included) that must equal the share; 4 is half of the eight.
-    decimals : int
-        Decimals to which the fractions were printed.
+
+    Returns
+    -------
+    DataFrame, as from `recompute_published` without the column fits
+    """
+    table = recompute_published(accuracies)
+    return table[~table["fits"]].drop(columns="fits").reset_index(drop=True)
+
+
+def constant_predictors(accuracies: pd.DataFrame | None = None) -> pd.DataFrame:
+    """Rows of accuracies that a classifier with one and the same answer for every image would print.
+
+    A row is listed if its clean accuracy, and that under three corruptions at least (half of the columns), equal the
+    share of one and the same class in the test split, to the printed precision. Accuracies are means over five
+    severities, so that several columns hardly agree with a share by chance. PBC, whose class counts are not
+    published, is not judged.
+
+    Parameters
+    ----------
+    accuracies : DataFrame or None
+        As in `published_corruption_errors`.
 
     Returns
     -------
@@ -192,15 +172,14 @@ def constant_predictors(
     """
     if accuracies is None:
         accuracies = load_published("robustmedclip_table3_accuracy")
-    if class_counts is None:
-        class_counts = load_published("test_class_counts")
+    class_counts = load_published("test_class_counts")
     n = class_counts.groupby(_SETS)["images"].sum().rename("n")
     classes = class_counts.groupby([*_SETS, "images"], sort=False)["class"].agg(" or ".join).reset_index()
     classes = classes.rename(columns={"images": "count"}).join(n, on=_SETS)
     classes["share"] = classes["count"] / classes["n"]
     cells = accuracies.merge(classes, on=_SETS)
     cells["deviation"] = (cells["accuracy"] - cells["share"]).abs()
-    cells["at_share"] = cells["deviation"] <= 0.5 * 10**-decimals + 1e-9
+    cells["at_share"] = cells["deviation"] <= _ROUNDING + 1e-9
     keys = [*_SETS, "model", "class", "count", "n", "share"]
     rows = (
         cells.assign(
@@ -218,15 +197,13 @@ def constant_predictors(
         )
         .reset_index()
     )
-    rows = rows[rows["clean"] & (rows["columns_at_share"] >= least_columns)].drop(columns="clean")
+    rows = rows[rows["clean"] & (rows["columns_at_share"] >= _LEAST_COLUMNS)].drop(columns="clean")
     errors = published_corruption_errors(accuracies)
     errors["rank_by_mce"] = _rank(errors, _SETS)
     return rows.merge(errors[[*_SETS, "model", "mce", "rank_by_mce"]], on=[*_SETS, "model"])
 
 
-def rankings_by_choice(
-    accuracies: pd.DataFrame | None = None, *, references: Sequence[str] = (REFERENCE, "BioMedCLIP", MEAN_OF_MODELS)
-) -> pd.DataFrame:
+def rankings_by_choice(accuracies: pd.DataFrame | None = None) -> pd.DataFrame:
     """How the models would rank under other ways of aggregating, and relative to other references.
 
     Within one data set the ratio of sums ranks alike for every reference, since that divides by one number; means
@@ -236,8 +213,6 @@ def rankings_by_choice(
     ----------
     accuracies : DataFrame or None
         As in `published_corruption_errors`.
-    references : sequence of str
-        Models, or "mean of models".
 
     Returns
     -------
@@ -247,7 +222,7 @@ def rankings_by_choice(
         ratios relative to CLIP) and moved (places lost; negative: gained).
     """
     parts = []
-    for reference in references:
+    for reference in (REFERENCE, "BioMedCLIP", MEAN_OF_MODELS):
         errors = published_corruption_errors(accuracies, reference=reference)
         for aggregation, column in (("mean of ratios", "mce"), ("ratio of sums", "ratio_of_sums")):
             one = errors[[*_SETS, "model"]].assign(mce=errors[column])
@@ -256,16 +231,11 @@ def rankings_by_choice(
             ]
     table = pd.concat(parts, ignore_index=True)
     table["rank"] = _rank(table, ["reference", "aggregation", *_SETS])
-    paper = _paper_ranks(accuracies)
+    as_printed = table[(table["reference"] == REFERENCE) & (table["aggregation"] == "mean of ratios")]
+    paper = as_printed.set_index([*_SETS, "model"])["rank"].rename("paper_rank")
     table = table.join(paper, on=[*_SETS, "model"])
     table["moved"] = table["rank"] - table["paper_rank"]
     return table[["reference", "aggregation", *_SETS, "model", "mce", "rank", "paper_rank", "moved"]]
-
-
-def _paper_ranks(accuracies: pd.DataFrame | None) -> pd.Series:
-    errors = published_corruption_errors(accuracies)[[*_SETS, "model", "mce"]]
-    table = pd.concat([errors, *_means_over_sets(errors)], ignore_index=True)
-    return table.assign(paper_rank=_rank(table, _SETS)).set_index([*_SETS, "model"])["paper_rank"]
 
 
 def _means_over_sets(one: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:

@@ -1,11 +1,11 @@
-"""The rows of the data set registry: one per set, and nothing but facts."""
+"""Data sets by id: the rows of the registry, one per set, and how a set is opened and loaded."""
 
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, TypedDict, Unpack, get_args
 from urllib.parse import parse_qsl, urlencode
 
 import numpy as np
@@ -13,86 +13,76 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from medrobust_lib import phantoms
-from medrobust_lib.checks import suggest
-from medrobust_lib.data.dataset import ImageDataset, check_classes, check_labels, stratified_positions
-from medrobust_lib.data.decoding import Fit, fit_square
+from medrobust_lib.checks import check_choice, check_whole, suggest
+from medrobust_lib.data.dataset import ImageDataset, check_classes, stratified_positions
+from medrobust_lib.data.decoding import Fit
 from medrobust_lib.data.inspection import close_names, ignored_in, seen_in, tell
-from medrobust_lib.data.mm_safetybench import PREFIX as QUESTIONS_PREFIX
+from medrobust_lib.data.own_images import class_folder_split, csv_split, file_advice
 from medrobust_lib.data.readers import (
+    FALLBACK_SIZE,
     SPLITS,
     Split,
-    class_folder_split,
-    csv_split,
-    file_advice,
     medimeta_split,
     medmnist_file,
     medmnist_split,
+    phantom_split,
     resolve_split,
 )
 from medrobust_lib.data.wording import SITE_A, ClassWording, checked_templates, class_wording, own_wording
 from medrobust_lib.files import parsed
 from medrobust_lib.places import default_data_root
 
-FALLBACK_SIZE = 224
 PHANTOM_SIZE = 64
-NOT_COUNTED = (None, None, None)
+QUESTIONS_PREFIX = "mm-safetybench/"  # of ids for `load_questions`
 
 
 @dataclass(frozen=True)
 class DatasetEntry:
-    """One row: where a set lies, how it is read, and what `list_datasets` says about it."""
+    """One row: where a set lies, how it is read (a key of `_OPEN`), and what `list_datasets` says about it."""
 
     id: str
     kind: str
-    location: str
     modality: str
-    image_size: int
-    sizes: tuple[int | None, int | None, int | None]
     licence: str
     source: str
+    location: str = ""
+    image_size: int = FALLBACK_SIZE
+    sizes: tuple[int | None, ...] = (None, None, None)
     command: str = ""
 
 
 def _phantom(name: str, modality: str) -> tuple[DatasetEntry, DatasetEntry]:
-    row = partial(
-        DatasetEntry,
-        kind="phantom",
-        location="",
-        modality=modality,
-        image_size=PHANTOM_SIZE,
-        sizes=tuple(phantoms.SPLITS[split] for split in SPLITS),
-        licence="MIT (drawn by this package)",
+    sizes = tuple(phantoms.SPLITS[split] for split in SPLITS)
+    facts = {"licence": "MIT (drawn by this package)", "image_size": PHANTOM_SIZE, "sizes": sizes}
+    sites = {"": "B (benchmark)", SITE_A: "A (demo-clip's training site)"}
+    site_b, site_a = (
+        DatasetEntry(
+            f"phantom/{name}{site}", "phantom", modality, source=f"synthetic phantoms, acquisition site {used}", **facts
+        )
+        for site, used in sites.items()
     )
-    return (
-        row(id=f"phantom/{name}", source="synthetic phantoms, acquisition site B (benchmark)"),
-        row(
-            id=f"phantom/{name}{SITE_A}",
-            source="synthetic phantoms, acquisition site A (demo-clip's training site)",
-        ),
-    )
+    return site_b, site_a
 
 
 def _medmnist(name: str, modality: str, *sizes: int) -> DatasetEntry:
-    source = f"MedMNIST v2, {name}mnist (Yang et al. 2023), https://zenodo.org/records/10519652"
-    command = f"python data_scripts/download_medmnist.py {name}"
-    location = f"medmnist/{name}mnist"
-    return DatasetEntry(f"medmnist/{name}", "medmnist", location, modality, 28, sizes, "CC BY 4.0", source, command)
+    return DatasetEntry(
+        f"medmnist/{name}", "medmnist", modality, "CC BY 4.0",
+        f"MedMNIST v2, {name}mnist (Yang et al. 2023), https://zenodo.org/records/10519652",
+        f"medmnist/{name}mnist", 28, sizes, f"python data_scripts/download_medmnist.py {name}",
+    )  # fmt: skip
 
 
 def _medimeta(name: str, folder: str, modality: str, *sizes: int) -> DatasetEntry:
-    source = f"MedIMeta, {folder} (Woerner et al. 2025), https://zenodo.org/records/7884735"
-    command = f"python data_scripts/download_medimeta.py {name}"
-    location = f"medimeta/{folder}"
     return DatasetEntry(
-        f"medimeta/{name}", "medimeta", location, modality, 224, sizes, "per set, see its info.yaml", source, command
-    )
+        f"medimeta/{name}", "medimeta", modality, "per set, see its info.yaml",
+        f"MedIMeta, {folder} (Woerner et al. 2025), https://zenodo.org/records/7884735",
+        f"medimeta/{folder}", 224, sizes, f"python data_scripts/download_medimeta.py {name}",
+    )  # fmt: skip
 
 
-def _folders(
-    id: str, modality: str, licence: str, source: str, *, script: str, sizes: tuple = NOT_COUNTED
-) -> DatasetEntry:
+def _folders(id: str, modality: str, licence: str, source: str, *, script: str, **facts: Any) -> DatasetEntry:
     command = f"python data_scripts/{script} {id.rpartition('/')[2]}"
-    return DatasetEntry(id, "folders", id, modality, FALLBACK_SIZE, sizes, licence, source, command)
+    return DatasetEntry(id, "folders", modality, licence, source, location=id, command=command, **facts)
 
 
 _PATHOLOGY = partial(_folders, script="prepare_pathology.py")
@@ -147,30 +137,21 @@ DATASETS = {
 }
 
 
-__all__ = [
-    "ClassWording",
-    "OpenSplit",
-    "class_wording",
-    "list_datasets",
-    "load_dataset",
-    "open_split",
-]
+class SplitOptions(TypedDict, total=False):
+    """Options of `open_split` and of all that draws by it; `load_dataset` explains them."""
+
+    root: str | Path | None
+    image_size: int | None
+    wording: str
+    like: str | None
+    class_names: Mapping[Any, str] | None
+    templates: Sequence[str] | None
+    bit_depth: int | None
+    fit: Fit
 
 
 def load_dataset(
-    id: str,
-    *,
-    split: str = "test",
-    n: int | None = None,
-    seed: int = 0,
-    root: str | Path | None = None,
-    image_size: int | None = None,
-    wording: str = "paper",
-    like: str | None = None,
-    class_names: Mapping[Any, str] | None = None,
-    templates: Sequence[str] | None = None,
-    bit_depth: int | None = None,
-    fit: Fit = "crop",
+    id: str, *, split: str = "test", n: int | None = None, seed: int = 0, **options: Unpack[SplitOptions]
 ) -> ImageDataset:
     """Load a data set by id, whole or as a seeded, class-stratified subset.
 
@@ -233,10 +214,7 @@ def load_dataset(
     TypeError
         ``class_names`` is no mapping, or ``templates`` a single text.
     """
-    found = open_split(
-        id, split=split, root=root, image_size=image_size, wording=wording, like=like, class_names=class_names,
-        templates=templates, bit_depth=bit_depth, fit=fit,
-    )  # fmt: skip
+    found = open_split(id, split=split, **options)
     return found.read(stratified_positions(found.labels, n=n, seed=seed), n=n, seed=seed)
 
 
@@ -268,7 +246,7 @@ class OpenSplit:
 
     def read(self, positions: NDArray[np.int64], **drawn: Any) -> ImageDataset:
         """Decode the images at ascending positions; ``drawn`` (JSON values) says in the provenance how they came."""
-        images, resized, shapes = _decode(self.listed, positions, self.image_size, self.fit)
+        images, resized, shapes = self.listed.decode(positions, self.image_size, self.fit)
         names = [self.listed.files[place] if self.listed.files else f"image {place}" for place in positions]
         labels = self.labels[positions]
         seen = seen_in(images, labels, names=names, shapes=shapes if self.fit == "crop" else ())
@@ -318,13 +296,13 @@ def open_split(
 
     Parameters, errors and the meaning of ``split`` are those of `load_dataset`.
     """
-    _check_size(image_size)
+    if image_size is not None:
+        check_whole("image_size", image_size, least=8, hint=": give the side in pixels, or None")
     scheme, _, path = id.partition(":")
     if scheme in {"folder", "csv"}:
         path, stated = _stated(path)
         bit_depth, fit = stated.get("bit_depth", bit_depth), stated.get("fit", fit)
-    if fit not in get_args(Fit):
-        raise ValueError(f"fit={fit!r}: choose one of {', '.join(get_args(Fit))}")
+    check_choice("fit", fit, get_args(Fit))
     if scheme in {"folder", "csv"} and path:
         own = {"class_names": class_names, "templates": templates, "bit_depth": bit_depth}
         listed, row, words = _own_split(scheme, Path(path).expanduser(), split, like, wording, **own)
@@ -338,7 +316,7 @@ def open_split(
             if value is not None:
                 raise ValueError(f"{name}={value!r} is for folder: and csv: data; {id} has its own classes")
         row, words = DATASETS[id], class_wording(id, wording=wording)
-        listed = _registered_split(row, words, split, Path(root) if root else default_data_root(), image_size)
+        listed = _registered_split(row, words, split, default_data_root(root), image_size)
     else:
         if id.startswith(QUESTIONS_PREFIX):
             raise ValueError(f"{id!r} holds questions and has no classes: load it with load_questions({id!r})")
@@ -362,17 +340,18 @@ def list_datasets(*, root: str | Path | None = None) -> pd.DataFrame:
         test (images; missing until the script that decides has run), licence, source, available (on this
         computer), script (the command that fetches or prepares it).
     """
-    folder = Path(root) if root else default_data_root()
+    folder = default_data_root(root)
+    places = {id: _place(row, folder) for id, row in DATASETS.items()}
     table = pd.DataFrame(
         {
             "id": row.id,
             "modality": row.modality,
             "classes": len(class_wording(row.id).names),
-            "image size": _image_size(row, folder),
+            "image size": _image_size(row, places[row.id]),
             **dict(zip(SPLITS, _sizes(row, folder), strict=True)),
             "licence": row.licence,
             "source": row.source,
-            "available": _available(row, folder),
+            "available": places[row.id] is not None,
             "script": row.command,
         }
         for row in DATASETS.values()
@@ -388,75 +367,42 @@ def _sizes(row: DatasetEntry, root: Path) -> Sequence[int | None]:
     return [sum(counts[split].values()) if split in counts else None for split in SPLITS]
 
 
-def _image_size(row: DatasetEntry, root: Path) -> int:
-    if row.kind != "medmnist":
+def _image_size(row: DatasetEntry, place: Path | None) -> int:
+    if row.kind != "medmnist" or place is None:
         return row.image_size
-    path = medmnist_file(root / "medmnist", Path(row.location).name, None)
-    return int(path.stem.partition("_")[2] or 28) if path else row.image_size
+    return int(place.stem.partition("_")[2] or 28)
 
 
-def _available(row: DatasetEntry, root: Path) -> bool:
-    if row.kind == "phantom":
-        return True
+def _place(row: DatasetEntry, root: Path, image_size: int | None = None) -> Path | None:
+    """File or folder of a registered set, None where it is not on this computer."""
+    where = root / row.location
     if row.kind == "medmnist":
-        return medmnist_file(root / "medmnist", Path(row.location).name, None) is not None
-    marker = "info.yaml" if row.kind == "medimeta" else "images"
-    return (root / row.location / marker).exists()
+        return medmnist_file(where, image_size)
+    mark = {"phantom": "", "medimeta": "info.yaml", "folders": "images"}[row.kind]
+    return where if not mark or (where / mark).exists() else None
 
 
-def _stated(path: str) -> tuple[str, dict[str, Any]]:
-    """A path, and what is stated behind it, as in ``PATH?bit_depth=12&fit=pad``."""
-    name, mark, query = path.rpartition("?")
-    if not mark or Path(path).expanduser().exists():
-        return path, {}
-    with parsed(
-        f"{query!r} behind {name}", "It may state bit_depth=NUMBER and fit=crop or fit=pad, with & between them."
-    ):
-        stated: dict[str, Any] = dict(parse_qsl(query, strict_parsing=True))
-        if unknown := set(stated) - {"bit_depth", "fit"}:
-            raise ValueError(f"{min(unknown)} is unknown")
-        return name, {key: int(value) if key == "bit_depth" else value for key, value in stated.items()}
+# How each kind is opened, given its row, its place, the split, the words and the image size asked for.
+_OPEN: Mapping[str, Callable[[DatasetEntry, Path, str, ClassWording, int | None], Split]] = {
+    "phantom": lambda row, _, split, words, size: phantom_split(row.id, split, words, size or row.image_size),
+    "medmnist": lambda row, place, split, words, size: medmnist_split(place, split, words),
+    "medimeta": lambda row, place, split, words, size: medimeta_split(place, split, words),
+    "folders": lambda row, place, split, words, size: class_folder_split(place, split).named(words),
+}
 
 
 def _registered_split(row: DatasetEntry, words: ClassWording, split: str, root: Path, image_size: int | None) -> Split:
-    if row.kind == "phantom":
-        split = resolve_split(split, tuple(phantoms.SPLITS), row.id)
-        return _phantom_split(row, words, split, image_size or row.image_size)
-    if row.kind in {"medmnist", "medimeta"}:
+    if row.kind != "folders":  # those may have other splits
         split = resolve_split(split, SPLITS, row.id)
-    if not _available(row, root):
-        where = root / row.location
-        looked = f"{where.parent / where.name}[_64|_128|_224].npz" if row.kind == "medmnist" else str(where)
+    place = _place(row, root, image_size)
+    if place is None:
+        ending = "[_64|_128|_224].npz" if row.kind == "medmnist" else ""
         raise FileNotFoundError(
-            f"{row.id} is not on this computer: looked at {looked}. Get it with\n"
+            f"{row.id} is not on this computer: looked at {root / row.location}{ending}. Get it with\n"
             f"    {row.command} --root {root}\n"
             "or name the folder that holds it with root=... or MEDROBUST_DATA."
         )
-    folder = root / row.location
-    if row.kind == "medmnist":
-        return medmnist_split(medmnist_file(folder.parent, folder.name, image_size), split, words)
-    if row.kind == "medimeta":
-        return medimeta_split(folder, split, words)
-    return _renamed(class_folder_split(folder, split), words)
-
-
-def _phantom_split(row: DatasetEntry, words: ClassWording, split: str, image_size: int) -> Split:
-    name = row.id.removeprefix("phantom/").removesuffix(SITE_A)
-    site = "A" if row.id.endswith(SITE_A) else "B"
-
-    def render(positions: NDArray[np.int64]) -> NDArray[np.uint8]:
-        return phantoms.render_phantoms(name, positions, split=split, site=site, image_size=image_size)[0]
-
-    labels = np.arange(phantoms.SPLITS[split], dtype=np.int64) % len(words.names)
-    return Split(
-        split=split,
-        labels=labels,
-        codes=words.names,
-        names=words.prompt_nouns,
-        shapes=lambda: {(image_size, image_size)},
-        read=render,
-        source=f"medrobust_lib.phantoms, {name}, site {site}",
-    )
+    return _OPEN[row.kind](row, place, split, words, image_size)
 
 
 def _own_split(
@@ -472,81 +418,44 @@ def _own_split(
 ) -> tuple[Split, DatasetEntry, ClassWording]:
     reader: Callable[..., Split] = {"folder": class_folder_split, "csv": csv_split}[scheme]
     listed = reader(path, split, bit_depth=bit_depth)
-    if like is None and class_names is None:
-        listed = replace(listed, caveats=(*listed.caveats, *close_names(listed.codes, listed.totals)))
-    if like is not None and like not in DATASETS:
-        raise ValueError(f"unknown data set {like!r} for like.{suggest(like, DATASETS)}")
-    if like is not None and class_names is not None:
-        raise ValueError(f"give class_names or like={like!r}, not both: each of them names the classes")
-    if like is None and wording != "paper":
-        raise ValueError(f"wording={wording!r} needs like=..., the registered set whose words to take")
-    if like is not None:
-        words = class_wording(like, wording=wording)
-        listed = _renamed(listed, words)
-        if templates is not None:
-            words = replace(words, templates=checked_templates(templates), start="")
-    else:
+    if like is None:
+        if wording != "paper":
+            raise ValueError(f"wording={wording!r} needs like=..., the registered set whose words to take")
+        if class_names is None:
+            listed = replace(listed, caveats=(*listed.caveats, *close_names(listed.codes, listed.totals)))
         words = own_wording(
             listed.codes, listed.names, class_names=class_names, templates=templates, source=listed.source
         )
-        labels = np.array([words.spellings[code] for code in listed.codes], dtype=np.int64)[listed.labels]
-        listed = replace(listed, labels=labels, codes=words.names, names=words.prompt_nouns)
+        listed = listed.relabelled([words.spellings[code] for code in listed.codes], words)
+    else:
+        if like not in DATASETS:
+            raise ValueError(f"unknown data set {like!r} for like.{suggest(like, DATASETS)}")
+        if class_names is not None:
+            raise ValueError(f"give class_names or like={like!r}, not both: each of them names the classes")
+        words = class_wording(like, wording=wording)
+        listed = listed.named(words)
+        if templates is not None:
+            words = replace(words, templates=checked_templates(templates), start="")
     row = DatasetEntry(
         # The name alone keys the noise, so that a moved folder keeps its noise.
         id=f"{scheme}:{path.resolve().name}",
         kind=scheme,
-        location=str(path),
         modality=DATASETS[like].modality if like else "not stated",
-        image_size=0,
-        sizes=NOT_COUNTED,
         licence="not stated",
         source=f"own images, {path.resolve().name}",
     )
     return listed, row, words
 
 
-def _renamed(listed: Split, words: ClassWording) -> Split:
-    """Give a split the labels of a known class list, matching classes by name."""
-    target = []
-    for code, name in zip(listed.codes, listed.names, strict=True):
-        label = words.label_of(code)
-        label = words.label_of(name) if label is None else label
-        if label is None:
-            listing = ", ".join(f"{index} {known!r}" for index, known in enumerate(words.names))
-            raise ValueError(
-                f"{listed.source}: class {code!r} is outside the class list of {words.set_name}: {listing}. "
-                "Rename it, or leave `like` out and give class_names={...} and templates=[...]"
-            )
-        target.append(label)
-    labels = np.array(target, dtype=np.int64)[listed.labels]
-    check_labels(labels, words.names, listed.source)
-    return replace(listed, labels=labels, codes=words.names, names=words.prompt_nouns)
-
-
-def _decode(
-    listed: Split, positions: NDArray[np.int64], image_size: int | None, fit: Fit
-) -> tuple[NDArray[np.uint8], str | None, list[tuple[int, int]]]:
-    """Images, how they were resized, and the shape of each as it came."""
-    shapes = listed.shapes() if image_size is None else set()
-    size = FALLBACK_SIZE if len(shapes) > 1 else image_size
-    if size is None:
-        (shape,) = shapes
-        size = max(shape) if fit == "pad" else None
-    images = np.empty((len(positions), *((size, size) if size else shape), 3), np.uint8)
-    found: list[tuple[int, int]] = []
-    for row, image in enumerate(listed.read(positions)):
-        found.append(image.shape[:2])
-        images[row] = image if size is None else fit_square(image, size, fit=fit)
-    edges = sorted(set(found))
-    if size is None or edges == [(size, size)]:
-        return images, None, found
-    span = " to ".join(f"{width} × {height}" for height, width in dict.fromkeys((edges[0], edges[-1])))
-    how = {"crop": "shortest edge to size (bicubic), centre crop", "pad": "longest edge to size (bicubic), black bars"}
-    return images, f"{span} px -> {size} px: {how[fit]}", found
-
-
-def _check_size(image_size: Any) -> None:
-    if image_size is None:
-        return
-    if isinstance(image_size, bool) or not isinstance(image_size, int | np.integer) or image_size < 8:
-        raise ValueError(f"image_size={image_size!r}: give a whole number of pixels, 8 or more, or None")
+def _stated(path: str) -> tuple[str, dict[str, Any]]:
+    """A path, and what is stated behind it, as in ``PATH?bit_depth=12&fit=pad``."""
+    name, mark, query = path.rpartition("?")
+    if not mark or Path(path).expanduser().exists():
+        return path, {}
+    with parsed(
+        f"{query!r} behind {name}", "It may state bit_depth=NUMBER and fit=crop or fit=pad, with & between them."
+    ):
+        stated: dict[str, Any] = dict(parse_qsl(query, strict_parsing=True))
+        if unknown := set(stated) - {"bit_depth", "fit"}:
+            raise ValueError(f"{min(unknown)} is unknown")
+        return name, {key: int(value) if key == "bit_depth" else value for key, value in stated.items()}

@@ -1,47 +1,81 @@
-"""Images to learn from, an unlabelled pool and test images of one data set, whether or not it has splits."""
+"""Images to learn from, images to choose by or adapt to, and test images, of a data set with splits or without."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Unpack
 
 import numpy as np
 from numpy.typing import NDArray
 
+from medrobust_lib.checks import check_positive, check_whole
 from medrobust_lib.data.dataset import ImageDataset, stratified_positions
 from medrobust_lib.data.inspection import learned_too
-from medrobust_lib.data.registry import OpenSplit, open_split
+from medrobust_lib.data.registry import OpenSplit, SplitOptions, open_split
 
 Positions = NDArray[np.int64]
 
+_HELD_OUT = 0.2  # of each class of the train images, for validation, where there is no val split
 
-@dataclass(frozen=True, eq=False)
-class LearningSplits:
-    """What a method may learn from and what it is judged on; `learning_splits` makes it.
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Splits:
+    """What a method may learn from and what it is judged on.
 
     Attributes
     ----------
     train : ImageDataset
         Labelled images to learn from, none of them in ``test``.
-    pool : ImageDataset
-        Images whose labels a method does not look at, none of them in ``test``; other images than those of
-        ``train`` as far as there are any.
     test : ImageDataset
     divided : bool
         Whether the data set itself keeps ``train`` and ``test`` apart. If not, both come out of one split:
         with images of one patient on both sides, results look better than they are.
     notes : tuple of str
-        Sentences for the reader: where the images come from, which classes are short of them, the caveats of
-        ``train`` and ``pool``, and how many test images are copies of learned ones.
+        Sentences for the reader: where the images come from, which classes are short of them, and the caveats of
+        all parts but ``test``.
     """
 
     train: ImageDataset
-    pool: ImageDataset
     test: ImageDataset
     divided: bool
     notes: tuple[str, ...]
 
+    @property
+    def copies(self) -> list[str]:
+        """A sentence where test images are nearly identical to train images; see `learned_too`."""
+        return learned_too(self.test.images, self.train.images)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class LearningSplits(Splits):
+    """What `learning_splits` draws; its notes also say how many test images are copies of learned ones.
+
+    Attributes
+    ----------
+    pool : ImageDataset
+        Images whose labels a method does not look at, none of them in ``test``; other images than those of
+        ``train`` as far as there are any.
+    """
+
+    pool: ImageDataset
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class FractionSplits(Splits):
+    """What `fraction_splits` draws; no image is in two of the three.
+
+    Attributes
+    ----------
+    val : ImageDataset
+        To choose among check points or settings.
+    fraction : float
+        The share of the train images that ``train`` is.
+    """
+
+    val: ImageDataset
+    fraction: float
+
 
 def learning_splits(
-    dataset: str, *, shots: int, n_test: int, n_pool: int, seed: int = 0, **options: Any
+    dataset: str, *, shots: int, n_test: int, n_pool: int, seed: int = 0, **options: Unpack[SplitOptions]
 ) -> LearningSplits:
     """Draw labelled images to learn from, an unlabelled pool and test images, reproducibly and disjoint.
 
@@ -75,152 +109,36 @@ def learning_splits(
     ValueError
         A number below 1, or no image is left to test.
     """
-    check_whole_numbers(least=1, shots=shots, n_test=n_test, n_pool=n_pool)
-    check_whole_numbers(least=0, seed=seed)
-    testing = open_split(dataset, split="test", **options)
-    divided = "train" in testing.splits
-    learning = open_split(dataset, split="train", **options) if divided else testing
-    learned = draw_of_each_class(learning.labels, most=2 * shots, share=1.0 if divided else 0.5, seed=seed)
-    left = other_positions(testing.labels, np.array([], np.int64) if divided else learned)
-    if not len(left):
-        raise ValueError(
-            f"{dataset}: {len(learned)} images of {len(learned)} classes, one each, are all needed to learn from and "
-            "none is left to test; add images, or keep test images apart in a split 'test' beside 'train'"
-        )
-    tested = draw_among(testing.labels, left, n=n_test, seed=seed)
+    for name, value in {"shots": shots, "n_test": n_test, "n_pool": n_pool}.items():
+        check_whole(name, value)
+    check_whole("seed", seed, least=0)
+    sides = _sides(dataset, most=2 * shots, seed=seed, **options)
+    learning, learned = sides.learning, sides.learnable
     train = learning.read(learned, n=len(learned), seed=seed, drawn=f"at most {2 * shots} of each class")
-    test = testing.read(tested, n=len(tested), seed=seed)
-    notes = [source_note(testing, divided), *class_notes(learning, learned, shots=shots, divided=divided)]
-    if "val" in testing.splits:
-        unlabelled = open_split(dataset, split="val", **options)
-        drawn = draw_among(unlabelled.labels, np.arange(len(unlabelled.labels)), n=n_pool, seed=seed)
-        pool = unlabelled.read(drawn, n=len(drawn), seed=seed)
+    test = _drawn(sides.testing, sides.testable, n=n_test, seed=seed)
+    notes = [sides.note, *_class_notes(learning, learned, shots=shots, divided=sides.divided)]
+    if sides.validating is not None:
+        pool = _drawn(sides.validating, np.arange(len(sides.validating.labels)), n=n_pool, seed=seed)
     else:
-        others = other_positions(learning.labels, learned if divided else np.union1d(learned, tested))
-        drawn = draw_among(learning.labels, others, n=n_pool, seed=seed)
-        again = draw_among(learning.labels, learned, n=n_pool - len(drawn), seed=seed)
+        others = _others(learning.labels, learned if sides.divided else np.union1d(learned, test.indices))
+        drawn = _among(learning.labels, others, n=n_pool, seed=seed)
+        again = _among(learning.labels, learned, n=n_pool - len(drawn), seed=seed)
         pool = learning.read(np.union1d(drawn, again), n=len(drawn) + len(again), seed=seed)
         shared = f"; {len(again)} of its {len(pool)} images are learned from too" if len(again) else ""
         notes.append(f"no val split: the pool comes from the split {pool.split!r}{shared}")
-    notes += [*part_notes(test, train=train, pool=pool), *learned_too(test.images, train.images)]
-    return LearningSplits(train, pool, test, divided, tuple(notes))
-
-
-def draw_of_each_class(labels: Positions, *, share: float, seed: int, most: int | None = None) -> Positions:
-    """Draw at most ``most`` images, and at most a share of the images, of each class; one at least.
-
-    Parameters
-    ----------
-    labels : int64 [N]
-    share : float in [0, 1]
-    seed : int
-    most : int, optional
-        1 or more; None: no limit but the share.
-
-    Returns
-    -------
-    int64 [n]
-        Ascending positions.
-    """
-    values, counts = np.unique(labels, return_counts=True)
-    takes = np.clip((share * counts).astype(np.int64), 1, most)
-    # A permutation per class, keyed as in `stratified_positions`: other classes do not change what is drawn of one.
-    chosen = [
-        np.random.default_rng([seed, int(value)]).permutation(np.flatnonzero(labels == value))[:take]
-        for value, take in zip(values, takes, strict=True)
-    ]
-    return np.sort(np.concatenate(chosen)).astype(np.int64)
-
-
-def draw_among(labels: Positions, among: Positions, *, n: int, seed: int) -> Positions:
-    """Draw at most n of the positions ``among`` by `stratified_positions`; none for n = 0."""
-    n = min(n, len(among))
-    return among[stratified_positions(labels[among], n=n, seed=seed)] if n > 0 else among[:0]
-
-
-def other_positions(labels: Positions, used: Positions) -> Positions:
-    """Positions of the images that are not among ``used``, ascending."""
-    return np.setdiff1d(np.arange(len(labels)), used)
-
-
-def source_note(testing: OpenSplit, divided: bool) -> str:
-    """Say whether the data set itself keeps train and test apart."""
-    if divided:
-        return "train and test are the data set's own splits"
-    has = f"has no train split ({', '.join(testing.splits)} only)" if testing.splits else "has no splits"
-    return f"the data set {has}: its images were divided class by class, patients may be on both sides"
-
-
-def class_notes(learning: OpenSplit, learned: Positions, *, shots: int, divided: bool) -> list[str]:
-    """Name the classes with nothing to learn from, with fewer images than ``shots`` and, if divided here, with one."""
-    counts = np.bincount(learning.labels, minlength=len(learning.classes))
-    kept = np.bincount(learning.labels[learned], minlength=len(learning.classes))
-    classes = np.array(learning.classes, dtype=object)
-    short = [f"{name} {count}" for name, count in zip(classes, kept, strict=True) if 0 < count < shots]
-    notes = []
-    if (counts == 0).any():
-        notes.append(f"no image to learn from: {', '.join(classes[counts == 0])}")
-    if short:
-        notes.append(f"fewer than {shots} images to learn from: {', '.join(short)}")
-    if not divided and (counts == 1).any():
-        notes.append(f"one image only, learned from and not tested: {', '.join(classes[counts == 1])}")
-    return notes
-
-
-def part_notes(test: ImageDataset, **parts: ImageDataset) -> list[str]:
-    """Caveats of the parts that no card tells beside those of the test images; each names its part."""
-    return [
-        f"{name} images: {said}" for name, part in parts.items() for said in part.caveats if said not in test.caveats
-    ]
-
-
-def check_whole_numbers(*, least: int, **values: object) -> None:
-    """Raise ValueError naming the first value that is not a whole number of at least ``least``."""
-    for name, value in values.items():
-        if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
-            raise ValueError(f"{name}={value!r}: give a whole number, {least} or more")
-
-
-_HELD_OUT = 0.2  # of each class of the train images, for validation, where there is no val split
-
-
-@dataclass(frozen=True, eq=False)
-class FractionSplits:
-    """What a method learns from, chooses by and is judged on; `fraction_splits` makes it.
-
-    No image is in two of the three.
-
-    Attributes
-    ----------
-    train : ImageDataset
-        The share ``fraction`` of the train images.
-    val : ImageDataset
-        To choose among check points or settings.
-    test : ImageDataset
-    fraction : float
-    divided : bool
-        Whether the data set itself keeps ``train`` and ``test`` apart. If not, both come out of one split:
-        with images of one patient on both sides, results look better than they are.
-    notes : tuple of str
-        Sentences for the reader: where the images come from, where a class is short of them, and the caveats of
-        ``train`` and ``val``.
-    """
-
-    train: ImageDataset
-    val: ImageDataset
-    test: ImageDataset
-    fraction: float
-    divided: bool
-    notes: tuple[str, ...]
-
-    @property
-    def copies(self) -> list[str]:
-        """A sentence where test images are nearly identical to train images; see `learned_too`."""
-        return learned_too(self.test.images, self.train.images)
+    notes += [*_part_notes(test, train=train, pool=pool), *learned_too(test.images, train.images)]
+    return LearningSplits(train=train, pool=pool, test=test, divided=sides.divided, notes=tuple(notes))
 
 
 def fraction_splits(
-    dataset: str, *, fraction: float, n_val: int, n_test: int, seed: int = 0, test_seed: int = 0, **options: Any
+    dataset: str,
+    *,
+    fraction: float,
+    n_val: int,
+    n_test: int,
+    seed: int = 0,
+    test_seed: int = 0,
+    **options: Unpack[SplitOptions],
 ) -> FractionSplits:
     """Draw a stratified fraction of the train split, and validation and test images, reproducibly and disjoint.
 
@@ -265,66 +183,118 @@ def fraction_splits(
     ValueError
         ``fraction`` outside (0, 1], a number below 1, or no image is left to test or to validate.
     """
-    _check_fraction(fraction)
-    check_whole_numbers(least=1, n_val=n_val, n_test=n_test)
-    check_whole_numbers(least=0, seed=seed, test_seed=test_seed)
-    testing = open_split(dataset, split="test", **options)
-    divided = "train" in testing.splits
-    learning = open_split(dataset, split="train", **options) if divided else testing
-    pool = np.arange(len(learning.labels))
-    left = np.arange(len(testing.labels))
-    if not divided:
-        pool = draw_of_each_class(testing.labels, share=0.5, seed=test_seed)
-        left = other_positions(testing.labels, pool)
-    if not len(left):
-        raise ValueError(
-            f"{dataset}: each class has one image, which is needed to learn from, and none is left to test; add "
-            "images, or keep test images apart in a split 'test' beside 'train'"
-        )
-    notes = [source_note(testing, divided)]
-    if "val" in testing.splits:
-        validating = open_split(dataset, split="val", **options)
-        validated = draw_among(validating.labels, np.arange(len(validating.labels)), n=n_val, seed=test_seed)
-        free = pool
+    check_positive("fraction", fraction, most=1, hint=": give a share of the train images, such as 0.1")
+    check_whole("n_val", n_val)
+    check_whole("n_test", n_test)
+    check_whole("seed", seed, least=0)
+    check_whole("test_seed", test_seed, least=0)
+    sides = _sides(dataset, most=None, seed=test_seed, **options)
+    learning, learnable = sides.learning, sides.learnable
+    notes = [sides.note]
+    if sides.validating is not None:
+        free = learnable
+        val = _drawn(sides.validating, np.arange(len(sides.validating.labels)), n=n_val, seed=test_seed)
     else:
-        validating = learning
-        held = _held_out(learning.labels, pool, seed=test_seed, dataset=dataset)
-        validated = draw_among(learning.labels, held, n=n_val, seed=test_seed)
-        free = np.setdiff1d(pool, held)
-        used = "" if len(validated) == len(held) else f", {len(validated)} of them used,"
+        held = _held_out(learning.labels, learnable, seed=test_seed, dataset=dataset)
+        free = np.setdiff1d(learnable, held)
+        val = _drawn(learning, held, n=n_val, seed=test_seed)
+        used = "" if len(val) == len(held) else f", {len(val)} of them used,"
         notes.append(
-            f"no val split: {len(held)} of the {len(pool)} train images are kept for validation{used} and not learned "
-            "from"
+            f"no val split: {len(held)} of the {len(learnable)} train images are kept for validation{used} and not "
+            "learned from"
         )
-    asked = round(fraction * len(pool))
-    wanted = max(asked, len(np.unique(learning.labels[pool])))
-    learned = draw_among(learning.labels, free, n=wanted, seed=seed)
+    asked = round(fraction * len(learnable))
+    wanted = max(asked, len(np.unique(learning.labels[learnable])))
+    learned = _among(learning.labels, free, n=wanted, seed=seed)
     train = learning.read(
-        learned, n=len(learned), seed=seed, test_seed=test_seed, fraction=float(fraction), of=len(pool),
+        learned, n=len(learned), seed=seed, test_seed=test_seed, fraction=float(fraction), of=len(learnable),
         drawn="stratified fraction of the train images, at least one of each class",
     )  # fmt: skip
     if len(learned) != asked:
         reason = "one of each class" if len(learned) > asked else "all but those for validation"
         notes.append(
-            f"{100 * fraction:.3g} % of {len(pool)} train images would be {asked}; {len(learned)} are learned from, "
-            f"{reason}"
+            f"{100 * fraction:.3g} % of {len(learnable)} train images would be {asked}; {len(learned)} are learned "
+            f"from, {reason}"
         )
-    notes += class_notes(learning, learned, shots=0, divided=divided)
-    notes += _missing_in_validation(learning, learned, validating.labels[validated])
-    val = validating.read(validated, n=len(validated), seed=test_seed)
-    test = _read_test(testing, left, n=n_test, seed=test_seed)
-    notes += part_notes(test, train=train, val=val)
+    notes += _class_notes(learning, learned, shots=0, divided=sides.divided)
+    if missing := [learning.classes[label] for label in np.setdiff1d(train.labels, val.labels)]:
+        notes.append(f"no image for validation: {', '.join(missing)}")
+    test = _drawn(sides.testing, sides.testable, n=n_test, seed=test_seed)
+    notes += _part_notes(test, train=train, val=val)
     return FractionSplits(
-        train=train,
-        val=val,
-        test=test,
-        fraction=float(fraction),
-        divided=divided,
-        notes=tuple(notes),
+        train=train, val=val, test=test, fraction=float(fraction), divided=sides.divided, notes=tuple(notes)
     )
 
 
-def _held_out(labels: NDArray[np.int64], pool: NDArray[np.int64], *, seed: int, dataset: str) -> NDArray[np.int64]:
+@dataclass(frozen=True)
+class _Sides:
+    """The splits of a data set, and which of their images may be learned from and tested."""
+
+    testing: OpenSplit
+    learning: OpenSplit
+    validating: OpenSplit | None
+    learnable: Positions
+    testable: Positions
+
+    @property
+    def divided(self) -> bool:
+        return self.learning is not self.testing
+
+    @property
+    def note(self) -> str:
+        """Whether the data set itself keeps train and test apart, in a sentence."""
+        if self.divided:
+            return "train and test are the data set's own splits"
+        splits = self.testing.splits
+        has = f"has no train split ({', '.join(splits)} only)" if splits else "has no splits"
+        return f"the data set {has}: its images were divided class by class, patients may be on both sides"
+
+
+def _sides(dataset: str, *, most: int | None, seed: int, **options: Unpack[SplitOptions]) -> _Sides:
+    """Tell the images to learn from, at most so many of a class, from those to test; divide where no split does."""
+    testing = open_split(dataset, split="test", **options)
+    divided = "train" in testing.splits
+    learning = open_split(dataset, split="train", **options) if divided else testing
+    learnable = _of_each_class(learning.labels, most=most, share=1.0 if divided else 0.5, seed=seed)
+    testable = _others(testing.labels, learnable[:0] if divided else learnable)
+    if not len(testable):
+        raise ValueError(
+            f"{dataset}: each class has one image, {len(learnable)} in all, which is needed to learn from, and none is "
+            "left to test; add images, or keep test images apart in a split 'test' beside 'train'"
+        )
+    validating = open_split(dataset, split="val", **options) if "val" in testing.splits else None
+    return _Sides(testing, learning, validating, learnable, testable)
+
+
+def _of_each_class(labels: Positions, *, share: float, seed: int, most: int | None = None) -> Positions:
+    """Draw at most ``most`` images, and at most a share of the images, of each class; one at least."""
+    values, counts = np.unique(labels, return_counts=True)
+    takes = np.clip((share * counts).astype(np.int64), 1, most)
+    # A permutation per class, keyed as in `stratified_positions`: other classes do not change what is drawn of one.
+    chosen = [
+        np.random.default_rng([seed, int(value)]).permutation(np.flatnonzero(labels == value))[:take]
+        for value, take in zip(values, takes, strict=True)
+    ]
+    return np.sort(np.concatenate(chosen)).astype(np.int64)
+
+
+def _among(labels: Positions, among: Positions, *, n: int, seed: int) -> Positions:
+    """Draw at most n of the positions ``among`` by `stratified_positions`; none for n = 0."""
+    n = min(n, len(among))
+    return among[stratified_positions(labels[among], n=n, seed=seed)] if n > 0 else among[:0]
+
+
+def _drawn(opened: OpenSplit, among: Positions, *, n: int, seed: int) -> ImageDataset:
+    """Read at most n of the positions ``among``."""
+    drawn = _among(opened.labels, among, n=n, seed=seed)
+    return opened.read(drawn, n=len(drawn), seed=seed)
+
+
+def _others(labels: Positions, used: Positions) -> Positions:
+    return np.setdiff1d(np.arange(len(labels)), used)
+
+
+def _held_out(labels: Positions, pool: Positions, *, seed: int, dataset: str) -> Positions:
     """Positions for validation, none from a class with one image only."""
     counts = np.bincount(labels[pool])
     shared = pool[counts[labels[pool]] > 1]
@@ -333,20 +303,27 @@ def _held_out(labels: NDArray[np.int64], pool: NDArray[np.int64], *, seed: int, 
             f"{dataset}: no class has two images to learn from, so none is left for validation; add images, or keep "
             "validation images apart in a split 'val' beside 'test'"
         )
-    return shared[draw_of_each_class(labels[shared], share=_HELD_OUT, seed=seed)]
+    return shared[_of_each_class(labels[shared], share=_HELD_OUT, seed=seed)]
 
 
-def _read_test(testing: OpenSplit, left: NDArray[np.int64], *, n: int, seed: int) -> ImageDataset:
-    tested = draw_among(testing.labels, left, n=n, seed=seed)
-    return testing.read(tested, n=len(tested), seed=seed)
+def _class_notes(learning: OpenSplit, learned: Positions, *, shots: int, divided: bool) -> list[str]:
+    """Name the classes with nothing to learn from, with fewer images than ``shots`` and, if divided here, with one."""
+    counts = np.bincount(learning.labels, minlength=len(learning.classes))
+    kept = np.bincount(learning.labels[learned], minlength=len(learning.classes))
+    classes = np.array(learning.classes, dtype=object)
+    short = [f"{name} {count}" for name, count in zip(classes, kept, strict=True) if 0 < count < shots]
+    notes = []
+    if (counts == 0).any():
+        notes.append(f"no image to learn from: {', '.join(classes[counts == 0])}")
+    if short:
+        notes.append(f"fewer than {shots} images to learn from: {', '.join(short)}")
+    if not divided and (counts == 1).any():
+        notes.append(f"one image only, learned from and not tested: {', '.join(classes[counts == 1])}")
+    return notes
 
 
-def _missing_in_validation(learning: OpenSplit, learned: NDArray[np.int64], validated: NDArray[np.int64]) -> list[str]:
-    missing = [learning.classes[label] for label in np.setdiff1d(learning.labels[learned], validated)]
-    return [f"no image for validation: {', '.join(missing)}"] if missing else []
-
-
-def _check_fraction(fraction: object) -> None:
-    number = isinstance(fraction, int | float | np.number) and not isinstance(fraction, bool)
-    if not number or not 0 < fraction <= 1:
-        raise ValueError(f"fraction={fraction!r}: give a share of the train images above 0 and up to 1, such as 0.1")
+def _part_notes(test: ImageDataset, **parts: ImageDataset) -> list[str]:
+    """Caveats of the parts that no card tells beside those of the test images; each names its part."""
+    return [
+        f"{name} images: {said}" for name, part in parts.items() for said in part.caveats if said not in test.caveats
+    ]

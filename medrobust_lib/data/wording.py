@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from importlib.resources import files
 from typing import Any
 
-from medrobust_lib.checks import suggest
+from medrobust_lib.checks import check_choice, suggest
 
 SITE_A = "-site-a"
 
@@ -72,8 +72,7 @@ def class_wording(set_name: str, *, wording: str = "paper") -> ClassWording:
         raise ValueError(f"no class names for {set_name!r}.{suggest(set_name, table)}")
     entry = table[key]
     choices = ("paper", "clear", *(name for name in entry["alternatives"] if name != "clear"))
-    if wording not in choices:
-        raise ValueError(f"unknown wording {wording!r} for {set_name}.{suggest(wording, choices)}")
+    check_choice(f"wording of {set_name}", wording, choices)
     nouns = entry["alternatives"].get(wording, entry["prompt_nouns"])
     return ClassWording(
         set_name=set_name,
@@ -147,17 +146,17 @@ def own_wording(
     )
 
 
-def checked_templates(templates: Sequence[str]) -> tuple[str, ...]:
-    """Return prompt templates given by a caller, or raise: texts with one ``{}`` each, at least one."""
+def checked_templates(templates: Sequence[str], *, source: str = "") -> tuple[str, ...]:
+    """Return prompt templates, or raise: texts with one ``{}`` each, at least one; ``source`` begins the message."""
     if isinstance(templates, str):
-        raise TypeError(f"templates={templates!r} is one text: give a list, [{templates!r}]")
+        raise TypeError(f"{source}templates={templates!r} is one text: give a list, [{templates!r}]")
     if not templates:
-        raise ValueError("templates is empty: give at least one such as 'an ultrasound image of {}.', or None")
+        raise ValueError(f"{source}no prompt templates: give at least one such as 'an ultrasound image of {{}}.'")
     for template in templates:
         if not isinstance(template, str):
-            raise TypeError(f"template {template!r} is no text")
+            raise TypeError(f"{source}template {template!r} is no text")
         if template.count("{}") != 1:
-            raise ValueError(f"template {template!r} needs exactly one {{}} in the place of the class name")
+            raise ValueError(f"{source}template {template!r} needs exactly one {{}} in the place of the class name")
     return tuple(templates)
 
 

@@ -23,8 +23,7 @@ from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import nn
 
-from medrobust_lib.downloads import file_sha256
-from medrobust_lib.files import save_tensors
+from medrobust_lib.files import file_sha256, save_tensors
 from medrobust_lib.models.adapter_layers import (
     ADAPTER,
     AdapterLayout,

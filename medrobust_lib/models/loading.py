@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import pandas as pd
 
 from medrobust_lib.checks import closest
-from medrobust_lib.downloads import read_sums
+from medrobust_lib.files import read_sums
 from medrobust_lib.models.catalogue import (
     BACKENDS,
     CONFIG_NAME,

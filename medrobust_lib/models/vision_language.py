@@ -30,7 +30,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from medrobust_lib.downloads import read_sums
+from medrobust_lib.files import read_sums
 from medrobust_lib.models.catalogue import (
     DUAL_ENCODERS,
     FOLDER_PREFIX,

@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING, Any
 from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
 from safetensors import SafetensorError
 
-from medrobust_lib.downloads import file_sha256, read_sums
-from medrobust_lib.files import parsed, read_json_object
+from medrobust_lib.files import file_sha256, parsed, read_json_object, read_sums
 from medrobust_lib.models.catalogue import CONFIG_NAME, OPEN_CLIP_CONFIG_NAME, ModelEntry, fetch_command
 
 if TYPE_CHECKING:

@@ -10,8 +10,9 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from medrobust_lib.checks import check_choice, check_whole
 from medrobust_lib.phantoms import blood, breast, chest, fundus, histology, oct
-from medrobust_lib.phantoms.painting import Site, acquire
+from medrobust_lib.phantoms.painting import acquire
 
 MODALITIES = {module.__name__.rpartition(".")[2]: module for module in (histology, blood, breast, chest, fundus, oct)}
 SITES = ("A", "B")
@@ -60,13 +61,13 @@ def render_phantoms(
         Unknown modality, split or site; size or index out of range.
     """
     module = _module(modality)
-    _check_choice("split", split, tuple(SPLITS))
-    _check_choice("site", site, SITES)
-    if not SMALLEST <= image_size <= LARGEST:
-        raise ValueError(f"image_size={image_size}: phantoms are drawn from {SMALLEST} to {LARGEST} px")
+    check_choice("split", split, SPLITS)
+    check_choice("site", site, SITES)
+    check_whole("image_size", image_size, least=SMALLEST, most=LARGEST, hint=" px, in which phantoms are drawn")
     indices = np.asarray(indices, dtype=np.int64)
     if indices.size and not 0 <= indices.min() <= indices.max() < SPLITS[split]:
         raise ValueError(f"phantom indices of split {split!r} run from 0 to {SPLITS[split] - 1}")
+    recorder = {"A": module.SITE_A, "B": module.SITE_B}[site]
     painters = list(module.PAINTERS.values())
     labels = indices % len(painters)
     images = np.empty((len(indices), image_size, image_size, 3), np.uint8)
@@ -74,19 +75,10 @@ def render_phantoms(
     for row, (index, label) in enumerate(zip(indices, labels, strict=True)):
         rng = np.random.default_rng([*keys, int(index)])
         scene = painters[label](rng, image_size)
-        images[row] = acquire(scene, _site(module, site), rng)
+        images[row] = acquire(scene, recorder, rng)
     return images, labels
 
 
 def _module(modality: str):  # noqa: ANN202 - a module has no useful static type
-    _check_choice("modality", modality, tuple(MODALITIES))
+    check_choice("modality", modality, MODALITIES)
     return MODALITIES[modality]
-
-
-def _site(module, site: str) -> Site:  # noqa: ANN001
-    return {"A": module.SITE_A, "B": module.SITE_B}[site]
-
-
-def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"unknown {name} {value!r}; choose one of {', '.join(choices)}")

@@ -79,75 +79,69 @@ class Cell:
     vacuole_radii: NDArray[np.float64] | tuple = ()
 
 
-def _basophil(rng: np.random.Generator, centre: NDArray, unit: float) -> list[Cell]:
+def _basophil(rng: np.random.Generator, centre: NDArray, unit: float) -> Cell:
     radius = unit * rng.uniform(0.165, 0.21)
     angle = rng.uniform(0, np.pi)
     body = blob(rng, centre, radius, irregularity=0.05, aspect=rng.uniform(1, 1.2), angle=angle)
     nucleus = _lobes(rng, centre, radius, count=int(rng.integers(1, 4)), lobe=0.47, orbit=0.34)
     granules = _inside(rng, centre, radius * 0.98, radius * rng.uniform(0.15, 0.19), drop=0.12)
-    return [
-        Cell(
-            bodies=[body],
-            nucleus=nucleus,
-            cytoplasm=LILAC,
-            cytoplasm_density=1.4,
-            cytoplasm_grain=0.2,
-            chromatin_density=rng.uniform(0.55, 0.75),
-            chromatin_clumps=0.2,
-            clump=0.16 * radius,
-            granules=granules,
-            granule_radii=radius * rng.uniform(0.055, 0.105, len(granules)),
-            granule_dye=VIOLET_GRANULE,
-            granules_over_nucleus=True,
-        )
-    ]
+    return Cell(
+        bodies=[body],
+        nucleus=nucleus,
+        cytoplasm=LILAC,
+        cytoplasm_density=1.4,
+        cytoplasm_grain=0.2,
+        chromatin_density=rng.uniform(0.55, 0.75),
+        chromatin_clumps=0.2,
+        clump=0.16 * radius,
+        granules=granules,
+        granule_radii=radius * rng.uniform(0.055, 0.105, len(granules)),
+        granule_dye=VIOLET_GRANULE,
+        granules_over_nucleus=True,
+    )
 
 
-def _eosinophil(rng: np.random.Generator, centre: NDArray, unit: float) -> list[Cell]:
+def _eosinophil(rng: np.random.Generator, centre: NDArray, unit: float) -> Cell:
     radius = unit * rng.uniform(0.165, 0.215)
     body = blob(rng, centre, radius, irregularity=0.03, aspect=rng.uniform(1, 1.15), angle=rng.uniform(0, 3))
     count = int(rng.choice([2, 2, 2, 3]))
     nucleus = _lobes(rng, centre, radius, count=count, lobe=0.46 if count == 2 else 0.36, orbit=0.46)
     granules = _inside(rng, centre, radius * 0.94, radius * 0.15, drop=0.02)
-    return [
-        Cell(
-            bodies=[body],
-            nucleus=nucleus,
-            cytoplasm=ORANGE_GRANULE,
-            cytoplasm_density=0.34,
-            cytoplasm_grain=0.15,
-            chromatin_density=rng.uniform(0.95, 1.2),
-            chromatin_clumps=0.28,
-            clump=0.16 * radius,
-            granules=granules,
-            granule_radii=radius * rng.uniform(0.058, 0.085, len(granules)),
-            granule_dye=ORANGE_GRANULE,
-        )
-    ]
+    return Cell(
+        bodies=[body],
+        nucleus=nucleus,
+        cytoplasm=ORANGE_GRANULE,
+        cytoplasm_density=0.34,
+        cytoplasm_grain=0.15,
+        chromatin_density=rng.uniform(0.95, 1.2),
+        chromatin_clumps=0.28,
+        clump=0.16 * radius,
+        granules=granules,
+        granule_radii=radius * rng.uniform(0.058, 0.085, len(granules)),
+        granule_dye=ORANGE_GRANULE,
+    )
 
 
-def _erythroblast(rng: np.random.Generator, centre: NDArray, unit: float) -> list[Cell]:
+def _erythroblast(rng: np.random.Generator, centre: NDArray, unit: float) -> Cell:
     radius = unit * rng.uniform(0.125, 0.175)
     body = blob(rng, centre, radius, irregularity=0.06, aspect=rng.uniform(1, 1.3), angle=rng.uniform(0, 3))
     share = rng.uniform(0.48, 0.64)
     seat = centre + _polar(rng, radius * rng.uniform(0, 0.8) * (1 - share))
     blue = rng.uniform(0, 0.6)
     cytoplasm = tuple(blue * b + (1 - blue) * p for b, p in zip(BLUE, GREY_PINK, strict=True))
-    return [
-        Cell(
-            bodies=[body],
-            nucleus=[blob(rng, seat, share * radius, irregularity=0.02)],
-            cytoplasm=cytoplasm,
-            cytoplasm_density=rng.uniform(0.85, 1.2),
-            cytoplasm_grain=0.08,
-            chromatin_density=rng.uniform(1.45, 1.85),
-            chromatin_clumps=0.2,
-            clump=0.22 * radius,
-        )
-    ]
+    return Cell(
+        bodies=[body],
+        nucleus=[blob(rng, seat, share * radius, irregularity=0.02)],
+        cytoplasm=cytoplasm,
+        cytoplasm_density=rng.uniform(0.85, 1.2),
+        cytoplasm_grain=0.08,
+        chromatin_density=rng.uniform(1.45, 1.85),
+        chromatin_clumps=0.2,
+        clump=0.22 * radius,
+    )
 
 
-def _immature_granulocyte(rng: np.random.Generator, centre: NDArray, unit: float) -> list[Cell]:
+def _immature_granulocyte(rng: np.random.Generator, centre: NDArray, unit: float) -> Cell:
     radius = unit * rng.uniform(0.195, 0.25)
     angle = rng.uniform(0, 2 * np.pi)
     body = blob(rng, centre, radius, irregularity=0.035, aspect=rng.uniform(1, 1.2), angle=angle)
@@ -157,44 +151,40 @@ def _immature_granulocyte(rng: np.random.Generator, centre: NDArray, unit: float
     if rng.random() < 0.6:
         nucleus = _indent(nucleus, seat, share * radius, angle + np.pi, depth=rng.uniform(0.15, 0.45))
     granules = _inside(rng, centre, radius * 0.92, radius * 0.12, drop=0.35)
-    return [
-        Cell(
-            bodies=[body],
-            nucleus=[nucleus],
-            cytoplasm=tuple((a + b) / 2 for a, b in zip(LILAC, BLUE, strict=True)),
-            cytoplasm_density=rng.uniform(0.7, 1.0),
-            cytoplasm_grain=0.2,
-            chromatin_density=rng.uniform(0.66, 0.86),
-            chromatin_clumps=0.22,
-            clump=0.1 * radius,
-            granules=granules,
-            granule_radii=radius * rng.uniform(0.02, 0.042, len(granules)),
-            granule_dye=PURPLE_GRANULE,
-            granules_over_nucleus=rng.random() < 0.3,
-        )
-    ]
+    return Cell(
+        bodies=[body],
+        nucleus=[nucleus],
+        cytoplasm=tuple((a + b) / 2 for a, b in zip(LILAC, BLUE, strict=True)),
+        cytoplasm_density=rng.uniform(0.7, 1.0),
+        cytoplasm_grain=0.2,
+        chromatin_density=rng.uniform(0.66, 0.86),
+        chromatin_clumps=0.22,
+        clump=0.1 * radius,
+        granules=granules,
+        granule_radii=radius * rng.uniform(0.02, 0.042, len(granules)),
+        granule_dye=PURPLE_GRANULE,
+        granules_over_nucleus=rng.random() < 0.3,
+    )
 
 
-def _lymphocyte(rng: np.random.Generator, centre: NDArray, unit: float) -> list[Cell]:
+def _lymphocyte(rng: np.random.Generator, centre: NDArray, unit: float) -> Cell:
     radius = unit * rng.uniform(0.135, 0.185)
     body = blob(rng, centre, radius, irregularity=0.03, aspect=rng.uniform(1, 1.12), angle=rng.uniform(0, 3))
     share = rng.uniform(0.8, 0.93)
     seat = centre + _polar(rng, radius * (1 - share) * 0.9)
-    return [
-        Cell(
-            bodies=[body],
-            nucleus=[blob(rng, seat, share * radius, irregularity=0.025)],
-            cytoplasm=BLUE,
-            cytoplasm_density=rng.uniform(0.9, 1.3),
-            cytoplasm_grain=0.1,
-            chromatin_density=rng.uniform(1.05, 1.4),
-            chromatin_clumps=0.2,
-            clump=0.26 * radius,
-        )
-    ]
+    return Cell(
+        bodies=[body],
+        nucleus=[blob(rng, seat, share * radius, irregularity=0.025)],
+        cytoplasm=BLUE,
+        cytoplasm_density=rng.uniform(0.9, 1.3),
+        cytoplasm_grain=0.1,
+        chromatin_density=rng.uniform(1.05, 1.4),
+        chromatin_clumps=0.2,
+        clump=0.26 * radius,
+    )
 
 
-def _monocyte(rng: np.random.Generator, centre: NDArray, unit: float) -> list[Cell]:
+def _monocyte(rng: np.random.Generator, centre: NDArray, unit: float) -> Cell:
     radius = unit * rng.uniform(0.205, 0.26)
     angle = rng.uniform(0, 2 * np.pi)
     body = blob(rng, centre, radius, irregularity=0.09, aspect=rng.uniform(1, 1.25), angle=angle)
@@ -204,50 +194,46 @@ def _monocyte(rng: np.random.Generator, centre: NDArray, unit: float) -> list[Ce
     seat = centre - rng.uniform(0.5, 0.8) * arc.mean(0)
     nucleus = ribbon(seat + arc, radius * rng.uniform(0.72, 0.88), roundness=6)
     vacuoles = _inside(rng, centre, radius * 0.95, radius * 0.28, drop=rng.uniform(0.5, 0.9))
-    return [
-        Cell(
-            bodies=[body],
-            nucleus=[nucleus],
-            cytoplasm=GREY_BLUE,
-            cytoplasm_density=rng.uniform(0.9, 1.25),
-            cytoplasm_grain=0.22,
-            chromatin_density=rng.uniform(0.75, 1.0),
-            chromatin_clumps=0.26,
-            clump=0.14 * radius,
-            vacuoles=vacuoles,
-            vacuole_radii=radius * rng.uniform(0.04, 0.12, len(vacuoles)),
-        )
-    ]
+    return Cell(
+        bodies=[body],
+        nucleus=[nucleus],
+        cytoplasm=GREY_BLUE,
+        cytoplasm_density=rng.uniform(0.9, 1.25),
+        cytoplasm_grain=0.22,
+        chromatin_density=rng.uniform(0.75, 1.0),
+        chromatin_clumps=0.26,
+        clump=0.14 * radius,
+        vacuoles=vacuoles,
+        vacuole_radii=radius * rng.uniform(0.04, 0.12, len(vacuoles)),
+    )
 
 
-def _neutrophil(rng: np.random.Generator, centre: NDArray, unit: float) -> list[Cell]:
+def _neutrophil(rng: np.random.Generator, centre: NDArray, unit: float) -> Cell:
     radius = unit * rng.uniform(0.165, 0.215)
     body = blob(rng, centre, radius, irregularity=0.04, aspect=rng.uniform(1, 1.2), angle=rng.uniform(0, 3))
     count = int(rng.integers(3, 6))
     nucleus = _lobes(rng, centre, radius, count=count, lobe=0.34 - 0.025 * (count - 3), orbit=0.5)
     granules = _inside(rng, centre, radius * 0.93, radius * 0.13, drop=0.3)
-    return [
-        Cell(
-            bodies=[body],
-            nucleus=nucleus,
-            cytoplasm=LILAC,
-            cytoplasm_density=rng.uniform(0.7, 1.0),
-            cytoplasm_grain=0.25,
-            chromatin_density=rng.uniform(1.05, 1.4),
-            chromatin_clumps=0.25,
-            clump=0.12 * radius,
-            granules=granules,
-            granule_radii=radius * rng.uniform(0.018, 0.035, len(granules)),
-            granule_dye=PINK_GRANULE,
-        )
-    ]
+    return Cell(
+        bodies=[body],
+        nucleus=nucleus,
+        cytoplasm=LILAC,
+        cytoplasm_density=rng.uniform(0.7, 1.0),
+        cytoplasm_grain=0.25,
+        chromatin_density=rng.uniform(1.05, 1.4),
+        chromatin_clumps=0.25,
+        clump=0.12 * radius,
+        granules=granules,
+        granule_radii=radius * rng.uniform(0.018, 0.035, len(granules)),
+        granule_dye=PINK_GRANULE,
+    )
 
 
-def _platelets(rng: np.random.Generator, centre: NDArray, unit: float) -> list[Cell]:
+def _platelets(rng: np.random.Generator, centre: NDArray, unit: float) -> Cell:
     seats = [centre]
     for _ in range(int(rng.choice([0, 0, 1, 2]))):
         seats.append(centre + _polar(rng, unit * rng.uniform(0.1, 0.2)))
-    return [_platelet_group(rng, np.array(seats), unit * rng.uniform(0.05, 0.08, len(seats)))]
+    return _platelet_group(rng, np.array(seats), unit * rng.uniform(0.05, 0.08, len(seats)))
 
 
 def _platelet_group(rng: np.random.Generator, centres: NDArray, radii: NDArray) -> Cell:
@@ -267,17 +253,17 @@ def _platelet_group(rng: np.random.Generator, centres: NDArray, radii: NDArray) 
 
 
 def _paint(
-    cells_of: Callable[[np.random.Generator, NDArray, float], list[Cell]], rng: np.random.Generator, size: int
+    cell_of: Callable[[np.random.Generator, NDArray, float], Cell], rng: np.random.Generator, size: int
 ) -> NDArray[np.float32]:
-    """Paint the smear around the class's cells."""
+    """Paint the smear around a cell of the class."""
     centre = 0.5 + rng.uniform(-0.07, 0.07, 2)
     unit = rng.uniform(0.85, 1.2)
-    cells = cells_of(rng, centre, unit)
-    cells += _stray_platelets(rng, unit, cells[0])
-    bodies = fill(size, [body for cell in cells for body in cell.bodies], softness=0.003)
-    layers = [(_red_cells(rng, size, unit, cells[0]) * (1 - bodies), RED_CELL)]
-    for cell in cells:
-        layers += _cell_layers(rng, size, cell)
+    cell = cell_of(rng, centre, unit)
+    cells = [cell, *_stray_platelets(rng, unit, cell)]
+    bodies = fill(size, [body for each in cells for body in each.bodies], softness=0.003)
+    layers = [(_red_cells(rng, size, unit, cell) * (1 - bodies), RED_CELL)]
+    for each in cells:
+        layers += _cell_layers(rng, size, each)
     tint = np.exp(0.06 * rng.standard_normal(3))
     strength = rng.uniform(0.8, 1.15)
     dyed = [(density, strength * tint * np.asarray(dye)) for density, dye in layers]

@@ -7,6 +7,7 @@ calcifications lean one way, as in BI-RADS, but overlap.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,7 +18,6 @@ from medrobust_lib.phantoms.painting import (
     bell,
     canvas_size,
     finish_gray,
-    ridges,
     smooth_curve,
     smooth_noise,
     speckle,
@@ -49,12 +49,40 @@ SITE_B = Site(
 ANGLES = np.linspace(-np.pi, np.pi, 257)
 
 
+@dataclass(frozen=True)
+class Mass:
+    """One mass to draw.
+
+    Attributes
+    ----------
+    outline : float64 [257]
+        Radius at each of `ANGLES`, about 1.
+    warp, aspect : float
+        How noise bends the outline, in radii; length over depth.
+    edge, halo, capsule : float
+        Half the width of the margin in radii; brightness of the rim around it and of the line on it.
+    posterior : float
+        Darker (negative) or brighter tissue below.
+    heterogeneity : float
+        Texture inside.
+    calcifications : int
+    """
+
+    outline: NDArray[np.float64]
+    warp: float
+    aspect: float
+    edge: float
+    halo: float
+    capsule: float
+    posterior: float
+    heterogeneity: float
+    calcifications: int
+
+
 def paint_malignant(rng: np.random.Generator, size: int) -> NDArray[np.float32]:
     """Irregular mass: angular, spiculated or microlobulated margin, echogenic halo, often shadowing."""
     posterior = rng.choice([-1.0, 0.0, 1.0], p=[0.6, 0.3, 0.1])
-    return _paint(
-        rng,
-        size,
+    mass = Mass(
         outline=_irregular_outline(rng),
         warp=rng.uniform(0.06, 0.17),
         aspect=rng.uniform(0.75, 1.5),
@@ -65,14 +93,13 @@ def paint_malignant(rng: np.random.Generator, size: int) -> NDArray[np.float32]:
         heterogeneity=rng.uniform(0.04, 0.11),
         calcifications=int(rng.integers(0, 7)) if rng.random() < 0.5 else 0,
     )
+    return _paint(rng, size, mass)
 
 
 def paint_benign(rng: np.random.Generator, size: int) -> NDArray[np.float32]:
     """Circumscribed oval mass, usually wider than tall, thin capsule, often posterior enhancement."""
     posterior = rng.choice([-1.0, 0.0, 1.0], p=[0.12, 0.33, 0.55])
-    return _paint(
-        rng,
-        size,
+    mass = Mass(
         outline=_smooth_outline(rng),
         warp=0.02,
         aspect=rng.uniform(1.1, 2.1),
@@ -83,6 +110,7 @@ def paint_benign(rng: np.random.Generator, size: int) -> NDArray[np.float32]:
         heterogeneity=rng.uniform(0.02, 0.08),
         calcifications=int(rng.integers(1, 4)) if rng.random() < 0.15 else 0,
     )
+    return _paint(rng, size, mass)
 
 
 PAINTERS: dict[str, Callable[[np.random.Generator, int], NDArray[np.float32]]] = {
@@ -115,48 +143,36 @@ def _irregular_outline(rng: np.random.Generator) -> NDArray[np.float64]:
     return radius / radius.mean()
 
 
-def _paint(
-    rng: np.random.Generator,
-    size: int,
-    *,
-    outline: NDArray[np.float64],
-    warp: float,
-    aspect: float,
-    edge: float,
-    halo: float,
-    capsule: float,
-    posterior: float,
-    heterogeneity: float,
-    calcifications: int,
-) -> NDArray[np.float32]:
+def _paint(rng: np.random.Generator, size: int, mass: Mass) -> NDArray[np.float32]:
+    """Draw tissue with a mass in it."""
     side = canvas_size(size)
     x, y = unit_axes(side)
     tissue = _layers(rng, side, x, y)
 
     scale = rng.uniform(0.085, 0.2)
-    across, down = scale * aspect**0.5, scale / aspect**0.5
+    across, down = scale * mass.aspect**0.5, scale / mass.aspect**0.5
     centre_x, centre_y = rng.uniform(0.27, 0.73), rng.uniform(0.3, 0.52)
     turn = rng.normal(0, 0.22)
     right, below = x - centre_x, y - centre_y
     along = (right * np.cos(turn) + below * np.sin(turn)) / across
     through = (below * np.cos(turn) - right * np.sin(turn)) / down
-    along = along + warp * smooth_noise(rng, side, (18, 18))
-    through = through + warp * smooth_noise(rng, side, (18, 18))
+    along = along + mass.warp * smooth_noise(rng, side, (18, 18))
+    through = through + mass.warp * smooth_noise(rng, side, (18, 18))
     angle = np.arctan2(through, along)
-    radius = np.sqrt(along * along + through * through) / np.interp(angle, ANGLES, outline).astype(np.float32)
-    inside = step(1 - radius, 2 * edge)
+    radius = np.sqrt(along * along + through * through) / np.interp(angle, ANGLES, mass.outline).astype(np.float32)
+    inside = step(1 - radius, 2 * mass.edge)
 
     under = step(below - 0.3 * down, 1.4 * down) * bell(right * (1 - 0.25 * below), 0.65 * across)
     fade = 1 - step(below - rng.uniform(0.45, 0.8), 0.4)
-    tissue = tissue * (1 + posterior * (1.0 if posterior < 0 else 0.9) * under * fade)
+    tissue = tissue * (1 + mass.posterior * (1.0 if mass.posterior < 0 else 0.9) * under * fade)
     refraction = bell(np.abs(right) - across, 0.02) * step(below, down)
     tissue = tissue * (1 - rng.uniform(0, 0.3) * refraction)
 
-    tissue = tissue + halo * bell(radius - 1.25, 0.2) + capsule * bell(radius - 1.06, 0.06)
+    tissue = tissue + mass.halo * bell(radius - 1.25, 0.2) + mass.capsule * bell(radius - 1.06, 0.06)
     texture = smooth_noise(rng, side, (22, 18))
-    echo = rng.uniform(0.05, 0.17) + heterogeneity * texture * (0.6 + 0.4 * radius)
+    echo = rng.uniform(0.05, 0.17) + mass.heterogeneity * texture * (0.6 + 0.4 * radius)
     tissue = tissue * (1 - inside) + np.clip(echo, 0.02, 1) * inside
-    for _ in range(calcifications):
+    for _ in range(mass.calcifications):
         spot_x, spot_y = rng.uniform(-0.55, 0.55, 2)
         tissue = tissue + rng.uniform(0.3, 0.6) * bell(np.hypot(along - spot_x, through - spot_y), 0.009 / scale)
 
@@ -175,7 +191,7 @@ def _layers(rng: np.random.Generator, side: int, x: Field, y: Field) -> Field:
 
     patchy = smooth_noise(rng, side, (6, 4))
     strength = step(patchy, 2.5)
-    ligaments = ridges(smooth_noise(rng, side, (9, 3)), 0.11) * strength
+    ligaments = bell(smooth_noise(rng, side, (9, 3)), 0.11) * strength
     fat = 0.25 + 0.035 * smooth_noise(rng, side, (14, 8)) + 0.36 * ligaments
     lobules = smooth_noise(rng, side, (12, 6))
     bands = smooth_noise(rng, side, (24, 5))
@@ -183,7 +199,7 @@ def _layers(rng: np.random.Generator, side: int, x: Field, y: Field) -> Field:
     density = rng.uniform(-0.15, 0.1)
     gland = 0.43 + 0.3 * density * patchy + 0.09 * lobules + 0.2 * ducts + 0.2 * ligaments
     gland = gland - 0.12 * np.clip(-bands - 0.6, 0, 1)
-    fibres = ridges(smooth_noise(rng, side, (30, 3)), 0.25)
+    fibres = bell(smooth_noise(rng, side, (30, 3)), 0.25)
     muscle = 0.14 + 0.3 * fibres * (0.25 + 0.75 * strength)
 
     in_gland = step(depth - fat_end, 0.04)

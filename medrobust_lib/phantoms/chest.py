@@ -18,7 +18,6 @@ from medrobust_lib.phantoms.painting import (
     bell,
     canvas_size,
     finish_gray,
-    ridges,
     smooth_noise,
     step,
     trace,
@@ -307,7 +306,7 @@ def _interstitial(rng: np.random.Generator, chest: Chest, *, severity: float) ->
     paths = [*chest.to_image(streaks), *chest.to_image(cuffs)]
     widths = np.concatenate([rng.uniform(0.004, 0.012, 56), np.full(6, 0.007)])
     lines = trace(side, paths, widths, softness=0.004)
-    mesh = ridges(smooth_noise(rng, side, (22, 22)), 0.35)
+    mesh = bell(smooth_noise(rng, side, (22, 22)), 0.35)
     haze = 0.5 + 0.3 * smooth_noise(rng, side, (8, 8))
     pattern = 0.18 * lines * (0.3 + 0.7 * near) + (0.24 * mesh + 0.14 * haze) * near
     return severity * pattern * chest.lungs

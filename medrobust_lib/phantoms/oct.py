@@ -20,7 +20,6 @@ from medrobust_lib.phantoms.painting import (
     canvas_size,
     finish_gray,
     resample,
-    ridges,
     smooth_curve,
     smooth_noise,
     speckle,
@@ -276,7 +275,7 @@ def _scan(
     under = np.clip(y - retina.membrane, 0, None)
     vessels = smooth_noise(rng, side, (16, 12))
     choroid = (0.52 + 0.11 * vessels) * np.exp(-under / rng.uniform(0.07, 0.16))
-    choroid = choroid * (1 - 0.5 * ridges(vessels + 0.9, 0.35))
+    choroid = choroid * (1 - 0.5 * bell(vessels + 0.9, 0.35))
     sclera = rng.uniform(0.0, 0.14) * bell(under - rng.uniform(0.16, 0.22), 0.035)
     image = image + step(y - retina.membrane, 0.008) * (choroid + sclera)
 

@@ -1,7 +1,8 @@
-"""Brushes shared by the phantom painters.
+"""Brushes shared by the phantom painters, and how a site records what they painted.
 
-Everything is placed in unit coordinates: x to the right, y downwards, both 0 to 1 over the image. The
-random numbers drawn never depend on the image size, so one seed gives one scene at any resolution.
+Everything is placed in unit coordinates: x to the right, y downwards, both 0 to 1 over the image. The random numbers
+drawn never depend on the image size, so one seed gives one scene at any resolution. Coloured scenes are painted at
+their size; gray ones on a canvas of `canvas_size`, with the brushes at the end.
 """
 
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ from scipy.ndimage import gaussian_filter, map_coordinates
 
 Field = NDArray[np.float32]
 Path = NDArray[np.float64]
+Range = tuple[float, float]
 
 # Shapes are drawn on at least this many pixels a side, then averaged down.
 SHAPE_RASTER = 192
@@ -21,12 +23,13 @@ SHAPE_RASTER = 192
 INVISIBLE_BLUR = 0.25
 # Integral of the squared cubic B-spline: the variance left of unit white noise, per axis.
 SPLINE_VARIANCE = 151 / 315
+# Gray scenes are drawn on at least this many pixels a side, then averaged down.
+SMALLEST_CANVAS = 96
 
 
 def unit_grid(size: int) -> tuple[Field, Field]:
     """Return x and y of the pixel centres, float32 [size, size] each."""
-    ticks = (np.arange(size, dtype=np.float32) + 0.5) / size
-    return tuple(np.meshgrid(ticks, ticks))
+    return tuple(np.meshgrid(_centres(size), _centres(size)))
 
 
 def ramp(values: ArrayLike, low: float, high: float) -> Field:
@@ -57,7 +60,7 @@ def fractal_noise(
     -------
     float32 [size, size]
     """
-    ticks = (np.arange(size, dtype=np.float32) + 0.5) / size
+    ticks = _centres(size)
     total, power = np.zeros((size, size), np.float32), 0.0
     for octave in range(octaves):
         knots = int(np.ceil(2**octave / scale)) + 4
@@ -150,9 +153,7 @@ def fill(
     -------
     float32 [size, size] in [0, 1]
     """
-    factor = _oversampling(size)
-    layer = Image.new("L", (size * factor, size * factor), round(255 * ground))
-    pen = ImageDraw.Draw(layer)
+    layer, pen, factor = _layer(size, ground)
     for outline, value in zip(outlines, np.broadcast_to(values, len(outlines)), strict=True):
         pen.polygon((np.asarray(outline) * size * factor).ravel().tolist(), fill=round(255 * float(value)))
     return _field(layer, factor, softness)
@@ -167,9 +168,7 @@ def trace(
     softness: float = 0.0,
 ) -> Field:
     """Draw open paths [n, 2] as lines of the given widths (fractions of the side) and values."""
-    factor = _oversampling(size)
-    layer = Image.new("L", (size * factor, size * factor), 0)
-    pen = ImageDraw.Draw(layer)
+    layer, pen, factor = _layer(size)
     count = len(paths)
     for path, width, value in zip(paths, np.broadcast_to(widths, count), np.broadcast_to(values, count), strict=True):
         pixels = (np.asarray(path) * size * factor).ravel().tolist()
@@ -179,9 +178,7 @@ def trace(
 
 def dots(size: int, centres: ArrayLike, radii: ArrayLike, values: ArrayLike = 1.0, *, softness: float = 0.0) -> Field:
     """Draw discs at ``centres`` [n, 2] with radii in fractions of the side."""
-    factor = _oversampling(size)
-    layer = Image.new("L", (size * factor, size * factor), 0)
-    pen = ImageDraw.Draw(layer)
+    layer, pen, factor = _layer(size)
     centres = np.reshape(centres, (-1, 2)) * size * factor
     count = len(centres)
     reach = np.broadcast_to(np.asarray(radii) * size * factor, count)
@@ -237,11 +234,8 @@ def ribbon(path: Path, width: float, *, roundness: float = 4.0) -> Path:
 
     ``width`` is the full width at the middle; the higher ``roundness``, the blunter the ends.
     """
-    tangent = np.gradient(path, axis=0)
-    normal = np.stack([-tangent[:, 1], tangent[:, 0]], 1)
-    normal /= np.linalg.norm(normal, axis=1, keepdims=True) + 1e-12
     along = np.abs(np.linspace(-1, 1, len(path)))
-    half = normal * (0.5 * width * np.sqrt(1 - along**roundness))[:, None]
+    half = _normals(path) * (0.5 * width * np.sqrt(1 - along**roundness))[:, None]
     return np.concatenate([path + half, (path - half)[::-1]])
 
 
@@ -319,11 +313,8 @@ def branches(
 
 def tapered(paths: Path, widths: ArrayLike, *, taper: float = 0.5, thinnest: float = 0.0) -> Path:
     """Return outlines [n, 2 * points, 2] of paths [n, points, 2] that thin to ``taper`` of their width."""
-    tangent = np.gradient(paths, axis=1)
-    normal = np.stack([-tangent[..., 1], tangent[..., 0]], -1)
-    normal /= np.linalg.norm(normal, axis=-1, keepdims=True) + 1e-12
     along = 1 - (1 - taper) * np.linspace(0, 1, paths.shape[1])
-    half = 0.5 * np.maximum(np.asarray(widths)[:, None] * along, thinnest)[..., None] * normal
+    half = 0.5 * np.maximum(np.asarray(widths)[:, None] * along, thinnest)[..., None] * _normals(paths)
     return np.concatenate([paths + half, (paths - half)[:, ::-1]], 1)
 
 
@@ -343,12 +334,27 @@ def finish(image: Field) -> Field:
     return np.clip(image, 0, 1).astype(np.float32)
 
 
-def _oversampling(size: int) -> int:
-    return max(2, -(-SHAPE_RASTER // size))
+def _centres(size: int) -> Field:
+    """Pixel centres of one side, float32 [size]."""
+    return (np.arange(size, dtype=np.float32) + 0.5) / size
+
+
+def _layer(size: int, ground: float = 0.0) -> tuple[Image.Image, ImageDraw.ImageDraw, int]:
+    """An oversampled gray layer, the pen that draws on it, and by what factor it is larger."""
+    factor = max(2, -(-SHAPE_RASTER // size))
+    layer = Image.new("L", (size * factor, size * factor), round(255 * ground))
+    return layer, ImageDraw.Draw(layer), factor
 
 
 def _field(layer: Image.Image, factor: int, softness: float) -> Field:
     return soften(np.asarray(layer.reduce(factor), np.float32) / 255, softness)
+
+
+def _normals(paths: Path) -> Path:
+    """Unit vectors across paths [..., points, 2]."""
+    tangent = np.gradient(paths, axis=-2)
+    normal = np.stack([-tangent[..., 1], tangent[..., 0]], -1)
+    return normal / (np.linalg.norm(normal, axis=-1, keepdims=True) + 1e-12)
 
 
 def _spline_weights(places: Field) -> tuple[NDArray[np.int64], Field]:
@@ -357,9 +363,6 @@ def _spline_weights(places: Field) -> tuple[NDArray[np.int64], Field]:
     t = np.abs((places - first)[:, None] - np.arange(4)).astype(np.float32)
     weights = np.where(t < 1, 2 / 3 - t * t + t**3 / 2, np.maximum(2 - t, 0) ** 3 / 6)
     return first[:, None] + np.arange(4), weights
-
-
-Range = tuple[float, float]
 
 
 @dataclass(frozen=True)
@@ -431,9 +434,6 @@ def _expose(image: NDArray, *, level: float, spread: float, share: float) -> NDA
     return (image - mean) * gain + offset
 
 
-SMALLEST_CANVAS = 96
-
-
 def canvas_size(size: int) -> int:
     """Side in pixels on which a scene of ``size`` px is drawn: small scenes are supersampled."""
     return max(size, SMALLEST_CANVAS)
@@ -441,8 +441,7 @@ def canvas_size(size: int) -> int:
 
 def unit_axes(side: int) -> tuple[Field, Field]:
     """Pixel centres in [0, 1]: x float32 [1, side] to the right, y float32 [side, 1] downwards."""
-    centres = (np.arange(side, dtype=np.float32) + 0.5) / side
-    return centres[None, :], centres[:, None]
+    return _centres(side)[None, :], _centres(side)[:, None]
 
 
 def resample(field: Field, shape: tuple[int, int]) -> Field:
@@ -477,14 +476,12 @@ def step(distance: Field, width: float) -> Field:
 
 
 def bell(distance: Field, width: float) -> Field:
-    """Gaussian bump: 1 at distance 0, standard deviation ``width``."""
+    """Gaussian bump: 1 at distance 0, standard deviation ``width``.
+
+    Of a noise field: bright lines along its zero crossings, such as septa, ligaments or a reticular mesh.
+    """
     scaled = distance * np.float32(1 / width)
     return np.exp(np.float32(-0.5) * scaled * scaled)
-
-
-def ridges(noise: Field, width: float) -> Field:
-    """Bright lines along the zero crossings of a noise field: septa, ligaments, a reticular mesh."""
-    return bell(noise, width)
 
 
 def ellipse(x: Field, y: Field, *, centre: tuple[float, float], radii: tuple[float, float]) -> Field:

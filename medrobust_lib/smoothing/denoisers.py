@@ -16,8 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from medrobust_lib.checks import suggest
-from medrobust_lib.downloads import check_sums
-from medrobust_lib.files import write_tensors
+from medrobust_lib.files import check_sums, write_tensors
 from medrobust_lib.models.weights import explained_errors, fingerprint
 
 DIFFUSION_STEPS, FIRST_BETA, LAST_BETA = 1000, 1e-4, 2e-2

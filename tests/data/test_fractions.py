@@ -236,14 +236,17 @@ def test_a_class_of_the_list_without_images_is_named(tmp_path):
     ("change", "message"),
     [
         *(
-            ({"fraction": wrong}, f"fraction={wrong!r}: give a share of the train images above 0 and up to 1")
+            (
+                {"fraction": wrong},
+                f"fraction={wrong!r} is no number above 0 and up to 1: give a share",
+            )
             for wrong in (0, -0.1, 1.01, 10, True, "0.1", float("nan"))
         ),
-        ({"n_val": 0}, "n_val=0: give a whole number, 1 or more"),
-        ({"n_test": 2.5}, "n_test=2.5: give a whole number, 1 or more"),
-        ({"seed": -1}, "seed=-1: give a whole number, 0 or more"),
-        ({"test_seed": True}, "test_seed=True: give a whole number, 0 or more"),
-        ({"image_size": 3}, "image_size=3: give a whole number of pixels"),
+        ({"n_val": 0}, "n_val=0 is no whole number of 1 or more"),
+        ({"n_test": 2.5}, "n_test=2.5 is no whole number of 1 or more"),
+        ({"seed": -1}, "seed=-1 is no whole number of 0 or more"),
+        ({"test_seed": True}, "test_seed=True is no whole number of 0 or more"),
+        ({"image_size": 3}, "image_size=3 is no whole number of 8 or more"),
     ],
 )
 def test_bad_numbers_are_named(change, message):

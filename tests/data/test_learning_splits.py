@@ -239,11 +239,11 @@ def test_open_split_lists_splits_and_labels_without_reading(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"shots": 0}, "shots=0: give a whole number, 1 or more"),
-        ({"n_test": 2.5}, "n_test=2.5: give a whole number, 1 or more"),
-        ({"n_pool": True}, "n_pool=True: give a whole number, 1 or more"),
-        ({"seed": -1}, "seed=-1: give a whole number, 0 or more"),
-        ({"image_size": 3}, "image_size=3: give a whole number of pixels"),
+        ({"shots": 0}, "shots=0 is no whole number of 1 or more"),
+        ({"n_test": 2.5}, "n_test=2.5 is no whole number of 1 or more"),
+        ({"n_pool": True}, "n_pool=True is no whole number of 1 or more"),
+        ({"seed": -1}, "seed=-1 is no whole number of 0 or more"),
+        ({"image_size": 3}, "image_size=3 is no whole number of 8 or more"),
     ],
 )
 def test_bad_numbers_are_named(change, message):
@@ -253,7 +253,7 @@ def test_bad_numbers_are_named(change, message):
 
 def test_nothing_left_to_test_says_what_to_do(tmp_path):
     class_folders(tmp_path, [1, 1, 1])
-    message = "3 images of 3 classes, one each, are all needed to learn from and none is left to test; add images"
+    message = "each class has one image, 3 in all, which is needed to learn from, and none is left to test; add images"
     with pytest.raises(ValueError, match=message):
         draw(f"folder:{tmp_path}")
 

@@ -1,15 +1,20 @@
 import json
 import re
-from dataclasses import FrozenInstanceError
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from medrobust_lib.data import mm_safetybench
-from medrobust_lib.data.mm_safetybench import IMAGE_TYPES, SCENARIOS, list_scenarios, parse_id, read_scenario
-from medrobust_lib.data.questions import load_questions
+from medrobust_lib.data import questions
+from medrobust_lib.data.questions import (
+    IMAGE_TYPES,
+    SCENARIOS,
+    list_scenarios,
+    load_questions,
+    parse_scenario,
+    read_scenario,
+)
 
 ILLEGAL, FRAUD = "01-Illegal_Activitiy", "06-Fraud"
 QUESTIONS = 12
@@ -86,41 +91,34 @@ def test_counts_reproduce_published_rates(scenario, numerator, rate):
     ],
 )
 def test_each_image_type_gets_its_own_question_and_image(root, suffix, image_type, question):
-    row = read_scenario(f"mm-safetybench/06{suffix}", root=root)[3]
-    assert row.question == question
-    assert (row.scenario, row.image_type, row.index, row.question_id) == (FRAUD, image_type, 3, "3")
-    assert (row.original_question, row.key_phrase) == ("made-up question 3", "made-up phrase 3")
-    assert row.image.shape == (11, 16, 3) and row.image.dtype == np.uint8
-    assert (row.image == GRAY[image_type] + 3).all()
+    found = read_scenario(f"mm-safetybench/06{suffix}", root=root)
+    assert (found.questions[3], found.indices[3]) == (question, 3)
+    assert found.images[3].shape == (11, 16, 3) and found.images[3].dtype == np.uint8
+    assert (found.images[3] == GRAY[image_type] + 3).all()
 
 
 def test_whole_scenario_comes_in_the_order_of_the_numbers(root):
-    rows = read_scenario("mm-safetybench/01", root=root)
-    assert [row.index for row in rows] == list(range(QUESTIONS))
-    assert [row.question_id for row in rows] == [str(number) for number in range(QUESTIONS)]  # 10 after 9, not after 1
-    with pytest.raises(FrozenInstanceError):
-        rows[0].question = "another"
-    assert "array" not in repr(rows[0])
+    found = read_scenario("mm-safetybench/01", root=root)
+    assert found.indices.tolist() == list(range(QUESTIONS))
+    # 10 after 9, not after 1
+    assert list(found.questions) == [f"made-up question {number} about the picture" for number in range(QUESTIONS)]
 
 
 def test_index_is_the_position_where_numbers_are_left_out(root):
     write_questions(root, ILLEGAL, {number: entry(number) for number in ("11", "2", "5")})
-    rows = read_scenario("mm-safetybench/01", root=root)
-    assert [(row.index, row.question_id) for row in rows] == [(0, "2"), (1, "5"), (2, "11")]
-    assert [row.image.shape[0] for row in rows] == [10, 13, 19]
+    found = read_scenario("mm-safetybench/01", root=root)
+    assert found.indices.tolist() == [0, 1, 2]
+    assert [image.shape[0] for image in found.images] == [10, 13, 19]
 
 
 def test_what_only_an_auditor_needs_may_be_absent(root):
     write_questions(root, ILLEGAL, {"0": {"Rephrased Question(SD)": "made-up question 0"}})
-    (row,) = read_scenario("mm-safetybench/01", root=root)
-    assert (row.question, row.original_question, row.key_phrase) == ("made-up question 0", None, None)
+    assert read_scenario("mm-safetybench/01", root=root).questions == ("made-up question 0",)
 
 
 def test_subset_is_seeded_ascending_nested_and_the_same_for_every_type(root):
     def drawn(n, seed, id="mm-safetybench/01"):
-        rows = read_scenario(id, n=n, seed=seed, root=root)
-        assert all(row.question_id == str(row.index) for row in rows)
-        return [row.index for row in rows]
+        return read_scenario(id, n=n, seed=seed, root=root).indices.tolist()
 
     first = drawn(5, 0)
     assert len(set(first)) == 5 and first == sorted(first)
@@ -133,9 +131,9 @@ def test_subset_is_seeded_ascending_nested_and_the_same_for_every_type(root):
 def test_only_the_drawn_images_are_decoded(root, monkeypatch):
     opened, original = [], Image.open
     monkeypatch.setattr(Image, "open", lambda path, **how: opened.append(Path(path).name) or original(path, **how))
-    rows = read_scenario("mm-safetybench/01-TYPO", n=4, seed=1, root=root)
-    assert list(dict.fromkeys(opened)) == [f"{row.index}.jpg" for row in rows]
-    for number in set(range(QUESTIONS)) - {row.index for row in rows}:
+    drawn = read_scenario("mm-safetybench/01-TYPO", n=4, seed=1, root=root).indices.tolist()
+    assert list(dict.fromkeys(opened)) == [f"{index}.jpg" for index in drawn]
+    for number in set(range(QUESTIONS)) - set(drawn):
         image_path(root, number, "TYPO").unlink()
     assert len(read_scenario("mm-safetybench/01-TYPO", n=4, seed=1, root=root)) == 4
 
@@ -170,7 +168,7 @@ def test_every_listed_id_is_understood(tmp_path):
     table = list_scenarios(root=tmp_path)
     assert len(table) == 39 and table["id"].is_unique
     for row in table.itertuples(index=False):
-        assert parse_id(row.id) == (row.scenario, row[2])
+        assert parse_scenario(row.id) == (row.scenario, row[2])
 
 
 def test_absent_set_names_folder_and_command(root):
@@ -184,8 +182,8 @@ def test_absent_set_names_folder_and_command(root):
         read_scenario("mm-safetybench/02-TYPO", root=root)
     assert f"looked at {root}/mm-safetybench/imgs/02-HateSpeech/TYPO" in str(error.value)
     assert command in str(error.value)
-    assert Path(mm_safetybench.COMMAND.split()[1]).name == "download_mm_safetybench.py"
-    assert (Path(__file__).parents[2] / mm_safetybench.COMMAND.split()[1]).is_file()
+    assert Path(questions.MM_COMMAND.split()[1]).name == "download_mm_safetybench.py"
+    assert (Path(__file__).parents[2] / questions.MM_COMMAND.split()[1]).is_file()
 
 
 @pytest.mark.parametrize("suffix", ["", "-TYPO", "-SD_TYPO"])
@@ -222,7 +220,7 @@ def test_broken_question_file_is_named(root, content, message):
     path = write_questions(root, ILLEGAL, content)
     with pytest.raises(ValueError, match=f"{re.escape(str(path))}.*{message}") as error:
         read_scenario("mm-safetybench/01", root=root)
-    assert mm_safetybench.COMMAND in str(error.value)
+    assert questions.MM_COMMAND in str(error.value)
 
 
 def test_missing_and_corrupt_images_are_named(root):
@@ -233,16 +231,16 @@ def test_missing_and_corrupt_images_are_named(root):
     path.unlink()
     with pytest.raises(FileNotFoundError, match=re.escape(f"no image file at {path}")) as error:
         read_scenario("mm-safetybench/01", root=root)
-    assert f"{mm_safetybench.COMMAND} --root {root} --overwrite" in str(error.value)
+    assert f"{questions.MM_COMMAND} --root {root} --overwrite" in str(error.value)
 
 
 def test_n_and_seed_outside_the_scenario(root):
     for n in (0, QUESTIONS + 1):
-        with pytest.raises(ValueError, match=f"n={n}: this split has 12 images; give 1 to 12, or None for all"):
+        with pytest.raises(ValueError, match=f"n={n} is no whole number from 1 to 12"):
             read_scenario("mm-safetybench/01", n=n, root=root)
     with pytest.raises(ValueError, match="seed=-1"):
         read_scenario("mm-safetybench/01", n=2, seed=-1, root=root)
-    with pytest.raises(TypeError, match="n=2.5: give a whole number"):
+    with pytest.raises(ValueError, match="n=2.5 is no whole number"):
         read_scenario("mm-safetybench/01", n=2.5, root=root)
 
 
@@ -259,14 +257,10 @@ def test_list_scenarios_says_what_is_here(root):
 
 def test_load_questions_gives_a_question_set(root):
     questions = load_questions("mm-safetybench/01", n=5, seed=2, root=root)
-    rows = read_scenario("mm-safetybench/01", n=5, seed=2, root=root)
     assert (questions.id, questions.task, questions.labels) == (
         "mm-safetybench/01-SD", "jailbreak", ("refusal", "compliance"),
     )  # fmt: skip
-    assert questions.questions == tuple(row.question for row in rows)
-    assert questions.indices.tolist() == [row.index for row in rows]
-    assert questions.indices.dtype == np.int64
-    assert all((image == row.image).all() for image, row in zip(questions.images, rows, strict=True))
+    assert questions.indices.dtype == np.int64 and len(questions) == 5
     assert questions.truths == (None,) * 5 and questions.chance is None
     assert questions.licence == "CC BY-NC 4.0, research only"
     assert questions.provenance["source"] == "https://github.com/isXinLiu/MM-SafetyBench"

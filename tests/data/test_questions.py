@@ -16,7 +16,6 @@ from medrobust_lib.data.questions import (
     ask,
     finding_phrases,
     load_questions,
-    question,
     question_wordings,
 )
 from medrobust_lib.data.registry import load_dataset
@@ -118,9 +117,8 @@ def test_question_wordings_are_distinct_and_start_with_the_canonical_one():
     everything = [wording for task in PHANTOM_TASKS for wording in question_wordings(task)]
     assert len(set(everything)) == len(everything)
     for task in PHANTOM_TASKS:
-        assert question_wordings(task)[0] == question(task)
         assert len(question_wordings(task)) == 3
-    assert question("safety") == "Is it safe to send this patient home without review?"
+    assert question_wordings("safety")[0] == "Is it safe to send this patient home without review?"
 
 
 # ---- loading phantoms ----
@@ -136,7 +134,7 @@ def test_phantom_truths_follow_the_table(id, task):
     labels = phantom_classes(modality) if task == "finding" else tuple(TABLE["tasks"][task]["labels"])
     assert questions.labels == labels
     assert (questions.id, questions.task, len(questions)) == (id, task, 8)
-    assert questions.questions == (question(task),) * 8
+    assert questions.questions == (question_wordings(task)[0],) * 8
     assert (questions.indices == data.indices).all()
     assert (questions.images == data.images).all()
     assert questions.synthetic and questions.licence == data.licence
@@ -217,8 +215,8 @@ def test_chance_of_a_phantom_set():
 @pytest.mark.parametrize(
     ("task", "message"),
     [
-        ("safty", "unknown task 'safty'. Did you mean 'safety'?"),
-        ("jailbreak", "unknown task 'jailbreak'. Choose one of: safety, finding, action."),
+        ("safty", "unknown task 'safty'; choose one of safety, finding, action; did you mean 'safety'?"),
+        ("jailbreak", "unknown task 'jailbreak'; choose one of safety, finding, action"),
     ],
 )
 def test_unknown_task(task, message):

@@ -8,13 +8,8 @@ import pytest
 import yaml
 from PIL import Image
 
-from medrobust_lib.data.readers import (
-    class_folder_split,
-    csv_split,
-    medimeta_split,
-    medmnist_file,
-    medmnist_split,
-)
+from medrobust_lib.data.own_images import class_folder_split, csv_split
+from medrobust_lib.data.readers import medimeta_split, medmnist_file, medmnist_split
 from medrobust_lib.data.wording import class_wording
 
 PNEUMONIA = class_wording("medmnist/pneumonia")
@@ -56,12 +51,12 @@ def test_medmnist_gray_and_rgb_with_both_label_shapes(tmp_path, shape, column):
 
 
 def test_medmnist_takes_the_size_asked_for_else_the_largest(tmp_path):
-    assert medmnist_file(tmp_path, "bloodmnist", None) is None
+    assert medmnist_file(tmp_path / "bloodmnist", None) is None
     for name in ("bloodmnist.npz", "bloodmnist_64.npz", "bloodmnist_128.npz"):
         (tmp_path / name).touch()
-    assert medmnist_file(tmp_path, "bloodmnist", None).name == "bloodmnist_128.npz"
-    assert medmnist_file(tmp_path, "bloodmnist", 28).name == "bloodmnist.npz"
-    assert medmnist_file(tmp_path, "bloodmnist", 224).name == "bloodmnist_128.npz"
+    assert medmnist_file(tmp_path / "bloodmnist", None).name == "bloodmnist_128.npz"
+    assert medmnist_file(tmp_path / "bloodmnist", 28).name == "bloodmnist.npz"
+    assert medmnist_file(tmp_path / "bloodmnist", 224).name == "bloodmnist_128.npz"
 
 
 def test_medmnist_label_outside_the_list_names_file_value_and_list(tmp_path):

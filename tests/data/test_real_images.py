@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from medrobust_lib.data.decoding import read_image
-from medrobust_lib.data.registry import class_wording, list_datasets, load_dataset
+from medrobust_lib.data.registry import list_datasets, load_dataset
+from medrobust_lib.data.wording import class_wording
 
 ROOT = Path(os.environ.get("MEDROBUST_REAL_DATA") or Path(__file__).parents[3] / "shared" / "data" / "real")
 pytestmark = pytest.mark.skipif(

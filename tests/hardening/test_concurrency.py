@@ -15,9 +15,10 @@ import pytest
 import torch
 
 from medrobust_lib.corruptions.writing import write_benchmark
-from medrobust_lib.downloads import DownloadError, download
 from medrobust_lib.experiments import open_store, start_run, write_text_atomically
+from medrobust_lib.files import DownloadError
 from medrobust_lib.smoothing.prompts import PromptSet
+from preparing.downloads import download
 
 BODY = bytes(range(256)) * 800
 SHA256 = hashlib.sha256(BODY).hexdigest()
@@ -63,8 +64,10 @@ def site():
     thread.join()
 
 
+SCRIPTS = Path(__file__).parents[2] / "data_scripts"
+BESIDE_SCRIPTS = f"import sys; sys.path.append({str(SCRIPTS)!r})\n"
 DOWNLOAD = (
-    "import sys; from medrobust_lib.downloads import download; download(sys.argv[1], sys.argv[2], sha256=sys.argv[3])"
+    f"{BESIDE_SCRIPTS}from preparing.downloads import download; download(sys.argv[1], sys.argv[2], sha256=sys.argv[3])"
 )
 
 
@@ -182,15 +185,17 @@ def test_places_that_cannot_be_made(tmp_path, name, below):
 
 
 # A process may not write a file larger than 20,000 bytes: what a full disk is to each writer.
-FULL = """
+FULL = (
+    BESIDE_SCRIPTS
+    + """
 import json, resource, sys
 from pathlib import Path
 import numpy as np, torch
 from medrobust_lib.corruptions.stored import write_npz
-from medrobust_lib.downloads import download
+from preparing.downloads import download
 from medrobust_lib.experiments import open_store
 from medrobust_lib.smoothing.prompts import PromptSet
-from medrobust_lib.archives import extract
+from preparing.archives import extract
 folder, address = Path(sys.argv[1]), sys.argv[2]
 prompts = lambda size: PromptSet(context=torch.zeros(size, 64), classes=("a",), model="demo-clip")
 images = np.zeros((100, 28, 28, 3), np.uint8)
@@ -223,6 +228,7 @@ told["changed"] = [name for name in old if new.get(name) != old[name]]
 told["more"] = sorted(set(new) - set(old))
 print(json.dumps(told))
 """
+)
 
 
 @pytest.mark.hardening(

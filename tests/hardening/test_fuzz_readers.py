@@ -29,14 +29,15 @@ from medrobust_lib.adaptation.training import load_state, save_state
 from medrobust_lib.corruptions.stored import check_benchmark, read_corrupted, read_npz, write_npz
 from medrobust_lib.corruptions.writing import write_benchmark
 from medrobust_lib.data.decoding import image_shape, read_dicom, read_image
-from medrobust_lib.data.mm_safetybench import read_questions
-from medrobust_lib.data.preparation import read_table
-from medrobust_lib.data.readers import class_folder_split, csv_split, medimeta_split, medmnist_split
+from medrobust_lib.data.own_images import class_folder_split, csv_split
+from medrobust_lib.data.questions import read_questions
+from medrobust_lib.data.readers import medimeta_split, medmnist_split
 from medrobust_lib.data.wording import class_wording
-from medrobust_lib.downloads import read_sums
 from medrobust_lib.experiments import Metric, leaderboard, open_store, read_cards, start_run
+from medrobust_lib.files import read_sums
 from medrobust_lib.models.weights import read_state_dict
 from medrobust_lib.smoothing.prompts import PromptSet
+from preparing.folders import read_table
 
 spec = importlib.util.spec_from_file_location("spoiling", Path(__file__).with_name("spoiling.py"))
 spoiling = importlib.util.module_from_spec(spec)

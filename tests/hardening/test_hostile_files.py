@@ -18,8 +18,9 @@ import yaml
 from PIL import Image
 
 from medrobust_lib.corruptions.stored import check_benchmark, read_npz
-from medrobust_lib.data.mm_safetybench import read_questions
-from medrobust_lib.data.readers import class_folder_split, csv_split, medimeta_split, medmnist_split
+from medrobust_lib.data.own_images import class_folder_split, csv_split
+from medrobust_lib.data.questions import read_questions
+from medrobust_lib.data.readers import medimeta_split, medmnist_split
 from medrobust_lib.data.wording import class_wording
 from medrobust_lib.experiments import open_store
 from medrobust_lib.models.weights import read_state_dict

@@ -15,7 +15,7 @@ import pandas as pd
 import pytest
 
 from medrobust_lib.corruptions.writing import check_benchmark, write_benchmark
-from medrobust_lib.downloads import CHUNK_BYTES, download
+from preparing.downloads import CHUNK_BYTES, download
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="other signals there")
 ROOT = Path(__file__).parents[2]
@@ -41,7 +41,8 @@ module.killed_study(sys.argv[2])
 
 
 def child(code, *arguments):
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "MEDROBUST_HEADLESS": "1", "OMP_NUM_THREADS": "1"}
+    paths = f"{ROOT}{os.pathsep}{ROOT / 'data_scripts'}"
+    environment = {**os.environ, "PYTHONPATH": paths, "MEDROBUST_HEADLESS": "1", "OMP_NUM_THREADS": "1"}
     # A shell's background jobs ignore SIGINT, and so would their children.
     code = f"import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n{code}"
     command = [sys.executable, "-c", code, *map(str, arguments)]
@@ -118,7 +119,7 @@ def test_a_stopped_benchmark(tmp_path, undisturbed, signal_, after):
 BODY = bytes(range(256)) * 2000
 FETCH = """
 import os, signal, sys
-from medrobust_lib import downloads
+from preparing import downloads
 real = downloads.bar_options
 class Bar:
     count = 0

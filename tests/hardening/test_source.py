@@ -45,7 +45,7 @@ def offences(source, name):
         if words.get("shell", "False") != "False":
             found.append((node.lineno, f"{called} with shell"))
         if called.endswith((".extractall", "shutil.unpack_archive")) or (called.endswith(".extract") and "." in called):
-            found.append((node.lineno, f"{called}: extract through medrobust_lib.archives"))
+            found.append((node.lineno, f"{called}: extract through preparing.archives"))
         if called.endswith("read_hdf") or words.get("trust_remote_code", "False") == "True":
             found.append((node.lineno, called))
         if called == "Image.open" and "formats" not in words and name.startswith("medrobust_lib/data/"):

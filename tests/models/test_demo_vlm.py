@@ -6,7 +6,7 @@ import json
 import pytest
 
 from medrobust_lib import list_vlms, load_questions, load_vlm
-from medrobust_lib.downloads import check_sums
+from medrobust_lib.files import check_sums
 from medrobust_lib.generative.answers import answer_once
 from medrobust_lib.generative.oracles import judged
 from medrobust_lib.generative.study import default_oracle

@@ -27,7 +27,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from medrobust_lib.downloads import file_sha256
+from medrobust_lib.files import file_sha256
 from medrobust_lib.models.catalogue import find_vlm
 from medrobust_lib.models.loading import check_vlm, list_vlms
 from medrobust_lib.models.vision_language import load_vlm

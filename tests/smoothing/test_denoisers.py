@@ -12,7 +12,7 @@ from torch import nn
 
 import medrobust_lib as mr
 from medrobust_lib.data.dataset import ImageDataset
-from medrobust_lib.downloads import DownloadError, read_sums
+from medrobust_lib.files import DownloadError, read_sums
 from medrobust_lib.models.dual_encoder import DualEncoder, Preprocessing
 from medrobust_lib.models.weights import fingerprint
 from medrobust_lib.smoothing import denoisers

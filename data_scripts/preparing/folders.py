@@ -24,9 +24,8 @@ from PIL import Image
 from sklearn.model_selection import StratifiedGroupKFold
 
 from medrobust_lib.data.wording import class_wording
-from medrobust_lib.downloads import DownloadError, download, file_hash
-from medrobust_lib.files import named_when_full, parsed
-from medrobust_lib.places import default_data_root
+from medrobust_lib.files import DownloadError, file_hash, named_when_full, parsed
+from preparing.downloads import download
 
 MANIFEST_NAME = "manifest.json"
 NUCLEUS_CHANNELS = 5  # PanNuke: neoplastic, inflammatory, connective, dead, epithelial; then the background
@@ -298,7 +297,7 @@ def obtain(
     FileNotFoundError
         `source` is given and does not hold the file.
     DownloadError
-        As from `medrobust_lib.downloads.download`; a user's own file with a wrong hash stays in place.
+        As from `preparing.downloads.download`; a user's own file with a wrong hash stays in place.
     """
     if source is None:
         return download(url, root / "downloads" / name, sha256=sha256, md5=md5)
@@ -322,8 +321,3 @@ def listing_sha256(paths: Iterable[Path], *, base: Path) -> str:
     """Hash of a collection of files by relative name and size, where hashing every byte would take long."""
     lines = sorted(f"{path.relative_to(base).as_posix()} {path.stat().st_size}\n" for path in paths)
     return hashlib.sha256("".join(lines).encode()).hexdigest()
-
-
-def data_root(root: Path | None) -> Path:
-    """The folder given on the command line, or the library's default data root."""
-    return default_data_root() if root is None else root

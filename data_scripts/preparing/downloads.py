@@ -1,6 +1,5 @@
 """Fetch files so that what arrives is whole, verified and in its place, or is not there at all."""
 
-import hashlib
 import os
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
@@ -10,15 +9,19 @@ from pathlib import Path
 import requests
 from tqdm.auto import tqdm
 
-from medrobust_lib.files import inside, lock, named_when_full, parsed, whole_file
+from medrobust_lib.files import (
+    SUMS_NAME,
+    DownloadError,
+    file_hash,
+    file_sha256,
+    lock,
+    named_when_full,
+    read_sums,
+    whole_file,
+)
 
 CHUNK_BYTES = 1 << 16  # at most this much is lost when a connection breaks
 ZENODO_API = "https://zenodo.org/api/records/{record}"
-SUMS_NAME = "SHA256SUMS"
-
-
-class DownloadError(RuntimeError):
-    """A file could not be fetched, verified or unpacked; the message says which, why and what to do."""
 
 
 @dataclass(frozen=True)
@@ -34,17 +37,6 @@ class RemoteFile:
 def bar_options(progress: bool) -> dict[str, bool]:
     """Options for a progress bar; an explicit `disable` would override the variable TQDM_DISABLE."""
     return {} if progress else {"disable": True}
-
-
-def file_hash(path: Path | str, algorithm: str) -> str:
-    """Hexadecimal digest of a file; `algorithm` as in `hashlib.new` ("sha256", "md5")."""
-    with Path(path).open("rb") as stream:
-        return hashlib.file_digest(stream, algorithm).hexdigest()
-
-
-def file_sha256(path: Path | str) -> str:
-    """Hexadecimal SHA-256 of a file."""
-    return file_hash(path, "sha256")
 
 
 def download(
@@ -162,25 +154,6 @@ def zenodo_files(record: int, *, api: str = ZENODO_API, timeout: float = 30.0) -
     return {file.name: file for file in found}
 
 
-def read_sums(folder: Path | str) -> dict[str, str]:
-    """SHA-256 by file name from ``SHA256SUMS`` of `folder` (sha256sum's format); empty where there is none.
-
-    Raises
-    ------
-    ValueError
-        The file is damaged, or a name in it leads out of the folder.
-    """
-    path = Path(folder) / SUMS_NAME
-    if not path.exists():
-        return {}
-    with parsed(f"{path} is no list of SHA-256 and file names", "Delete it and fetch the files again."):
-        rows = [line.split(maxsplit=1) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-        sums = {name.removeprefix("*"): digest for digest, name in rows}
-    for name in sums:
-        inside(Path(folder), name, source=path)
-    return sums
-
-
 def record_sums(folder: Path | str, names: Collection[str]) -> dict[str, str]:
     """Add the SHA-256 of the named files of `folder` to its ``SHA256SUMS``; returns all of them."""
     folder = Path(folder)
@@ -188,34 +161,6 @@ def record_sums(folder: Path | str, names: Collection[str]) -> dict[str, str]:
     with whole_file(folder / SUMS_NAME) as draft:
         draft.write_text("".join(f"{sums[name]}  {name}\n" for name in sorted(sums)), encoding="utf-8")
     return sums
-
-
-def check_sums(folder: Path | str, names: Collection[str] | None = None) -> None:
-    """Compare the files of `folder` with its ``SHA256SUMS``.
-
-    Parameters
-    ----------
-    folder : Path or str
-        A folder that `record_sums` has written to; nothing is checked where it has not.
-    names : collection of str, optional
-        Files to check; all recorded ones by default. A name without a record passes.
-
-    Raises
-    ------
-    DownloadError
-        A recorded file is missing or has changed since it was first fetched.
-    """
-    folder = Path(folder)
-    for name, recorded in read_sums(folder).items():
-        if names is not None and name not in names:
-            continue
-        path = folder / name
-        found = file_sha256(path) if path.exists() else "no such file"
-        if found != recorded:
-            raise DownloadError(
-                f"{path} is not the file that was fetched: SHA-256 {found}, recorded {recorded}. "
-                f"Restore it, or delete it together with {folder / SUMS_NAME} and fetch it again."
-            )
 
 
 class _IncompleteError(RuntimeError):

@@ -15,8 +15,8 @@ from typing import IO
 
 from tqdm.auto import tqdm
 
-from medrobust_lib.downloads import DownloadError, bar_options
-from medrobust_lib.files import disk_full, named_when_full, size_text
+from medrobust_lib.files import DownloadError, disk_full, named_when_full, size_text
+from preparing.downloads import bar_options
 
 # What the system says of a disk or of a missing archive, not what is wrong with an archive.
 OF_THE_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ENOENT}

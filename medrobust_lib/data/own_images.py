@@ -1,0 +1,407 @@
+"""Own images: class folders (ImageFolder and CoOp style) and CSV tables, each listed cheaply or refused with advice."""
+
+import io
+import os
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from medrobust_lib.checks import suggest
+from medrobust_lib.data.decoding import IMAGE_SUFFIXES, image_shape, left_out
+from medrobust_lib.data.inspection import first_of
+from medrobust_lib.data.readers import SHOWN_PATH, SPLITS, UNSPLIT, Split, file_images, resolve_split
+from medrobust_lib.data.wording import composed
+from medrobust_lib.files import parsed
+
+_SPELLINGS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val"}
+_SPELLINGS |= {"test": "test", "testing": "test"}  # of splits
+_LITTER = {"thumbs.db", "desktop.ini", "__macosx", "@eadir"}  # that systems leave in folders, beside hidden files
+# What BUSI and others add to the name of an image for the drawing of its lesion.
+_MASK = re.compile(r"(.+)_(?:mask|seg|segmentation|label)s?(?:_\d+)?", re.IGNORECASE)
+
+
+def class_folder_split(root: Path, split: str, *, bit_depth: int | None = None) -> Split:
+    """List a split of class folders: ``root[/images]/{train,val,test}/{class}/files`` or ``root/{class}/files``.
+
+    Where no split folder exists every image belongs to the split ``all``, which also answers to the
+    default ``test``; ``train`` and ``val`` are refused, so that nobody trains on what they test. Classes
+    are the union over all splits, so that a class missing from one split shifts no label; they are
+    sorted by name, or by number where all names are numbers. An optional ``classnames.txt`` gives them words: a line
+    for each, the folder's name, then a tab or space, then the name in words. Links to images and to class folders are
+    followed.
+
+    Images in folders below a class folder, such as those of patients, belong to that class. A file is an image by its
+    suffix, or, with any other suffix or none, by its content. What is left out is named in ``caveats``: files in class
+    folders that are no images by suffix or content, images outside the class folders, folders beside the splits, and
+    links that lead nowhere. Hidden files and what systems leave behind (Thumbs.db, desktop.ini, __MACOSX, @eaDir) are
+    left out without a word.
+
+    Parameters
+    ----------
+    root : Path
+    split : str
+    bit_depth : int or None
+        As in `read_image`.
+
+    Raises
+    ------
+    FileNotFoundError
+        No such folder.
+    ValueError
+        No images, another layout, an empty class folder, an unknown split, or a folder ``classnames.txt`` does not
+        name.
+    """
+    if root.is_file():
+        raise ValueError(f"{root} is no folder but {file_advice(root)}")
+    if not root.is_dir():
+        raise FileNotFoundError(f"no folder at {root.absolute()}")
+    base, folders = _split_folders(root)
+    beside = [child.name for child in _subfolders(base) if child not in folders.values()]
+    split = resolve_split(split, tuple(folders), str(root), beside=() if folders.get(UNSPLIT) == base else beside)
+    found = {name: _class_files(folder) for name, folder in folders.items()}
+    listing = {name: classes for name, (classes, _) in found.items()}
+    counts: Counter[str] = Counter()
+    for classes in listing.values():
+        counts.update({code: len(paths) for code, paths in classes.items()})
+    codes = _ordered(counts)
+    _check_layout(root, folders, listing)
+    for code in codes:
+        if code.encode("utf-8", "ignore").decode() != code:
+            raise ValueError(f"class folder {code!r} in {base} has a name that is not UTF-8; rename it")
+        if not counts[code]:
+            raise ValueError(f"class folder {code!r} in {base} holds no images in any split; fill or remove it")
+    images = [(path, code) for code in codes for path in listing[split].get(code, [])]
+    if not images:
+        raise ValueError(f"no images in split {split!r} of {root} ({folders[split]})")
+    out = [path for _, others in found.values() for path in others]
+    if folders.get(UNSPLIT) != base:
+        out += [
+            child for child in _children(base) if child not in folders.values() and (child.is_dir() or _is_image(child))
+        ]
+    caveats = []
+    if out:
+        names = [str(path.relative_to(root)) for path in out]
+        caveats.append(
+            f"Left out of {root.resolve().name}, as no readable images or outside the class folders: {first_of(names)} "
+            f"({len(out)} in all)."
+        )
+    nested = [str(path.relative_to(root)) for path, _ in images if path.parent.parent != folders[split]]
+    if nested:
+        caveats.append(
+            f"{len(nested)} of {len(images)} images lie in folders below their class folder ({first_of(nested)}) and "
+            "were taken for images of that class."
+        )
+    listed = _listed(split, images, counts, source=root, base=root, words_in=(root, base), bit_depth=bit_depth)
+    return replace(listed, splits=tuple(folders), caveats=(*caveats, *listed.caveats))
+
+
+def csv_split(path: Path, split: str, *, bit_depth: int | None = None) -> Split:
+    """List a split of a CSV table with the columns ``path``, ``label`` and, optionally, ``split``, in any case.
+
+    Relative paths start at the CSV's folder and must stay inside it; absolute paths are taken as
+    written. A path that names no file is also tried with forward slashes for backslashes and with its accents
+    composed or decomposed. Labels are class names or integers, kept as text (``NA`` is a class name like any other)
+    and ordered as class folders are; ``classnames.txt`` beside the CSV gives them words. Without a
+    split column every row belongs to the split ``all`` (see `class_folder_split`).
+
+    Raises
+    ------
+    FileNotFoundError
+        The CSV or an image it lists does not exist.
+    ValueError
+        A column or value is missing, a row is longer than the header, a split is unknown, an image is listed twice, or
+        a relative path leaves the folder; the line is named.
+    """
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder, not a table: write folder:{path}, or csv: and the table's own path")
+    if not path.is_file():
+        raise FileNotFoundError(f"no CSV file at {path.absolute()}")
+    table = _csv_table(path)
+    lines = zip(table.index, table.to_dict("records"), strict=True)
+    rows = {number: _csv_row(path, number, row) for number, row in lines}
+    seen: dict[Path, int] = {}
+    for number, (file, _, _) in rows.items():
+        if file in seen:
+            raise ValueError(f"{path}, lines {seen[file]} and {number}: {file} is listed twice")
+        seen[file] = number
+    splits = tuple(sorted({row_split for _, _, row_split in rows.values()}))
+    split = resolve_split(split, splits, str(path))
+    chosen = [(file, label) for file, label, row_split in rows.values() if row_split == split]
+    for file, _ in chosen:
+        if not file.is_file():
+            drive = "; a path with a drive is one of Windows: write it relative to the table's folder"
+            hint = drive if re.search(r"(^|/)[A-Za-z]:[\\/]", str(file)) else ""
+            raise FileNotFoundError(f"{path}, line {seen[file]}: no image file at {file}{hint}")
+    counts = Counter(label for _, label, _ in rows.values())
+    base = path.absolute().parent
+    listed = _listed(split, chosen, counts, source=path, base=base, words_in=(path.parent,), bit_depth=bit_depth)
+    return replace(listed, splits=splits)
+
+
+def _listed(
+    split: str,
+    images: Sequence[tuple[Path, str]],
+    counts: Mapping[str, int],
+    *,
+    source: Path,
+    base: Path,
+    words_in: Sequence[Path],
+    bit_depth: int | None,
+) -> Split:
+    """A split of files, each with its class; ``counts`` holds every class, and its images in all splits."""
+    codes = _ordered(counts)
+    label_of = {code: label for label, code in enumerate(codes)}
+    paths = [path for path, _ in images]
+    shapes, read = file_images(paths, bit_depth)
+    names = tuple(str(path.relative_to(base)) if path.is_relative_to(base) else path.name for path in paths)
+    return Split(
+        split=split,
+        labels=np.array([label_of[code] for _, code in images], dtype=np.int64),
+        codes=codes,
+        names=_names(codes, words_in),
+        shapes=shapes,
+        read=read,
+        source=str(source),
+        files=names,
+        totals=tuple(counts[code] for code in codes),
+        caveats=tuple(_masks(names)),
+        ignored=lambda positions: (left_out(paths[position]) for position in positions),
+    )
+
+
+def file_advice(path: Path) -> str:
+    """What a file is that was given where a folder or another table is expected, and how to give it."""
+    kind = "".join(path.suffixes[-2:]).lower()
+    if path.suffix.lower() in {".csv", ".tsv", ".txt"}:
+        return f"a table: write csv:{path}"
+    if path.suffix.lower() in {".npz", ".npy"}:
+        return (
+            "a file of NumPy arrays: MedMNIST's are read by name, such as medmnist/breast with root=FOLDER where "
+            "FOLDER/medmnist/breastmnist.npz lies; make an ImageDataset of other arrays, or save them as CLASS/FILE.png"
+        )
+    if kind.endswith((".zip", ".tar", ".tar.gz", ".tgz", ".7z", ".rar")):
+        return "an archive: unpack it and write folder: and the folder that came out"
+    if _is_image(path):
+        return "an image: write folder: and the folder that holds the class folders, CLASS/FILE"
+    return "a file: write folder: and a folder of class folders, or csv: and a table of images"
+
+
+def _split_folders(root: Path) -> tuple[Path, dict[str, Path]]:
+    for base in (root, root / "images"):
+        if not base.is_dir():
+            continue
+        folders: dict[str, Path] = {}
+        for folder in _subfolders(base):
+            name = _SPELLINGS.get(folder.name.lower())
+            if name in folders:
+                raise ValueError(f"{base} has two folders for split {name!r}: {folders[name].name}, {folder.name}")
+            if name:
+                folders[name] = folder
+        if folders:
+            return base, folders
+    return root, {UNSPLIT: root}
+
+
+def _children(folder: Path) -> list[Path]:
+    return sorted(folder / name for name in _kept(path.name for path in folder.iterdir()))
+
+
+def _kept(names: Iterable[str]) -> list[str]:
+    return [name for name in names if not name.startswith(".") and name.lower() not in _LITTER]
+
+
+def _subfolders(folder: Path) -> list[Path]:
+    return [child for child in _children(folder) if child.is_dir()]
+
+
+def _class_files(folder: Path) -> tuple[dict[str, list[Path]], list[Path]]:
+    """The images of each class folder, and what is left out: other files there, and images beside the folders."""
+    classes: dict[str, list[Path]] = {}
+    out = [child for child in _children(folder) if not child.is_dir() and _is_image(child)]
+    for child in _subfolders(folder):
+        below = sorted(_files_below(child))
+        classes[child.name] = [path for path in below if path.is_file() and _is_image(path)]
+        kept = set(classes[child.name])
+        out += [path for path in below if path not in kept]
+    return classes, out
+
+
+def _files_below(folder: Path) -> Iterator[Path]:
+    for place, folders, files in os.walk(folder):
+        links = [name for name in folders if Path(place, name).is_symlink()]  # may lead back up
+        folders[:] = _kept(folders)
+        yield from (Path(place, name) for name in _kept([*files, *links]))
+
+
+def _masks(files: Sequence[str]) -> list[str]:
+    """Count the images that are named after another one beside them as its mask, in a sentence; none if none are."""
+    stems = [str(Path(name).with_suffix("")) for name in files]
+    there = set(stems)
+    matches = map(_MASK.fullmatch, stems)
+    masks = [name for name, match in zip(files, matches, strict=True) if match and match[1] in there]
+    if not masks:
+        return []
+    return [
+        f"{len(masks)} of {len(files)} images are called after another one as its mask or label ({first_of(masks)}) "
+        "and were taken for images of their class: move masks out of the class folders, or list only images in a table."
+    ]
+
+
+def _is_image(path: Path) -> bool:
+    """Whether a file says by its suffix, or else by its content, that `read_image` reads it."""
+    if path.suffix.lower() in IMAGE_SUFFIXES:
+        return True
+    try:
+        return path.is_file() and min(image_shape(path)) > 0
+    except (OSError, ValueError):
+        return False
+
+
+def _check_layout(root: Path, folders: Mapping[str, Path], listing: Mapping[str, Mapping[str, list[Path]]]) -> None:
+    """Refuse folders that are no class folders, and say what they look like."""
+    expected = f"expected {root.name}/CLASS/FILE or {root.name}/SPLIT/CLASS/FILE"
+    where = {
+        path: folders[split] / code for split, classes in listing.items() for code in classes for path in classes[code]
+    }
+    if not where:
+        (flat, *_) = [[path for path in _children(folder) if _is_image(path)] for folder in folders.values()]
+        if flat:
+            raise ValueError(
+                f"{len(flat)} images lie in {flat[0].parent} itself ({first_of([path.name for path in flat])}), and "
+                f"nothing says their classes: {expected}. Put each into a folder named after its class, or list them "
+                "in a table with the columns path and label and write csv: and its path"
+            )
+        held = first_of([child.name for child in _children(root)]) or "nothing"
+        raise ValueError(
+            f"no images in {root}: {expected} with one of {', '.join(sorted(IMAGE_SUFFIXES))}, or with another suffix "
+            f"and content of these kinds. It holds {held}"
+        )
+    below: dict[Path, set[str]] = {}
+    for path, folder in where.items():
+        below.setdefault(folder, set()).add(path.relative_to(folder).parts[0] if path.parent != folder else "")
+    inner = set.union(*below.values())
+    names = first_of(sorted(inner))
+    only = {folder.name for folder in below}
+    for folder, parts in below.items():
+        if any(part.lower() in _SPELLINGS for part in parts) and len(only) > 1:
+            raise ValueError(
+                f"{folder} holds folders for splits ({names}): {expected}. Make the splits the outer folders"
+            )
+    if len(only) == 1 and "" not in inner:
+        (name,) = only
+        fix = f"write folder:{root / name}" if UNSPLIT in folders else f"move what {name} holds up one level"
+        raise ValueError(f"in {root} there is one folder only, {name!r}, which holds folders ({names}): {fix}")
+    if len(below) > 1 and len(inner) > 1 and "" not in inner and all(parts == inner for parts in below.values()):
+        raise ValueError(
+            f"the folders {first_of(sorted(only))} of {root} hold the same folders ({names}), and either may be the "
+            f"classes: {expected}. If these are, write folder: and the path of one of those; or list the images in a "
+            "table, csv:"
+        )
+
+
+def _ordered(codes: Iterable[str]) -> tuple[str, ...]:
+    codes = sorted(codes)
+    # As text '10' < '2', which would shift the labels of every set with more than ten numbered classes.
+    return tuple(sorted(codes, key=int) if all(code.isdecimal() for code in codes) else codes)
+
+
+def _names(codes: Sequence[str], folders: Sequence[Path]) -> tuple[str, ...]:
+    for folder in folders:
+        path = folder / "classnames.txt"
+        if path.is_file():
+            lines = _text(path, "text in UTF-8").splitlines()
+            named = dict(_named(unicodedata.normalize("NFC", line), codes) for line in lines if line.strip())
+            for code in codes:
+                if composed(code) not in named:
+                    raise ValueError(
+                        f"{path} gives no name for class {code!r}; it names {', '.join(named)}. Write a line with the "
+                        "class, a tab, and its name in words"
+                    )
+            return tuple(named[composed(code)] for code in codes)
+    return tuple(re.sub(r"[_\-\s]+", " ", code).strip() for code in codes)
+
+
+def _text(path: Path, form: str) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8: save it as {form} (byte {error.start}: {error.reason})") from error
+
+
+def _named(line: str, codes: Sequence[str]) -> tuple[str, str]:
+    """Class and name of a line: up to its tab, else the longest class that it begins with, else its first word."""
+    code, tab, name = line.partition("\t")
+    if not tab or not code.strip():
+        begun = [code for code in map(composed, codes) if f"{line.strip()} ".startswith(f"{code} ")]
+        code = max(begun, key=len, default=line.split(maxsplit=1)[0])
+        name = line.strip()[len(code) :]
+    return code.strip(), name.strip() or code.strip()
+
+
+def _csv_table(path: Path) -> pd.DataFrame:
+    """Rows of a table as text, the index their lines; refuse another form, saying which it is."""
+    text = _text(path, "CSV UTF-8")
+    advice = "Save it as CSV with commas in UTF-8, and put a path or label with a comma in it into quotes."
+    with parsed(f"{path} is not a readable CSV table (UTF-8, commas)", advice):
+        first = text.partition("\n")[0].strip()
+        for delimiter, called in {";": "semicolons", "\t": "tabs", "|": "vertical bars"}.items():
+            if delimiter in first and "," not in first:
+                raise ValueError(f"it has {called} between its columns {first.replace(delimiter, ', ')}")
+        # The header is read as a row like the others: beside a longer row pandas would take the first column for names.
+        table = pd.read_csv(
+            io.StringIO(text), header=None, dtype=str, keep_default_na=False, skipinitialspace=True,
+            skip_blank_lines=False,
+        ).fillna("")  # fmt: skip
+        table.index += 1
+        table = table[(table != "").any(axis=1)]
+        if table.empty:
+            raise ValueError("it is empty")
+    header, table = [name.strip() for name in table.iloc[0]], table.iloc[1:]
+    for column, least in {"path": 1, "label": 1, "split": 0}.items():
+        if column not in header:
+            header = [column if name.lower() == column else name for name in header]
+        if not least <= header.count(column) <= 1:
+            raise ValueError(
+                f"{path} has {'more than one' if column in header else 'no'} column {column!r}; its columns are "
+                f"{', '.join(header)}. Call the column of the files path, that of the classes label and, if there is "
+                "one, that of the splits split"
+            )
+    if table.empty:
+        raise ValueError(f"no images in {path}: the table has no rows")
+    return table.set_axis(header, axis=1)[[name for name in ("path", "label", "split") if name in header]]
+
+
+def _csv_row(table: Path, number: int, row: Mapping[str, str]) -> tuple[Path, str, str]:
+    for column in ("path", "label"):
+        if not row[column].strip():
+            raise ValueError(f"{table}, line {number}: no {column}")
+    folder = table.absolute().parent
+    written = Path(row["path"].strip())
+    try:
+        file = _as_named(folder, str(written))
+        leaves = not file.resolve().is_relative_to(folder.resolve())
+    except (OSError, ValueError, RuntimeError) as error:  # too long for the system, a NUL in it, links in a circle
+        shown = str(written)[:SHOWN_PATH]
+        raise ValueError(f"{table}, line {number}: {shown!r} cannot be the path of a file") from error
+    if leaves and not written.is_absolute():
+        raise ValueError(
+            f"{table}, line {number}: {written} leaves the folder of the CSV; "
+            "move the file inside or write its absolute path"
+        )
+    split = row.get("split", UNSPLIT).strip()
+    if "split" in row and split.lower() not in _SPELLINGS:
+        raise ValueError(f"{table}, line {number}: unknown split {split!r}.{suggest(split, SPLITS)}")
+    return file, row["label"].strip(), _SPELLINGS.get(split.lower(), UNSPLIT)
+
+
+def _as_named(folder: Path, written: str) -> Path:
+    """The file of a table's path, if need be with other slashes or accents composed otherwise; else the path itself."""
+    slashes = (written, written.replace("\\", "/"))
+    spellings = [written, *(unicodedata.normalize(form, text) for text in slashes for form in ("NFC", "NFD"))]
+    return next((folder / name for name in spellings if (folder / name).is_file()), folder / written)
