@@ -40,7 +40,7 @@ from medrobust_lib.data.questions import PHANTOM_TASKS, action_token, actions, a
 from medrobust_lib.downloads import record_sums
 from medrobust_lib.experiments import write_text_atomically
 from medrobust_lib.files import reported_errors
-from medrobust_lib.models.loading import DEMO_VLM_FOLDER
+from medrobust_lib.models.weights import DEMO_VLM_FOLDER
 from medrobust_lib.phantoms import SPLITS, phantom_classes
 from medrobust_lib.phantoms.pretraining import render_many, shifted
 

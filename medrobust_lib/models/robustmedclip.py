@@ -22,9 +22,9 @@ from medrobust_lib.models.adapter_layers import (
     remove_adapters,
     split_qkv,
 )
-from medrobust_lib.models.catalogue import ModelEntry
+from medrobust_lib.models.catalogue import OPEN_CLIP_CONFIG_NAME, ModelEntry
 from medrobust_lib.models.loading import find_model
-from medrobust_lib.models.open_clip import CONFIG_NAME, OpenClipEncoder, load_open_clip
+from medrobust_lib.models.open_clip import OpenClipEncoder, load_open_clip
 from medrobust_lib.models.weights import describe_files, find_weights, load_strictly, read_state_dict
 
 WEIGHT_NAMES = ("model.pth", "lora_weights.safetensors")
@@ -288,7 +288,7 @@ def load_robustmedclip(entry: ModelEntry, *, weights_dir: Path | None, offline: 
     """
     weights = find_weights(entry, WEIGHT_NAMES, weights_dir=weights_dir)
     base_entry = find_model("biomedclip")
-    if (weights.parent / CONFIG_NAME).is_file():
+    if (weights.parent / OPEN_CLIP_CONFIG_NAME).is_file():
         base_entry = replace(base_entry, id=entry.id)
     encoder = load_open_clip(base_entry, weights_dir=weights_dir, offline=offline)
     apply_checkpoint(encoder.model, read_state_dict(weights), source=weights)

@@ -6,7 +6,6 @@ them: everything behind the noise belongs to the base classifier of a certificat
 
 import itertools
 import numbers
-import os
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -15,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import constants, try_to_load_from_cache
+from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 from torch import Tensor
 from torch.nn import functional
@@ -25,23 +24,15 @@ from transformers import (
     GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
-    PreTrainedModel,
     ProcessorMixin,
 )
 from transformers.utils import logging
 
 from medrobust_lib.downloads import read_sums
-from medrobust_lib.models.catalogue import (
-    DUAL_ENCODERS,
-    FOLDER_PREFIX,
-    HUB_PREFIX,
-    VlmEntry,
-    fetch_command,
-    find_vlm,
-)
+from medrobust_lib.models.catalogue import CONFIG_NAME, HUB_PREFIX
 from medrobust_lib.models.dual_encoder import BrokenFeaturesError
 from medrobust_lib.models.geometry import ImageInput, Preprocessing, check_pixels, prepare_images
-from medrobust_lib.models.loading import check_vlm, resolve_device, resolve_dtype, vlm_folder
+from medrobust_lib.models.loading import check_kind, find_model, settled
 from medrobust_lib.models.weights import (
     Settings,
     check_hashes,
@@ -49,9 +40,11 @@ from medrobust_lib.models.weights import (
     explained_errors,
     file_hashes,
     hub_access,
-    mismatch_error,
+    missing_weights,
+    model_folder,
+    provenance,
+    read_pretrained,
 )
-from medrobust_lib.places import default_weights_dir
 
 _IGNORED_LABEL = -100  # of tokens that the loss of transformers' models leaves out
 _TOWER_WORKING_SET = 64  # activations of an image tower, in float32 copies of its input, with a margin
@@ -455,7 +448,7 @@ def load_vlm(
     ImportError
         If transformers needs another package for this model (num2words for SmolVLM2); names it.
     """
-    entry = find_vlm(id, dual_encoders=[other.id for other in DUAL_ENCODERS])
+    entry = find_model(id, generative=True)
     if trust_remote_code and not _is_commit(revision):
         raise ValueError(
             f"trust_remote_code=True runs code from the repository of {id!r}: pin it with revision=COMMIT "
@@ -463,31 +456,22 @@ def load_vlm(
         )
     if image_size is not None and image_size < 1:
         raise ValueError(f"image_size={image_size}: give a number of pixels, or None for {entry.image_size}")
-    target = resolve_device(device)
-    precision = resolve_dtype(dtype, target)
-    if offline is None:
-        offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
-    weights = Path(weights_dir).expanduser() if weights_dir is not None else default_weights_dir()
-    folder = vlm_folder(entry, weights)
+    target, precision, weights, offline = settled(device, dtype, weights_dir, offline)
+    check_kind(entry, weights_dir=weights)
+    folder = model_folder(entry, weights)
     place = entry.source.removeprefix(HUB_PREFIX) if folder is None else str(folder)
-    files: dict[str, str] = {}
-    check_vlm(entry, weights_dir=weights)
-    if folder is not None:
-        if not (folder / "config.json").is_file():
-            raise _missing(entry, place, offline=offline, reason="there is no config.json")
-        files = check_hashes(folder, read_sums(folder))
+    files = {} if folder is None else check_hashes(folder, read_sums(folder))
     pinned = {"revision": revision} if folder is None else {}
     # Code may also lie in another repository than the weights: it is pinned, too.
     code = {"trust_remote_code": trust_remote_code, **({"code_revision": revision} if trust_remote_code else {})}
     try:
         with hub_access(offline=offline), _no_progress_bar(), torch.random.fork_rng(devices=[]):
-            network = _read_network(place, dtype=precision, **pinned, **code)
+            network = read_pretrained(AutoModelForImageTextToText, place, dtype=precision, **pinned, **code)
             processor = _read_processor(place, **pinned, **code)
     except OSError as error:
-        places = place if folder is not None else f"{weights / id} and the hub cache {constants.HF_HUB_CACHE}"
-        raise _missing(entry, places, offline=offline, reason=str(error).splitlines()[0]) from error
+        raise missing_weights(entry, weights_dir=weights, offline=offline, reason=error) from error
     if folder is None:
-        snapshot = try_to_load_from_cache(place, "config.json", revision=revision)
+        snapshot = try_to_load_from_cache(place, CONFIG_NAME, revision=revision)
         if isinstance(snapshot, str):
             revision, files = Path(snapshot).parent.name, file_hashes(Path(snapshot).parent)
     return VisionLanguageModel(
@@ -496,24 +480,8 @@ def load_vlm(
         id=id,
         image_size=image_size or entry.image_size,
         image_options=dict(entry.image_options),
-        provenance={"source": entry.source, "revision": revision, "licence": entry.licence, "files": files},
+        provenance={**provenance(entry, files), "revision": revision},
     ).eval()
-
-
-def _read_network(place: str, **options: Any) -> PreTrainedModel:
-    """The network with its weights, every one of which has a place in it and comes from the files."""
-    with explained_errors(place):
-        # Wrong shapes are asked for here to be refused below, by name.
-        network, report = AutoModelForImageTextToText.from_pretrained(
-            place, output_loading_info=True, ignore_mismatched_sizes=True, **options
-        )
-    if getattr(network, "peft_config", None):
-        raise ValueError(f"{place} holds no model of its own but an adapter of peft; merge it into its base first")
-    missing, unexpected = report["missing_keys"], report["unexpected_keys"]
-    misshapen = [key for key, *_ in report["mismatched_keys"]]
-    if missing or unexpected or misshapen:
-        raise mismatch_error(place, missing=missing, unexpected=unexpected, misshapen=misshapen)
-    return network
 
 
 def _read_processor(place: str, **options: Any) -> ProcessorMixin:
@@ -549,19 +517,6 @@ def _no_progress_bar() -> Iterator[None]:
             if shown:
                 logging.enable_progress_bar()  # and that of the hub
             (enable_progress_bars if of_hub else disable_progress_bars)()
-
-
-def _missing(entry: VlmEntry, places: str, *, offline: bool, reason: str) -> FileNotFoundError:
-    if entry.id.startswith(FOLDER_PREFIX):
-        remedy = "the folder must hold config.json, model.safetensors, and the files of its tokenizer and processor"
-    else:
-        tried = "offline, so no download was tried" if offline else "the download failed"
-        remedy = f"{tried}; run `{fetch_command(entry.id)}` where there is a network"
-        if entry.id.startswith(HUB_PREFIX):
-            remedy += ", after which it loads offline, too, from the hub cache"
-    return FileNotFoundError(
-        f"cannot load {entry.id!r}; looked in {places}: {remedy}; source: {entry.source}. Reason: {reason}"
-    )
 
 
 def _is_commit(revision: str | None) -> bool:
