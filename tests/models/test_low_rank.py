@@ -20,7 +20,7 @@ from medrobust_lib.models.adapters import (
     trainable_share,
 )
 from medrobust_lib.models.dual_encoder import DualEncoder, Preprocessing, Tokens
-from medrobust_lib.models.medclip import MedCLIPArchitecture, MedCLIPNetwork
+from medrobust_lib.models.medclip import MedCLIPNetwork
 from medrobust_lib.models.open_clip import OpenClipEncoder
 
 TEXTS = ["an image of tissue", "debris"]
@@ -236,8 +236,9 @@ def test_adapters_of_biomedclips_layout_have_the_published_number_of_parameters(
 
 def test_adapters_of_resnet50_count_kernels_and_no_shortcuts(builders, tmp_path):
     model = builders.medclip((1, 1, 1, 1), tmp_path, image_size=64)
-    full = MedCLIPArchitecture(vision=(3, 4, 6, 3), text=BertConfig(), embed_dim=24)
-    model.network.vision_model = builders.hollow(lambda: MedCLIPNetwork(full).vision_model)
+    model.network.vision_model = builders.hollow(
+        lambda: MedCLIPNetwork((3, 4, 6, 3), BertConfig(), embed_dim=24).vision_model
+    )
     model = model.eval()
     weights = [3 * 49 + 64]
     channels = 64
