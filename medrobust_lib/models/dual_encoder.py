@@ -1,6 +1,7 @@
 """The one interface of every contrastive image-text model: images and texts to unit-norm features."""
 
 import abc
+import contextlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,16 +13,6 @@ from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm  # what all batch normalisation layers have in common
 
 from medrobust_lib.models.geometry import ImageInput, Preprocessing, check_pixels, prepare_images
-
-__all__ = [
-    "BrokenFeaturesError",
-    "DualEncoder",
-    "ImageInput",
-    "Preprocessing",
-    "Tokens",
-    "check_text_lengths",
-    "check_text_path",
-]
 
 TEXT_CHUNK = 64
 """Texts encoded at a time by :meth:`DualEncoder.encode_text`: bounds memory, not the result."""
@@ -444,8 +435,8 @@ def find_image_tower(model: DualEncoder) -> ImageTower:
     Afterwards exactly the parameters of the tower require a gradient, so give a copy.
     """
     model.requires_grad_(True)
-    grey = torch.full((1, 3, model.image_size, model.image_size), 0.5, device=model.device)
-    own = _reached(model, lambda: model.encode_image(grey)) - _reached(model, lambda: model.encode_text(["x"]))
+    image, text = (_reached(model, encode) for encode in probes(model))
+    own = image - text
     model.requires_grad_(False)
     parameters = {name: parameter for name, parameter in model.named_parameters() if name in own}
     if not parameters:
@@ -455,24 +446,37 @@ def find_image_tower(model: DualEncoder) -> ImageTower:
         )
     for parameter in parameters.values():
         parameter.requires_grad_(True)
-    return ImageTower(parameters, {name: norm for name, norm in _norms(model).items() if name in own})
+    return ImageTower(
+        parameters, {name: norm for name, norm in model.named_modules() if name in own and isinstance(norm, _BatchNorm)}
+    )
+
+
+def probes(model: DualEncoder) -> tuple[Callable[[], Tensor], Callable[[], Tensor]]:
+    """Two calls that show by what they use which parts are the image tower's: one encodes an image, one a text."""
+    grey = torch.full((1, 3, model.image_size, model.image_size), 0.5, device=model.device)
+    return lambda: model.encode_image(grey), lambda: model.encode_text(["x"])
+
+
+def layers_run(
+    model: nn.Module, encode: Callable[[], Tensor], kinds: tuple[type[nn.Module], ...]
+) -> dict[str, tuple[Any, ...]]:
+    """Names of the layers of these kinds that run in a call, and their inputs; what features come out is not asked."""
+    found: dict[str, tuple[Any, ...]] = {}
+    with contextlib.ExitStack() as hooks, contextlib.suppress(BrokenFeaturesError):
+        for name, layer in model.named_modules():
+            if isinstance(layer, kinds):
+                hook = layer.register_forward_hook(lambda _, inputs, __, name=name: found.update({name: inputs}))
+                hooks.callback(hook.remove)
+        encode()
+    return found
 
 
 def _reached(model: DualEncoder, encode: Callable[[], Tensor]) -> set[str]:
     """Names of the parameters and batch normalisation layers that features depend on."""
-    found: set[str] = set()
-    hooks = [norm.register_forward_hook(lambda *_, name=name: found.add(name)) for name, norm in _norms(model).items()]
-    try:
-        features = encode()
-    finally:
-        for hook in hooks:
-            hook.remove()
-    if features.requires_grad:
+    features: list[Tensor] = []
+    found = set(layers_run(model, lambda: features.append(encode()), (_BatchNorm,)))
+    if features and features[0].requires_grad:
         names, parameters = zip(*model.named_parameters(), strict=True)
-        gradients = torch.autograd.grad(features.sum(), parameters, allow_unused=True)
+        gradients = torch.autograd.grad(features[0].sum(), parameters, allow_unused=True)
         found.update(name for name, gradient in zip(names, gradients, strict=True) if gradient is not None)
     return found
-
-
-def _norms(model: nn.Module) -> dict[str, _BatchNorm]:
-    return {name: module for name, module in model.named_modules() if isinstance(module, _BatchNorm)}

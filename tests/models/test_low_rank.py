@@ -337,12 +337,14 @@ def test_broken_adapters_are_not_merged(demo):
 
 @pytest.mark.parametrize("rank", [0, -1, 2.0, True, "16"])
 def test_ranks_are_positive_whole_numbers(demo, rank):
-    with pytest.raises(ValueError, match=f"rank={rank!r}: a whole number of at least 1"):
+    with pytest.raises(ValueError, match=f"rank={rank!r} is no whole number of 1 or more, usually 4"):
         attach_adapters(demo, rank=rank)
 
 
 def test_wrong_forms_and_second_adapters_are_refused(demo, loaded):
-    with pytest.raises(ValueError, match="qkv='seperate': must be 'separate' or 'fused'; did you mean 'separate'"):
+    with pytest.raises(
+        ValueError, match="unknown qkv 'seperate'; choose one of separate, fused; did you mean 'separate'"
+    ):
         attach_adapters(demo, qkv="seperate")
     with pytest.raises(ValueError, match=r"demo-clip has no fused .* on convolutions\); take 'separate'"):
         attach_adapters(demo, qkv="fused")
