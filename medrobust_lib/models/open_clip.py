@@ -31,6 +31,7 @@ from medrobust_lib.models.weights import (
     check_no_adapter,
     check_settings,
     check_tokenizer,
+    check_vocabulary,
     explained_errors,
     file_hashes,
     hub_access,
@@ -196,21 +197,10 @@ class OpenClipEncoder(DualEncoder):
 
 
 def _check_tokenizer(tokenizer: Any, vocab_size: int | None, *, id: str) -> None:
-    """Raise unless a tokenizer pads at the end and is that of a text tower, as far as its vocabulary's size tells.
-
-    Without its files a tokenizer comes up silently with five special tokens.
-    """
+    """`check_vocabulary` of open_clip's wrapper, for a text tower of this many tokens if they are known."""
     inner = getattr(tokenizer, "tokenizer", None)
     known = tokenizer.vocab_size if inner is None else len(inner)
-    if inner is not None:
-        check_settings(
-            {"padding_side": inner.padding_side}, {"padding_side": ("right",)}, source=f"{id}, tokenizer_config.json"
-        )
-    if vocab_size is not None and not vocab_size // 2 <= known <= vocab_size:
-        raise ValueError(
-            f"{id}: the tokenizer knows {known} tokens, the text tower {vocab_size}; "
-            "are the tokenizer files beside the weights (tokenizer.json, or vocab.txt and config.json)?"
-        )
+    check_vocabulary(known, vocab_size or known, "right" if inner is None else inner.padding_side, id=id)
 
 
 def read_preprocessing(settings: Mapping[str, Any], *, source: str) -> Preprocessing:

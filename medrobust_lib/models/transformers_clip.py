@@ -31,6 +31,7 @@ from medrobust_lib.models.weights import (
     check_no_adapter,
     check_settings,
     check_tokenizer,
+    check_vocabulary,
     explained_errors,
     file_hashes,
     hub_access,
@@ -154,20 +155,12 @@ class TransformersClipEncoder(DualEncoder):
 def _check_parts(config: CLIPConfig, tokenizer: Any, preprocessing: Preprocessing, *, id: str) -> None:
     """Raise ValueError unless tokenizer and preprocessing are those of the two towers."""
     text, vision = config.text_config, config.vision_config
-    # Without its files a tokenizer comes up silently with a handful of special tokens.
-    if not text.vocab_size // 2 <= len(tokenizer) <= text.vocab_size:
-        raise ValueError(
-            f"{id}: the tokenizer knows {len(tokenizer)} tokens, the text tower {text.vocab_size}; "
-            "are the tokenizer files (tokenizer.json, or vocab.json and merges.txt) beside the weights?"
-        )
+    check_vocabulary(len(tokenizer), text.vocab_size, tokenizer.padding_side, id=id)
     if preprocessing.image_size != vision.image_size:
         raise ValueError(
             f"{id}: preprocessor_config.json makes images of {preprocessing.image_size} px, but the image tower of "
             f"config.json reads {vision.image_size} px"
         )
-    check_settings(
-        {"padding_side": tokenizer.padding_side}, {"padding_side": ("right",)}, source=f"{id}, tokenizer_config.json"
-    )
     check_settings({"num_channels": vision.num_channels}, {"num_channels": (3,)}, source=f"{id}, config.json")
     written = tokenizer("x")["input_ids"]
     if text.eos_token_id not in (_UNKNOWN_END, *written):

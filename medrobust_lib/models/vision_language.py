@@ -6,6 +6,7 @@ them: everything behind the noise belongs to the base classifier of a certificat
 
 import itertools
 import numbers
+import re
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -46,6 +47,8 @@ from medrobust_lib.models.weights import (
     read_pretrained,
 )
 
+_COMMIT_DIGITS = 40
+_RESCALING: Settings = {"do_rescale": (True,), "rescale_factor": (1 / 255,)}
 _IGNORED_LABEL = -100  # of tokens that the loss of transformers' models leaves out
 _TOWER_WORKING_SET = 64  # activations of an image tower, in float32 copies of its input, with a margin
 
@@ -273,10 +276,6 @@ class VisionLanguageModel(torch.nn.Module):
         sums = [embed(torch.tensor(ids, device=self.device)).float().sum(dim=0) for ids in words]
         return functional.normalize(torch.stack(sums), dim=-1)
 
-    def cache_bytes(self, prompt: str, max_new_tokens: int) -> int:
-        """Bytes that keys and values of one image, its question and a longest answer take, exactly."""
-        return self._n_tokens(prompt, max_new_tokens)[0] * self._cached_numbers() * self.dtype.itemsize
-
     def bytes_per_copy(self, prompt: str, max_new_tokens: int) -> int:
         """Estimate the memory that one noisy copy takes in `complete`, beside the weights.
 
@@ -288,14 +287,18 @@ class VisionLanguageModel(torch.nn.Module):
         Returns
         -------
         int
-            The cache of keys and values (`cache_bytes`, exact), the activations of one decoder layer over all tokens,
+            The cache of keys and values (exact), the activations of one decoder layer over all tokens,
             and 64 float32 copies of what the image tower reads; the last two are a margin, not a measurement.
         """
-        tokens, tower_input = self._n_tokens(prompt, max_new_tokens)
+        inputs = self._inputs(torch.zeros(1, 3, self.image_size, self.image_size), [self._chat(prompt)])
+        tokens = inputs["input_ids"].shape[1] + max_new_tokens
         config = self.model.config.get_text_config()
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        cached = 2 * config.num_hidden_layers * heads * width
         activations = 4 * config.hidden_size + 3 * config.intermediate_size
-        decoder = tokens * (self._cached_numbers() + activations) * self.dtype.itemsize
-        return decoder + _TOWER_WORKING_SET * tower_input * torch.float32.itemsize
+        decoder = tokens * (cached + activations) * self.dtype.itemsize
+        return decoder + _TOWER_WORKING_SET * inputs["pixel_values"].numel() * torch.float32.itemsize
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Workers get a copy. transformers hangs functions on a used model that cannot be sent, and keeps facts about
@@ -330,18 +333,6 @@ class VisionLanguageModel(torch.nn.Module):
             for name, value in inputs.items()
             if isinstance(value, Tensor)
         }
-
-    def _n_tokens(self, prompt: str, max_new_tokens: int) -> tuple[int, int]:
-        """Tokens of an image, its question and a longest answer; numbers that the image tower reads."""
-        inputs = self._inputs(torch.zeros(1, 3, self.image_size, self.image_size), [self._chat(prompt)])
-        return inputs["input_ids"].shape[1] + max_new_tokens, inputs["pixel_values"].numel()
-
-    def _cached_numbers(self) -> int:
-        """Keys and values of one token in all layers of the decoder."""
-        config = self.model.config.get_text_config()
-        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        return 2 * config.num_hidden_layers * heads * width
 
 
 def _rebuilt(network: tuple[Any, ...], processor: Any, facts: dict[str, Any]) -> VisionLanguageModel:
@@ -397,17 +388,6 @@ class RowSampler(LogitsProcessor):
         return scores / self.temperature - torch.stack(waits).log()
 
 
-__all__ = [
-    "Completion",
-    "RowSampler",
-    "VisionLanguageModel",
-    "load_vlm",
-]
-
-_COMMIT_DIGITS = 40
-_RESCALING: Settings = {"do_rescale": (True,), "rescale_factor": (1 / 255,)}
-
-
 def load_vlm(
     id: str,
     *,
@@ -449,7 +429,7 @@ def load_vlm(
         If transformers needs another package for this model (num2words for SmolVLM2); names it.
     """
     entry = find_model(id, generative=True)
-    if trust_remote_code and not _is_commit(revision):
+    if trust_remote_code and not re.fullmatch(f"[0-9a-f]{{{_COMMIT_DIGITS}}}", revision or ""):
         raise ValueError(
             f"trust_remote_code=True runs code from the repository of {id!r}: pin it with revision=COMMIT "
             f"({_COMMIT_DIGITS} hexadecimal digits, not {revision!r}), and read it first"
@@ -517,7 +497,3 @@ def _no_progress_bar() -> Iterator[None]:
             if shown:
                 logging.enable_progress_bar()  # and that of the hub
             (enable_progress_bars if of_hub else disable_progress_bars)()
-
-
-def _is_commit(revision: str | None) -> bool:
-    return revision is not None and len(revision) == _COMMIT_DIGITS and set(revision) <= set("0123456789abcdef")

@@ -159,6 +159,19 @@ def check_tokenizer(folder: Path, *, id: str, published: str = "") -> None:
     raise FileNotFoundError(f"{id!r}: no tokenizer in {folder}: it must hold {wanted}. {source}")
 
 
+def check_vocabulary(n_tokens: int, vocab_size: int, padding_side: str, *, id: str) -> None:
+    """Raise ValueError unless a tokenizer pads at the end and is that of a text tower, as far as its size tells.
+
+    Without its files a tokenizer comes up silently with a handful of special tokens.
+    """
+    check_settings({"padding_side": padding_side}, {"padding_side": ("right",)}, source=f"{id}, tokenizer_config.json")
+    if not vocab_size // 2 <= n_tokens <= vocab_size:
+        raise ValueError(
+            f"{id}: the tokenizer knows {n_tokens} tokens, the text tower {vocab_size}; are the tokenizer files beside "
+            "the weights (tokenizer.json, or vocab.json and merges.txt, or vocab.txt and config.json)?"
+        )
+
+
 def _model_type(folder: Path) -> str | None:
     """``model_type`` of the ``config.json`` in a folder."""
     try:
