@@ -116,7 +116,7 @@ def attach_adapters(model: DualEncoder, *, rank: int = 16, qkv: QKV = "separate"
         raise ValueError(f"{model.id} has adapters already; merge_adapters makes a plain model of it first")
     with torch.inference_mode(False):
         identity = weights_identity(model)
-        adapted = copy.deepcopy(model).eval().to(torch.promote_types(model.dtype, torch.float32))
+        adapted = model.trainable_copy()
         layout = adapter_layout(adapted)
         if qkv == "fused" and not layout.fused:
             raise ValueError(
@@ -295,8 +295,14 @@ def load_adapter(model: DualEncoder, folder: Path | str, *, merged: bool = True)
             f"the adapter {folder} was trained on {base['id']!r} with weights {base['weights']}, not on {model.id!r} "
             f"with weights {given}; load that model, or train an adapter of this one"
         )
+    with explained_errors(str(folder)):
+        tensors = {name.removeprefix(_PEFT_PREFIX): tensor for name, tensor in load_file(folder / _TENSORS).items()}
     with torch.inference_mode(False):
-        adapted = _filled(attach_adapters(model, rank=adapter["rank"], qkv=adapter["qkv"]), folder)
+        adapted = attach_adapters(model, rank=adapter["rank"], qkv=adapter["qkv"])
+        expected = {name: tensor.shape for name, tensor in get_peft_model_state_dict(adapted).items()}
+        if expected != {name: tensor.shape for name, tensor in tensors.items()}:
+            raise ValueError(f"the adapter {folder} does not fit the layers of {model.id!r}; train it again")
+        set_peft_model_state_dict(adapted, tensors)
         if merged:
             remove_adapters(adapted)
             del adapted.attached
@@ -304,17 +310,6 @@ def load_adapter(model: DualEncoder, folder: Path | str, *, merged: bool = True)
     adapted.id = f"{model.id} + {folder.resolve().name}"
     origin = {**model.provenance, "id": model.id, "weights": given}
     adapted.provenance = {**content, "adapter": {**adapter, "base": origin}}
-    return adapted
-
-
-def _filled(adapted: DualEncoder, folder: Path) -> DualEncoder:
-    """The same model, its adapters holding the tensors of a folder."""
-    with explained_errors(str(folder)):
-        tensors = {name.removeprefix(_PEFT_PREFIX): tensor for name, tensor in load_file(folder / _TENSORS).items()}
-    expected = {name: tensor.shape for name, tensor in get_peft_model_state_dict(adapted).items()}
-    if expected != {name: tensor.shape for name, tensor in tensors.items()}:
-        raise ValueError(f"the adapter {folder} does not fit the layers of {adapted.id!r}; train it again")
-    set_peft_model_state_dict(adapted, tensors)
     return adapted
 
 

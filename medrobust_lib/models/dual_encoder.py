@@ -2,10 +2,11 @@
 
 import abc
 import contextlib
+import copy
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -13,9 +14,16 @@ from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm  # what all batch normalisation layers have in common
 
 from medrobust_lib.models.geometry import ImageInput, Preprocessing, check_pixels, prepare_images
+from medrobust_lib.models.weights import fingerprint
 
 TEXT_CHUNK = 64
 """Texts encoded at a time by :meth:`DualEncoder.encode_text`: bounds memory, not the result."""
+
+SOUND_TYPES = (
+    "Load the model with dtype='float32' or 'bfloat16' (float16 ends at 65,504); if that does not help, its weights "
+    "or its adapter are damaged"
+)
+"""The end of an error about numbers that are not finite."""
 
 _LEAST_NORM = 1e-12  # below it torch's normalisation divides by this instead, and the feature is not of norm 1
 
@@ -214,6 +222,19 @@ class DualEncoder(torch.nn.Module, abc.ABC):
         """Floating-point type in which the towers compute; features are float32 whatever it is."""
         return self._anchor.dtype
 
+    @property
+    def precision(self) -> str:
+        """Name of `dtype`, such as "float32"."""
+        return str(self.dtype).removeprefix("torch.")
+
+    def identity(self) -> dict[str, str]:
+        """What tells this model from any other in a record: id, dtype, and the fingerprint of its weights."""
+        return {"id": self.id, "dtype": self.precision, "weights": fingerprint(list(self.state_dict().values()))}
+
+    def trainable_copy(self) -> Self:
+        """Copy in evaluation mode, in float32 or what is more precise."""
+        return copy.deepcopy(self).eval().to(torch.promote_types(self.dtype, torch.float32))
+
     def prepare(self, images: ImageInput) -> Tensor:
         """Bring images to the model's geometry, without normalising them.
 
@@ -388,10 +409,9 @@ class DualEncoder(torch.nn.Module, abc.ABC):
             if not (low >= _LEAST_NORM and high < math.inf):
                 broken = int((~((norms >= _LEAST_NORM) & norms.isfinite())).sum())
                 raise BrokenFeaturesError(
-                    f"{self.id} in {str(self.dtype).removeprefix('torch.')}: the features of {broken} of {len(norms)} "
+                    f"{self.id} in {self.precision}: the features of {broken} of {len(norms)} "
                     f"{of} are not finite or have no length (below {_LEAST_NORM:g}, or beyond float32), so they have "
-                    "no answer. Load the model with dtype='float32' or 'bfloat16' (float16 ends at 65,504); if that "
-                    "does not help, its weights or its adapter are damaged"
+                    f"no answer. {SOUND_TYPES}"
                 )
         return features / norms.clamp_min(_LEAST_NORM)
 

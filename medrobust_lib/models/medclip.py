@@ -17,6 +17,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from huggingface_hub import hf_hub_download
 from open_clip import CLIPTextCfg, CLIPVisionCfg, CustomTextCLIP
 from open_clip.model import set_model_preprocess_cfg
 from open_clip.tokenizer import HFTokenizer
@@ -32,9 +33,10 @@ from medrobust_lib.models.dual_encoder import DualEncoder, Tokens, check_text_le
 from medrobust_lib.models.geometry import Preprocessing
 from medrobust_lib.models.open_clip import OpenClipEncoder
 from medrobust_lib.models.weights import (
+    VOCABULARY_NAME,
     describe_files,
-    find_vocabulary,
     find_weights,
+    hub_access,
     load_strictly,
     read_state_dict,
 )
@@ -245,6 +247,28 @@ def _check_size(vocabulary: Path, known: int, expected: int) -> None:
         )
 
 
+def _find_vocabulary(entry: ModelEntry, repository: str, *, weights_dir: Path | None, offline: bool) -> Path:
+    """The ``vocab.txt`` in ``weights_dir/<id>/``, else that of a hub repository.
+
+    Raises
+    ------
+    FileNotFoundError
+        Naming both places and the command that fetches the file.
+    """
+    places = [] if weights_dir is None else [weights_dir / entry.id / VOCABULARY_NAME]
+    if places and places[0].is_file():
+        return places[0]
+    try:
+        with hub_access(offline=offline):
+            return Path(hf_hub_download(repository, VOCABULARY_NAME, local_files_only=offline))
+    except OSError as error:
+        looked = ", ".join([*map(str, places), f"{repository} on the hub" + (" (cache only)" if offline else "")])
+        raise FileNotFoundError(
+            f"no vocab.txt for the tokenizer of {entry.id}; looked at: {looked}. "
+            f"Run `python data_scripts/fetch_weights.py {entry.id}`"
+        ) from error
+
+
 def load_medclip(entry: ModelEntry, *, weights_dir: Path | None, offline: bool) -> MedCLIPEncoder:
     """MedCLIP from ``weights_dir/<id>/pytorch_model.bin`` (or ``model.safetensors`` with the same keys).
 
@@ -270,7 +294,7 @@ def load_medclip(entry: ModelEntry, *, weights_dir: Path | None, offline: bool) 
         If keys or shapes do not fit (the first ten are listed), or the vocabulary has the wrong size.
     """
     weights = find_weights(entry, ("pytorch_model.bin", "model.safetensors"), weights_dir=weights_dir)
-    vocabulary = find_vocabulary(entry, "emilyalsentzer/Bio_ClinicalBERT", weights_dir=weights_dir, offline=offline)
+    vocabulary = _find_vocabulary(entry, "emilyalsentzer/Bio_ClinicalBERT", weights_dir=weights_dir, offline=offline)
     network = published_network(entry.id)
     tokenizer = read_tokenizer(vocabulary, vocab_size=network.text_model.model.config.vocab_size)
     state_dict = convert_state_dict(read_state_dict(weights), expected=network.state_dict().keys())
@@ -330,7 +354,7 @@ def load_unimedclip(entry: ModelEntry, *, weights_dir: Path | None, offline: boo
     names = ("unimed_clip_vit_b16.pt", "unimed_clip_vit_b16.safetensors")
     weights = find_weights(entry, names, weights_dir=weights_dir)
     bert = "microsoft/BiomedNLP-BiomedBERT-base-uncased-abstract"
-    vocabulary = find_vocabulary(entry, bert, weights_dir=weights_dir, offline=offline)
+    vocabulary = _find_vocabulary(entry, bert, weights_dir=weights_dir, offline=offline)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         network = build_unimed_network(folder)

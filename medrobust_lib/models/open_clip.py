@@ -122,6 +122,13 @@ class OpenClipEncoder(DualEncoder):
         """The Hugging Face tokenizer inside open_clip's wrapper; None for CLIP's own."""
         return getattr(self._tokenizer, "tokenizer", None)
 
+    @property
+    def _pooling(self) -> tuple[str, int]:
+        """At which token the text tower pools, and the id of the end token."""
+        tower = self._text_tower
+        plain = isinstance(tower, open_clip.CLIP)
+        return (tower.text_pool_type, tower.text_eos_id) if plain else (tower.pool_type, tower.eos_id)
+
     def _check_text_side(self) -> None:
         tower = self._text_tower
         if not isinstance(tower, (open_clip.CLIP, TextTransformer, HFTextEncoder)):
@@ -164,8 +171,7 @@ class OpenClipEncoder(DualEncoder):
         tower = self._text_tower
         if isinstance(tower, HFTextEncoder):
             return True
-        pool = tower.text_pool_type if isinstance(tower, open_clip.CLIP) else tower.pool_type
-        return tower.attn_mask is not None and pool in ("argmax", "eos")
+        return tower.attn_mask is not None and self._pooling[0] in ("argmax", "eos")
 
     def embed_tokens(self, tokens: Tokens) -> Tensor:
         """Word embeddings [k, L, w], without positions, on the model's device."""
@@ -183,13 +189,8 @@ class OpenClipEncoder(DualEncoder):
         length = embeddings.shape[1]
         mask = None if tower.attn_mask is None else tower.attn_mask[:length, :length]
         hidden = tower.ln_final(tower.transformer(embeddings + tower.positional_embedding[:length], attn_mask=mask))
-        is_clip = isinstance(tower, open_clip.CLIP)
-        pooled = text_global_pool(
-            hidden,
-            tokens.ids,
-            tower.text_pool_type if is_clip else tower.pool_type,
-            eos_token_id=tower.text_eos_id if is_clip else tower.eos_id,
-        )
+        pool, end = self._pooling
+        pooled = text_global_pool(hidden, tokens.ids, pool, eos_token_id=end)
         projection = tower.text_projection
         if projection is None:
             return pooled

@@ -31,7 +31,7 @@ from transformers.utils import logging
 
 from medrobust_lib.downloads import read_sums
 from medrobust_lib.models.catalogue import CONFIG_NAME, HUB_PREFIX
-from medrobust_lib.models.dual_encoder import BrokenFeaturesError
+from medrobust_lib.models.dual_encoder import SOUND_TYPES, BrokenFeaturesError
 from medrobust_lib.models.geometry import ImageInput, Preprocessing, check_pixels, prepare_images
 from medrobust_lib.models.loading import check_kind, find_model, settled
 from medrobust_lib.models.weights import (
@@ -211,8 +211,7 @@ class VisionLanguageModel(torch.nn.Module):
         if broken:
             raise BrokenFeaturesError(
                 f"{self.id} in {str(self.dtype).removeprefix('torch.')}: the scores of the next token are not finite "
-                f"for {broken} of {len(pixels)} images, so what it wrote is no answer. Load the model with "
-                "dtype='float32' or 'bfloat16' (float16 ends at 65,504); if that does not help, its weights are damaged"
+                f"for {broken} of {len(pixels)} images, so what it wrote is no answer. {SOUND_TYPES}"
             )
         new = ids[:, inputs["input_ids"].shape[1] :]
         ends = torch.as_tensor(self.model.generation_config.eos_token_id, device=new.device).reshape(-1)

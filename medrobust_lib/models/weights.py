@@ -10,7 +10,7 @@ from pathlib import Path
 from pickle import UnpicklingError  # only to recognise torch's refusal: nothing is unpickled here
 from typing import TYPE_CHECKING, Any
 
-from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
+from huggingface_hub import constants, try_to_load_from_cache
 from safetensors import SafetensorError
 
 from medrobust_lib.downloads import file_sha256, read_sums
@@ -41,6 +41,7 @@ HUB_CHECKPOINTS = (
 ADAPTER_CONFIG_NAME = "adapter_config.json"  # of peft
 # A tokenizer is complete with any of these.
 TOKENIZER_FILES = (("tokenizer.json",), ("vocab.json", "merges.txt"), ("vocab.txt",), ("tokenizer.model",))
+VOCABULARY_NAME = "vocab.txt"
 CLIP_TYPE = "clip"  # of the configuration of a transformers CLIPModel
 FOLDER_CONTENT = (
     "the folder must hold config.json, model.safetensors, preprocessor_config.json or processor_config.json, and the "
@@ -308,9 +309,6 @@ def _listed(title: str, keys: Collection[str]) -> str:
     return f"{len(names)} {title}: {', '.join(names[:_LISTED_KEYS])}{more}"
 
 
-VOCABULARY_NAME = "vocab.txt"
-
-
 def find_weights(entry: ModelEntry, names: Sequence[str], *, weights_dir: Path | None) -> Path:
     """First of several file names that exists in ``weights_dir/<id>/``, compared with its known hash.
 
@@ -349,28 +347,6 @@ def find_weights(entry: ModelEntry, names: Sequence[str], *, weights_dir: Path |
         f"no weights of {entry.id}; looked at: {looked}. "
         f"Run `python data_scripts/fetch_weights.py {entry.id}`; source: {entry.source}"
     )
-
-
-def find_vocabulary(entry: ModelEntry, repository: str, *, weights_dir: Path | None, offline: bool) -> Path:
-    """The ``vocab.txt`` in ``weights_dir/<id>/``, else that of a hub repository.
-
-    Raises
-    ------
-    FileNotFoundError
-        Naming both places and the command that fetches the file.
-    """
-    places = [] if weights_dir is None else [weights_dir / entry.id / VOCABULARY_NAME]
-    if places and places[0].is_file():
-        return places[0]
-    try:
-        with hub_access(offline=offline):
-            return Path(hf_hub_download(repository, VOCABULARY_NAME, local_files_only=offline))
-    except OSError as error:
-        looked = ", ".join([*map(str, places), f"{repository} on the hub" + (" (cache only)" if offline else "")])
-        raise FileNotFoundError(
-            f"no vocab.txt for the tokenizer of {entry.id}; looked at: {looked}. "
-            f"Run `python data_scripts/fetch_weights.py {entry.id}`"
-        ) from error
 
 
 def read_state_dict(path: Path) -> dict[str, "Tensor"]:
