@@ -18,9 +18,8 @@ from medrobust_lib.data.wording import SITE_A
 if TYPE_CHECKING:
     from medrobust_lib.data.dataset import ImageDataset
     from medrobust_lib.data.questions import QuestionSet
-    from medrobust_lib.models.dual_encoder import DualEncoder
 
-Loader = Callable[..., "DualEncoder"]
+Loader = Callable[..., Any]  # gives a DualEncoder, which this file cannot import: it needs this one
 
 BACKENDS = "medrobust_lib.models"
 HUB_URL = "https://huggingface.co/"
@@ -190,7 +189,7 @@ UNSEEN_MODALITY = f"{DEMO_VLM} never saw this modality: its answers here are gue
 MADE_UP_ANSWERS = "What is called safe, and which action follows a finding, is made up and no medical advice."
 
 
-def caveats(model: "DualEncoder", dataset: "ImageDataset") -> list[str]:
+def caveats(model: Any, dataset: "ImageDataset") -> list[str]:
     """Sentences that a result card of this model on this data set must carry.
 
     Parameters
@@ -240,7 +239,7 @@ def vlm_caveats(vlm: Any, questions: "QuestionSet") -> list[str]:
     return [*found, *questions.provenance.get("caveats", ()), NOT_CLINICAL]
 
 
-def _size_caveats(model: "DualEncoder", dataset: "ImageDataset") -> list[str]:
+def _size_caveats(model: Any, dataset: "ImageDataset") -> list[str]:
     shorter_edge = min(dataset.images.shape[1:3])
     sizes = f"{shorter_edge} px images for {model.id}'s {model.image_size} px input"
     if model.image_size >= _SIZE_FACTOR * shorter_edge:

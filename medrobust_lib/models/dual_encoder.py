@@ -181,8 +181,6 @@ class DualEncoder(torch.nn.Module, abc.ABC):
         # Follows every .to(...): tells device and dtype even for a model without parameters.
         self.register_buffer("_anchor", torch.zeros(()), persistent=False)
 
-    # What a back end provides
-
     @abc.abstractmethod
     def _image_features(self, pixels: Tensor) -> Tensor:
         """Features [n, d] (any norm) of normalised pixels [n, 3, S, S] in the model's device and dtype."""
@@ -204,8 +202,6 @@ class DualEncoder(torch.nn.Module, abc.ABC):
     @abc.abstractmethod
     def _text_features(self, embeddings: Tensor, tokens: Tokens) -> Tensor:
         """Features [k, d] (any norm) of word embeddings [k, L, w] in the model's device and dtype."""
-
-    # What everyone uses
 
     @property
     def image_size(self) -> int:

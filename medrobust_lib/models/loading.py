@@ -51,6 +51,8 @@ if TYPE_CHECKING:
     from medrobust_lib.models.dual_encoder import DualEncoder
 
 _DTYPES = ("float32", "bfloat16", "float16")
+_FACTS = ("id", "family", "image_size", "parameters", "licence", "source")
+_COLUMNS = (*_FACTS, "sha256", "available_offline", "citation")
 
 # The one place that grows at run time: what register_model was given in this process.
 _REGISTERED: dict[str, ModelEntry] = {}
@@ -90,10 +92,9 @@ def resolve_dtype(dtype: "str | torch.dtype", device: "torch.device") -> "torch.
 
     if dtype == "auto":
         return torch.float32 if device.type == "cpu" else torch.bfloat16
-    if isinstance(dtype, torch.dtype) and dtype in [getattr(torch, name) for name in _DTYPES]:
-        return dtype
-    if isinstance(dtype, str) and dtype in _DTYPES:
-        return getattr(torch, dtype)
+    known = {name: getattr(torch, name) for name in _DTYPES}
+    if dtype in (*known, *known.values()):
+        return known.get(dtype, dtype)
     raise ValueError(f"dtype must be 'auto', {', '.join(map(repr, _DTYPES))}, not {dtype!r}")
 
 
@@ -262,19 +263,13 @@ def list_vlms(*, weights_dir: str | Path | None = None) -> pd.DataFrame:
 def _table(entries: Iterable[ModelEntry], weights_dir: Path) -> pd.DataFrame:
     rows = [
         {
-            "id": entry.id,
-            "family": entry.family,
-            "image_size": entry.image_size,
-            "parameters": entry.parameters,
-            "licence": entry.licence,
-            "source": entry.source,
+            **vars(entry),
             "sha256": _known_hashes(entry),
             "available_offline": available_offline(entry, weights_dir=weights_dir),
-            "citation": entry.citation,
         }
         for entry in entries
     ]
-    return pd.DataFrame(rows).astype({"parameters": "Int64"})
+    return pd.DataFrame(rows, columns=list(_COLUMNS)).astype({"parameters": "Int64"})
 
 
 def register_model(

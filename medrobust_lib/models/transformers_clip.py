@@ -118,11 +118,12 @@ class TransformersClipEncoder(DualEncoder):
         check_text_path(self, self._own_text_features)
 
     def _image_features(self, pixels: Tensor) -> Tensor:
-        return _tensor(self.model.get_image_features(pixel_values=pixels))
+        return self.model.get_image_features(pixel_values=pixels).pooler_output
 
     def _own_text_features(self, texts: list[str]) -> Tensor:
         inputs = self._tokenizer(texts, padding=True, return_tensors="pt").to(self.device)
-        return _tensor(self.model.get_text_features(inputs["input_ids"], attention_mask=inputs["attention_mask"]))
+        features = self.model.get_text_features(inputs["input_ids"], attention_mask=inputs["attention_mask"])
+        return features.pooler_output
 
     def tokenize(self, texts: Sequence[str]) -> Tokens:
         """Tokens of k texts, on the CPU, padded to the longest of them."""
@@ -328,11 +329,6 @@ def _hub_folder(repository: str, name: str, *, offline: bool) -> Path | None:
             return Path(hf_hub_download(repository, name, local_files_only=offline)).parent
     except OSError:
         return None
-
-
-def _tensor(features: Any) -> Tensor:
-    """Features as transformers 5 returns them, in an output object, or earlier versions."""
-    return features if isinstance(features, Tensor) else features.pooler_output
 
 
 def _plain(size: Any) -> dict[str, int]:
