@@ -18,7 +18,7 @@ from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, Offl
 
 from medrobust_lib.files import DownloadError, check_sums, file_sha256, named_when_full, read_sums, reported_errors
 from medrobust_lib.models.catalogue import GENERATIVE as VLMS
-from medrobust_lib.models.catalogue import HUB_PREFIX, HUB_URL, ModelEntry, VlmEntry, WeightFile, fetch_command
+from medrobust_lib.models.catalogue import HUB_PREFIX, HUB_URL, ModelEntry, WeightFile, fetch_command
 from medrobust_lib.models.loading import find_model, list_models
 from medrobust_lib.places import default_weights_dir
 from preparing.archives import OF_THE_DISK, extract
@@ -57,7 +57,7 @@ def main(
         # All ids are looked up before anything is fetched.
         for entry in [generative.get(model) or find_model(model) for model in models]:
             folder = (weights_dir or default_weights_dir()) / entry.id
-            if isinstance(entry, VlmEntry):
+            if entry.generative:
                 fetch_repository(entry, folder)
             else:
                 for file in published_files(entry):
@@ -66,7 +66,7 @@ def main(
             typer.echo(f"{folder}  ready")
 
 
-def fetch_repository(entry: VlmEntry, folder: Path) -> None:
+def fetch_repository(entry: ModelEntry, folder: Path) -> None:
     """Put the files of a generative model's hub repository into the folder, and record their SHA-256."""
     if not entry.source.startswith(HUB_PREFIX):
         raise ValueError(f"{entry.id} needs no download ({entry.source})")

@@ -39,7 +39,7 @@ from transformers import (
 from medrobust_lib.data.questions import PHANTOM_TASKS, action_token, actions, answer_wordings, question_wordings
 from medrobust_lib.experiments import write_text_atomically
 from medrobust_lib.files import reported_errors
-from medrobust_lib.models.loading import DEMO_VLM_FOLDER
+from medrobust_lib.models.weights import DEMO_VLM_FOLDER
 from medrobust_lib.phantoms import SPLITS, phantom_classes
 from preparing.downloads import record_sums
 from preparing.pretraining import render_many, shifted

@@ -406,14 +406,13 @@ def _check_vlms(ids: Collection[str]) -> None:
         return
     from huggingface_hub import constants
 
-    from medrobust_lib.models.catalogue import DUAL_ENCODERS, find_vlm
-    from medrobust_lib.models.loading import check_vlm, vlm_available_offline
+    from medrobust_lib.models.loading import available_offline, check_kind, find_model
 
     for id in sorted(ids):
-        entry = find_vlm(id, dual_encoders=[other.id for other in DUAL_ENCODERS])
+        entry = find_model(id, generative=True)
         weights_dir = default_weights_dir()
-        check_vlm(entry, weights_dir=weights_dir)
-        if constants.HF_HUB_OFFLINE and not vlm_available_offline(entry, weights_dir=weights_dir):
+        check_kind(entry, weights_dir=weights_dir)
+        if constants.HF_HUB_OFFLINE and not available_offline(entry, weights_dir=weights_dir):
             raise _not_here(id)
 
 

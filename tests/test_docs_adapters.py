@@ -29,8 +29,7 @@ from medrobust_lib.models.adapters import (
 )
 from medrobust_lib.models.dual_encoder import DualEncoder, Preprocessing, Tokens
 from medrobust_lib.models.loading import find_model
-from medrobust_lib.models.medclip import MedCLIPArchitecture, MedCLIPNetwork
-from medrobust_lib.models.unimedclip import published_architecture
+from medrobust_lib.models.medclip import MedCLIPNetwork
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = (ROOT / "docs" / "adapters.md").read_text(encoding="utf-8")
@@ -87,12 +86,11 @@ def timm_tower():
 
 
 def unimed_tower():
-    vision = published_architecture().vision
-    return open_clip.CLIP(embed_dim=512, vision_cfg=vision, text_cfg=CLIPTextCfg(layers=1)).visual
+    return open_clip.CLIP(embed_dim=512, vision_cfg=CLIPVisionCfg(), text_cfg=CLIPTextCfg(layers=1)).visual
 
 
 def medclip_tower(vision):
-    return MedCLIPNetwork(MedCLIPArchitecture(vision=vision, text=BertConfig(num_hidden_layers=1))).vision_model
+    return MedCLIPNetwork(vision, BertConfig(num_hidden_layers=1)).vision_model
 
 
 TOWERS = {

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from medrobust_lib import cli
 from medrobust_lib.data.registry import load_dataset
 from medrobust_lib.models.adapters import load_adapter
-from medrobust_lib.models.caveats import OWN_SITE, caveats
+from medrobust_lib.models.catalogue import OWN_SITE, caveats
 from medrobust_lib.models.loading import load_model
 
 pytestmark = pytest.mark.filterwarnings("ignore")

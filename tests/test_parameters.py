@@ -327,9 +327,9 @@ def test_values_that_cannot_work_are_refused_before_a_kernel_starts(
         (
             "local-dir:/no/such",
             FileNotFoundError,
-            "cannot load 'local-dir:/no/such': no config.json and no model weights in /no/such",
+            "cannot load 'local-dir:/no/such': /no/such lacks config.json and model weights",
         ),
-        ("Demo-VLM", ValueError, "unknown vision-language model 'Demo-VLM'. Did you mean 'demo-vlm'"),
+        ("Demo-VLM", ValueError, "unknown vision-language model 'Demo-VLM': did you mean 'demo-vlm'"),
         ("me/mine", ValueError, "A repository on the hub is hf:me/mine"),
         ("plip", ValueError, r"'plip' is a dual encoder .*load_model\('plip'\)"),
     ],

@@ -30,7 +30,6 @@ from medrobust_lib.data.registry import DATASETS
 from medrobust_lib.experiments import Metric, start_run
 from medrobust_lib.experiments.cards import RUN_DIR_VARIABLE
 from medrobust_lib.models import loading
-from medrobust_lib.models.catalogue import find_vlm
 from medrobust_lib.models.loading import find_model, list_models, list_vlms
 from medrobust_lib.parameters import assign_parameters, read_yaml
 
@@ -218,7 +217,7 @@ def stand_in(name, value):
         return [stand_in(name, item) for item in value]
     if name in ("model", "compare_with") and find_model(value):
         return value if value.startswith("local-dir:") else MODEL_STAND_IN
-    if name == "vlm" and find_vlm(value):
+    if name == "vlm" and find_model(value, generative=True):
         return VLM_STAND_IN
     if name in ("dataset", "datasets") and not value.startswith(("folder:", "csv:")):
         scenario = value.startswith(questions.QUESTIONS_PREFIX)

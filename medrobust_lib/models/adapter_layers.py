@@ -5,11 +5,10 @@ on that matrix shares its inner factor among the three; to adapt them separately
 first be three layers.
 """
 
-import contextlib
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -19,9 +18,10 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.nn import functional
 
-from medrobust_lib.models.dual_encoder import BrokenFeaturesError, DualEncoder
+from medrobust_lib.models.dual_encoder import DualEncoder, layers_run, probes
 
 PARTS = ("q", "k", "v")
+"""Names of the layers that take the place of a fused projection."""
 
 
 class SplitProjection(nn.Module):
@@ -260,20 +260,22 @@ class AdapterLayout:
     fused: bool
 
 
-def find_adapter_layout(model: DualEncoder) -> AdapterLayout:
-    """Find the layers of the image tower that adapters go to; nothing is changed.
+def adapter_layout(model: DualEncoder) -> AdapterLayout:
+    """Layers of the image tower that adapters go to, or went to; nothing is changed.
 
     These are the query, key and value projections of every attention block: fused ones of timm and of open_clip's own
     transformer, separate ones of transformers' CLIP, ViT and Swin. A tower without them gets adapters on its
     convolutions, but for those of the shortcuts (``downsample``), grouped and dilated ones. Only layers count that
     run when an image is encoded: open_clip's attention pooling, for one, hands the weights of its layers to a function,
-    so that an adapter there would learn nothing.
+    so that an adapter there would learn nothing. The model must be in evaluation mode: an image and a text are encoded.
 
     Raises
     ------
     ValueError
         The tower has neither, or its convolutions are less than half of it; says what it has.
     """
+    if hasattr(model, "attached"):
+        return model.attached.layout
     layers = _image_layers(model)
     fused = tuple(name for name, layer in layers.items() if is_fused(name, layer))
     if fused:
@@ -299,33 +301,15 @@ def find_adapter_layout(model: DualEncoder) -> AdapterLayout:
 
 def _image_layers(model: DualEncoder) -> dict[str, nn.Module]:
     """Linear, convolution and self-attention layers that run for an image and not for a text, in the model's order."""
-    grey = torch.full((1, 3, model.image_size, model.image_size), 0.5, device=model.device)
-    with torch.no_grad():
-        own = _run(model, lambda: model.encode_image(grey)) - _run(model, lambda: model.encode_text(["x"]))
-    return {name: layer for name, layer in model.named_modules() if name in own}
-
-
-def _run(model: DualEncoder, encode: Callable[[], Tensor]) -> set[str]:
-    found: set[str] = set()
-
-    def note(name: str) -> Callable[..., None]:
-        def hook(layer: nn.Module, inputs: tuple[Tensor, ...], _: object) -> None:
-            if not isinstance(layer, nn.MultiheadAttention) or len({id(given) for given in inputs[:3]}) == 1:
-                found.add(name)
-
-        return hook
-
     kinds = (nn.Linear, nn.Conv2d, nn.MultiheadAttention)
-    hooks = [
-        layer.register_forward_hook(note(name)) for name, layer in model.named_modules() if isinstance(layer, kinds)
-    ]
-    try:
-        with contextlib.suppress(BrokenFeaturesError):  # which layers run is asked, not what they give
-            encode()
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return found
+    with torch.no_grad():
+        image, text = (layers_run(model, encode, kinds) for encode in probes(model))
+    return {
+        name: layer
+        for name, layer in model.named_modules()
+        if name in image.keys() - text.keys()
+        and not (isinstance(layer, nn.MultiheadAttention) and len({id(given) for given in image[name][:3]}) > 1)
+    }
 
 
 def _is_adaptable_convolution(name: str, layer: nn.Module) -> bool:

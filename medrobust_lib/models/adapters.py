@@ -8,7 +8,6 @@ text tower is never touched.
 """
 
 import copy
-import difflib
 import json
 import shutil
 import tempfile
@@ -23,12 +22,13 @@ from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import nn
 
-from medrobust_lib.files import file_sha256, save_tensors
+from medrobust_lib.checks import check_choice, check_whole
+from medrobust_lib.files import file_sha256, parsed, save_tensors
 from medrobust_lib.models.adapter_layers import (
     ADAPTER,
     AdapterLayout,
+    adapter_layout,
     adapter_parameters,
-    find_adapter_layout,
     inject_adapters,
     open_attention,
     remove_adapters,
@@ -37,22 +37,6 @@ from medrobust_lib.models.adapter_layers import (
 from medrobust_lib.models.dual_encoder import DualEncoder, find_image_tower
 from medrobust_lib.models.weights import explained_errors, fingerprint, foreign_adapter
 from medrobust_lib.places import VERSION
-
-__all__ = [
-    "AdapterLayout",
-    "AttachedAdapters",
-    "TrainableShare",
-    "adapter_layout",
-    "adapter_parameters",
-    "attach_adapters",
-    "attached_adapters",
-    "describe_adapter",
-    "load_adapter",
-    "merge_adapters",
-    "save_adapter",
-    "trainable_share",
-    "weights_identity",
-]
 
 QKV = Literal["separate", "fused"]
 
@@ -93,20 +77,6 @@ class TrainableShare(NamedTuple):
     model: int
 
 
-def adapter_layout(model: DualEncoder) -> AdapterLayout:
-    """Layers of the image tower that adapters go to, or went to; see `find_adapter_layout`.
-
-    The model must be in evaluation mode: an image and a text are encoded.
-
-    Raises
-    ------
-    ValueError
-        The tower has no place for adapters; says what it has.
-    """
-    attached = attached_adapters(model)
-    return find_adapter_layout(model) if attached is None else attached.layout
-
-
 def attach_adapters(model: DualEncoder, *, rank: int = 16, qkv: QKV = "separate", seed: int = 0) -> DualEncoder:
     """Copy of the model with low-rank adapters that have yet to learn.
 
@@ -139,18 +109,14 @@ def attach_adapters(model: DualEncoder, *, rank: int = 16, qkv: QKV = "separate"
     ----------
     Hu et al. 2022, arXiv:2106.09685.
     """
-    if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
-        raise ValueError(f"rank={rank!r}: a whole number of at least 1 is needed, usually 4, 8 or 16")
-    if qkv not in get_args(QKV):
-        close = difflib.get_close_matches(str(qkv), get_args(QKV), n=1)
-        hint = f"; did you mean {close[0]!r}?" if close else ""
-        raise ValueError(f"qkv={qkv!r}: must be 'separate' or 'fused'{hint}")
+    check_whole("rank", rank, hint=", usually 4, 8 or 16")
+    check_choice("qkv", qkv, get_args(QKV))
     if attached_adapters(model) is not None:
         raise ValueError(f"{model.id} has adapters already; merge_adapters makes a plain model of it first")
     with torch.inference_mode(False):
         identity = weights_identity(model)
-        adapted = copy.deepcopy(model).eval().to(torch.promote_types(model.dtype, torch.float32))
-        layout = find_adapter_layout(adapted)
+        adapted = model.trainable_copy()
+        layout = adapter_layout(adapted)
         if qkv == "fused" and not layout.fused:
             raise ValueError(
                 f"qkv='fused': {model.id} has no fused query-key-value projection (its adapters go on "
@@ -168,13 +134,8 @@ def attached_adapters(model: DualEncoder) -> AttachedAdapters | None:
 
 def trainable_share(model: DualEncoder) -> TrainableShare:
     """Parameters of the adapters, of the whole image tower and of the whole model, which is in evaluation mode."""
-    wanted = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     with torch.inference_mode(False), torch.enable_grad():
-        try:
-            tower = find_image_tower(model).parameters
-        finally:
-            for name, parameter in model.named_parameters():
-                parameter.requires_grad_(wanted[name])
+        tower = find_image_tower(copy.deepcopy(model)).parameters
     counts = (
         sum(parameter.numel() for parameter in group)
         for group in (adapter_parameters(model).values(), tower.values(), model.parameters())
@@ -235,10 +196,8 @@ def save_adapter(
         raise FileExistsError(f"{folder} exists; delete it or give another folder, adapters are not overwritten")
     if "adapter" in provenance:
         raise ValueError("provenance has an entry 'adapter', which is kept for the adapter itself; rename it")
-    tensors = {
-        f"{_PEFT_PREFIX}{name}": tensor.detach().cpu().to(dtype).contiguous()
-        for name, tensor in get_peft_model_state_dict(model, save_embedding_layers=False).items()
-    }
+    adapters = get_peft_model_state_dict(model, save_embedding_layers=False)
+    tensors = {f"{_PEFT_PREFIX}{name}": tensor.to(dtype) for name, tensor in adapters.items()}
     try:
         given = json.dumps(dict(provenance), allow_nan=False)
     except (TypeError, ValueError) as error:
@@ -289,14 +248,10 @@ def describe_adapter(folder: Path | str) -> dict[str, Any]:
         raise FileNotFoundError(
             f"the adapter folder {folder} lacks {', '.join(missing)}; copy it anew or train again{foreign}"
         )
-    try:
+    with parsed(f"{folder / _PROVENANCE} is damaged or of another kind", "Copy the folder anew or train again."):
         content = json.loads((folder / _PROVENANCE).read_text(encoding="utf-8"))
         adapter = content["adapter"]
         written, known = adapter["format"], dict(adapter["files"])
-    except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(
-            f"{folder / _PROVENANCE} is damaged or of another kind ({error!r}); copy the folder anew or train again"
-        ) from error
     if written != _FORMAT:
         raise ValueError(f"{folder} holds an adapter of format {written!r}, not {_FORMAT}: another version wrote it")
     for name in (_TENSORS, _CONFIG):
@@ -339,8 +294,14 @@ def load_adapter(model: DualEncoder, folder: Path | str, *, merged: bool = True)
             f"the adapter {folder} was trained on {base['id']!r} with weights {base['weights']}, not on {model.id!r} "
             f"with weights {given}; load that model, or train an adapter of this one"
         )
+    with explained_errors(str(folder)):
+        tensors = {name.removeprefix(_PEFT_PREFIX): tensor for name, tensor in load_file(folder / _TENSORS).items()}
     with torch.inference_mode(False):
-        adapted = _filled(attach_adapters(model, rank=adapter["rank"], qkv=adapter["qkv"]), folder)
+        adapted = attach_adapters(model, rank=adapter["rank"], qkv=adapter["qkv"])
+        expected = {name: tensor.shape for name, tensor in get_peft_model_state_dict(adapted).items()}
+        if expected != {name: tensor.shape for name, tensor in tensors.items()}:
+            raise ValueError(f"the adapter {folder} does not fit the layers of {model.id!r}; train it again")
+        set_peft_model_state_dict(adapted, tensors)
         if merged:
             remove_adapters(adapted)
             del adapted.attached
@@ -348,17 +309,6 @@ def load_adapter(model: DualEncoder, folder: Path | str, *, merged: bool = True)
     adapted.id = f"{model.id} + {folder.resolve().name}"
     origin = {**model.provenance, "id": model.id, "weights": given}
     adapted.provenance = {**content, "adapter": {**adapter, "base": origin}}
-    return adapted
-
-
-def _filled(adapted: DualEncoder, folder: Path) -> DualEncoder:
-    """The same model, its adapters holding the tensors of a folder."""
-    with explained_errors(str(folder)):
-        tensors = {name.removeprefix(_PEFT_PREFIX): tensor for name, tensor in load_file(folder / _TENSORS).items()}
-    expected = {name: tensor.shape for name, tensor in get_peft_model_state_dict(adapted).items()}
-    if expected != {name: tensor.shape for name, tensor in tensors.items()}:
-        raise ValueError(f"the adapter {folder} does not fit the layers of {adapted.id!r}; train it again")
-    set_peft_model_state_dict(adapted, tensors)
     return adapted
 
 

@@ -1,26 +1,38 @@
-"""The rows of the model table: what each model is, where its weights come from, which loader reads them."""
+"""The model table: what each model is, where its weights come from, and what must be said beside its numbers.
+
+The rows are data, in ``models.toml``. Ids with a prefix make rows of their own: ``local-dir:PATH`` for a folder,
+``hf:OWNER/NAME`` for the hub, ``python:MODULE:FUNCTION`` for a loader of one's own.
+"""
 
 import importlib
-from collections.abc import Callable, Collection
-from dataclasses import dataclass, replace
+import json
+import tomllib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from medrobust_lib.checks import suggest
+from medrobust_lib.data.wording import SITE_A
 
 if TYPE_CHECKING:
-    from medrobust_lib.models.dual_encoder import DualEncoder
+    from medrobust_lib.data.dataset import ImageDataset
+    from medrobust_lib.data.questions import QuestionSet
 
-Loader = Callable[..., "DualEncoder"]
+Loader = Callable[..., Any]  # gives a DualEncoder, which this file cannot import: it needs this one
 
+BACKENDS = "medrobust_lib.models"
 HUB_URL = "https://huggingface.co/"
 CONFIG_NAME = "config.json"  # of transformers
 OPEN_CLIP_CONFIG_NAME = "open_clip_config.json"
 LOCAL_DIR_PREFIX = "local-dir:"
+HUB_PREFIX = "hf:"
 PYTHON_PREFIX = "python:"
+OWN_PREFIXES = (LOCAL_DIR_PREFIX, HUB_PREFIX, PYTHON_PREFIX)
+DEMO_MODEL = "demo-clip"
+DEMO_VLM = "demo-vlm"
 
-BACKENDS = "medrobust_lib.models"
-_MODEL_PAGE = "see the model page"
+_OWN_VLM_SIZE = 336  # of the image tower of LLaVA
 
 
 @dataclass(frozen=True)
@@ -49,217 +61,90 @@ class ModelEntry:
     Attributes
     ----------
     id : str
-        Name for :func:`load_model`.
+        Name for :func:`load_model`, or for :func:`load_vlm`.
     family : str
         Architecture and training data in a few words.
     image_size : int
-        Side of the image that the model reads, in pixels.
-    parameters : int or None
-        Number of parameters, computed from the architecture; None if not known.
+        Side of the image that a dual encoder reads, in pixels. Of a generative model: noise is added to [0, 1] pixels
+        of this size, before the model's own processor resizes or tiles them.
     licence : str
         Licence of the weights.
     source : str
         Where the weights come from: ``open_clip:ARCHITECTURE/TAG``, ``hf-hub:OWNER/NAME`` (open_clip),
-        ``hf:OWNER/NAME`` (transformers), ``local-dir:PATH`` (either), or a URL.
-    files : tuple of WeightFile
-        What ``data_scripts/fetch_weights.py`` puts under ``weights_dir/<id>/``.
+        ``hf:OWNER/NAME`` (transformers), ``local-dir:PATH`` (either), a URL, or a sentence for what is shipped.
     citation : str
         Paper to cite.
+    parameters : int or None
+        Number of parameters, computed from the architecture; None if not known.
+    files : tuple of WeightFile
+        What ``data_scripts/fetch_weights.py`` puts under ``weights_dir/<id>/``; all of the repository if empty.
     loader : str or callable
-        ``"module:function"`` or a function, called as ``loader(entry, weights_dir=..., offline=...)``; it
-        returns a float32 model on the CPU.
+        Of a dual encoder: ``"module:function"`` of this room or a function, called as
+        ``loader(entry, weights_dir=..., offline=...)``; it returns a float32 model on the CPU.
+    image_options : mapping
+        Settings of a generative model's image processor that differ from the model's own.
     """
 
     id: str
     family: str
     image_size: int
-    parameters: int | None
     licence: str
     source: str
-    files: tuple[WeightFile, ...]
     citation: str
-    loader: str | Loader
+    parameters: int | None = None
+    files: tuple[WeightFile, ...] = ()
+    loader: str | Loader = ""
+    image_options: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def generative(self) -> bool:
+        """Whether the model writes text; the others are dual encoders."""
+        return not self.loader
 
 
-def _hub_files(repository: str, *names: str) -> tuple[WeightFile, ...]:
-    return tuple(WeightFile(name, f"{HUB_URL}{repository}/resolve/main/{name}") for name in names)
+def _rows(kind: str) -> tuple[ModelEntry, ...]:
+    """Rows of one kind of ``models.toml``; a file is named as the last part of its address."""
+    table = tomllib.loads(files(BACKENDS).joinpath("models.toml").read_text(encoding="utf-8"))
+    return tuple(
+        ModelEntry(**{**row, "files": tuple(WeightFile(url.rpartition("/")[2], url) for url in row.get("files", ()))})
+        for row in table[kind]
+    )
 
 
-_BIOMED_BERT_FILES = _hub_files(
-    "microsoft/BiomedNLP-BiomedBERT-base-uncased-abstract", "config.json", "tokenizer_config.json", "vocab.txt"
-)
-_CLINICAL_BERT_FILES = _hub_files("emilyalsentzer/Bio_ClinicalBERT", "vocab.txt")
-_BIOMEDCLIP = "microsoft/BiomedCLIP-PubMedBERT_256-vit_base_patch16_224"
-_BIOMEDCLIP_FILES = (
-    *_hub_files(_BIOMEDCLIP, "open_clip_config.json", "open_clip_pytorch_model.bin"),
-    *_BIOMED_BERT_FILES,
-)
-_MEDCLIP_URL = "https://storage.googleapis.com/pytrial/"
-_CLIP_CITATION = "Radford et al. 2021, arXiv:2103.00020"
-
-DUAL_ENCODERS: tuple[ModelEntry, ...] = (
-    ModelEntry(
-        id="demo-clip",
-        family="small CLIP trained on synthetic phantoms",
-        image_size=64,
-        parameters=1_869_337,
-        licence="MIT",
-        source="shipped with medrobust_lib (models/demo/clip)",
-        files=(WeightFile("open_clip_model.safetensors", ""),),
-        citation="this package",
-        loader=f"{BACKENDS}.open_clip_backend:load_demo",
-    ),
-    ModelEntry(
-        id="clip-vit-b16",
-        family="OpenAI CLIP ViT-B/16",
-        image_size=224,
-        parameters=149_620_737,
-        licence="MIT",
-        source="open_clip:ViT-B-16-quickgelu/openai",
-        files=_hub_files("timm/vit_base_patch16_clip_224.openai", "open_clip_model.safetensors"),
-        citation=_CLIP_CITATION,
-        loader=f"{BACKENDS}.open_clip_backend:load_open_clip",
-    ),
-    ModelEntry(
-        id="clip-rn50",
-        family="OpenAI CLIP RN50",
-        image_size=224,
-        parameters=102_007_137,
-        licence="MIT",
-        source="open_clip:RN50-quickgelu/openai",
-        files=_hub_files("timm/resnet50_clip.openai", "open_clip_model.safetensors"),
-        citation=_CLIP_CITATION,
-        loader=f"{BACKENDS}.open_clip_backend:load_open_clip",
-    ),
-    ModelEntry(
-        id="plip",
-        family="CLIP ViT-B/32 tuned on pathology images from Twitter",
-        image_size=224,
-        parameters=151_277_313,
-        licence=_MODEL_PAGE,
-        source="hf:vinid/plip",
-        files=_hub_files(
-            "vinid/plip",
-            "config.json",
-            "preprocessor_config.json",
-            "pytorch_model.bin",
-            "tokenizer_config.json",
-            "vocab.json",
-            "merges.txt",
-        ),
-        citation="Huang et al. 2023, Nature Medicine 29, 2307-2316",
-        loader=f"{BACKENDS}.transformers_backend:load_transformers_clip",
-    ),
-    ModelEntry(
-        id="quilt-b32",
-        family="CLIP ViT-B/32 tuned on Quilt-1M histopathology",
-        image_size=224,
-        parameters=151_277_313,
-        licence=_MODEL_PAGE,
-        source="hf-hub:wisdomik/QuiltNet-B-32",
-        files=_hub_files("wisdomik/QuiltNet-B-32", "open_clip_config.json", "open_clip_pytorch_model.bin"),
-        citation="Ikezogwo et al. 2023, arXiv:2306.11207",
-        loader=f"{BACKENDS}.open_clip_backend:load_open_clip",
-    ),
-    ModelEntry(
-        id="biomedclip",
-        family="BiomedCLIP: ViT-B/16 and PubMedBERT on PMC-15M",
-        image_size=224,
-        parameters=195_902_721,
-        licence="MIT",
-        source=f"hf-hub:{_BIOMEDCLIP}",
-        files=_BIOMEDCLIP_FILES,
-        citation="Zhang et al. 2023, arXiv:2303.00915",
-        loader=f"{BACKENDS}.open_clip_backend:load_open_clip",
-    ),
-    ModelEntry(
-        id="medclip-vit",
-        family="MedCLIP: Swin-T and Bio_ClinicalBERT on chest X-rays",
-        image_size=224,
-        parameters=136_616_059,
-        licence=_MODEL_PAGE,
-        source=f"{_MEDCLIP_URL}medclip-vit-pretrained.zip",
-        files=(
-            WeightFile("medclip-vit-pretrained.zip", f"{_MEDCLIP_URL}medclip-vit-pretrained.zip"),
-            *_CLINICAL_BERT_FILES,
-        ),
-        citation="Wang et al. 2022, arXiv:2210.10163",
-        loader=f"{BACKENDS}.medclip_backend:load_medclip",
-    ),
-    ModelEntry(
-        id="medclip-rn50",
-        family="MedCLIP: ResNet-50 and Bio_ClinicalBERT on chest X-rays",
-        image_size=224,
-        parameters=133_260_097,
-        licence=_MODEL_PAGE,
-        source=f"{_MEDCLIP_URL}medclip-pretrained.zip",
-        files=(
-            WeightFile("medclip-pretrained.zip", f"{_MEDCLIP_URL}medclip-pretrained.zip"),
-            *_CLINICAL_BERT_FILES,
-        ),
-        citation="Wang et al. 2022, arXiv:2210.10163",
-        loader=f"{BACKENDS}.medclip_backend:load_medclip",
-    ),
-    ModelEntry(
-        id="unimedclip",
-        family="UniMed-CLIP: ViT-B/16 and BiomedBERT on six modalities",
-        image_size=224,
-        parameters=195_903_489,
-        licence=_MODEL_PAGE,
-        source="https://github.com/mbzuai-oryx/UniMed-CLIP (unimed_clip_vit_b16.pt)",
-        files=_BIOMED_BERT_FILES,
-        citation="Khattak et al. 2024, arXiv:2412.10372",
-        loader=f"{BACKENDS}.unimedclip_backend:load_unimedclip",
-    ),
-    ModelEntry(
-        id="robustmedclip",
-        family="BiomedCLIP with low-rank adapters, few-shot on clean medical images",
-        image_size=224,
-        parameters=195_902_721,
-        licence=_MODEL_PAGE,
-        source=f"{HUB_URL}razaimam45/RobustMedCLIP",
-        files=_BIOMEDCLIP_FILES,
-        citation="Imam et al. 2025, arXiv:2505.15425",
-        loader=f"{BACKENDS}.robustmedclip_backend:load_robustmedclip",
-    ),
-)
+DUAL_ENCODERS = _rows("dual_encoders")
+GENERATIVE = _rows("generative")
 
 
-def folder_entry(id: str) -> ModelEntry:
-    """Row of a ``local-dir:PATH`` model, whose folder says the rest: open_clip's format, else transformers'."""
-    folder = Path(id.removeprefix(LOCAL_DIR_PREFIX)).expanduser()
-    by_transformers = (folder / CONFIG_NAME).is_file() and not (folder / OPEN_CLIP_CONFIG_NAME).is_file()
-    if by_transformers:
-        return _own_entry(id, "CLIP folder in transformers' format", "transformers_backend:load_transformers_clip")
-    return _own_entry(id, "open_clip folder", "open_clip_backend:load_open_clip")
-
-
-def hub_entry(id: str) -> ModelEntry:
-    """Row of an ``hf:OWNER/NAME`` model, whose repository says the rest.
+def own_entry(id: str, *, generative: bool = False) -> ModelEntry | None:
+    """Row of a model whose id says where it is, or None for an id without such a prefix.
 
     Raises
     ------
     ValueError
-        The id is not of this form.
+        The id has the prefix but not the form, or there is no such module or function.
     """
-    owner, _, name = id.removeprefix(HUB_PREFIX).partition("/")
-    if not owner or not name or "/" in name:
-        raise ValueError(
-            f"{id!r} names no repository on the hub: write {HUB_PREFIX}OWNER/NAME; a folder on this computer is "
-            f"{LOCAL_DIR_PREFIX}PATH"
-        )
-    return _own_entry(id, "CLIP from the hub", "transformers_backend:load_hub_clip")
+    place = id.partition(":")[2]
+    if id.startswith(HUB_PREFIX):
+        owner, _, name = place.partition("/")
+        if not owner or not name or "/" in name:
+            raise ValueError(
+                f"{id!r} names no repository on the hub: write {HUB_PREFIX}OWNER/NAME; a folder on this computer is "
+                f"{LOCAL_DIR_PREFIX}PATH"
+            )
+        loader: str | Loader = "transformers_clip:load_hub_clip"
+    elif id.startswith(LOCAL_DIR_PREFIX):
+        folder = Path(place).expanduser()
+        by_transformers = (folder / CONFIG_NAME).is_file() and not (folder / OPEN_CLIP_CONFIG_NAME).is_file()
+        loader = "transformers_clip:load_transformers_clip" if by_transformers else "open_clip:load_open_clip"
+    elif id.startswith(PYTHON_PREFIX) and not generative:
+        loader = _own_loader(id, *place.partition(":")[::2])
+    else:
+        return None
+    size = _OWN_VLM_SIZE if generative else 0  # the files of a dual encoder say it
+    return ModelEntry(id, "own model", size, "not stated", id, citation="", loader="" if generative else loader)
 
 
-def python_entry(id: str) -> ModelEntry:
-    """Row of a ``python:MODULE:FUNCTION`` model, which a loader of one's own makes.
-
-    Raises
-    ------
-    ValueError
-        The id is not of this form, or there is no such module or function.
-    """
-    module, _, function = id.removeprefix(PYTHON_PREFIX).partition(":")
+def _own_loader(id: str, module: str, function: str) -> Loader:
     if not module or not function.isidentifier():
         raise ValueError(f"{id!r} names no loader: write {PYTHON_PREFIX}MODULE:FUNCTION, such as python:my_models:load")
     try:
@@ -270,163 +155,16 @@ def python_entry(id: str) -> ModelEntry:
         ) from error
     if not callable(loader):
         raise ValueError(f"{id!r}: the module {module} has no function {function!r}")
-    return replace(_own_entry(id, "own model", ""), loader=loader)
-
-
-def _own_entry(id: str, family: str, loader: str) -> ModelEntry:
-    return ModelEntry(
-        id=id,
-        family=family,
-        image_size=0,
-        parameters=None,
-        licence="not stated",
-        source=id,
-        files=(),
-        citation="",
-        loader=f"{BACKENDS}.{loader}",
-    )
-
-
-DEMO_VLM = "demo-vlm"
-FOLDER_PREFIX = "local-dir:"
-HUB_PREFIX = "hf:"
-_DEFAULT_SIZE = 336  # of models that the table does not know: the size of LLaVA's image tower
-
-# Without `do_resize` an image would be enlarged to four times the side of the tile that it is then shrunk to.
-_ONE_TILE = (("do_image_splitting", False), ("do_resize", False))
-
-
-@dataclass(frozen=True)
-class VlmEntry:
-    """One row of the table of generative models.
-
-    Attributes
-    ----------
-    id : str
-        Name for `load_vlm`.
-    family : str
-        Architecture in a few words.
-    image_size : int
-        S: noise is added to [0, 1] pixels of S x S, before the model's own processor resizes or tiles them.
-    parameters : int or None
-        Number of parameters; None if not known.
-    licence : str
-        Licence of the weights.
-    source : str
-        ``hf:OWNER/NAME`` on the hub, ``local-dir:PATH``, or a sentence for what ships with the package.
-    citation : str
-        Paper to cite.
-    image_options : tuple of (str, object)
-        Names and values of the image processor's settings that differ from the model's own.
-    """
-
-    id: str
-    family: str
-    image_size: int
-    parameters: int | None
-    licence: str
-    source: str
-    citation: str
-    image_options: tuple[tuple[str, object], ...] = ()
-
-
-GENERATIVE: tuple[VlmEntry, ...] = (
-    VlmEntry(
-        id=DEMO_VLM,
-        family="tiny LLaVA trained on phantoms of histology, blood, chest and oct",
-        image_size=64,
-        parameters=1_601_280,
-        licence="MIT",
-        source="shipped with medrobust_lib (models/demo/vlm)",
-        citation="this package",
-    ),
-    VlmEntry(
-        id="llava-1.6-mistral-7b",
-        family="LLaVA-1.6 (LLaVA-NeXT) on Mistral-7B",
-        image_size=336,
-        parameters=7_566_747_648,
-        licence="Apache-2.0",
-        source="hf:llava-hf/llava-v1.6-mistral-7b-hf",
-        citation="Liu et al. 2024, arXiv:2310.03744",
-    ),
-    VlmEntry(
-        id="llava-1.6-vicuna-7b",
-        family="LLaVA-1.6 (LLaVA-NeXT) on Vicuna-7B",
-        image_size=336,
-        parameters=7_063_431_168,
-        licence="Llama 2 Community License",
-        source="hf:llava-hf/llava-v1.6-vicuna-7b-hf",
-        citation="Liu et al. 2024, arXiv:2310.03744",
-    ),
-    VlmEntry(
-        id="smolvlm-256m",
-        family="SmolVLM 256M, images in one tile",
-        image_size=512,
-        parameters=256_484_928,
-        licence="Apache-2.0",
-        source="hf:HuggingFaceTB/SmolVLM-256M-Instruct",
-        citation="Marafioti et al. 2025, arXiv:2504.05299",
-        image_options=_ONE_TILE,
-    ),
-    VlmEntry(
-        id="smolvlm-500m",
-        family="SmolVLM 500M, images in one tile",
-        image_size=512,
-        parameters=507_482_304,
-        licence="Apache-2.0",
-        source="hf:HuggingFaceTB/SmolVLM-500M-Instruct",
-        citation="Marafioti et al. 2025, arXiv:2504.05299",
-        image_options=_ONE_TILE,
-    ),
-    VlmEntry(
-        id="qwen2-vl-2b",
-        family="Qwen2-VL 2B",
-        image_size=448,
-        parameters=2_208_985_600,
-        licence="Apache-2.0",
-        source="hf:Qwen/Qwen2-VL-2B-Instruct",
-        citation="Wang et al. 2024, arXiv:2409.12191",
-    ),
-)
-
-
-def find_vlm(id: str, *, dual_encoders: Collection[str] = ()) -> VlmEntry:
-    """Row of a generative model; ``local-dir:PATH`` and ``hf:OWNER/NAME`` make one.
-
-    Parameters
-    ----------
-    id : str
-    dual_encoders : collection of str
-        Ids of models that do not generate, to say of one of them how it is loaded.
-
-    Raises
-    ------
-    ValueError
-        If the id is unknown; the closest ids are named.
-    """
-    if id.startswith((FOLDER_PREFIX, HUB_PREFIX)):
-        return VlmEntry(id, "model in transformers' format", _DEFAULT_SIZE, None, "not stated", id, "")
-    rows = {entry.id: entry for entry in GENERATIVE}
-    if id in dual_encoders:
-        raise ValueError(
-            f"{id!r} is a dual encoder and writes no text: load it with load_model({id!r}) (notebooks: the parameter "
-            f"`model`). Generative models: {', '.join(rows)}"
-        )
-    if id not in rows:
-        raise ValueError(
-            f"unknown vision-language model {id!r}.{suggest(id, rows)}{place_hint(id)} {FOLDER_PREFIX}PATH and "
-            f"{HUB_PREFIX}OWNER/NAME work too"
-        )
-    return rows[id]
+    return loader
 
 
 def place_hint(id: str) -> str:
     """Part of an error message for an id that is a path or a repository without its prefix; else empty."""
     owner, slash, name = id.partition("/")
     if id and (Path(id).is_dir() or owner in ("", ".", "..") or id[0] == "~" or "\\" in id):
-        return f" A folder on this computer is {FOLDER_PREFIX}{id}."
+        return f" A folder on this computer is {LOCAL_DIR_PREFIX}{id}."
     repository = f"A repository on the hub is {HUB_PREFIX}{id}, a" if name and "/" not in name else "A"
-    return f" {repository} folder on this computer {FOLDER_PREFIX}PATH." if slash else ""
+    return f" {repository} folder on this computer {LOCAL_DIR_PREFIX}PATH." if slash else ""
 
 
 def fetch_command(id: str) -> str:
@@ -434,3 +172,78 @@ def fetch_command(id: str) -> str:
     if id.startswith(HUB_PREFIX):
         return f"hf download {id.removeprefix(HUB_PREFIX)}"
     return f"python data_scripts/fetch_weights.py {id}"
+
+
+# From here on the model sees either blown-up pixels or a thumbnail of what a reader of the images saw.
+_SIZE_FACTOR = 3.0
+
+NOT_CLINICAL = "For teaching and research, not for clinical use."
+SYNTHETIC = "The images are synthetic phantoms, not patients' images: no number here says anything about patients."
+_OTHER_MODELS_ON_PHANTOMS = "Which model is best on synthetic phantoms says nothing about which is best on real images."
+OWN_SITE = f"{DEMO_MODEL} was trained on phantoms of this very site, so its numbers here are flattering."
+_DEMO_ON_REAL = (
+    f"{DEMO_MODEL} was trained on synthetic phantoms only: its numbers on real images test the plumbing and say "
+    "nothing about medical models."
+)
+UNSEEN_MODALITY = f"{DEMO_VLM} never saw this modality: its answers here are guesses."
+MADE_UP_ANSWERS = "What is called safe, and which action follows a finding, is made up and no medical advice."
+
+
+def caveats(model: Any, dataset: "ImageDataset") -> list[str]:
+    """Sentences that a result card of this model on this data set must carry.
+
+    Parameters
+    ----------
+    model : DualEncoder
+    dataset : ImageDataset
+
+    Returns
+    -------
+    list of str
+        The weightiest first, the clinical disclaimer last, which is always there. Sentences name no data
+        set, so that those of several sets can be merged without repetition.
+    """
+    from medrobust_lib.data.inspection import first_of  # deferred, as scipy with it: a list of models needs neither
+
+    found = []
+    base = model.provenance.get("base")  # a re-trained copy has seen what its base saw
+    origin = base.get("id", model.id) if isinstance(base, Mapping) else base or model.id
+    if dataset.synthetic:
+        found.append(SYNTHETIC)
+        if origin != DEMO_MODEL:
+            found.append(_OTHER_MODELS_ON_PHANTOMS)
+        elif dataset.id.endswith(SITE_A):
+            found.append(OWN_SITE)
+    elif origin == DEMO_MODEL:
+        found.append(_DEMO_ON_REAL)
+    absent = [name for name, count in dataset.class_counts().items() if not count]
+    if absent:
+        found.append(f"No image of {len(absent)} of {len(dataset.classes)} classes was measured: {first_of(absent)}.")
+    return [*found, *dataset.caveats, *_size_caveats(model, dataset), NOT_CLINICAL]
+
+
+def vlm_caveats(vlm: Any, questions: "QuestionSet") -> list[str]:
+    """Sentences that a result card of this generative model on these questions must carry; see `caveats`."""
+    from medrobust_lib.phantoms import MODALITIES
+
+    found = []
+    if not questions.synthetic:
+        if vlm.id == DEMO_VLM:
+            found.append(_DEMO_ON_REAL.replace(DEMO_MODEL, DEMO_VLM))
+    elif vlm.id == DEMO_VLM:
+        recipe = json.loads(files(BACKENDS).joinpath("demo", "vlm", "recipe.json").read_text(encoding="utf-8"))
+        unseen = questions.id.removeprefix("phantom/").removesuffix(SITE_A) in {*MODALITIES} - {*recipe["modalities"]}
+        found += [*([UNSEEN_MODALITY] if unseen else []), SYNTHETIC, MADE_UP_ANSWERS]
+    else:
+        found += [SYNTHETIC, MADE_UP_ANSWERS, _OTHER_MODELS_ON_PHANTOMS]
+    return [*found, *questions.provenance.get("caveats", ()), NOT_CLINICAL]
+
+
+def _size_caveats(model: Any, dataset: "ImageDataset") -> list[str]:
+    shorter_edge = min(dataset.images.shape[1:3])
+    sizes = f"{shorter_edge} px images for {model.id}'s {model.image_size} px input"
+    if model.image_size >= _SIZE_FACTOR * shorter_edge:
+        return [f"Preprocessing enlarges {sizes}: what the enlargement invents is blur, not detail."]
+    if shorter_edge >= _SIZE_FACTOR * model.image_size:
+        return [f"Preprocessing shrinks {sizes}: fine structures are lost before the model sees them."]
+    return []

@@ -1,10 +1,12 @@
 """The one interface of every contrastive image-text model: images and texts to unit-norm features."""
 
 import abc
+import contextlib
+import copy
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -12,19 +14,16 @@ from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm  # what all batch normalisation layers have in common
 
 from medrobust_lib.models.geometry import ImageInput, Preprocessing, check_pixels, prepare_images
-
-__all__ = [
-    "BrokenFeaturesError",
-    "DualEncoder",
-    "ImageInput",
-    "Preprocessing",
-    "Tokens",
-    "check_text_lengths",
-    "check_text_path",
-]
+from medrobust_lib.models.weights import fingerprint
 
 TEXT_CHUNK = 64
 """Texts encoded at a time by :meth:`DualEncoder.encode_text`: bounds memory, not the result."""
+
+SOUND_TYPES = (
+    "Load the model with dtype='float32' or 'bfloat16' (float16 ends at 65,504); if that does not help, its weights "
+    "or its adapter are damaged"
+)
+"""The end of an error about numbers that are not finite."""
 
 _LEAST_NORM = 1e-12  # below it torch's normalisation divides by this instead, and the feature is not of norm 1
 
@@ -182,8 +181,6 @@ class DualEncoder(torch.nn.Module, abc.ABC):
         # Follows every .to(...): tells device and dtype even for a model without parameters.
         self.register_buffer("_anchor", torch.zeros(()), persistent=False)
 
-    # What a back end provides
-
     @abc.abstractmethod
     def _image_features(self, pixels: Tensor) -> Tensor:
         """Features [n, d] (any norm) of normalised pixels [n, 3, S, S] in the model's device and dtype."""
@@ -206,8 +203,6 @@ class DualEncoder(torch.nn.Module, abc.ABC):
     def _text_features(self, embeddings: Tensor, tokens: Tokens) -> Tensor:
         """Features [k, d] (any norm) of word embeddings [k, L, w] in the model's device and dtype."""
 
-    # What everyone uses
-
     @property
     def image_size(self) -> int:
         """S, the side of the square image that the model reads, in pixels."""
@@ -222,6 +217,19 @@ class DualEncoder(torch.nn.Module, abc.ABC):
     def dtype(self) -> torch.dtype:
         """Floating-point type in which the towers compute; features are float32 whatever it is."""
         return self._anchor.dtype
+
+    @property
+    def precision(self) -> str:
+        """Name of `dtype`, such as "float32"."""
+        return str(self.dtype).removeprefix("torch.")
+
+    def identity(self) -> dict[str, str]:
+        """What tells this model from any other in a record: id, dtype, and the fingerprint of its weights."""
+        return {"id": self.id, "dtype": self.precision, "weights": fingerprint(list(self.state_dict().values()))}
+
+    def trainable_copy(self) -> Self:
+        """Copy in evaluation mode, in float32 or what is more precise."""
+        return copy.deepcopy(self).eval().to(torch.promote_types(self.dtype, torch.float32))
 
     def prepare(self, images: ImageInput) -> Tensor:
         """Bring images to the model's geometry, without normalising them.
@@ -397,10 +405,9 @@ class DualEncoder(torch.nn.Module, abc.ABC):
             if not (low >= _LEAST_NORM and high < math.inf):
                 broken = int((~((norms >= _LEAST_NORM) & norms.isfinite())).sum())
                 raise BrokenFeaturesError(
-                    f"{self.id} in {str(self.dtype).removeprefix('torch.')}: the features of {broken} of {len(norms)} "
+                    f"{self.id} in {self.precision}: the features of {broken} of {len(norms)} "
                     f"{of} are not finite or have no length (below {_LEAST_NORM:g}, or beyond float32), so they have "
-                    "no answer. Load the model with dtype='float32' or 'bfloat16' (float16 ends at 65,504); if that "
-                    "does not help, its weights or its adapter are damaged"
+                    f"no answer. {SOUND_TYPES}"
                 )
         return features / norms.clamp_min(_LEAST_NORM)
 
@@ -444,8 +451,8 @@ def find_image_tower(model: DualEncoder) -> ImageTower:
     Afterwards exactly the parameters of the tower require a gradient, so give a copy.
     """
     model.requires_grad_(True)
-    grey = torch.full((1, 3, model.image_size, model.image_size), 0.5, device=model.device)
-    own = _reached(model, lambda: model.encode_image(grey)) - _reached(model, lambda: model.encode_text(["x"]))
+    image, text = (_reached(model, encode) for encode in probes(model))
+    own = image - text
     model.requires_grad_(False)
     parameters = {name: parameter for name, parameter in model.named_parameters() if name in own}
     if not parameters:
@@ -455,24 +462,37 @@ def find_image_tower(model: DualEncoder) -> ImageTower:
         )
     for parameter in parameters.values():
         parameter.requires_grad_(True)
-    return ImageTower(parameters, {name: norm for name, norm in _norms(model).items() if name in own})
+    return ImageTower(
+        parameters, {name: norm for name, norm in model.named_modules() if name in own and isinstance(norm, _BatchNorm)}
+    )
+
+
+def probes(model: DualEncoder) -> tuple[Callable[[], Tensor], Callable[[], Tensor]]:
+    """Two calls that show by what they use which parts are the image tower's: one encodes an image, one a text."""
+    grey = torch.full((1, 3, model.image_size, model.image_size), 0.5, device=model.device)
+    return lambda: model.encode_image(grey), lambda: model.encode_text(["x"])
+
+
+def layers_run(
+    model: nn.Module, encode: Callable[[], Tensor], kinds: tuple[type[nn.Module], ...]
+) -> dict[str, tuple[Any, ...]]:
+    """Names of the layers of these kinds that run in a call, and their inputs; what features come out is not asked."""
+    found: dict[str, tuple[Any, ...]] = {}
+    with contextlib.ExitStack() as hooks, contextlib.suppress(BrokenFeaturesError):
+        for name, layer in model.named_modules():
+            if isinstance(layer, kinds):
+                hook = layer.register_forward_hook(lambda _, inputs, __, name=name: found.update({name: inputs}))
+                hooks.callback(hook.remove)
+        encode()
+    return found
 
 
 def _reached(model: DualEncoder, encode: Callable[[], Tensor]) -> set[str]:
     """Names of the parameters and batch normalisation layers that features depend on."""
-    found: set[str] = set()
-    hooks = [norm.register_forward_hook(lambda *_, name=name: found.add(name)) for name, norm in _norms(model).items()]
-    try:
-        features = encode()
-    finally:
-        for hook in hooks:
-            hook.remove()
-    if features.requires_grad:
+    features: list[Tensor] = []
+    found = set(layers_run(model, lambda: features.append(encode()), (_BatchNorm,)))
+    if features and features[0].requires_grad:
         names, parameters = zip(*model.named_parameters(), strict=True)
-        gradients = torch.autograd.grad(features.sum(), parameters, allow_unused=True)
+        gradients = torch.autograd.grad(features[0].sum(), parameters, allow_unused=True)
         found.update(name for name, gradient in zip(names, gradients, strict=True) if gradient is not None)
     return found
-
-
-def _norms(model: nn.Module) -> dict[str, _BatchNorm]:
-    return {name: module for name, module in model.named_modules() if isinstance(module, _BatchNorm)}

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from medrobust_lib.checks import check_choice, check_whole
 from medrobust_lib.data.decoding import read_image
 
 Geometry = Literal["shortest-edge-crop", "pad-square", "letterbox", "squash"]
@@ -58,12 +59,9 @@ class Preprocessing:
     floor_margin: bool = False
 
     def __post_init__(self) -> None:
-        if self.image_size < 1:
-            raise ValueError(f"image_size must be positive, not {self.image_size}")
-        if self.geometry not in get_args(Geometry):
-            raise ValueError(f"geometry must be one of {get_args(Geometry)}, not {self.geometry!r}")
-        if self.interpolation not in _RESAMPLING:
-            raise ValueError(f"interpolation must be one of {tuple(_RESAMPLING)}, not {self.interpolation!r}")
+        check_whole("image_size", self.image_size)
+        check_choice("geometry", self.geometry, get_args(Geometry))
+        check_choice("interpolation", self.interpolation, _RESAMPLING)
         if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
             raise ValueError(f"mean and std need 3 values each, std above 0: {self.mean}, {self.std}")
 

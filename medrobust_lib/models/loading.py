@@ -1,11 +1,12 @@
-"""Where and in which precision a model computes."""
+"""Models by name: which there are, whether their weights are here, and where and in which precision they compute."""
 
 import importlib
 import inspect
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import pandas as pd
 
@@ -14,22 +15,19 @@ from medrobust_lib.files import read_sums
 from medrobust_lib.models.catalogue import (
     BACKENDS,
     CONFIG_NAME,
-    DEMO_VLM,
+    DEMO_MODEL,
     DUAL_ENCODERS,
-    FOLDER_PREFIX,
     GENERATIVE,
     HUB_PREFIX,
     HUB_URL,
     LOCAL_DIR_PREFIX,
     OPEN_CLIP_CONFIG_NAME,
+    OWN_PREFIXES,
     PYTHON_PREFIX,
     Loader,
     ModelEntry,
-    VlmEntry,
-    folder_entry,
-    hub_entry,
+    own_entry,
     place_hint,
-    python_entry,
 )
 from medrobust_lib.models.weights import (
     CHECKPOINT_SUFFIXES,
@@ -41,8 +39,9 @@ from medrobust_lib.models.weights import (
     check_writes_text,
     has_checkpoint,
     hub_snapshot,
+    incomplete,
     is_clip,
-    local_folder,
+    model_folder,
 )
 from medrobust_lib.places import default_weights_dir
 
@@ -52,6 +51,11 @@ if TYPE_CHECKING:
     from medrobust_lib.models.dual_encoder import DualEncoder
 
 _DTYPES = ("float32", "bfloat16", "float16")
+_FACTS = ("id", "family", "image_size", "parameters", "licence", "source")
+_COLUMNS = (*_FACTS, "sha256", "available_offline", "citation")
+
+# The one place that grows at run time: what register_model was given in this process.
+_REGISTERED: dict[str, ModelEntry] = {}
 
 
 def resolve_device(device: "str | torch.device") -> "torch.device":
@@ -88,28 +92,42 @@ def resolve_dtype(dtype: "str | torch.dtype", device: "torch.device") -> "torch.
 
     if dtype == "auto":
         return torch.float32 if device.type == "cpu" else torch.bfloat16
-    if isinstance(dtype, torch.dtype) and dtype in [getattr(torch, name) for name in _DTYPES]:
-        return dtype
-    if isinstance(dtype, str) and dtype in _DTYPES:
-        return getattr(torch, dtype)
+    known = {name: getattr(torch, name) for name in _DTYPES}
+    if dtype in (*known, *known.values()):
+        return known.get(dtype, dtype)
     raise ValueError(f"dtype must be 'auto', {', '.join(map(repr, _DTYPES))}, not {dtype!r}")
 
 
-_OWN_IDS = f"{LOCAL_DIR_PREFIX}PATH, {HUB_PREFIX}OWNER/NAME or {PYTHON_PREFIX}MODULE:FUNCTION"
+class Placement(NamedTuple):
+    """Where and how a model is loaded, settled."""
 
-# The one place that grows at run time: what register_model was given in this process.
-_REGISTERED: dict[str, ModelEntry] = {}
+    device: "torch.device"
+    dtype: "torch.dtype"
+    weights_dir: Path
+    offline: bool
 
 
-def find_model(id: str) -> ModelEntry:
+def settled(
+    device: "str | torch.device", dtype: "str | torch.dtype", weights_dir: str | Path | None, offline: bool | None
+) -> Placement:
+    """What `load_model` and `load_vlm` are asked for, with defaults filled in; raises as `resolve_device` does."""
+    target = resolve_device(device)
+    if offline is None:
+        offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
+    return Placement(target, resolve_dtype(dtype, target), _weights_dir(weights_dir), offline)
+
+
+def find_model(id: str, *, generative: bool = False) -> ModelEntry:
     """Row of a model.
 
     Parameters
     ----------
     id : str
-        An id of :func:`list_models`; ``local-dir:PATH`` for a folder in open_clip's or transformers' format;
-        ``hf:OWNER/NAME`` for a CLIP on the hub; or ``python:MODULE:FUNCTION`` for a loader of one's own, as in
-        :func:`register_model`.
+        An id of :func:`list_models`, or of :func:`list_vlms`; ``local-dir:PATH`` for a folder in open_clip's or
+        transformers' format; ``hf:OWNER/NAME`` for a model on the hub; or ``python:MODULE:FUNCTION`` for a loader of
+        one's own, as in :func:`register_model`.
+    generative : bool
+        Whether a model that writes text is meant, for :func:`load_vlm`; else a dual encoder.
 
     Returns
     -------
@@ -119,30 +137,32 @@ def find_model(id: str) -> ModelEntry:
     Raises
     ------
     ValueError
-        If the id is unknown (the closest and all ids are named), or that of a generative model.
+        If the id is unknown (the closest and all ids are named), or that of a model of the other kind.
     """
-    if id.startswith(LOCAL_DIR_PREFIX):
-        return folder_entry(id)
-    if id.startswith(HUB_PREFIX):
-        return hub_entry(id)
-    if id.startswith(PYTHON_PREFIX):
-        return python_entry(id)
-    rows = {entry.id: entry for entry in _entries()}
+    own = own_entry(id, generative=generative)
+    if own is not None:
+        return own
+    dual = {entry.id: entry for entry in _dual_encoders()}
+    writing = {entry.id: entry for entry in GENERATIVE}
+    rows, others = (writing, dual) if generative else (dual, writing)
     if id in rows:
         return rows[id]
-    generative = [entry.id for entry in GENERATIVE]
-    if id in generative:
+    forms = f"{LOCAL_DIR_PREFIX}PATH, {HUB_PREFIX}OWNER/NAME"
+    known = f"{', '.join(rows)}, {forms}{'' if generative else f' or {PYTHON_PREFIX}MODULE:FUNCTION'}"
+    if id in others:
+        kind = "a dual encoder and writes no text" if generative else "a generative model"
+        call, parameter = ("load_model", "model") if generative else ("load_vlm", "vlm")
         raise ValueError(
-            f"{id!r} is a generative model: load it with load_vlm({id!r}) (notebooks: the parameter `vlm`). "
-            f"Dual encoders: {', '.join(rows)}, {_OWN_IDS}"
+            f"{id!r} is {kind}: load it with {call}({id!r}) (notebooks: the parameter `{parameter}`). "
+            f"{'Generative models' if generative else 'Dual encoders'}: {known}"
         )
     # The name under which the hub has a row's model stands for the row.
     close = [row for row in rows if id and rows[row].source.endswith(f":{id}")]
-    close = close or closest(id, [*rows, *generative], cutoff=0.4)
+    close = close or closest(id, [*rows, *others], cutoff=0.4)
     hint = f" did you mean {' or '.join(map(repr, close))}?" if close else ""
     raise ValueError(
-        f"unknown model {id!r}:{hint}{place_hint(id)} Known: {', '.join(rows)}, {_OWN_IDS}; "
-        f"generative ones (load_vlm): {', '.join(generative)}"
+        f"unknown {'vision-language ' if generative else ''}model {id!r}:{hint}{place_hint(id)} Known: {known}; "
+        f"{'dual encoders (load_model)' if generative else 'generative ones (load_vlm)'}: {', '.join(others)}"
     )
 
 
@@ -193,15 +213,11 @@ def load_model(
     from medrobust_lib.models.dual_encoder import DualEncoder
 
     entry = find_model(id)
-    target = resolve_device(device)
-    precision = resolve_dtype(dtype, target)
-    if offline is None:
-        offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
+    place = settled(device, dtype, weights_dir, offline)
     loader = _resolve_loader(entry)
-    folder = Path(weights_dir).expanduser() if weights_dir is not None else default_weights_dir()
     # Building a network draws its first weights from torch's global stream; a load must not move the caller's.
     with torch.random.fork_rng(devices=[]):
-        model = loader(entry, weights_dir=folder, offline=offline)
+        model = loader(entry, weights_dir=place.weights_dir, offline=place.offline)
     if not isinstance(model, DualEncoder):
         raise ValueError(
             f"the loader of {id!r} must return a DualEncoder, not {type(model).__name__} ({model!r:.60}); its form is "
@@ -212,7 +228,8 @@ def load_model(
 
         model = load_adapter(model.eval(), adapter)
     # Convolutions run up to twice as fast with the channels innermost; other layers do not mind.
-    return model.requires_grad_(False).eval().to(device=target, dtype=precision, memory_format=torch.channels_last)
+    model.to(device=place.device, dtype=place.dtype, memory_format=torch.channels_last)
+    return model.requires_grad_(False).eval()
 
 
 def list_models(*, weights_dir: str | Path | None = None) -> pd.DataFrame:
@@ -229,22 +246,30 @@ def list_models(*, weights_dir: str | Path | None = None) -> pd.DataFrame:
         One row per model: id, family, image_size (pixels), parameters, licence, source, sha256 (by file, where
         known), available_offline, citation.
     """
-    folder = Path(weights_dir).expanduser() if weights_dir is not None else default_weights_dir()
+    return _table(_dual_encoders(), _weights_dir(weights_dir))
+
+
+def list_vlms(*, weights_dir: str | Path | None = None) -> pd.DataFrame:
+    """Table of the models that `load_vlm` knows.
+
+    Returns
+    -------
+    DataFrame
+        One row per model: the columns of `list_models` but sha256.
+    """
+    return _table(GENERATIVE, _weights_dir(weights_dir)).drop(columns="sha256")
+
+
+def _table(entries: Iterable[ModelEntry], weights_dir: Path) -> pd.DataFrame:
     rows = [
         {
-            "id": entry.id,
-            "family": entry.family,
-            "image_size": entry.image_size,
-            "parameters": entry.parameters,
-            "licence": entry.licence,
-            "source": entry.source,
+            **vars(entry),
             "sha256": _known_hashes(entry),
-            "available_offline": available_offline(entry, weights_dir=folder),
-            "citation": entry.citation,
+            "available_offline": available_offline(entry, weights_dir=weights_dir),
         }
-        for entry in _entries()
+        for entry in entries
     ]
-    return pd.DataFrame(rows).astype({"parameters": "Int64"})
+    return pd.DataFrame(rows, columns=list(_COLUMNS)).astype({"parameters": "Int64"})
 
 
 def register_model(
@@ -281,38 +306,33 @@ def register_model(
     TypeError
         If the loader cannot be called.
     """
-    if (
-        any(entry.id == id for entry in DUAL_ENCODERS)
-        or id.startswith((LOCAL_DIR_PREFIX, HUB_PREFIX, PYTHON_PREFIX))
-        or not id
-    ):
+    if not id or id.startswith(OWN_PREFIXES) or any(entry.id == id for entry in DUAL_ENCODERS):
         raise ValueError(f"the model id {id!r} is taken; choose another one")
     if not callable(loader):
         raise TypeError(f"loader must be a function returning a DualEncoder, not {type(loader).__name__}")
     _check_loader(loader, id=id)
-    _REGISTERED[id] = ModelEntry(id, family, image_size, parameters, licence, source, (), citation, loader)
+    _REGISTERED[id] = ModelEntry(id, family, image_size, licence, source, citation, parameters, loader=loader)
 
 
 def available_offline(entry: ModelEntry, *, weights_dir: Path) -> bool:
-    """Whether a model's weights are in ``weights_dir``, in the hub cache or in the package."""
-    if entry.id == "demo-clip":
-        return has_checkpoint(DEMO_FOLDER)
-    if callable(entry.loader) or has_checkpoint(weights_dir / entry.id):
+    """Whether a model's weights are in the package, in ``weights_dir`` or in the hub cache."""
+    if callable(entry.loader):
         return True
+    folder = model_folder(entry, weights_dir)
+    if folder is not None:
+        return has_checkpoint(folder)
     if entry.source.startswith("https://"):
         return False  # its loader reads that folder only
-    if entry.id.startswith(LOCAL_DIR_PREFIX):
-        return has_checkpoint(Path(entry.id.removeprefix(LOCAL_DIR_PREFIX)).expanduser())
-    if entry.id.startswith(HUB_PREFIX):
+    if not entry.files:
         return any(has_checkpoint(folder) for folder in _cached_folders(entry))
     places = [hub_location(file.url) for file in entry.files]
-    return bool(places) and all(place is not None and _in_hub_cache(*place) for place in places)
+    return all(place is not None and _in_hub_cache(*place) for place in places)
 
 
-def check_kind(entry: ModelEntry) -> None:
-    """Raise unless the files of an own model, where they are here already, can be loaded: the checks of `load_model`.
+def check_kind(entry: ModelEntry, *, weights_dir: Path | None = None) -> None:
+    """Raise unless the files of a model, where they are here already, can be loaded: the checks of the loaders.
 
-    Cheap: settings and tokenizers are read, no weights. For the rows of the table there is nothing to check.
+    Cheap: settings and tokenizers are read, no weights. For the dual encoders of the table there is nothing to check.
 
     Raises
     ------
@@ -322,23 +342,39 @@ def check_kind(entry: ModelEntry) -> None:
         Another kind of model, or a setting that is not supported (names both), or a loader that cannot be called as
         loaders are.
     """
-    if entry.id.startswith(LOCAL_DIR_PREFIX):
-        folder = Path(entry.id.removeprefix(LOCAL_DIR_PREFIX)).expanduser()
+    if callable(entry.loader):
+        _check_loader(entry.loader, id=entry.id)
+        return
+    folder = model_folder(entry, weights_dir)
+    if entry.generative:
+        for found in _cached_folders(entry) if folder is None else [folder]:
+            _check_vlm_folder(found, id=entry.id)
+    elif entry.id.startswith(LOCAL_DIR_PREFIX):
         _module(entry).check_folder(folder, id=entry.id)
     elif entry.id.startswith(HUB_PREFIX):
-        for folder in _cached_folders(entry):
-            _check_snapshot(folder, id=entry.id)
-    elif callable(entry.loader):
-        _check_loader(entry.loader, id=entry.id)
+        for found in _cached_folders(entry):
+            _check_snapshot(found, id=entry.id)
+
+
+def _check_vlm_folder(folder: Path, *, id: str) -> None:
+    """`check_kind` for what is here of a generative model."""
+    check_no_adapter(folder, id=id)
+    check_writes_text(folder, id=id)
+    if id.startswith(LOCAL_DIR_PREFIX):
+        missing = [] if (folder / CONFIG_NAME).is_file() else [CONFIG_NAME]
+        missing += [] if has_checkpoint(folder) else ["model weights"]
+        if missing:
+            raise incomplete(folder, missing, id=id)
+        check_tokenizer(folder, id=id)
 
 
 def _check_snapshot(folder: Path, *, id: str) -> None:
     """`check_kind` for what is here of a repository of the hub."""
     if (folder / OPEN_CLIP_CONFIG_NAME).is_file() and not is_clip(folder):
-        back_end = "open_clip_backend"
+        back_end = "open_clip"
     else:
         check_clip_type(folder, id=id)
-        back_end = "transformers_backend"
+        back_end = "transformers_clip"
     if has_checkpoint(folder):  # else the rest is still to be fetched
         importlib.import_module(f"{BACKENDS}.{back_end}").check_folder(folder, id=id)
 
@@ -373,16 +409,20 @@ def _resolve_loader(entry: ModelEntry) -> Loader:
 
 
 def _module(entry: ModelEntry) -> ModuleType:
-    return importlib.import_module(entry.loader.partition(":")[0])
+    return importlib.import_module(f"{BACKENDS}.{entry.loader.partition(':')[0]}")
 
 
-def _entries() -> tuple[ModelEntry, ...]:
+def _dual_encoders() -> tuple[ModelEntry, ...]:
     return (*DUAL_ENCODERS, *_REGISTERED.values())
 
 
+def _weights_dir(given: str | Path | None) -> Path:
+    return default_weights_dir() if given is None else Path(given).expanduser()
+
+
 def _cached_folders(entry: ModelEntry) -> list[Path]:
-    """The snapshot of an ``hf:`` model in the hub cache, if one of its configurations is in it."""
-    repository = entry.id.removeprefix(HUB_PREFIX)
+    """The snapshot of an ``hf:`` source in the hub cache, if one of its configurations is in it."""
+    repository = entry.source.removeprefix(HUB_PREFIX)
     found = [hub_snapshot(repository, name) for name in (CONFIG_NAME, OPEN_CLIP_CONFIG_NAME)]
     return [folder for folder in dict.fromkeys(found) if folder is not None]
 
@@ -394,66 +434,6 @@ def _in_hub_cache(repository: str, name: str) -> bool:
 
 
 def _known_hashes(entry: ModelEntry) -> dict[str, str]:
-    if entry.id == "demo-clip":
+    if entry.id == DEMO_MODEL:
         return read_sums(DEMO_FOLDER)
     return {file.name: file.sha256 for file in entry.files if file.sha256 is not None}
-
-
-DEMO_VLM_FOLDER = Path(__file__).parent / "demo" / "vlm"
-
-
-def list_vlms(*, weights_dir: str | Path | None = None) -> pd.DataFrame:
-    """Table of the models that `load_vlm` knows.
-
-    Returns
-    -------
-    DataFrame
-        One row per model: id, family, image_size (pixels), parameters, licence, source, available_offline, citation.
-    """
-    folder = Path(weights_dir).expanduser() if weights_dir is not None else default_weights_dir()
-    rows = [
-        {**vars(entry), "available_offline": vlm_available_offline(entry, weights_dir=folder)} for entry in GENERATIVE
-    ]
-    columns = ("id", "family", "image_size", "parameters", "licence", "source", "available_offline", "citation")
-    return pd.DataFrame(rows, columns=list(columns)).astype({"parameters": "Int64"})
-
-
-def vlm_available_offline(entry: VlmEntry, *, weights_dir: Path) -> bool:
-    """Whether a model's weights are in the package, in ``weights_dir`` or in the hub cache."""
-    folder = vlm_folder(entry, weights_dir) or hub_snapshot(entry.source.removeprefix(HUB_PREFIX), CONFIG_NAME)
-    return folder is not None and has_checkpoint(folder)
-
-
-def check_vlm(entry: VlmEntry, *, weights_dir: Path) -> None:
-    """Raise unless the files of a model, where they are here already, can be loaded, as far as that is cheap to know.
-
-    Raises
-    ------
-    FileNotFoundError
-        The folder or one of its files is missing.
-    ValueError
-        Another kind of model.
-    """
-    folder = vlm_folder(entry, weights_dir) or hub_snapshot(entry.source.removeprefix(HUB_PREFIX), CONFIG_NAME)
-    if folder is None:
-        return
-    check_no_adapter(folder, id=entry.id)
-    check_writes_text(folder, id=entry.id)
-    if entry.id.startswith(FOLDER_PREFIX):
-        missing = [] if (folder / CONFIG_NAME).is_file() else [CONFIG_NAME]
-        missing += [] if has_checkpoint(folder) else ["model weights"]
-        if missing:
-            raise FileNotFoundError(
-                f"cannot load {entry.id!r}: no {' and no '.join(missing)} in {folder}; the folder must hold "
-                "config.json, model.safetensors, and the files of its tokenizer and processor"
-            )
-        check_tokenizer(folder, id=entry.id)
-
-
-def vlm_folder(entry: VlmEntry, weights_dir: Path) -> Path | None:
-    """Folder on this computer that holds the files of a model, or None."""
-    if entry.id == DEMO_VLM:
-        return DEMO_VLM_FOLDER
-    if entry.id.startswith(FOLDER_PREFIX):
-        return Path(entry.id.removeprefix(FOLDER_PREFIX)).expanduser()
-    return local_folder(entry.id, weights_dir)

@@ -1,43 +1,55 @@
-"""MedCLIP (Swin-T or ResNet-50 beside Bio_ClinicalBERT), loaded from the authors' checkpoint.
+"""MedCLIP and UniMed-CLIP, loaded from their authors' checkpoints without their authors' code.
 
-The towers are those of transformers and torchvision, built from configurations written out here, so that no
-network is needed. Upstream: Wang et al. 2022, arXiv:2210.10163, and its public code.
+MedCLIP (Wang et al. 2022, arXiv:2210.10163) is Swin-T or ResNet-50 beside Bio_ClinicalBERT: the towers are those of
+transformers and torchvision. UniMed-CLIP (Khattak et al. 2024, arXiv:2412.10372) is ViT-B/16 beside BiomedBERT,
+trained with a fork of open_clip whose ``CLIP`` class holds a BERT as ``text_encoder`` and takes an argument that
+upstream does not know; upstream's ``CustomTextCLIP`` computes the same with other names, so the keys are renamed.
+The sizes are the defaults of the libraries' configurations, so that no network is needed.
 """
 
+import json
 import math
 import re
+import shutil
+import tempfile
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from huggingface_hub import hf_hub_download
+from open_clip import CLIPTextCfg, CLIPVisionCfg, CustomTextCLIP
+from open_clip.model import set_model_preprocess_cfg
+from open_clip.tokenizer import HFTokenizer
+from open_clip.transform import PreprocessCfg
 from tokenizers import BertWordPieceTokenizer
 from torch import Tensor, nn
 from torch.nn import functional
+from torchvision.models.resnet import Bottleneck, ResNet
 from transformers import BertConfig, BertModel, SwinConfig, SwinModel
 
 from medrobust_lib.models.catalogue import ModelEntry
 from medrobust_lib.models.dual_encoder import DualEncoder, Tokens, check_text_lengths
 from medrobust_lib.models.geometry import Preprocessing
+from medrobust_lib.models.open_clip import OpenClipEncoder
 from medrobust_lib.models.weights import (
+    VOCABULARY_NAME,
     describe_files,
-    find_vocabulary,
     find_weights,
+    hub_access,
     load_strictly,
     read_state_dict,
 )
 
 CONTEXT_LENGTH = 77
+UNIMED_CONTEXT_LENGTH = 256
 EMBED_DIM = 512
 IMAGE_MEAN, IMAGE_STD = 0.5862785803043838, 0.27950088968644304
-TEXT_REPOSITORY = "emilyalsentzer/Bio_ClinicalBERT"
-WEIGHT_NAMES = ("pytorch_model.bin", "model.safetensors")
 LARGEST_LOG_SCALE = 4.6052
 
-DEFAULT_PAD_LENGTH = 25
-"""Positions over which a text is averaged by default; PromptSmooth and BAPLe pad MedCLIP's prompts to it."""
-
-_RESNET50_BLOCKS = (3, 4, 6, 3)
+PAD_LENGTH = 25
+"""Positions over which a text is averaged at least, padding included; PromptSmooth and BAPLe pad MedCLIP's prompts to
+it. MedCLIP's own code pads to the longest text of a batch, so that a feature changes with the texts beside it."""
 
 # transformers 5 renamed the parts of a Swin block; the checkpoint keeps the names of transformers 4.
 _SWIN_RENAMES = (
@@ -49,78 +61,6 @@ _SWIN_RENAMES = (
 )
 # Index tables that older versions stored; they follow from the configuration.
 _DERIVED_KEYS = ("position_ids", "relative_position_index")
-
-
-def clinical_bert() -> BertConfig:
-    """Configuration of Bio_ClinicalBERT: BERT base with the cased vocabulary."""
-    return BertConfig(
-        vocab_size=28_996,
-        hidden_size=768,
-        num_hidden_layers=12,
-        num_attention_heads=12,
-        intermediate_size=3072,
-        hidden_act="gelu",
-        max_position_embeddings=512,
-        type_vocab_size=2,
-        layer_norm_eps=1e-12,
-        pad_token_id=0,
-    )
-
-
-def swin_tiny() -> SwinConfig:
-    """Configuration of microsoft/swin-tiny-patch4-window7-224."""
-    return SwinConfig(
-        image_size=224,
-        patch_size=4,
-        embed_dim=96,
-        depths=(2, 2, 6, 2),
-        num_heads=(3, 6, 12, 24),
-        window_size=7,
-        mlp_ratio=4.0,
-        qkv_bias=True,
-        hidden_act="gelu",
-        layer_norm_eps=1e-5,
-    )
-
-
-@dataclass(frozen=True)
-class MedCLIPArchitecture:
-    """Sizes of the two towers.
-
-    Attributes
-    ----------
-    vision : SwinConfig or tuple of 4 ints
-        Configuration of a Swin transformer, or the number of bottleneck blocks in each stage of a ResNet.
-    text : BertConfig
-        Configuration of the text tower; its ``vocab_size`` is the one that the tokenizer must have.
-    embed_dim : int
-        d, length of a feature.
-    image_size : int
-        Side of the image, in pixels.
-    """
-
-    vision: SwinConfig | tuple[int, int, int, int]
-    text: BertConfig
-    embed_dim: int = EMBED_DIM
-    image_size: int = 224
-
-
-def published_architecture(model_id: str) -> MedCLIPArchitecture:
-    """Sizes of the public checkpoints ``medclip-vit`` and ``medclip-rn50``.
-
-    Raises
-    ------
-    ValueError
-        For another id.
-    """
-    if model_id == "medclip-vit":
-        return MedCLIPArchitecture(vision=swin_tiny(), text=clinical_bert())
-    if model_id == "medclip-rn50":
-        return MedCLIPArchitecture(vision=_RESNET50_BLOCKS, text=clinical_bert())
-    raise ValueError(
-        f"no published MedCLIP called {model_id!r}; there are medclip-vit and medclip-rn50 "
-        "(pass architecture=... for other sizes)"
-    )
 
 
 class _SwinTower(nn.Module):
@@ -136,8 +76,6 @@ class _SwinTower(nn.Module):
 class _ResNetTower(nn.Module):
     def __init__(self, blocks: Sequence[int], embed_dim: int) -> None:
         super().__init__()
-        from torchvision.models.resnet import Bottleneck, ResNet
-
         self.model = ResNet(Bottleneck, list(blocks))
         self.model.fc = nn.Linear(self.model.fc.in_features, embed_dim, bias=False)
 
@@ -161,14 +99,32 @@ class _TextTower(nn.Module):
 
 
 class MedCLIPNetwork(nn.Module):
-    """Both towers and the log of the logit scale, under the names that the public checkpoint uses."""
+    """Both towers and the log of the logit scale, under the names that the public checkpoint uses.
 
-    def __init__(self, architecture: MedCLIPArchitecture) -> None:
+    Parameters
+    ----------
+    vision : SwinConfig or tuple of 4 ints
+        Configuration of a Swin transformer, or the number of bottleneck blocks in each stage of a ResNet.
+    text : BertConfig
+        Configuration of the text tower; its ``vocab_size`` is the one that the tokenizer must have.
+    embed_dim : int
+        d, length of a feature.
+    """
+
+    def __init__(
+        self, vision: SwinConfig | tuple[int, int, int, int], text: BertConfig, embed_dim: int = EMBED_DIM
+    ) -> None:
         super().__init__()
-        vision = _SwinTower if isinstance(architecture.vision, SwinConfig) else _ResNetTower
-        self.vision_model = vision(architecture.vision, architecture.embed_dim)
-        self.text_model = _TextTower(architecture.text, architecture.embed_dim)
+        tower = _SwinTower if isinstance(vision, SwinConfig) else _ResNetTower
+        self.vision_model = tower(vision, embed_dim)
+        self.text_model = _TextTower(text, embed_dim)
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+
+
+def published_network(model_id: str) -> MedCLIPNetwork:
+    """Network of the public checkpoints ``medclip-vit`` and ``medclip-rn50``: Swin-T or ResNet-50, cased BERT base."""
+    vision = SwinConfig() if model_id == "medclip-vit" else (3, 4, 6, 3)
+    return MedCLIPNetwork(vision, BertConfig(vocab_size=28_996))
 
 
 class MedCLIPEncoder(DualEncoder):
@@ -184,14 +140,6 @@ class MedCLIPEncoder(DualEncoder):
         Name under which the model was loaded.
     image_size : int
         Side of the image, in pixels.
-    pad_length : int or None
-        Positions over which the word vectors of a text are averaged, padding included:
-
-        * an int p: the first ``max(p, number of real tokens)`` positions of each text. A feature then
-          depends on its own text only, so class features are the same whatever is encoded beside them.
-          0 averages the real tokens only; the default 25 is what PromptSmooth and BAPLe use.
-        * None: all positions of the batch, padded to its longest text, as in MedCLIP's own code. A feature
-          then changes with the texts encoded beside it.
     provenance : dict
         JSON values: source, files, licence.
     """
@@ -203,11 +151,8 @@ class MedCLIPEncoder(DualEncoder):
         *,
         id: str,
         image_size: int,
-        pad_length: int | None = DEFAULT_PAD_LENGTH,
         provenance: dict,
     ) -> None:
-        if pad_length is not None and not 0 <= pad_length <= CONTEXT_LENGTH:
-            raise ValueError(f"pad_length must be None or an int in [0, {CONTEXT_LENGTH}], not {pad_length}")
         log_scale = min(max(float(network.logit_scale.detach()), 0.0), LARGEST_LOG_SCALE)
         super().__init__(
             id=id,
@@ -222,10 +167,9 @@ class MedCLIPEncoder(DualEncoder):
             embed_dim=network.text_model.projection_head.out_features,
             context_length=CONTEXT_LENGTH,
             logit_scale=math.exp(log_scale),
-            provenance={**provenance, "pad_length": pad_length},
+            provenance={**provenance, "pad_length": PAD_LENGTH},
         )
         self.network = network
-        self.pad_length = pad_length
         self._tokenizer = tokenizer
         self._pad_id = tokenizer.token_to_id("[PAD]")
 
@@ -233,32 +177,15 @@ class MedCLIPEncoder(DualEncoder):
         return self.network.vision_model(pixels)
 
     def tokenize(self, texts: Sequence[str]) -> Tokens:
-        """Tokens of k texts, padded to ``max(pad_length, longest text)`` positions.
+        """Tokens of k texts, padded to `PAD_LENGTH` positions at least.
 
-        With ``pad_length=None`` the padding, and hence the features, depend on the longest of ``texts``; with
-        an int they do not (see :class:`MedCLIPEncoder`). Text is lower-cased although the vocabulary is cased,
-        as the tokenizer of the hub id does.
-
-        Parameters
-        ----------
-        texts : sequence of str
-            k texts of at most 77 tokens, start and end included.
-
-        Returns
-        -------
-        Tokens
-            ids int64 [k, L] and mask bool [k, L].
-
-        Raises
-        ------
-        ValueError
-            If a text is longer than 77 tokens.
+        Text is lower-cased although the vocabulary is cased, as the tokenizer of the hub id does.
         """
         texts = [texts] if isinstance(texts, str) else list(texts)
         encoded = [encoding.ids for encoding in self._tokenizer.encode_batch(texts)]
         counts = [len(ids) for ids in encoded]
         check_text_lengths(texts, counts, context_length=self.context_length, model_id=self.id)
-        ids = torch.full((len(texts), max(self.pad_length or 0, *counts)), self._pad_id)
+        ids = torch.full((len(texts), max(PAD_LENGTH, *counts)), self._pad_id)
         for row, tokens in zip(ids, encoded, strict=True):
             row[: len(tokens)] = torch.tensor(tokens)
         return Tokens(ids, torch.arange(ids.shape[1]) < torch.tensor(counts)[:, None])
@@ -268,16 +195,13 @@ class MedCLIPEncoder(DualEncoder):
         return self.network.text_model.model.get_input_embeddings()(tokens.ids.to(self.device))
 
     def _text_features(self, embeddings: Tensor, tokens: Tokens) -> Tensor:
-        if self.pad_length is None:
-            pooled = torch.ones_like(tokens.mask)
-            return self.network.text_model(embeddings, tokens.mask, pooled)
         mask = tokens.mask
-        absent = self.pad_length - mask.shape[1]
+        absent = PAD_LENGTH - mask.shape[1]
         if absent > 0:
             padding = self.network.text_model.model.get_input_embeddings().weight[self._pad_id]
             embeddings = torch.cat([embeddings, padding.expand(len(mask), absent, -1)], dim=1)
             mask = functional.pad(mask, (0, absent))
-        lengths = mask.sum(dim=1).clamp(min=self.pad_length)
+        lengths = mask.sum(dim=1).clamp(min=PAD_LENGTH)
         pooled = torch.arange(mask.shape[1], device=mask.device) < lengths[:, None]
         return self.network.text_model(embeddings, mask, pooled)
 
@@ -285,18 +209,8 @@ class MedCLIPEncoder(DualEncoder):
 def convert_state_dict(state_dict: Mapping[str, Tensor], *, expected: Collection[str]) -> dict[str, Tensor]:
     """Checkpoint tensors under the names of the installed libraries.
 
-    Parameters
-    ----------
-    state_dict : mapping of str to Tensor
-        As stored by MedCLIP's authors: ``vision_model.*``, ``text_model.*`` and ``logit_scale``.
-    expected : collection of str
-        Keys of the network; a key among them keeps its name.
-
-    Returns
-    -------
-    dict of str to Tensor
-        The same tensors without derived index tables (``position_ids``, ``relative_position_index``), the parts
-        of the Swin blocks renamed where transformers did so.
+    Derived index tables are left out and the parts of the Swin blocks renamed where transformers did so; a key among
+    the `expected` ones, those of the network, keeps its name.
     """
     converted = {}
     for key, tensor in state_dict.items():
@@ -318,39 +232,54 @@ def read_tokenizer(vocabulary: Path, *, vocab_size: int) -> BertWordPieceTokeniz
         If the file does not hold ``vocab_size`` tokens, the special ones among them.
     """
     tokenizer = BertWordPieceTokenizer(str(vocabulary), lowercase=True)
-    if tokenizer.get_vocab_size() != vocab_size:
-        raise ValueError(
-            f"{vocabulary} holds {tokenizer.get_vocab_size():,} tokens, but {vocab_size:,} expected by the text "
-            "tower: it belongs to another model or is cut short; delete it and fetch it again"
-        )
+    _check_size(vocabulary, tokenizer.get_vocab_size(), vocab_size)
     lacking = [token for token in ("[PAD]", "[UNK]", "[CLS]", "[SEP]") if tokenizer.token_to_id(token) is None]
     if lacking:
         raise ValueError(f"{vocabulary} lacks the special tokens {', '.join(lacking)}: it is no BERT vocabulary")
     return tokenizer
 
 
-def load_medclip(
-    entry: ModelEntry,
-    *,
-    weights_dir: Path | None,
-    offline: bool,
-    pad_length: int | None = DEFAULT_PAD_LENGTH,
-    architecture: MedCLIPArchitecture | None = None,
-) -> MedCLIPEncoder:
+def _check_size(vocabulary: Path, known: int, expected: int) -> None:
+    if known != expected:
+        raise ValueError(
+            f"{vocabulary} holds {known:,} tokens, but {expected:,} expected by the text tower: it belongs to "
+            "another model or is cut short; delete it and fetch it again"
+        )
+
+
+def _find_vocabulary(entry: ModelEntry, repository: str, *, weights_dir: Path | None, offline: bool) -> Path:
+    """The ``vocab.txt`` in ``weights_dir/<id>/``, else that of a hub repository.
+
+    Raises
+    ------
+    FileNotFoundError
+        Naming both places and the command that fetches the file.
+    """
+    places = [] if weights_dir is None else [weights_dir / entry.id / VOCABULARY_NAME]
+    if places and places[0].is_file():
+        return places[0]
+    try:
+        with hub_access(offline=offline):
+            return Path(hf_hub_download(repository, VOCABULARY_NAME, local_files_only=offline))
+    except OSError as error:
+        looked = ", ".join([*map(str, places), f"{repository} on the hub" + (" (cache only)" if offline else "")])
+        raise FileNotFoundError(
+            f"no vocab.txt for the tokenizer of {entry.id}; looked at: {looked}. "
+            f"Run `python data_scripts/fetch_weights.py {entry.id}`"
+        ) from error
+
+
+def load_medclip(entry: ModelEntry, *, weights_dir: Path | None, offline: bool) -> MedCLIPEncoder:
     """MedCLIP from ``weights_dir/<id>/pytorch_model.bin`` (or ``model.safetensors`` with the same keys).
 
     Parameters
     ----------
     entry : ModelEntry
-        Row of the registry; its id is ``medclip-vit`` or ``medclip-rn50`` unless ``architecture`` is given.
+        Row of ``medclip-vit`` or ``medclip-rn50``.
     weights_dir : Path or None
         Folder of all weights. ``vocab.txt`` is looked for beside the weights, then on the hub.
     offline : bool
         Whether to leave the network alone.
-    pad_length : int or None
-        See :class:`MedCLIPEncoder`.
-    architecture : MedCLIPArchitecture, optional
-        Other sizes than the published ones.
 
     Returns
     -------
@@ -362,21 +291,78 @@ def load_medclip(
     FileNotFoundError
         If weights or vocabulary are missing, naming the places looked at and the command to run.
     ValueError
-        If keys or shapes do not fit, if the vocabulary has the wrong size, or for an unknown id.
+        If keys or shapes do not fit (the first ten are listed), or the vocabulary has the wrong size.
     """
-    architecture = architecture or published_architecture(entry.id)
-    weights = find_weights(entry, WEIGHT_NAMES, weights_dir=weights_dir)
-    vocabulary = find_vocabulary(entry, TEXT_REPOSITORY, weights_dir=weights_dir, offline=offline)
-    tokenizer = read_tokenizer(vocabulary, vocab_size=architecture.text.vocab_size)
-    network = MedCLIPNetwork(architecture)
+    weights = find_weights(entry, ("pytorch_model.bin", "model.safetensors"), weights_dir=weights_dir)
+    vocabulary = _find_vocabulary(entry, "emilyalsentzer/Bio_ClinicalBERT", weights_dir=weights_dir, offline=offline)
+    network = published_network(entry.id)
+    tokenizer = read_tokenizer(vocabulary, vocab_size=network.text_model.model.config.vocab_size)
     state_dict = convert_state_dict(read_state_dict(weights), expected=network.state_dict().keys())
     load_strictly(network, state_dict, source=weights)
-    encoder = MedCLIPEncoder(
-        network,
-        tokenizer,
-        id=entry.id,
-        image_size=architecture.image_size,
-        pad_length=pad_length,
-        provenance=describe_files(entry, weights, vocabulary),
+    provenance = describe_files(entry, weights, vocabulary)
+    encoder = MedCLIPEncoder(network, tokenizer, id=entry.id, image_size=entry.image_size, provenance=provenance)
+    return encoder.eval().requires_grad_(False)
+
+
+def build_unimed_network(
+    text_folder: Path,
+    *,
+    vision: CLIPVisionCfg | None = None,
+    text: BertConfig | None = None,
+    embed_dim: int = EMBED_DIM,
+) -> CustomTextCLIP:
+    """Upstream's network with random weights, CLIP's own image preprocessing noted on it.
+
+    Parameters
+    ----------
+    text_folder : Path
+        Receives the text tower's ``config.json``, which open_clip reads from a folder or the hub only.
+    vision, text, embed_dim
+        Sizes of the towers; by default those of ``unimed_clip_vit_b16.pt``: ViT-B/16, uncased BERT base.
+    """
+    vision = vision or CLIPVisionCfg()
+    (text or BertConfig()).save_pretrained(text_folder)
+    network = CustomTextCLIP(
+        embed_dim=embed_dim,
+        vision_cfg=vision,
+        text_cfg=CLIPTextCfg(
+            hf_model_name=str(text_folder),
+            hf_model_pretrained=False,
+            hf_proj_type="mlp",
+            hf_pooler_type="cls_last_hidden_state_pooler",
+        ),
+        quick_gelu=True,
     )
+    set_model_preprocess_cfg(network, asdict(PreprocessCfg(size=vision.image_size)))
+    return network
+
+
+def convert_fork_keys(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors of the fork under upstream's names, without the derived ``position_ids``."""
+    return {
+        re.sub(r"^text_encoder\.", "text.", key): tensor
+        for key, tensor in state_dict.items()
+        if not key.endswith("position_ids")
+    }
+
+
+def load_unimedclip(entry: ModelEntry, *, weights_dir: Path | None, offline: bool) -> OpenClipEncoder:
+    """UniMed-CLIP from ``weights_dir/<id>/unimed_clip_vit_b16.pt`` (or ``.safetensors`` with the same keys).
+
+    Parameters, result and errors are those of `load_medclip`.
+    """
+    names = ("unimed_clip_vit_b16.pt", "unimed_clip_vit_b16.safetensors")
+    weights = find_weights(entry, names, weights_dir=weights_dir)
+    bert = "microsoft/BiomedNLP-BiomedBERT-base-uncased-abstract"
+    vocabulary = _find_vocabulary(entry, bert, weights_dir=weights_dir, offline=offline)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        network = build_unimed_network(folder)
+        shutil.copyfile(vocabulary, folder / "vocab.txt")
+        settings = {"tokenizer_class": "BertTokenizer", "do_lower_case": True}
+        (folder / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
+        tokenizer = HFTokenizer(str(folder), context_length=UNIMED_CONTEXT_LENGTH)
+    _check_size(vocabulary, len(tokenizer.tokenizer), network.text.vocab_size)
+    load_strictly(network, convert_fork_keys(read_state_dict(weights)), source=weights)
+    encoder = OpenClipEncoder(network, tokenizer, id=entry.id, provenance=describe_files(entry, weights, vocabulary))
     return encoder.eval().requires_grad_(False)

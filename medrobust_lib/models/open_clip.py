@@ -17,13 +17,13 @@ from open_clip.transformer import TextTransformer, text_global_pool
 from torch import Tensor
 from torch.nn import functional
 
+from medrobust_lib.downloads import read_sums
 from medrobust_lib.files import parsed, read_json_object
-from medrobust_lib.models.catalogue import OPEN_CLIP_CONFIG_NAME
+from medrobust_lib.models.catalogue import CONFIG_NAME, DEMO_MODEL, OPEN_CLIP_CONFIG_NAME
 from medrobust_lib.models.dual_encoder import DualEncoder, Tokens, check_text_lengths, check_text_path
 from medrobust_lib.models.geometry import Preprocessing, per_channel
 from medrobust_lib.models.weights import (
     CHECKPOINT_SUFFIXES,
-    DEMO_FOLDER,
     HONOURED,
     HUB_CHECKPOINTS,
     Settings,
@@ -31,19 +31,18 @@ from medrobust_lib.models.weights import (
     check_no_adapter,
     check_settings,
     check_tokenizer,
-    expected_hashes,
+    check_vocabulary,
     explained_errors,
     file_hashes,
     hub_access,
     hub_snapshot,
-    local_folder,
     missing_weights,
+    model_folder,
+    provenance,
 )
 
 if TYPE_CHECKING:
     from medrobust_lib.models.catalogue import ModelEntry
-
-CONFIG_NAME = OPEN_CLIP_CONFIG_NAME
 
 _GEOMETRIES = {"shortest": "shortest-edge-crop", "squash": "squash"}
 # open_clip's own inference transform reads "random" as bicubic.
@@ -123,6 +122,13 @@ class OpenClipEncoder(DualEncoder):
         """The Hugging Face tokenizer inside open_clip's wrapper; None for CLIP's own."""
         return getattr(self._tokenizer, "tokenizer", None)
 
+    @property
+    def _pooling(self) -> tuple[str, int]:
+        """At which token the text tower pools, and the id of the end token."""
+        tower = self._text_tower
+        plain = isinstance(tower, open_clip.CLIP)
+        return (tower.text_pool_type, tower.text_eos_id) if plain else (tower.pool_type, tower.eos_id)
+
     def _check_text_side(self) -> None:
         tower = self._text_tower
         if not isinstance(tower, (open_clip.CLIP, TextTransformer, HFTextEncoder)):
@@ -165,8 +171,7 @@ class OpenClipEncoder(DualEncoder):
         tower = self._text_tower
         if isinstance(tower, HFTextEncoder):
             return True
-        pool = tower.text_pool_type if isinstance(tower, open_clip.CLIP) else tower.pool_type
-        return tower.attn_mask is not None and pool in ("argmax", "eos")
+        return tower.attn_mask is not None and self._pooling[0] in ("argmax", "eos")
 
     def embed_tokens(self, tokens: Tokens) -> Tensor:
         """Word embeddings [k, L, w], without positions, on the model's device."""
@@ -184,13 +189,8 @@ class OpenClipEncoder(DualEncoder):
         length = embeddings.shape[1]
         mask = None if tower.attn_mask is None else tower.attn_mask[:length, :length]
         hidden = tower.ln_final(tower.transformer(embeddings + tower.positional_embedding[:length], attn_mask=mask))
-        is_clip = isinstance(tower, open_clip.CLIP)
-        pooled = text_global_pool(
-            hidden,
-            tokens.ids,
-            tower.text_pool_type if is_clip else tower.pool_type,
-            eos_token_id=tower.text_eos_id if is_clip else tower.eos_id,
-        )
+        pool, end = self._pooling
+        pooled = text_global_pool(hidden, tokens.ids, pool, eos_token_id=end)
         projection = tower.text_projection
         if projection is None:
             return pooled
@@ -198,21 +198,10 @@ class OpenClipEncoder(DualEncoder):
 
 
 def _check_tokenizer(tokenizer: Any, vocab_size: int | None, *, id: str) -> None:
-    """Raise unless a tokenizer pads at the end and is that of a text tower, as far as its vocabulary's size tells.
-
-    Without its files a tokenizer comes up silently with five special tokens.
-    """
+    """`check_vocabulary` of open_clip's wrapper, for a text tower of this many tokens if they are known."""
     inner = getattr(tokenizer, "tokenizer", None)
     known = tokenizer.vocab_size if inner is None else len(inner)
-    if inner is not None:
-        check_settings(
-            {"padding_side": inner.padding_side}, {"padding_side": ("right",)}, source=f"{id}, tokenizer_config.json"
-        )
-    if vocab_size is not None and not vocab_size // 2 <= known <= vocab_size:
-        raise ValueError(
-            f"{id}: the tokenizer knows {known} tokens, the text tower {vocab_size}; "
-            "are the tokenizer files beside the weights (tokenizer.json, or vocab.txt and config.json)?"
-        )
+    check_vocabulary(known, vocab_size or known, "right" if inner is None else inner.padding_side, id=id)
 
 
 def read_preprocessing(settings: Mapping[str, Any], *, source: str) -> Preprocessing:
@@ -239,20 +228,13 @@ def read_preprocessing(settings: Mapping[str, Any], *, source: str) -> Preproces
         )
 
 
-def load_demo(entry: "ModelEntry", *, weights_dir: Path | None, offline: bool) -> OpenClipEncoder:
-    """demo-clip from the folder inside the package, its SHA-256 checked; the arguments change nothing."""
-    if not (DEMO_FOLDER / CONFIG_NAME).is_file():
-        raise FileNotFoundError(f"the package is incomplete: {DEMO_FOLDER / CONFIG_NAME} is missing; reinstall it")
-    return _load_folder(entry, DEMO_FOLDER)
-
-
 def load_open_clip(entry: "ModelEntry", *, weights_dir: Path | None, offline: bool) -> OpenClipEncoder:
     """Load a model in open_clip's format, from a folder or through open_clip's own call to the hub.
 
     Parameters
     ----------
     entry : ModelEntry
-        Its ``source`` is ``local-dir:PATH``, ``hf-hub:OWNER/NAME`` or ``open_clip:ARCHITECTURE/TAG``.
+        Its ``source`` is ``local-dir:PATH``, ``hf-hub:OWNER/NAME``, ``open_clip:ARCHITECTURE/TAG``, or what is shipped.
     weights_dir : Path or None
         ``weights_dir/<id>/`` comes before the hub. It holds ``open_clip_config.json`` and a checkpoint, plus the
         tokenizer's files and the text tower's ``config.json`` if that is a Hugging Face model; for
@@ -273,10 +255,10 @@ def load_open_clip(entry: "ModelEntry", *, weights_dir: Path | None, offline: bo
         If keys do not fit, a file is damaged or has a wrong SHA-256, or the tokenizer is not the model's.
     """
     scheme, _, place = entry.source.partition(":")
-    if scheme == "local-dir":
-        return _load_folder(entry, Path(place).expanduser())
-    folder = local_folder(entry.id, weights_dir)
-    if folder is not None and (scheme == "hf-hub" or (folder / CONFIG_NAME).is_file()):
+    folder = model_folder(entry, weights_dir)
+    if entry.id == DEMO_MODEL and not (folder / OPEN_CLIP_CONFIG_NAME).is_file():
+        raise FileNotFoundError(f"the package is incomplete: {folder / OPEN_CLIP_CONFIG_NAME} is missing; reinstall it")
+    if folder is not None and (scheme != "open_clip" or (folder / OPEN_CLIP_CONFIG_NAME).is_file()):
         return _load_folder(entry, folder)
     try:
         with hub_access(offline=offline), explained_errors(entry.source):
@@ -286,7 +268,7 @@ def load_open_clip(entry: "ModelEntry", *, weights_dir: Path | None, offline: bo
             tokenizer = open_clip.get_tokenizer(entry.source)
     except (OSError, RuntimeError) as error:
         raise missing_weights(entry, weights_dir=weights_dir, offline=offline, reason=error) from error
-    snapshot = hub_snapshot(place, CONFIG_NAME)
+    snapshot = hub_snapshot(place, OPEN_CLIP_CONFIG_NAME)
     if snapshot is not None:
         _read_config(snapshot)
     return _encoder(entry, model, tokenizer, _hub_hashes(place))
@@ -318,9 +300,9 @@ def check_folder(folder: Path, *, id: str, published: Collection[str] = ()) -> P
     if not folder.is_dir():
         raise FileNotFoundError(f"no folder {folder} for the model {id!r}")
     check_no_adapter(folder, id=id)
-    if not (folder / CONFIG_NAME).is_file():
+    if not (folder / OPEN_CLIP_CONFIG_NAME).is_file():
         raise FileNotFoundError(
-            f"{folder} holds no {CONFIG_NAME}: it is not a model folder in open_clip's format, nor, without "
+            f"{folder} holds no {OPEN_CLIP_CONFIG_NAME}: it is not a model folder in open_clip's format, nor, without "
             "config.json, in transformers'"
         )
     text = _read_config(folder)["model_cfg"]["text_cfg"]
@@ -349,8 +331,8 @@ def _checkpoint(folder: Path, published: Collection[str]) -> Path:
 
 def _read_config(folder: Path) -> dict[str, Any]:
     """Content of ``open_clip_config.json`` whose settings of images are all supported; open_clip refuses the others."""
-    config = read_json_object(folder / CONFIG_NAME, "a configuration of open_clip")
-    source = str(folder / CONFIG_NAME)
+    config = read_json_object(folder / OPEN_CLIP_CONFIG_NAME, "a configuration of open_clip")
+    source = str(folder / OPEN_CLIP_CONFIG_NAME)
     check_settings(config, dict.fromkeys(("model_cfg", "preprocess_cfg"), HONOURED), source=source)
     with parsed(f"{source} is not a configuration of open_clip"):
         parts = {"model_cfg": dict(config["model_cfg"]), "preprocess_cfg": dict(config.get("preprocess_cfg") or {})}
@@ -370,7 +352,7 @@ def _load_named(entry: "ModelEntry", folder: Path | None, architecture: str, tag
     if folder is None:
         pretrained = tag
     else:
-        hashes = check_hashes(folder, expected_hashes(entry, folder))
+        hashes = check_hashes(folder, read_sums(folder))
         pretrained = str(_checkpoint(folder, [file.name for file in entry.files]))
     with explained_errors(pretrained):
         model = open_clip.create_model_from_pretrained(architecture, pretrained=pretrained, return_transform=False)
@@ -382,7 +364,7 @@ def _load_named(entry: "ModelEntry", folder: Path | None, architecture: str, tag
 def _load_folder(entry: "ModelEntry", folder: Path) -> OpenClipEncoder:
     """A folder in open_clip's format; nothing is looked up elsewhere if it is complete."""
     checkpoint = check_folder(folder, id=entry.id, published=[file.name for file in entry.files])
-    hashes = check_hashes(folder, expected_hashes(entry, folder))
+    hashes = check_hashes(folder, read_sums(folder))
     name = f"local-dir:{folder}"
     with explained_errors(str(checkpoint)):
         with _no_warning_of_missing_weights():  # open_clip finds only some of the names that its training gives
@@ -402,21 +384,20 @@ def _no_warning_of_missing_weights() -> Iterator[None]:
 
 
 def _encoder(entry: "ModelEntry", model: torch.nn.Module, tokenizer: Any, hashes: dict[str, str]) -> OpenClipEncoder:
-    provenance = {"source": entry.source, "licence": entry.licence, "files": hashes}
-    return OpenClipEncoder(model, tokenizer, id=entry.id, provenance=provenance)
+    return OpenClipEncoder(model, tokenizer, id=entry.id, provenance=provenance(entry, hashes))
 
 
 def _own_text_config(folder: Path) -> dict[str, Any]:
     """Point a Hugging Face text tower at the ``config.json`` in the folder instead of at the hub."""
     text = _read_config(folder)["model_cfg"]["text_cfg"]
-    if "hf_model_name" not in text or not (folder / "config.json").is_file():
+    if "hf_model_name" not in text or not (folder / CONFIG_NAME).is_file():
         return {}
     return {"text_cfg": {**text, "hf_model_name": str(folder), "hf_model_pretrained": False}}
 
 
 def _hub_hashes(repository: str) -> dict[str, str]:
     """SHA-256 of the cached files of the revision that was just loaded."""
-    names = (CONFIG_NAME, *HUB_CHECKPOINTS)
+    names = (OPEN_CLIP_CONFIG_NAME, *HUB_CHECKPOINTS)
     folder = next((found for name in names if (found := hub_snapshot(repository, name))), None)
     return {} if folder is None else file_hashes(folder)
 

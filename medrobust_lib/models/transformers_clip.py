@@ -18,8 +18,9 @@ from transformers.utils import (
     WEIGHTS_NAME,
 )
 
+from medrobust_lib.downloads import read_sums
 from medrobust_lib.files import parsed
-from medrobust_lib.models.catalogue import CONFIG_NAME, OPEN_CLIP_CONFIG_NAME
+from medrobust_lib.models.catalogue import CONFIG_NAME, HUB_PREFIX, OPEN_CLIP_CONFIG_NAME
 from medrobust_lib.models.dual_encoder import DualEncoder, Tokens, check_text_lengths, check_text_path
 from medrobust_lib.models.geometry import Preprocessing, per_channel
 from medrobust_lib.models.weights import (
@@ -30,14 +31,16 @@ from medrobust_lib.models.weights import (
     check_no_adapter,
     check_settings,
     check_tokenizer,
-    expected_hashes,
+    check_vocabulary,
     explained_errors,
     file_hashes,
     hub_access,
     hub_snapshot,
-    local_folder,
-    mismatch_error,
+    incomplete,
     missing_weights,
+    model_folder,
+    provenance,
+    read_pretrained,
 )
 
 if TYPE_CHECKING:
@@ -115,11 +118,12 @@ class TransformersClipEncoder(DualEncoder):
         check_text_path(self, self._own_text_features)
 
     def _image_features(self, pixels: Tensor) -> Tensor:
-        return _tensor(self.model.get_image_features(pixel_values=pixels))
+        return self.model.get_image_features(pixel_values=pixels).pooler_output
 
     def _own_text_features(self, texts: list[str]) -> Tensor:
         inputs = self._tokenizer(texts, padding=True, return_tensors="pt").to(self.device)
-        return _tensor(self.model.get_text_features(inputs["input_ids"], attention_mask=inputs["attention_mask"]))
+        features = self.model.get_text_features(inputs["input_ids"], attention_mask=inputs["attention_mask"])
+        return features.pooler_output
 
     def tokenize(self, texts: Sequence[str]) -> Tokens:
         """Tokens of k texts, on the CPU, padded to the longest of them."""
@@ -152,20 +156,12 @@ class TransformersClipEncoder(DualEncoder):
 def _check_parts(config: CLIPConfig, tokenizer: Any, preprocessing: Preprocessing, *, id: str) -> None:
     """Raise ValueError unless tokenizer and preprocessing are those of the two towers."""
     text, vision = config.text_config, config.vision_config
-    # Without its files a tokenizer comes up silently with a handful of special tokens.
-    if not text.vocab_size // 2 <= len(tokenizer) <= text.vocab_size:
-        raise ValueError(
-            f"{id}: the tokenizer knows {len(tokenizer)} tokens, the text tower {text.vocab_size}; "
-            "are the tokenizer files (tokenizer.json, or vocab.json and merges.txt) beside the weights?"
-        )
+    check_vocabulary(len(tokenizer), text.vocab_size, tokenizer.padding_side, id=id)
     if preprocessing.image_size != vision.image_size:
         raise ValueError(
             f"{id}: preprocessor_config.json makes images of {preprocessing.image_size} px, but the image tower of "
             f"config.json reads {vision.image_size} px"
         )
-    check_settings(
-        {"padding_side": tokenizer.padding_side}, {"padding_side": ("right",)}, source=f"{id}, tokenizer_config.json"
-    )
     check_settings({"num_channels": vision.num_channels}, {"num_channels": (3,)}, source=f"{id}, config.json")
     written = tokenizer("x")["input_ids"]
     if text.eos_token_id not in (_UNKNOWN_END, *written):
@@ -221,8 +217,8 @@ def load_hub_clip(entry: "ModelEntry", *, weights_dir: Path | None, offline: boo
 
     Parameters and errors are those of `load_transformers_clip`.
     """
-    repository = entry.source.removeprefix("hf:")
-    folder = local_folder(entry.id, weights_dir) or _hub_folder(repository, CONFIG_NAME, offline=offline)
+    repository = entry.source.removeprefix(HUB_PREFIX)
+    folder = model_folder(entry, weights_dir) or _hub_folder(repository, CONFIG_NAME, offline=offline)
     try:
         if folder is not None and (folder / CONFIG_NAME).is_file():
             check_clip_type(folder, id=entry.id)
@@ -263,44 +259,26 @@ def load_transformers_clip(entry: "ModelEntry", *, weights_dir: Path | None, off
         If the model is another than CLIP, keys do not fit, a file is damaged or has a wrong SHA-256, or the tokenizer
         is not the model's.
     """
-    scheme, _, place = entry.source.partition(":")
-    folder = Path(place).expanduser() if scheme == "local-dir" else local_folder(entry.id, weights_dir)
+    place = entry.source.removeprefix(HUB_PREFIX)
+    folder = model_folder(entry, weights_dir)
     parts = None
     if folder is not None:
         place = str(folder)
         parts = check_folder(folder, id=entry.id)
-        check_hashes(folder, expected_hashes(entry, folder))
+        check_hashes(folder, read_sums(folder))
     try:
-        with hub_access(offline=offline or scheme == "local-dir"), explained_errors(place):
+        with hub_access(offline=offline or folder is not None), explained_errors(place):
             tokenizer, preprocessing = parts or _read_parts(place, id=entry.id)
-            model, report = CLIPModel.from_pretrained(
-                place, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True
-            )
+            model = read_pretrained(CLIPModel, place, dtype=torch.float32)
     except OSError as error:
-        if scheme == "local-dir":
-            raise FileNotFoundError(
-                f"cannot load {entry.id!r}: the folder must hold config.json, model.safetensors, "
-                f"preprocessor_config.json and the tokenizer's files. Reason: {str(error).splitlines()[0]}"
-            ) from error
         raise missing_weights(entry, weights_dir=weights_dir, offline=offline, reason=error) from error
-    if getattr(model, "peft_config", None):
-        raise ValueError(f"{entry.id!r} is no model of its own but an adapter of peft; merge it into its base first")
-    misshapen = [str(key[0] if isinstance(key, tuple) else key) for key in report["mismatched_keys"]]
-    if report["missing_keys"] or report["unexpected_keys"] or misshapen:
-        raise mismatch_error(
-            place, missing=report["missing_keys"], unexpected=report["unexpected_keys"], misshapen=misshapen
-        )
     folder = folder or hub_snapshot(place, CONFIG_NAME)
     return TransformersClipEncoder(
         model,
         tokenizer,
         preprocessing=preprocessing,
         id=entry.id,
-        provenance={
-            "source": entry.source,
-            "licence": entry.licence,
-            "files": {} if folder is None else file_hashes(folder),
-        },
+        provenance=provenance(entry, {} if folder is None else file_hashes(folder)),
     )
 
 
@@ -327,11 +305,7 @@ def check_folder(folder: Path, *, id: str) -> tuple[Any, Preprocessing]:
     if not any((folder / name).is_file() for name in _WEIGHT_NAMES):
         missing.append(" or ".join(_WEIGHT_NAMES))
     if missing:
-        held = ", ".join(sorted(path.name for path in folder.glob("*"))) or "nothing, or is not there"
-        raise FileNotFoundError(
-            f"cannot load {id!r}: the folder must hold config.json, model.safetensors, preprocessor_config.json and "
-            f"the tokenizer's files. {folder} lacks {' and '.join(missing)}; it holds {held}"
-        )
+        raise incomplete(folder, missing, id=id)
     check_tokenizer(folder, id=id, published=_TOKENIZER_SOURCE)
     with hub_access(offline=True), explained_errors(str(folder)):
         parts = _read_parts(str(folder), id=id)
@@ -355,11 +329,6 @@ def _hub_folder(repository: str, name: str, *, offline: bool) -> Path | None:
             return Path(hf_hub_download(repository, name, local_files_only=offline)).parent
     except OSError:
         return None
-
-
-def _tensor(features: Any) -> Tensor:
-    """Features as transformers 5 returns them, in an output object, or earlier versions."""
-    return features if isinstance(features, Tensor) else features.pooler_output
 
 
 def _plain(size: Any) -> dict[str, int]:

@@ -6,7 +6,7 @@ them: everything behind the noise belongs to the base classifier of a certificat
 
 import itertools
 import numbers
-import os
+import re
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import constants, try_to_load_from_cache
+from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 from torch import Tensor
 from torch.nn import functional
@@ -25,23 +25,15 @@ from transformers import (
     GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
-    PreTrainedModel,
     ProcessorMixin,
 )
 from transformers.utils import logging
 
 from medrobust_lib.files import read_sums
-from medrobust_lib.models.catalogue import (
-    DUAL_ENCODERS,
-    FOLDER_PREFIX,
-    HUB_PREFIX,
-    VlmEntry,
-    fetch_command,
-    find_vlm,
-)
-from medrobust_lib.models.dual_encoder import BrokenFeaturesError
+from medrobust_lib.models.catalogue import CONFIG_NAME, HUB_PREFIX
+from medrobust_lib.models.dual_encoder import SOUND_TYPES, BrokenFeaturesError
 from medrobust_lib.models.geometry import ImageInput, Preprocessing, check_pixels, prepare_images
-from medrobust_lib.models.loading import check_vlm, resolve_device, resolve_dtype, vlm_folder
+from medrobust_lib.models.loading import check_kind, find_model, settled
 from medrobust_lib.models.weights import (
     Settings,
     check_hashes,
@@ -49,10 +41,14 @@ from medrobust_lib.models.weights import (
     explained_errors,
     file_hashes,
     hub_access,
-    mismatch_error,
+    missing_weights,
+    model_folder,
+    provenance,
+    read_pretrained,
 )
-from medrobust_lib.places import default_weights_dir
 
+_COMMIT_DIGITS = 40
+_RESCALING: Settings = {"do_rescale": (True,), "rescale_factor": (1 / 255,)}
 _IGNORED_LABEL = -100  # of tokens that the loss of transformers' models leaves out
 _TOWER_WORKING_SET = 64  # activations of an image tower, in float32 copies of its input, with a margin
 
@@ -215,8 +211,7 @@ class VisionLanguageModel(torch.nn.Module):
         if broken:
             raise BrokenFeaturesError(
                 f"{self.id} in {str(self.dtype).removeprefix('torch.')}: the scores of the next token are not finite "
-                f"for {broken} of {len(pixels)} images, so what it wrote is no answer. Load the model with "
-                "dtype='float32' or 'bfloat16' (float16 ends at 65,504); if that does not help, its weights are damaged"
+                f"for {broken} of {len(pixels)} images, so what it wrote is no answer. {SOUND_TYPES}"
             )
         new = ids[:, inputs["input_ids"].shape[1] :]
         ends = torch.as_tensor(self.model.generation_config.eos_token_id, device=new.device).reshape(-1)
@@ -280,10 +275,6 @@ class VisionLanguageModel(torch.nn.Module):
         sums = [embed(torch.tensor(ids, device=self.device)).float().sum(dim=0) for ids in words]
         return functional.normalize(torch.stack(sums), dim=-1)
 
-    def cache_bytes(self, prompt: str, max_new_tokens: int) -> int:
-        """Bytes that keys and values of one image, its question and a longest answer take, exactly."""
-        return self._n_tokens(prompt, max_new_tokens)[0] * self._cached_numbers() * self.dtype.itemsize
-
     def bytes_per_copy(self, prompt: str, max_new_tokens: int) -> int:
         """Estimate the memory that one noisy copy takes in `complete`, beside the weights.
 
@@ -295,14 +286,18 @@ class VisionLanguageModel(torch.nn.Module):
         Returns
         -------
         int
-            The cache of keys and values (`cache_bytes`, exact), the activations of one decoder layer over all tokens,
+            The cache of keys and values (exact), the activations of one decoder layer over all tokens,
             and 64 float32 copies of what the image tower reads; the last two are a margin, not a measurement.
         """
-        tokens, tower_input = self._n_tokens(prompt, max_new_tokens)
+        inputs = self._inputs(torch.zeros(1, 3, self.image_size, self.image_size), [self._chat(prompt)])
+        tokens = inputs["input_ids"].shape[1] + max_new_tokens
         config = self.model.config.get_text_config()
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        cached = 2 * config.num_hidden_layers * heads * width
         activations = 4 * config.hidden_size + 3 * config.intermediate_size
-        decoder = tokens * (self._cached_numbers() + activations) * self.dtype.itemsize
-        return decoder + _TOWER_WORKING_SET * tower_input * torch.float32.itemsize
+        decoder = tokens * (cached + activations) * self.dtype.itemsize
+        return decoder + _TOWER_WORKING_SET * inputs["pixel_values"].numel() * torch.float32.itemsize
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Workers get a copy. transformers hangs functions on a used model that cannot be sent, and keeps facts about
@@ -337,18 +332,6 @@ class VisionLanguageModel(torch.nn.Module):
             for name, value in inputs.items()
             if isinstance(value, Tensor)
         }
-
-    def _n_tokens(self, prompt: str, max_new_tokens: int) -> tuple[int, int]:
-        """Tokens of an image, its question and a longest answer; numbers that the image tower reads."""
-        inputs = self._inputs(torch.zeros(1, 3, self.image_size, self.image_size), [self._chat(prompt)])
-        return inputs["input_ids"].shape[1] + max_new_tokens, inputs["pixel_values"].numel()
-
-    def _cached_numbers(self) -> int:
-        """Keys and values of one token in all layers of the decoder."""
-        config = self.model.config.get_text_config()
-        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        return 2 * config.num_hidden_layers * heads * width
 
 
 def _rebuilt(network: tuple[Any, ...], processor: Any, facts: dict[str, Any]) -> VisionLanguageModel:
@@ -404,17 +387,6 @@ class RowSampler(LogitsProcessor):
         return scores / self.temperature - torch.stack(waits).log()
 
 
-__all__ = [
-    "Completion",
-    "RowSampler",
-    "VisionLanguageModel",
-    "load_vlm",
-]
-
-_COMMIT_DIGITS = 40
-_RESCALING: Settings = {"do_rescale": (True,), "rescale_factor": (1 / 255,)}
-
-
 def load_vlm(
     id: str,
     *,
@@ -455,39 +427,30 @@ def load_vlm(
     ImportError
         If transformers needs another package for this model (num2words for SmolVLM2); names it.
     """
-    entry = find_vlm(id, dual_encoders=[other.id for other in DUAL_ENCODERS])
-    if trust_remote_code and not _is_commit(revision):
+    entry = find_model(id, generative=True)
+    if trust_remote_code and not re.fullmatch(f"[0-9a-f]{{{_COMMIT_DIGITS}}}", revision or ""):
         raise ValueError(
             f"trust_remote_code=True runs code from the repository of {id!r}: pin it with revision=COMMIT "
             f"({_COMMIT_DIGITS} hexadecimal digits, not {revision!r}), and read it first"
         )
     if image_size is not None and image_size < 1:
         raise ValueError(f"image_size={image_size}: give a number of pixels, or None for {entry.image_size}")
-    target = resolve_device(device)
-    precision = resolve_dtype(dtype, target)
-    if offline is None:
-        offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
-    weights = Path(weights_dir).expanduser() if weights_dir is not None else default_weights_dir()
-    folder = vlm_folder(entry, weights)
+    target, precision, weights, offline = settled(device, dtype, weights_dir, offline)
+    check_kind(entry, weights_dir=weights)
+    folder = model_folder(entry, weights)
     place = entry.source.removeprefix(HUB_PREFIX) if folder is None else str(folder)
-    files: dict[str, str] = {}
-    check_vlm(entry, weights_dir=weights)
-    if folder is not None:
-        if not (folder / "config.json").is_file():
-            raise _missing(entry, place, offline=offline, reason="there is no config.json")
-        files = check_hashes(folder, read_sums(folder))
+    files = {} if folder is None else check_hashes(folder, read_sums(folder))
     pinned = {"revision": revision} if folder is None else {}
     # Code may also lie in another repository than the weights: it is pinned, too.
     code = {"trust_remote_code": trust_remote_code, **({"code_revision": revision} if trust_remote_code else {})}
     try:
         with hub_access(offline=offline), _no_progress_bar(), torch.random.fork_rng(devices=[]):
-            network = _read_network(place, dtype=precision, **pinned, **code)
+            network = read_pretrained(AutoModelForImageTextToText, place, dtype=precision, **pinned, **code)
             processor = _read_processor(place, **pinned, **code)
     except OSError as error:
-        places = place if folder is not None else f"{weights / id} and the hub cache {constants.HF_HUB_CACHE}"
-        raise _missing(entry, places, offline=offline, reason=str(error).splitlines()[0]) from error
+        raise missing_weights(entry, weights_dir=weights, offline=offline, reason=error) from error
     if folder is None:
-        snapshot = try_to_load_from_cache(place, "config.json", revision=revision)
+        snapshot = try_to_load_from_cache(place, CONFIG_NAME, revision=revision)
         if isinstance(snapshot, str):
             revision, files = Path(snapshot).parent.name, file_hashes(Path(snapshot).parent)
     return VisionLanguageModel(
@@ -496,24 +459,8 @@ def load_vlm(
         id=id,
         image_size=image_size or entry.image_size,
         image_options=dict(entry.image_options),
-        provenance={"source": entry.source, "revision": revision, "licence": entry.licence, "files": files},
+        provenance={**provenance(entry, files), "revision": revision},
     ).eval()
-
-
-def _read_network(place: str, **options: Any) -> PreTrainedModel:
-    """The network with its weights, every one of which has a place in it and comes from the files."""
-    with explained_errors(place):
-        # Wrong shapes are asked for here to be refused below, by name.
-        network, report = AutoModelForImageTextToText.from_pretrained(
-            place, output_loading_info=True, ignore_mismatched_sizes=True, **options
-        )
-    if getattr(network, "peft_config", None):
-        raise ValueError(f"{place} holds no model of its own but an adapter of peft; merge it into its base first")
-    missing, unexpected = report["missing_keys"], report["unexpected_keys"]
-    misshapen = [key for key, *_ in report["mismatched_keys"]]
-    if missing or unexpected or misshapen:
-        raise mismatch_error(place, missing=missing, unexpected=unexpected, misshapen=misshapen)
-    return network
 
 
 def _read_processor(place: str, **options: Any) -> ProcessorMixin:
@@ -549,20 +496,3 @@ def _no_progress_bar() -> Iterator[None]:
             if shown:
                 logging.enable_progress_bar()  # and that of the hub
             (enable_progress_bars if of_hub else disable_progress_bars)()
-
-
-def _missing(entry: VlmEntry, places: str, *, offline: bool, reason: str) -> FileNotFoundError:
-    if entry.id.startswith(FOLDER_PREFIX):
-        remedy = "the folder must hold config.json, model.safetensors, and the files of its tokenizer and processor"
-    else:
-        tried = "offline, so no download was tried" if offline else "the download failed"
-        remedy = f"{tried}; run `{fetch_command(entry.id)}` where there is a network"
-        if entry.id.startswith(HUB_PREFIX):
-            remedy += ", after which it loads offline, too, from the hub cache"
-    return FileNotFoundError(
-        f"cannot load {entry.id!r}; looked in {places}: {remedy}; source: {entry.source}. Reason: {reason}"
-    )
-
-
-def _is_commit(revision: str | None) -> bool:
-    return revision is not None and len(revision) == _COMMIT_DIGITS and set(revision) <= set("0123456789abcdef")

@@ -10,16 +10,26 @@ from pathlib import Path
 from pickle import UnpicklingError  # only to recognise torch's refusal: nothing is unpickled here
 from typing import TYPE_CHECKING, Any
 
-from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
+from huggingface_hub import constants, try_to_load_from_cache
 from safetensors import SafetensorError
 
 from medrobust_lib.files import file_sha256, parsed, read_json_object, read_sums
-from medrobust_lib.models.catalogue import CONFIG_NAME, OPEN_CLIP_CONFIG_NAME, ModelEntry, fetch_command
+from medrobust_lib.models.catalogue import (
+    CONFIG_NAME,
+    DEMO_MODEL,
+    DEMO_VLM,
+    HUB_PREFIX,
+    LOCAL_DIR_PREFIX,
+    OPEN_CLIP_CONFIG_NAME,
+    ModelEntry,
+    fetch_command,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
 DEMO_FOLDER = Path(__file__).parent / "demo" / "clip"
+DEMO_VLM_FOLDER = DEMO_FOLDER.with_name("vlm")
 CHECKPOINT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
 HUB_CHECKPOINTS = (
     "open_clip_model.safetensors",
@@ -30,17 +40,26 @@ HUB_CHECKPOINTS = (
 ADAPTER_CONFIG_NAME = "adapter_config.json"  # of peft
 # A tokenizer is complete with any of these.
 TOKENIZER_FILES = (("tokenizer.json",), ("vocab.json", "merges.txt"), ("vocab.txt",), ("tokenizer.model",))
+VOCABULARY_NAME = "vocab.txt"
 CLIP_TYPE = "clip"  # of the configuration of a transformers CLIPModel
+FOLDER_CONTENT = (
+    "the folder must hold config.json, model.safetensors, preprocessor_config.json or processor_config.json, and the "
+    "tokenizer's files"
+)
 
 _LISTED_KEYS = 10
 _HASHED_SUFFIXES = (*CHECKPOINT_SUFFIXES, ".json", ".txt")
 
 
-def local_folder(model_id: str, weights_dir: Path | None) -> Path | None:
-    """``weights_dir/<model id>`` if a checkpoint lies in it, else None."""
-    if weights_dir is None or not has_checkpoint(weights_dir / model_id):
-        return None
-    return weights_dir / model_id
+def model_folder(entry: ModelEntry, weights_dir: Path | None) -> Path | None:
+    """Folder on this computer for the files of a model; None if no checkpoint lies in ``weights_dir/<model id>``."""
+    shipped = {DEMO_MODEL: DEMO_FOLDER, DEMO_VLM: DEMO_VLM_FOLDER}
+    if entry.id in shipped:
+        return shipped[entry.id]
+    if entry.source.startswith(LOCAL_DIR_PREFIX):
+        return Path(entry.source.removeprefix(LOCAL_DIR_PREFIX)).expanduser()
+    folder = None if weights_dir is None else weights_dir / entry.id
+    return folder if folder is not None and has_checkpoint(folder) else None
 
 
 def has_checkpoint(folder: Path) -> bool:
@@ -138,6 +157,19 @@ def check_tokenizer(folder: Path, *, id: str, published: str = "") -> None:
             f"'merges*' --local-dir {folder}` fetches them"
         )
     raise FileNotFoundError(f"{id!r}: no tokenizer in {folder}: it must hold {wanted}. {source}")
+
+
+def check_vocabulary(n_tokens: int, vocab_size: int, padding_side: str, *, id: str) -> None:
+    """Raise ValueError unless a tokenizer pads at the end and is that of a text tower, as far as its size tells.
+
+    Without its files a tokenizer comes up silently with a handful of special tokens.
+    """
+    check_settings({"padding_side": padding_side}, {"padding_side": ("right",)}, source=f"{id}, tokenizer_config.json")
+    if not vocab_size // 2 <= n_tokens <= vocab_size:
+        raise ValueError(
+            f"{id}: the tokenizer knows {n_tokens} tokens, the text tower {vocab_size}; are the tokenizer files beside "
+            "the weights (tokenizer.json, or vocab.json and merges.txt, or vocab.txt and config.json)?"
+        )
 
 
 def _model_type(folder: Path) -> str | None:
@@ -276,9 +308,6 @@ def _listed(title: str, keys: Collection[str]) -> str:
     return f"{len(names)} {title}: {', '.join(names[:_LISTED_KEYS])}{more}"
 
 
-VOCABULARY_NAME = "vocab.txt"
-
-
 def find_weights(entry: ModelEntry, names: Sequence[str], *, weights_dir: Path | None) -> Path:
     """First of several file names that exists in ``weights_dir/<id>/``, compared with its known hash.
 
@@ -301,12 +330,12 @@ def find_weights(entry: ModelEntry, names: Sequence[str], *, weights_dir: Path |
     FileNotFoundError
         Naming every place looked at and the command that fetches the file.
     ValueError
-        If a file has another SHA-256 than the registry or ``SHA256SUMS`` says.
+        If a file has another SHA-256 than ``SHA256SUMS`` says.
     """
     places = [] if weights_dir is None else [weights_dir / entry.id / name for name in names]
     for place in places:
         if place.is_file():
-            known = expected_hashes(entry, place.parent)
+            known = read_sums(place.parent)
             # Only what is read here: a fetched archive beside it may be large, or gone.
             read = {name: known[name] for name in (place.name, VOCABULARY_NAME) if name in known}
             if read:
@@ -317,28 +346,6 @@ def find_weights(entry: ModelEntry, names: Sequence[str], *, weights_dir: Path |
         f"no weights of {entry.id}; looked at: {looked}. "
         f"Run `python data_scripts/fetch_weights.py {entry.id}`; source: {entry.source}"
     )
-
-
-def find_vocabulary(entry: ModelEntry, repository: str, *, weights_dir: Path | None, offline: bool) -> Path:
-    """The ``vocab.txt`` in ``weights_dir/<id>/``, else that of a hub repository.
-
-    Raises
-    ------
-    FileNotFoundError
-        Naming both places and the command that fetches the file.
-    """
-    places = [] if weights_dir is None else [weights_dir / entry.id / VOCABULARY_NAME]
-    if places and places[0].is_file():
-        return places[0]
-    try:
-        with hub_access(offline=offline):
-            return Path(hf_hub_download(repository, VOCABULARY_NAME, local_files_only=offline))
-    except OSError as error:
-        looked = ", ".join([*map(str, places), f"{repository} on the hub" + (" (cache only)" if offline else "")])
-        raise FileNotFoundError(
-            f"no vocab.txt for the tokenizer of {entry.id}; looked at: {looked}. "
-            f"Run `python data_scripts/fetch_weights.py {entry.id}`"
-        ) from error
 
 
 def read_state_dict(path: Path) -> dict[str, "Tensor"]:
@@ -394,32 +401,60 @@ def load_strictly(module: "nn.Module", state_dict: Mapping[str, "Tensor"], *, so
     module.load_state_dict(state_dict)
 
 
-def describe_files(entry: ModelEntry, *files: Path) -> dict[str, Any]:
-    """Provenance of a loaded model: source, licence, and SHA-256 by name of the files that were read."""
-    hashes = {folder: file_hashes(folder) for folder in {path.parent for path in files}}
-    return {
-        "source": entry.source,
-        "licence": entry.licence,
-        "files": {path.name: hashes[path.parent][path.name] for path in files},
-    }
+def provenance(entry: ModelEntry, hashes: Mapping[str, str]) -> dict[str, Any]:
+    """Where a model comes from: source, licence, and SHA-256 by name of the files that were read."""
+    return {"source": entry.source, "licence": entry.licence, "files": dict(hashes)}
 
 
-def expected_hashes(entry: ModelEntry, folder: Path) -> dict[str, str]:
-    """SHA-256 by file name from ``SHA256SUMS`` in ``folder`` and from the registry, which has the last word."""
-    return {**read_sums(folder), **{file.name: file.sha256 for file in entry.files if file.sha256 is not None}}
+def describe_files(entry: ModelEntry, *paths: Path) -> dict[str, Any]:
+    """`provenance` of a model that was read from these files alone."""
+    return provenance(entry, {path.name: file_sha256(path) for path in paths})
 
 
 def missing_weights(
     entry: ModelEntry, *, weights_dir: Path | None, offline: bool, reason: Exception
 ) -> FileNotFoundError:
     """Error for weights that are neither here nor to be had; names the places and the remedy."""
+    why = str(reason).splitlines()[0].partition(" Last error:")[0]
+    if entry.source.startswith(LOCAL_DIR_PREFIX):
+        folder = entry.source.removeprefix(LOCAL_DIR_PREFIX)
+        return FileNotFoundError(f"cannot load {entry.id!r} from {folder}: {FOLDER_CONTENT}. Reason: {why}")
     folder = f"{weights_dir / entry.id}" if weights_dir is not None else "no weights folder"
     tried = "offline, so no download was tried" if offline else "the download failed"
+    later = ", after which it loads offline, too, from the hub cache" if entry.id.startswith(HUB_PREFIX) else ""
     return FileNotFoundError(
-        f"the weights of {entry.id!r} are not here: looked in {folder} and in the hub cache "
-        f"{constants.HF_HUB_CACHE} ({tried}). Run `{fetch_command(entry.id)}` where there "
-        f"is a network; source: {entry.source}. Reason: {str(reason).splitlines()[0].partition(' Last error:')[0]}"
+        f"the weights of {entry.id!r} are not here: looked in {folder} and the hub cache {constants.HF_HUB_CACHE} "
+        f"({tried}). Run `{fetch_command(entry.id)}` where there is a network{later}; source: {entry.source}. "
+        f"Reason: {why}"
     )
+
+
+def incomplete(folder: Path, missing: Sequence[str], *, id: str) -> FileNotFoundError:
+    """Error for a folder that lacks files of a model; says what it holds and what it must hold."""
+    held = ", ".join(sorted(path.name for path in folder.glob("*"))) or "nothing, or is not there"
+    return FileNotFoundError(
+        f"cannot load {id!r}: {folder} lacks {' and '.join(missing)}; it holds {held}; {FOLDER_CONTENT}"
+    )
+
+
+def read_pretrained(kind: Any, place: str, **options: Any) -> Any:
+    """Network of a class of transformers, every weight of which has a place in it and comes from the files.
+
+    Raises
+    ------
+    ValueError
+        Keys or shapes do not fit (listed), the files are damaged, or they are those of an adapter.
+    """
+    with explained_errors(place):
+        # Wrong shapes are asked for here to be refused below, by name.
+        network, report = kind.from_pretrained(place, output_loading_info=True, ignore_mismatched_sizes=True, **options)
+    if getattr(network, "peft_config", None):
+        raise ValueError(f"{place} holds no model of its own but an adapter of peft; merge it into its base first")
+    missing, unexpected = report["missing_keys"], report["unexpected_keys"]
+    misshapen = [key for key, *_ in report["mismatched_keys"]]
+    if missing or unexpected or misshapen:
+        raise mismatch_error(place, missing=missing, unexpected=unexpected, misshapen=misshapen)
+    return network
 
 
 HONOURED = None

@@ -20,7 +20,7 @@ from transformers import BertConfig, CLIPConfig, CLIPModel, PreTrainedTokenizerF
 from medrobust_lib.models.adapters import adapter_parameters, attach_adapters
 from medrobust_lib.models.dual_encoder import DualEncoder
 from medrobust_lib.models.loading import load_model
-from medrobust_lib.models.medclip import MedCLIPArchitecture, MedCLIPEncoder, MedCLIPNetwork
+from medrobust_lib.models.medclip import MedCLIPEncoder, MedCLIPNetwork
 from medrobust_lib.smoothing import prompts
 
 WORDS = ["a", "an", "image", "of", "tissue", "lymphocytes", "debris", "histology", "patch", ".", ","]
@@ -254,7 +254,7 @@ def medclip(vision: SwinConfig | tuple[int, ...], folder: Path, *, image_size: i
     bert = BertConfig(
         vocab_size=words, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48
     )
-    network = MedCLIPNetwork(MedCLIPArchitecture(vision=vision, text=bert, embed_dim=24, image_size=image_size))
+    network = MedCLIPNetwork(vision, bert, embed_dim=24)
     tokenizer = BertWordPieceTokenizer(str(folder / "vocab.txt"), lowercase=True)
     return MedCLIPEncoder(network, tokenizer, id="medclip", image_size=image_size, provenance={"source": "this test"})
 

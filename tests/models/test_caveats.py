@@ -6,7 +6,14 @@ import pytest
 from medrobust_lib import load_dataset, load_questions
 from medrobust_lib.data.dataset import ImageDataset
 from medrobust_lib.data.questions import ask
-from medrobust_lib.models.caveats import MADE_UP_ANSWERS, NOT_CLINICAL, SYNTHETIC, UNSEEN_MODALITY, caveats, vlm_caveats
+from medrobust_lib.models.catalogue import (
+    MADE_UP_ANSWERS,
+    NOT_CLINICAL,
+    SYNTHETIC,
+    UNSEEN_MODALITY,
+    caveats,
+    vlm_caveats,
+)
 
 
 def encoder(id: str = "demo-clip", image_size: int = 64) -> SimpleNamespace:

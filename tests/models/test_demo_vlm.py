@@ -10,7 +10,7 @@ from medrobust_lib.files import check_sums
 from medrobust_lib.generative.answers import answer_once
 from medrobust_lib.generative.oracles import judged
 from medrobust_lib.generative.study import default_oracle
-from medrobust_lib.models.loading import DEMO_VLM_FOLDER
+from medrobust_lib.models.weights import DEMO_VLM_FOLDER
 
 PER_TASK = 48
 

@@ -311,9 +311,9 @@ def test_repr_shows_the_facts_in_one_line(encoder):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"image_size": 0}, "image_size must be positive, not 0"),
-        ({"geometry": "crop"}, "geometry must be one of .*pad-square.* not 'crop'"),
-        ({"interpolation": "nearest"}, "interpolation must be one of .*bicubic.* not 'nearest'"),
+        ({"image_size": 0}, "image_size=0 is no whole number of 1 or more"),
+        ({"geometry": "crop"}, "unknown geometry 'crop'; choose one of .*pad-square"),
+        ({"interpolation": "nearest"}, "unknown interpolation 'nearest'; choose one of bicubic"),
         ({"std": (0.1, 0.0, 0.1)}, "std above 0"),
         ({"mean": (0.1,)}, "3 values each"),
     ],

@@ -28,8 +28,8 @@ from transformers import (
 from transformers.utils import logging
 
 from medrobust_lib.files import file_sha256
-from medrobust_lib.models.catalogue import find_vlm
-from medrobust_lib.models.loading import check_vlm, list_vlms
+from medrobust_lib.models import vision_language
+from medrobust_lib.models.loading import check_kind, find_model, list_vlms
 from medrobust_lib.models.vision_language import load_vlm
 
 spec = importlib.util.spec_from_file_location("tiny_vlms", Path(__file__).with_name("tiny_vlms.py"))
@@ -115,7 +115,7 @@ def test_an_adapter_of_peft_is_no_model(folder, tmp_path):
     id = f"local-dir:{tmp_path / 'tuned'}"
     for refused in (
         lambda: load(tmp_path / "tuned"),
-        lambda: check_vlm(find_vlm(id), weights_dir=tmp_path),
+        lambda: check_kind(find_model(id, generative=True), weights_dir=tmp_path),
     ):
         with pytest.raises(
             ValueError, match=r"an adapter that peft wrote (?s:.*)LlavaForConditionalGeneration\.from_pret"
@@ -125,7 +125,10 @@ def test_an_adapter_of_peft_is_no_model(folder, tmp_path):
 
 def test_a_folder_without_tokenizer_says_which_files_it_lacks(folder, tmp_path):
     (folder / "tokenizer.json").unlink()
-    for refused in (lambda: load(folder), lambda: check_vlm(find_vlm(f"local-dir:{folder}"), weights_dir=tmp_path)):
+    for refused in (
+        lambda: load(folder),
+        lambda: check_kind(find_model(f"local-dir:{folder}", generative=True), weights_dir=tmp_path),
+    ):
         with pytest.raises(
             FileNotFoundError, match=r"no tokenizer in .*: it must hold tokenizer\.json, or vocab\.json and"
         ):
@@ -143,7 +146,7 @@ def test_published_layouts_load_from_the_weights_folder(tmp_path, pixels, name):
     assert published.device == torch.device("cpu")
     assert not published.training
     assert not any(parameter.requires_grad for parameter in published.parameters())
-    entry = find_vlm(name)
+    entry = find_model(name, generative=True)
     assert published.provenance["source"] == entry.source
     assert published.provenance["licence"] == entry.licence
     weights = sorted((tmp_path / name).glob("*.safetensors"))
@@ -162,7 +165,7 @@ def test_published_layouts_load_from_the_weights_folder(tmp_path, pixels, name):
 
 
 def test_the_size_of_the_noise_is_the_tables_unless_asked_for(folder):
-    assert {name: find_vlm(name).image_size for name in tiny_vlms.IN_TABLE} == {
+    assert {name: find_model(name, generative=True).image_size for name in tiny_vlms.IN_TABLE} == {
         "llava-1.6-mistral-7b": 336,
         "llava-1.6-vicuna-7b": 336,
         "smolvlm-256m": 512,
@@ -194,7 +197,7 @@ def test_a_model_loads_through_the_unchanged_hub_call(hub_cache, tmp_path, pixel
         assert loaded.provenance["revision"] == snapshot.name
         assert loaded.provenance["source"] == "hf:Qwen/Qwen2-VL-2B-Instruct"
         assert "model.safetensors" in loaded.provenance["files"]
-    with pytest.raises(FileNotFoundError, match=r"cannot load 'qwen2-vl-2b'.*offline, so no download was tried"):
+    with pytest.raises(FileNotFoundError, match=r"'qwen2-vl-2b' are not here.*offline, so no download was tried"):
         load_vlm("qwen2-vl-2b", revision=COMMIT, **options)
     assert find_row("qwen2-vl-2b", tmp_path / "nothing")["available_offline"]
 
@@ -325,7 +328,7 @@ PUBLISHED_SIZES = {
 def test_numbers_of_parameters_are_those_of_the_published_configurations(name):
     with torch.device("meta"):
         network = PUBLISHED_SIZES[name]()
-    assert sum(parameter.numel() for parameter in network.parameters()) == find_vlm(name).parameters
+    assert sum(parameter.numel() for parameter in network.parameters()) == find_model(name, generative=True).parameters
 
 
 # What is refused
@@ -383,7 +386,7 @@ def test_missing_weights_name_the_place_and_the_command(hub_cache, tmp_path, off
 
 def test_a_missing_repository_of_the_hub_is_fetched_into_its_cache(hub_cache, tmp_path):
     hub_cache("nothing/here")
-    with pytest.raises(FileNotFoundError, match="run `hf download owner/name` where .*loads offline") as caught:
+    with pytest.raises(FileNotFoundError, match="Run `hf download owner/name` where .*loads offline") as caught:
         load_vlm("hf:owner/name", device="cpu", weights_dir=tmp_path, offline=True)
     assert "fetch_weights" not in str(caught.value)
 
@@ -395,22 +398,26 @@ def test_a_failed_download_gives_its_reason(hub_cache, tmp_path, monkeypatch):
         assert not constants.HF_HUB_OFFLINE
         raise OSError("the hub cannot be reached\nand more")
 
-    monkeypatch.setattr(AutoModelForImageTextToText, "from_pretrained", unreachable)
-    with pytest.raises(FileNotFoundError, match=r"the download failed; run .*Reason: the hub cannot be reached$"):
+    monkeypatch.setattr(vision_language.AutoModelForImageTextToText, "from_pretrained", unreachable)
+    with pytest.raises(FileNotFoundError, match=r"\(the download failed\)\. Run .*Reason: the hub cannot be reached$"):
         load_vlm("smolvlm-256m", device="cpu", weights_dir=tmp_path, offline=False)
     assert constants.HF_HUB_OFFLINE
 
 
 def test_incomplete_folders_say_what_is_missing(folder, tmp_path):
     with pytest.raises(
-        FileNotFoundError, match=r"no config\.json and no model weights in .*nowhere; the folder must hold config\.json"
+        FileNotFoundError, match=r"nowhere lacks config\.json and model weights; .*; the folder must hold config\.json"
     ):
         load(tmp_path / "nowhere")
     for name, error, message in (
         ("chat_template.jinja", ValueError, r"a folder has no chat template.*add chat_template\.jinja"),
         ("processor_config.json", FileNotFoundError, "a folder: the folder must hold.*Reason"),
-        ("config.json", FileNotFoundError, r"no config\.json in .*a folder; the folder must hold config\.json"),
-        ("model.safetensors", FileNotFoundError, r"no model weights in .*a folder; the folder must hold config\.json"),
+        ("config.json", FileNotFoundError, r"a folder lacks config\.json; .*; the folder must hold config\.json"),
+        (
+            "model.safetensors",
+            FileNotFoundError,
+            r"a folder lacks model weights; .*; the folder must hold config\.json",
+        ),
     ):
         (folder / name).rename(tmp_path / "away")
         with pytest.raises(error, match=message):

@@ -20,7 +20,7 @@ from medrobust_lib.models.adapters import (
     trainable_share,
 )
 from medrobust_lib.models.dual_encoder import DualEncoder, Preprocessing, Tokens
-from medrobust_lib.models.medclip import MedCLIPArchitecture, MedCLIPNetwork
+from medrobust_lib.models.medclip import MedCLIPNetwork
 from medrobust_lib.models.open_clip import OpenClipEncoder
 
 TEXTS = ["an image of tissue", "debris"]
@@ -237,8 +237,9 @@ def test_adapters_of_biomedclips_layout_have_the_published_number_of_parameters(
 
 def test_adapters_of_resnet50_count_kernels_and_no_shortcuts(builders, tmp_path):
     model = builders.medclip((1, 1, 1, 1), tmp_path, image_size=64)
-    full = MedCLIPArchitecture(vision=(3, 4, 6, 3), text=BertConfig(), embed_dim=24)
-    model.network.vision_model = builders.hollow(lambda: MedCLIPNetwork(full).vision_model)
+    model.network.vision_model = builders.hollow(
+        lambda: MedCLIPNetwork((3, 4, 6, 3), BertConfig(), embed_dim=24).vision_model
+    )
     model = model.eval()
     weights = [3 * 49 + 64]
     channels = 64
@@ -337,12 +338,14 @@ def test_broken_adapters_are_not_merged(demo):
 
 @pytest.mark.parametrize("rank", [0, -1, 2.0, True, "16"])
 def test_ranks_are_positive_whole_numbers(demo, rank):
-    with pytest.raises(ValueError, match=f"rank={rank!r}: a whole number of at least 1"):
+    with pytest.raises(ValueError, match=f"rank={rank!r} is no whole number of 1 or more, usually 4"):
         attach_adapters(demo, rank=rank)
 
 
 def test_wrong_forms_and_second_adapters_are_refused(demo, loaded):
-    with pytest.raises(ValueError, match="qkv='seperate': must be 'separate' or 'fused'; did you mean 'separate'"):
+    with pytest.raises(
+        ValueError, match="unknown qkv 'seperate'; choose one of separate, fused; did you mean 'separate'"
+    ):
         attach_adapters(demo, qkv="seperate")
     with pytest.raises(ValueError, match=r"demo-clip has no fused .* on convolutions\); take 'separate'"):
         attach_adapters(demo, qkv="fused")

@@ -4,6 +4,8 @@ import hashlib
 import math
 import pathlib
 import re
+from dataclasses import replace
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -15,14 +17,9 @@ from torch.nn import functional
 from torchvision.models.resnet import Bottleneck, ResNet
 from transformers import BertConfig, BertTokenizer, SwinConfig
 
-from medrobust_lib.models.catalogue import ModelEntry
-from medrobust_lib.models.medclip import (
-    MedCLIPArchitecture,
-    MedCLIPNetwork,
-    convert_state_dict,
-    load_medclip,
-    published_architecture,
-)
+from medrobust_lib.models import medclip
+from medrobust_lib.models.loading import find_model
+from medrobust_lib.models.medclip import MedCLIPNetwork, convert_state_dict, load_medclip, published_network
 
 WORDS = [
     *("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "chest", "x", "-", "ray", "of", "normal"),
@@ -38,8 +35,7 @@ TINY_BERT = BertConfig(
     max_position_embeddings=80,
 )
 TINY_SWIN = SwinConfig(image_size=56, embed_dim=16, depths=(2, 2), num_heads=(2, 4), window_size=7)
-SWIN = MedCLIPArchitecture(vision=TINY_SWIN, text=TINY_BERT, embed_dim=24, image_size=56)
-RESNET = MedCLIPArchitecture(vision=(1, 1, 1, 1), text=TINY_BERT, embed_dim=24, image_size=64)
+TINY = {"medclip-vit": (TINY_SWIN, 56), "medclip-rn50": ((1, 1, 1, 1), 64)}
 
 
 def timm_swin():
@@ -168,18 +164,12 @@ def upstream_pixels(image, size):
     return (torch.from_numpy((pixels - 0.5862785803043838) / 0.27950088968644304).float()).expand(1, 3, size, size)
 
 
-def entry(model_id):
-    return ModelEntry(
-        id=model_id,
-        family="MedCLIP",
-        image_size=224,
-        parameters=None,
-        licence="unknown",
-        source="test",
-        files=(),
-        citation="",
-        loader=load_medclip,
-    )
+def load(model_id, weights_dir):
+    """The model at a fraction of its size."""
+    vision, size = TINY[model_id]
+    entry = replace(find_model(model_id), image_size=size)
+    with patch.object(medclip, "published_network", lambda id: MedCLIPNetwork(vision, TINY_BERT, 24)):
+        return load_medclip(entry, weights_dir=weights_dir, offline=True)
 
 
 @pytest.fixture(scope="module")
@@ -212,7 +202,7 @@ def weights_dir(published, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def model(weights_dir):
-    return load_medclip(entry("medclip-vit"), weights_dir=weights_dir, offline=True, architecture=SWIN)
+    return load("medclip-vit", weights_dir)
 
 
 def test_swin_image_features_equal_timm(model, published):
@@ -226,31 +216,13 @@ def test_swin_image_features_equal_timm(model, published):
     assert (features[0] - features[1]).abs().max() > 1e-3
 
 
-def test_text_features_equal_upstream_at_batch_maximum(weights_dir, published):
-    upstream = load_medclip(
-        entry("medclip-vit"), weights_dir=weights_dir, offline=True, architecture=SWIN, pad_length=None
-    )
-    tokens = upstream.tokenize(TEXTS)
-    assert tokens.ids.shape[1] == tokens.mask.sum(dim=1).max() == 11
-    expected = upstream_text_features(published[0], tokens.ids, tokens.mask)
-    with torch.no_grad():
-        assert torch.allclose(upstream.encode_text(TEXTS), expected, atol=1e-5, rtol=0)
-        alone = upstream.encode_text(TEXTS[1:2])
-    assert (alone - expected[1]).abs().max() > 1e-3, "padding is part of the mean"
-
-
-@pytest.mark.parametrize("pad_length", [0, 8, 25])
-def test_fixed_padding_makes_a_feature_depend_on_its_text_only(weights_dir, published, pad_length):
-    model = load_medclip(
-        entry("medclip-vit"), weights_dir=weights_dir, offline=True, architecture=SWIN, pad_length=pad_length
-    )
+def test_a_feature_depends_on_its_text_only_and_is_upstreams(model, published):
     together = model.encode_text(TEXTS)
     for text, feature in zip(TEXTS, together, strict=True):
         assert torch.allclose(model.encode_text([text])[0], feature, atol=1e-6)
         real = int(model.tokenize([text]).mask.sum())
-        width = max(pad_length, real)
-        ids = functional.pad(model.tokenize([text]).ids[:, :real], (0, width - real))
-        expected = upstream_text_features(published[0], ids, torch.arange(width)[None] < real)
+        ids = functional.pad(model.tokenize([text]).ids[:, :real], (0, 25 - real))
+        expected = upstream_text_features(published[0], ids, torch.arange(25)[None] < real)
         assert torch.allclose(feature, expected[0], atol=1e-5, rtol=0)
 
 
@@ -265,11 +237,11 @@ def test_wrong_hash_is_refused(published, tmp_path):
     weights = write_weights(tmp_path / "medclip-vit", published[0])
     (weights / "medclip-vit" / "SHA256SUMS").write_text(f"{'0' * 64}  pytorch_model.bin\n", encoding="utf-8")
     with pytest.raises(ValueError, match=r"pytorch_model\.bin has SHA-256 [0-9a-f]{64}, expected 0{64}"):
-        load_medclip(entry("medclip-vit"), weights_dir=weights, offline=True, architecture=SWIN)
+        load("medclip-vit", weights)
 
 
 def test_default_padding_is_25_and_recorded(model):
-    assert model.pad_length == model.provenance["pad_length"] == 25
+    assert model.provenance["pad_length"] == 25
     assert model.tokenize(["lung"]).ids.shape == (1, 25)
     assert torch.allclose(
         model.class_features(["normal", "pneumonia"], ["a chest x-ray of {}", "{}"])[:1],
@@ -318,7 +290,7 @@ def test_resnet_features_equal_torchvision(published, tmp_path):
     state_dict = {key: value for key, value in published[0].items() if not key.startswith("vision_model.")}
     state_dict |= {f"vision_model.model.{key}": value for key, value in resnet.state_dict().items()}
     weights = write_weights(tmp_path / "medclip-rn50", state_dict)
-    model = load_medclip(entry("medclip-rn50"), weights_dir=weights, offline=True, architecture=RESNET)
+    model = load("medclip-rn50", weights)
     pixels = torch.rand(2, 3, 64, 64, generator=generator)
     with torch.no_grad():
         expected = unit(resnet.eval()((pixels - 0.5862785803043838) / 0.27950088968644304))
@@ -329,7 +301,7 @@ def test_resnet_features_equal_torchvision(published, tmp_path):
 @pytest.mark.parametrize(("stored", "scale"), [(3.2, math.exp(3.2)), (6.0, math.exp(4.6052)), (-1.0, 1.0)])
 def test_logit_scale_is_clamped_as_upstream(published, tmp_path, stored, scale):
     weights = write_weights(tmp_path / "medclip-vit", published[0] | {"logit_scale": torch.tensor(stored)})
-    model = load_medclip(entry("medclip-vit"), weights_dir=weights, offline=True, architecture=SWIN)
+    model = load("medclip-vit", weights)
     assert model.logit_scale == pytest.approx(scale, rel=1e-5)
 
 
@@ -363,7 +335,7 @@ def full_size_swin_keys():
 
 def test_full_size_layouts():
     with torch.device("meta"):
-        vit, resnet = (MedCLIPNetwork(published_architecture(name)) for name in ("medclip-vit", "medclip-rn50"))
+        vit, resnet = (published_network(name) for name in ("medclip-vit", "medclip-rn50"))
     assert sum(p.numel() for p in vit.vision_model.model.parameters()) == 27_519_354
     assert sum(p.numel() for p in vit.text_model.model.parameters()) == 108_310_272
     assert sum(p.numel() for p in resnet.vision_model.parameters()) == 23_508_032 + 2048 * 512
@@ -388,7 +360,7 @@ def test_missing_and_unexpected_keys_are_listed(published, tmp_path):
     broken = {key: value for key, value in published[0].items() if "text_model.model.encoder.layer.1" not in key}
     weights = write_weights(tmp_path / "medclip-vit", broken | {"surplus.weight": torch.zeros(1)})
     with pytest.raises(ValueError, match=r"16 missing.*text_model\.model\.encoder\.layer\.1.*and 6 more") as error:
-        load_medclip(entry("medclip-vit"), weights_dir=weights, offline=True, architecture=SWIN)
+        load("medclip-vit", weights)
     assert "1 unexpected" in str(error.value)
     assert "surplus.weight" in str(error.value)
 
@@ -397,12 +369,12 @@ def test_wrong_shape_is_named(published, tmp_path):
     broken = published[0] | {"text_model.projection_head.weight": torch.zeros(12, 32)}
     weights = write_weights(tmp_path / "medclip-vit", broken)
     with pytest.raises(ValueError, match=r"text_model\.projection_head\.weight.*\(12, 32\).*\(24, 32\)"):
-        load_medclip(entry("medclip-vit"), weights_dir=weights, offline=True, architecture=SWIN)
+        load("medclip-vit", weights)
 
 
 def test_missing_weights_name_places_and_command(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"data_scripts/fetch_weights\.py medclip-vit") as error:
-        load_medclip(entry("medclip-vit"), weights_dir=tmp_path, offline=True, architecture=SWIN)
+        load("medclip-vit", tmp_path)
     assert str(tmp_path / "medclip-vit" / "pytorch_model.bin") in str(error.value)
 
 
@@ -411,7 +383,7 @@ def test_missing_vocabulary_names_the_hub_id(published, tmp_path, monkeypatch):
     (weights / "medclip-vit" / "vocab.txt").unlink()
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "empty"))
     with pytest.raises(FileNotFoundError, match=r"emilyalsentzer/Bio_ClinicalBERT"):
-        load_medclip(entry("medclip-vit"), weights_dir=weights, offline=True, architecture=SWIN)
+        load("medclip-vit", weights)
 
 
 def test_vocabulary_is_taken_from_the_hub_cache(published, model, tmp_path, monkeypatch):
@@ -424,7 +396,7 @@ def test_vocabulary_is_taken_from_the_hub_cache(published, model, tmp_path, monk
     (repository / "refs").mkdir()
     (repository / "refs" / "main").write_text(commit, encoding="utf-8")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
-    cached = load_medclip(entry("medclip-vit"), weights_dir=weights, offline=True, architecture=SWIN)
+    cached = load("medclip-vit", weights)
     assert torch.equal(cached.encode_text(TEXTS), model.encode_text(TEXTS))
     assert set(cached.provenance["files"]) == {"pytorch_model.bin", "vocab.txt"}
 
@@ -434,12 +406,12 @@ def test_safetensors_with_the_same_keys_are_read(published, model, tmp_path):
     (weights / "medclip-vit" / "pytorch_model.bin").unlink()
     tensors = {key: value.contiguous().clone() for key, value in published[0].items()}
     save_file(tensors, weights / "medclip-vit" / "model.safetensors")
-    loaded = load_medclip(entry("medclip-vit"), weights_dir=weights, offline=True, architecture=SWIN)
+    loaded = load("medclip-vit", weights)
     assert torch.equal(loaded.encode_text(TEXTS), model.encode_text(TEXTS))
 
 
 def test_half_precision_stays_close(weights_dir, model):
-    half = load_medclip(entry("medclip-vit"), weights_dir=weights_dir, offline=True, architecture=SWIN)
+    half = load("medclip-vit", weights_dir)
     half = half.to(torch.bfloat16)
     pixels = torch.rand(2, 3, 56, 56, generator=torch.Generator().manual_seed(5))
     for ours, reference in (
@@ -453,13 +425,13 @@ def test_half_precision_stays_close(weights_dir, model):
 def test_wrong_vocabulary_size_is_refused(published, tmp_path):
     weights = write_weights(tmp_path / "medclip-vit", published[0], words=WORDS[:5])
     with pytest.raises(ValueError, match=r"5 tokens.*21 expected"):
-        load_medclip(entry("medclip-vit"), weights_dir=weights, offline=True, architecture=SWIN)
+        load("medclip-vit", weights)
 
 
 def test_pickled_code_is_refused(tmp_path):
     weights = write_weights(tmp_path / "medclip-vit", {"logit_scale": pathlib.PurePosixPath("x")})
     with pytest.raises(ValueError, match=r"pytorch_model\.bin.*more than tensors"):
-        load_medclip(entry("medclip-vit"), weights_dir=weights, offline=True, architecture=SWIN)
+        load("medclip-vit", weights)
 
 
 def test_too_long_a_text_is_refused(model):
@@ -467,26 +439,9 @@ def test_too_long_a_text_is_refused(model):
         model.tokenize(["lung " * 80])
 
 
-@pytest.mark.parametrize("pad_length", [-1, 78])
-def test_pad_length_out_of_range(weights_dir, pad_length):
-    with pytest.raises(ValueError, match=rf"pad_length must be .* not {pad_length}"):
-        load_medclip(
-            entry("medclip-vit"),
-            weights_dir=weights_dir,
-            offline=True,
-            architecture=SWIN,
-            pad_length=pad_length,
-        )
-
-
 def test_parameters_are_frozen_and_in_evaluation_mode(model):
     assert not any(p.requires_grad for p in model.parameters())
     assert not any(module.training for module in model.modules())
-
-
-def test_unknown_id_needs_an_architecture(tmp_path):
-    with pytest.raises(ValueError, match=r"'medclip-vitt'.*medclip-vit and medclip-rn50"):
-        load_medclip(entry("medclip-vitt"), weights_dir=tmp_path, offline=True)
 
 
 def test_prompts_can_be_learned(model, check_prompts):

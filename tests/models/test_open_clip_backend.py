@@ -84,7 +84,7 @@ def test_local_folder_with_its_own_vocabulary_matches_open_clip(demo_folder, ima
 def test_demo_clip_loads_from_the_package_wherever_it_lies(demo_folder, images, texts, tmp_path, monkeypatch):
     elsewhere = tmp_path / "site-packages" / "demo" / "clip"
     shutil.copytree(demo_folder, elsewhere)
-    monkeypatch.setattr("medrobust_lib.models.open_clip.DEMO_FOLDER", elsewhere)
+    monkeypatch.setattr("medrobust_lib.models.weights.DEMO_FOLDER", elsewhere)
     monkeypatch.chdir(tmp_path)
     encoder = load_model("demo-clip", device="cpu", weights_dir=tmp_path / "none")
     assert_parity(encoder, reference(f"local-dir:{demo_folder}", images, texts), images, texts)
@@ -92,7 +92,7 @@ def test_demo_clip_loads_from_the_package_wherever_it_lies(demo_folder, images, 
 
 
 def test_demo_clip_absent_from_the_package_is_said(tmp_path, monkeypatch):
-    monkeypatch.setattr("medrobust_lib.models.open_clip.DEMO_FOLDER", tmp_path)
+    monkeypatch.setattr("medrobust_lib.models.weights.DEMO_FOLDER", tmp_path)
     with pytest.raises(FileNotFoundError, match=r"the package is incomplete: .*open_clip_config\.json is missing"):
         load_model("demo-clip", device="cpu")
 

@@ -9,9 +9,9 @@ from huggingface_hub import constants
 import medrobust_lib
 from medrobust_lib.models import loading
 from medrobust_lib.models.adapters import adapter_parameters, attach_adapters, merge_adapters, save_adapter
+from medrobust_lib.models.catalogue import ModelEntry
 from medrobust_lib.models.dual_encoder import DualEncoder, Preprocessing, Tokens
 from medrobust_lib.models.loading import (
-    ModelEntry,
     available_offline,
     check_kind,
     find_model,
@@ -205,7 +205,7 @@ def test_a_user_registers_an_own_model_with_one_call(tmp_path):
     assert not model.training
     assert not model.layer[1].training
     assert not any(parameter.requires_grad for parameter in model.parameters())
-    assert seen["entry"] == ModelEntry("mean-colour", "mean colour", 8, 12, "MIT", "this test", (), "nobody", loader)
+    assert seen["entry"] == ModelEntry("mean-colour", "mean colour", 8, "MIT", "this test", "nobody", 12, loader=loader)
     assert seen["weights_dir"] == tmp_path
     assert seen["offline"] is True
     row = medrobust_lib.list_models().set_index("id").loc["mean-colour"]

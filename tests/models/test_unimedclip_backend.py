@@ -1,19 +1,17 @@
 """UniMed-CLIP: a checkpoint in the layout of the authors' fork against a forward pass written out here."""
 
+from functools import partial
+from unittest.mock import patch
+
 import pytest
 import torch
 from open_clip import CLIPVisionCfg
 from torch.nn import functional
 from transformers import BertConfig, BertModel
 
+from medrobust_lib.models import medclip
 from medrobust_lib.models.loading import find_model
-from medrobust_lib.models.unimedclip import (
-    UniMedCLIPArchitecture,
-    build_network,
-    convert_state_dict,
-    load_unimedclip,
-    published_architecture,
-)
+from medrobust_lib.models.medclip import build_unimed_network, convert_fork_keys, load_unimedclip
 
 WORDS = [
     *("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "fundus", "photo", "of", "retina", "with", "drus"),
@@ -21,9 +19,10 @@ WORDS = [
 ]
 TEXTS = ["a fundus photo of retina with drusen", "Normal", "retina, normal"]
 WIDTH, LAYERS, PATCH, SIZE, DIM = 64, 2, 8, 32, 24
-TINY = UniMedCLIPArchitecture(
-    vision=CLIPVisionCfg(image_size=SIZE, layers=LAYERS, width=WIDTH, head_width=16, patch_size=PATCH),
-    text=BertConfig(
+CONTEXT = 20
+TINY = {
+    "vision": CLIPVisionCfg(image_size=SIZE, layers=LAYERS, width=WIDTH, head_width=16, patch_size=PATCH),
+    "text": BertConfig(
         vocab_size=len(WORDS),
         hidden_size=32,
         num_hidden_layers=2,
@@ -31,9 +30,8 @@ TINY = UniMedCLIPArchitecture(
         intermediate_size=48,
         max_position_embeddings=64,
     ),
-    embed_dim=DIM,
-    context_length=20,
-)
+    "embed_dim": DIM,
+}
 
 
 def visual_shapes(width, layers, patch, size, dim):
@@ -109,7 +107,7 @@ def fork():
     shapes = visual_shapes(WIDTH, LAYERS, PATCH, SIZE, DIM)
     shapes |= {"text_encoder.proj.0.weight": (28, 32), "text_encoder.proj.2.weight": (DIM, 28)}
     tensors = {key: 0.2 * torch.randn(shape, generator=generator) for key, shape in shapes.items()}
-    bert = BertModel(TINY.text, add_pooling_layer=False).eval().requires_grad_(False)
+    bert = BertModel(TINY["text"], add_pooling_layer=False).eval().requires_grad_(False)
     for tensor in bert.parameters():
         tensor.copy_(0.3 * torch.randn(tensor.shape, generator=generator))
     tensors |= {f"text_encoder.transformer.{key}": value for key, value in bert.state_dict().items()}
@@ -127,7 +125,10 @@ def write_weights(root, content, words=WORDS):
 
 
 def load(root):
-    return load_unimedclip(find_model("unimedclip"), weights_dir=root, offline=True, architecture=TINY)
+    """The model at a fraction of its size."""
+    tiny = {"build_unimed_network": partial(build_unimed_network, **TINY), "UNIMED_CONTEXT_LENGTH": CONTEXT}
+    with patch.multiple(medclip, **tiny):
+        return load_unimedclip(find_model("unimedclip"), weights_dir=root, offline=True)
 
 
 @pytest.fixture(scope="module")
@@ -151,7 +152,7 @@ def test_image_features_equal_the_fork(model, fork):
 
 def test_text_features_equal_the_fork(model, fork):
     tokens = model.tokenize(TEXTS)
-    padded = functional.pad(tokens.ids, (0, TINY.context_length - tokens.ids.shape[1]))
+    padded = functional.pad(tokens.ids, (0, CONTEXT - tokens.ids.shape[1]))
     expected = fork_text_features(fork[1], fork[0], padded)
     assert torch.allclose(model.encode_text(TEXTS), expected, atol=1e-5, rtol=0)
     assert (expected[0] - expected[1]).abs().max() > 1e-3
@@ -175,9 +176,8 @@ def test_facts(model):
 
 
 def test_full_size_layout(tmp_path):
-    architecture = published_architecture()
     with torch.device("meta"):
-        network = build_network(architecture, text_folder=tmp_path)
+        network = build_unimed_network(tmp_path)
         bert = BertModel(BertConfig(vocab_size=30_522), add_pooling_layer=False)
     fork_shapes = visual_shapes(768, 12, 16, 224, 512)
     fork_shapes |= {f"text_encoder.transformer.{key}": t.shape for key, t in bert.state_dict().items()}
@@ -185,12 +185,12 @@ def test_full_size_layout(tmp_path):
     fork_shapes["logit_scale"] = ()
     file = {key: torch.empty(shape, device="meta") for key, shape in fork_shapes.items()}
     file["text_encoder.transformer.embeddings.position_ids"] = torch.empty(1, 512, device="meta")
-    converted = convert_state_dict(file)
+    converted = convert_fork_keys(file)
     expected = network.state_dict()
     assert {key: t.shape for key, t in converted.items()} == {key: t.shape for key, t in expected.items()}
     assert sum(p.numel() for p in network.visual.parameters()) == 86_192_640
     assert sum(p.numel() for p in network.parameters()) == 86_192_640 + 108_891_648 + 819_200 + 1
-    assert architecture.context_length == 256
+    assert medclip.UNIMED_CONTEXT_LENGTH == 256
 
 
 def test_unknown_and_missing_keys_are_listed(fork, tmp_path):
