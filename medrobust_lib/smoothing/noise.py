@@ -1,20 +1,27 @@
-"""How many noisy copies go through a model at once: what memory allows, less when it did not."""
+"""The one place where noise meets a model: addressed noise, noisy copies, as many at a time as memory allows.
+
+Noise comes from a `NoiseStream`, whose draws depend on their address alone, so that no batch size, order or number of
+workers changes a vote.
+"""
 
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeVar, get_args
 
+import numpy as np
 import psutil
 import torch
 from torch import Tensor
 
+from medrobust_lib.checks import check_choice
 from medrobust_lib.data.dataset import ImageDataset
 from medrobust_lib.models.dual_encoder import DualEncoder
 
 Result = TypeVar("Result")
+Role = Literal["adapt", "select", "estimate"]
 
 _LARGEST = {"cpu": 128}  # larger batches fall out of a processor's cache and are slower, not faster
 _LARGEST_ON_ACCELERATORS = 1024
@@ -24,6 +31,98 @@ _SHARE_OF_FREE_MEMORY = 0.5
 _OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "out of memory", "ALLOC_FAILED")
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class NoiseStream:
+    """An endless, addressable sequence of Gaussian noise images for one image.
+
+    Attributes
+    ----------
+    seed : int
+    dataset : str
+        Id of the data set.
+    index : int
+        Position of the image in its full split.
+    sigma : float
+        Standard deviation in [0, 1] pixel units, >= 0.
+    role : {"adapt", "select", "estimate"}
+        What the noise is for. Prompts may only ever see "adapt"; a certificate's class comes from
+        "select" and its bound from "estimate".
+
+    Raises
+    ------
+    ValueError
+        Negative sigma or unknown role.
+    """
+
+    seed: int
+    dataset: str
+    index: int
+    sigma: float
+    role: Role
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.sigma < float("inf"):
+            raise ValueError(f"sigma={self.sigma}: noise levels are standard deviations >= 0 in [0, 1] pixel units")
+        check_choice("noise role", self.role, get_args(Role))
+
+    def draw(
+        self, shape: tuple[int, ...], *, first: int = 0, count: int = 1, device: torch.device | str = "cpu"
+    ) -> Tensor:
+        """Draw noise images number `first` to ``first + count - 1``.
+
+        Parameters
+        ----------
+        shape : tuple of int
+            Shape of one image, for example ``(3, 64, 64)``.
+        first, count : int
+        device : torch.device
+            Where the noise is drawn and stays.
+
+        Returns
+        -------
+        float32 [count, *shape]
+            N(0, sigma^2), independent over draws and pixels.
+        """
+        noise = torch.empty(count, *shape, device=device)
+        generator = torch.Generator(noise.device)
+        for row, seed in enumerate(self._draw_seeds(first, count)):
+            noise[row].normal_(0, self.sigma, generator=generator.manual_seed(seed))
+        return noise
+
+    def decoding_seeds(self, first: int, count: int) -> list[int]:
+        """Seeds for a randomised classifier, one a draw; independent of the noise of the same draw."""
+        return list(self._draw_seeds(first, count, purpose=', "decoding"'))
+
+    def _draw_seeds(self, first: int, count: int, *, purpose: str = "") -> Iterator[int]:
+        """Hash the address of each draw; hashing the common beginning once takes most of the cost away."""
+        # 1 and 1.0, or numpy's numbers, are the same address.
+        address = json.dumps([int(self.seed), self.dataset, int(self.index), float(self.sigma), self.role])
+        common = hashlib.blake2b(address.removesuffix("]").encode(), digest_size=8)
+        for number in range(first, first + count):
+            whole = common.copy()
+            whole.update(f", {number}{purpose}]".encode())
+            yield int.from_bytes(whole.digest(), "big", signed=True)
+
+
+def noisy_copies(pixels: Tensor, stream: NoiseStream, *, first: int = 0, count: int = 1) -> Tensor:
+    """Add a stream's noise to copies of one image; nothing is clipped, as in Cohen et al. (2019).
+
+    Parameters
+    ----------
+    pixels : float32 [3, H, W]
+        In [0, 1], before the model's normalisation.
+    stream : NoiseStream
+    first, count : int
+        Which draws.
+
+    Returns
+    -------
+    float32 [count, 3, H, W]
+        On the device of the pixels, where the noise is drawn too.
+    """
+    return stream.draw(tuple(pixels.shape), first=first, count=count, device=pixels.device).add_(pixels)
 
 
 @dataclass
@@ -128,100 +227,34 @@ def release_cached_memory() -> None:
         torch.get_device_module(torch.accelerator.current_accelerator()).empty_cache()
 
 
-Role = Literal["adapt", "select", "estimate"]
-
-
-@dataclass(frozen=True)
-class NoiseStream:
-    """An endless, addressable sequence of Gaussian noise images for one image.
-
-    Attributes
-    ----------
-    seed : int
-    dataset : str
-        Id of the data set.
-    index : int
-        Position of the image in its full split.
-    sigma : float
-        Standard deviation in [0, 1] pixel units, >= 0.
-    role : {"adapt", "select", "estimate"}
-        What the noise is for. Prompts may only ever see "adapt"; a certificate's class comes from
-        "select" and its bound from "estimate".
-
-    Raises
-    ------
-    ValueError
-        Negative sigma or unknown role.
-    """
-
-    seed: int
-    dataset: str
-    index: int
-    sigma: float
-    role: Role
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.sigma < float("inf"):
-            raise ValueError(f"sigma={self.sigma}: noise levels are standard deviations >= 0 in [0, 1] pixel units")
-        if self.role not in get_args(Role):
-            raise ValueError(f"unknown noise role {self.role!r}; choose one of {', '.join(get_args(Role))}")
-
-    def draw(
-        self, shape: tuple[int, ...], *, first: int = 0, count: int = 1, device: torch.device | str = "cpu"
-    ) -> Tensor:
-        """Draw noise images number `first` to ``first + count - 1``.
-
-        Parameters
-        ----------
-        shape : tuple of int
-            Shape of one image, for example ``(3, 64, 64)``.
-        first, count : int
-        device : torch.device
-            Where the noise is drawn and stays.
-
-        Returns
-        -------
-        float32 [count, *shape]
-            N(0, sigma^2), independent over draws and pixels.
-        """
-        noise = torch.empty(count, *shape, device=device)
-        generator = torch.Generator(noise.device)
-        for row, seed in enumerate(self._draw_seeds(first, count)):
-            noise[row].normal_(0, self.sigma, generator=generator.manual_seed(seed))
-        return noise
-
-    def decoding_seeds(self, first: int, count: int) -> list[int]:
-        """Seeds for a randomised classifier, one a draw; independent of the noise of the same draw."""
-        return list(self._draw_seeds(first, count, purpose=', "decoding"'))
-
-    def _draw_seeds(self, first: int, count: int, *, purpose: str = "") -> Iterator[int]:
-        """Hash the address of each draw; hashing the common beginning once takes most of the cost away."""
-        # 1 and 1.0, or numpy's numbers, are the same address.
-        address = json.dumps([int(self.seed), self.dataset, int(self.index), float(self.sigma), self.role])
-        common = hashlib.blake2b(address.removesuffix("]").encode(), digest_size=8)
-        for number in range(first, first + count):
-            whole = common.copy()
-            whole.update(f", {number}{purpose}]".encode())
-            yield int.from_bytes(whole.digest(), "big", signed=True)
-
-
-def noisy_copies(pixels: Tensor, stream: NoiseStream, *, first: int = 0, count: int = 1) -> Tensor:
-    """Add a stream's noise to copies of one image; nothing is clipped, as in Cohen et al. (2019).
+def map_copies(
+    compute: Callable[[Tensor], Result],
+    pixels: Tensor,
+    stream: NoiseStream,
+    *,
+    batches: Batches,
+    count: int,
+    first: int = 0,
+) -> Iterator[Result]:
+    """Yield what a function makes of each batch of noisy copies of one image.
 
     Parameters
     ----------
+    compute : callable
+        float32 [b, 3, H, W] -> anything.
     pixels : float32 [3, H, W]
         In [0, 1], before the model's normalisation.
     stream : NoiseStream
+    batches : Batches
+        How many copies at a time.
     first, count : int
         Which draws.
-
-    Returns
-    -------
-    float32 [count, 3, H, W]
-        On the device of the pixels, where the noise is drawn too.
     """
-    return stream.draw(tuple(pixels.shape), first=first, count=count, device=pixels.device).add_(pixels)
+
+    def on_copies(first: int, count: int) -> Result:
+        return compute(noisy_copies(pixels, stream, first=first, count=count))
+
+    return batches.map(on_copies, first=first, count=count)
 
 
 @torch.inference_mode()
@@ -264,6 +297,38 @@ def noisy_features(
     return torch.cat(features)
 
 
+@torch.no_grad()
+def noisy_bank(
+    model: DualEncoder,
+    dataset: ImageDataset,
+    *,
+    sigmas: Sequence[float],
+    draws: int,
+    seed: int,
+    choose: np.random.Generator,
+) -> Tensor:
+    """Encode noisy copies of every image, each at a noise level drawn from a set.
+
+    Returns
+    -------
+    float32 [n, draws, d]
+        Unit-norm features; the noise has the role "adapt".
+    """
+    levels = choose.choice(np.asarray(sigmas, dtype=np.float64), size=(len(dataset), draws))
+    batches = make_batches(None, model.device, (3, model.image_size, model.image_size))
+    rows = []
+    for image, index, drawn in zip(dataset.images, dataset.indices, levels, strict=True):
+        pixels = model.prepare(image[None])[0].to(model.device)
+        streams = [NoiseStream(seed, dataset.id, int(index), float(sigma), "adapt") for sigma in drawn]
+
+        def encode(first: int, count: int, pixels: Tensor = pixels, streams: list[NoiseStream] = streams) -> Tensor:
+            numbers = range(first, first + count)
+            return model.encode_image(torch.cat([noisy_copies(pixels, streams[i], first=i) for i in numbers]))
+
+        rows.append(torch.cat(list(batches.map(encode, first=0, count=draws))))
+    return torch.stack(rows)
+
+
 @torch.inference_mode()
 def vote(
     model: DualEncoder, class_features: Tensor, pixels: Tensor, stream: NoiseStream, *, n: int, batch_size: int = 64
@@ -290,10 +355,10 @@ def vote(
     int64 [K]
         Votes per class; they sum to n.
     """
-    votes = torch.zeros(len(class_features), dtype=torch.int64)
-    for first in range(0, n, batch_size):
-        count = min(batch_size, n - first)
-        features = model.encode_image(noisy_copies(pixels, stream, first=first, count=count))
-        answers = model.probabilities(features, class_features).argmax(1).cpu()
-        votes += torch.bincount(answers, minlength=len(votes))
-    return votes
+
+    def count_answers(copies: Tensor) -> Tensor:
+        answers = model.probabilities(model.encode_image(copies), class_features).argmax(1).cpu()
+        return torch.bincount(answers, minlength=len(class_features))
+
+    parts = map_copies(count_answers, pixels, stream, batches=Batches(batch_size), count=n)
+    return sum(parts, torch.zeros(len(class_features), dtype=torch.int64))

@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from medrobust_lib.checks import check_positive, check_whole
 from medrobust_lib.data.dataset import ImageDataset
 from medrobust_lib.files import parsed, read_tensors, write_tensors
 from medrobust_lib.models.dual_encoder import DualEncoder
-from medrobust_lib.smoothing.noise import Batches, NoiseStream, suggested_batch_size
+from medrobust_lib.smoothing.noise import noisy_bank
 from medrobust_lib.smoothing.prompt_frames import (
     Position,
     PromptFrame,
@@ -227,10 +228,8 @@ def learn_prompts(
     _check_learns(model)
     sigmas = _checked_sigmas(sigmas)
     for name, value in {"epochs": epochs, "batch_size": batch_size, "draws_per_image": draws_per_image}.items():
-        if value < 1:
-            raise ValueError(f"{name}={value}: at least 1 is needed")
-    if not learning_rate > 0:
-        raise ValueError(f"learning_rate={learning_rate}: must be > 0")
+        check_whole(name, value)
+    check_positive("learning_rate", learning_rate)
     draw = np.random.default_rng(seed)
     chosen = draw_shots(dataset, shots, draw)
     bank = noisy_bank(model, chosen, sigmas=sigmas, draws=draws_per_image, seed=seed, choose=draw)
@@ -265,8 +264,7 @@ def draw_shots(dataset: ImageDataset, shots: int, draw: np.random.Generator) -> 
     ValueError
         shots below 1, or a class without images.
     """
-    if shots < 1:
-        raise ValueError(f"shots={shots}: few-shot learning needs at least one image per class")
+    check_whole("shots", shots, hint=": few-shot learning needs at least one image per class")
     positions, short = [], []
     for label, noun in enumerate(dataset.classes):
         members = np.flatnonzero(dataset.labels == label)
@@ -283,44 +281,6 @@ def draw_shots(dataset: ImageDataset, shots: int, draw: np.random.Generator) -> 
             stacklevel=3,
         )
     return dataset.subset(np.array(positions))
-
-
-@torch.no_grad()
-def noisy_bank(
-    model: DualEncoder,
-    dataset: ImageDataset,
-    *,
-    sigmas: Sequence[float],
-    draws: int,
-    seed: int,
-    choose: np.random.Generator,
-) -> Tensor:
-    """Encode noisy copies of every image, each at a noise level drawn from a set.
-
-    Returns
-    -------
-    float32 [n, draws, d]
-        Unit-norm features; the noise has the role "adapt".
-    """
-    levels = choose.choice(np.asarray(sigmas, dtype=np.float64), size=(len(dataset), draws))
-    batches = Batches(suggested_batch_size(model.device, (3, model.image_size, model.image_size)))
-    rows = []
-    for position, index in enumerate(dataset.indices):
-        pixels = model.prepare(dataset.images[position : position + 1])[0].to(model.device)
-
-        def encode(
-            first: int, count: int, pixels: Tensor = pixels, index: int = int(index), position: int = position
-        ) -> Tensor:
-            copies = [
-                NoiseStream(seed, dataset.id, index, float(levels[position, number]), "adapt").draw(
-                    tuple(pixels.shape), first=number, device=pixels.device
-                )
-                for number in range(first, first + count)
-            ]
-            return model.encode_image(torch.cat(copies).add_(pixels))
-
-        rows.append(torch.cat(list(batches.map(encode, first=0, count=draws))))
-    return torch.stack(rows)
 
 
 def mean_prediction_entropy(logits: Tensor) -> Tensor:
@@ -359,8 +319,8 @@ def sharpen(
     frame : PromptFrame
     context : float32 [n_context, w] or [K, n_context, w]
         Where the steps start; not changed.
-    features : float32 [T, d]
-        Unit-norm features of noisy copies.
+    features : float32 [T, d] or [n, T, d]
+        Unit-norm features of noisy copies of one image, or of n images whose entropies are averaged.
     steps : int
         AdamW steps (weight decay .01); the optimiser starts anew at every call.
     learning_rate : float
@@ -369,15 +329,15 @@ def sharpen(
     -------
     float32, shape of context
     """
-    if steps < 1:
-        raise ValueError(f"steps={steps}: adaptation takes at least one step; use FixedPrompts for none")
+    check_whole("steps", steps, hint=": adaptation takes at least one step; FixedPrompts takes none")
+    features = features.detach().float()
     with torch.enable_grad():
         learned = context.detach().float().clone().requires_grad_(True)
         optimiser = torch.optim.AdamW([learned], lr=learning_rate)
         for _ in range(steps):
             optimiser.zero_grad()
-            logits = model.logit_scale * features.detach().float() @ frame.features(model, learned).T
-            mean_prediction_entropy(logits).backward()
+            logits = model.logit_scale * features @ frame.features(model, learned).T
+            mean_prediction_entropy(logits).mean().backward()
             optimiser.step()
     return learned.detach()
 

@@ -27,6 +27,7 @@ from medrobust_lib.smoothing.methods import (
     FixedPrompts,
     PerSamplePrompts,
     PromptClassifier,
+    PromptMethod,
 )
 from medrobust_lib.smoothing.noise import NoiseStream
 from medrobust_lib.smoothing.prompts import text_prompts
@@ -114,11 +115,10 @@ def prompts(name="axes", seed=None, denoiser=None):
     return FixedPrompts(name, functional.normalize(features, dim=1), denoiser=denoiser)
 
 
-class MeanShift:
+class MeanShift(PromptMethod):
     """Adapts to one image: subtracts the mean scores of its adaptation features."""
 
     guarantee = "frozen-prompt"
-    denoiser = None
 
     def __init__(self, *, n_adapt=7, events=None, name="mean shift"):
         self.n_adapt, self.events, self.name = n_adapt, [] if events is None else events, name
@@ -800,8 +800,8 @@ def test_a_level_at_which_no_radius_asked_for_can_be_certified_is_told(encoder, 
     [
         ({"model": torch.nn.Identity()}, r"scores prompts with a DualEncoder .* not Identity; .* call `certify\("),
         ({"data": "phantom/blood"}, "data must be an ImageDataset .* not str"),
-        ({"methods": ["zero-shot"]}, "'zero-shot' is no prompt method: it lacks name, guarantee, .*`FixedPrompts"),
-        ({"methods": [MeanShift]}, "is no prompt method: it lacks name, n_adapt; `FixedPrompts"),
+        ({"methods": ["zero-shot"]}, "'zero-shot' is no PromptMethod; `FixedPrompts"),
+        ({"methods": [MeanShift]}, "MeanShift'> is no PromptMethod; `FixedPrompts"),
     ],
 )
 def test_other_kinds_of_things_are_refused_with_what_to_use(encoder, data, change, message):
