@@ -3,7 +3,7 @@
 import reprlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol, get_args
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -23,7 +23,7 @@ from medrobust_lib.smoothing.bounds import (
 )
 from medrobust_lib.smoothing.certificate import ABSTAIN, Certificate, Mode, Sampling
 from medrobust_lib.smoothing.noise import NoiseStream, Role, make_batches, map_copies
-from medrobust_lib.smoothing.sequential import Proof, sequential_plan
+from medrobust_lib.smoothing.sequential import Proof, SequentialPlan, sequential_plan
 
 Classifier = Callable[[Tensor], Tensor]
 Answers = Callable[[Role, int, int, Sequence[int]], Sequence[Tensor]]
@@ -44,17 +44,6 @@ class Verdict:
     p_lower: float = 0.0
     k: int = 0
     n: int = 0
-
-
-class Plan(Protocol):
-    """When to look at the votes, and what they prove then."""
-
-    looks: Sequence[int]
-    n: int
-    alpha: float
-    largest_radius: float
-
-    def step(self, look: int, k: int, proved: int) -> Proof: ...  # noqa: D102
 
 
 @dataclass(frozen=True)
@@ -79,6 +68,9 @@ class FixedPlan:
         """Take the only look, at k votes of n."""
         p_lower = lower_confidence_bound(k, self.looks[look], self.alpha)
         return Proof(int(p_lower > 0.5), True, certified_radius(p_lower, self.sigma), p_lower)
+
+
+Plan = FixedPlan | SequentialPlan
 
 
 def make_plan(sampling: Sampling, *, sigma: float, radii: Sequence[float] | None, n: int, alpha: float) -> Plan:

@@ -163,20 +163,23 @@ class Batches:
         """
         stop = first + count
         while first < stop:
-            step = min(self.size, stop - first)
+            step, result = self.until_it_fits(lambda size, first=first: (size, compute(first, size)), most=stop - first)
+            yield result
+            first += step
+
+    def until_it_fits(self, compute: Callable[[int], Result], *, most: int | None = None) -> Result:
+        """``compute(size)`` for at most so many images, called again with half as many after running out of memory."""
+        while True:
+            size = self.size if most is None else min(self.size, most)
             try:
-                result = compute(first, step)
+                return compute(size)
             except (RuntimeError, MemoryError) as error:
-                if step == 1 or not is_out_of_memory(error):
+                if size == 1 or not is_out_of_memory(error):
                     raise
-            else:
-                yield result
-                first += step
-                continue
             # Outside the handler, where the failed batch is no longer referenced.
-            self.size = step // 2
-            logger.warning("out of memory with batches of %d noisy copies; going on with %d", step, self.size)
-            release_cached_memory()
+            self.size = size // 2
+            logger.warning("out of memory with batches of %d images; going on with %d", size, self.size)
+            _release_cached_memory()
 
 
 def make_batches(
@@ -221,7 +224,7 @@ def _free_memory(device: torch.device) -> int:
     return psutil.virtual_memory().available
 
 
-def release_cached_memory() -> None:
+def _release_cached_memory() -> None:
     """Give memory that torch keeps for later back to the accelerator, if there is one."""
     if torch.accelerator.is_available():
         torch.get_device_module(torch.accelerator.current_accelerator()).empty_cache()

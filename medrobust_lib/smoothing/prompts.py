@@ -170,15 +170,12 @@ def learn_prompts(
     *,
     sigmas: Sequence[float] = TRAINING_SIGMAS,
     shots: int = 16,
-    n_context: int = 5,
     epochs: int = 50,
     batch_size: int = 16,
     learning_rate: float = 0.002,
     draws_per_image: int = 16,
-    class_specific: bool = False,
-    position: Position = "end",
-    template: str = "",
     seed: int = 0,
+    **form: Any,
 ) -> PromptSet:
     """Few-Shot PromptSmooth: cross-entropy over noisy copies of a few labelled images.
 
@@ -197,20 +194,16 @@ def learn_prompts(
         Noise levels in [0, 1] pixel units, >= 0; each noisy copy draws one of them.
     shots : int
         Images per class, drawn with the seed; a class with fewer gives all it has.
-    n_context : int
-        Context tokens; ignored with a template.
     epochs, batch_size, learning_rate
         SGD with momentum .9 and weight decay 5e-4; the first epoch at 1e-5, then a cosine to 0.
     draws_per_image : int
         Noisy copies of each shot.
-    class_specific : bool
-        One context per class instead of a shared one.
-    position : {"end", "middle", "front"}
-        Where the class name stands.
-    template : str
-        Start from this hand-written prompt instead of from random vectors (standard deviation 0.02).
     seed : int
         Of shots, noise, initialisation and order.
+    **form
+        ``n_context`` (5) context tokens; ``class_specific`` (False): one context per class instead of a shared one;
+        ``position`` ("end", "middle", "front"): where the class name stands; ``template``: start from this hand-written
+        prompt, whose tokens are the context, instead of from random vectors (standard deviation 0.02).
 
     Returns
     -------
@@ -232,28 +225,44 @@ def learn_prompts(
     check_positive("learning_rate", learning_rate)
     draw = np.random.default_rng(seed)
     chosen = draw_shots(dataset, shots, draw)
-    bank = noisy_bank(model, chosen, sigmas=sigmas, draws=draws_per_image, seed=seed, choose=draw)
     generator = torch.Generator().manual_seed(seed)
-    if template:
-        start = text_prompts(model, dataset.classes, template)
-    else:
-        width = model.embed_tokens(model.tokenize(["x"])).shape[2]
-        vectors = torch.empty(n_context, width).normal_(0, _INITIAL_STD, generator=generator)
-        start = PromptSet(context=vectors, classes=dataset.classes, model=model.id, position=position)
-    if class_specific:
-        start = replace(start, context=start.context.expand(len(dataset.classes), -1, -1).clone())
+    start = _start(model, dataset.classes, generator, **form)
+    frame = start.frame(model)
+    bank = noisy_bank(model, chosen, sigmas=sigmas, draws=draws_per_image, seed=seed, choose=draw)
     context = _fit(
-        model, start, bank, torch.from_numpy(chosen.labels), epochs=epochs, batch_size=batch_size,
+        model, frame, start.context, bank, torch.from_numpy(chosen.labels), epochs=epochs, batch_size=batch_size,
         learning_rate=learning_rate, generator=generator,
     )  # fmt: skip
     provenance = {
         "method": "CoOp" if sigmas == (0.0,) else "Few-Shot PromptSmooth",
         "dataset": dataset.id, "split": dataset.split, "images": [int(index) for index in chosen.indices],
         "shots": shots, "sigmas": list(sigmas), "epochs": epochs, "batch_size": batch_size,
-        "learning_rate": learning_rate, "draws_per_image": draws_per_image, "class_specific": class_specific,
-        "seed": seed,
+        "learning_rate": learning_rate, "draws_per_image": draws_per_image,
+        "class_specific": start.context.ndim == 3, "seed": seed,
     }  # fmt: skip
     return replace(start, context=context, provenance=provenance)
+
+
+def _start(
+    model: DualEncoder,
+    classes: Sequence[str],
+    generator: torch.Generator,
+    *,
+    n_context: int = 5,
+    class_specific: bool = False,
+    position: Position = "end",
+    template: str = "",
+) -> PromptSet:
+    """Prompts to start learning from."""
+    if template:
+        start = text_prompts(model, classes, template)
+    else:
+        width = model.embed_tokens(model.tokenize(["x"])).shape[2]
+        vectors = torch.empty(n_context, width).normal_(0, _INITIAL_STD, generator=generator)
+        start = PromptSet(context=vectors, classes=tuple(classes), model=model.id, position=position)
+    if class_specific:
+        start = replace(start, context=start.context.expand(len(classes), -1, -1).clone())
+    return start
 
 
 def draw_shots(dataset: ImageDataset, shots: int, draw: np.random.Generator) -> ImageDataset:
@@ -345,7 +354,8 @@ def sharpen(
 @torch.enable_grad()  # notebooks often switch gradients off as a whole
 def _fit(
     model: DualEncoder,
-    start: PromptSet,
+    frame: PromptFrame,
+    start: Tensor,
     bank: Tensor,
     labels: Tensor,
     *,
@@ -355,8 +365,8 @@ def _fit(
     generator: torch.Generator,
 ) -> Tensor:
     """Minimise the cross-entropy of the bank; the context stays in float32 whatever the model computes in."""
-    frame, labels = start.frame(model), labels.to(bank.device)
-    context = start.context.detach().float().to(model.device).clone().requires_grad_(True)
+    labels = labels.to(bank.device)
+    context = start.detach().float().to(model.device).clone().requires_grad_(True)
     optimiser = torch.optim.SGD([context], lr=learning_rate, momentum=0.9, weight_decay=5e-4)
 
     def rate(epoch: int) -> float:

@@ -29,7 +29,7 @@ Testing a Clopper-Pearson bound again and again instead has no such guarantee: r
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -108,7 +108,7 @@ class SequentialPlan:
     hopeless: NDArray[np.int64] = field(repr=False)
     error: NDArray[np.float64] = field(repr=False)
 
-    @property
+    @cached_property
     def thresholds(self) -> NDArray[np.float64]:
         """float64 [J]: the probability that must be exceeded for each radius."""
         return np.asarray(needed_probability(np.asarray(self.radii), self.sigma))
