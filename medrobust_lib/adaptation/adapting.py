@@ -11,7 +11,7 @@ import shutil
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -170,7 +170,7 @@ def adapt_lora(
     Hu et al. 2022 (LoRA), arXiv:2106.09685; Imam et al. 2025 (RobustMedCLIP), arXiv:2505.15425.
     """
     method = {"method": _LOW_RANK, "rank": rank, "qkv": qkv}
-    job = _Job.of(model, train, validation, templates, Recipe(**recipe), out, method)
+    job = _Job(model, train, validation, templates, Recipe(**recipe), out, method)
     # peft takes seconds to import.
     from medrobust_lib.models.adapters import adapter_parameters, attach_adapters, load_adapter, save_adapter
 
@@ -222,7 +222,7 @@ def fine_tune(
     ValueError, RuntimeError
         As in `adapt_lora`.
     """
-    job = _Job.of(model, train, validation, templates, Recipe(**recipe), out, {"method": _FINE_TUNING})
+    job = _Job(model, train, validation, templates, Recipe(**recipe), out, {"method": _FINE_TUNING})
     with torch.inference_mode(False), torch.enable_grad():
         tuned = copy.deepcopy(model).eval().to(torch.promote_types(model.dtype, torch.float32))
         parameters = find_image_tower(tuned).parameters
@@ -241,27 +241,18 @@ def fine_tune(
 class _Job:
     """What is trained on what, and where it is kept."""
 
+    model: DualEncoder
     train: Sequence[ImageDataset]
     validation: Sequence[ImageDataset]
     templates: Sequence[str] | None
     recipe: Recipe
-    plan: dict[str, Any]  # all that the result depends on, as JSON values
     out: Path | None
+    method: Mapping[str, Any]
+    plan: dict[str, Any] = field(init=False)  # all that the result depends on, as JSON values
 
-    @classmethod
-    def of(
-        cls,
-        model: DualEncoder,
-        train: Sequence[ImageDataset],
-        validation: Sequence[ImageDataset],
-        templates: Sequence[str] | None,
-        recipe: Recipe,
-        out: Path | str | None,
-        method: Mapping[str, Any],
-    ) -> "_Job":
-        """Check what goes in."""
-        check_not_training(model)
-        for name, sets in (("train", train), ("validation", validation)):
+    def __post_init__(self) -> None:
+        check_not_training(self.model)
+        for name, sets in (("train", self.train), ("validation", self.validation)):
             if isinstance(sets, ImageDataset):
                 raise TypeError(f"{name} is one data set; give a list, [{sets.id!r}'s data set]")
             if not sets:
@@ -270,19 +261,20 @@ class _Job:
             for id in ids:
                 if ids.count(id) > 1:
                     raise ValueError(f"{name} holds {id!r} twice; give every data set once")
-        for data in train:
+        for data in self.train:
             check_learnable(data)
-            for shown in validation:
+            for shown in self.validation:
                 if data.id == shown.id:
                     check_apart(data, shown)
         plan = {
-            **method,
-            "base": identity_of(model),
-            "train": {data.id: _described(data, templates) for data in train},
-            "validation": {data.id: _described(data, templates) for data in validation},
-            "recipe": recipe.as_json(),
+            **self.method,
+            "base": identity_of(self.model),
+            "train": {data.id: _described(data, self.templates) for data in self.train},
+            "validation": {data.id: _described(data, self.templates) for data in self.validation},
+            "recipe": self.recipe.as_json(),
         }
-        return cls(train, validation, templates, recipe, plan, None if out is None else Path(out).expanduser())
+        object.__setattr__(self, "plan", plan)
+        object.__setattr__(self, "out", None if self.out is None else Path(self.out).expanduser())
 
     @property
     def is_done(self) -> bool:

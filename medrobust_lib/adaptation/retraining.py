@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from medrobust_lib import metrics
-from medrobust_lib.adaptation.training import Recipe, check_apart, check_learnable, identity_of
+from medrobust_lib.adaptation.training import Recipe, check_apart, check_learnable, identity_of, templates_of
 from medrobust_lib.checks import check_positive, check_whole
 from medrobust_lib.data.dataset import ImageDataset
 from medrobust_lib.experiments import progress
@@ -105,13 +105,17 @@ def retrain_on_noise(
     check_learnable(data)
     chosen = data if shots is None else draw_shots(data, shots, np.random.default_rng(seed))
     streams = [NoiseStream(seed, data.id, int(index), sigma, "adapt") for index in chosen.indices]
-    templates = list(data.templates[:1] if templates is None else templates)
+    templates = templates_of(data, templates)
     # Notebooks often switch gradients off as a whole, some by inference mode.
     with torch.inference_mode(False), torch.enable_grad():
         texts = model.class_features(data.classes, templates).detach()
         retrained = copy.deepcopy(model).eval().to(torch.promote_types(model.dtype, torch.float32))
         tower = find_image_tower(retrained)
-        _check_batches(tower, len(chosen), batch_size)
+        if tower.norms and len(chosen) // math.ceil(len(chosen) / batch_size) < 2:
+            raise ValueError(
+                f"batch_size={batch_size}: {len(chosen)} images would be split into steps of one image, too few for "
+                "the batch normalisation of this image tower; give a batch_size of 3 or more"
+            )
         fitted = _fit(retrained, tower, chosen, streams, texts, recipe)
         retrained = retrained.eval().requires_grad_(False).to(model.dtype)
     guessing = math.log(len(data.classes))
@@ -132,15 +136,6 @@ def retrain_on_noise(
         "learning_rate": learning_rate, "weight_decay": weight_decay, "seed": seed, **fitted,
     }  # fmt: skip
     return retrained
-
-
-def _check_batches(tower: ImageTower, images: int, batch_size: int) -> None:
-    """Refuse steps of one image where their statistics are needed."""
-    if tower.norms and images // math.ceil(images / batch_size) < 2:
-        raise ValueError(
-            f"batch_size={batch_size}: {images} images would be split into steps of one image, too few for the batch "
-            "normalisation of this image tower; give a batch_size of 3 or more"
-        )
 
 
 def _fit(

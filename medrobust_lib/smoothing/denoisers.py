@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
-from medrobust_lib.checks import check_choice, suggest
+from medrobust_lib.checks import check_choice
 from medrobust_lib.downloads import check_sums
 from medrobust_lib.files import read_tensors, write_tensors
 from medrobust_lib.models.weights import explained_errors, fingerprint
@@ -382,12 +382,9 @@ class DiffusionDenoiser:
                 f"only a UNet can be saved, not {type(self.network).__name__}, which is not ours to rebuild"
             )
         header = {
-            "kind": "diffusion",
-            "architecture": self.network.architecture,
-            "sigma_range": list(self.sigma_range),
-            "timestep": _ASKED,
-            "provenance": self.provenance,
-        }
+            "kind": "diffusion", "architecture": self.network.architecture, "sigma_range": list(self.sigma_range),
+            "timestep": _ASKED, "provenance": self.provenance,
+        }  # fmt: skip
         return _write(Path(path), self.network.state_dict(), header)
 
     @classmethod
@@ -422,8 +419,7 @@ def load_demo_denoisers(kind: str) -> DnCNNDenoiser | DiffusionDenoiser:
     DownloadError
         The file is not the one that was shipped.
     """
-    if kind not in DEMO_FILES:
-        raise ValueError(f"unknown demo denoiser {kind!r}.{suggest(kind, list(DEMO_FILES))}")
+    check_choice("demo denoiser", kind, DEMO_FILES)
     check_sums(DEMO_FOLDER, [DEMO_FILES[kind]])
     return (DiffusionDenoiser if kind == "diffusion" else DnCNNDenoiser).load(DEMO_FOLDER / DEMO_FILES[kind])
 

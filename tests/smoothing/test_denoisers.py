@@ -556,7 +556,7 @@ def test_a_header_that_cannot_be_followed_is_refused(tmp_path, change, message):
 
 
 def test_demo_files_are_checked(monkeypatch, tmp_path):
-    with pytest.raises(ValueError, match="unknown demo denoiser 'diffusions'. Did you mean 'diffusion'"):
+    with pytest.raises(ValueError, match="unknown demo denoiser 'diffusions'; .*; did you mean 'diffusion'"):
         load_demo_denoisers("diffusions")
     good = DnCNNDenoiser({0.25: random_dncnn()}, "mse").save(tmp_path / denoisers.DEMO_FILES["mse"])
     (tmp_path / "SHA256SUMS").write_text(f"{'0' * 64}  {good.name}\n")

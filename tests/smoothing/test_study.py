@@ -231,6 +231,26 @@ def test_methods_in_one_call_get_what_each_gets_alone(encoder, data):
     assert together.groupby("method").k.sum().nunique() == 4
 
 
+def test_what_methods_are_about_stands_in_their_rows_and_tells_them_apart(encoder, data, tmp_path):
+    methods = [dataclasses.replace(prompts("learned", seed), about={"prompt_seed": seed}) for seed in (1, 2)]
+    table = certify_dataset(encoder, data, methods, **NUMBERS, store=tmp_path)
+    assert list(table.columns) == [*COLUMNS[:-1], "prompt_seed", "seconds"]
+    for method in methods:
+        alone = certify_dataset(encoder, data, [dataclasses.replace(method, about={})], **NUMBERS)
+        ours = table[table.prompt_seed == method.about["prompt_seed"]].reset_index(drop=True)
+        assert_same(ours.drop(columns="prompt_seed"), alone)
+    assert methods[0].record() == prompts("learned", 1).record() | {"about": {"prompt_seed": 1}}
+    with pytest.raises(ValueError, match="'learned' occurs more than once"):
+        certify_dataset(encoder, data, [methods[0], methods[0]], **NUMBERS)
+
+
+def test_a_model_and_data_alone_give_the_zero_shot_methods_at_a_quarter():
+    model, phantoms = mr.load_model("demo-clip", device="cpu"), mr.load_dataset("phantom/blood", n=1)
+    table = mr.certify_dataset(model, phantoms, n=20)
+    assert list(table.method) == ["zero-shot", "zero-shot ensemble"]
+    assert (table.sigma == 0.25).all() and (table.sampling == "sequential").all()
+
+
 def test_repeated_sigmas_count_once_and_a_fine_grid_of_radii_may_be_asked_for(encoder, data, tmp_path):
     numbers = {**NUMBERS, "sigmas": [0.25, 0.25], "radii": None}
     table = certify_dataset(encoder, data, [prompts()], **numbers, store=tmp_path)
