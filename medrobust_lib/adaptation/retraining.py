@@ -293,7 +293,8 @@ def linear_probe(
             metrics.accuracy(validation.labels, answers),
             metrics.balanced_accuracy(validation.labels, answers),
         ))  # fmt: skip
-        fitted[strength] = _row_per_class(regression.coef_)
+        rows_of = regression.coef_ if scale == 1 else np.concatenate([-regression.coef_ / 2, regression.coef_ / 2])
+        fitted[strength] = np.ascontiguousarray(rows_of)
     table = pd.DataFrame(rows, columns=["strength", "val_accuracy", "val_balanced_accuracy"])
     best = table.iloc[table.val_balanced_accuracy.argmax()]  # the first of equals
     return LinearProbe(
@@ -309,10 +310,3 @@ def linear_probe(
             "strength": float(best.strength), "strengths": [float(strength) for strength in strengths],
         },
     )  # fmt: skip
-
-
-def _row_per_class(coefficients: np.ndarray) -> np.ndarray:
-    """Weights [K, d] in C order; one row, of two classes, is their difference."""
-    if len(coefficients) == 1:
-        coefficients = np.concatenate([-coefficients / 2, coefficients / 2])
-    return np.ascontiguousarray(coefficients)

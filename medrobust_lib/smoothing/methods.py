@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from medrobust_lib.checks import check_positive, check_whole
+from medrobust_lib.checks import check_whole
 from medrobust_lib.data.dataset import ImageDataset
 from medrobust_lib.models.dual_encoder import DualEncoder
 from medrobust_lib.models.weights import fingerprint
@@ -22,7 +22,7 @@ from medrobust_lib.smoothing.bounds import check_sigma
 from medrobust_lib.smoothing.certificate import ABSTAIN, Guarantee
 from medrobust_lib.smoothing.noise import Batches, NoiseStream, map_copies, noisy_bank
 from medrobust_lib.smoothing.prompt_frames import PromptFrame
-from medrobust_lib.smoothing.prompts import PromptSet, mean_prediction_entropy, sharpen
+from medrobust_lib.smoothing.prompts import PromptSet, check_steps, mean_prediction_entropy, sharpen
 
 _COPIES_AT_A_TIME = 16  # that adapt to themselves, each with a text tower's pass for all classes
 
@@ -325,7 +325,7 @@ class _MovedPrompts(PromptMethod):
     about: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        _check_steps(self.steps, self.learning_rate)
+        check_steps(self.steps, self.learning_rate)
 
     def check_classes(self, classes: Sequence[str], dataset: str) -> None:
         """Raise ValueError for other classes than those of the start."""
@@ -415,7 +415,7 @@ class PerSamplePrompts(_MovedPrompts):
 
         return answer
 
-    def _answer(self, frame: Any, features: Tensor) -> Tensor:
+    def _answer(self, frame: PromptFrame, features: Tensor) -> Tensor:
         """Labels int64 [b] of features [b, d], each under a prompt of its own."""
         count, n_classes = len(features), len(frame.places)
         shape = (count, *frame.places.shape, frame.embeddings.shape[2])
@@ -448,12 +448,13 @@ def adapt_to_pool(
     pool: ImageDataset,
     *,
     sigma: float,
-    copies: int = 1,
     steps: int = 1,
     learning_rate: float = 5e-3,
     seed: int = 0,
 ) -> PromptSet:
     """Lower the entropy on a pool of unlabelled images that will not be certified: a standard guarantee.
+
+    One noisy copy of each image is predicted, and the entropy of the predictions averaged over images.
 
     Parameters
     ----------
@@ -463,8 +464,6 @@ def adapt_to_pool(
         Its labels are not looked at.
     sigma : float
         Noise level, > 0, in [0, 1] pixel units.
-    copies : int
-        Noisy copies of each image; the entropy of their mean prediction is averaged over images.
     steps : int
         AdamW steps over the whole pool. One, as for the per-image prompt: every further step makes answers surer,
         right or wrong.
@@ -478,21 +477,15 @@ def adapt_to_pool(
         To be used with `FixedPrompts`.
     """
     check_sigma(sigma)
-    _check_steps(steps, learning_rate)
-    check_whole("copies", copies, hint=": each image needs at least one noisy copy")
-    bank = noisy_bank(model, pool, sigmas=(sigma,), draws=copies, seed=seed, choose=np.random.default_rng(seed))
+    check_steps(steps, learning_rate)
+    bank = noisy_bank(model, pool, sigmas=(sigma,), draws=1, seed=seed, choose=np.random.default_rng(seed))
     context = start.context.to(model.device)
     context = sharpen(model, start.frame(model), context, bank, steps=steps, learning_rate=learning_rate)
     provenance = start.provenance | {
         "pool": {"dataset": pool.id, "split": pool.split, "images": [int(index) for index in pool.indices],
-                 "sigma": sigma, "copies": copies, "steps": steps, "learning_rate": learning_rate, "seed": seed},
+                 "sigma": sigma, "steps": steps, "learning_rate": learning_rate, "seed": seed},
     }  # fmt: skip
     return replace(start, context=context.cpu(), provenance=provenance)
-
-
-def _check_steps(steps: int, learning_rate: float) -> None:
-    check_whole("steps", steps, hint=": adaptation takes at least one step; FixedPrompts takes none")
-    check_positive("learning_rate", learning_rate)
 
 
 def disjoint(pool: ImageDataset, certified: ImageDataset) -> bool:

@@ -338,7 +338,7 @@ def sharpen(
     -------
     float32, shape of context
     """
-    check_whole("steps", steps, hint=": adaptation takes at least one step; FixedPrompts takes none")
+    check_steps(steps, learning_rate)
     features = features.detach().float()
     with torch.enable_grad():
         learned = context.detach().float().clone().requires_grad_(True)
@@ -349,6 +349,12 @@ def sharpen(
             mean_prediction_entropy(logits).mean().backward()
             optimiser.step()
     return learned.detach()
+
+
+def check_steps(steps: int, learning_rate: float) -> None:
+    """Refuse an adaptation without steps, or with steps of no size."""
+    check_whole("steps", steps, hint=": adaptation takes at least one step; FixedPrompts takes none")
+    check_positive("learning_rate", learning_rate)
 
 
 @torch.enable_grad()  # notebooks often switch gradients off as a whole

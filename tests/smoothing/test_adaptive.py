@@ -127,7 +127,6 @@ def test_a_pool_of_other_images_lowers_their_entropy_and_keeps_the_standard_guar
         ),
         (lambda m, s, p: PerSamplePrompts("x", m, s, learning_rate=-1.0), "learning_rate=-1.0 is no number above 0"),
         (lambda m, s, p: adapt_to_pool(m, s, p, sigma=0.0), "sigma=0.0: smoothing needs noise"),
-        (lambda m, s, p: adapt_to_pool(m, s, p, sigma=0.1, copies=0), "copies=0 is no whole number of 1 or more"),
     ],
 )
 def test_impossible_adaptation_is_refused(model, start, data, make, message):
