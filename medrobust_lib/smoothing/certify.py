@@ -159,7 +159,8 @@ def take_votes(answers: Answers, plans: Sequence[Plan], *, n0: int, label: int |
         tested = [label] * len(plans)
     # 2. Count how many fresh noisy copies get that class, and look at the count when the plan says so.
     looks = [{int(draws): look for look, draws in enumerate(plan.looks)} for plan in plans]
-    verdicts, counts, proved, done = [Verdict() for _ in plans], [0] * len(plans), [0] * len(plans), 0
+    verdicts = [Verdict() for _ in plans]
+    counts, proved, done = [0] * len(plans), [0] * len(plans), 0
     active = [position for position in everyone if tested[position] != ABSTAIN]
     for draws in sorted(set().union(*looks)):
         if not active:
@@ -169,7 +170,7 @@ def take_votes(answers: Answers, plans: Sequence[Plan], *, n0: int, label: int |
         done = draws
         for position in [position for position in active if draws in looks[position]]:
             k = counts[position]
-            # 3. Bound the probability of the class from below: the plan tells what k of so many draws prove.
+            # 3. Bound the probability of the class from below: what do k of so many draws prove?
             proof = plans[position].step(looks[position][draws], k, proved[position])
             proved[position] = proof.proved
             if proof.finished:
