@@ -28,10 +28,10 @@ import typer
 from medrobust_lib.experiments import environment, write_text_atomically
 from medrobust_lib.models.loading import resolve_device
 from medrobust_lib.smoothing.bounds import probability_of_radius
+from medrobust_lib.smoothing.certify import RADII
 from medrobust_lib.smoothing.methods import FixedPrompts, PromptClassifier, zero_shot_methods
 from medrobust_lib.smoothing.noise import NoiseStream, noisy_copies, suggested_batch_size
 from medrobust_lib.smoothing.sequential import operating_characteristics, price_of_radii, sequential_plan
-from medrobust_lib.smoothing.study import RADII
 
 ALPHA, N0, N = 0.001, 100, 10_000
 SIGMAS = (0.1, 0.25, 0.5, 1.0)

@@ -18,7 +18,6 @@ from medrobust_lib.data.dataset import ImageDataset
 from medrobust_lib.experiments import write_text_atomically
 from medrobust_lib.files import reported_errors
 from medrobust_lib.models.dual_encoder import DualEncoder
-from medrobust_lib.smoothing.denoiser_training import linear_share, pixel_spread, psnr, train_denoiser, train_diffusion
 from medrobust_lib.smoothing.denoisers import (
     DEMO_FILES,
     DEMO_FOLDER,
@@ -28,6 +27,7 @@ from medrobust_lib.smoothing.denoisers import (
 )
 from medrobust_lib.smoothing.noise import NoiseStream
 from preparing.downloads import record_sums
+from training.denoisers import joined, level_at, linear_share, pixel_spread, psnr, train_denoiser, train_diffusion
 
 DATASET = "phantom/histology"
 SIGMAS = (0.1, 0.25, 0.5, 1.0)
@@ -131,7 +131,7 @@ def train_kind(
             )
             for sigma in SIGMAS
         ]  # fmt: skip
-    return parts[0].joined(*parts[1:])
+    return joined(*parts)
 
 
 @torch.inference_mode()
@@ -182,7 +182,7 @@ def write_card(
     first = next(iter(denoisers.values()))
     origin = first.provenance if isinstance(first, DiffusionDenoiser) else next(iter(first.provenance.values()))
     exact = [
-        [f"{sigma:g}", f"{matching_timestep(sigma):.2f}", f"{denoiser.effective_sigma(sigma):.4f}"]
+        [f"{sigma:g}", f"{matching_timestep(sigma):.2f}", f"{level_at(matching_timestep(sigma)):.4f}"]
         for denoiser in denoisers.values() if isinstance(denoiser, DiffusionDenoiser) for sigma in SIGMAS
     ]  # fmt: skip
     shown = table.assign(

@@ -1,4 +1,7 @@
-"""Faster training of low-rank adapters on small convolutions: one pass with the summed weight instead of three."""
+"""Adaptation to degraded images: low-rank adapters of the image tower or all its weights, kept in a folder.
+
+Adapters of small convolutions train faster with the summed weight than in three passes (`summed_convolutions`).
+"""
 
 import copy
 import functools
@@ -8,7 +11,7 @@ import shutil
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,13 +22,19 @@ from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from medrobust_lib.adaptation.training import Recipe, Schedule, Softmax, templates_of, train_jointly
-from medrobust_lib.adaptation.training_images import PAPER_AUGMENTATION, Augmentation
+from medrobust_lib.adaptation.training import (
+    Recipe,
+    check_apart,
+    check_learnable,
+    identity_of,
+    templates_of,
+    train_jointly,
+)
 from medrobust_lib.data.dataset import ImageDataset
 from medrobust_lib.experiments import parameter_differences, write_text_atomically
 from medrobust_lib.files import save_tensors
 from medrobust_lib.models.dual_encoder import DualEncoder, find_image_tower
-from medrobust_lib.models.weights import explained_errors, fingerprint
+from medrobust_lib.models.weights import explained_errors
 from medrobust_lib.smoothing.certify import check_not_training
 
 _LARGEST_EXCESS = 2.0  # of multiplications, which the two saved passes over memory make up for (measured on a CPU)
@@ -110,15 +119,8 @@ def adapt_lora(
     rank: int = 16,
     qkv: Literal["separate", "fused"] = "separate",
     templates: Sequence[str] | None = None,
-    epochs: int = 20,
-    batch_size: int = 32,
-    learning_rate: float = 1e-4,
-    weight_decay: float = 1e-4,
-    schedule: Schedule = "constant",
-    softmax: Softmax = "masked",
-    augmentation: Augmentation = PAPER_AUGMENTATION,
-    seed: int = 0,
     out: Path | str | None = None,
+    **recipe: Any,
 ) -> Adapted:
     """Train low-rank adapters of the image tower jointly on several data sets.
 
@@ -136,22 +138,14 @@ def adapt_lora(
         Where queries, keys and values are one matrix: three adapters (RobustMedCLIP), or one for all.
     templates : sequence of str, optional
         Prompts of the class features, for all sets; default: the first of each set. Test with the same.
-    epochs : int
-        0 gives adapters that change nothing.
-    batch_size : int
-        At most so many images a step; where memory runs out, their gradients are accumulated over parts.
-    learning_rate, weight_decay : float
-        AdamW. The paper's 1e-4 is for a large pre-trained transformer; demo-clip takes 1e-3 with "one-cycle".
-    schedule : {"constant", "one-cycle"}
-    softmax : {"masked", "global"}
-        Each image among the classes of its own set, or among all classes of all sets. With "global" the templates
-        should tell the sets apart: two classes with one text cannot be.
-    augmentation : Augmentation
-    seed : int
-        Of the adapters' first values, the order and the augmentation. Equal seeds give equal adapters on one CPU.
     out : path, optional
         Folder of the adapter, for `load_model` too. With the same parameters a finished one is loaded instead of
         trained; while it trains, ``<out>.training`` beside it keeps the last epoch, from which a later call goes on.
+    **recipe
+        Fields of `Recipe`: ``epochs`` (20; 0 gives adapters that change nothing), ``batch_size`` (32),
+        ``learning_rate`` (1e-4 is for a large pre-trained transformer; demo-clip takes 1e-3 with "one-cycle"),
+        ``weight_decay`` (1e-4), ``schedule`` ("constant"), ``softmax`` ("masked"), ``augmentation`` and ``seed`` (0,
+        also of the adapters' first values). Equal seeds give equal adapters on one CPU.
 
     Returns
     -------
@@ -175,23 +169,20 @@ def adapt_lora(
     ----------
     Hu et al. 2022 (LoRA), arXiv:2106.09685; Imam et al. 2025 (RobustMedCLIP), arXiv:2505.15425.
     """
-    recipe = Recipe(epochs, batch_size, learning_rate, weight_decay, schedule, softmax, augmentation, seed)
-    plan = _plan(model, train, validation, templates, recipe, {"method": _LOW_RANK, "rank": rank, "qkv": qkv})
+    method = {"method": _LOW_RANK, "rank": rank, "qkv": qkv}
+    job = _Job(model, train, validation, templates, Recipe(**recipe), out, method)
     # peft takes seconds to import.
     from medrobust_lib.models.adapters import adapter_parameters, attach_adapters, load_adapter, save_adapter
 
-    out = None if out is None else Path(out).expanduser()
-    if out is None or not _is_taken(out):
-        adapted = attach_adapters(model, rank=rank, qkv=qkv, seed=seed)
-        parameters = adapter_parameters(adapted)
+    if not job.is_done:
+        adapted = attach_adapters(model, rank=rank, qkv=qkv, seed=job.recipe.seed)
         with summed_convolutions(adapted):
-            record = _train(adapted, parameters, train, validation, templates, recipe, plan, out)
-        if out is None:
-            return _read(_finished(adapted, model, record, f"adapters of rank {rank}"), record)
-        save_adapter(adapted, out, provenance=record)
-    record = _stored(out, plan)
-    shutil.rmtree(_state_folder(out), ignore_errors=True)
-    return _read(load_adapter(model, out, merged=False), record)
+            record = job.train_in_place(adapted, adapter_parameters(adapted))
+        if job.out is None:
+            return job.outcome(_finished(adapted, model, record, f"adapters of rank {rank}"), record)
+        save_adapter(adapted, job.out, provenance=record)
+    record = job.stored()
+    return job.outcome(load_adapter(model, job.out, merged=False), record)
 
 
 def fine_tune(
@@ -200,15 +191,8 @@ def fine_tune(
     *,
     validation: Sequence[ImageDataset],
     templates: Sequence[str] | None = None,
-    epochs: int = 20,
-    batch_size: int = 32,
-    learning_rate: float = 1e-4,
-    weight_decay: float = 1e-4,
-    schedule: Schedule = "constant",
-    softmax: Softmax = "masked",
-    augmentation: Augmentation = PAPER_AUGMENTATION,
-    seed: int = 0,
     out: Path | str | None = None,
+    **recipe: Any,
 ) -> Adapted:
     """Train all parameters of the image tower, the statistics of batch normalisation apart.
 
@@ -216,11 +200,12 @@ def fine_tune(
 
     Parameters
     ----------
-    model, train, validation, templates, epochs, batch_size, learning_rate, weight_decay, schedule, softmax, \
-augmentation, seed
-        As in `adapt_lora`. Large pre-trained transformers usually take a learning rate of about 1e-5.
+    model, train, validation, templates
+        As in `adapt_lora`.
     out : path, optional
         Folder of the trained tower, which a later call with the same parameters loads; otherwise as in `adapt_lora`.
+    **recipe
+        As in `adapt_lora`. Large pre-trained transformers usually take a learning rate of about 1e-5.
 
     Returns
     -------
@@ -237,78 +222,119 @@ augmentation, seed
     ValueError, RuntimeError
         As in `adapt_lora`.
     """
-    recipe = Recipe(epochs, batch_size, learning_rate, weight_decay, schedule, softmax, augmentation, seed)
-    plan = _plan(model, train, validation, templates, recipe, {"method": _FINE_TUNING})
-    out = None if out is None else Path(out).expanduser()
+    job = _Job(model, train, validation, templates, Recipe(**recipe), out, {"method": _FINE_TUNING})
     with torch.inference_mode(False), torch.enable_grad():
         tuned = copy.deepcopy(model).eval().to(torch.promote_types(model.dtype, torch.float32))
         parameters = find_image_tower(tuned).parameters
-    if out is None or not _is_taken(out):
-        record = _train(tuned, parameters, train, validation, templates, recipe, plan, out)
-        if out is None:
-            return _read(_finished(tuned, model, record, "fine-tuning"), record)
-        _save_tower(parameters, out, record)
-    record = _stored(out, plan)
-    shutil.rmtree(_state_folder(out), ignore_errors=True)
-    with explained_errors(str(out / _TOWER)):
-        tuned.load_state_dict(tuned.state_dict() | load_file(out / _TOWER))
-    return _read(_finished(tuned, model, record, out.name), record)
+    if not job.is_done:
+        record = job.train_in_place(tuned, parameters)
+        if job.out is None:
+            return job.outcome(_finished(tuned, model, record, "fine-tuning"), record)
+        _save_tower(parameters, job.out, record)
+    record = job.stored()
+    with explained_errors(str(job.out / _TOWER)):
+        tuned.load_state_dict(tuned.state_dict() | load_file(job.out / _TOWER))
+    return job.outcome(_finished(tuned, model, record, job.out.name), record)
 
 
-def _plan(
-    model: DualEncoder,
-    train: Sequence[ImageDataset],
-    validation: Sequence[ImageDataset],
-    templates: Sequence[str] | None,
-    recipe: Recipe,
-    method: Mapping[str, Any],
-) -> dict[str, Any]:
-    """Check what goes in, and return all that the result depends on, as JSON values."""
-    check_not_training(model)
-    for name, sets in (("train", train), ("validation", validation)):
-        if isinstance(sets, ImageDataset):
-            raise TypeError(f"{name} is one data set; give a list, [{sets.id!r}'s data set]")
-        if not sets:
-            raise ValueError(f"{name} holds no data set; give at least one")
-        ids = [data.id for data in sets]
-        for id in ids:
-            if ids.count(id) > 1:
-                raise ValueError(f"{name} holds {id!r} twice; give every data set once")
-    for data in train:
-        for noun, count in data.class_counts().items():
-            if not count:
-                raise ValueError(f"{data.id}: no image of class {noun!r} to learn from; train on images of all classes")
-    _check_apart(train, validation)
-    return {
-        **method,
-        "base": {
-            "id": model.id,
-            "dtype": str(model.dtype).removeprefix("torch."),
-            "weights": fingerprint(list(model.state_dict().values())),
-        },
-        "train": {data.id: _described(data, templates) for data in train},
-        "validation": {data.id: _described(data, templates) for data in validation},
-        "recipe": recipe.as_json(),
-    }
+@dataclass(frozen=True, eq=False)
+class _Job:
+    """What is trained on what, and where it is kept."""
 
+    model: DualEncoder
+    train: Sequence[ImageDataset]
+    validation: Sequence[ImageDataset]
+    templates: Sequence[str] | None
+    recipe: Recipe
+    out: Path | None
+    method: Mapping[str, Any]
+    plan: dict[str, Any] = field(init=False)  # all that the result depends on, as JSON values
 
-def _check_apart(train: Sequence[ImageDataset], validation: Sequence[ImageDataset]) -> None:
-    learned = {data.id: data for data in train}
-    for shown in validation:
-        data = learned.get(shown.id)
-        if data is None:
-            continue
-        if data.classes != shown.classes:
-            raise ValueError(
-                f"{data.id}: the classes of training, {', '.join(data.classes)}, are not those of validation, "
-                f"{', '.join(shown.classes)}; load both with the same wording"
+    def __post_init__(self) -> None:
+        check_not_training(self.model)
+        for name, sets in (("train", self.train), ("validation", self.validation)):
+            if isinstance(sets, ImageDataset):
+                raise TypeError(f"{name} is one data set; give a list, [{sets.id!r}'s data set]")
+            if not sets:
+                raise ValueError(f"{name} holds no data set; give at least one")
+            ids = [data.id for data in sets]
+            for id in ids:
+                if ids.count(id) > 1:
+                    raise ValueError(f"{name} holds {id!r} twice; give every data set once")
+        for data in self.train:
+            check_learnable(data)
+            for shown in self.validation:
+                if data.id == shown.id:
+                    check_apart(data, shown)
+        plan = {
+            **self.method,
+            "base": identity_of(self.model),
+            "train": {data.id: _described(data, self.templates) for data in self.train},
+            "validation": {data.id: _described(data, self.templates) for data in self.validation},
+            "recipe": self.recipe.as_json(),
+        }
+        object.__setattr__(self, "plan", plan)
+        object.__setattr__(self, "out", None if self.out is None else Path(self.out).expanduser())
+
+    @property
+    def is_done(self) -> bool:
+        """Whether there is something in the folder already."""
+        out = self.out
+        return out is not None and (out.is_file() or (out.is_dir() and any(out.iterdir())))
+
+    def train_in_place(self, model: DualEncoder, parameters: Mapping[str, nn.Parameter]) -> dict[str, Any]:
+        """Train parameters of a model; returns the plan and what came out, as JSON values."""
+        base, recipe = self.plan["base"]["id"], self.recipe
+        outcome = train_jointly(
+            model, parameters, self.train, validation=self.validation, templates=self.templates, recipe=recipe,
+            folder=self._state, identity={name: value for name, value in self.plan.items() if name != "recipe"},
+            description=f"{self.plan['method']} of {base}",
+        )  # fmt: skip
+        if recipe.epochs and outcome.best_epoch == 0:
+            warnings.warn(
+                f"no epoch of {recipe.epochs} is better on the validation images than {base} as it was, so nothing was "
+                f"changed: try another learning_rate than {recipe.learning_rate:g}, more epochs, or more validation "
+                "images",
+                UserWarning,
+                stacklevel=3,
             )
-        shared = np.intersect1d(data.indices, shown.indices) if data.split == shown.split else []
-        if len(shared):
+        history = outcome.history.astype(object)
+        return {
+            **self.plan,
+            "history": history.where(history.notna(), None).to_dict("records"),
+            "best_epoch": outcome.best_epoch,
+            "trainable": sum(parameter.numel() for parameter in parameters.values()),
+            "seconds": round(float(outcome.history.groupby("epoch")["seconds"].first().sum()), 1),
+            "device": model.device.type,
+            "threads": torch.get_num_threads(),
+        }
+
+    def stored(self) -> dict[str, Any]:
+        """Record in the finished folder, if it is that of the plan; what its training kept is removed."""
+        path = self.out / _PROVENANCE
+        if not path.is_file():
+            raise ValueError(f"{self.out} holds something else than a finished adaptation; give another folder")
+        try:
+            record = dict(json.loads(path.read_text(encoding="utf-8")))
+        except ValueError as error:
+            raise ValueError(f"{path} is damaged ({error}); delete {self.out} and train anew") from error
+        stored = {name: record[name] for name in self.plan if name in record}
+        differences = [f"\n  {line}" for line in parameter_differences(stored, self.plan, holder="the folder")]
+        if differences:
             raise ValueError(
-                f"{data.id}: {len(shared)} images of split {data.split!r} are both in training and in validation "
-                f"(the first has index {shared[0]}); choose the best epoch on images that are not trained on"
+                f"{self.out} was trained with other parameters; give another folder:{''.join(differences)}"
             )
+        shutil.rmtree(self._state, ignore_errors=True)
+        return record
+
+    def outcome(self, model: DualEncoder, record: Mapping[str, Any]) -> Adapted:
+        """The model with its record."""
+        history = pd.DataFrame(record["history"]).astype({"loss": float})
+        return Adapted(model, history, record["best_epoch"], record["trainable"], record["seconds"])
+
+    @property
+    def _state(self) -> Path | None:
+        return None if self.out is None else self.out.with_name(f"{self.out.name}.training")
 
 
 def _described(data: ImageDataset, templates: Sequence[str] | None) -> dict[str, Any]:
@@ -324,77 +350,10 @@ def _described(data: ImageDataset, templates: Sequence[str] | None) -> dict[str,
     }  # fmt: skip
 
 
-def _train(
-    model: DualEncoder,
-    parameters: Mapping[str, nn.Parameter],
-    train: Sequence[ImageDataset],
-    validation: Sequence[ImageDataset],
-    templates: Sequence[str] | None,
-    recipe: Recipe,
-    plan: dict[str, Any],
-    out: Path | None,
-) -> dict[str, Any]:
-    """Train in place; returns the plan and what came out, as JSON values."""
-    outcome = train_jointly(
-        model, parameters, train, validation=validation, templates=templates, recipe=recipe,
-        folder=None if out is None else _state_folder(out),
-        identity={name: value for name, value in plan.items() if name != "recipe"},
-        description=f"{plan['method']} of {plan['base']['id']}",
-    )  # fmt: skip
-    if recipe.epochs and outcome.best_epoch == 0:
-        warnings.warn(
-            f"no epoch of {recipe.epochs} is better on the validation images than {plan['base']['id']} as it was, so "
-            f"nothing was changed: try another learning_rate than {recipe.learning_rate:g}, more epochs, or more "
-            "validation images",
-            UserWarning,
-            stacklevel=3,
-        )
-    history = outcome.history.astype(object)
-    return {
-        **plan,
-        "history": history.where(history.notna(), None).to_dict("records"),
-        "best_epoch": outcome.best_epoch,
-        "trainable": sum(parameter.numel() for parameter in parameters.values()),
-        "seconds": round(float(outcome.history.groupby("epoch")["seconds"].first().sum()), 1),
-        "device": model.device.type,
-        "threads": torch.get_num_threads(),
-    }
-
-
 def _finished(model: DualEncoder, base: DualEncoder, record: dict[str, Any], change: str) -> DualEncoder:
     model.id = f"{base.id} + {change}"
     model.provenance = {**record, "base": {**base.provenance, **record["base"]}}
     return model.eval().requires_grad_(False).to(base.dtype)
-
-
-def _read(model: DualEncoder, record: Mapping[str, Any]) -> Adapted:
-    history = pd.DataFrame(record["history"]).astype({"loss": float})
-    return Adapted(model, history, record["best_epoch"], record["trainable"], record["seconds"])
-
-
-def _state_folder(out: Path) -> Path:
-    return out.with_name(f"{out.name}.training")
-
-
-def _is_taken(out: Path) -> bool:
-    """Whether there is something in the folder already."""
-    return out.is_file() or (out.is_dir() and any(out.iterdir()))
-
-
-def _stored(out: Path, plan: Mapping[str, Any]) -> dict[str, Any]:
-    """Record in a finished folder, if it is that of the plan."""
-    path = out / _PROVENANCE
-    if not path.is_file():
-        raise ValueError(f"{out} holds something else than a finished adaptation; give another folder")
-    try:
-        record = dict(json.loads(path.read_text(encoding="utf-8")))
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged ({error}); delete {out} and train anew") from error
-    stored = {name: record[name] for name in plan if name in record}
-    differences = [f"\n  {line}" for line in parameter_differences(stored, plan, holder="the folder")]
-    if differences:
-        raise ValueError(f"{out} was trained with other parameters; give another folder:{''.join(differences)}")
-    return record
 
 
 def _save_tower(parameters: Mapping[str, nn.Parameter], out: Path, record: Mapping[str, Any]) -> None:

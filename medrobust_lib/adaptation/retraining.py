@@ -1,7 +1,8 @@
-"""Re-training of the image tower on noisy images, one model per noise level (Gaussian data augmentation).
+"""Two classical baselines that learn from labels: the image tower re-trained on noisy images, and the linear probe.
 
-The oldest way to a base classifier that stands the noise of randomized smoothing. It gives up what makes a
-vision-language model convenient: there is one more set of image weights for every noise level, and it takes labels.
+Re-training (Gaussian data augmentation) is the oldest way to a base classifier that stands the noise of randomized
+smoothing. It gives up what makes a vision-language model convenient: there is one more set of image weights for every
+noise level, and it takes labels.
 """
 
 import copy
@@ -21,15 +22,14 @@ from torch import Tensor
 from torch.nn import functional
 
 from medrobust_lib import metrics
+from medrobust_lib.adaptation.training import Recipe, check_apart, check_learnable, identity_of, templates_of
+from medrobust_lib.checks import check_positive, check_whole
 from medrobust_lib.data.dataset import ImageDataset
 from medrobust_lib.experiments import progress
 from medrobust_lib.models.dual_encoder import DualEncoder, ImageTower, find_image_tower
-from medrobust_lib.models.weights import fingerprint
 from medrobust_lib.smoothing.certify import check_not_training
 from medrobust_lib.smoothing.noise import NoiseStream, noisy_copies, noisy_features
 from medrobust_lib.smoothing.prompts import draw_shots
-
-_METHOD = "noise-augmented re-training"
 
 
 def retrain_on_noise(
@@ -101,29 +101,22 @@ def retrain_on_noise(
     Cohen et al. 2019, arXiv:1902.02918, section 3.3; Lecuyer et al. 2019, arXiv:1802.03471.
     """
     check_not_training(model)
-    for name, value in {"epochs": epochs, "batch_size": batch_size}.items():
-        if value < 1:
-            raise ValueError(f"{name}={value}: at least 1 is needed")
-    if not 0 < learning_rate < math.inf:
-        raise ValueError(f"learning_rate={learning_rate}: must be > 0")
-    if not 0 <= weight_decay < math.inf:
-        raise ValueError(f"weight_decay={weight_decay}: must be >= 0")
-    for noun, count in data.class_counts().items():
-        if not count:
-            raise ValueError(f"{data.id}: no image of class {noun!r} to learn from; train on a split that has all")
+    recipe = Recipe(check_whole("epochs", epochs), batch_size, learning_rate, weight_decay, seed=seed)
+    check_learnable(data)
     chosen = data if shots is None else draw_shots(data, shots, np.random.default_rng(seed))
     streams = [NoiseStream(seed, data.id, int(index), sigma, "adapt") for index in chosen.indices]
-    templates = list(data.templates[:1] if templates is None else templates)
+    templates = templates_of(data, templates)
     # Notebooks often switch gradients off as a whole, some by inference mode.
     with torch.inference_mode(False), torch.enable_grad():
         texts = model.class_features(data.classes, templates).detach()
         retrained = copy.deepcopy(model).eval().to(torch.promote_types(model.dtype, torch.float32))
         tower = find_image_tower(retrained)
-        _check_batches(tower, len(chosen), batch_size)
-        fitted = _fit(
-            retrained, tower, chosen, streams, texts, epochs=epochs, batch_size=batch_size,
-            learning_rate=learning_rate, weight_decay=weight_decay, seed=seed,
-        )  # fmt: skip
+        if tower.norms and len(chosen) // math.ceil(len(chosen) / batch_size) < 2:
+            raise ValueError(
+                f"batch_size={batch_size}: {len(chosen)} images would be split into steps of one image, too few for "
+                "the batch normalisation of this image tower; give a batch_size of 3 or more"
+            )
+        fitted = _fit(retrained, tower, chosen, streams, texts, recipe)
         retrained = retrained.eval().requires_grad_(False).to(model.dtype)
     guessing = math.log(len(data.classes))
     if fitted["last_loss"] >= guessing:
@@ -136,21 +129,13 @@ def retrain_on_noise(
         )
     retrained.id = f"{model.id} retrained at sigma {sigma:g}"
     retrained.provenance = {
-        "method": _METHOD, "base": {**model.provenance, **_identity(model)}, "dataset": data.id, "split": data.split,
+        "method": "noise-augmented re-training", "base": {**model.provenance, **identity_of(model)},
+        "dataset": data.id, "split": data.split,
         "images": [int(index) for index in chosen.indices], "shots": shots, "templates": templates,
         "sigma": float(sigma), "epochs": epochs, "batch_size": batch_size, "optimiser": "AdamW, cosine to 0",
         "learning_rate": learning_rate, "weight_decay": weight_decay, "seed": seed, **fitted,
     }  # fmt: skip
     return retrained
-
-
-def _check_batches(tower: ImageTower, images: int, batch_size: int) -> None:
-    """Refuse steps of one image where their statistics are needed."""
-    if tower.norms and images // math.ceil(images / batch_size) < 2:
-        raise ValueError(
-            f"batch_size={batch_size}: {images} images would be split into steps of one image, too few for the batch "
-            "normalisation of this image tower; give a batch_size of 3 or more"
-        )
 
 
 def _fit(
@@ -159,29 +144,22 @@ def _fit(
     chosen: ImageDataset,
     streams: Sequence[NoiseStream],
     texts: Tensor,
-    *,
-    epochs: int,
-    batch_size: int,
-    learning_rate: float,
-    weight_decay: float,
-    seed: int,
+    recipe: Recipe,
 ) -> dict[str, Any]:
     """Train the tower in place; returns the mean loss of the first and the last epoch, and time."""
     started = time.monotonic()
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(recipe.seed)
     labels = torch.from_numpy(chosen.labels).to(model.device)
-    optimiser = torch.optim.AdamW(tower.parameters.values(), lr=learning_rate, weight_decay=weight_decay)
-    per_epoch = math.ceil(len(chosen) / batch_size)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, epochs * per_epoch)
+    optimiser = torch.optim.AdamW(tower.parameters.values(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
+    per_epoch = math.ceil(len(chosen) / recipe.batch_size)
+    total = recipe.epochs * per_epoch
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, total)
     momenta = {name: norm.momentum for name, norm in tower.norms.items()}
     for norm in tower.norms.values():
         norm.train().momentum = None  # a plain average since the last reset
     losses = []
-    steps = progress(
-        range(epochs * per_epoch), total=epochs * per_epoch, unit="steps", resumes=False,
-        description=f"re-train {model.id}, sigma {streams[0].sigma:g}",
-    )  # fmt: skip
-    for step in steps:
+    described = f"re-train {model.id}, sigma {streams[0].sigma:g}"
+    for step in progress(range(total), total=total, unit="steps", resumes=False, description=described):
         epoch, place = divmod(step, per_epoch)
         if place == 0:
             batches = torch.randperm(len(chosen), generator=generator).tensor_split(per_epoch)
@@ -196,7 +174,7 @@ def _fit(
         loss = functional.cross_entropy(logits, labels[rows.to(model.device)])
         losses.append(loss.item())
         if not math.isfinite(losses[-1]):
-            raise ValueError(f"training diverged in epoch {epoch + 1}: lower learning_rate={learning_rate}")
+            raise ValueError(f"training diverged in epoch {epoch + 1}: lower learning_rate={recipe.learning_rate}")
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
@@ -209,14 +187,6 @@ def _fit(
         "last_loss": float(np.mean(losses[-per_epoch:])),
         "seconds": round(time.monotonic() - started, 1),
         "threads": torch.get_num_threads(),
-    }
-
-
-def _identity(model: DualEncoder) -> dict[str, str]:
-    return {
-        "id": model.id,
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "weights": fingerprint(list(model.state_dict().values())),
     }
 
 
@@ -295,8 +265,12 @@ def linear_probe(
     ----------
     Radford et al. 2021, arXiv:2103.00020, section 3.2.
     """
-    _check_strengths(strengths)
-    _check_data(train, validation)
+    if not len(strengths):
+        raise ValueError("strengths=(): give at least one weight of the penalty, such as 1.0")
+    for strength in strengths:
+        check_positive("strengths", strength, hint=": it is the weight of the penalty")
+    check_learnable(train)
+    check_apart(train, validation)
     features, shown = (
         noisy_features(model, data, sigma=0.0, role="adapt", batch_size=batch_size).numpy().astype(np.float64)
         for data in (train, validation)
@@ -319,7 +293,8 @@ def linear_probe(
             metrics.accuracy(validation.labels, answers),
             metrics.balanced_accuracy(validation.labels, answers),
         ))  # fmt: skip
-        fitted[strength] = _row_per_class(regression.coef_)
+        rows_of = regression.coef_ if scale == 1 else np.concatenate([-regression.coef_ / 2, regression.coef_ / 2])
+        fitted[strength] = np.ascontiguousarray(rows_of)
     table = pd.DataFrame(rows, columns=["strength", "val_accuracy", "val_balanced_accuracy"])
     best = table.iloc[table.val_balanced_accuracy.argmax()]  # the first of equals
     return LinearProbe(
@@ -335,36 +310,3 @@ def linear_probe(
             "strength": float(best.strength), "strengths": [float(strength) for strength in strengths],
         },
     )  # fmt: skip
-
-
-def _row_per_class(coefficients: np.ndarray) -> np.ndarray:
-    """Weights [K, d] in C order; one row, of two classes, is their difference."""
-    if len(coefficients) == 1:
-        coefficients = np.concatenate([-coefficients / 2, coefficients / 2])
-    return np.ascontiguousarray(coefficients)
-
-
-def _check_strengths(strengths: Sequence[float]) -> None:
-    if not len(strengths):
-        raise ValueError("strengths=(): give at least one weight of the penalty, such as 1.0")
-    for strength in strengths:
-        if not 0 < strength < math.inf:
-            raise ValueError(f"strengths hold {strength!r}: the weight of the penalty must be above 0")
-
-
-def _check_data(train: ImageDataset, validation: ImageDataset) -> None:
-    for noun, count in train.class_counts().items():
-        if not count:
-            raise ValueError(f"{train.id}: no image of class {noun!r} to learn from; draw a fraction that has all")
-    if train.classes != validation.classes:
-        raise ValueError(
-            f"the classes to learn, {list(train.classes)}, are not those of the validation images, "
-            f"{list(validation.classes)}; give validation images of the same data set"
-        )
-    if (train.id, train.split) == (validation.id, validation.split):
-        both = np.intersect1d(train.indices, validation.indices)
-        if len(both):
-            raise ValueError(
-                f"{train.id}: {len(both)} images of the split {train.split!r} are learned from and validated on "
-                f"(image {both[0]}, for one); give other images for validation"
-            )

@@ -1,13 +1,12 @@
-"""What a training run writes after each epoch, so that it goes on from there when it was interrupted."""
+"""Joint training of parameters of a model on several data sets: the recipe, the run, and the state it goes on from."""
 
 import json
-import logging
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import pandas as pd
@@ -18,11 +17,13 @@ from torch.nn import functional
 
 from medrobust_lib import metrics
 from medrobust_lib.adaptation.training_images import PAPER_AUGMENTATION, Augmentation, TrainingImages, cache_budget
+from medrobust_lib.checks import check_choice, check_positive, check_whole
 from medrobust_lib.data.dataset import ImageDataset
 from medrobust_lib.experiments import open_store, progress
 from medrobust_lib.files import parsed, read_tensors, write_tensors
 from medrobust_lib.models.dual_encoder import BrokenFeaturesError, DualEncoder
-from medrobust_lib.smoothing.noise import is_out_of_memory, release_cached_memory
+from medrobust_lib.models.weights import fingerprint
+from medrobust_lib.smoothing.noise import Batches
 
 _FILE = "state.safetensors"
 _HEADER = "training"
@@ -92,11 +93,8 @@ def load_state(
 
 Schedule = Literal["constant", "one-cycle"]
 Softmax = Literal["masked", "global"]
-Result = TypeVar("Result")
 
 _WARM_UP = 0.1  # share of the steps in which one-cycle raises the rate, from 1/25 of it
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -139,16 +137,12 @@ class Recipe:
 
     def __post_init__(self) -> None:
         for name, least in (("epochs", 0), ("batch_size", 1), ("seed", 0)):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
-                raise ValueError(f"{name}={value!r}: give a whole number, {least} or more")
-        if not 0 < self.learning_rate < math.inf:
-            raise ValueError(f"learning_rate={self.learning_rate}: must be > 0")
+            check_whole(name, getattr(self, name), least=least)
+        check_positive("learning_rate", self.learning_rate)
         if not 0 <= self.weight_decay < math.inf:
             raise ValueError(f"weight_decay={self.weight_decay}: must be >= 0")
-        for name, offered in (("schedule", get_args(Schedule)), ("softmax", get_args(Softmax))):
-            if getattr(self, name) not in offered:
-                raise ValueError(f"unknown {name} {getattr(self, name)!r}; choose one of {', '.join(offered)}")
+        check_choice("schedule", self.schedule, get_args(Schedule))
+        check_choice("softmax", self.softmax, get_args(Softmax))
 
     def rate(self, step: int, steps: int) -> float:
         """Learning rate of a step, 0 to ``steps - 1``."""
@@ -187,6 +181,44 @@ class Outcome:
 def templates_of(data: ImageDataset, templates: Sequence[str] | None) -> list[str]:
     """Prompt templates to use with a data set: those given, or its first."""
     return list(data.templates[:1] if templates is None else templates)
+
+
+def identity_of(model: DualEncoder) -> dict[str, str]:
+    """Id, type and weights of a model, as JSON values."""
+    return {
+        "id": model.id,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "weights": fingerprint(list(model.state_dict().values())),
+    }
+
+
+def check_learnable(data: ImageDataset) -> None:
+    """Refuse to learn classes that have no image."""
+    for noun, count in data.class_counts().items():
+        if not count:
+            raise ValueError(f"{data.id}: no image of class {noun!r} to learn from; train on images of all classes")
+
+
+def check_apart(data: ImageDataset, shown: ImageDataset) -> None:
+    """Refuse validation images of other classes, or such as are trained on.
+
+    Raises
+    ------
+    ValueError
+        Naming the classes, or the first image.
+    """
+    if data.classes != shown.classes:
+        raise ValueError(
+            f"{data.id}: the classes of training, {', '.join(data.classes)}, are not those of validation, "
+            f"{', '.join(shown.classes)}; load both with the same wording"
+        )
+    same = (data.id, data.split) == (shown.id, shown.split)
+    shared = np.intersect1d(data.indices, shown.indices) if same else []
+    if len(shared):
+        raise ValueError(
+            f"{data.id}: {len(shared)} images of split {data.split!r} are both in training and in validation "
+            f"(the first has index {shared[0]}); choose by images that are not trained on"
+        )
 
 
 def train_jointly(
@@ -265,26 +297,6 @@ def summed_loss(logits: Tensor, targets: Tensor, allowed: Tensor | None) -> Tens
     return functional.cross_entropy(logits, targets, reduction="sum")
 
 
-class _Parts:
-    """How many images go through the tower at once: halved, and told, when memory runs out."""
-
-    def __init__(self, size: int) -> None:
-        self.size = size
-
-    def until_they_fit(self, compute: Callable[[int], Result]) -> Result:
-        """``compute(size)``, called again with half the size after running out of memory."""
-        while True:
-            try:
-                return compute(self.size)
-            except (RuntimeError, MemoryError) as error:
-                if self.size == 1 or not is_out_of_memory(error):
-                    raise
-            # Outside the handler, where what the failed attempt held is no longer referenced.
-            self.size //= 2
-            logger.warning("out of memory: going on with %d images at a time, gradients accumulated", self.size)
-            release_cached_memory()
-
-
 class _Run:
     """A training run: what stays the same in it, and how far it is."""
 
@@ -310,7 +322,7 @@ class _Run:
         budget = cache_budget()
         self.images = TrainingImages(model, train, budget=budget)
         self.shown = TrainingImages(model, validation, budget=budget - self.images.bytes)
-        self.parts = _Parts(recipe.batch_size)
+        self.batches = Batches(recipe.batch_size)
         self.optimiser = torch.optim.AdamW(parameters.values(), weight_decay=recipe.weight_decay)
         self.rows: list[dict[str, Any]] = []
         self.best_epoch = 0
@@ -370,7 +382,7 @@ class _Run:
                 total += loss.item()
             return total
 
-        loss = self.parts.until_they_fit(accumulate)
+        loss = self.batches.until_it_fits(accumulate)
         if not math.isfinite(loss):
             raise self._diverged(epoch + 1)
         for group in self.optimiser.param_groups:
@@ -384,7 +396,7 @@ class _Run:
         scores = []
         for number, (data, texts) in enumerate(zip(self.validation, self.judged, strict=True)):
             rows = np.flatnonzero(self.shown.set_of == number)
-            answers = self.parts.until_they_fit(
+            answers = self.batches.until_it_fits(
                 lambda size, rows=rows, texts=texts: self._answers(rows, texts, size, epoch)
             )
             scores.append((metrics.accuracy(data.labels, answers), metrics.balanced_accuracy(data.labels, answers)))

@@ -17,8 +17,7 @@ from open_clip.transformer import TextTransformer, text_global_pool
 from torch import Tensor
 from torch.nn import functional
 
-from medrobust_lib.downloads import read_sums
-from medrobust_lib.files import parsed, read_json_object
+from medrobust_lib.files import parsed, read_json_object, read_sums
 from medrobust_lib.models.catalogue import CONFIG_NAME, DEMO_MODEL, OPEN_CLIP_CONFIG_NAME
 from medrobust_lib.models.dual_encoder import DualEncoder, Tokens, check_text_lengths, check_text_path
 from medrobust_lib.models.geometry import Preprocessing, per_channel

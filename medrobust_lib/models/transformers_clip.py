@@ -18,8 +18,7 @@ from transformers.utils import (
     WEIGHTS_NAME,
 )
 
-from medrobust_lib.downloads import read_sums
-from medrobust_lib.files import parsed
+from medrobust_lib.files import parsed, read_sums
 from medrobust_lib.models.catalogue import CONFIG_NAME, HUB_PREFIX, OPEN_CLIP_CONFIG_NAME
 from medrobust_lib.models.dual_encoder import DualEncoder, Tokens, check_text_lengths, check_text_path
 from medrobust_lib.models.geometry import Preprocessing, per_channel

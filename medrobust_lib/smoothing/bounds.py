@@ -10,24 +10,6 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.stats import beta, binom, norm
 
-__all__ = [
-    "certified_radius",
-    "check_alpha",
-    "check_draws",
-    "check_sigma",
-    "checked_probabilities",
-    "expected_radius",
-    "lower_confidence_bound",
-    "maximum_radius",
-    "minimum_count",
-    "minimum_draws",
-    "needed_probability",
-    "probability_of_radius",
-    "radius_ratio_rule",
-    "ratio_constant",
-    "upper_confidence_bound",
-]
-
 _LARGEST_SIGMA = 10.0  # no image survives this; 0 to 255 units begin here
 
 

@@ -1,15 +1,16 @@
-"""Counting the votes of base classifiers on shared noise, and stopping when a plan says so."""
+"""Certificates by votes on noisy copies: `take_votes` is the algorithm, `certify` and `predict` ask it of one image."""
 
 import reprlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol, get_args
+from dataclasses import dataclass, replace
+from typing import Any, get_args
 
 import numpy as np
 import torch
 from scipy.stats import binomtest
 from torch import Tensor
 
+from medrobust_lib.checks import check_choice
 from medrobust_lib.models.dual_encoder import DualEncoder
 from medrobust_lib.smoothing.bounds import (
     certified_radius,
@@ -20,11 +21,15 @@ from medrobust_lib.smoothing.bounds import (
     maximum_radius,
     minimum_draws,
 )
-from medrobust_lib.smoothing.certificate import ABSTAIN, Certificate, Sampling
-from medrobust_lib.smoothing.noise import NoiseStream, Role, make_batches, noisy_copies
-from medrobust_lib.smoothing.sequential import sequential_plan
+from medrobust_lib.smoothing.certificate import ABSTAIN, Certificate, Mode, Sampling
+from medrobust_lib.smoothing.noise import NoiseStream, Role, make_batches, map_copies
+from medrobust_lib.smoothing.sequential import Proof, SequentialPlan, sequential_plan
 
+Classifier = Callable[[Tensor], Tensor]
 Answers = Callable[[Role, int, int, Sequence[int]], Sequence[Tensor]]
+
+RADII = (0.0, 0.1, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
+"""The radii of PromptSmooth's tables, in [0, 1] pixel units."""
 
 LABEL_LIMIT = 1_000_000
 """Votes are counted in a table with a row for each class; a label from here on is a mistake."""
@@ -34,24 +39,11 @@ LABEL_LIMIT = 1_000_000
 class Verdict:
     """Outcome of the votes for one classifier; the fields mean what they mean in `Certificate`."""
 
-    predicted: int
-    radius: float
-    p_lower: float
-    k: int
-    n: int
-
-
-class Plan(Protocol):
-    """When to look at the votes and what they prove then."""
-
-    looks: Sequence[int]
-    n: int
-    alpha: float
-    largest_radius: float
-
-    def step(self, look: int, k: int, proved: int) -> tuple[int, bool]: ...  # noqa: D102
-    def p_lower(self, k: int, n: int, proved: int) -> float: ...  # noqa: D102
-    def radius(self, k: int, n: int, proved: int) -> float: ...  # noqa: D102
+    predicted: int = ABSTAIN
+    radius: float = 0.0
+    p_lower: float = 0.0
+    k: int = 0
+    n: int = 0
 
 
 @dataclass(frozen=True)
@@ -72,17 +64,13 @@ class FixedPlan:
         """Largest radius that can come out."""
         return maximum_radius(self.n, self.alpha, self.sigma)
 
-    def step(self, look: int, k: int, proved: int) -> tuple[int, bool]:
-        """Take the only look: (1 if a majority is proved else 0, True)."""
-        return int(self.p_lower(k, self.n, 0) > 0.5), True
+    def step(self, look: int, k: int, proved: int = 0) -> Proof:
+        """Take the only look, at k votes of n."""
+        p_lower = lower_confidence_bound(k, self.looks[look], self.alpha)
+        return Proof(int(p_lower > 0.5), True, certified_radius(p_lower, self.sigma), p_lower)
 
-    def p_lower(self, k: int, n: int, proved: int) -> float:
-        """Clopper-Pearson bound of k in n."""
-        return lower_confidence_bound(k, n, self.alpha)
 
-    def radius(self, k: int, n: int, proved: int) -> float:
-        """Certified radius of k in n."""
-        return certified_radius(self.p_lower(k, n, proved), self.sigma)
+Plan = FixedPlan | SequentialPlan
 
 
 def make_plan(sampling: Sampling, *, sigma: float, radii: Sequence[float] | None, n: int, alpha: float) -> Plan:
@@ -93,14 +81,55 @@ def make_plan(sampling: Sampling, *, sigma: float, radii: Sequence[float] | None
     ValueError
         Unknown sampling, sigma or alpha out of range, n too small to ever certify.
     """
-    if sampling not in get_args(Sampling):
-        raise ValueError(f"unknown sampling {sampling!r}; choose one of {', '.join(get_args(Sampling))}")
+    check_choice("sampling", sampling, get_args(Sampling))
     check_sigma(sigma)
     check_alpha(alpha)
     check_draws(n, alpha)
     if sampling == "fixed":
         return FixedPlan(sigma=sigma, n=n, alpha=alpha)
     return sequential_plan(sigma=sigma, radii=radii, n=n, alpha=alpha)
+
+
+@dataclass(frozen=True)
+class Rules:
+    """How the images of a table are certified.
+
+    Attributes
+    ----------
+    n0, n : int
+        Selection draws, and estimation draws (at most so many in sequential sampling).
+    alpha : float in (0, 1)
+        Failure probability of each certificate, that is of each row; it is not shared out over rows.
+    sampling : {"sequential", "fixed"}
+        Both keep alpha. Fixed sampling gives radii of any value, sequential sampling the named ones.
+    mode : {"predict", "evaluate"}
+        "evaluate" tests the known label without selection: fewer draws, for certified-accuracy tables only.
+    radii : sequence of float, optional
+        Radii of interest of sequential sampling; 0 is always among them. Few of them spare many draws. None: a grid
+        of 0.05 sigma, which spares few.
+
+    Raises
+    ------
+    ValueError
+        An unknown mode, or a selection without draws.
+    """
+
+    n0: int = 100
+    n: int = 10_000
+    alpha: float = 0.001
+    sampling: Sampling = "sequential"
+    mode: Mode = "predict"
+    radii: Sequence[float] | None = RADII
+
+    def __post_init__(self) -> None:
+        check_choice("mode", self.mode, get_args(Mode))
+        check_mode_draws(self.n0, self.mode == "evaluate")
+        if self.mode == "evaluate":
+            object.__setattr__(self, "n0", 0)
+
+    def plan(self, sigma: float, *, share: int = 1) -> Plan:
+        """Plan for one noise level, for each of so many classifiers that share alpha."""
+        return make_plan(self.sampling, sigma=sigma, radii=self.radii, n=self.n, alpha=self.alpha / share)
 
 
 def take_votes(answers: Answers, plans: Sequence[Plan], *, n0: int, label: int | None) -> list[Verdict]:
@@ -123,32 +152,31 @@ def take_votes(answers: Answers, plans: Sequence[Plan], *, n0: int, label: int |
         Every certificate is valid on its own at its plan's alpha; sharing noise only makes them dependent.
     """
     everyone = range(len(plans))
+    # 1. Choose a class for each classifier: what it answers to most of n0 noisy copies, or the known label.
     if label is None:
-        selected = [_favourite(votes) for votes in answers("select", 0, n0, everyone)]
+        tested = [_favourite(labels) for labels in answers("select", 0, n0, everyone)]
     else:
-        selected = [label] * len(plans)
-    verdicts = [Verdict(predicted=ABSTAIN, radius=0.0, p_lower=0.0, k=0, n=0) for _ in everyone]
-    active = [position for position in everyone if selected[position] != ABSTAIN]
+        tested = [label] * len(plans)
+    # 2. Count how many fresh noisy copies get that class, and look at the count when the plan says so.
     looks = [{int(draws): look for look, draws in enumerate(plan.looks)} for plan in plans]
+    verdicts = [Verdict() for _ in plans]
     counts, proved, done = [0] * len(plans), [0] * len(plans), 0
+    active = [position for position in everyone if tested[position] != ABSTAIN]
     for draws in sorted(set().union(*looks)):
         if not active:
             break
         for position, labels in zip(active, answers("estimate", done, draws - done, active), strict=True):
-            counts[position] += int((labels == selected[position]).sum())
+            counts[position] += int((labels == tested[position]).sum())
         done = draws
         for position in [position for position in active if draws in looks[position]]:
-            plan, k = plans[position], counts[position]
-            proved[position], finished = plan.step(looks[position][draws], k, proved[position])
-            if finished:
-                certified = proved[position]
-                verdicts[position] = Verdict(
-                    predicted=selected[position] if certified else ABSTAIN,
-                    radius=plan.radius(k, draws, certified),
-                    p_lower=plan.p_lower(k, draws, certified),
-                    k=k,
-                    n=draws,
-                )
+            k = counts[position]
+            # 3. Bound the probability of the class from below: what do k of so many draws prove?
+            proof = plans[position].step(looks[position][draws], k, proved[position])
+            proved[position] = proof.proved
+            if proof.finished:
+                # 4. A majority is proved: that class, within that radius. Otherwise abstain.
+                predicted = tested[position] if proof.proved else ABSTAIN
+                verdicts[position] = Verdict(predicted, proof.radius, proof.p_lower, k, draws)
                 active.remove(position)
     return verdicts
 
@@ -159,11 +187,10 @@ def agreement(verdicts: Sequence[Verdict]) -> Verdict:
     If each is wrong with probability at most alpha / M, all M hold at once with probability at least 1 - alpha, so
     any choice among the classifiers, even one that depends on the attacked image, gives this class in the ball.
     """
-    weakest = min(verdicts, key=lambda verdict: verdict.radius)
-    joined = {"k": weakest.k, "n": max(verdict.n for verdict in verdicts)}
+    weakest = replace(min(verdicts, key=lambda verdict: verdict.radius), n=max(verdict.n for verdict in verdicts))
     if len({verdict.predicted for verdict in verdicts}) > 1 or weakest.predicted == ABSTAIN:
-        return Verdict(predicted=ABSTAIN, radius=0.0, p_lower=min(verdict.p_lower for verdict in verdicts), **joined)
-    return Verdict(predicted=weakest.predicted, radius=weakest.radius, p_lower=weakest.p_lower, **joined)
+        return replace(weakest, predicted=ABSTAIN, radius=0.0, p_lower=min(verdict.p_lower for verdict in verdicts))
+    return weakest
 
 
 def checked_answers(answers: Any, count: int, *, n_classes: int = LABEL_LIMIT) -> Tensor:
@@ -249,9 +276,6 @@ def _favourite(labels: Tensor) -> int:
     return int(votes.argmax()) if votes.any() else ABSTAIN
 
 
-Classifier = Callable[[Tensor], Tensor]
-
-
 def predict(
     classifier: Classifier,
     image: Tensor,
@@ -259,10 +283,7 @@ def predict(
     sigma: float,
     n: int = 100,
     alpha: float = 0.001,
-    seed: int = 0,
-    dataset: str = "",
-    index: int = 0,
-    batch_size: int | None = None,
+    **address: Any,
 ) -> int:
     """Answer of the smoothed classifier, or an abstention: PREDICT of Cohen et al.
 
@@ -279,10 +300,8 @@ def predict(
         Noisy copies.
     alpha : float in (0, 1)
         Probability of an answer other than g's is at most this.
-    seed, dataset, index
-        Address of the noise: role "select" of this image.
-    batch_size : int, optional
-        Default: from the free memory.
+    **address
+        As in `certify`; the noise has the role "select".
 
     Returns
     -------
@@ -307,9 +326,7 @@ def predict(
         raise ValueError(f"n={n} draws can never answer at alpha={alpha}, unanimous or not; use n >= {fewest}")
     check_classifier(classifier)
     check_image(image)
-    answers = classifier_answers(
-        classifier, image, sigma=sigma, seed=seed, dataset=dataset, index=index, batch_size=batch_size
-    )
+    answers = _answers(classifier, image, sigma, **address)
     votes = count_votes(answers("select", 0, n, [0])[0])
     if not votes.any():
         return ABSTAIN
@@ -329,10 +346,7 @@ def certify(
     sampling: Sampling = "fixed",
     radii: Sequence[float] | None = None,
     label: int | None = None,
-    seed: int = 0,
-    dataset: str = "",
-    index: int = 0,
-    batch_size: int | None = None,
+    **address: Any,
 ) -> Certificate:
     """Certify the smoothed classifier's answer on one image.
 
@@ -361,11 +375,10 @@ def certify(
         spares few. Fixed sampling needs none.
     label : int, optional
         Evaluate mode: test this known label directly, without selection. For certified-accuracy tables only.
-    seed, dataset, index
-        Address of the noise. Give every image an index of its own: certificates on the same noise are each valid,
-        but err together.
-    batch_size : int, optional
-        Default: from the free memory. It is halved when memory runs out.
+    **address
+        ``seed`` (0), ``dataset`` ("") and ``index`` (0): address of the noise. Give every image an index of its own:
+        certificates on the same noise are each valid, but err together. ``batch_size``: noisy copies at a time;
+        default: from the free memory. It is halved when memory runs out.
 
     Returns
     -------
@@ -397,9 +410,7 @@ def certify(
     if label is not None and label < 0:
         raise ValueError(f"label={label}: the known label is a class, 0 or higher; None lets selection draws choose")
     plan = make_plan(sampling, sigma=sigma, radii=radii, n=n, alpha=alpha)
-    answers = classifier_answers(
-        classifier, image, sigma=sigma, seed=seed, dataset=dataset, index=index, batch_size=batch_size
-    )
+    answers = _answers(classifier, image, sigma, **address)
     (verdict,) = take_votes(answers, [plan], n0=n0, label=label)
     return Certificate(
         **vars(verdict),
@@ -410,7 +421,7 @@ def certify(
         sampling=sampling,
         mode="predict" if label is None else "evaluate",
         guarantee="standard",
-        seed=seed,
+        seed=address.get("seed", 0),
         model=getattr(classifier, "id", "own classifier"),
         dtype=str(getattr(classifier, "dtype", torch.float32)).removeprefix("torch."),
         device=image.device.type,
@@ -418,15 +429,15 @@ def certify(
     )
 
 
-def classifier_answers(
+def _answers(
     classifier: Classifier,
     image: Tensor,
-    *,
     sigma: float,
-    seed: int,
-    dataset: str,
-    index: int,
-    batch_size: int | None,
+    *,
+    seed: int = 0,
+    dataset: str = "",
+    index: int = 0,
+    batch_size: int | None = None,
 ) -> Answers:
     """Let one classifier of pixels answer the noisy copies of one image."""
     batches = make_batches(batch_size, image.device, tuple(image.shape))
@@ -435,10 +446,10 @@ def classifier_answers(
     def answers(role: Role, first: int, count: int, positions: Sequence[int]) -> list[Tensor]:
         stream = NoiseStream(seed, dataset, index, sigma, role)
 
-        def answer(first: int, count: int) -> Tensor:
-            return checked_answers(classifier(noisy_copies(image, stream, first=first, count=count)), count)
+        def answer(copies: Tensor) -> Tensor:
+            return checked_answers(classifier(copies), len(copies))
 
-        return [torch.cat(list(batches.map(answer, first=first, count=count)))]
+        return [torch.cat(list(map_copies(answer, image, stream, batches=batches, first=first, count=count)))]
 
     return answers
 

@@ -1,4 +1,7 @@
-"""Networks of the denoisers: DnCNN, and the compact U-Net of a DDPM with its noise levels."""
+"""Denoisers in front of a frozen model: DnCNN and one-shot diffusion, their networks, files and noise levels.
+
+They are trained by `data_scripts/train_demo_denoisers.py`.
+"""
 
 import copy
 import json
@@ -11,12 +14,11 @@ from typing import Any, Literal, get_args
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors.torch import load_file, safe_open
 from torch import Tensor, nn
 from torch.nn import functional
 
-from medrobust_lib.checks import suggest
-from medrobust_lib.files import check_sums, write_tensors
+from medrobust_lib.checks import check_choice
+from medrobust_lib.files import check_sums, read_tensors, write_tensors
 from medrobust_lib.models.weights import explained_errors, fingerprint
 
 DIFFUSION_STEPS, FIRST_BETA, LAST_BETA = 1000, 1e-4, 2e-2
@@ -207,7 +209,6 @@ def matching_timestep(sigma: float) -> float:
 
 
 Objective = Literal["mse", "stability"]
-Timestep = Literal["interpolated", "nearest"]
 
 DEMO_FOLDER = Path(__file__).resolve().parents[1] / "models" / "demo" / "denoisers"
 DEMO_FILES = {
@@ -218,6 +219,7 @@ DEMO_FILES = {
 
 _FORMAT = 1
 _HEADER = "denoiser"
+_ASKED = "interpolated"  # how files and ids say that a diffusion is asked at t* itself
 _TOLERANCE = 1e-6  # relative, between a noise level asked for and one trained for
 
 
@@ -249,7 +251,7 @@ class DnCNNDenoiser:
     provenance: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        check_objective(self.objective)
+        check_choice("objective", self.objective, get_args(Objective))
         if not self.networks or not all(0 < sigma < math.inf for sigma in self.networks):
             raise ValueError(f"a denoiser needs networks by noise level > 0, got levels {list(self.networks)}")
         frozen = {float(sigma): _frozen(self.networks[sigma]) for sigma in sorted(self.networks)}
@@ -282,21 +284,6 @@ class DnCNNDenoiser:
         network = self.networks[known[0]].to(noisy.device)
         _check_sides(noisy, network.side)
         return network(noisy.float())
-
-    def joined(self, *others: "DnCNNDenoiser") -> "DnCNNDenoiser":
-        """Put the networks of several noise levels together; a later one replaces an earlier one of its level.
-
-        Raises
-        ------
-        ValueError
-            Objectives differ.
-        """
-        parts = (self, *others)
-        if len({part.objective for part in parts}) > 1:
-            raise ValueError(f"denoisers of different objectives: {', '.join(part.objective for part in parts)}")
-        networks = {sigma: network for part in parts for sigma, network in part.networks.items()}
-        provenance = {sigma: origin for part in parts for sigma, origin in part.provenance.items()}
-        return DnCNNDenoiser(networks, self.objective, provenance)
 
     def save(self, path: Path | str) -> Path:
         """Write all networks as one safetensors file; everything but the weights is JSON in its header."""
@@ -350,8 +337,6 @@ class DiffusionDenoiser:
         other, wrapped to this call.
     sigma_range : (float, float)
         Lowest and highest noise level trained for, in [0, 1] pixel units.
-    timestep : {"interpolated", "nearest"}
-        Ask the network at t* itself, or at the nearest whole timestep, whose noise level `effective_sigma` tells.
     provenance : dict
         JSON values.
 
@@ -362,37 +347,15 @@ class DiffusionDenoiser:
 
     network: nn.Module
     sigma_range: tuple[float, float]
-    timestep: Timestep = "interpolated"
     provenance: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.timestep not in get_args(Timestep):
-            raise ValueError(f"unknown timestep {self.timestep!r}; choose one of {', '.join(get_args(Timestep))}")
         object.__setattr__(self, "network", _frozen(self.network))
 
     @property
     def id(self) -> str:
-        """How the timestep is chosen, and fingerprint of the network."""
-        return f"diffusion t* {self.timestep} {_digest(self.network)}"
-
-    def timestep_of(self, sigma: float) -> float:
-        """Timestep at which the network is asked.
-
-        Raises
-        ------
-        ValueError
-            Sigma lies outside the range that the network was trained for.
-        """
-        low, high = self.sigma_range
-        if not low * (1 - _TOLERANCE) <= sigma <= high * (1 + _TOLERANCE):
-            raise ValueError(f"sigma={sigma}: this diffusion was trained for noise levels from {low:.4g} to {high:.4g}")
-        exact = matching_timestep(sigma)
-        return exact if self.timestep == "interpolated" else float(round(exact))
-
-    def effective_sigma(self, sigma: float) -> float:
-        """Noise level of the timestep at which the network is asked; the certificate is for sigma all the same."""
-        place = self.timestep_of(sigma)
-        return math.exp(np.interp(place, np.arange(DIFFUSION_STEPS), np.log(diffusion_sigmas())))
+        """Fingerprint of the network, which is asked at t* itself, between whole timesteps."""
+        return f"diffusion t* {_ASKED} {_digest(self.network)}"
 
     def __call__(self, noisy: Tensor, sigma: float) -> Tensor:
         """Denoise pixels, float32 [b, 3, H, W], with noise of sigma; the result lies in [0, 1].
@@ -402,10 +365,12 @@ class DiffusionDenoiser:
         ValueError
             A sigma that the network was not trained for, or sides that its levels do not divide.
         """
-        place = self.timestep_of(sigma)
+        low, high = self.sigma_range
+        if not low * (1 - _TOLERANCE) <= sigma <= high * (1 + _TOLERANCE):
+            raise ValueError(f"sigma={sigma}: this diffusion was trained for noise levels from {low:.4g} to {high:.4g}")
         _check_sides(noisy, getattr(self.network, "side", 1))
         signed = 2 * noisy.float() - 1
-        timesteps = torch.full((len(noisy),), place, device=noisy.device)
+        timesteps = torch.full((len(noisy),), matching_timestep(sigma), device=noisy.device)
         noise = self.network.to(noisy.device)(signed / math.sqrt(1 + 4 * sigma**2), timesteps)
         return ((signed - 2 * sigma * noise).clamp(-1, 1) + 1) / 2
 
@@ -416,12 +381,9 @@ class DiffusionDenoiser:
                 f"only a UNet can be saved, not {type(self.network).__name__}, which is not ours to rebuild"
             )
         header = {
-            "kind": "diffusion",
-            "architecture": self.network.architecture,
-            "sigma_range": list(self.sigma_range),
-            "timestep": self.timestep,
-            "provenance": self.provenance,
-        }
+            "kind": "diffusion", "architecture": self.network.architecture, "sigma_range": list(self.sigma_range),
+            "timestep": _ASKED, "provenance": self.provenance,
+        }  # fmt: skip
         return _write(Path(path), self.network.state_dict(), header)
 
     @classmethod
@@ -437,8 +399,9 @@ class DiffusionDenoiser:
         """
         header, tensors = _read(Path(path), "diffusion")
         with explained_errors(str(path)):
+            check_choice("timestep", header["timestep"], [_ASKED])
             network = _filled(UNet, header["architecture"], tensors)
-            return cls(network, tuple(header["sigma_range"]), header["timestep"], header["provenance"])
+            return cls(network, tuple(header["sigma_range"]), header["provenance"])
 
 
 def load_demo_denoisers(kind: str) -> DnCNNDenoiser | DiffusionDenoiser:
@@ -455,8 +418,7 @@ def load_demo_denoisers(kind: str) -> DnCNNDenoiser | DiffusionDenoiser:
     DownloadError
         The file is not the one that was shipped.
     """
-    if kind not in DEMO_FILES:
-        raise ValueError(f"unknown demo denoiser {kind!r}.{suggest(kind, list(DEMO_FILES))}")
+    check_choice("demo denoiser", kind, DEMO_FILES)
     check_sums(DEMO_FOLDER, [DEMO_FILES[kind]])
     return (DiffusionDenoiser if kind == "diffusion" else DnCNNDenoiser).load(DEMO_FOLDER / DEMO_FILES[kind])
 
@@ -472,12 +434,6 @@ def _digest(*networks: nn.Module) -> str:
     return fingerprint([torch.tensor(list(architectures.encode()), dtype=torch.uint8), *weights])
 
 
-def check_objective(objective: str) -> None:
-    """Raise ValueError for an objective that no denoiser is trained for."""
-    if objective not in get_args(Objective):
-        raise ValueError(f"unknown objective {objective!r}; choose one of {', '.join(get_args(Objective))}")
-
-
 def _check_sides(pixels: Tensor, side: int) -> None:
     height, width = pixels.shape[2:]
     if height % side or width % side:
@@ -490,13 +446,10 @@ def _write(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, Any])
 
 
 def _read(path: Path, kind: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Header and tensors of a file of one kind."""
+    """Header and tensors of a file of one kind, "dncnn" or "diffusion"."""
     if not path.is_file():
         raise FileNotFoundError(f"no denoiser at {path}; its method `save` writes one")
-    with explained_errors(str(path)):
-        with safe_open(path, framework="pt") as file:
-            header = json.loads((file.metadata() or {}).get(_HEADER, "{}"))
-        tensors = load_file(path)
+    tensors, header = read_tensors(path, key=_HEADER, kind="a readable file of a denoiser", advice="Copy it anew.")
     if header.get("format") != _FORMAT or header.get("kind") != kind:
         found = f"a denoiser of kind {header['kind']!r}" if "kind" in header else "something else"
         raise ValueError(f"{path} holds {found}, not a denoiser of kind {kind!r} and format {_FORMAT}")

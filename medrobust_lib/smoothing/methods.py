@@ -5,22 +5,26 @@ that adapts to an image gets `AdaptationFeatures`, which only noise of the role 
 return its classifier before the first selection or estimation noise is drawn.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from medrobust_lib.checks import check_whole
 from medrobust_lib.data.dataset import ImageDataset
 from medrobust_lib.models.dual_encoder import DualEncoder
 from medrobust_lib.models.weights import fingerprint
 from medrobust_lib.smoothing.bounds import check_sigma
 from medrobust_lib.smoothing.certificate import ABSTAIN, Guarantee
-from medrobust_lib.smoothing.noise import Batches, NoiseStream, noisy_copies
+from medrobust_lib.smoothing.noise import Batches, NoiseStream, map_copies, noisy_bank
 from medrobust_lib.smoothing.prompt_frames import PromptFrame
-from medrobust_lib.smoothing.prompts import PromptSet, mean_prediction_entropy, noisy_bank, sharpen
+from medrobust_lib.smoothing.prompts import PromptSet, check_steps, mean_prediction_entropy, sharpen
+
+_COPIES_AT_A_TIME = 16  # that adapt to themselves, each with a text tower's pass for all classes
 
 FeatureClassifier = Callable[[Tensor], Tensor]
 Denoiser = Callable[[Tensor, float], Tensor]
@@ -67,46 +71,65 @@ class AdaptationFeatures:
         """Encode `count` noisy copies of one prepared image, float32 [3, H, W], denoised where asked."""
 
         @torch.no_grad()  # not inference mode, whose tensors no gradient of a prompt could pass
-        def encode(first: int, count: int) -> Tensor:
-            noisy = noisy_copies(pixels, stream, first=first, count=count)
-            return model.encode_image(denoised(denoiser, noisy, stream.sigma))
+        def encode(copies: Tensor) -> Tensor:
+            return model.encode_image(denoised(denoiser, copies, stream.sigma))
 
-        batches = batches or Batches(count)
-        return cls(torch.cat(list(batches.map(encode, first=0, count=count))), stream)
+        parts = map_copies(encode, pixels, stream, batches=batches or Batches(count), count=count)
+        return cls(torch.cat(list(parts)), stream)
 
 
-class PromptMethod(Protocol):
-    """What `certify_dataset` asks of a method.
+class PromptMethod:
+    """What `certify_dataset` asks of a method; a method of your own is a subclass.
 
     Attributes
     ----------
     name : str
         Names the method's rows.
     guarantee : str
-        Key of `medrobust_lib.smoothing.certify.GUARANTEES`: what a certificate of this method means.
+        Key of `medrobust_lib.smoothing.certificate.GUARANTEES`: what a certificate of this method means.
     n_adapt : int
         Adaptation draws wanted per image and noise level; 0 if the prompts are fixed in advance.
+    n_candidates : int
+        Classifiers that have to agree, each at its share of alpha.
     denoiser : callable or None
         (noisy pixels [b, 3, H, W], sigma) -> pixels [b, 3, H, W], in front of the image tower. Methods with the
         same denoiser share the features. A store asks for its attribute ``id``, a text that changes with its weights.
+    about : mapping
+        JSON values that become columns of the method's rows, such as the seed of its prompts. Methods of one name
+        differ in them.
     """
 
     name: str
-    guarantee: Guarantee
-    n_adapt: int
-    denoiser: Denoiser | None
+    guarantee: Guarantee = "standard"
+    n_adapt: int = 0
+    n_candidates: int = 1
+    denoiser: Denoiser | None = None
+    about: Mapping[str, Any] = MappingProxyType({})
 
     def classifier(self, adaptation: AdaptationFeatures | None) -> FeatureClassifier:
         """Return the map from features, float32 [b, d], to labels, int64 [b], for one image and noise level."""
-        ...
+        raise NotImplementedError
+
+    def classifiers(self, adaptation: AdaptationFeatures | None) -> list[FeatureClassifier]:
+        """All candidates; one, where the method does not choose among several."""
+        return [self.classifier(adaptation)]
+
+    def check_classes(self, classes: Sequence[str], dataset: str) -> None:
+        """Raise ValueError where prompts were made for other classes: their answers would have no meaning."""
+
+    def settings(self) -> dict[str, Any]:
+        """What shapes the answers beside guarantee and denoiser, as JSON values."""
+        raise NotImplementedError
 
     def record(self) -> dict[str, Any]:
-        """Everything that shapes the method's answers, as JSON values; decides whether a store may be resumed."""
-        ...
+        """Everything that shapes the method's rows, as JSON values; decides whether a store may be resumed."""
+        about = {"about": dict(self.about)} if self.about else {}
+        own = {"name": self.name, "guarantee": self.guarantee, **self.settings()}
+        return {**own, "denoiser": denoiser_id(self.denoiser), **about}
 
 
 @dataclass(frozen=True, eq=False)
-class FixedPrompts:
+class FixedPrompts(PromptMethod):
     """Zero-shot or learned prompts that were fixed before the image was seen: the standard guarantee.
 
     Attributes
@@ -114,7 +137,8 @@ class FixedPrompts:
     name : str
     class_features : float32 [K, d]
         Unit-norm text features.
-    denoiser : callable or None
+    denoiser, about
+        As in `PromptMethod`.
 
     Raises
     ------
@@ -125,8 +149,7 @@ class FixedPrompts:
     name: str
     class_features: Tensor = field(repr=False)
     denoiser: Denoiser | None = None
-    guarantee: Guarantee = field(default="standard", init=False)
-    n_adapt: int = field(default=0, init=False)
+    about: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         features = self.class_features
@@ -146,29 +169,32 @@ class FixedPrompts:
 
         return answer
 
-    def record(self) -> dict[str, Any]:
-        """Name and fingerprint of the features."""
-        return {
-            "name": self.name,
-            "guarantee": self.guarantee,
-            "class_features": fingerprint([self.class_features]),
-            "denoiser": denoiser_id(self.denoiser),
-        }
+    def check_classes(self, classes: Sequence[str], dataset: str) -> None:
+        """Raise ValueError for another number of classes."""
+        if len(self.class_features) != len(classes):
+            raise ValueError(
+                f"method {self.name!r} has {len(self.class_features)} class texts, {dataset} has {len(classes)} classes"
+            )
+
+    def settings(self) -> dict[str, Any]:
+        """Fingerprint of the features."""
+        return {"class_features": fingerprint([self.class_features])}
 
 
 @dataclass(frozen=True, eq=False)
-class CandidatePrompts:
+class CandidatePrompts(PromptMethod):
     """A finite set of prompts fixed in advance: certified if all agree, each at alpha / M, with the smallest radius.
 
     Whatever rule chooses one of the candidates, on the clean or on an attacked image, gives the certified class
-    within the radius: the sound form of choosing a prompt per image.
+    within the radius: the sound form of choosing a prompt per image. With one candidate it is `FixedPrompts`.
 
     Attributes
     ----------
     name : str
     candidates : tuple of float32 [K, d]
         Unit-norm text features of each prompt.
-    denoiser : callable or None
+    denoiser, about
+        As in `PromptMethod`.
 
     Raises
     ------
@@ -179,26 +205,34 @@ class CandidatePrompts:
     name: str
     candidates: tuple[Tensor, ...] = field(repr=False)
     denoiser: Denoiser | None = None
-    guarantee: Guarantee = field(default="candidate-set", init=False)
-    n_adapt: int = field(default=0, init=False)
+    about: Mapping[str, Any] = field(default_factory=dict)
+    guarantee = "candidate-set"
 
     def __post_init__(self) -> None:
         if not self.candidates:
             raise ValueError(f"method {self.name!r}: a candidate set needs at least one prompt")
-        self.classifiers()  # checks each
+        self._members()  # checks each
+
+    @property
+    def n_candidates(self) -> int:
+        """Number of prompts."""
+        return len(self.candidates)
 
     def classifiers(self, adaptation: AdaptationFeatures | None = None) -> list[FeatureClassifier]:
         """One classifier of features per candidate."""
-        return [FixedPrompts(self.name, features).classifier() for features in self.candidates]
+        return [member.classifier() for member in self._members()]
 
-    def record(self) -> dict[str, Any]:
-        """Name and fingerprints of the candidates."""
-        return {
-            "name": self.name,
-            "guarantee": self.guarantee,
-            "candidates": [fingerprint([features]) for features in self.candidates],
-            "denoiser": denoiser_id(self.denoiser),
-        }
+    def check_classes(self, classes: Sequence[str], dataset: str) -> None:
+        """Raise ValueError where a candidate has another number of classes."""
+        for member in self._members():
+            member.check_classes(classes, dataset)
+
+    def settings(self) -> dict[str, Any]:
+        """Fingerprints of the candidates."""
+        return {"candidates": [fingerprint([features]) for features in self.candidates]}
+
+    def _members(self) -> list[FixedPrompts]:
+        return [FixedPrompts(self.name, features) for features in self.candidates]
 
 
 @dataclass(frozen=True, eq=False)
@@ -278,12 +312,38 @@ def denoiser_id(denoiser: Denoiser | None) -> str | None:
     )
 
 
-ADAPTATION_DRAWS = 100
-"""Noisy copies that PromptSmooth adapts to."""
+@dataclass(frozen=True, eq=False)
+class _MovedPrompts(PromptMethod):
+    """Prompts that steps move away from a start."""
+
+    name: str
+    model: DualEncoder = field(repr=False)
+    start: PromptSet
+    steps: int = 1
+    learning_rate: float = 5e-3
+    denoiser: Denoiser | None = None
+    about: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check_steps(self.steps, self.learning_rate)
+
+    def check_classes(self, classes: Sequence[str], dataset: str) -> None:
+        """Raise ValueError for other classes than those of the start."""
+        if list(self.start.classes) != list(classes):
+            raise ValueError(
+                f"method {self.name!r}: its prompts are for the classes {list(self.start.classes)}, {dataset} has "
+                f"{list(classes)}"
+            )
+
+    def settings(self) -> dict[str, Any]:
+        """Start and steps."""
+        start = {"context": fingerprint([self.start.context])}
+        draws = {"n_adapt": self.n_adapt} if self.n_adapt else {}
+        return {**start, **draws, "steps": self.steps, "learning_rate": self.learning_rate}
 
 
 @dataclass(frozen=True, eq=False)
-class AdaptedPrompts:
+class AdaptedPrompts(_MovedPrompts):
     """Zero-Shot PromptSmooth, or PromptSmooth when it starts from few-shot prompts: one prompt per image.
 
     Attributes
@@ -292,31 +352,26 @@ class AdaptedPrompts:
     model : DualEncoder
     start : PromptSet
         Where every image starts anew: a hand-written prompt or few-shot prompts.
-    n_adapt : int
-        Noisy copies to adapt to, at the noise level of the certificate.
     steps : int
         AdamW steps on the entropy of the mean prediction.
     learning_rate : float
+    denoiser, about
+        As in `PromptMethod`.
+    n_adapt : int
+        Noisy copies to adapt to, at the noise level of the certificate.
 
     References
     ----------
     PromptSmooth, section 3.2 and Eq. 2; the optimiser and its rate are those of the authors' code.
     """
 
-    name: str
-    model: DualEncoder = field(repr=False)
-    start: PromptSet
-    n_adapt: int = ADAPTATION_DRAWS
-    steps: int = 1
-    learning_rate: float = 5e-3
-    denoiser: Denoiser | None = None
-    guarantee: Guarantee = field(default="frozen-prompt", init=False)
+    n_adapt: int = 100
+    guarantee = "frozen-prompt"
     _frame: PromptFrame = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        _check_steps(self.steps, self.learning_rate)
-        if self.n_adapt < 1:
-            raise ValueError(f"n_adapt={self.n_adapt}: adaptation needs at least one noisy copy (100 is usual)")
+        super().__post_init__()
+        check_whole("n_adapt", self.n_adapt, hint=": adaptation needs at least one noisy copy (100 is usual)")
         # Tokens and word embeddings are the same for every image; a gradient has to pass through them.
         with torch.inference_mode(False):
             object.__setattr__(self, "_frame", self.start.frame(self.model))
@@ -332,17 +387,9 @@ class AdaptedPrompts:
         with torch.no_grad():
             return FixedPrompts(self.name, self._frame.features(self.model, context)).classifier()
 
-    def record(self) -> dict[str, Any]:
-        """Everything that shapes the answers."""
-        return {
-            "name": self.name, "guarantee": self.guarantee, "context": fingerprint([self.start.context]),
-            "n_adapt": self.n_adapt, "steps": self.steps, "learning_rate": self.learning_rate,
-            "denoiser": denoiser_id(self.denoiser),
-        }  # fmt: skip
-
 
 @dataclass(frozen=True, eq=False)
-class PerSamplePrompts:
+class PerSamplePrompts(_MovedPrompts):
     """Adaptation inside the base classifier: every noisy copy adapts the prompt to itself alone, then is classified.
 
     The base classifier is then one fixed function of its noisy input, so Cohen's theorem covers the adaptation.
@@ -350,25 +397,12 @@ class PerSamplePrompts:
 
     Attributes
     ----------
-    name, model, start, steps, learning_rate
+    name, model, start, steps, learning_rate, denoiser, about
         As in `AdaptedPrompts`; plain gradient steps on the entropy of the copy's own prediction, since AdamW's first
         step depends on the sign of the gradient only.
-    chunk : int
-        Noisy copies adapted at a time.
     """
 
-    name: str
-    model: DualEncoder = field(repr=False)
-    start: PromptSet
-    steps: int = 1
-    learning_rate: float = 5e-3
-    chunk: int = 16
-    denoiser: Denoiser | None = None
-    guarantee: Guarantee = field(default="per-sample", init=False)
-    n_adapt: int = field(default=0, init=False)
-
-    def __post_init__(self) -> None:
-        _check_steps(self.steps, self.learning_rate)
+    guarantee = "per-sample"
 
     def classifier(self, adaptation: AdaptationFeatures | None = None) -> FeatureClassifier:
         """Return the map from features to labels that adapts within."""
@@ -377,11 +411,11 @@ class PerSamplePrompts:
         def answer(features: Tensor) -> Tensor:
             # Features of certification come without gradients; the prompt's gradient needs ordinary tensors.
             with torch.inference_mode(False), torch.enable_grad():
-                return torch.cat([self._answer(frame, part.clone()) for part in features.split(self.chunk)])
+                return torch.cat([self._answer(frame, part.clone()) for part in features.split(_COPIES_AT_A_TIME)])
 
         return answer
 
-    def _answer(self, frame: Any, features: Tensor) -> Tensor:
+    def _answer(self, frame: PromptFrame, features: Tensor) -> Tensor:
         """Labels int64 [b] of features [b, d], each under a prompt of its own."""
         count, n_classes = len(features), len(frame.places)
         shape = (count, *frame.places.shape, frame.embeddings.shape[2])
@@ -407,13 +441,6 @@ class PerSamplePrompts:
         with torch.no_grad():
             return nearest_class(logits())
 
-    def record(self) -> dict[str, Any]:
-        """Everything that shapes the answers."""
-        return {
-            "name": self.name, "guarantee": self.guarantee, "context": fingerprint([self.start.context]),
-            "steps": self.steps, "learning_rate": self.learning_rate, "denoiser": denoiser_id(self.denoiser),
-        }  # fmt: skip
-
 
 def adapt_to_pool(
     model: DualEncoder,
@@ -421,12 +448,13 @@ def adapt_to_pool(
     pool: ImageDataset,
     *,
     sigma: float,
-    copies: int = 1,
     steps: int = 1,
     learning_rate: float = 5e-3,
     seed: int = 0,
 ) -> PromptSet:
     """Lower the entropy on a pool of unlabelled images that will not be certified: a standard guarantee.
+
+    One noisy copy of each image is predicted, and the entropy of the predictions averaged over images.
 
     Parameters
     ----------
@@ -436,8 +464,6 @@ def adapt_to_pool(
         Its labels are not looked at.
     sigma : float
         Noise level, > 0, in [0, 1] pixel units.
-    copies : int
-        Noisy copies of each image; the entropy of their mean prediction is averaged over images.
     steps : int
         AdamW steps over the whole pool. One, as for the per-image prompt: every further step makes answers surer,
         right or wrong.
@@ -451,31 +477,15 @@ def adapt_to_pool(
         To be used with `FixedPrompts`.
     """
     check_sigma(sigma)
-    _check_steps(steps, learning_rate)
-    if copies < 1:
-        raise ValueError(f"copies={copies}: at least one noisy copy of each image is needed")
-    bank = noisy_bank(model, pool, sigmas=(sigma,), draws=copies, seed=seed, choose=np.random.default_rng(seed))
-    frame = start.frame(model)
-    context = start.context.detach().float().to(model.device).clone().requires_grad_(True)
-    optimiser = torch.optim.AdamW([context], lr=learning_rate)
-    with torch.enable_grad():
-        for _ in range(steps):
-            optimiser.zero_grad()
-            logits = model.logit_scale * bank @ frame.features(model, context).T
-            mean_prediction_entropy(logits).mean().backward()
-            optimiser.step()
+    check_steps(steps, learning_rate)
+    bank = noisy_bank(model, pool, sigmas=(sigma,), draws=1, seed=seed, choose=np.random.default_rng(seed))
+    context = start.context.to(model.device)
+    context = sharpen(model, start.frame(model), context, bank, steps=steps, learning_rate=learning_rate)
     provenance = start.provenance | {
         "pool": {"dataset": pool.id, "split": pool.split, "images": [int(index) for index in pool.indices],
-                 "sigma": sigma, "copies": copies, "steps": steps, "learning_rate": learning_rate, "seed": seed},
+                 "sigma": sigma, "steps": steps, "learning_rate": learning_rate, "seed": seed},
     }  # fmt: skip
-    return replace(start, context=context.detach().cpu(), provenance=provenance)
-
-
-def _check_steps(steps: int, learning_rate: float) -> None:
-    if steps < 1:
-        raise ValueError(f"steps={steps}: adaptation takes at least one step; FixedPrompts takes none")
-    if not learning_rate > 0:
-        raise ValueError(f"learning_rate={learning_rate}: must be > 0")
+    return replace(start, context=context.cpu(), provenance=provenance)
 
 
 def disjoint(pool: ImageDataset, certified: ImageDataset) -> bool:

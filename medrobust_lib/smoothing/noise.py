@@ -1,20 +1,27 @@
-"""How many noisy copies go through a model at once: what memory allows, less when it did not."""
+"""The one place where noise meets a model: addressed noise, noisy copies, as many at a time as memory allows.
+
+Noise comes from a `NoiseStream`, whose draws depend on their address alone, so that no batch size, order or number of
+workers changes a vote.
+"""
 
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeVar, get_args
 
+import numpy as np
 import psutil
 import torch
 from torch import Tensor
 
+from medrobust_lib.checks import check_choice
 from medrobust_lib.data.dataset import ImageDataset
 from medrobust_lib.models.dual_encoder import DualEncoder
 
 Result = TypeVar("Result")
+Role = Literal["adapt", "select", "estimate"]
 
 _LARGEST = {"cpu": 128}  # larger batches fall out of a processor's cache and are slower, not faster
 _LARGEST_ON_ACCELERATORS = 1024
@@ -24,111 +31,6 @@ _SHARE_OF_FREE_MEMORY = 0.5
 _OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "out of memory", "ALLOC_FAILED")
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass
-class Batches:
-    """A batch size that halves itself when memory runs out, and says so.
-
-    Attributes
-    ----------
-    size : int
-        Draws at a time, >= 1. It changes memory and speed, never which noise is drawn.
-
-    Raises
-    ------
-    ValueError
-        A size below 1.
-    """
-
-    size: int
-
-    def __post_init__(self) -> None:
-        if self.size < 1:
-            raise ValueError(f"batch_size={self.size}: at least one noisy copy goes through the model at a time")
-
-    def map(self, compute: Callable[[int, int], Result], *, first: int, count: int) -> Iterator[Result]:
-        """Yield ``compute(first, n)`` for consecutive batches of draws that together cover `count`.
-
-        Parameters
-        ----------
-        compute : callable of (first, count)
-            Called again, with half as many draws, after running out of memory.
-        first, count : int
-            Numbers of the draws.
-
-        Raises
-        ------
-        RuntimeError, MemoryError
-            From `compute`, if not even one draw fits.
-        """
-        stop = first + count
-        while first < stop:
-            step = min(self.size, stop - first)
-            try:
-                result = compute(first, step)
-            except (RuntimeError, MemoryError) as error:
-                if step == 1 or not is_out_of_memory(error):
-                    raise
-            else:
-                yield result
-                first += step
-                continue
-            # Outside the handler, where the failed batch is no longer referenced.
-            self.size = step // 2
-            logger.warning("out of memory with batches of %d noisy copies; going on with %d", step, self.size)
-            release_cached_memory()
-
-
-def make_batches(
-    size: int | None, device: torch.device, shape: tuple[int, ...], *, bytes_each: int | None = None
-) -> Batches:
-    """Batches of the given size, or of what the free memory of the device affords for images of a shape."""
-    return Batches(suggested_batch_size(device, shape, bytes_each=bytes_each) if size is None else size)
-
-
-def suggested_batch_size(device: torch.device, shape: tuple[int, ...], *, bytes_each: int | None = None) -> int:
-    """Choose a batch size from the free memory of a device.
-
-    Parameters
-    ----------
-    device : torch.device
-    shape : tuple of int
-        Shape of one image, for example ``(3, 224, 224)``.
-    bytes_each : int, optional
-        Memory that one copy takes, where it is known better than from its shape.
-
-    Returns
-    -------
-    int
-        A power of two, 1 to 128 on a CPU and to 1024 elsewhere.
-    """
-    per_image = bytes_each or _WORKING_SET * torch.Size(shape).numel() * torch.float32.itemsize
-    affordable = max(1, int(_SHARE_OF_FREE_MEMORY * _free_memory(device) / per_image))
-    return min(_LARGEST.get(device.type, _LARGEST_ON_ACCELERATORS), 1 << (affordable.bit_length() - 1))
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory ran out, on a CPU or on an accelerator."""
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
-        return True
-    return isinstance(error, RuntimeError) and any(words in str(error) for words in _OUT_OF_MEMORY)
-
-
-def _free_memory(device: torch.device) -> int:
-    module = torch.get_device_module(device)
-    if hasattr(module, "mem_get_info"):
-        return module.mem_get_info(device)[0]
-    return psutil.virtual_memory().available
-
-
-def release_cached_memory() -> None:
-    """Give memory that torch keeps for later back to the accelerator, if there is one."""
-    if torch.accelerator.is_available():
-        torch.get_device_module(torch.accelerator.current_accelerator()).empty_cache()
-
-
-Role = Literal["adapt", "select", "estimate"]
 
 
 @dataclass(frozen=True)
@@ -163,8 +65,7 @@ class NoiseStream:
     def __post_init__(self) -> None:
         if not 0 <= self.sigma < float("inf"):
             raise ValueError(f"sigma={self.sigma}: noise levels are standard deviations >= 0 in [0, 1] pixel units")
-        if self.role not in get_args(Role):
-            raise ValueError(f"unknown noise role {self.role!r}; choose one of {', '.join(get_args(Role))}")
+        check_choice("noise role", self.role, get_args(Role))
 
     def draw(
         self, shape: tuple[int, ...], *, first: int = 0, count: int = 1, device: torch.device | str = "cpu"
@@ -224,6 +125,141 @@ def noisy_copies(pixels: Tensor, stream: NoiseStream, *, first: int = 0, count: 
     return stream.draw(tuple(pixels.shape), first=first, count=count, device=pixels.device).add_(pixels)
 
 
+@dataclass
+class Batches:
+    """A batch size that halves itself when memory runs out, and says so.
+
+    Attributes
+    ----------
+    size : int
+        Draws at a time, >= 1. It changes memory and speed, never which noise is drawn.
+
+    Raises
+    ------
+    ValueError
+        A size below 1.
+    """
+
+    size: int
+
+    def __post_init__(self) -> None:
+        if self.size < 1:
+            raise ValueError(f"batch_size={self.size}: at least one noisy copy goes through the model at a time")
+
+    def map(self, compute: Callable[[int, int], Result], *, first: int, count: int) -> Iterator[Result]:
+        """Yield ``compute(first, n)`` for consecutive batches of draws that together cover `count`.
+
+        Parameters
+        ----------
+        compute : callable of (first, count)
+            Called again, with half as many draws, after running out of memory.
+        first, count : int
+            Numbers of the draws.
+
+        Raises
+        ------
+        RuntimeError, MemoryError
+            From `compute`, if not even one draw fits.
+        """
+        stop = first + count
+        while first < stop:
+            step, result = self.until_it_fits(lambda size, first=first: (size, compute(first, size)), most=stop - first)
+            yield result
+            first += step
+
+    def until_it_fits(self, compute: Callable[[int], Result], *, most: int | None = None) -> Result:
+        """``compute(size)`` for at most so many images, called again with half as many after running out of memory."""
+        while True:
+            size = self.size if most is None else min(self.size, most)
+            try:
+                return compute(size)
+            except (RuntimeError, MemoryError) as error:
+                if size == 1 or not is_out_of_memory(error):
+                    raise
+            # Outside the handler, where the failed batch is no longer referenced.
+            self.size = size // 2
+            logger.warning("out of memory with batches of %d images; going on with %d", size, self.size)
+            _release_cached_memory()
+
+
+def make_batches(
+    size: int | None, device: torch.device, shape: tuple[int, ...], *, bytes_each: int | None = None
+) -> Batches:
+    """Batches of the given size, or of what the free memory of the device affords for images of a shape."""
+    return Batches(suggested_batch_size(device, shape, bytes_each=bytes_each) if size is None else size)
+
+
+def suggested_batch_size(device: torch.device, shape: tuple[int, ...], *, bytes_each: int | None = None) -> int:
+    """Choose a batch size from the free memory of a device.
+
+    Parameters
+    ----------
+    device : torch.device
+    shape : tuple of int
+        Shape of one image, for example ``(3, 224, 224)``.
+    bytes_each : int, optional
+        Memory that one copy takes, where it is known better than from its shape.
+
+    Returns
+    -------
+    int
+        A power of two, 1 to 128 on a CPU and to 1024 elsewhere.
+    """
+    per_image = bytes_each or _WORKING_SET * torch.Size(shape).numel() * torch.float32.itemsize
+    affordable = max(1, int(_SHARE_OF_FREE_MEMORY * _free_memory(device) / per_image))
+    return min(_LARGEST.get(device.type, _LARGEST_ON_ACCELERATORS), 1 << (affordable.bit_length() - 1))
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out, on a CPU or on an accelerator."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in _OUT_OF_MEMORY)
+
+
+def _free_memory(device: torch.device) -> int:
+    module = torch.get_device_module(device)
+    if hasattr(module, "mem_get_info"):
+        return module.mem_get_info(device)[0]
+    return psutil.virtual_memory().available
+
+
+def _release_cached_memory() -> None:
+    """Give memory that torch keeps for later back to the accelerator, if there is one."""
+    if torch.accelerator.is_available():
+        torch.get_device_module(torch.accelerator.current_accelerator()).empty_cache()
+
+
+def map_copies(
+    compute: Callable[[Tensor], Result],
+    pixels: Tensor,
+    stream: NoiseStream,
+    *,
+    batches: Batches,
+    count: int,
+    first: int = 0,
+) -> Iterator[Result]:
+    """Yield what a function makes of each batch of noisy copies of one image.
+
+    Parameters
+    ----------
+    compute : callable
+        float32 [b, 3, H, W] -> anything.
+    pixels : float32 [3, H, W]
+        In [0, 1], before the model's normalisation.
+    stream : NoiseStream
+    batches : Batches
+        How many copies at a time.
+    first, count : int
+        Which draws.
+    """
+
+    def on_copies(first: int, count: int) -> Result:
+        return compute(noisy_copies(pixels, stream, first=first, count=count))
+
+    return batches.map(on_copies, first=first, count=count)
+
+
 @torch.inference_mode()
 def noisy_features(
     model: DualEncoder,
@@ -264,6 +300,38 @@ def noisy_features(
     return torch.cat(features)
 
 
+@torch.no_grad()
+def noisy_bank(
+    model: DualEncoder,
+    dataset: ImageDataset,
+    *,
+    sigmas: Sequence[float],
+    draws: int,
+    seed: int,
+    choose: np.random.Generator,
+) -> Tensor:
+    """Encode noisy copies of every image, each at a noise level drawn from a set.
+
+    Returns
+    -------
+    float32 [n, draws, d]
+        Unit-norm features; the noise has the role "adapt".
+    """
+    levels = choose.choice(np.asarray(sigmas, dtype=np.float64), size=(len(dataset), draws))
+    batches = make_batches(None, model.device, (3, model.image_size, model.image_size))
+    rows = []
+    for image, index, drawn in zip(dataset.images, dataset.indices, levels, strict=True):
+        pixels = model.prepare(image[None])[0].to(model.device)
+        streams = [NoiseStream(seed, dataset.id, int(index), float(sigma), "adapt") for sigma in drawn]
+
+        def encode(first: int, count: int, pixels: Tensor = pixels, streams: list[NoiseStream] = streams) -> Tensor:
+            numbers = range(first, first + count)
+            return model.encode_image(torch.cat([noisy_copies(pixels, streams[i], first=i) for i in numbers]))
+
+        rows.append(torch.cat(list(batches.map(encode, first=0, count=draws))))
+    return torch.stack(rows)
+
+
 @torch.inference_mode()
 def vote(
     model: DualEncoder, class_features: Tensor, pixels: Tensor, stream: NoiseStream, *, n: int, batch_size: int = 64
@@ -290,10 +358,10 @@ def vote(
     int64 [K]
         Votes per class; they sum to n.
     """
-    votes = torch.zeros(len(class_features), dtype=torch.int64)
-    for first in range(0, n, batch_size):
-        count = min(batch_size, n - first)
-        features = model.encode_image(noisy_copies(pixels, stream, first=first, count=count))
-        answers = model.probabilities(features, class_features).argmax(1).cpu()
-        votes += torch.bincount(answers, minlength=len(votes))
-    return votes
+
+    def count_answers(copies: Tensor) -> Tensor:
+        answers = model.probabilities(model.encode_image(copies), class_features).argmax(1).cpu()
+        return torch.bincount(answers, minlength=len(class_features))
+
+    parts = map_copies(count_answers, pixels, stream, batches=Batches(batch_size), count=n)
+    return sum(parts, torch.zeros(len(class_features), dtype=torch.int64))

@@ -7,6 +7,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from medrobust_lib.checks import check_choice, check_whole
 from medrobust_lib.models.dual_encoder import DualEncoder, Tokens
 
 Position = Literal["end", "middle", "front"]
@@ -94,10 +95,8 @@ def empty_frame(
     ValueError
         No context, an unknown position, or prompts longer than the model reads.
     """
-    if n_context < 1:
-        raise ValueError(f"n_context={n_context}: a learned prompt needs at least one context token")
-    if position not in get_args(Position):
-        raise ValueError(f"unknown position {position!r}; choose one of {', '.join(get_args(Position))}")
+    check_whole("n_context", n_context, hint=": a learned prompt needs at least one context token")
+    check_choice("position", position, get_args(Position))
     before = {"end": n_context, "middle": n_context // 2, "front": 0}[position]
     (filler,) = _inner(model, ["x"])[0][:1]
     rows, places = [], []

@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from medrobust_lib.checks import check_positive, check_whole
 from medrobust_lib.data.dataset import ImageDataset
 from medrobust_lib.files import parsed, read_tensors, write_tensors
 from medrobust_lib.models.dual_encoder import DualEncoder
-from medrobust_lib.smoothing.noise import Batches, NoiseStream, suggested_batch_size
+from medrobust_lib.smoothing.noise import noisy_bank
 from medrobust_lib.smoothing.prompt_frames import (
     Position,
     PromptFrame,
@@ -169,15 +170,12 @@ def learn_prompts(
     *,
     sigmas: Sequence[float] = TRAINING_SIGMAS,
     shots: int = 16,
-    n_context: int = 5,
     epochs: int = 50,
     batch_size: int = 16,
     learning_rate: float = 0.002,
     draws_per_image: int = 16,
-    class_specific: bool = False,
-    position: Position = "end",
-    template: str = "",
     seed: int = 0,
+    **form: Any,
 ) -> PromptSet:
     """Few-Shot PromptSmooth: cross-entropy over noisy copies of a few labelled images.
 
@@ -196,20 +194,16 @@ def learn_prompts(
         Noise levels in [0, 1] pixel units, >= 0; each noisy copy draws one of them.
     shots : int
         Images per class, drawn with the seed; a class with fewer gives all it has.
-    n_context : int
-        Context tokens; ignored with a template.
     epochs, batch_size, learning_rate
         SGD with momentum .9 and weight decay 5e-4; the first epoch at 1e-5, then a cosine to 0.
     draws_per_image : int
         Noisy copies of each shot.
-    class_specific : bool
-        One context per class instead of a shared one.
-    position : {"end", "middle", "front"}
-        Where the class name stands.
-    template : str
-        Start from this hand-written prompt instead of from random vectors (standard deviation 0.02).
     seed : int
         Of shots, noise, initialisation and order.
+    **form
+        ``n_context`` (5) context tokens; ``class_specific`` (False): one context per class instead of a shared one;
+        ``position`` ("end", "middle", "front"): where the class name stands; ``template``: start from this hand-written
+        prompt, whose tokens are the context, instead of from random vectors (standard deviation 0.02).
 
     Returns
     -------
@@ -227,34 +221,48 @@ def learn_prompts(
     _check_learns(model)
     sigmas = _checked_sigmas(sigmas)
     for name, value in {"epochs": epochs, "batch_size": batch_size, "draws_per_image": draws_per_image}.items():
-        if value < 1:
-            raise ValueError(f"{name}={value}: at least 1 is needed")
-    if not learning_rate > 0:
-        raise ValueError(f"learning_rate={learning_rate}: must be > 0")
+        check_whole(name, value)
+    check_positive("learning_rate", learning_rate)
     draw = np.random.default_rng(seed)
     chosen = draw_shots(dataset, shots, draw)
-    bank = noisy_bank(model, chosen, sigmas=sigmas, draws=draws_per_image, seed=seed, choose=draw)
     generator = torch.Generator().manual_seed(seed)
-    if template:
-        start = text_prompts(model, dataset.classes, template)
-    else:
-        width = model.embed_tokens(model.tokenize(["x"])).shape[2]
-        vectors = torch.empty(n_context, width).normal_(0, _INITIAL_STD, generator=generator)
-        start = PromptSet(context=vectors, classes=dataset.classes, model=model.id, position=position)
-    if class_specific:
-        start = replace(start, context=start.context.expand(len(dataset.classes), -1, -1).clone())
+    start = _start(model, dataset.classes, generator, **form)
+    frame = start.frame(model)
+    bank = noisy_bank(model, chosen, sigmas=sigmas, draws=draws_per_image, seed=seed, choose=draw)
     context = _fit(
-        model, start, bank, torch.from_numpy(chosen.labels), epochs=epochs, batch_size=batch_size,
+        model, frame, start.context, bank, torch.from_numpy(chosen.labels), epochs=epochs, batch_size=batch_size,
         learning_rate=learning_rate, generator=generator,
     )  # fmt: skip
     provenance = {
         "method": "CoOp" if sigmas == (0.0,) else "Few-Shot PromptSmooth",
         "dataset": dataset.id, "split": dataset.split, "images": [int(index) for index in chosen.indices],
         "shots": shots, "sigmas": list(sigmas), "epochs": epochs, "batch_size": batch_size,
-        "learning_rate": learning_rate, "draws_per_image": draws_per_image, "class_specific": class_specific,
-        "seed": seed,
+        "learning_rate": learning_rate, "draws_per_image": draws_per_image,
+        "class_specific": start.context.ndim == 3, "seed": seed,
     }  # fmt: skip
     return replace(start, context=context, provenance=provenance)
+
+
+def _start(
+    model: DualEncoder,
+    classes: Sequence[str],
+    generator: torch.Generator,
+    *,
+    n_context: int = 5,
+    class_specific: bool = False,
+    position: Position = "end",
+    template: str = "",
+) -> PromptSet:
+    """Prompts to start learning from."""
+    if template:
+        start = text_prompts(model, classes, template)
+    else:
+        width = model.embed_tokens(model.tokenize(["x"])).shape[2]
+        vectors = torch.empty(n_context, width).normal_(0, _INITIAL_STD, generator=generator)
+        start = PromptSet(context=vectors, classes=tuple(classes), model=model.id, position=position)
+    if class_specific:
+        start = replace(start, context=start.context.expand(len(classes), -1, -1).clone())
+    return start
 
 
 def draw_shots(dataset: ImageDataset, shots: int, draw: np.random.Generator) -> ImageDataset:
@@ -265,8 +273,7 @@ def draw_shots(dataset: ImageDataset, shots: int, draw: np.random.Generator) -> 
     ValueError
         shots below 1, or a class without images.
     """
-    if shots < 1:
-        raise ValueError(f"shots={shots}: few-shot learning needs at least one image per class")
+    check_whole("shots", shots, hint=": few-shot learning needs at least one image per class")
     positions, short = [], []
     for label, noun in enumerate(dataset.classes):
         members = np.flatnonzero(dataset.labels == label)
@@ -283,44 +290,6 @@ def draw_shots(dataset: ImageDataset, shots: int, draw: np.random.Generator) -> 
             stacklevel=3,
         )
     return dataset.subset(np.array(positions))
-
-
-@torch.no_grad()
-def noisy_bank(
-    model: DualEncoder,
-    dataset: ImageDataset,
-    *,
-    sigmas: Sequence[float],
-    draws: int,
-    seed: int,
-    choose: np.random.Generator,
-) -> Tensor:
-    """Encode noisy copies of every image, each at a noise level drawn from a set.
-
-    Returns
-    -------
-    float32 [n, draws, d]
-        Unit-norm features; the noise has the role "adapt".
-    """
-    levels = choose.choice(np.asarray(sigmas, dtype=np.float64), size=(len(dataset), draws))
-    batches = Batches(suggested_batch_size(model.device, (3, model.image_size, model.image_size)))
-    rows = []
-    for position, index in enumerate(dataset.indices):
-        pixels = model.prepare(dataset.images[position : position + 1])[0].to(model.device)
-
-        def encode(
-            first: int, count: int, pixels: Tensor = pixels, index: int = int(index), position: int = position
-        ) -> Tensor:
-            copies = [
-                NoiseStream(seed, dataset.id, index, float(levels[position, number]), "adapt").draw(
-                    tuple(pixels.shape), first=number, device=pixels.device
-                )
-                for number in range(first, first + count)
-            ]
-            return model.encode_image(torch.cat(copies).add_(pixels))
-
-        rows.append(torch.cat(list(batches.map(encode, first=0, count=draws))))
-    return torch.stack(rows)
 
 
 def mean_prediction_entropy(logits: Tensor) -> Tensor:
@@ -359,8 +328,8 @@ def sharpen(
     frame : PromptFrame
     context : float32 [n_context, w] or [K, n_context, w]
         Where the steps start; not changed.
-    features : float32 [T, d]
-        Unit-norm features of noisy copies.
+    features : float32 [T, d] or [n, T, d]
+        Unit-norm features of noisy copies of one image, or of n images whose entropies are averaged.
     steps : int
         AdamW steps (weight decay .01); the optimiser starts anew at every call.
     learning_rate : float
@@ -369,23 +338,30 @@ def sharpen(
     -------
     float32, shape of context
     """
-    if steps < 1:
-        raise ValueError(f"steps={steps}: adaptation takes at least one step; use FixedPrompts for none")
+    check_steps(steps, learning_rate)
+    features = features.detach().float()
     with torch.enable_grad():
         learned = context.detach().float().clone().requires_grad_(True)
         optimiser = torch.optim.AdamW([learned], lr=learning_rate)
         for _ in range(steps):
             optimiser.zero_grad()
-            logits = model.logit_scale * features.detach().float() @ frame.features(model, learned).T
-            mean_prediction_entropy(logits).backward()
+            logits = model.logit_scale * features @ frame.features(model, learned).T
+            mean_prediction_entropy(logits).mean().backward()
             optimiser.step()
     return learned.detach()
+
+
+def check_steps(steps: int, learning_rate: float) -> None:
+    """Refuse an adaptation without steps, or with steps of no size."""
+    check_whole("steps", steps, hint=": adaptation takes at least one step; FixedPrompts takes none")
+    check_positive("learning_rate", learning_rate)
 
 
 @torch.enable_grad()  # notebooks often switch gradients off as a whole
 def _fit(
     model: DualEncoder,
-    start: PromptSet,
+    frame: PromptFrame,
+    start: Tensor,
     bank: Tensor,
     labels: Tensor,
     *,
@@ -395,8 +371,8 @@ def _fit(
     generator: torch.Generator,
 ) -> Tensor:
     """Minimise the cross-entropy of the bank; the context stays in float32 whatever the model computes in."""
-    frame, labels = start.frame(model), labels.to(bank.device)
-    context = start.context.detach().float().to(model.device).clone().requires_grad_(True)
+    labels = labels.to(bank.device)
+    context = start.detach().float().to(model.device).clone().requires_grad_(True)
     optimiser = torch.optim.SGD([context], lr=learning_rate, momentum=0.9, weight_decay=5e-4)
 
     def rate(epoch: int) -> float:

@@ -29,7 +29,8 @@ Testing a Clopper-Pearson bound again and again instead has no such guarantee: r
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cached_property, lru_cache
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -47,15 +48,6 @@ from medrobust_lib.smoothing.bounds import (
     needed_probability,
 )
 
-__all__ = [
-    "SequentialPlan",
-    "crossing_probability",
-    "operating_characteristics",
-    "plan_constants",
-    "price_of_radii",
-    "sequential_plan",
-]
-
 LOOK_RATIO = 1.2  # each look comes after 20 % more draws
 FUTILITY = 0.005  # stop when the next radius is reached with less than this predictive probability
 GRID_STEP = 0.05  # of sigma: the radii asked for where none are named
@@ -63,6 +55,27 @@ _EARLY_SHARE = 0.5  # of alpha, spent before the last look
 _FIRST_SHARE = 0.6  # of the early share, spent when an unbroken run of successes may first cross
 _NEGLIGIBLE = 1e-22  # probability mass that is booked as crossed instead of being carried along
 _ROUNDING = 1e-9  # relative safety margin for sums of floating-point numbers
+
+
+class Proof(NamedTuple):
+    """What a look at the votes proves.
+
+    Attributes
+    ----------
+    proved : int
+        Number of radii proved by now; 0 is an abstention.
+    finished : bool
+        Whether drawing on is pointless.
+    radius : float
+        Largest proved radius.
+    p_lower : float
+        Probability that is proved to be exceeded; 0 where nothing is known.
+    """
+
+    proved: int
+    finished: bool
+    radius: float = 0.0
+    p_lower: float = 0.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,7 +108,7 @@ class SequentialPlan:
     hopeless: NDArray[np.int64] = field(repr=False)
     error: NDArray[np.float64] = field(repr=False)
 
-    @property
+    @cached_property
     def thresholds(self) -> NDArray[np.float64]:
         """float64 [J]: the probability that must be exceeded for each radius."""
         return np.asarray(needed_probability(np.asarray(self.radii), self.sigma))
@@ -105,7 +118,7 @@ class SequentialPlan:
         """Largest radius that can come out."""
         return self.radii[-1]
 
-    def step(self, look: int, k: int, proved: int) -> tuple[int, bool]:
+    def step(self, look: int, k: int, proved: int) -> Proof:
         """Take one look at the count.
 
         Parameters
@@ -116,25 +129,13 @@ class SequentialPlan:
             Successes among the first ``looks[look]`` draws.
         proved : int
             Number of radii proved at earlier looks.
-
-        Returns
-        -------
-        proved : int
-            Number of radii proved by now, 0 to J.
-        finished : bool
-            Whether drawing on is pointless.
         """
         proved = max(proved, int(np.searchsorted(self.success[:, look], k, side="right")))
         last = look == len(self.looks) - 1
-        return proved, last or proved == len(self.radii) or k <= int(self.hopeless[proved, look])
-
-    def p_lower(self, k: int, n: int, proved: int) -> float:
-        """Probability that is proved to be exceeded; 0 where nothing is proved."""
-        return float(self.thresholds[proved - 1]) if proved else 0.0
-
-    def radius(self, k: int, n: int, proved: int) -> float:
-        """Largest proved radius."""
-        return self.radii[proved - 1] if proved else 0.0
+        finished = last or proved == len(self.radii) or k <= int(self.hopeless[proved, look])
+        if not proved:
+            return Proof(0, finished)
+        return Proof(proved, finished, self.radii[proved - 1], float(self.thresholds[proved - 1]))
 
 
 def sequential_plan(

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -19,34 +19,29 @@ from medrobust_lib.models.dual_encoder import DualEncoder
 from medrobust_lib.models.weights import fingerprint
 from medrobust_lib.places import VERSION
 from medrobust_lib.smoothing.bounds import maximum_radius
-from medrobust_lib.smoothing.certificate import GUARANTEES, Mode, Sampling
+from medrobust_lib.smoothing.certificate import GUARANTEES
 from medrobust_lib.smoothing.certify import (
     Answers,
     Plan,
+    Rules,
     Verdict,
     agreement,
-    check_mode_draws,
     check_not_training,
     checked_answers,
-    make_plan,
     take_votes,
 )
 from medrobust_lib.smoothing.methods import (
     AdaptationFeatures,
-    CandidatePrompts,
     Denoiser,
     FeatureClassifier,
     PromptMethod,
     denoised,
     zero_shot_methods,
 )
-from medrobust_lib.smoothing.noise import Batches, NoiseStream, Role, make_batches, noisy_copies
+from medrobust_lib.smoothing.noise import Batches, NoiseStream, Role, make_batches, map_copies
 from medrobust_lib.smoothing.sequential import plan_constants
 
-RADII = (0.0, 0.1, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
-"""The radii of PromptSmooth's tables, in [0, 1] pixel units."""
-
-_ASKED_OF_METHODS = ("name", "guarantee", "n_adapt", "denoiser", "record")
+SIGMAS = (0.25,)
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,11 +51,8 @@ class _Study:
     model: DualEncoder
     data: ImageDataset
     methods: tuple[PromptMethod, ...]
+    rules: Rules
     plans: dict[tuple[float, int], Plan]  # by sigma and by the number of candidates that share alpha
-    sampling: Sampling
-    mode: Mode
-    n0: int
-    alpha: float
     seed: int
     batches: Batches
 
@@ -78,18 +70,13 @@ def certify_dataset(
     data: ImageDataset,
     methods: Sequence[PromptMethod] | None = None,
     *,
-    sigmas: Sequence[float],
-    n0: int = 100,
-    n: int = 10_000,
-    alpha: float = 0.001,
-    sampling: Sampling = "sequential",
-    mode: Mode = "predict",
-    radii: Sequence[float] | None = RADII,
+    sigmas: Sequence[float] = SIGMAS,
     seed: int = 0,
     store: Path | str | None = None,
     jobs: int = 1,
     backend: str = "loky",
     batch_size: int | None = None,
+    **rules: Any,
 ) -> pd.DataFrame:
     """Certify every image at every noise level with every prompt method.
 
@@ -102,20 +89,9 @@ def certify_dataset(
     model : DualEncoder
     data : ImageDataset
     methods : sequence of PromptMethod, optional
-        Default: `zero_shot_methods`. Names must differ.
+        Default: `zero_shot_methods`. Names must differ, or what the methods are ``about``.
     sigmas : sequence of float
         Noise standard deviations, > 0, in [0, 1] pixel units at the model's input size.
-    n0, n : int
-        Selection draws, and estimation draws (at most so many in sequential sampling).
-    alpha : float in (0, 1)
-        Failure probability of each certificate, that is of each row; it is not shared out over rows.
-    sampling : {"sequential", "fixed"}
-        Both keep alpha. Fixed sampling gives radii of any value, sequential sampling the named ones.
-    mode : {"predict", "evaluate"}
-        "evaluate" tests the known label without selection: fewer draws, for certified-accuracy tables only.
-    radii : sequence of float, optional
-        Radii of interest of sequential sampling; 0 is always among them. Few of them spare many draws. None: a grid
-        of 0.05 sigma, which spares few.
     seed : int
         Of the noise.
     store : Path, optional
@@ -127,6 +103,9 @@ def certify_dataset(
         "dask" uses the active dask.distributed client.
     batch_size : int, optional
         Noisy copies at a time. Default: from the free memory; halved when memory runs out.
+    **rules
+        Fields of `Rules`: ``n0`` (100) and ``n`` (10,000) draws, ``alpha`` (0.001), ``sampling`` ("sequential"), \
+``mode`` ("predict"), ``radii`` (those of PromptSmooth's tables).
 
     Returns
     -------
@@ -134,8 +113,8 @@ def certify_dataset(
         One row per image, sigma and method, in this order, with columns dataset, image (index in the full
         split), label, model, method, guarantee, n_classes, sigma, predicted (-1: abstain), radius,
         radius_tested (the largest that was asked for and can be certified), radius_reach (the largest that
-        n draws can certify), p_lower, k, n, n0, draws, alpha, sampling, mode, seed, seconds (of the image at
-        this sigma, all methods together; the same in every row of it).
+        n draws can certify), p_lower, k, n, n0, draws, alpha, sampling, mode, seed, what the methods are about, and
+        seconds (of the image at this sigma, all methods together; the same in every row of it).
 
     Raises
     ------
@@ -149,45 +128,33 @@ def certify_dataset(
     within the rounding of floating-point sums.
     """
     _check_kinds(model, data)
-    methods = tuple(methods) if methods is not None else tuple(zero_shot_methods(model, data))
+    methods = tuple(zero_shot_methods(model, data) if methods is None else methods)
     sigmas = tuple(dict.fromkeys(float(sigma) for sigma in np.atleast_1d(sigmas)))
-    _check_request(model, methods, sigmas, mode)
-    _check_classes(methods, data)
-    check_mode_draws(n0, mode == "evaluate")
+    _check_methods(methods, data)
+    if not methods or not sigmas:
+        raise ValueError(f"nothing to certify: {len(methods)} methods and {len(sigmas)} noise levels were given")
+    asked = Rules(**rules)
+    shares = {method.n_candidates for method in methods}
     study = _Study(
-        model=model,
-        data=data,
-        methods=methods,
-        plans={
-            (sigma, count): make_plan(sampling, sigma=sigma, radii=radii, n=n, alpha=alpha / count)
-            for sigma in sigmas
-            for count in {_n_candidates(method) for method in methods}
-        },
-        sampling=sampling,
-        mode=mode,
-        n0=n0 if mode == "predict" else 0,
-        alpha=alpha,
-        seed=seed,
+        model=model, data=data, methods=methods, rules=asked, seed=seed,
+        plans={(sigma, share): asked.plan(sigma, share=share) for sigma in sigmas for share in shares},
         batches=make_batches(batch_size, model.device, (3, model.image_size, model.image_size)),
-    )
-    _warn_of_unreachable_radii(study, radii)
+    )  # fmt: skip
+    _warn_of_unreachable_radii(study)
     items = {_key(data, position, sigma): (position, sigma) for position in range(len(data)) for sigma in sigmas}
     finished: dict[str, tuple[list[dict[str, Any]], float]] = {}
     with ExitStack() as stack:
         kept = None
         if store is not None:
-            kept = stack.enter_context(open_store(Path(store), parameters=_manifest(study, radii=radii, n=n)))
+            kept = stack.enter_context(open_store(Path(store), parameters=_manifest(study)))
         done = kept.done if kept else frozenset()
         missing = [key for key in items if key not in done]
         results = map_items(_certify_item, [items[key] for key in missing], context=study, jobs=jobs, backend=backend)
         shown = progress(
             results,
-            total=len(items),
-            done=len(items) - len(missing),
-            description=f"certify {data.id}",
-            unit="images" if len(sigmas) == 1 else "images x sigmas",
-            resumes=kept is not None,
-        )
+            total=len(items), done=len(items) - len(missing), resumes=kept is not None,
+            description=f"certify {data.id}", unit="images" if len(sigmas) == 1 else "images x sigmas",
+        )  # fmt: skip
         for place, (rows, seconds) in shown:
             if kept:
                 kept.append(missing[place], rows, seconds=seconds)
@@ -209,7 +176,8 @@ def _certify_item(study: _Study, item: tuple[int, float]) -> tuple[list[dict[str
     classifiers = _classifiers(study, pixels, index, sigma)
     answers = _bank(study, [member for members in classifiers for member in members], pixels, index, sigma)
     plans = [study.plans[sigma, len(members)] for members in classifiers for _ in members]
-    verdicts = iter(take_votes(answers, plans, n0=study.n0, label=label if study.mode == "evaluate" else None))
+    tested = label if study.rules.mode == "evaluate" else None
+    verdicts = iter(take_votes(answers, plans, n0=study.rules.n0, label=tested))
     rows = []
     for method, members in zip(study.methods, classifiers, strict=True):
         verdict = agreement([next(verdicts) for _ in members])
@@ -229,98 +197,62 @@ def _classifiers(study: _Study, pixels: Tensor, index: int, sigma: float) -> lis
             adaptations[key] = AdaptationFeatures.draw(
                 study.model, pixels, stream, count=method.n_adapt, denoiser=method.denoiser, batches=study.batches
             )
-        adaptation = adaptations.get(key)
-        if isinstance(method, CandidatePrompts):
-            found = method.classifiers(adaptation)
-        else:
-            found = [method.classifier(adaptation)]
+        found = method.classifiers(adaptations.get(key))
         classifiers.append([_Member(classifier, method.denoiser) for classifier in found])
     return classifiers
 
 
 def _bank(study: _Study, members: Sequence[_Member], pixels: Tensor, index: int, sigma: float) -> Answers:
     """Noisy features of one image: drawn in batches, encoded once per denoiser, scored by every classifier."""
+    n_classes = len(study.data.classes)
 
     @torch.no_grad()  # not inference mode: a base classifier may adapt to each copy by a gradient of its own
     def answers(role: Role, first: int, count: int, positions: Sequence[int]) -> list[Tensor]:
         stream = NoiseStream(study.seed, study.data.id, index, sigma, role)
-        denoisers = {id(members[place].denoiser): members[place].denoiser for place in positions}
+        asked = [members[place] for place in positions]
+        denoisers = {id(member.denoiser): member.denoiser for member in asked}
 
-        def score(first: int, count: int) -> list[Tensor]:
-            noisy = noisy_copies(pixels, stream, first=first, count=count)
+        def score(copies: Tensor) -> list[Tensor]:
             features = {
-                key: study.model.encode_image(denoised(denoise, noisy, sigma)) for key, denoise in denoisers.items()
+                key: study.model.encode_image(denoised(denoise, copies, sigma)) for key, denoise in denoisers.items()
             }
-            return [
-                checked_answers(
-                    members[place].classifier(features[id(members[place].denoiser)]),
-                    count,
-                    n_classes=len(study.data.classes),
-                )
-                for place in positions
-            ]
+            labels = [member.classifier(features[id(member.denoiser)]) for member in asked]
+            return [checked_answers(found, len(copies), n_classes=n_classes) for found in labels]
 
-        batches = list(study.batches.map(score, first=first, count=count))
+        batches = list(map_copies(score, pixels, stream, batches=study.batches, first=first, count=count))
         return [torch.cat(labels) for labels in zip(*batches, strict=True)]
 
     return answers
 
 
-def _n_candidates(method: PromptMethod) -> int:
-    return len(method.candidates) if isinstance(method, CandidatePrompts) else 1
-
-
 def _row(
     study: _Study, method: PromptMethod, verdict: Verdict, plan: Plan, *, index: int, label: int, sigma: float
 ) -> dict[str, Any]:
+    rules = study.rules
     return {
-        "dataset": study.data.id,
-        "image": index,
-        "label": label,
-        "model": study.model.id,
-        "method": method.name,
-        "guarantee": method.guarantee,
-        "n_classes": len(study.data.classes),
-        "sigma": sigma,
-        "predicted": verdict.predicted,
-        "radius": verdict.radius,
-        "radius_tested": plan.largest_radius,
-        "radius_reach": maximum_radius(plan.n, plan.alpha, sigma),
-        "p_lower": verdict.p_lower,
-        "k": verdict.k,
-        "n": verdict.n,
-        "n0": study.n0,
-        "draws": study.n0 + verdict.n,
-        "alpha": study.alpha,
-        "sampling": study.sampling,
-        "mode": study.mode,
-        "seed": study.seed,
-    }
+        "dataset": study.data.id, "image": index, "label": label, "model": study.model.id, "method": method.name,
+        "guarantee": method.guarantee, "n_classes": len(study.data.classes), "sigma": sigma,
+        "predicted": verdict.predicted, "radius": verdict.radius, "radius_tested": plan.largest_radius,
+        "radius_reach": maximum_radius(plan.n, plan.alpha, sigma), "p_lower": verdict.p_lower, "k": verdict.k,
+        "n": verdict.n, "n0": rules.n0, "draws": rules.n0 + verdict.n, "alpha": rules.alpha,
+        "sampling": rules.sampling, "mode": rules.mode, "seed": study.seed, **method.about,
+    }  # fmt: skip
 
 
-def _manifest(study: _Study, *, radii: Sequence[float] | None, n: int) -> dict[str, Any]:
+def _manifest(study: _Study) -> dict[str, Any]:
     """Everything that shapes the rows, but images and sigmas: those are in the keys, so more can be added."""
-    data = study.data
+    model, data, rules = study.model, study.data, study.rules
+    sequential = rules.sampling == "sequential"
+    named = sequential and rules.radii is not None
     return {
-        "medrobust_lib": VERSION,
-        "model": study.model.id,
-        "weights": fingerprint(list(study.model.state_dict().values())),
-        "preprocessing": asdict(study.model.preprocessing),
-        "dtype": str(study.model.dtype).removeprefix("torch."),
-        "device": study.model.device.type,
-        "dataset": data.id,
-        "split": data.split,
-        "classes": list(data.classes),
+        "medrobust_lib": VERSION, "model": model.id, "weights": fingerprint(list(model.state_dict().values())),
+        "preprocessing": asdict(model.preprocessing), "dtype": str(model.dtype).removeprefix("torch."),
+        "device": model.device.type, "dataset": data.id, "split": data.split, "classes": list(data.classes),
         "methods": [method.record() for method in study.methods],
-        "n0": study.n0,
-        "n": n,
-        "alpha": study.alpha,
-        "sampling": study.sampling,
-        "mode": study.mode,
-        "radii": [float(radius) for radius in radii] if study.sampling == "sequential" and radii is not None else None,
-        "boundaries": plan_constants() if study.sampling == "sequential" else None,
-        "seed": study.seed,
-    }
+        "n0": rules.n0, "n": rules.n, "alpha": rules.alpha, "sampling": rules.sampling, "mode": rules.mode,
+        "radii": [float(radius) for radius in rules.radii] if named else None,
+        "boundaries": plan_constants() if sequential else None, "seed": study.seed,
+    }  # fmt: skip
 
 
 def _key(data: ImageDataset, position: int, sigma: float) -> str:
@@ -338,10 +270,12 @@ def _check_kinds(model: Any, data: Any) -> None:
         )
     if not isinstance(data, ImageDataset):
         raise TypeError(f"data must be an ImageDataset (`load_dataset` gives one), not {type(data).__name__}")
+    check_not_training(model)
 
 
-def _warn_of_unreachable_radii(study: _Study, radii: Sequence[float] | None) -> None:
-    if study.sampling == "fixed" or radii is None or not any(radius > 0 for radius in radii):
+def _warn_of_unreachable_radii(study: _Study) -> None:
+    radii = study.rules.radii
+    if study.rules.sampling == "fixed" or radii is None or not any(radius > 0 for radius in radii):
         return
     for (sigma, _), plan in study.plans.items():
         if plan.largest_radius == 0:
@@ -354,44 +288,20 @@ def _warn_of_unreachable_radii(study: _Study, radii: Sequence[float] | None) -> 
             )
 
 
-def _check_classes(methods: tuple[PromptMethod, ...], data: ImageDataset) -> None:
-    """Raise where prompts were made for other classes: their answers would be numbers without a meaning."""
-    wanted = list(data.classes)
+def _check_methods(methods: tuple[PromptMethod, ...], data: ImageDataset) -> None:
+    """Raise for what is no method, for two that could not be told apart, and for prompts of other classes."""
     for method in methods:
-        start = getattr(method, "start", None)
-        if start is not None and list(start.classes) != wanted:
-            raise ValueError(
-                f"method {method.name!r}: its prompts are for the classes {list(start.classes)}, {data.id} has {wanted}"
-            )
-        own = getattr(method, "class_features", None)
-        for features in getattr(method, "candidates", () if own is None else (own,)):
-            if len(features) != len(wanted):
-                raise ValueError(
-                    f"method {method.name!r} has {len(features)} class texts, {data.id} has {len(wanted)} classes"
-                )
-
-
-def _check_request(model: DualEncoder, methods: tuple[PromptMethod, ...], sigmas: tuple[float, ...], mode: str) -> None:
-    check_not_training(model)
-    for method in methods:
-        asked = [*_ASKED_OF_METHODS, *([] if isinstance(method, CandidatePrompts) else ["classifier"])]
-        missing = [name for name in asked if not hasattr(method, name)]
-        if missing or isinstance(method, type):
+        if not isinstance(method, PromptMethod):
             raise TypeError(
-                f"{method!r} is no prompt method: it lacks {', '.join(missing) or 'its arguments, being a class'}; "
-                "`FixedPrompts(name, model.class_features(classes, templates))` is one; `PromptMethod` lists all"
+                f"{method!r} is no PromptMethod; `FixedPrompts(name, model.class_features(classes, templates))` is one"
             )
-    if mode not in get_args(Mode):
-        raise ValueError(f"unknown mode {mode!r}; choose one of {', '.join(get_args(Mode))}")
-    if not methods or not sigmas:
-        raise ValueError(f"nothing to certify: {len(methods)} methods and {len(sigmas)} noise levels were given")
-    names = [method.name for method in methods]
-    repeated = sorted({name for name in names if names.count(name) > 1})
-    if repeated:
-        raise ValueError(f"methods need distinct names, {', '.join(map(repr, repeated))} occurs more than once")
-    for method in methods:
         if method.guarantee not in GUARANTEES:
             raise ValueError(
                 f"method {method.name!r} states the guarantee {method.guarantee!r}; choose one of "
                 f"{', '.join(GUARANTEES)}"
             )
+        method.check_classes(data.classes, data.id)
+    told = [(method.name, *sorted(method.about.items())) for method in methods]
+    repeated = sorted({name for name, *about in told if told.count((name, *about)) > 1})
+    if repeated:
+        raise ValueError(f"methods need distinct names, {', '.join(map(repr, repeated))} occurs more than once")

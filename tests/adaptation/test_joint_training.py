@@ -17,7 +17,6 @@ import torch
 from torch import nn
 
 from medrobust_lib import metrics
-from medrobust_lib.adaptation import training
 from medrobust_lib.adaptation.training import Recipe, summed_loss, train_jointly
 from medrobust_lib.adaptation.training_images import Augmentation, TrainingImages
 from medrobust_lib.data.dataset import ImageDataset
@@ -399,10 +398,10 @@ class SmallMemory(TinyEncoder):
 def test_scarce_memory_halves_the_batch_and_keeps_the_step(caplog, softmax):
     recipe = dataclasses.replace(RECIPE, softmax=softmax)
     expected, outcome = fit(recipe)
-    with caplog.at_level(logging.WARNING, logger=training.__name__):
+    with caplog.at_level(logging.WARNING, logger="medrobust_lib.smoothing.noise"):
         found, same = fit(recipe, model=SmallMemory())
     told = [record.getMessage() for record in caplog.records]
-    assert told == [f"out of memory: going on with {size} images at a time, gradients accumulated" for size in (4, 2)]
+    assert told == [f"out of memory with batches of {size} images; going on with {size // 2}" for size in (8, 4)]
     for name in expected:
         assert torch.allclose(found[name], expected[name], atol=1e-5), name
     assert same.history.loss[2:].tolist() == pytest.approx(outcome.history.loss[2:].tolist(), rel=1e-5)
@@ -449,10 +448,10 @@ def test_images_that_fit_are_prepared_once(monkeypatch):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"epochs": -1}, "epochs=-1: give a whole number, 0 or more"),
+        ({"epochs": -1}, "epochs=-1 is no whole number of 0 or more"),
         ({"epochs": 1.5}, "epochs=1.5"),
-        ({"batch_size": 0}, "batch_size=0: give a whole number, 1 or more"),
-        ({"learning_rate": 0.0}, "learning_rate=0.0: must be > 0"),
+        ({"batch_size": 0}, "batch_size=0 is no whole number of 1 or more"),
+        ({"learning_rate": 0.0}, "learning_rate=0.0 is no number above 0"),
         ({"learning_rate": float("nan")}, "learning_rate=nan"),
         ({"weight_decay": -1.0}, "weight_decay=-1.0: must be >= 0"),
         ({"seed": -1}, "seed=-1"),

@@ -139,18 +139,22 @@ def test_provenance_names_the_images_and_can_be_stored():
 @pytest.mark.parametrize("labels", [[0, 0, 2, 2], [0, 0, 0, 0]])
 def test_a_class_without_images_is_named(labels):
     train = colours(THREE, [2, 1, 1], labels=np.array(labels))
-    with pytest.raises(ValueError, match="colours: no image of class 'b' to learn from; draw a fraction that has all"):
+    with pytest.raises(
+        ValueError, match="colours: no image of class 'b' to learn from; train on images of all classes"
+    ):
         linear_probe(MODEL, train, validation=VALIDATION)
 
 
 def test_images_of_both_sets_are_refused():
     validation = colours(THREE, 2, seed=1, indices=np.arange(9, 15))
-    with pytest.raises(ValueError, match="3 images of the split 'train' are learned from and validated on .image 9,"):
+    with pytest.raises(
+        ValueError, match="3 images of split 'train' are both in training and in validation .the first has index 9"
+    ):
         linear_probe(MODEL, colours(THREE, 4), validation=validation)
 
 
 def test_other_classes_in_validation_are_refused():
-    with pytest.raises(ValueError, match=r"\['a', 'b', 'c'\], are not those of the validation images, \['a', 'b'\];"):
+    with pytest.raises(ValueError, match="the classes of training, a, b, c, are not those of validation, a, b;"):
         linear_probe(MODEL, colours(THREE, 4), validation=colours(THREE[:2], 4, split="val"))
 
 
@@ -158,10 +162,10 @@ def test_other_classes_in_validation_are_refused():
     ("strengths", "message"),
     [
         ([], "strengths=(): give at least one"),
-        ([1.0, 0.0], "strengths hold 0.0: the weight of the penalty must be above 0"),
-        ([-1], "strengths hold -1:"),
-        ([float("nan")], "strengths hold nan:"),
-        ([float("inf")], "strengths hold inf:"),
+        ([1.0, 0.0], "strengths=0.0 is no number above 0: it is the weight of the penalty"),
+        ([-1], "strengths=-1 is"),
+        ([float("nan")], "strengths=nan is"),
+        ([float("inf")], "strengths=inf is"),
     ],
 )
 def test_impossible_strengths_are_refused(strengths, message):

@@ -164,7 +164,7 @@ def test_sequential_sampling_follows_its_plan(oracle):
     plan = sequential_plan(sigma=0.5, radii=radii, n=500, alpha=0.001)
     proved = 0
     for look, draws in enumerate(plan.looks):
-        proved, finished = plan.step(look, estimate[:draws].count("yes"), proved)
+        proved, finished, *_ = plan.step(look, estimate[:draws].count("yes"), proved)
         if finished:
             break
     found = certified(["yes"] * 20, estimate, oracle, sampling="sequential", radii=radii)

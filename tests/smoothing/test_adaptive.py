@@ -70,8 +70,8 @@ def test_each_method_states_its_guarantee(model, data, start):
 
 
 def test_adaptation_inside_the_base_classifier_is_a_function_of_the_copy_alone(model, data, start):
-    method = PerSamplePrompts("inside", model, start, chunk=4)
-    features = prompts.noisy_bank(model, data, sigmas=(SIGMA,), draws=5, seed=0, choose=np.random.default_rng(0))
+    method = PerSamplePrompts("inside", model, start)
+    features = prompts.noisy_bank(model, data, sigmas=(SIGMA,), draws=7, seed=0, choose=np.random.default_rng(0))
     features = features.flatten(0, 1)
     together = method.classifier()(features)
     assert together.dtype == torch.int64
@@ -112,11 +112,16 @@ def test_a_pool_of_other_images_lowers_their_entropy_and_keeps_the_standard_guar
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda m, s, p: AdaptedPrompts("x", m, s, n_adapt=0), "n_adapt=0: adaptation needs at least one noisy copy"),
-        (lambda m, s, p: AdaptedPrompts("x", m, s, steps=0), "steps=0: adaptation takes at least one step"),
-        (lambda m, s, p: PerSamplePrompts("x", m, s, learning_rate=-1.0), "learning_rate=-1.0: must be > 0"),
+        (
+            lambda m, s, p: AdaptedPrompts("x", m, s, n_adapt=0),
+            "n_adapt=0 is no whole number of 1 or more: adaptation needs",
+        ),
+        (
+            lambda m, s, p: AdaptedPrompts("x", m, s, steps=0),
+            "steps=0 is no whole number of 1 or more: adaptation takes",
+        ),
+        (lambda m, s, p: PerSamplePrompts("x", m, s, learning_rate=-1.0), "learning_rate=-1.0 is no number above 0"),
         (lambda m, s, p: adapt_to_pool(m, s, p, sigma=0.0), "sigma=0.0: smoothing needs noise"),
-        (lambda m, s, p: adapt_to_pool(m, s, p, sigma=0.1, copies=0), "copies=0: at least one noisy copy"),
     ],
 )
 def test_impossible_adaptation_is_refused(model, start, data, make, message):

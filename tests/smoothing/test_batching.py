@@ -55,7 +55,7 @@ def test_batches_are_halved_until_they_fit_and_say_so(error, caplog):
         assert covered(batches, compute, first=0, count=20) == list(range(20))
     assert compute.calls == [16, 8, 4, 2, *[2] * 9]
     assert [record.getMessage() for record in caplog.records] == [
-        f"out of memory with batches of {size} noisy copies; going on with {size // 2}" for size in (16, 8, 4)
+        f"out of memory with batches of {size} images; going on with {size // 2}" for size in (16, 8, 4)
     ]
 
 

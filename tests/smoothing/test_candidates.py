@@ -102,7 +102,7 @@ def test_union_bound_holds_and_is_needed():
 
     def chance_of_an_error(level):
         plan = FixedPlan(sigma=1.0, n=n, alpha=level)
-        certifying = [k for k in range(n + 1) if plan.step(0, k, 0)[0]]
+        certifying = [k for k in range(n + 1) if plan.step(0, k).proved]
         return 1 - (1 - binom.pmf(certifying, n, 0.5).sum()) ** members
 
     assert chance_of_an_error(alpha / members) <= alpha < chance_of_an_error(alpha)

@@ -178,7 +178,7 @@ def test_sequential_sampling_follows_its_plan_on_the_same_draws(image):
     votes = np.cumsum(labels_of(classifier, image, SIGMA, "estimate", 2000))
     proved = 0
     for look, draws in enumerate(plan.looks):
-        proved, finished = plan.step(look, int(votes[draws - 1]), proved)
+        proved, finished, *_ = plan.step(look, int(votes[draws - 1]), proved)
         if finished:
             break
     found = certify(classifier, image, sigma=SIGMA, n=2000, sampling="sequential", radii=radii, **ADDRESS)

@@ -106,7 +106,7 @@ def test_padding_after_the_end_token_can_be_cut_exactly(model):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"n_context": 0}, "n_context=0: a learned prompt needs at least one"),
+        ({"n_context": 0}, "n_context=0 is no whole number of 1 or more: a learned prompt"),
         ({"n_context": 60}, r"prompts of \d+ tokens .* demo-clip, which reads at most 48"),
         ({"position": "centre"}, "unknown position 'centre'; choose one of end, middle, front"),
     ],
@@ -203,10 +203,10 @@ def test_coop_is_the_noiseless_case(model, train):
     [
         ({"sigmas": ()}, r"sigmas=\(\): give noise levels >= 0"),
         ({"sigmas": (-0.1,)}, r"sigmas=\(-0.1,\): give noise levels >= 0"),
-        ({"shots": 0}, "shots=0: few-shot learning needs at least one image per class"),
-        ({"epochs": 0}, "epochs=0: at least 1"),
-        ({"draws_per_image": 0}, "draws_per_image=0: at least 1"),
-        ({"learning_rate": 0.0}, "learning_rate=0.0: must be > 0"),
+        ({"shots": 0}, "shots=0 is no whole number of 1 or more: few-shot learning"),
+        ({"epochs": 0}, "epochs=0 is no whole number of 1"),
+        ({"draws_per_image": 0}, "draws_per_image=0 is no whole number of 1"),
+        ({"learning_rate": 0.0}, "learning_rate=0.0 is no number above 0"),
     ],
 )
 def test_impossible_training_is_refused(model, train, change, message):
@@ -251,7 +251,7 @@ def test_a_step_lowers_the_entropy_starts_anew_and_leaves_its_start_alone(model,
     assert torch.equal(once, sharpen(model, frame, start, features))
     # AdamW's first step moves every coordinate by the learning rate, whatever the gradient's size.
     assert (once - start).abs().max() == pytest.approx(5e-3, rel=0.05)
-    with pytest.raises(ValueError, match="steps=0: adaptation takes at least one step"):
+    with pytest.raises(ValueError, match="steps=0 is no whole number of 1 or more: adaptation takes"):
         sharpen(model, frame, start, features, steps=0)
 
 

@@ -140,7 +140,7 @@ def test_step_itself_makes_false_claims_with_probability_at_most_alpha(n, alpha,
     plan = sequential_plan(sigma=1, radii=RADII, n=n, alpha=alpha)
     plan = plan if futility else without_futility(plan)
     decisions = [
-        [[plan.step(look, k, proved) for k in range(draws + 1)] for proved in range(len(plan.radii) + 1)]
+        [[plan.step(look, k, proved)[:2] for k in range(draws + 1)] for proved in range(len(plan.radii) + 1)]
         for look, draws in enumerate(plan.looks)
     ]
     at = {int(draws): look for look, draws in enumerate(plan.looks)}
@@ -265,7 +265,7 @@ def test_operating_characteristics_agree_with_simulated_streams(sigma, p):
     proved, draws = np.zeros(count, dtype=int), np.zeros(count)
     for walk in range(count):
         for look in range(len(plan.looks)):
-            proved[walk], finished = plan.step(look, walks[walk, look], proved[walk])
+            proved[walk], finished, *_ = plan.step(look, walks[walk, look], proved[walk])
             if finished:
                 draws[walk] = plan.looks[look]
                 break
@@ -303,10 +303,8 @@ def test_a_count_that_is_hopeless_stops_without_proving_anything():
     look = 5
     hopeless = int(plan.hopeless[0, look])
     assert 0 <= hopeless < plan.looks[look] / 2
-    assert plan.step(look, hopeless, 0) == (0, True)
-    assert plan.step(look, hopeless + 1, 0) == (0, False)
-    assert plan.radius(hopeless, int(plan.looks[look]), 0) == 0.0
-    assert plan.p_lower(hopeless, int(plan.looks[look]), 0) == 0.0
+    assert plan.step(look, hopeless, 0) == (0, True, 0.0, 0.0)
+    assert plan.step(look, hopeless + 1, 0) == (0, False, 0.0, 0.0)
 
 
 def test_the_last_look_finishes_whatever_the_count():
@@ -314,7 +312,7 @@ def test_the_last_look_finishes_whatever_the_count():
     last = len(plan.looks) - 1
     assert plan.looks[last] == 200
     for k in range(201):
-        proved, finished = plan.step(last, k, 0)
+        proved, finished, *_ = plan.step(last, k, 0)
         assert finished
         assert proved == (k >= plan.success[:, last]).sum()
 
@@ -323,9 +321,7 @@ def test_proving_the_largest_radius_finishes():
     plan = sequential_plan(sigma=1, radii=[0.25])
     look = int(np.flatnonzero(plan.success[-1] <= plan.looks)[0])
     k = int(plan.success[-1, look])
-    assert plan.step(look, k, 0) == (2, True)
-    assert plan.radius(k, int(plan.looks[look]), 2) == 0.25
-    assert plan.p_lower(k, int(plan.looks[look]), 2) == pytest.approx(norm.cdf(0.25))
+    assert plan.step(look, k, 0) == (2, True, 0.25, pytest.approx(norm.cdf(0.25)))
     assert plan.step(look, k - 1, 0)[0] < 2
 
 
@@ -334,14 +330,14 @@ def test_what_is_proved_stays_proved():
     for walk in walks_of(plan, 0.85, count=300, seed=6):
         proved = 0
         for look, k in enumerate(walk):
-            now, finished = plan.step(look, int(k), proved)
+            now, finished, *_ = plan.step(look, int(k), proved)
             assert now >= proved
             proved = now
             if finished:
                 break
         else:
             pytest.fail("the last look did not finish")
-    assert plan.step(len(plan.looks) - 1, 0, 3) == (3, True)
+    assert plan.step(len(plan.looks) - 1, 0, 3)[:2] == (3, True)
 
 
 def test_a_stop_is_never_hopeless_for_a_radius_that_is_within_reach():
@@ -414,7 +410,7 @@ def test_radii_that_n_draws_cannot_certify_are_left_out(sigma, n, kept):
     assert plan.radii == kept
     assert plan.success.shape == plan.hopeless.shape == (len(kept), len(plan.looks))
     # Those that are kept can indeed be certified: an unbroken run of successes proves them all.
-    assert plan.step(len(plan.looks) - 1, n, 0) == (len(kept), True)
+    assert plan.step(len(plan.looks) - 1, n, 0)[:2] == (len(kept), True)
 
 
 def test_radius_zero_is_always_asked_and_radii_are_sorted_without_repetition():

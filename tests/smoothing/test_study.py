@@ -25,6 +25,7 @@ from medrobust_lib.smoothing.methods import (
     FixedPrompts,
     PerSamplePrompts,
     PromptClassifier,
+    PromptMethod,
 )
 from medrobust_lib.smoothing.noise import NoiseStream
 from medrobust_lib.smoothing.prompts import text_prompts
@@ -112,11 +113,10 @@ def prompts(name="axes", seed=None, denoiser=None):
     return FixedPrompts(name, functional.normalize(features, dim=1), denoiser=denoiser)
 
 
-class MeanShift:
+class MeanShift(PromptMethod):
     """Adapts to one image: subtracts the mean scores of its adaptation features."""
 
     guarantee = "frozen-prompt"
-    denoiser = None
 
     def __init__(self, *, n_adapt=7, events=None, name="mean shift"):
         self.n_adapt, self.events, self.name = n_adapt, [] if events is None else events, name
@@ -230,6 +230,26 @@ def test_methods_in_one_call_get_what_each_gets_alone(encoder, data):
         alone = certify_dataset(encoder, data, [method], **NUMBERS)
         assert_same(together[together.method == method.name].reset_index(drop=True), alone)
     assert together.groupby("method").k.sum().nunique() == 4
+
+
+def test_what_methods_are_about_stands_in_their_rows_and_tells_them_apart(encoder, data, tmp_path):
+    methods = [dataclasses.replace(prompts("learned", seed), about={"prompt_seed": seed}) for seed in (1, 2)]
+    table = certify_dataset(encoder, data, methods, **NUMBERS, store=tmp_path)
+    assert list(table.columns) == [*COLUMNS[:-1], "prompt_seed", "seconds"]
+    for method in methods:
+        alone = certify_dataset(encoder, data, [dataclasses.replace(method, about={})], **NUMBERS)
+        ours = table[table.prompt_seed == method.about["prompt_seed"]].reset_index(drop=True)
+        assert_same(ours.drop(columns="prompt_seed"), alone)
+    assert methods[0].record() == prompts("learned", 1).record() | {"about": {"prompt_seed": 1}}
+    with pytest.raises(ValueError, match="'learned' occurs more than once"):
+        certify_dataset(encoder, data, [methods[0], methods[0]], **NUMBERS)
+
+
+def test_a_model_and_data_alone_give_the_zero_shot_methods_at_a_quarter():
+    model, phantoms = mr.load_model("demo-clip", device="cpu"), mr.load_dataset("phantom/blood", n=1)
+    table = mr.certify_dataset(model, phantoms, n=20)
+    assert list(table.method) == ["zero-shot", "zero-shot ensemble"]
+    assert (table.sigma == 0.25).all() and (table.sampling == "sequential").all()
 
 
 def test_repeated_sigmas_count_once_and_a_fine_grid_of_radii_may_be_asked_for(encoder, data, tmp_path):
@@ -785,8 +805,8 @@ def test_a_level_at_which_no_radius_asked_for_can_be_certified_is_told(encoder, 
     [
         ({"model": torch.nn.Identity()}, r"scores prompts with a DualEncoder .* not Identity; .* call `certify\("),
         ({"data": "phantom/blood"}, "data must be an ImageDataset .* not str"),
-        ({"methods": ["zero-shot"]}, "'zero-shot' is no prompt method: it lacks name, guarantee, .*`FixedPrompts"),
-        ({"methods": [MeanShift]}, "is no prompt method: it lacks name, n_adapt; `FixedPrompts"),
+        ({"methods": ["zero-shot"]}, "'zero-shot' is no PromptMethod; `FixedPrompts"),
+        ({"methods": [MeanShift]}, "MeanShift'> is no PromptMethod; `FixedPrompts"),
     ],
 )
 def test_other_kinds_of_things_are_refused_with_what_to_use(encoder, data, change, message):

@@ -14,7 +14,7 @@ from scipy.stats import binomtest, norm
 from medrobust_lib.smoothing import bounds
 from medrobust_lib.smoothing.certificate import ABSTAIN, GUARANTEES
 from medrobust_lib.smoothing.certify import FixedPlan, Verdict, certify, make_plan, take_votes
-from medrobust_lib.smoothing.sequential import operating_characteristics
+from medrobust_lib.smoothing.sequential import Proof, operating_characteristics
 
 ALPHA = 0.05  # far larger than in use, so that a few thousand cases can tell a broken bound
 N, N0, SIGMA = 300, 30, 0.5
@@ -96,15 +96,15 @@ def test_certificates_are_false_no_more_often_than_alpha(sampling, mode):
 class UnboundedPlan(FixedPlan):
     """Broken on purpose: trusts the share of votes."""
 
-    def p_lower(self, k, n, proved):
-        return k / n
+    def step(self, look, k, proved):
+        return Proof(k > self.n / 2, True, bounds.certified_radius(k / self.n, self.sigma), k / self.n)
 
 
 class TwiceAlphaPlan(FixedPlan):
     """Broken on purpose: the lower end of a two-sided interval at the wrong alpha."""
 
-    def p_lower(self, k, n, proved):
-        return lower_bound(k, n, 2 * self.alpha)
+    def step(self, look, k, proved):
+        return FixedPlan(self.sigma, self.n, 2 * self.alpha).step(look, k, proved)
 
 
 class RepeatedPlan(FixedPlan):
@@ -115,8 +115,8 @@ class RepeatedPlan(FixedPlan):
         return tuple(range(20, self.n + 1, 20))
 
     def step(self, look, k, proved):
-        certified = int(lower_bound(k, self.looks[look], self.alpha) > 0.5)
-        return certified, bool(certified) or look == len(self.looks) - 1
+        found = super().step(look, k, proved)
+        return found._replace(finished=bool(found.proved) or look == len(self.looks) - 1)
 
 
 @pytest.mark.parametrize("broken", [UnboundedPlan, TwiceAlphaPlan])

@@ -4,12 +4,14 @@ import copy
 import math
 import time
 from collections.abc import Callable, Iterator
+from typing import get_args
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from medrobust_lib.checks import check_choice
 from medrobust_lib.data.dataset import ImageDataset
 from medrobust_lib.experiments import progress
 from medrobust_lib.models.dual_encoder import DualEncoder
@@ -23,7 +25,6 @@ from medrobust_lib.smoothing.denoisers import (
     Objective,
     ResidualBlock,
     UNet,
-    check_objective,
     diffusion_sigmas,
     matching_timestep,
 )
@@ -81,14 +82,14 @@ def train_denoiser(
     Returns
     -------
     DnCNNDenoiser
-        For this sigma; `DnCNNDenoiser.joined` puts several together.
+        For this sigma; `joined` puts several together.
 
     Raises
     ------
     ValueError
         A parameter out of range, or "stability" without a model or with crops.
     """
-    check_objective(objective)
+    check_choice("objective", objective, get_args(Objective))
     if not 0 < sigma < math.inf:
         raise ValueError(f"sigma={sigma}: a denoiser is trained for a noise level > 0 in [0, 1] pixel units")
     if objective == "stability" and (model is None or crop is not None):
@@ -220,6 +221,26 @@ def train_diffusion(
         "batch_size": batch_size, "learning_rate": learning_rate, "seed": seed, **fitted,
     }  # fmt: skip
     return DiffusionDenoiser(network.cpu(), (float(sigmas[0]), float(sigmas[last])), provenance=provenance)
+
+
+def joined(*parts: DnCNNDenoiser) -> DnCNNDenoiser:
+    """Put the networks of several noise levels together; a later one replaces an earlier one of its level.
+
+    Raises
+    ------
+    ValueError
+        Objectives differ.
+    """
+    if len({part.objective for part in parts}) > 1:
+        raise ValueError(f"denoisers of different objectives: {', '.join(part.objective for part in parts)}")
+    networks = {sigma: network for part in parts for sigma, network in part.networks.items()}
+    provenance = {sigma: origin for part in parts for sigma, origin in part.provenance.items()}
+    return DnCNNDenoiser(networks, parts[0].objective, provenance)
+
+
+def level_at(timestep: float) -> float:
+    """Noise level of a timestep in [0, 1] pixel units, between whole ones by its logarithm."""
+    return math.exp(np.interp(timestep, np.arange(DIFFUSION_STEPS), np.log(diffusion_sigmas())))
 
 
 def linear_share(dataset: ImageDataset, sigma: float) -> float:
