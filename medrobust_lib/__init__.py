@@ -12,8 +12,7 @@ from medrobust_lib.places import VERSION
 
 if TYPE_CHECKING:
     from medrobust_lib.corruptions.stored import read_corrupted
-    from medrobust_lib.corruptions.suites import SUITES, corrupt
-    from medrobust_lib.corruptions.writing import corrupted
+    from medrobust_lib.corruptions.suites import SUITES, corrupt, corrupted
     from medrobust_lib.data.dataset import ImageDataset
     from medrobust_lib.data.questions import load_questions
     from medrobust_lib.data.registry import list_datasets, load_dataset
@@ -59,7 +58,7 @@ _HOMES = {
     "certify_dataset": "medrobust_lib.smoothing.study",
     "certify_generative": "medrobust_lib.generative.certify",
     "corrupt": "medrobust_lib.corruptions.suites",
-    "corrupted": "medrobust_lib.corruptions.writing",
+    "corrupted": "medrobust_lib.corruptions.suites",
     "list_datasets": "medrobust_lib.data.registry",
     "list_models": "medrobust_lib.models.loading",
     "list_vlms": "medrobust_lib.models.loading",

@@ -10,8 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from medrobust_lib import metrics
-from medrobust_lib.corruptions.suites import SEVERITIES, find_suite
-from medrobust_lib.corruptions.writing import corrupted
+from medrobust_lib.corruptions.suites import SEVERITIES, corrupted, find_suite
 from medrobust_lib.data.dataset import ImageDataset
 from medrobust_lib.models.dual_encoder import DualEncoder
 
@@ -142,7 +141,7 @@ def corruption_answers(
     Raises
     ------
     ValueError
-        No candidates, or as from `medrobust_lib.corruptions.writing.corrupted`.
+        No candidates, or as from `medrobust_lib.corruptions.suites.corrupted`.
     """
     if not candidates:
         raise ValueError("no candidates to evaluate; give at least one")

@@ -6,7 +6,7 @@ import torch
 
 import medrobust_lib as mr
 from medrobust_lib import metrics
-from medrobust_lib.corruptions.writing import corrupted
+from medrobust_lib.corruptions.suites import corrupted
 from medrobust_lib.evaluation import Candidate, accuracy_table, corruption_answers
 
 
