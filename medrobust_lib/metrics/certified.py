@@ -1,6 +1,7 @@
 """Certified accuracy: pure functions of tables of certificates, one row per image, sigma and method."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import pandas as pd
 
@@ -56,9 +57,8 @@ def certified_accuracy(rows: pd.DataFrame, radii: Sequence[float], *, per_class:
         raise ValueError(f"radii={radii}: give at least one radius, all of them >= 0")
     table = []
     for key, group in rows.groupby(groups, sort=False, dropna=False):
-        correct = (group["predicted"] == group["label"]).to_numpy()
         for radius in radii:
-            hits = int((correct & (group["radius"] >= radius).to_numpy()).sum())
+            hits = int(((group["predicted"] == group["label"]) & (group["radius"] >= radius)).sum())
             low, high = accuracy_interval(hits, len(group))
             share = {"certified_accuracy": hits / len(group), "low": low, "high": high, "n": len(group)}
             if _unknown(group, radius):
@@ -66,8 +66,7 @@ def certified_accuracy(rows: pd.DataFrame, radii: Sequence[float], *, per_class:
             if "radius_reach" in group:
                 share["radius_reach"] = group["radius_reach"].max()
             table.append(dict(zip(groups, key, strict=True)) | {"radius": radius} | share)
-    table = pd.DataFrame(table)
-    return table.assign(chance=1 / table["n_classes"]).drop(columns="n_classes") if "n_classes" in table else table
+    return _with_chance(table)
 
 
 def balanced_certified_accuracy(rows: pd.DataFrame, radii: Sequence[float]) -> pd.DataFrame:
@@ -147,9 +146,9 @@ def over_prompt_seeds(table: pd.DataFrame) -> pd.DataFrame:
                 f"the seeds of {group['method'].iloc[0]!r} at sigma {group['sigma'].iloc[0]:g} were measured on "
                 f"{', '.join(map(str, images))} images; their mean would compare nothing, summarise them separately"
             )
-        n, tested = int(images[0]), bool(shares.notna().all())
+        n = int(images[0])
         values = dict.fromkeys(("certified_accuracy", "lowest", "highest", "low", "high"), float("nan"))
-        if tested:
+        if shares.notna().all():
             hits = int((shares * n).round().sum())
             values = {
                 "certified_accuracy": shares.mean(),
@@ -196,8 +195,7 @@ def certification_summary(rows: pd.DataFrame) -> pd.DataFrame:
             "n": len(group),
         }
         table.append(dict(zip(groups, key, strict=True)) | summary)
-    table = pd.DataFrame(table)
-    return table.assign(chance=1 / table["n_classes"]).drop(columns="n_classes") if "n_classes" in table else table
+    return _with_chance(table)
 
 
 def average_certified_radius(rows: pd.DataFrame) -> float:
@@ -322,6 +320,12 @@ def table_of_radii(table: pd.DataFrame, radii: Sequence[float], *, reach: Reach)
     cells, beyond = (part.reindex(index=index, columns=columns) for part in (cells, beyond))
     cells = cells.astype(object).mask(beyond.eq(True), "–").fillna("")
     return cells.rename(columns="{:g}".format).rename_axis(columns="radius")
+
+
+def _with_chance(rows: list[dict[str, Any]]) -> pd.DataFrame:
+    """Table of rows, with the accuracy of a blind guess instead of the number of classes."""
+    table = pd.DataFrame(rows)
+    return table.assign(chance=1 / table["n_classes"]).drop(columns="n_classes") if "n_classes" in table else table
 
 
 def _within_reach(table: pd.DataFrame, reach: Reach) -> pd.Series:
