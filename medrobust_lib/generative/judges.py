@@ -9,15 +9,15 @@ import os
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 from urllib.parse import urlsplit
 
 import requests
 from sklearn.feature_extraction.text import TfidfVectorizer
 
+from medrobust_lib.checks import check_positive, check_whole
 from medrobust_lib.experiments import open_store
 from medrobust_lib.generative.oracles import NEGATION, Oracle, OracleUnavailableError, fingerprint, mentions
 
@@ -223,11 +223,11 @@ def chat_endpoint(
     if api_key_variable is not None and not re.fullmatch("[A-Z_][A-Z0-9_]*", api_key_variable):
         # Not echoed: whoever gave the key itself should not find it in a log.
         raise ValueError("api_key_variable is the NAME of an environment variable (A-Z, 0-9, _), never the key itself")
-    for name, value, least in (("attempts", attempts, 1), ("wait", wait, 0), ("max_tokens", max_tokens, 1)):
-        if value < least:
-            raise ValueError(f"{name}={value}: choose at least {least}")
-    if timeout <= 0:
-        raise ValueError(f"timeout={timeout}: choose a number of seconds above 0")
+    check_whole("attempts", attempts)
+    check_whole("max_tokens", max_tokens)
+    check_positive("timeout", timeout, hint=": give seconds")
+    if wait < 0:
+        raise ValueError(f"wait={wait}: choose at least 0 seconds")
     endpoint = _ChatEndpoint(url, model, api_key_variable, timeout, attempts, wait, max_tokens, sleep)
     endpoint.key()
     return endpoint
@@ -378,7 +378,7 @@ class StandInJudge:
         ]
 
 
-class RememberedOracle:
+class RememberedOracle(AbstractContextManager):
     """An oracle whose labels stay in a folder, which is sound because an oracle is a fixed function of the text.
 
     A context manager. When the oracle stops in the middle, because its endpoint went away for example, the labels it
@@ -399,34 +399,13 @@ class RememberedOracle:
     """
 
     def __init__(self, oracle: Oracle, folder: Path | str, *, chunk: int = 16) -> None:
-        if chunk < 1:
-            raise ValueError(f"chunk={chunk}: at least one text is asked about at a time")
-        self.oracle, self.chunk = oracle, chunk
-        parameters = {"oracle": oracle.name, "version": oracle.version, "labels": list(oracle.labels)}
+        self.chunk = check_whole("chunk", chunk, hint=": at least one text is asked about at a time")
+        self.oracle, self.name, self.version, self.labels = oracle, oracle.name, oracle.version, oracle.labels
+        parameters = {"oracle": self.name, "version": self.version, "labels": list(self.labels)}
         self._store = open_store(folder, parameters=parameters)
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self._store.close()
-
-    @property
-    def name(self) -> str:
-        """Name of the oracle."""
-        return self.oracle.name
-
-    @property
-    def version(self) -> str:
-        """Version of the oracle."""
-        return self.oracle.version
-
-    @property
-    def labels(self) -> tuple[str, ...]:
-        """Labels of the oracle."""
-        return self.oracle.labels
 
     def label(self, texts: Sequence[str]) -> list[str | None]:
         """Labels of texts; the oracle is asked about new ones only, each once.
