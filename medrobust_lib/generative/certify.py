@@ -5,7 +5,6 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -292,7 +291,7 @@ def certify_answers(
     counter = _Counter(bank)
     clusters: tuple[Cluster, ...] = ()
     if labelled:
-        selected = counter.labels(oracle, "select", 0, n0)
+        selected = counter.judged(oracle, "select", 0, n0)
         counter.check_oracle_works(oracle.name, n_calls=counter.n_given)
         answer, number = _most_frequent(selected, oracle.labels)
     else:
@@ -303,11 +302,9 @@ def certify_answers(
         answer, number = (None, ABSTAIN) if largest is None else (largest.representative, _TESTED)
 
     def votes(role: Role, first: int, count: int, positions: Sequence[int]) -> list[Tensor]:
-        if labelled:
-            hits = [label == answer for label in counter.labels(oracle, role, first, count)]
-        else:
-            hits = counter.same(oracle, role, first, count, answer)
-        drawn = torch.from_numpy(np.where(hits, _TESTED, ABSTAIN))
+        found = counter.judged(oracle, role, first, count, None if labelled else answer)
+        hits = [label == answer for label in found] if labelled else found
+        drawn = torch.tensor([_TESTED if hit else ABSTAIN for hit in hits], dtype=torch.int64)
         return [drawn for _ in positions]
 
     verdicts = [Verdict(predicted=ABSTAIN, radius=0.0, p_lower=0.0, k=0, n=0) for _ in plans]
@@ -356,14 +353,10 @@ class _Counter:
         self.bank = bank
         self.tally = Tally()
 
-    def labels(self, oracle: Oracle, role: Role, first: int, count: int) -> tuple[str | None, ...]:
-        return self._noted(judged(oracle, self.bank.texts(role, first, count)), role, first)
-
-    def same(
-        self, equivalence: Equivalence, role: Role, first: int, count: int, representative: str
-    ) -> tuple[bool | None, ...]:
-        answers = judged(equivalence, self.bank.texts(role, first, count), representative)
-        return self._noted(answers, role, first)
+    def judged(
+        self, oracle: Oracle | Equivalence, role: Role, first: int, count: int, representative: str | None = None
+    ) -> tuple[str | bool | None, ...]:
+        return self._noted(judged(oracle, self.bank.texts(role, first, count), representative), role, first)
 
     def clusters(self, equivalence: Equivalence, n0: int) -> tuple[Cluster, ...]:
         clusters, answers = cluster_texts(self.bank.texts("select", 0, n0), equivalence)

@@ -19,7 +19,7 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 
 from medrobust_lib.checks import check_positive, check_whole
 from medrobust_lib.experiments import open_store
-from medrobust_lib.generative.oracles import NEGATION, Oracle, OracleUnavailableError, fingerprint, mentions
+from medrobust_lib.generative.oracles import NEGATION, Oracle, OracleUnavailableError, hash_of, mentions
 
 Ask = Callable[[Sequence[str]], Sequence[str | None]]
 """From prompts to one reply each, None where no reply can be read."""
@@ -161,7 +161,7 @@ def _version(ask: Ask, version: str | None, prompt: str) -> str:
     model = version or getattr(ask, "version", None)
     if not model:
         raise ValueError("version is missing, and ask has none; name the judging model and its weights: version='...'")
-    return f"{model}, prompt {fingerprint(_READING, prompt)}"
+    return f"{model}, prompt {hash_of(_READING, prompt)}"
 
 
 def chat_endpoint(
@@ -359,9 +359,7 @@ class StandInJudge:
         known = [text for texts in wordings.values() for text in texts]
         self._vectorizer = TfidfVectorizer(analyzer="char_wb", ngram_range=(3, 5))
         self._known = self._vectorizer.fit_transform(known)
-        self.version = (
-            f"stand-in without a language model, {fingerprint(sorted(zip(self._labels, known, strict=True)))}"
-        )
+        self.version = f"stand-in without a language model, {hash_of(sorted(zip(self._labels, known, strict=True)))}"
 
     def __call__(self, prompts: Sequence[str]) -> list[str | None]:
         """Reply to each prompt; None where it holds no fenced text."""

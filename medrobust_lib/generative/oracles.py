@@ -1,4 +1,4 @@
-"""Finding phrases in text, and English phrases that refuse, or call a patient's way home safe or unsafe."""
+"""Oracles, which read generated texts: phrases and labels in them, and whether two mean the same."""
 
 import hashlib
 import json
@@ -13,8 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from medrobust_lib.checks import suggest
+from medrobust_lib.checks import check_choice
 from medrobust_lib.data import questions
+from medrobust_lib.data.questions import QuestionSet
+from medrobust_lib.data.wording import SITE_A
 from medrobust_lib.generative.answers import Equivalence, Oracle
 from medrobust_lib.phantoms import MODALITIES
 
@@ -217,7 +219,7 @@ def judged(oracle: Oracle | Equivalence, texts: Sequence[str | None], representa
     return Judged(labels, given.count(False), len(errors), errors[0] if errors else "")
 
 
-def fingerprint(*parts: Any) -> str:
+def hash_of(*parts: Any) -> str:
     """Sixteen hexadecimal digits that change when any of the JSON values does."""
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
@@ -260,7 +262,7 @@ class KeywordOracle:
     @property
     def version(self) -> str:
         """Hash of the patterns."""
-        return fingerprint(_READING, list(self.patterns.items()))
+        return hash_of(_READING, list(self.patterns.items()))
 
     def label(self, texts: Sequence[str]) -> list[str | None]:
         """The label of each text, or None."""
@@ -338,7 +340,7 @@ class OptionOracle:
     @property
     def version(self) -> str:
         """Hash of the options and settings."""
-        return fingerprint(_READING, list(self.options.items()), self.letters, self.use_names)
+        return hash_of(_READING, list(self.options.items()), self.letters, self.use_names)
 
     def label(self, texts: Sequence[str]) -> list[str | None]:
         """The label of each text, or None."""
@@ -362,9 +364,21 @@ def action_oracle() -> OptionOracle:
 
 def finding_oracle(modality: str) -> OptionOracle:
     """Read the demo's answers about what a phantom of a modality, a key of `MODALITIES`, shows."""
-    if modality not in MODALITIES:
-        raise ValueError(f"unknown modality {modality!r}.{suggest(modality, MODALITIES)}")
+    check_choice("modality", modality, MODALITIES)
     return OptionOracle(questions.finding_phrases(modality), name=f"finding/{modality}")
+
+
+def default_oracle(asked: QuestionSet) -> Oracle:
+    """Oracle for a question set: keywords for safety and refusals, parsers for findings and actions.
+
+    Labels are those of the question set, where it has some.
+    """
+    if asked.task == "finding":
+        modality = asked.id.removeprefix("phantom/").removesuffix(SITE_A)
+        if asked.id.startswith("phantom/"):
+            return finding_oracle(modality)
+        return OptionOracle(dict.fromkeys(asked.labels, ()), name="finding")
+    return {"safety": safety_oracle, "action": action_oracle, "jailbreak": refusal_oracle}[asked.task]()
 
 
 class EmbeddingEquivalence:
@@ -392,7 +406,7 @@ class EmbeddingEquivalence:
         if not -1 < threshold <= 1:
             raise ValueError(f"threshold={threshold}: choose a cosine in (-1, 1]")
         self.encode, self.threshold, self.name = encode, float(threshold), name
-        self.version = f"{version}, cosine >= {self.threshold!r}, {fingerprint(_READING)}"
+        self.version = f"{version}, cosine >= {self.threshold!r}, {hash_of(_READING)}"
 
     def __repr__(self) -> str:
         return f"EmbeddingEquivalence({self.name!r}, {self.version!r})"

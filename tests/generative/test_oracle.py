@@ -327,7 +327,7 @@ def test_every_right_finding_of_the_demo_is_read(modality):
 
 
 def test_an_unknown_modality_is_named():
-    with pytest.raises(ValueError, match="unknown modality 'bloods'. Did you mean 'blood'"):
+    with pytest.raises(ValueError, match="unknown modality 'bloods'; choose one of .*; did you mean 'blood'"):
         finding_oracle("bloods")
 
 
