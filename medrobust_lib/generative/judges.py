@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 import requests
@@ -19,7 +20,7 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 
 from medrobust_lib.checks import check_positive, check_whole
 from medrobust_lib.experiments import open_store
-from medrobust_lib.generative.oracles import NEGATION, Oracle, OracleUnavailableError, hash_of, mentions
+from medrobust_lib.generative.oracles import NEGATION, Oracle, OracleUnavailableError, checked, hash_of, mentions
 
 Ask = Callable[[Sequence[str]], Sequence[str | None]]
 """From prompts to one reply each, None where no reply can be read."""
@@ -164,17 +165,7 @@ def _version(ask: Ask, version: str | None, prompt: str) -> str:
     return f"{model}, prompt {hash_of(_READING, prompt)}"
 
 
-def chat_endpoint(
-    url: str,
-    *,
-    model: str,
-    api_key_variable: str | None = None,
-    timeout: float = 30.0,
-    attempts: int = 3,
-    wait: float = 1.0,
-    max_tokens: int = 64,
-    sleep: Callable[[float], None] = time.sleep,
-) -> Ask:
+def chat_endpoint(url: str, *, model: str, **options: Any) -> Ask:
     """Ask a server in OpenAI's chat-completions format, one request a prompt, at temperature 0.
 
     Texts leave this computer: never send what may not. A reply that arrives but cannot be read, or was cut off, is
@@ -213,22 +204,7 @@ def chat_endpoint(
     OracleUnavailableError
         The environment variable is not set.
     """
-    parts = urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise ValueError(f"url={url!r}: give a complete address, such as http://localhost:8000/v1/chat/completions")
-    if "@" in parts.netloc:
-        raise ValueError(f"the url of {parts.hostname} holds credentials; name an environment variable instead")
-    if not model.strip():
-        raise ValueError(f"model={model!r}: give the name that the server knows its model by")
-    if api_key_variable is not None and not re.fullmatch("[A-Z_][A-Z0-9_]*", api_key_variable):
-        # Not echoed: whoever gave the key itself should not find it in a log.
-        raise ValueError("api_key_variable is the NAME of an environment variable (A-Z, 0-9, _), never the key itself")
-    check_whole("attempts", attempts)
-    check_whole("max_tokens", max_tokens)
-    check_positive("timeout", timeout, hint=": give seconds")
-    if wait < 0:
-        raise ValueError(f"wait={wait}: choose at least 0 seconds")
-    endpoint = _ChatEndpoint(url, model, api_key_variable, timeout, attempts, wait, max_tokens, sleep)
+    endpoint = _ChatEndpoint(url, model, **options)
     endpoint.key()
     return endpoint
 
@@ -237,12 +213,33 @@ def chat_endpoint(
 class _ChatEndpoint:
     url: str = field(repr=False)  # its query may hold what nobody should see
     model: str
-    api_key_variable: str | None
-    timeout: float
-    attempts: int
-    wait: float
-    max_tokens: int
-    sleep: Callable[[float], None] = field(repr=False)
+    api_key_variable: str | None = None
+    timeout: float = 30.0
+    attempts: int = 3
+    wait: float = 1.0
+    max_tokens: int = 64
+    sleep: Callable[[float], None] = field(default=time.sleep, repr=False)
+
+    def __post_init__(self) -> None:
+        parts = urlsplit(self.url)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise ValueError(
+                f"url={self.url!r}: give a complete address, such as http://localhost:8000/v1/chat/completions"
+            )
+        if "@" in parts.netloc:
+            raise ValueError(f"the url of {parts.hostname} holds credentials; name an environment variable instead")
+        if not self.model.strip():
+            raise ValueError(f"model={self.model!r}: give the name that the server knows its model by")
+        if self.api_key_variable is not None and not re.fullmatch("[A-Z_][A-Z0-9_]*", self.api_key_variable):
+            # Not echoed: whoever gave the key itself should not find it in a log.
+            raise ValueError(
+                "api_key_variable is the NAME of an environment variable (A-Z, 0-9, _), never the key itself"
+            )
+        check_whole("attempts", self.attempts)
+        check_whole("max_tokens", self.max_tokens)
+        check_positive("timeout", self.timeout, hint=": give seconds")
+        if self.wait < 0:
+            raise ValueError(f"wait={self.wait}: choose at least 0 seconds")
 
     @property
     def address(self) -> str:
@@ -416,20 +413,11 @@ class RememberedOracle(AbstractContextManager):
         new = [text for text in dict.fromkeys(texts) if _key(text) not in self._store]
         for start in range(0, len(new), self.chunk):
             part = new[start : start + self.chunk]
-            for text, label in zip(part, self._checked(self.oracle.label(part), len(part)), strict=True):
+            # Checked, for what is no label would be kept for ever.
+            labels = checked(self.oracle.label(part), len(part), self.name, self.labels)
+            for text, label in zip(part, labels, strict=True):
                 self._store.append(_key(text), [{"text": text, "label": label}], seconds=0.0)
         return [self._store.rows(_key(text))[0]["label"] for text in texts]
-
-    def _checked(self, labels: Sequence[str | None], count: int) -> Sequence[str | None]:
-        """Refuse what would be kept for ever: labels of other texts, or none of the oracle's."""
-        if len(labels) != count:
-            raise ValueError(f"the oracle {self.name!r} returned {len(labels)} labels for {count} texts")
-        strange = [label for label in labels if label is not None and label not in self.labels]
-        if strange:
-            raise ValueError(
-                f"the oracle {self.name!r} returned the label {strange[0]!r}; its labels are {', '.join(self.labels)}"
-            )
-        return labels
 
 
 def _key(text: str) -> str:

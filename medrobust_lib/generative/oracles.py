@@ -206,7 +206,7 @@ def judged(oracle: Oracle | Equivalence, texts: Sequence[str | None], representa
         except Exception as error:
             errors.append(f"{type(error).__name__}: {error}")
             return None
-        return _checked(answers, len(batch), oracle.name, admissible)
+        return checked(answers, len(batch), oracle.name, admissible)
 
     given = [text is not None and bool(text.strip()) for text in texts]
     batch = list(compress(texts, given))
@@ -217,6 +217,21 @@ def judged(oracle: Oracle | Equivalence, texts: Sequence[str | None], representa
     remaining = iter(answers)
     labels = tuple(next(remaining) if there else None for there in given)
     return Judged(labels, given.count(False), len(errors), errors[0] if errors else "")
+
+
+def checked(answers: Any, count: int, name: str, admissible: Sequence[str | bool]) -> list[str | bool | None]:
+    """Answers of an oracle, or a ValueError for other than one admissible label, or None, for each of so many texts."""
+    rule = f"it must return a list with one of {', '.join(map(str, admissible))}, or None, for each text"
+    answers = answers.tolist() if isinstance(answers, np.ndarray) else answers
+    is_list = isinstance(answers, list | tuple)
+    if not is_list or len(answers) != count:
+        what = f"{len(answers)} labels" if is_list else type(answers).__name__
+        raise ValueError(f"the oracle {name!r} returned {what} for {count} texts; {rule}")
+    for answer in answers:
+        if answer is not None and answer not in admissible:
+            raise ValueError(f"the oracle {name!r} returned the label {answer!r}; {rule}")
+    # The admissible label itself, where the answer only equals it: a NumPy bool, a NumPy string.
+    return [None if answer is None else admissible[admissible.index(answer)] for answer in answers]
 
 
 def hash_of(*parts: Any) -> str:
@@ -466,20 +481,6 @@ class SameLabel:
         """Whether each text has the representative's label."""
         target, *labels = self.oracle.label([representative, *texts])
         return [label in self.oracle.labels and label == target for label in labels]
-
-
-def _checked(answers: Any, count: int, name: str, admissible: Sequence[str | bool]) -> list[str | bool | None]:
-    rule = f"it must return a list with one of {', '.join(map(str, admissible))}, or None, for each text"
-    answers = answers.tolist() if isinstance(answers, np.ndarray) else answers
-    is_list = isinstance(answers, list | tuple)
-    if not is_list or len(answers) != count:
-        what = f"{len(answers)} labels" if is_list else type(answers).__name__
-        raise ValueError(f"the oracle {name!r} returned {what} for {count} texts; {rule}")
-    for answer in answers:
-        if answer is not None and answer not in admissible:
-            raise ValueError(f"the oracle {name!r} returned the label {answer!r}; {rule}")
-    # The admissible label itself, where the answer only equals it: a NumPy bool, a NumPy string.
-    return [None if answer is None else admissible[admissible.index(answer)] for answer in answers]
 
 
 def _only(labels: Iterable[str]) -> str | None:

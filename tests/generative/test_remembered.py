@@ -96,7 +96,7 @@ def test_nothing_that_is_no_label_for_each_text_is_kept(tmp_path):
         def label(self, texts):
             return ["medium"] * len(texts)
 
-    message = "returned the label 'medium'; its labels are long, short"
+    message = "returned the label 'medium'; it must return a list with one of long, short, or None"
     with RememberedOracle(Inventive(), tmp_path) as oracle, pytest.raises(ValueError, match=message):
         oracle.label(["ab", "abcd"])
     judge = Judge()
