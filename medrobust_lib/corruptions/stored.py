@@ -264,9 +264,7 @@ def read_corrupted(
     for name in (description, file):
         ledger.check(name, verify=verify)
     facts = read_json_object(folder / description, "a description of corrupted sets", _ANEW)
-    parts = len(SEVERITIES) if ledger.layout == "concatenated" and severity else 1
-    members = member_names(ledger.layout)
-    images, labels = read_npz(folder / file, members=members, part=max(severity - 1, 0) % parts, parts=parts)
+    images, labels = _read_severity(folder / file, ledger.layout, severity)
     done = {
         "name": corruption if severity else CLEAN,
         "severity": severity,
@@ -291,6 +289,12 @@ def read_corrupted(
             provenance=provenance,
             indices=np.array(facts["indices"], dtype=np.int64),
         )
+
+
+def _read_severity(path: Path, layout: Layout, severity: int) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+    """Images and labels of one severity: of a corruption's concatenated file, one of its parts."""
+    parts = len(SEVERITIES) if layout == "concatenated" and severity else 1
+    return read_npz(path, members=member_names(layout), part=(severity - 1) % parts, parts=parts)
 
 
 def check_benchmark(folder: str | Path) -> pd.DataFrame:
@@ -386,9 +390,7 @@ def _read_foreign(
         )
     row, words = DATASETS[dataset], class_wording(dataset)
     path, layout = _foreign_file(folder, dataset, corruption, severity, split)
-    parts = len(SEVERITIES) if layout == "concatenated" else 1
-    part = severity - 1 if layout == "concatenated" else 0
-    images, labels = read_npz(path, members=member_names(layout), part=part, parts=parts)
+    images, labels = _read_severity(path, layout, severity)
     if label_order is not None:
         order = [words.label_of(name) for name in label_order]
         if None in order or sorted(order) != list(range(len(words.names))):

@@ -24,7 +24,7 @@ Seferis et al. 2025, arXiv:2509.16088, Theorems 4.1 and 4.2 (the symmetric case)
 import numbers
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import pandas as pd
@@ -94,6 +94,7 @@ class ErrorRate:
         return f"{self.value:g}" if self.value is not None else f"{self.errors} of {self.trials} labelled texts"
 
 
+@runtime_checkable
 class ErrorModel(Protocol):
     """An assumption about an oracle's errors, and what a bound of q then says about p."""
 
@@ -292,8 +293,7 @@ class TotalErrors:
 
 def check_error_model(model: Any) -> None:
     """Raise a TypeError for what is neither None nor an `ErrorModel`."""
-    needed = all(hasattr(model, name) for name in ("assumption", "is_estimated", "corrected"))
-    if model is not None and (not needed or isinstance(model, type)):
+    if model is not None and (isinstance(model, type) or not isinstance(model, ErrorModel)):
         raise TypeError(
             f"error_model={model!r} is no error model; use one of SymmetricErrors(ErrorRate(0.05)), "
             "FalsePositives({LABEL: ErrorRate(0.05)}) and TotalErrors(ErrorRate(0.05))"
