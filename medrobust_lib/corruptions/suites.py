@@ -301,7 +301,6 @@ def corrupt(
     severity: int,
     seed: int = 0,
     dataset: str = "",
-    first_index: int = 0,
     suite: str | Suite = "medimeta-c",
     indices: ArrayLike | None = None,
 ) -> Pixels:
@@ -323,11 +322,9 @@ def corrupt(
     seed : int
     dataset : str
         Id of the data set; part of the address, and in suite "medmnist-c" the choice of the parameters.
-    first_index : int
-        Position of the first image in its full split.
     suite : {"medimeta-c", "medmnist-c"} or Suite
     indices : int64 [n], optional
-        Positions of the images in their full split, where they are not consecutive; replaces `first_index`.
+        Positions of the images in their full split; 0 to n - 1 by default.
 
     Returns
     -------
@@ -354,7 +351,7 @@ def corrupt(
     gray = keeps_gray(suite, dataset)
     severity = check_severity(severity)
     batch = images if check_images(images) else images[None]
-    places = _places(len(batch), first_index, indices)
+    places = _places(len(batch), indices)
     if severity == 0:
         return np.array(images, order="C", subok=False)
     results = np.empty(batch.shape, np.uint8)
@@ -425,9 +422,9 @@ def random_stream(seed: int, dataset: str, index: int, name: str, severity: int)
     return np.random.default_rng(int.from_bytes(hashlib.blake2b(address, digest_size=16).digest(), "big"))
 
 
-def _places(count: int, first_index: int, indices: ArrayLike | None) -> NDArray[np.int64]:
+def _places(count: int, indices: ArrayLike | None) -> NDArray[np.int64]:
     """Position of every image in its full split."""
-    places = np.atleast_1d(np.arange(count) + first_index if indices is None else np.asarray(indices))
+    places = np.atleast_1d(np.arange(count) if indices is None else np.asarray(indices))
     if places.shape != (count,):
         raise ValueError(f"{count} images but indices of shape {places.shape}; give one index per image")
     if not np.issubdtype(places.dtype, np.integer) or places.min() < 0:

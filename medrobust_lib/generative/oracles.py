@@ -120,18 +120,6 @@ def mentions(text: str, phrases: Mapping[str, Sequence[str]]) -> list[tuple[int,
     ]
 
 
-def lettered(text: str, count: int) -> list[int]:
-    """Positions of the options that "(B)", "B." at the start of a line, or "Answer: B" stand for, in any order."""
-    letter = f"([A-{chr(ord('A') + count - 1)}])"
-    # A capital letter alone is no answer: "Answer: A lymphocyte" starts with an article.
-    places = (
-        rf"\({letter}\)",
-        rf"^[ \t*]*{letter}[ \t*]*(?:[.):]|$)",
-        rf"\b(?i:answer|option|choice)(?i:\s+is)?[\s:*]*\(?{letter}[ \t*]*(?:[.,;:)]|$)",
-    )
-    return [ord(match[1]) - ord("A") for place in places for match in re.finditer(place, text, re.MULTILINE)]
-
-
 def _whole(phrase: str) -> str:
     words = r"\s+".join(re.escape(word) for word in phrase.split())
     before = r"(?<![\w-])" if re.match(r"\s*\w", phrase) else ""
@@ -317,8 +305,6 @@ class OptionOracle:
     ----------
     options : mapping of str to sequence of str
         Other names of each label.
-    letters : bool
-        The first option is also "(A)", "A." at the start of a line, and "Answer: A"; and so on.
     use_names : bool
         The label itself names the option, beside the other names.
     name : str
@@ -326,22 +312,19 @@ class OptionOracle:
     Raises
     ------
     ValueError
-        An option that nothing names, one name for two options, or letters for more than 26.
+        An option that nothing names, or one name for two options.
     """
 
     options: Mapping[str, Sequence[str]] = field(hash=False)
-    letters: bool = field(default=False, kw_only=True)
     use_names: bool = field(default=True, kw_only=True)
     name: str = field(default="option", kw_only=True)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "options", _frozen(self.options, "options"))
-        if self.letters and len(self.options) > 26:
-            raise ValueError(f"{len(self.options)} options are more than 26 letters; use letters=False")
         owners: dict[str, str] = {}
         for label in self.options:
             phrases = [" ".join(phrase.split()).casefold() for phrase in self._phrases(label)]
-            if not all(phrases) or not (phrases or self.letters):
+            if not phrases or not all(phrases):
                 raise ValueError(f"the option {label!r} has a blank name or none at all; give it a name")
             for phrase in phrases:
                 if owners.setdefault(phrase, label) != label:
@@ -349,23 +332,19 @@ class OptionOracle:
 
     @property
     def labels(self) -> tuple[str, ...]:
-        """Every label, in the order of the letters."""
+        """Every label."""
         return tuple(self.options)
 
     @property
     def version(self) -> str:
         """Hash of the options and settings."""
-        return hash_of(_READING, list(self.options.items()), self.letters, self.use_names)
+        letters = False  # (A) and the like stand for no option
+        return hash_of(_READING, list(self.options.items()), letters, self.use_names)
 
     def label(self, texts: Sequence[str]) -> list[str | None]:
         """The label of each text, or None."""
-        return [_only(self._named(text)) for text in texts]
-
-    def _named(self, text: str) -> list[str]:
         phrases = {label: self._phrases(label) for label in self.options}
-        words = [label for _, _, label in mentions(text, phrases)]
-        letters = lettered(text, len(self.options)) if self.letters else []
-        return words + [self.labels[position] for position in letters]
+        return [_only(label for _, _, label in mentions(text, phrases)) for text in texts]
 
     def _phrases(self, label: str) -> tuple[str, ...]:
         return ((label,) if self.use_names else ()) + tuple(self.options[label])
