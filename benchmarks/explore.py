@@ -25,8 +25,7 @@ import typer
 from medrobust_lib import explore, plots
 from medrobust_lib.adaptation import demo_adapters
 from medrobust_lib.evaluation import Candidate
-from medrobust_lib.generative.oracles import ExactMatch, SameLabel
-from medrobust_lib.generative.study import default_oracle
+from medrobust_lib.generative.oracles import ExactMatch, SameLabel, default_oracle
 from medrobust_lib.models.adapters import load_adapter
 from medrobust_lib.smoothing import prompts
 

@@ -11,8 +11,7 @@ from medrobust_lib.data.questions import PHANTOM_TASKS
 from medrobust_lib.experiments import write_text_atomically
 from medrobust_lib.files import reported_errors
 from medrobust_lib.generative.answers import answer_once
-from medrobust_lib.generative.oracles import judged
-from medrobust_lib.generative.study import default_oracle
+from medrobust_lib.generative.oracles import default_oracle, judged
 from medrobust_lib.metrics import accuracy_interval
 from medrobust_lib.models.catalogue import DEMO_VLM
 from medrobust_lib.models.vision_language import VisionLanguageModel

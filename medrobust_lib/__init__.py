@@ -29,11 +29,11 @@ from medrobust_lib.places import VERSION
 __version__ = VERSION
 _NAMES = {
     "corruptions.stored": ["read_corrupted"],
-    "corruptions.suites": ["SUITES", "corrupt"],
-    "corruptions.writing": ["corrupted"],
+    "corruptions.suites": ["SUITES", "corrupt", "corrupted"],
     "data.dataset": ["ImageDataset"],
     "data.questions": ["load_questions"],
     "data.registry": ["list_datasets", "load_dataset"],
+    "evaluation": ["benchmark"],
     "generative.certify": ["GenerativeCertificate", "certify_generative"],
     "models.dual_encoder": ["DualEncoder"],
     "models.loading": ["list_models", "list_vlms", "load_model", "register_model"],

@@ -1,4 +1,4 @@
-"""Gradient attacks on images, to see what a certificate protects against."""
+"""How well a model does: on corrupted images, in one call or step by step, and under gradient attacks."""
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import NamedTuple
@@ -10,10 +10,194 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from medrobust_lib import metrics
-from medrobust_lib.corruptions.suites import SEVERITIES, find_suite
-from medrobust_lib.corruptions.writing import corrupted
+from medrobust_lib.corruptions.stored import CLEAN
+from medrobust_lib.corruptions.suites import SEVERITIES, corrupted, find_suite
 from medrobust_lib.data.dataset import ImageDataset
+from medrobust_lib.data.registry import load_dataset
 from medrobust_lib.models.dual_encoder import DualEncoder
+from medrobust_lib.models.loading import load_model
+
+Predictions = dict[tuple[str, str, int], NDArray[np.int64]]
+"""By name of the classifier, corruption ("clean") and severity (0): the predicted class of each image."""
+
+
+class Candidate(NamedTuple):
+    """A zero-shot classifier: an image tower and the features of its class texts."""
+
+    encoder: DualEncoder
+    class_features: Tensor  # float [K, d], unit norm
+
+
+@torch.inference_mode()
+def benchmark(
+    model: DualEncoder | str,
+    data: ImageDataset | str,
+    *,
+    reference: DualEncoder | str | None = None,
+    suite: str = "medimeta-c",
+    corruptions: Sequence[str] | None = None,
+    severities: Sequence[int] = SEVERITIES,
+    seed: int = 0,
+    batch_size: int = 64,
+) -> pd.DataFrame:
+    """Measure a zero-shot model on clean and corrupted images, in one table.
+
+    Class texts are made of the data set's first template, the papers'.
+
+    Parameters
+    ----------
+    model : DualEncoder or str
+        Or its id, as for `load_model`.
+    data : ImageDataset or str
+        Or its id, as for `load_dataset`: all test images.
+    reference : DualEncoder or str, optional
+        Model whose errors are 100; without one, the model's own clean error is.
+    suite, corruptions, severities, seed, batch_size
+        As in `corruption_answers`.
+
+    Returns
+    -------
+    DataFrame
+        A row for the clean images, one per corruption, and their mean. Columns: severity_1 and so on (accuracy),
+        accuracy and error (means over severities), ce (the error in percent of the reference's; of the mean: mCE; NaN
+        where the reference makes no error), relative_to (what 100 is), constant (nearly one answer in any of the sets:
+        its accuracy then means nothing), chance (accuracy of a blind guess) and n (images).
+
+    Raises
+    ------
+    ValueError
+        Unknown model, data set, suite, corruption or severity; the closest names are given.
+    """
+    data = load_dataset(data) if isinstance(data, str) else data
+    candidates = {}
+    for name, one in (("model", model), ("reference", reference)):
+        if one is not None:
+            encoder = load_model(one) if isinstance(one, str) else one
+            candidates[name] = Candidate(encoder, encoder.class_features(data.classes, data.templates[:1]))
+    options = {"corruptions": corruptions, "severities": severities, "seed": seed, "batch_size": batch_size}
+    cells = accuracy_table(corruption_answers(candidates, data, suite=suite, **options), data)
+    names = cells["corruption"].drop_duplicates().drop(0).tolist()  # the first row is the clean one
+    error = 1 - cells.pivot(index=["model", "corruption"], columns="severity", values="accuracy")
+    clean, errors = error.loc["model"].loc[CLEAN, 0], error.loc["model"].loc[names].drop(columns=0)
+    base_clean, base = clean, np.full((len(names), 1), clean)
+    if reference is not None:
+        base_clean, base = error.loc["reference"].loc[CLEAN, 0], error.loc["reference"].loc[names].drop(columns=0)
+    table = (1 - errors).add_prefix("severity_")
+    table["error"] = errors.mean(axis="columns")
+    table["ce"] = metrics.corruption_error(errors, base)
+    table.loc["mean"] = [*table.mean().drop("ce"), metrics.mean_corruption_error(errors, base)]
+    table.loc[CLEAN, ["error", "ce"]] = clean, metrics.relative_clean_error(clean, base_clean)
+    constant = cells[cells["model"] == "model"].groupby("corruption")["constant"].any()
+    constant["mean"] = constant.any()
+    relative_to = "own clean error" if reference is None else candidates["reference"].encoder.id
+    facts = {"constant": constant, "relative_to": relative_to, "chance": 1 / len(data.classes), "n": len(data)}
+    table.insert(len(severities), "accuracy", 1 - table["error"])
+    return table.loc[[CLEAN, *names, "mean"]].assign(**facts).rename_axis(columns=None)
+
+
+@torch.inference_mode()
+def corruption_answers(
+    candidates: Mapping[str, Candidate],
+    data: ImageDataset,
+    *,
+    suite: str = "medimeta-c",
+    corruptions: Sequence[str] | None = None,
+    severities: Sequence[int] = SEVERITIES,
+    seed: int = 0,
+    batch_size: int = 64,
+) -> Predictions:
+    """Answers of classifiers on the clean images and on every corruption and severity of a suite.
+
+    Each corrupted set is made once, in memory, and every classifier sees the same one; classifiers that share an
+    image tower (the same object) share its features, those of one geometry the prepared images.
+
+    Parameters
+    ----------
+    candidates : mapping of str to Candidate
+        Classifiers under the names that tables will show.
+    data : ImageDataset
+    suite : {"medimeta-c", "medmnist-c"}
+    corruptions : sequence of str, optional
+        Of the suite; by default all that it evaluates on this data set.
+    severities : sequence of int
+        Of 1 to 5.
+    seed : int
+        Of the corruptions.
+    batch_size : int
+        Changes memory and speed.
+
+    Returns
+    -------
+    dict of (name, corruption, severity) to int64 [n]
+        Predicted classes; clean images are ``(name, "clean", 0)``.
+
+    Raises
+    ------
+    ValueError
+        No candidates, or as from `medrobust_lib.corruptions.suites.corrupted`.
+    """
+    if not candidates:
+        raise ValueError("no candidates to evaluate; give at least one")
+    names = find_suite(suite).names(data.id) if corruptions is None else corruptions
+    variants = [(CLEAN, 0), *((c, s) for c in names for s in severities)]
+    found: Predictions = {}
+    for corruption, severity in variants:
+        shown = data if severity == 0 else corrupted(data, corruption, severity=severity, seed=seed, suite=suite)
+        features = _features([encoder for encoder, _ in candidates.values()], shown.images, batch_size)
+        for name, (encoder, class_features) in candidates.items():
+            probabilities = encoder.probabilities(features[id(encoder)], class_features)
+            found[name, corruption, severity] = probabilities.argmax(1).cpu().numpy()
+    return found
+
+
+def accuracy_table(answers: Predictions, data: ImageDataset) -> pd.DataFrame:
+    """Tidy accuracies of `corruption_answers`, as `medrobust_lib.metrics.corruption_error_table` takes them.
+
+    Parameters
+    ----------
+    answers : dict of (name, corruption, severity) to int64 [n]
+    data : ImageDataset
+        The images that were answered.
+
+    Returns
+    -------
+    DataFrame, one row per name, corruption and severity
+        dataset, model, corruption, severity, n, accuracy with its 95 % Clopper-Pearson interval low and high,
+        balanced_accuracy, majority_share, constant (gives nearly one answer).
+    """
+    rows = []
+    for (name, corruption, severity), answer in answers.items():
+        low, high = metrics.accuracy_interval(int((answer == data.labels).sum()), len(data))
+        rows.append(
+            {
+                "dataset": data.id,
+                "model": name,
+                "corruption": corruption,
+                "severity": severity,
+                "n": len(data),
+                "accuracy": metrics.accuracy(data.labels, answer),
+                "low": low,
+                "high": high,
+                "balanced_accuracy": metrics.balanced_accuracy(data.labels, answer),
+                "majority_share": metrics.majority_share(answer),
+                "constant": metrics.is_constant_predictor(answer),
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def _features(encoders: Sequence[DualEncoder], images: NDArray[np.uint8], batch_size: int) -> dict[int, Tensor]:
+    """Features by ``id`` of the encoder, each computed once; encoders of one geometry share the prepared images."""
+    different = {id(encoder): encoder for encoder in encoders}
+    parts: dict[int, list[Tensor]] = {key: [] for key in different}
+    for start in range(0, len(images), batch_size):
+        prepared: dict[Hashable, Tensor] = {}
+        for key, encoder in different.items():
+            geometry = (type(encoder).prepare, encoder.preprocessing)  # an own model may prepare in its own way
+            if geometry not in prepared:
+                prepared[geometry] = encoder.prepare(images[start : start + batch_size])
+            parts[key].append(encoder.encode_image(prepared[geometry]))
+    return {key: torch.cat(found) for key, found in parts.items()}
 
 
 def projected_gradient(
@@ -93,115 +277,3 @@ def _projected(moved: Tensor, clean: Tensor, radius: float) -> Tensor:
 
 def _unit(gradient: Tensor) -> Tensor:
     return gradient / gradient.flatten(1).norm(dim=1).clamp(min=1e-12).view(-1, 1, 1, 1)
-
-
-CLEAN = "clean"
-Answers = dict[tuple[str, str, int], NDArray[np.int64]]
-
-
-class Candidate(NamedTuple):
-    """A zero-shot classifier: an image tower and the features of its class texts."""
-
-    encoder: DualEncoder
-    class_features: Tensor  # float [K, d], unit norm
-
-
-@torch.inference_mode()
-def corruption_answers(
-    candidates: Mapping[str, Candidate],
-    data: ImageDataset,
-    *,
-    suite: str = "medimeta-c",
-    severities: Sequence[int] = SEVERITIES,
-    seed: int = 0,
-    batch_size: int = 64,
-) -> Answers:
-    """Answers of classifiers on the clean images and on every corruption and severity of a suite.
-
-    Each corrupted set is made once, in memory, and every classifier sees the same one; classifiers that share an
-    image tower (the same object) share its features, those of one geometry the prepared images.
-
-    Parameters
-    ----------
-    candidates : mapping of str to Candidate
-        Classifiers under the names that tables will show.
-    data : ImageDataset
-    suite : {"medimeta-c", "medmnist-c"}
-    severities : sequence of int
-        Of 1 to 5.
-    seed : int
-        Of the corruptions.
-    batch_size : int
-        Changes memory and speed.
-
-    Returns
-    -------
-    dict of (name, corruption, severity) to int64 [n]
-        Predicted classes; clean images are ``(name, "clean", 0)``.
-
-    Raises
-    ------
-    ValueError
-        No candidates, or as from `medrobust_lib.corruptions.writing.corrupted`.
-    """
-    if not candidates:
-        raise ValueError("no candidates to evaluate; give at least one")
-    variants = [(CLEAN, 0), *((c, s) for c in find_suite(suite).names(data.id) for s in severities)]
-    found: Answers = {}
-    for corruption, severity in variants:
-        shown = data if severity == 0 else corrupted(data, corruption, severity=severity, seed=seed, suite=suite)
-        features = _features([encoder for encoder, _ in candidates.values()], shown.images, batch_size)
-        for name, (encoder, class_features) in candidates.items():
-            probabilities = encoder.probabilities(features[id(encoder)], class_features)
-            found[name, corruption, severity] = probabilities.argmax(1).cpu().numpy()
-    return found
-
-
-def accuracy_table(answers: Answers, data: ImageDataset) -> pd.DataFrame:
-    """Tidy accuracies of `corruption_answers`, as `medrobust_lib.metrics.corruption_error_table` takes them.
-
-    Parameters
-    ----------
-    answers : dict of (name, corruption, severity) to int64 [n]
-    data : ImageDataset
-        The images that were answered.
-
-    Returns
-    -------
-    DataFrame, one row per name, corruption and severity
-        dataset, model, corruption, severity, n, accuracy with its 95 % Clopper-Pearson interval low and high,
-        balanced_accuracy, majority_share, constant (gives nearly one answer).
-    """
-    rows = []
-    for (name, corruption, severity), answer in answers.items():
-        low, high = metrics.accuracy_interval(int((answer == data.labels).sum()), len(data))
-        rows.append(
-            {
-                "dataset": data.id,
-                "model": name,
-                "corruption": corruption,
-                "severity": severity,
-                "n": len(data),
-                "accuracy": metrics.accuracy(data.labels, answer),
-                "low": low,
-                "high": high,
-                "balanced_accuracy": metrics.balanced_accuracy(data.labels, answer),
-                "majority_share": metrics.majority_share(answer),
-                "constant": metrics.is_constant_predictor(answer),
-            }
-        )
-    return pd.DataFrame(rows)
-
-
-def _features(encoders: Sequence[DualEncoder], images: NDArray[np.uint8], batch_size: int) -> dict[int, Tensor]:
-    """Features by ``id`` of the encoder, each computed once; encoders of one geometry share the prepared images."""
-    different = {id(encoder): encoder for encoder in encoders}
-    parts: dict[int, list[Tensor]] = {key: [] for key in different}
-    for start in range(0, len(images), batch_size):
-        prepared: dict[Hashable, Tensor] = {}
-        for key, encoder in different.items():
-            geometry = (type(encoder).prepare, encoder.preprocessing)  # an own model may prepare in its own way
-            if geometry not in prepared:
-                prepared[geometry] = encoder.prepare(images[start : start + batch_size])
-            parts[key].append(encoder.encode_image(prepared[geometry]))
-    return {key: torch.cat(found) for key, found in parts.items()}

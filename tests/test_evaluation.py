@@ -6,8 +6,8 @@ import torch
 
 import medrobust_lib as mr
 from medrobust_lib import metrics
-from medrobust_lib.corruptions.writing import corrupted
-from medrobust_lib.evaluation import Candidate, accuracy_table, corruption_answers
+from medrobust_lib.corruptions.suites import corrupted
+from medrobust_lib.evaluation import Candidate, accuracy_table, benchmark, corruption_answers
 
 
 @pytest.fixture(scope="module")
@@ -96,3 +96,21 @@ def test_table_fits_the_metrics(answers, data):
     assert row.low <= row.accuracy <= row.high
     errors = metrics.corruption_error_table(table, reference="as is").set_index("model")
     assert errors.mce["as is"] == pytest.approx(100)
+
+
+def test_one_call_gives_the_whole_table(answers, encoder, data):
+    options = {"severities": (2, 5), "seed": 3, "batch_size": 4}
+    table = benchmark(encoder, data, **options)
+    names = list(mr.SUITES["medimeta-c"].corruptions)
+    assert table.index.to_list() == ["clean", *names, "mean"]
+    right = np.mean(answers["as is", "contrast", 5] == data.labels)
+    assert table.loc["contrast", "severity_5"] == pytest.approx(right)
+    clean = np.mean(answers["as is", "clean", 0] == data.labels)
+    assert table.loc["clean", ["accuracy", "n", "chance"]].to_list() == pytest.approx([clean, 6, 1 / len(data.classes)])
+    assert table.loc["mean", "accuracy"] == pytest.approx(table.loc[names, "accuracy"].mean())
+    if clean < 1:
+        np.testing.assert_allclose(table.ce[names].astype(float), 100 * table.error[names] / (1 - clean))
+    against = benchmark(encoder, data, reference=encoder, corruptions=["contrast"], **options)
+    assert set(against.ce.dropna()) <= {100.0} and set(against.relative_to) == {encoder.id}
+    constant = [metrics.is_constant_predictor(answers["as is", "contrast", severity]) for severity in (2, 5)]
+    assert against.loc["contrast", "constant"] == any(constant)

@@ -7,7 +7,8 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from medrobust_lib.corruptions.writing import corrupted, read_corrupted
+from medrobust_lib.corruptions.stored import read_corrupted
+from medrobust_lib.corruptions.suites import corrupted
 from medrobust_lib.data.registry import load_dataset
 
 SCRIPTS = Path(__file__).parents[1] / "data_scripts"

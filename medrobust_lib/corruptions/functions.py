@@ -1,4 +1,7 @@
-"""What every corruption asks of its images, and how a gray image takes the way of an RGB one."""
+"""Corruptions but for blurs, as pure functions of one image: noise, colour, digital and microscopy; and a spectrum.
+
+All ask the same of their images (`check_images`). A gray image takes the way of an RGB one and comes back as its luma.
+"""
 
 import functools
 import io
@@ -14,7 +17,7 @@ from scipy.fft import dctn
 Pixels = NDArray[np.uint8]
 P = ParamSpec("P")
 
-SMALLEST_SIDE = 28
+_SMALLEST_SIDE = 28
 
 
 def on_pixels(function: Callable[Concatenate[Pixels, P], Pixels]) -> Callable[Concatenate[Pixels, P], Pixels]:
@@ -30,16 +33,7 @@ def on_pixels(function: Callable[Concatenate[Pixels, P], Pixels]) -> Callable[Co
 
 
 def check_images(images: object) -> bool:
-    """Refuse anything but uint8 images, gray or RGB, of at least 28 x 28 pixels.
-
-    Parameters
-    ----------
-    images : uint8 [n, H, W, 3], [n, H, W], [H, W, 3] or [H, W]
-
-    Returns
-    -------
-    bool
-        Whether the array is a batch.
+    """Whether uint8 images [n, H, W, 3], [n, H, W], [H, W, 3] or [H, W], at least 28 x 28 pixels, are a batch.
 
     Raises
     ------
@@ -58,13 +52,13 @@ def check_images(images: object) -> bool:
         raise ValueError(f"there is no image in an array of shape {images.shape}; give at least one")
     if images.ndim not in (2, 3, 4):
         raise ValueError(f"images of shape {images.shape}: give [n, H, W, 3], [n, H, W], [H, W, 3] or [H, W]")
-    channels_last = images.ndim == 4 or (images.ndim == 3 and images.shape[2] < SMALLEST_SIDE)
+    channels_last = images.ndim == 4 or (images.ndim == 3 and images.shape[2] < _SMALLEST_SIDE)
     if channels_last and images.shape[-1] != 3:
         raise ValueError(f"images of shape {images.shape} are neither RGB nor gray; {_channel_advice(images)}")
     height, width = images.shape[-3:-1] if channels_last else images.shape[-2:]
-    if min(height, width) < SMALLEST_SIDE:
+    if min(height, width) < _SMALLEST_SIDE:
         raise ValueError(
-            f"images of {height} x {width} pixels: corruptions need at least {SMALLEST_SIDE} on each side; resize first"
+            f"images of {height} x {width} pixels: each side needs at least {_SMALLEST_SIDE}; resize first"
         )
     return images.ndim - channels_last == 3
 
@@ -94,17 +88,18 @@ def as_rgb(image: Pixels) -> Pixels:
     return image if image.ndim == 3 else np.repeat(image[..., None], 3, axis=2)
 
 
-def back_to_gray(rgb: Pixels, like: Pixels) -> Pixels:
-    """Luma of a corrupted RGB image, rounded as PIL does, where the image came in gray."""
-    return rgb if like.ndim == 3 else np.array(Image.fromarray(rgb).convert("L"))
+def on_rgb(function: Callable[Concatenate[Pixels, P], Pixels]) -> Callable[Concatenate[Pixels, P], Pixels]:
+    """As `on_pixels`, for a function of RGB images: a gray one comes back as the result's luma, rounded as PIL does."""
+
+    @functools.wraps(function)
+    def coloured(image: Pixels, /, *args: P.args, **kwargs: P.kwargs) -> Pixels:
+        result = function(as_rgb(image), *args, **kwargs)
+        return result if image.ndim == 3 else np.array(Image.fromarray(result).convert("L"))
+
+    return on_pixels(coloured)
 
 
-def as_luma(image: Pixels) -> Pixels:
-    """Luma in three equal channels of an RGB image; a gray image [H, W] stays as it is."""
-    return image if image.ndim == 2 else as_rgb(np.array(Image.fromarray(image).convert("L")))
-
-
-@on_pixels
+@on_rgb
 def gaussian_noise(image: Pixels, *, sigma: float, rng: np.random.Generator) -> Pixels:
     """Add N(0, sigma^2) to every channel, clip, truncate (ImageNet-C; Hendrycks and Dietterich 2019).
 
@@ -119,14 +114,13 @@ def gaussian_noise(image: Pixels, *, sigma: float, rng: np.random.Generator) -> 
     -------
     uint8 of the same shape
     """
-    rgb = as_rgb(image)
-    noisy = rng.standard_normal(rgb.shape, dtype=np.float32)
+    noisy = rng.standard_normal(image.shape, dtype=np.float32)
     noisy *= 255 * sigma
-    noisy += rgb
-    return back_to_gray(_truncated(noisy), image)
+    noisy += image
+    return _truncated(noisy)
 
 
-@on_pixels
+@on_rgb
 def impulse_noise(image: Pixels, *, amount: float, rng: np.random.Generator) -> Pixels:
     """Replace each channel value with probability `amount`, by 0 or 255 with equal chances (salt and pepper).
 
@@ -141,14 +135,13 @@ def impulse_noise(image: Pixels, *, amount: float, rng: np.random.Generator) -> 
     -------
     uint8 of the same shape
     """
-    rgb = as_rgb(image)
-    chance = rng.random(rgb.shape, dtype=np.float32)
-    noisy = rgb * (chance >= amount / 2)
+    chance = rng.random(image.shape, dtype=np.float32)
+    noisy = image * (chance >= amount / 2)
     noisy |= -(chance >= 1 - amount / 2).view(np.uint8)  # minus one is 255 in uint8
-    return back_to_gray(noisy, image)
+    return noisy
 
 
-@on_pixels
+@on_rgb
 def speckle_noise(image: Pixels, *, sigma: float, rng: np.random.Generator) -> Pixels:
     """Multiply every channel value by 1 + N(0, sigma^2), clip, truncate.
 
@@ -163,15 +156,14 @@ def speckle_noise(image: Pixels, *, sigma: float, rng: np.random.Generator) -> P
     -------
     uint8 of the same shape
     """
-    rgb = as_rgb(image)
-    noisy = rng.standard_normal(rgb.shape, dtype=np.float32)
+    noisy = rng.standard_normal(image.shape, dtype=np.float32)
     noisy *= sigma
     noisy += 1
-    noisy *= rgb
-    return back_to_gray(_truncated(noisy), image)
+    noisy *= image
+    return _truncated(noisy)
 
 
-@on_pixels
+@on_rgb
 def shot_noise(image: Pixels, *, photons: float, rng: np.random.Generator) -> Pixels:
     """Count photons: Poisson noise whose rate is `photons` at full brightness.
 
@@ -186,9 +178,8 @@ def shot_noise(image: Pixels, *, photons: float, rng: np.random.Generator) -> Pi
     -------
     uint8 of the same shape
     """
-    rgb = as_rgb(image)
-    counts = rng.poisson(rgb * (photons / 255))
-    return back_to_gray(_truncated(counts * (255 / photons)), image)
+    counts = rng.poisson(image * (photons / 255))
+    return _truncated(counts * (255 / photons))
 
 
 def _truncated(values: np.ndarray) -> Pixels:
@@ -198,7 +189,7 @@ def _truncated(values: np.ndarray) -> Pixels:
 
 
 # Whole numbers must survive a truncation whatever the last bit of a product is; far less than a grey level.
-NUDGE = np.float32(2**-12)
+_NUDGE = np.float32(2**-12)
 
 
 @on_pixels
@@ -220,13 +211,13 @@ def brightness(image: Pixels, *, added: float) -> Pixels:
     """
     gains, black = _brightness_gains(added)
     if image.ndim == 2:
-        levels = np.arange(256) * gains + NUDGE
+        levels = np.arange(256) * gains + _NUDGE
         levels[0] = black
         return levels.astype(np.uint8)[image]
     value = np.maximum(np.maximum(image[..., 0], image[..., 1]), image[..., 2])
     brighter = np.repeat(gains[value.ravel()], 3).reshape(image.shape)
     brighter *= image
-    brighter += NUDGE
+    brighter += _NUDGE
     result = brighter.astype(np.uint8)
     if not value.all():
         result[value == 0] = black
@@ -240,7 +231,7 @@ def _brightness_gains(added: float) -> tuple[NDArray[np.float32], int]:
     gains = np.minimum(value + added, 1) / np.maximum(value, 1 / 255)
     gains = gains.astype(np.float32)
     gains.flags.writeable = False
-    return gains, int(min(added, 1) * 255 + NUDGE)
+    return gains, int(min(added, 1) * 255 + _NUDGE)
 
 
 @on_pixels
@@ -326,7 +317,7 @@ def gamma_correction(image: Pixels, *, exponent: float) -> Pixels:
     return levels.astype(np.uint8)[image]
 
 
-@on_pixels
+@on_rgb
 def saturate(image: Pixels, *, added: float) -> Pixels:
     """Add to the saturation of HSV, clip, truncate (MedMNIST-C).
 
@@ -343,14 +334,14 @@ def saturate(image: Pixels, *, added: float) -> Pixels:
     uint8 of the same shape
         Within one grey level of the public implementation. Of a gray image, the luma.
     """
-    rgb = as_rgb(image).astype(np.float64)
+    rgb = image.astype(np.float64)
     value = rgb.max(-1, keepdims=True)
     spread = value - rgb.min(-1, keepdims=True)
     saturation = np.divide(spread, value, out=np.zeros_like(value), where=value > 0)
     depth = np.broadcast_to([0.0, 1.0, 1.0], rgb.shape).copy()  # hue 0, for pixels without spread
     np.divide(value - rgb, spread, out=depth, where=spread > 0)
     coloured = value * (1 - np.minimum(saturation + added, 1) * depth)
-    return back_to_gray((coloured + NUDGE).astype(np.uint8), image)
+    return (coloured + _NUDGE).astype(np.uint8)
 
 
 @on_pixels
@@ -391,8 +382,8 @@ def jpeg_compression(image: Pixels, *, quality: int) -> Pixels:
     return np.array(Image.open(file))
 
 
-MARGIN = 10  # pixels that stain deposits keep from the border
-RING = 2  # pixels
+_MARGIN = 10  # pixels that stain deposits keep from the border
+_RING = 2  # pixels
 
 
 @on_pixels
@@ -416,15 +407,13 @@ def stain_deposit(image: Pixels, *, most: int, side: int, rng: np.random.Generat
     side = min(side, *image.shape[:2])
     for _ in range(rng.integers(1, most, endpoint=True)):
         blot = _blot(side, rng)
-        top, left = (_corner(length, side, rng) for length in image.shape[:2])
+        corner = []
+        for room in (length - side for length in image.shape[:2]):
+            margin = min(_MARGIN, room // 2)
+            corner.append(rng.integers(margin, room - margin, endpoint=True))
+        top, left = corner
         stained[top : top + side, left : left + side][blot] = 0
     return stained
-
-
-def _corner(length: int, side: int, rng: np.random.Generator) -> int:
-    """Uniform place for an object along one side of the image, off the border by the margin where there is room."""
-    margin = min(MARGIN, (length - side) // 2)
-    return int(rng.integers(margin, length - side - margin, endpoint=True))
 
 
 def _blot(side: int, rng: np.random.Generator) -> NDArray[np.bool_]:
@@ -438,7 +427,7 @@ def _blot(side: int, rng: np.random.Generator) -> NDArray[np.bool_]:
     return np.hypot(down, right) <= outline / outline.max() * side / 2
 
 
-@on_pixels
+@on_rgb
 def bubble(image: Pixels, *, largest_radius: int, most: int, rng: np.random.Generator) -> Pixels:
     """Lay translucent white disks with a brighter ring over the image.
 
@@ -455,22 +444,18 @@ def bubble(image: Pixels, *, largest_radius: int, most: int, rng: np.random.Gene
     -------
     uint8 of the same shape
     """
-    picture = Image.fromarray(as_rgb(image))
+    picture = Image.fromarray(image)
     layer = Image.new("RGBA", picture.size, (255, 255, 255, 0))
     draw = ImageDraw.Draw(layer)
     for _ in range(rng.integers(7, most, endpoint=True)):
         radius = int(rng.integers(3, largest_radius, endpoint=True))
-        x, y = (_centre(length, radius, rng) for length in picture.size)
-        for reach, opacity in ((radius + RING, 130), (radius, 100)):
+        # Inside the image; in its middle where the disk is larger.
+        ranges = [(min(radius, length // 2), length - radius) for length in picture.size]
+        x, y = (int(rng.integers(first, max(last, first), endpoint=True)) for first, last in ranges)
+        for reach, opacity in ((radius + _RING, 130), (radius, 100)):
             draw.ellipse((x - reach, y - reach, x + reach, y + reach), fill=(255, 255, 255, opacity))
     picture.paste(layer, (0, 0), layer)
-    return back_to_gray(np.array(picture), image)
-
-
-def _centre(length: int, radius: int, rng: np.random.Generator) -> int:
-    """Uniform centre that keeps a disk inside the image; the middle where the disk is larger than the image."""
-    first = min(radius, length // 2)
-    return int(rng.integers(first, max(length - radius, first), endpoint=True))
+    return np.array(picture)
 
 
 def dct_power(images: NDArray) -> NDArray[np.float64]:
@@ -479,8 +464,7 @@ def dct_power(images: NDArray) -> NDArray[np.float64]:
     Parameters
     ----------
     images : float [n, H, W]
-        Gray images in [0, 1] units; the transform is orthonormal, so white noise of standard
-        deviation sigma has power sigma^2 at every frequency.
+        Gray images in [0, 1] units; the transform is orthonormal, so white noise has power sigma^2 at every frequency.
 
     Returns
     -------
@@ -502,9 +486,8 @@ def radial_profile(power: NDArray, *, n_bins: int = 24) -> tuple[NDArray[np.floa
 
     Returns
     -------
-    frequency : float64 [m]
-        Ring centre as a fraction of the Nyquist frequency, 0 to sqrt(2) (the corner).
-    mean_power : float64 [m]
+    frequency, mean_power : float64 [m]
+        The frequency is the ring's centre as a fraction of the Nyquist frequency, 0 to sqrt(2) (the corner).
     """
     rows, columns = (np.arange(side) / side for side in power.shape)
     radius = np.hypot(rows[:, None], columns[None, :])

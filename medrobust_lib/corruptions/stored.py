@@ -22,12 +22,13 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from medrobust_lib.checks import suggest
+from medrobust_lib.checks import check_choice, suggest
 from medrobust_lib.corruptions.suites import SEVERITIES, check_severity
 from medrobust_lib.data.dataset import ImageDataset, check_labels
 from medrobust_lib.data.decoding import member_header, member_labels, member_names_of, member_rows
 from medrobust_lib.data.registry import DATASETS
 from medrobust_lib.data.wording import class_wording
+from medrobust_lib.experiments.store import read_parameters
 from medrobust_lib.files import file_sha256, inside, parsed, read_json_object, whole_file
 
 Layout = Literal["per-severity", "concatenated"]
@@ -173,11 +174,6 @@ def remove_leftovers(files: Iterable[Path]) -> None:
             leftover.unlink()
 
 
-def as_stored(labels: NDArray[np.int64], layout: Layout) -> NDArray[np.int64]:
-    """Labels in the layout's shape: MedMNIST's tools expect a column."""
-    return labels[:, None] if layout == "concatenated" else labels
-
-
 def described(data: ImageDataset) -> str:
     """All of a data set but its images and labels, as JSON."""
     facts = {
@@ -201,7 +197,7 @@ def _member(name: str) -> zipfile.ZipInfo:
     return info
 
 
-AGAIN = "Make the same call of write_benchmark, or run the same script, again: it writes what is missing."
+_AGAIN = "Make the same call of write_benchmark, or run the same script, again: it writes what is missing."
 _ANEW = "Delete the folder and write the sets again."
 
 
@@ -256,7 +252,7 @@ def read_corrupted(
     severity = check_severity(severity)
     if corruption == CLEAN and severity:
         raise ValueError(f"severity={severity} of the clean images; name a corruption, or leave severity at 0")
-    ledger = read_ledger(folder)
+    ledger = _read_ledger(folder)
     if ledger is None:
         return _read_foreign(folder, dataset, corruption, severity, split, label_order)
     if label_order is not None:
@@ -265,11 +261,9 @@ def read_corrupted(
     file = set_file(ledger.layout, dataset, split, corruption, severity)
     description = Path(clean).with_name(f"{DESCRIPTION}.json").as_posix()
     for name in (description, file):
-        _check_file(ledger, name, verify=verify)
+        ledger.check(name, verify=verify)
     facts = read_json_object(folder / description, "a description of corrupted sets", _ANEW)
-    parts = len(SEVERITIES) if ledger.layout == "concatenated" and severity else 1
-    members = member_names(ledger.layout)
-    images, labels = read_npz(folder / file, members=members, part=max(severity - 1, 0) % parts, parts=parts)
+    images, labels = _read_severity(folder / file, ledger.layout, severity)
     done = {
         "name": corruption if severity else CLEAN,
         "severity": severity,
@@ -284,18 +278,22 @@ def read_corrupted(
             "corruption": done,
             "verified": "SHA-256 of the manifest" if verify else "length only",
         }
+        plain = {name: facts[name] for name in ("id", "split", "modality", "licence")}
         return ImageDataset(
-            id=facts["id"],
-            split=facts["split"],
+            **plain,
             images=images,
             labels=labels,
             classes=tuple(facts["classes"]),
             templates=tuple(facts["templates"]),
-            modality=facts["modality"],
-            licence=facts["licence"],
             provenance=provenance,
             indices=np.array(facts["indices"], dtype=np.int64),
         )
+
+
+def _read_severity(path: Path, layout: Layout, severity: int) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+    """Images and labels of one severity: of a corruption's concatenated file, one of its parts."""
+    parts = len(SEVERITIES) if layout == "concatenated" and severity else 1
+    return read_npz(path, members=member_names(layout), part=(severity - 1) % parts, parts=parts)
 
 
 def check_benchmark(folder: str | Path) -> pd.DataFrame:
@@ -311,15 +309,14 @@ def check_benchmark(folder: str | Path) -> pd.DataFrame:
     ValueError
         The folder has no manifest of ours, or its run did not finish any data set.
     """
-    ledger = read_ledger(Path(folder))
+    ledger = _read_ledger(Path(folder))
     if ledger is None:
         raise ValueError(f"{folder} has no manifest of corrupted sets, so nothing in it can be verified")
-    states = [_state(ledger, file, verify=True) for file in ledger.rows]
-    return pd.DataFrame(list(ledger.rows.values())).assign(state=states)
+    return pd.DataFrame(list(ledger.rows.values())).assign(state=list(map(ledger.state, ledger.rows)))
 
 
 @dataclass(frozen=True)
-class Ledger:
+class _Ledger:
     """What a collection of ours records about itself: its folder, parameters and the row of each file."""
 
     folder: Path
@@ -328,65 +325,57 @@ class Ledger:
 
     @property
     def layout(self) -> Layout:
-        """Which of the two file layouts the collection has."""
         return self.parameters["layout"]
 
+    def state(self, file: str, *, verify: bool = True) -> str:
+        path, row = self.folder / file, self.rows[file]
+        if not path.is_file():
+            return "missing"
+        if path.stat().st_size != row["bytes"]:
+            return "truncated"
+        return "changed" if verify and file_sha256(path) != row["sha256"] else "whole"
 
-def read_ledger(folder: Path) -> Ledger | None:
+    def check(self, file: str, *, verify: bool) -> None:
+        """Refuse a file that is not there or not as it was written."""
+        path = self.folder / file
+        if file not in self.rows:
+            if path.exists():
+                raise ValueError(f"{path} is there, but its run was stopped before the data set was whole. {_AGAIN}")
+            held = [known for known in self.rows if known.endswith(".npz")]
+            raise FileNotFoundError(f"no {file} in {self.folder}.{suggest(file, held)}")
+        state, recorded = self.state(file, verify=verify), self.rows[file]
+        if state != "whole":
+            size = path.stat().st_size if path.is_file() else 0
+            says = {
+                "missing": "is recorded but not there",
+                "truncated": f"has {size} bytes, {recorded['bytes']} are recorded",
+                "changed": f"has changed since it was written: its SHA-256 is not the recorded {recorded['sha256']}. "
+                "Delete it",
+            }
+            raise ValueError(f"{path} {says[state]}. {_AGAIN}")
+
+
+def _read_ledger(folder: Path) -> _Ledger | None:
     """Manifest and table of a collection, or None where it has no manifest of ours."""
     if not folder.is_dir():
         raise FileNotFoundError(f"no folder at {folder.absolute()}")
-    manifest, table = folder / "manifest.json", folder / "table.csv"
-    try:
-        parameters = read_json_object(manifest, "a manifest")["parameters"]
-        ours = parameters["kind"] == KIND
-    except (FileNotFoundError, ValueError, KeyError, TypeError):
-        ours = False
-    if not ours:
-        if manifest.exists() and (folder / "journal.jsonl").exists():
-            raise ValueError(f"{manifest} is damaged; delete {folder} and write the sets again")
+    parameters = read_parameters(folder)
+    if parameters is None or parameters.get("kind") != KIND:
+        if (folder / "manifest.json").exists() and (folder / "journal.jsonl").exists():
+            raise ValueError(f"{folder / 'manifest.json'} is damaged; delete {folder} and write the sets again")
         return None
+    table = folder / "table.csv"
     if not table.exists():
-        raise ValueError(f"{folder} is half written: its run was stopped before a data set was whole. {AGAIN}")
-    with parsed(f"{manifest} does not say how the sets were made", _ANEW):
-        if parameters["layout"] not in get_args(Layout) or not {"suite", "seed"} <= set(parameters):
-            raise ValueError(f"its layout is {parameters['layout']!r}; it has {', '.join(parameters)}")
-        parameters["suite"]["id"]
-    with parsed(f"{table} is no table of corrupted sets", AGAIN):
+        raise ValueError(f"{folder} is half written: its run was stopped before a data set was whole. {_AGAIN}")
+    with parsed(f"{folder / 'manifest.json'} does not say how the sets were made", _ANEW):
+        check_choice("layout", parameters["layout"], get_args(Layout))
+        parameters["suite"]["id"], parameters["seed"]
+    with parsed(f"{table} is no table of corrupted sets", _AGAIN):
         rows = pd.read_csv(table, dtype={"file": str, "severities": str, "sha256": str}, keep_default_na=False)
         rows[["bytes", "sha256"]]
         for file in rows["file"]:
             inside(folder, file, source=table)
-        return Ledger(folder, parameters, {row["file"]: row for row in rows.to_dict("records")})
-
-
-def _state(ledger: Ledger, file: str, *, verify: bool) -> str:
-    path, row = ledger.folder / file, ledger.rows[file]
-    if not path.is_file():
-        return "missing"
-    if path.stat().st_size != row["bytes"]:
-        return "truncated"
-    return "changed" if verify and file_sha256(path) != row["sha256"] else "whole"
-
-
-def _check_file(ledger: Ledger, file: str, *, verify: bool) -> None:
-    path = ledger.folder / file
-    if file not in ledger.rows:
-        if path.exists():
-            raise ValueError(f"{path} is there, but its run was stopped before the data set was whole. {AGAIN}")
-        held = [known for known in ledger.rows if known.endswith(".npz")]
-        raise FileNotFoundError(f"no {file} in {ledger.folder}.{suggest(file, held)}")
-    state = _state(ledger, file, verify=verify)
-    recorded = ledger.rows[file]
-    if state == "missing":
-        raise ValueError(f"{path} is recorded but not there. {AGAIN}")
-    if state == "truncated":
-        raise ValueError(f"{path} has {path.stat().st_size} bytes, {recorded['bytes']} are recorded. {AGAIN}")
-    if state == "changed":
-        raise ValueError(
-            f"{path} has changed since it was written: its SHA-256 is not the recorded {recorded['sha256']}. "
-            f"Delete it. {AGAIN}"
-        )
+        return _Ledger(folder, parameters, {row["file"]: row for row in rows.to_dict("records")})
 
 
 def _read_foreign(
@@ -400,9 +389,7 @@ def _read_foreign(
         )
     row, words = DATASETS[dataset], class_wording(dataset)
     path, layout = _foreign_file(folder, dataset, corruption, severity, split)
-    parts = len(SEVERITIES) if layout == "concatenated" else 1
-    part = severity - 1 if layout == "concatenated" else 0
-    images, labels = read_npz(path, members=member_names(layout), part=part, parts=parts)
+    images, labels = _read_severity(path, layout, severity)
     if label_order is not None:
         order = [words.label_of(name) for name in label_order]
         if None in order or sorted(order) != list(range(len(words.names))):

@@ -8,17 +8,17 @@ import hashlib
 import json
 import operator
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from PIL import Image
 
-from medrobust_lib.checks import closest
+from medrobust_lib.checks import check_choice, closest
 from medrobust_lib.corruptions.blur import defocus_blur, gaussian_blur, motion_blur, zoom_blur
 from medrobust_lib.corruptions.functions import (
     Pixels,
-    as_luma,
     brightness,
     bubble,
     check_images,
@@ -35,6 +35,7 @@ from medrobust_lib.corruptions.functions import (
     speckle_noise,
     stain_deposit,
 )
+from medrobust_lib.data.dataset import ImageDataset
 
 SEVERITIES = (1, 2, 3, 4, 5)
 RANDOM = frozenset({gaussian_noise, impulse_noise, speckle_noise, shot_noise, motion_blur, stain_deposit, bubble})
@@ -133,7 +134,8 @@ class Suite:
         family = self.family(dataset)
         offered = {corruption.name: corruption for corruption in self.families[family]}
         if name not in offered:
-            elsewhere = [other.id for other in SUITES.values() if other.id != self.id and _has(other, name)]
+            others = [other for other in SUITES.values() if other.id != self.id]
+            elsewhere = [other.id for other in others if name in (*other.corruptions, *other.extra)]
             raise ValueError(
                 f"unknown corruption {name!r} in suite {self.id}{f' for {family}' if family else ''}; "
                 f"choose one of {', '.join(offered)}{_closest(name, offered)}"
@@ -152,8 +154,7 @@ def find_suite(suite: str | Suite) -> Suite:
     """
     if isinstance(suite, Suite):
         return suite
-    if suite not in SUITES:
-        raise ValueError(f"unknown suite {suite!r}; choose one of {', '.join(SUITES)}{_closest(suite, SUITES)}")
+    check_choice("suite", suite, SUITES)
     return SUITES[suite]
 
 
@@ -162,10 +163,6 @@ def check_severity(severity: object) -> int:
     if isinstance(severity, bool) or not isinstance(severity, int | np.integer) or not 0 <= severity <= 5:
         raise ValueError(f"severity {severity!r}: choose 1, 2, 3, 4 or 5, or 0 for the unchanged image")
     return int(severity)
-
-
-def _has(suite: Suite, name: str) -> bool:
-    return name in suite.corruptions or name in suite.extra
 
 
 def _closest(name: object, among: Iterable[str]) -> str:
@@ -304,7 +301,6 @@ def corrupt(
     severity: int,
     seed: int = 0,
     dataset: str = "",
-    first_index: int = 0,
     suite: str | Suite = "medimeta-c",
     indices: ArrayLike | None = None,
 ) -> Pixels:
@@ -326,11 +322,9 @@ def corrupt(
     seed : int
     dataset : str
         Id of the data set; part of the address, and in suite "medmnist-c" the choice of the parameters.
-    first_index : int
-        Position of the first image in its full split.
     suite : {"medimeta-c", "medmnist-c"} or Suite
     indices : int64 [n], optional
-        Positions of the images in their full split, where they are not consecutive; replaces `first_index`.
+        Positions of the images in their full split; 0 to n - 1 by default.
 
     Returns
     -------
@@ -354,18 +348,72 @@ def corrupt(
     """
     suite = find_suite(suite)
     corruption = suite.corruption(name, dataset=dataset)
-    luma = suite.family(dataset) in suite.gray
+    gray = keeps_gray(suite, dataset)
     severity = check_severity(severity)
     batch = images if check_images(images) else images[None]
-    places = _places(len(batch), first_index, indices)
+    places = _places(len(batch), indices)
     if severity == 0:
         return np.array(images, order="C", subok=False)
-    corrupted = np.empty(batch.shape, np.uint8)
+    results = np.empty(batch.shape, np.uint8)
     for row, (image, place) in enumerate(zip(batch, places, strict=True)):
         rng = random_stream(seed, dataset, int(place), name, severity)
-        result = corruption.apply(image, severity=severity, rng=rng)
-        corrupted[row] = as_luma(result) if luma else result
-    return corrupted.reshape(images.shape)
+        results[row] = corruption.apply(image, severity=severity, rng=rng)
+    if gray and results.ndim == 4:
+        results[...] = luma(results)[..., None]
+    return results.reshape(images.shape)
+
+
+def corrupted(
+    data: ImageDataset, name: str, *, severity: int, seed: int = 0, suite: str = "medimeta-c"
+) -> ImageDataset:
+    """Corrupt a data set in memory.
+
+    The suite "medmnist-c" makes ultrasound, X-ray and OCT images gray, as the official files are; everything else is
+    corrupted as RGB, so that noise on a gray image is coloured, as with the public implementations of ImageNet-C.
+    Every image has its own random stream, keyed by (seed, data set, index in the full split, corruption,
+    severity), so an image gets the same bytes in any subset, and in the files of `write_benchmark`.
+
+    Parameters
+    ----------
+    data : ImageDataset
+    name : str
+        A corruption of the suite.
+    severity : {0, 1, 2, 3, 4, 5}
+        0 leaves the images as they are.
+    seed : int
+    suite : {"medimeta-c", "medmnist-c"}
+
+    Returns
+    -------
+    ImageDataset
+        The same id, labels and indices; ``provenance["corruption"]`` says what was done.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As from `corrupt`: unknown corruption, severity or suite.
+    """
+    if not isinstance(data, ImageDataset):
+        raise TypeError(f"data must be an ImageDataset, not {type(data).__name__}; bare arrays go to `corrupt`")
+    gray = keeps_gray(suite, data.id)
+    clean = luma(data.images) if gray else data.images
+    options = {"seed": seed, "dataset": data.id, "suite": suite, "indices": data.indices}
+    images = corrupt(clean, name, severity=severity, **options)
+    if gray:
+        images = np.repeat(images[..., None], 3, axis=3)
+    done = {"name": name, "severity": int(severity), "suite": suite, "seed": int(seed)}
+    return replace(data, images=images, provenance=data.provenance | {"corruption": done})
+
+
+def keeps_gray(suite: str | Suite, dataset: str) -> bool:
+    """Whether a suite's images of a data set are gray: the official MedMNIST-C ends with the luma of each image."""
+    found = find_suite(suite)
+    return found.family(dataset) in found.gray
+
+
+def luma(images: Pixels) -> Pixels:
+    """Gray images [n, H, W] of RGB images as Pillow makes them; equal channels keep their values."""
+    return np.stack([np.asarray(Image.fromarray(image).convert("L")) for image in images])
 
 
 def random_stream(seed: int, dataset: str, index: int, name: str, severity: int) -> np.random.Generator:
@@ -374,9 +422,9 @@ def random_stream(seed: int, dataset: str, index: int, name: str, severity: int)
     return np.random.default_rng(int.from_bytes(hashlib.blake2b(address, digest_size=16).digest(), "big"))
 
 
-def _places(count: int, first_index: int, indices: ArrayLike | None) -> NDArray[np.int64]:
+def _places(count: int, indices: ArrayLike | None) -> NDArray[np.int64]:
     """Position of every image in its full split."""
-    places = np.atleast_1d(np.arange(count) + first_index if indices is None else np.asarray(indices))
+    places = np.atleast_1d(np.arange(count) if indices is None else np.asarray(indices))
     if places.shape != (count,):
         raise ValueError(f"{count} images but indices of shape {places.shape}; give one index per image")
     if not np.issubdtype(places.dtype, np.integer) or places.min() < 0:

@@ -1,40 +1,36 @@
-"""What a run of `write_benchmark` is going to write: files, sizes and the parameters that the bytes depend on."""
+"""Corrupted sets on disk: a plan says which files come and how large they are; what is missing is written."""
 
 import json
 import shutil
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import KW_ONLY, dataclass, field
 from importlib.metadata import version
+from itertools import product
 from pathlib import Path, PurePosixPath
 from typing import Any, get_args
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
-from PIL import Image
 
-from medrobust_lib.checks import suggest
+from medrobust_lib.checks import check_choice
 from medrobust_lib.corruptions.functions import check_images
 from medrobust_lib.corruptions.stored import (
     CLEAN,
     DESCRIPTION,
     KIND,
     Layout,
-    as_stored,
-    check_benchmark,
     described,
     image_chunks,
     member_names,
-    read_corrupted,
     read_labels,
     remove_leftovers,
     set_file,
     write_npz,
 )
-from medrobust_lib.corruptions.suites import SEVERITIES, Suite, check_severity, corrupt, find_suite
-from medrobust_lib.data.dataset import ImageDataset
+from medrobust_lib.corruptions.suites import SEVERITIES, check_severity, corrupt, find_suite, keeps_gray, luma
 from medrobust_lib.data.registry import load_dataset
 from medrobust_lib.experiments import RowStore, map_items, open_store, progress
 from medrobust_lib.files import disk_full, file_sha256, size_text, whole_file
@@ -71,230 +67,9 @@ class PlannedFile:
 
 @dataclass(frozen=True)
 class BenchmarkPlan:
-    """What `write_benchmark` is going to write; made by `plan_benchmark`, said by ``str``.
+    """What `write_benchmark` is going to write, worked out from one image of each data set; ``str`` says it.
 
     Attributes
-    ----------
-    folder : Path
-        Of the collection.
-    files : dict of str to tuple of PlannedFile
-        By data set as asked for; the first is the description, the second the clean images.
-    parameters : dict
-        For ``manifest.json``: everything that the bytes depend on.
-    split : str
-    root : path or None
-        Of the clean data sets.
-    """
-
-    folder: Path
-    files: dict[str, tuple[PlannedFile, ...]]
-    parameters: dict[str, Any]
-    split: str
-    root: str | Path | None
-
-    def __len__(self) -> int:
-        return sum(len(files) for files in self.files.values())
-
-    @property
-    def missing_bytes(self) -> int:
-        """Bytes of the files that are not there yet."""
-        return sum(file.size for file in self.all_files if not (self.folder / file.file).exists())
-
-    @property
-    def all_files(self) -> list[PlannedFile]:
-        """Files of all data sets, in the order of writing."""
-        return [file for files in self.files.values() for file in files]
-
-    def __str__(self) -> str:
-        sets = sum(len(file.severities) for file in self.all_files if file.severities != (0,))
-        total, missing = sum(file.size for file in self.all_files), self.missing_bytes
-        written = "" if missing == total else f", {size_text(total - missing)} of it is there already"
-        return (
-            f"{sets} corrupted sets of {', '.join(self.files)} and the clean images: {size_text(total)} in "
-            f"{self.folder}{written}"
-        )
-
-
-def plan_benchmark(
-    folder: str | Path,
-    datasets: Iterable[str],
-    *,
-    suite: str = "medimeta-c",
-    layout: Layout | None = None,
-    corruptions: Sequence[str] | None = None,
-    severities: Sequence[int] = SEVERITIES,
-    split: str = "test",
-    n: int | None = None,
-    image_size: int | None = None,
-    seed: int = 0,
-    root: str | Path | None = None,
-) -> BenchmarkPlan:
-    """Work out what `write_benchmark` would write, from one image of each data set; parameters as there."""
-    chosen = find_suite(suite)
-    layout = layout or ("concatenated" if suite == "medmnist-c" else "per-severity")
-    severities = tuple(dict.fromkeys(map(check_severity, severities)))
-    _check_request(layout, severities, split)
-    parameters = {
-        "kind": KIND,
-        "layout": layout,
-        "suite": _constants(chosen),
-        "seed": seed,
-        "n": n,
-        "image_size": image_size,
-        "library": VERSION,
-    }
-    files: dict[str, tuple[PlannedFile, ...]] = {}
-    for name in dict.fromkeys([datasets] if isinstance(datasets, str) else datasets):
-        sample = load_dataset(name, split=split, n=1, root=root, image_size=image_size)
-        available = sample.provenance["split_size"]
-        if n is not None and not 1 <= n <= available:
-            raise ValueError(f"n={n}: {name} has {available} images in split {split!r}; give 1 to {available}, or None")
-        check_images(sample.images)
-        names = chosen.names(sample.id) if corruptions is None else tuple(dict.fromkeys(corruptions))
-        for corruption in names:
-            chosen.corruption(corruption, dataset=sample.id)
-        size = sample.images[0, ..., : 1 if keeps_gray(suite, sample.id) else 3].size
-        groups = [severities] if layout == "concatenated" else [(severity,) for severity in severities]
-        files[name] = _planned_files(sample.id, layout, split, names, groups, images=n or available, size=size)
-    if not files:
-        raise ValueError("no data sets named; give at least one id")
-    places: dict[str, str] = {}
-    for name, planned in files.items():
-        other = places.setdefault(planned[1].file, name)
-        if other != name:
-            raise ValueError(f"{other} and {name} would both be written to {planned[1].file}; use a folder for each")
-    return BenchmarkPlan(Path(folder), files, parameters, split, root)
-
-
-def keeps_gray(suite: str, dataset: str) -> bool:
-    """Whether a suite's images of a data set are gray: the official MedMNIST-C ends with the luma of each image."""
-    found = find_suite(suite)
-    return found.family(dataset) in found.gray
-
-
-def _constants(suite: Suite) -> dict[str, Any]:
-    families = {
-        family or "every data set": {row.name: [dict(parameters) for parameters in row.severities] for row in rows}
-        for family, rows in suite.families.items()
-    }
-    return {"id": suite.id, "parameters": families}
-
-
-def _check_request(layout: str, severities: tuple[int, ...], split: str) -> None:
-    if layout not in get_args(Layout):
-        raise ValueError(f"unknown layout {layout!r}.{suggest(str(layout), get_args(Layout))}")
-    wrong = [severity for severity in severities if severity not in SEVERITIES]
-    if wrong or not severities:
-        named = f"severity {wrong[0]!r}" if wrong else "no severity"
-        raise ValueError(f"{named} to write; give one or more of {', '.join(map(str, SEVERITIES))}")
-    if layout == "concatenated" and (severities != SEVERITIES or split != "test"):
-        raise ValueError(
-            f"the concatenated layout holds severities 1 to 5 of the test split in every file; for severities "
-            f"{', '.join(map(str, severities))} of {split!r} choose the layout 'per-severity'"
-        )
-
-
-def _planned_files(
-    dataset: str,
-    layout: Layout,
-    split: str,
-    corruptions: Sequence[str],
-    groups: Sequence[tuple[int, ...]],
-    *,
-    images: int,
-    size: int,
-) -> tuple[PlannedFile, ...]:
-    def planned(file: str, corruption: str, severities: tuple[int, ...]) -> PlannedFile:
-        count = images * len(severities)
-        return PlannedFile(
-            file, dataset, corruption, severities, count, 0 if corruption == DESCRIPTION else count * size
-        )
-
-    clean = set_file(layout, dataset, split, CLEAN, 0)
-    description = PurePosixPath(clean).with_name(f"{DESCRIPTION}.json")
-    return (
-        planned(str(description), DESCRIPTION, (0,)),
-        planned(clean, CLEAN, (0,)),
-        *(
-            planned(set_file(layout, dataset, split, name, group[0]), name, group)
-            for name in corruptions
-            for group in groups
-        ),
-    )
-
-
-__all__ = ["BenchmarkPlan", "check_benchmark", "corrupted", "plan_benchmark", "read_corrupted", "write_benchmark"]
-
-
-def corrupted(
-    data: ImageDataset, name: str, *, severity: int, seed: int = 0, suite: str = "medimeta-c"
-) -> ImageDataset:
-    """Corrupt a data set in memory.
-
-    The suite "medmnist-c" makes ultrasound, X-ray and OCT images gray, as the official files are; everything else is
-    corrupted as RGB, so that noise on a gray image is coloured, as with the public implementations of ImageNet-C.
-    Every image has its own random stream, keyed by (seed, data set, index in the full split, corruption,
-    severity), so an image gets the same bytes in any subset, and in the files of `write_benchmark`.
-
-    Parameters
-    ----------
-    data : ImageDataset
-    name : str
-        A corruption of the suite.
-    severity : {0, 1, 2, 3, 4, 5}
-        0 leaves the images as they are.
-    seed : int
-    suite : {"medimeta-c", "medmnist-c"}
-
-    Returns
-    -------
-    ImageDataset
-        The same id, labels and indices; ``provenance["corruption"]`` says what was done.
-
-    Raises
-    ------
-    TypeError, ValueError
-        As from `corrupt`: unknown corruption, severity or suite.
-    """
-    if not isinstance(data, ImageDataset):
-        raise TypeError(f"data must be an ImageDataset, not {type(data).__name__}; bare arrays go to `corrupt`")
-    gray = keeps_gray(suite, data.id)
-    images = corrupt(
-        _luma(data.images) if gray else data.images,
-        name,
-        severity=severity,
-        seed=seed,
-        dataset=data.id,
-        suite=suite,
-        indices=data.indices,
-    )
-    if gray:
-        images = np.repeat(images[..., None], 3, axis=3)
-    done = {"name": name, "severity": int(severity), "suite": suite, "seed": int(seed)}
-    return replace(data, images=images, provenance=data.provenance | {"corruption": done})
-
-
-def write_benchmark(
-    folder: str | Path,
-    datasets: Iterable[str],
-    *,
-    suite: str = "medimeta-c",
-    layout: Layout | None = None,
-    corruptions: Sequence[str] | None = None,
-    severities: Sequence[int] = SEVERITIES,
-    split: str = "test",
-    n: int | None = None,
-    image_size: int | None = None,
-    seed: int = 0,
-    root: str | Path | None = None,
-    jobs: int = 1,
-) -> pd.DataFrame:
-    """Write corrupted sets to a folder; the same call goes on with what a killed one left undone.
-
-    The size is printed and compared with the free space first. Memory holds one clean data set while its
-    clean file is written; afterwards each worker holds a few images.
-
-    Parameters
     ----------
     folder : path
         Of the collection, for example ``data/MediMeta-C``.
@@ -318,6 +93,137 @@ def write_benchmark(
         Of the corruptions and of the subset.
     root : path, optional
         Folder of the clean data sets.
+    files : dict of str to tuple of PlannedFile
+        Worked out: by data set; the first is the description, the second the clean images.
+
+    Raises
+    ------
+    FileNotFoundError
+        A data set is not on this computer.
+    ValueError
+        Unknown data set, suite, corruption, severity or layout, or two data sets of one folder.
+    """
+
+    folder: Path
+    datasets: Iterable[str]
+    _: KW_ONLY
+    suite: str = "medimeta-c"
+    layout: Layout | None = None
+    corruptions: Sequence[str] | None = None
+    severities: Sequence[int] = SEVERITIES
+    split: str = "test"
+    n: int | None = None
+    image_size: int | None = None
+    seed: int = 0
+    root: str | Path | None = None
+    files: dict[str, tuple[PlannedFile, ...]] = field(init=False)
+
+    def __post_init__(self) -> None:
+        find_suite(self.suite)
+        names = (self.datasets,) if isinstance(self.datasets, str) else tuple(dict.fromkeys(self.datasets))
+        resolved = {
+            "folder": Path(self.folder),
+            "datasets": names,
+            "layout": self.layout or ("concatenated" if self.suite == "medmnist-c" else "per-severity"),
+            "severities": tuple(dict.fromkeys(map(check_severity, self.severities))),
+        }
+        for name, value in resolved.items():
+            object.__setattr__(self, name, value)
+        self._check_request()
+        object.__setattr__(self, "files", {name: self._files_of(name) for name in names})
+        places: dict[str, str] = {}
+        for name, (_, clean, *_) in self.files.items():
+            other = places.setdefault(clean.file, name)
+            if other != name:
+                raise ValueError(f"{other} and {name} would both be written to {clean.file}; use a folder for each")
+
+    def __len__(self) -> int:
+        return len(self.all_files)
+
+    @property
+    def all_files(self) -> list[PlannedFile]:
+        """Files of all data sets, in the order of writing."""
+        return [file for files in self.files.values() for file in files]
+
+    @property
+    def missing_bytes(self) -> int:
+        """Bytes of the files that are not there yet."""
+        return sum(file.size for file in self.all_files if not (self.folder / file.file).exists())
+
+    @property
+    def parameters(self) -> dict[str, Any]:
+        """For ``manifest.json``: everything that the bytes depend on."""
+        families = {
+            family or "every data set": {row.name: [dict(values) for values in row.severities] for row in rows}
+            for family, rows in find_suite(self.suite).families.items()
+        }
+        return {
+            "kind": KIND,
+            "layout": self.layout,
+            "suite": {"id": self.suite, "parameters": families},
+            "seed": self.seed,
+            "n": self.n,
+            "image_size": self.image_size,
+            "library": VERSION,
+        }
+
+    def __str__(self) -> str:
+        sets = sum(len(file.severities) for file in self.all_files if file.severities != (0,))
+        total, missing = sum(file.size for file in self.all_files), self.missing_bytes
+        written = "" if missing == total else f", {size_text(total - missing)} of it is there already"
+        return (
+            f"{sets} corrupted sets of {', '.join(self.files)} and the clean images: {size_text(total)} in "
+            f"{self.folder}{written}"
+        )
+
+    def _check_request(self) -> None:
+        check_choice("layout", self.layout, get_args(Layout))
+        if 0 in self.severities or not self.severities:
+            named = "severity 0" if self.severities else "no severity"
+            raise ValueError(f"{named} to write; give one or more of {', '.join(map(str, SEVERITIES))}")
+        if self.layout == "concatenated" and (self.severities != SEVERITIES or self.split != "test"):
+            raise ValueError(
+                f"the concatenated layout holds severities 1 to 5 of the test split in every file; for severities "
+                f"{', '.join(map(str, self.severities))} of {self.split!r} choose the layout 'per-severity'"
+            )
+        if not self.datasets:
+            raise ValueError("no data sets named; give at least one id")
+
+    def _files_of(self, name: str) -> tuple[PlannedFile, ...]:
+        """Files of one data set."""
+        sample = load_dataset(name, split=self.split, n=1, root=self.root, image_size=self.image_size)
+        available = sample.provenance["split_size"]
+        if self.n is not None and not 1 <= self.n <= available:
+            raise ValueError(
+                f"n={self.n}: {name} has {available} images in split {self.split!r}; give 1 to {available}, or None"
+            )
+        check_images(sample.images)
+        suite = find_suite(self.suite)
+        corruptions = suite.names(sample.id) if self.corruptions is None else tuple(dict.fromkeys(self.corruptions))
+        for corruption in corruptions:
+            suite.corruption(corruption, dataset=sample.id)
+        images = self.n or available
+        size = sample.images[0, ..., : 1 if keeps_gray(suite, sample.id) else 3].size
+        together = [self.severities] if self.layout == "concatenated" else [(s,) for s in self.severities]
+        planned = []
+        for corruption, severities in [(CLEAN, (0,)), *product(corruptions, together)]:
+            file = set_file(self.layout, sample.id, self.split, corruption, severities[0])
+            count = images * len(severities)
+            planned.append(PlannedFile(file, sample.id, corruption, severities, count, count * size))
+        description = str(PurePosixPath(planned[0].file).with_name(f"{DESCRIPTION}.json"))
+        return PlannedFile(description, sample.id, DESCRIPTION, (0,), images, 0), *planned
+
+
+def write_benchmark(folder: str | Path, datasets: Iterable[str], *, jobs: int = 1, **options: Any) -> pd.DataFrame:
+    """Write corrupted sets to a folder; the same call goes on with what a killed one left undone.
+
+    The size is printed and compared with the free space first. Memory holds one clean data set while its
+    clean file is written; afterwards each worker holds a few images.
+
+    Parameters
+    ----------
+    folder, datasets, **options
+        As in `BenchmarkPlan`: suite, layout, corruptions, severities, split, n, image_size, seed and root.
     jobs : int
         Worker processes; -1 for one per core. The bytes do not depend on it.
 
@@ -329,34 +235,20 @@ def write_benchmark(
 
     Raises
     ------
-    FileNotFoundError
-        A data set is not on this computer.
-    ValueError
-        Unknown data set, suite, corruption, severity or layout; a folder that holds other things or sets
-        made with other parameters (each difference is named); a lost file that came out with other bytes
-        than recorded.
+    FileNotFoundError, ValueError
+        As from `BenchmarkPlan`; a folder that holds other things or sets made with other parameters (each
+        difference is named); a lost file that came out with other bytes than recorded.
     OSError
         Too little space on the disk (`errno.ENOSPC`), before the start or on the way; the half-written file
         is removed, the others stay.
     """
-    plan = plan_benchmark(
-        folder,
-        datasets,
-        suite=suite,
-        layout=layout,
-        corruptions=corruptions,
-        severities=severities,
-        split=split,
-        n=n,
-        image_size=image_size,
-        seed=seed,
-        root=root,
-    )
+    plan = BenchmarkPlan(folder, datasets, **options)
     print(plan)
     with open_store(plan.folder, parameters=plan.parameters) as store:
         remove_leftovers(plan.folder / file.file for file in plan.all_files)
-        _check_space(plan)
-        recorded = _recorded(store)
+        if plan.missing_bytes > shutil.disk_usage(plan.folder).free:
+            raise disk_full(plan.folder, f"{size_text(plan.missing_bytes)} are to be written")
+        recorded = {file: store.rows(file)[0] for file in store.done}
         done = {file.file for file in plan.all_files if _is_whole(plan.folder, file.file, recorded)}
         rows = progress(
             _written(plan, store, recorded, done, jobs),
@@ -378,6 +270,11 @@ def write_benchmark(
         return store.table(sorted(store.done))
 
 
+def _is_whole(folder: Path, file: str, recorded: dict[str, Any]) -> bool:
+    path = folder / file
+    return file in recorded and path.is_file() and path.stat().st_size == recorded[file]["bytes"]
+
+
 def _written(
     plan: BenchmarkPlan, store: RowStore, recorded: dict[str, Any], done: set[str], jobs: int
 ) -> Iterator[tuple[dict[str, Any], float]]:
@@ -394,141 +291,78 @@ def _written(
         if not {description.file, clean.file} <= done:
             yield from _write_clean(plan, name, [file for file in (description, clean) if file.file not in done])
         if missing:
-            results = map_items(_write_corrupted, missing, context=_context(plan, description, clean), jobs=jobs)
-            with closing(results):
+            facts = json.loads((plan.folder / description.file).read_text(encoding="utf-8"))
+            context = (plan, plan.folder / clean.file, np.array(facts["indices"], dtype=np.int64))
+            with closing(map_items(_write_corrupted, missing, context=context, jobs=jobs)) as results:
                 for _, result in results:
                     yield result
         # Reached when the caller has recorded the last file: from here on the data set can be read.
         store.finish(sorted(store.done))
 
 
-@dataclass(frozen=True)
-class _Context:
-    """What a worker needs besides the file to write; the images it reads from the clean file."""
-
-    folder: Path
-    clean: str
-    layout: Layout
-    suite: str
-    seed: int
-    split: str
-    indices: tuple[int, ...]
-
-
-def _context(plan: BenchmarkPlan, description: PlannedFile, clean: PlannedFile) -> _Context:
-    facts = json.loads((plan.folder / description.file).read_text(encoding="utf-8"))
-    return _Context(
-        folder=plan.folder,
-        clean=clean.file,
-        layout=plan.parameters["layout"],
-        suite=plan.parameters["suite"]["id"],
-        seed=plan.parameters["seed"],
-        split=plan.split,
-        indices=tuple(facts["indices"]),
-    )
-
-
-def _write_corrupted(context: _Context, file: PlannedFile) -> tuple[dict[str, Any], float]:
+def _write_corrupted(
+    context: tuple[BenchmarkPlan, Path, NDArray[np.int64]], file: PlannedFile
+) -> tuple[dict[str, Any], float]:
     """Write one file, in a worker process: a few clean images at a time."""
     started = time.perf_counter()
-    members = member_names(context.layout)
-    clean = context.folder / context.clean
+    plan, clean, indices = context
+    members = member_names(plan.layout)
     shape, labels = read_labels(clean, members=members)
-    indices = np.array(context.indices, dtype=np.int64)
 
     def chunks() -> Iterator[NDArray[np.uint8]]:
+        options = {"seed": plan.seed, "dataset": file.dataset, "suite": plan.suite}
         for severity in file.severities:
             first = 0
             for images in image_chunks(clean, members[0], len(labels)):
-                yield corrupt(
-                    images,
-                    file.corruption,
-                    severity=severity,
-                    seed=context.seed,
-                    dataset=file.dataset,
-                    suite=context.suite,
-                    indices=indices[first : first + len(images)],
-                )
+                where = indices[first : first + len(images)]
+                yield corrupt(images, file.corruption, severity=severity, indices=where, **options)
                 first += len(images)
 
-    path = context.folder / file.file
-    repeated = np.tile(labels, len(file.severities))
-    write_npz(
-        path,
-        chunks(),
-        shape=(len(repeated), *shape[1:]),
-        labels=as_stored(repeated, context.layout),
-        members=members,
-    )
-    return _row(context.folder, file, context.split), time.perf_counter() - started
+    _write_set(plan, file, chunks(), shape[1:], np.tile(labels, len(file.severities)))
+    return _row(plan, file), time.perf_counter() - started
 
 
 def _write_clean(
     plan: BenchmarkPlan, name: str, wanted: Sequence[PlannedFile]
 ) -> Iterator[tuple[dict[str, Any], float]]:
     started = time.perf_counter()
-    parameters = plan.parameters
-    data = load_dataset(
-        name,
-        split=plan.split,
-        n=parameters["n"],
-        seed=parameters["seed"],
-        image_size=parameters["image_size"],
-        root=plan.root,
-    )
+    options = {"split": plan.split, "n": plan.n, "seed": plan.seed, "image_size": plan.image_size, "root": plan.root}
+    data = load_dataset(name, **options)
     for file in wanted:
-        path = plan.folder / file.file
         if file.corruption == DESCRIPTION:
-            with whole_file(path) as part:
+            with whole_file(plan.folder / file.file) as part:
                 part.write_text(described(data), encoding="utf-8")
         else:
-            images = _luma(data.images) if keeps_gray(parameters["suite"]["id"], data.id) else data.images
-            write_npz(
-                path,
-                [images],
-                shape=images.shape,
-                labels=as_stored(data.labels, parameters["layout"]),
-                members=member_names(parameters["layout"]),
-            )
-        yield _row(plan.folder, file, plan.split), time.perf_counter() - started
+            images = luma(data.images) if keeps_gray(plan.suite, data.id) else data.images
+            _write_set(plan, file, [images], images.shape[1:], data.labels)
+        yield _row(plan, file), time.perf_counter() - started
 
 
-def _luma(images: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Gray images [n, H, W] of RGB images as Pillow makes them; equal channels keep their values."""
-    return np.stack([np.asarray(Image.fromarray(image).convert("L")) for image in images])
+def _write_set(
+    plan: BenchmarkPlan,
+    file: PlannedFile,
+    chunks: Iterable[NDArray[np.uint8]],
+    shape: tuple[int, ...],
+    labels: NDArray[np.int64],
+) -> None:
+    """Write images of a shape and their labels in the plan's layout."""
+    column = labels[:, None] if plan.layout == "concatenated" else labels  # MedMNIST's tools expect a column
+    members = member_names(plan.layout)
+    write_npz(plan.folder / file.file, chunks, shape=(len(labels), *shape), labels=column, members=members)
 
 
-def _row(folder: Path, file: PlannedFile, split: str) -> dict[str, Any]:
-    path = folder / file.file
+def _row(plan: BenchmarkPlan, file: PlannedFile) -> dict[str, Any]:
+    path = plan.folder / file.file
+    # The bytes may depend on these versions.
+    others = [f"{package} {version(package)}" for package in ("numpy", "scipy", "pillow")]
     return {
         "file": file.file,
         "dataset": file.dataset,
-        "split": split,
+        "split": plan.split,
         "corruption": file.corruption,
         "severities": " ".join(map(str, file.severities)),
         "images": file.images,
         "bytes": path.stat().st_size,
         "sha256": file_sha256(path),
-        "made_with": _makers(),
+        "made_with": ", ".join([f"medrobust {VERSION}", *others]),
     }
-
-
-def _makers() -> str:
-    """Versions that the bytes may depend on."""
-    others = (f"{package} {version(package)}" for package in ("numpy", "scipy", "pillow"))
-    return ", ".join([f"medrobust {VERSION}", *others])
-
-
-def _recorded(store: RowStore) -> dict[str, dict[str, Any]]:
-    return {row["file"]: row for row in store.table(sorted(store.done)).to_dict("records")}
-
-
-def _is_whole(folder: Path, file: str, recorded: dict[str, Any]) -> bool:
-    path = folder / file
-    return file in recorded and path.is_file() and path.stat().st_size == recorded[file]["bytes"]
-
-
-def _check_space(plan: BenchmarkPlan) -> None:
-    needed = plan.missing_bytes
-    if needed > shutil.disk_usage(plan.folder).free:
-        raise disk_full(plan.folder, f"{size_text(needed)} are to be written")

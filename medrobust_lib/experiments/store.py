@@ -19,7 +19,7 @@ from typing import Any, Self
 import pandas as pd
 
 from medrobust_lib.experiments.cards import write_text_atomically
-from medrobust_lib.files import lock, named_when_full
+from medrobust_lib.files import lock, named_when_full, read_json_object
 
 STORE_FORMAT = 1
 SECONDS_COLUMN = "seconds"
@@ -208,6 +208,15 @@ def open_store(folder: str | Path, *, parameters: Mapping[str, Any]) -> RowStore
     except BaseException:
         os.close(descriptor)
         raise
+
+
+def read_parameters(folder: Path) -> dict[str, Any] | None:
+    """What the store in a folder was made with, without opening it; None where there is no manifest of a store."""
+    try:
+        parameters = read_json_object(folder / "manifest.json", "a manifest")["parameters"]
+    except (FileNotFoundError, ValueError, KeyError):
+        return None
+    return parameters if isinstance(parameters, dict) else None
 
 
 def _check_own_folder(folder: Path, journal: Path) -> None:

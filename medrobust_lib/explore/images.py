@@ -12,8 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from medrobust_lib.corruptions.functions import dct_power, radial_profile
-from medrobust_lib.corruptions.suites import find_suite
-from medrobust_lib.corruptions.writing import corrupted
+from medrobust_lib.corruptions.suites import corrupted, find_suite
 from medrobust_lib.data.dataset import ImageDataset
 from medrobust_lib.evaluation import Candidate
 from medrobust_lib.experiments import progress

@@ -1,7 +1,8 @@
-"""What a generative model and an oracle must offer, and checks that they do before anything is drawn."""
+"""What a generative model and an oracle must offer, and the answers to noisy copies, drawn once and kept."""
 
 import operator
 import time
+from collections import UserDict
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -12,6 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from medrobust_lib.checks import check_whole
 from medrobust_lib.data.questions import QuestionSet
 from medrobust_lib.experiments import RowStore, map_items, open_store, progress
 from medrobust_lib.models.vision_language import Completion
@@ -141,8 +143,7 @@ class Drawing:
             object.__setattr__(self, name, plain(getattr(self, name)))
         object.__setattr__(self, "max_new_tokens", operator.index(self.max_new_tokens))
         check_sigma(self.sigma)
-        if self.max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens={self.max_new_tokens}: an answer has at least one token")
+        check_whole("max_new_tokens", self.max_new_tokens, hint="; an answer has at least one token")
         if not 0 <= self.temperature < float("inf"):
             raise ValueError(f"temperature={self.temperature}: 0 (greedy) or a finite number above")
 
@@ -244,7 +245,7 @@ class AnswerBank:
         return [Completion(answer, finished=True) if isinstance(answer, str) else answer for answer in drawn]
 
 
-class StoredAnswers(MutableMapping[Address, Completion | None]):
+class StoredAnswers(UserDict[Address, Completion | None]):
     """Answers to one question about one image in a `RowStore`: each is on disk when it is set, and stays as it is.
 
     Parameters
@@ -256,35 +257,23 @@ class StoredAnswers(MutableMapping[Address, Completion | None]):
     """
 
     def __init__(self, store: RowStore, *, index: int, image: Tensor, prompt: str, sigma: float) -> None:
+        super().__init__()
         self._store = store
         content = fingerprint([image, torch.tensor(list(prompt.encode()), dtype=torch.uint8)])
         self._prefix = f"image {index} ({content}), sigma {float(sigma)!r}, "
-
-    def __getitem__(self, address: Address) -> Completion | None:
-        key = self._key(address)
-        if key not in self._store:
-            raise KeyError(address)
-        (row,) = self._store.rows(key)
-        return None if row["text"] is None else Completion(**row)
+        for key in store.done:
+            if key.startswith(self._prefix):
+                role, number = key.removeprefix(self._prefix).split()
+                (row,) = store.rows(key)
+                self.data[role, int(number)] = None if row["text"] is None else Completion(**row)
 
     def __setitem__(self, address: Address, answer: Completion | None) -> None:
         row = {"text": None, "finished": False} if answer is None else vars(answer)
-        self._store.append(self._key(address), [row], seconds=0.0)
+        self._store.append(f"{self._prefix}{address[0]} {address[1]}", [row], seconds=0.0)
+        super().__setitem__(address, answer)
 
     def __delitem__(self, address: Address) -> None:
         raise TypeError("kept answers are never deleted; use another folder")
-
-    def __iter__(self) -> Iterator[Address]:
-        for key in self._store.done:
-            if key.startswith(self._prefix):
-                role, number = key.removeprefix(self._prefix).split()
-                yield role, int(number)
-
-    def __len__(self) -> int:
-        return sum(1 for _ in self)
-
-    def _key(self, address: Address) -> str:
-        return f"{self._prefix}{address[0]} {address[1]}"
 
 
 def open_answers(
@@ -369,20 +358,14 @@ def collect_answers(
         *(("estimate", number) for number in range(n)),
     ]
     with ExitStack() as stack:
-        stored: list[StoredAnswers] = []
         if store is not None:
-            opened = stack.enter_context(
-                open_answers(store, vlm, how, dataset=questions.id, prompts=questions.questions)
-            )
-            stored = [
-                StoredAnswers(opened, index=bank.index, image=bank.image, prompt=bank.prompt, sigma=how.sigma)
-                for bank in banks
-            ]
-        # Banks outlive the store, so what they hold is in memory.
-        for bank, kept in zip(banks, stored, strict=bool(stored)):
-            bank.kept.update({address: kept[address] for address in addresses if address in kept})
-        missing = [place for place, bank in enumerate(banks) if len(bank.kept) < len(addresses)]
-        work = [(banks[place].image, banks[place].prompt, banks[place].index, banks[place].kept) for place in missing]
+            opened = open_answers(store, vlm, how, dataset=questions.id, prompts=questions.questions)
+            stack.enter_context(opened)
+            for bank in banks:
+                address = {"index": bank.index, "image": bank.image, "prompt": bank.prompt}
+                bank.kept = StoredAnswers(opened, sigma=how.sigma, **address)
+        missing = [bank for bank in banks if any(address not in bank.kept for address in addresses)]
+        work = [(bank.image, bank.prompt, bank.index, dict(bank.kept)) for bank in missing]
         results = map_items(_collect, work, context=(vlm, how, questions.id, n0, n, batch_size), jobs=jobs)
         shown = progress(
             results,
@@ -392,12 +375,11 @@ def collect_answers(
             unit="images",
             resumes=store is not None,
         )
-        for position, (answers, seconds) in shown:
-            bank = banks[missing[position]]
-            if stored:
-                stored[missing[position]].update(answers)
-            bank.kept.update(answers)
-            bank.seconds = seconds
+        for place, (answers, seconds) in shown:
+            missing[place].kept.update(answers)
+            missing[place].seconds = seconds
+    for bank in banks:  # they outlive the store, so what they hold is in memory
+        bank.kept = {address: bank.kept[address] for address in addresses}
     return banks
 
 
@@ -457,11 +439,10 @@ def _collect(
 
 
 def _batches(vlm: Any, image: Tensor, prompt: str, how: Drawing, size: int | None) -> Batches:
+    options = {}
     if size is None and hasattr(vlm, "bytes_per_copy"):
-        return make_batches(
-            None, image.device, tuple(image.shape), bytes_each=vlm.bytes_per_copy(prompt, how.max_new_tokens)
-        )
-    return make_batches(size, image.device, tuple(image.shape))
+        options["bytes_each"] = vlm.bytes_per_copy(prompt, how.max_new_tokens)
+    return make_batches(size, image.device, tuple(image.shape), **options)
 
 
 def _runs(numbers: Sequence[int]) -> Iterator[tuple[int, int]]:

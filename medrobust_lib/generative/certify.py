@@ -1,11 +1,10 @@
-"""Clusters of texts that mean the same, built on selection draws only."""
+"""Certificates of what a generative model answers: a label, or a cluster of texts that mean the same."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -134,10 +133,11 @@ class GenerativeCertificate:
         lines = [
             f"question {self.prompt!r}, oracle {self.oracle} ({self.oracle_version})",
             f"tested answer: {self.answer!r}" if self.answer is not None else "no answer could be selected",
-            f"without any assumption: {self._in_words(self.composite)}",
+            f"without any assumption: {about_text(self.composite, self.answer, equivalence=bool(self.clusters))}",
         ]
         if self.corrected is not None:
-            lines.append(f"if the error model holds: {self._in_words(self.corrected)}")
+            words = about_text(self.corrected, self.answer, equivalence=bool(self.clusters))
+            lines.append(f"if the error model holds: {words}")
         if self.refusal:
             lines.append(f"error model refused: {self.refusal}")
         if self.assumption:
@@ -153,13 +153,6 @@ class GenerativeCertificate:
             lines.append("the model gave one and the same text every time; see whether it gives it for any image")
         return "\n".join(lines)
 
-    @property
-    def _is_equivalence(self) -> bool:
-        return bool(self.clusters)
-
-    def _in_words(self, certificate: Certificate) -> str:
-        return about_text(certificate, self.answer, equivalence=self._is_equivalence)
-
     def _texts_in_words(self) -> str:
         tally, n0 = self.tally, self.composite.n0
         failed = ""
@@ -167,10 +160,10 @@ class GenerativeCertificate:
             # An equivalence is asked about a text several times, so its failures are calls and no texts.
             calls = f"failed calls of the oracle: {tally.failed}"
             texts = f"{tally.failed} because the oracle failed"
-            failed = f" ({calls if self._is_equivalence else texts}, first with {tally.first_error!r})"
+            failed = f" ({calls if self.clusters else texts}, first with {tally.first_error!r})"
         return (
             f"{n0} selection and {tally.total - n0} estimation texts: {tally.empty} empty, {tally.truncated} cut off, "
-            f"{tally.unlabelled} without a {'verdict' if self._is_equivalence else 'label'}{failed}; "
+            f"{tally.unlabelled} without a {'verdict' if self.clusters else 'label'}{failed}; "
             "each counts in its own denominator"
         )
 
@@ -182,20 +175,11 @@ def certify_generative(
     oracle: Oracle | Equivalence,
     *,
     sigma: float = 0.5,
-    n0: int = 20,
-    n: int = 100,
-    alpha: float = 0.001,
-    error_model: ErrorModel | None = None,
-    alpha_share: float = 0.5,
-    sampling: Sampling = "fixed",
-    radii: Sequence[float] | None = None,
-    max_new_tokens: int = 64,
-    temperature: float = 0.0,
-    seed: int = 0,
     dataset: str = "",
     index: int = 0,
     batch_size: int | None = None,
     store: Path | str | None = None,
+    **settings: Any,
 ) -> GenerativeCertificate:
     """Certify a generative model's answer to one question about one image.
 
@@ -211,29 +195,15 @@ def certify_generative(
         Gives labels, or tells whether two texts mean the same. It must be a fixed function of the text.
     sigma : float
         Noise standard deviation, > 0, in [0, 1] pixel units.
-    n0 : int
-        Selection draws: they choose the label, or build the clusters. Never used again.
-    n : int
-        Estimation draws; with sequential sampling at most so many.
-    alpha : float in (0, 1)
-        Probability that a certificate is false.
-    error_model : ErrorModel, optional
-        Adds a second certificate, about the true label, under its assumption: what an ideal reader would call the
-        text, not the truth of the image. The label of an equivalence is "same", as `calibrate_equivalence` names it.
-    alpha_share : float in (0, 1)
-        Part of alpha spent on an error rate that is estimated.
-    sampling, radii
-        As in `certify`; radii belong to sequential sampling.
-    max_new_tokens : int
-        Longer answers are cut; the cut is part of the certified function.
-    temperature : float
-        Of decoding; 0 is greedy.
-    seed, dataset, index
+    dataset, index
         Address of noise and decoding; give every image an index of its own.
     batch_size : int, optional
     store : path, optional
         Folder that keeps every answer as it comes: an interrupted run, or one whose judge went away, goes on there. An
         own model needs a `version` for it; see `GenerativeModel`.
+    **settings
+        seed, max_new_tokens and temperature of `Drawing`; n0, n, alpha, error_model, alpha_share, sampling and radii of
+        `certify_answers`.
 
     Returns
     -------
@@ -254,18 +224,14 @@ def certify_generative(
     ----------
     Seferis et al. 2025, arXiv:2509.16088, Algorithm 2, with separate draws for clusters and for votes.
     """
-    how = Drawing(sigma=sigma, seed=seed, max_new_tokens=max_new_tokens, temperature=temperature)
-    options = {"dataset": dataset, "index": index, "batch_size": batch_size}
-    rules = {
-        "n0": n0, "n": n, "alpha": alpha, "error_model": error_model, "alpha_share": alpha_share,
-        "sampling": sampling, "radii": radii,
-    }  # fmt: skip
-    bank = AnswerBank(vlm, image, prompt, how, **options)
+    drawing = {field.name for field in fields(Drawing)} & settings.keys()
+    how = Drawing(sigma=sigma, **{name: settings.pop(name) for name in drawing})
+    bank = AnswerBank(vlm, image, prompt, how, dataset=dataset, index=index, batch_size=batch_size)
     if store is None:
-        return certify_answers(bank, oracle, **rules)
+        return certify_answers(bank, oracle, **settings)
     with open_answers(store, vlm, how, dataset=dataset, prompts=[prompt]) as opened:
         bank.kept = StoredAnswers(opened, index=index, image=bank.image, prompt=prompt, sigma=how.sigma)
-        return certify_answers(bank, oracle, **rules)
+        return certify_answers(bank, oracle, **settings)
 
 
 def certify_answers(
@@ -280,10 +246,37 @@ def certify_answers(
     sampling: Sampling = "fixed",
     radii: Sequence[float] | None = None,
 ) -> GenerativeCertificate:
-    """Certify from a bank of answers; see `certify_generative`.
+    """Certify from a bank of answers.
 
     Several oracles, and several numbers of draws, share a bank: each certificate is valid on its own, and they err
     together.
+
+    Parameters
+    ----------
+    bank : AnswerBank
+    oracle : Oracle or Equivalence
+    n0 : int
+        Selection draws: they choose the label, or build the clusters. Never used again.
+    n : int
+        Estimation draws; with sequential sampling at most so many.
+    alpha : float in (0, 1)
+        Probability that a certificate is false.
+    error_model : ErrorModel, optional
+        Adds a second certificate, about the true label, under its assumption: what an ideal reader would call the
+        text, not the truth of the image. The label of an equivalence is "same", as `calibrate_equivalence` names it.
+    alpha_share : float in (0, 1)
+        Part of alpha spent on an error rate that is estimated.
+    sampling, radii
+        As in `certify`; radii belong to sequential sampling.
+
+    Returns
+    -------
+    GenerativeCertificate
+
+    Raises
+    ------
+    ValueError, TypeError, RuntimeError, OracleUnavailableError
+        As `certify_generative`.
     """
     check_oracle(oracle)
     check_error_model(error_model)
@@ -298,7 +291,7 @@ def certify_answers(
     counter = _Counter(bank)
     clusters: tuple[Cluster, ...] = ()
     if labelled:
-        selected = counter.labels(oracle, "select", 0, n0)
+        selected = counter.judged(oracle, "select", 0, n0)
         counter.check_oracle_works(oracle.name, n_calls=counter.n_given)
         answer, number = _most_frequent(selected, oracle.labels)
     else:
@@ -309,24 +302,22 @@ def certify_answers(
         answer, number = (None, ABSTAIN) if largest is None else (largest.representative, _TESTED)
 
     def votes(role: Role, first: int, count: int, positions: Sequence[int]) -> list[Tensor]:
-        if labelled:
-            hits = [label == answer for label in counter.labels(oracle, role, first, count)]
-        else:
-            hits = counter.same(oracle, role, first, count, answer)
-        drawn = torch.from_numpy(np.where(hits, _TESTED, ABSTAIN))
+        found = counter.judged(oracle, role, first, count, None if labelled else answer)
+        hits = [label == answer for label in found] if labelled else found
+        drawn = torch.tensor([_TESTED if hit else ABSTAIN for hit in hits], dtype=torch.int64)
         return [drawn for _ in positions]
 
     verdicts = [Verdict(predicted=ABSTAIN, radius=0.0, p_lower=0.0, k=0, n=0) for _ in plans]
     if answer is not None:
         verdicts = take_votes(votes, plans, n0=n0, label=_TESTED)
-    composite = _certificate(bank, verdicts[0], number, "composite", n0=n0, n_max=n, alpha=alpha, sampling=sampling)
+    rules = {"n0": n0, "n_max": n, "alpha": alpha, "sampling": sampling}
+    composite = _certificate(bank, verdicts[0], number, "composite", **rules)
     corrected, refusal = None, ""
     if error_model is not None:
-        strict = _certificate(bank, verdicts[1], number, "corrected", n0=n0, n_max=n, alpha=alpha, sampling=sampling)
+        strict = _certificate(bank, verdicts[1], number, "corrected", **rules)
+        tested = answer if labelled else SAME
         try:
-            corrected = _corrected(
-                strict, number, error_model, label=answer if labelled else SAME, alpha_rate=alpha_rate or alpha
-            )
+            corrected = _corrected(strict, number, error_model, label=tested, alpha_rate=alpha_rate or alpha)
         except InconsistentErrorRateError as error:
             refusal = str(error)
     return GenerativeCertificate(
@@ -362,14 +353,10 @@ class _Counter:
         self.bank = bank
         self.tally = Tally()
 
-    def labels(self, oracle: Oracle, role: Role, first: int, count: int) -> tuple[str | None, ...]:
-        return self._noted(judged(oracle, self.bank.texts(role, first, count)), role, first)
-
-    def same(
-        self, equivalence: Equivalence, role: Role, first: int, count: int, representative: str
-    ) -> tuple[bool | None, ...]:
-        answers = judged(equivalence, self.bank.texts(role, first, count), representative)
-        return self._noted(answers, role, first)
+    def judged(
+        self, oracle: Oracle | Equivalence, role: Role, first: int, count: int, representative: str | None = None
+    ) -> tuple[str | bool | None, ...]:
+        return self._noted(judged(oracle, self.bank.texts(role, first, count), representative), role, first)
 
     def clusters(self, equivalence: Equivalence, n0: int) -> tuple[Cluster, ...]:
         clusters, answers = cluster_texts(self.bank.texts("select", 0, n0), equivalence)

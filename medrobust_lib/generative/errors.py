@@ -24,7 +24,7 @@ Seferis et al. 2025, arXiv:2509.16088, Theorems 4.1 and 4.2 (the symmetric case)
 import numbers
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import pandas as pd
@@ -67,14 +67,14 @@ class ErrorRate:
         counted = self.errors is not None and self.trials is not None
         if (self.value is not None) == counted or (self.errors is None) != (self.trials is None):
             raise ValueError(f"{self}: give either value=RATE, or errors=COUNT and trials=COUNT")
-        if self.value is not None:
+        if not counted:
             _check_number("value", self.value, numbers.Real)
-        if counted:
-            _check_number("errors", self.errors, numbers.Integral)
-            _check_number("trials", self.trials, numbers.Integral)
-        if self.value is not None and not 0 <= self.value <= 1:
-            raise ValueError(f"error rate {self.value}: a rate lies in [0, 1]")
-        if counted and not 0 <= self.errors <= self.trials >= 1:
+            if not 0 <= self.value <= 1:
+                raise ValueError(f"error rate {self.value}: a rate lies in [0, 1]")
+            return
+        _check_number("errors", self.errors, numbers.Integral)
+        _check_number("trials", self.trials, numbers.Integral)
+        if not 0 <= self.errors <= self.trials >= 1:
             raise ValueError(f"{self.errors} errors in {self.trials} trials: counts need 0 <= errors <= trials >= 1")
 
     @property
@@ -84,20 +84,17 @@ class ErrorRate:
 
     def lower(self, alpha: float) -> float:
         """Lower bound of the rate, exceeding it with probability at most alpha; the rate itself if it is known."""
-        if self.value is not None:
-            return self.value
-        return lower_confidence_bound(self.errors, self.trials, alpha)
+        return lower_confidence_bound(self.errors, self.trials, alpha) if self.is_estimated else self.value
 
     def upper(self, alpha: float) -> float:
         """Upper bound of the rate, below it with probability at most alpha; the rate itself if it is known."""
-        if self.value is not None:
-            return self.value
-        return upper_confidence_bound(self.errors, self.trials, alpha)
+        return upper_confidence_bound(self.errors, self.trials, alpha) if self.is_estimated else self.value
 
     def __str__(self) -> str:
         return f"{self.value:g}" if self.value is not None else f"{self.errors} of {self.trials} labelled texts"
 
 
+@runtime_checkable
 class ErrorModel(Protocol):
     """An assumption about an oracle's errors, and what a bound of q then says about p."""
 
@@ -296,10 +293,7 @@ class TotalErrors:
 
 def check_error_model(model: Any) -> None:
     """Raise a TypeError for what is neither None nor an `ErrorModel`."""
-    needed = all(hasattr(model, name) for name in ("assumption", "is_estimated"))
-    if model is not None and not (
-        needed and callable(getattr(model, "corrected", None)) and not isinstance(model, type)
-    ):
+    if model is not None and (isinstance(model, type) or not isinstance(model, ErrorModel)):
         raise TypeError(
             f"error_model={model!r} is no error model; use one of SymmetricErrors(ErrorRate(0.05)), "
             "FalsePositives({LABEL: ErrorRate(0.05)}) and TotalErrors(ErrorRate(0.05))"
@@ -401,21 +395,9 @@ class Calibration:
             kinds = [("false positive", self.false_positives)] * (self.n > own)
             kinds += [("false negative", self.false_negatives)] * (own > 0)
             for kind, rate_of in kinds:
-                rate = rate_of(label)
-                low, high = accuracy_interval(rate.errors, rate.trials)
-                rows.append(
-                    {
-                        "oracle": self.oracle,
-                        "label": label,
-                        "kind": kind,
-                        "errors": rate.errors,
-                        "n": rate.trials,
-                        "rate": rate.errors / rate.trials,
-                        "low": low,
-                        "high": high,
-                    }
-                )
-        return pd.DataFrame(rows)
+                errors, n = rate_of(label).errors, rate_of(label).trials
+                rows.append((self.oracle, label, kind, errors, n, errors / n, *accuracy_interval(errors, n)))
+        return pd.DataFrame(rows, columns=["oracle", "label", "kind", "errors", "n", "rate", "low", "high"])
 
     def _position(self, label: str) -> int:
         if label not in self.labels:

@@ -9,17 +9,18 @@ import os
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
-from typing import Self
+from typing import Any
 from urllib.parse import urlsplit
 
 import requests
 from sklearn.feature_extraction.text import TfidfVectorizer
 
+from medrobust_lib.checks import check_positive, check_whole
 from medrobust_lib.experiments import open_store
-from medrobust_lib.generative.oracles import NEGATION, Oracle, OracleUnavailableError, fingerprint, mentions
+from medrobust_lib.generative.oracles import NEGATION, Oracle, OracleUnavailableError, checked, hash_of, mentions
 
 Ask = Callable[[Sequence[str]], Sequence[str | None]]
 """From prompts to one reply each, None where no reply can be read."""
@@ -161,20 +162,10 @@ def _version(ask: Ask, version: str | None, prompt: str) -> str:
     model = version or getattr(ask, "version", None)
     if not model:
         raise ValueError("version is missing, and ask has none; name the judging model and its weights: version='...'")
-    return f"{model}, prompt {fingerprint(_READING, prompt)}"
+    return f"{model}, prompt {hash_of(_READING, prompt)}"
 
 
-def chat_endpoint(
-    url: str,
-    *,
-    model: str,
-    api_key_variable: str | None = None,
-    timeout: float = 30.0,
-    attempts: int = 3,
-    wait: float = 1.0,
-    max_tokens: int = 64,
-    sleep: Callable[[float], None] = time.sleep,
-) -> Ask:
+def chat_endpoint(url: str, *, model: str, **options: Any) -> Ask:
     """Ask a server in OpenAI's chat-completions format, one request a prompt, at temperature 0.
 
     Texts leave this computer: never send what may not. A reply that arrives but cannot be read, or was cut off, is
@@ -213,22 +204,7 @@ def chat_endpoint(
     OracleUnavailableError
         The environment variable is not set.
     """
-    parts = urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise ValueError(f"url={url!r}: give a complete address, such as http://localhost:8000/v1/chat/completions")
-    if "@" in parts.netloc:
-        raise ValueError(f"the url of {parts.hostname} holds credentials; name an environment variable instead")
-    if not model.strip():
-        raise ValueError(f"model={model!r}: give the name that the server knows its model by")
-    if api_key_variable is not None and not re.fullmatch("[A-Z_][A-Z0-9_]*", api_key_variable):
-        # Not echoed: whoever gave the key itself should not find it in a log.
-        raise ValueError("api_key_variable is the NAME of an environment variable (A-Z, 0-9, _), never the key itself")
-    for name, value, least in (("attempts", attempts, 1), ("wait", wait, 0), ("max_tokens", max_tokens, 1)):
-        if value < least:
-            raise ValueError(f"{name}={value}: choose at least {least}")
-    if timeout <= 0:
-        raise ValueError(f"timeout={timeout}: choose a number of seconds above 0")
-    endpoint = _ChatEndpoint(url, model, api_key_variable, timeout, attempts, wait, max_tokens, sleep)
+    endpoint = _ChatEndpoint(url, model, **options)
     endpoint.key()
     return endpoint
 
@@ -237,12 +213,33 @@ def chat_endpoint(
 class _ChatEndpoint:
     url: str = field(repr=False)  # its query may hold what nobody should see
     model: str
-    api_key_variable: str | None
-    timeout: float
-    attempts: int
-    wait: float
-    max_tokens: int
-    sleep: Callable[[float], None] = field(repr=False)
+    api_key_variable: str | None = None
+    timeout: float = 30.0
+    attempts: int = 3
+    wait: float = 1.0
+    max_tokens: int = 64
+    sleep: Callable[[float], None] = field(default=time.sleep, repr=False)
+
+    def __post_init__(self) -> None:
+        parts = urlsplit(self.url)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise ValueError(
+                f"url={self.url!r}: give a complete address, such as http://localhost:8000/v1/chat/completions"
+            )
+        if "@" in parts.netloc:
+            raise ValueError(f"the url of {parts.hostname} holds credentials; name an environment variable instead")
+        if not self.model.strip():
+            raise ValueError(f"model={self.model!r}: give the name that the server knows its model by")
+        if self.api_key_variable is not None and not re.fullmatch("[A-Z_][A-Z0-9_]*", self.api_key_variable):
+            # Not echoed: whoever gave the key itself should not find it in a log.
+            raise ValueError(
+                "api_key_variable is the NAME of an environment variable (A-Z, 0-9, _), never the key itself"
+            )
+        check_whole("attempts", self.attempts)
+        check_whole("max_tokens", self.max_tokens)
+        check_positive("timeout", self.timeout, hint=": give seconds")
+        if self.wait < 0:
+            raise ValueError(f"wait={self.wait}: choose at least 0 seconds")
 
     @property
     def address(self) -> str:
@@ -359,9 +356,7 @@ class StandInJudge:
         known = [text for texts in wordings.values() for text in texts]
         self._vectorizer = TfidfVectorizer(analyzer="char_wb", ngram_range=(3, 5))
         self._known = self._vectorizer.fit_transform(known)
-        self.version = (
-            f"stand-in without a language model, {fingerprint(sorted(zip(self._labels, known, strict=True)))}"
-        )
+        self.version = f"stand-in without a language model, {hash_of(sorted(zip(self._labels, known, strict=True)))}"
 
     def __call__(self, prompts: Sequence[str]) -> list[str | None]:
         """Reply to each prompt; None where it holds no fenced text."""
@@ -378,7 +373,7 @@ class StandInJudge:
         ]
 
 
-class RememberedOracle:
+class RememberedOracle(AbstractContextManager):
     """An oracle whose labels stay in a folder, which is sound because an oracle is a fixed function of the text.
 
     A context manager. When the oracle stops in the middle, because its endpoint went away for example, the labels it
@@ -399,34 +394,13 @@ class RememberedOracle:
     """
 
     def __init__(self, oracle: Oracle, folder: Path | str, *, chunk: int = 16) -> None:
-        if chunk < 1:
-            raise ValueError(f"chunk={chunk}: at least one text is asked about at a time")
-        self.oracle, self.chunk = oracle, chunk
-        parameters = {"oracle": oracle.name, "version": oracle.version, "labels": list(oracle.labels)}
+        self.chunk = check_whole("chunk", chunk, hint=": at least one text is asked about at a time")
+        self.oracle, self.name, self.version, self.labels = oracle, oracle.name, oracle.version, oracle.labels
+        parameters = {"oracle": self.name, "version": self.version, "labels": list(self.labels)}
         self._store = open_store(folder, parameters=parameters)
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self._store.close()
-
-    @property
-    def name(self) -> str:
-        """Name of the oracle."""
-        return self.oracle.name
-
-    @property
-    def version(self) -> str:
-        """Version of the oracle."""
-        return self.oracle.version
-
-    @property
-    def labels(self) -> tuple[str, ...]:
-        """Labels of the oracle."""
-        return self.oracle.labels
 
     def label(self, texts: Sequence[str]) -> list[str | None]:
         """Labels of texts; the oracle is asked about new ones only, each once.
@@ -439,20 +413,11 @@ class RememberedOracle:
         new = [text for text in dict.fromkeys(texts) if _key(text) not in self._store]
         for start in range(0, len(new), self.chunk):
             part = new[start : start + self.chunk]
-            for text, label in zip(part, self._checked(self.oracle.label(part), len(part)), strict=True):
+            # Checked, for what is no label would be kept for ever.
+            labels = checked(self.oracle.label(part), len(part), self.name, self.labels)
+            for text, label in zip(part, labels, strict=True):
                 self._store.append(_key(text), [{"text": text, "label": label}], seconds=0.0)
         return [self._store.rows(_key(text))[0]["label"] for text in texts]
-
-    def _checked(self, labels: Sequence[str | None], count: int) -> Sequence[str | None]:
-        """Refuse what would be kept for ever: labels of other texts, or none of the oracle's."""
-        if len(labels) != count:
-            raise ValueError(f"the oracle {self.name!r} returned {len(labels)} labels for {count} texts")
-        strange = [label for label in labels if label is not None and label not in self.labels]
-        if strange:
-            raise ValueError(
-                f"the oracle {self.name!r} returned the label {strange[0]!r}; its labels are {', '.join(self.labels)}"
-            )
-        return labels
 
 
 def _key(text: str) -> str:

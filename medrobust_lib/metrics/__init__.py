@@ -1,7 +1,6 @@
 """What is measured: pure functions of arrays and tables."""
 
 from medrobust_lib.metrics.certified import (
-    CERTIFICATE_GROUPS,
     average_certified_radius,
     balanced_certified_accuracy,
     certification_summary,
@@ -11,10 +10,10 @@ from medrobust_lib.metrics.certified import (
     table_of_radii,
 )
 from medrobust_lib.metrics.classification import (
-    CONSTANT_SHARE,
     accuracy,
     accuracy_interval,
     balanced_accuracy,
+    bootstrap_interval,
     calibration_bins,
     expected_calibration_error,
     is_constant_predictor,
@@ -23,11 +22,7 @@ from medrobust_lib.metrics.classification import (
 )
 from medrobust_lib.metrics.corruption import (
     AGGREGATIONS,
-    LEAST_RISE,
-    GuardedMean,
     average_accuracy,
-    balanced_error_table,
-    bootstrap_interval,
     corruption_error,
     corruption_error_table,
     degradation,
@@ -39,17 +34,12 @@ from medrobust_lib.metrics.corruption import (
 
 __all__ = [
     "AGGREGATIONS",
-    "CERTIFICATE_GROUPS",
-    "CONSTANT_SHARE",
-    "LEAST_RISE",
-    "GuardedMean",
     "accuracy",
     "accuracy_interval",
     "average_accuracy",
     "average_certified_radius",
     "balanced_accuracy",
     "balanced_certified_accuracy",
-    "balanced_error_table",
     "bootstrap_interval",
     "calibration_bins",
     "certification_summary",

@@ -1,6 +1,7 @@
 """Certified accuracy: pure functions of tables of certificates, one row per image, sigma and method."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import pandas as pd
 
@@ -13,8 +14,6 @@ CERTIFICATE_GROUPS = (
 MEASURED = frozenset(
     {"certified_accuracy", "clean_accuracy", "low", "high", "lowest", "highest", "seeds", "n", "radius_reach"}
 )
-
-Reach = Mapping[float, float] | Mapping[float | tuple[str, float], float]
 
 
 def certified_accuracy(rows: pd.DataFrame, radii: Sequence[float], *, per_class: bool = False) -> pd.DataFrame:
@@ -56,9 +55,8 @@ def certified_accuracy(rows: pd.DataFrame, radii: Sequence[float], *, per_class:
         raise ValueError(f"radii={radii}: give at least one radius, all of them >= 0")
     table = []
     for key, group in rows.groupby(groups, sort=False, dropna=False):
-        correct = (group["predicted"] == group["label"]).to_numpy()
         for radius in radii:
-            hits = int((correct & (group["radius"] >= radius).to_numpy()).sum())
+            hits = int(((group["predicted"] == group["label"]) & (group["radius"] >= radius)).sum())
             low, high = accuracy_interval(hits, len(group))
             share = {"certified_accuracy": hits / len(group), "low": low, "high": high, "n": len(group)}
             if _unknown(group, radius):
@@ -66,8 +64,7 @@ def certified_accuracy(rows: pd.DataFrame, radii: Sequence[float], *, per_class:
             if "radius_reach" in group:
                 share["radius_reach"] = group["radius_reach"].max()
             table.append(dict(zip(groups, key, strict=True)) | {"radius": radius} | share)
-    table = pd.DataFrame(table)
-    return table.assign(chance=1 / table["n_classes"]).drop(columns="n_classes") if "n_classes" in table else table
+    return _with_chance(table)
 
 
 def balanced_certified_accuracy(rows: pd.DataFrame, radii: Sequence[float]) -> pd.DataFrame:
@@ -147,9 +144,9 @@ def over_prompt_seeds(table: pd.DataFrame) -> pd.DataFrame:
                 f"the seeds of {group['method'].iloc[0]!r} at sigma {group['sigma'].iloc[0]:g} were measured on "
                 f"{', '.join(map(str, images))} images; their mean would compare nothing, summarise them separately"
             )
-        n, tested = int(images[0]), bool(shares.notna().all())
+        n = int(images[0])
         values = dict.fromkeys(("certified_accuracy", "lowest", "highest", "low", "high"), float("nan"))
-        if tested:
+        if shares.notna().all():
             hits = int((shares * n).round().sum())
             values = {
                 "certified_accuracy": shares.mean(),
@@ -196,8 +193,7 @@ def certification_summary(rows: pd.DataFrame) -> pd.DataFrame:
             "n": len(group),
         }
         table.append(dict(zip(groups, key, strict=True)) | summary)
-    table = pd.DataFrame(table)
-    return table.assign(chance=1 / table["n_classes"]).drop(columns="n_classes") if "n_classes" in table else table
+    return _with_chance(table)
 
 
 def average_certified_radius(rows: pd.DataFrame) -> float:
@@ -228,7 +224,7 @@ def average_certified_radius(rows: pd.DataFrame) -> float:
     return float(rows["radius"].where(rows["predicted"] == rows["label"], 0.0).mean())
 
 
-def certified_envelope(table: pd.DataFrame, *, reach: Reach | None = None) -> pd.DataFrame:
+def certified_envelope(table: pd.DataFrame) -> pd.DataFrame:
     """Best noise level for each radius: the convention of published tables, not a guarantee.
 
     A deployed classifier has one sigma, chosen before the image is seen; the maximum over sigma of certified
@@ -238,24 +234,20 @@ def certified_envelope(table: pd.DataFrame, *, reach: Reach | None = None) -> pd
     ----------
     table : DataFrame
         As `certified_accuracy` or `over_prompt_seeds` returns it, with several values of sigma, which may
-        differ from method to method.
-    reach : mapping, optional
-        Largest radius that the draws can prove, by sigma, or by (method, sigma) where a method has draws or
-        an alpha of its own. Noise levels that do not reach a radius are left out: their zeros say nothing
-        about the classifier.
+        differ from method to method. Missing shares take no part: the draws do not reach the radius, or were not
+        tested at it.
 
     Returns
     -------
     DataFrame
         The rows of the best sigma per radius and group (the smallest sigma on ties), with the columns
         clean_accuracy (certified accuracy at radius 0 and the same sigma, NaN where it was not asked for)
-        and convention. A group has no row where no noise level reaches the radius or was tested at it. Rows that
-        know their own reach (column radius_reach) need no ``reach``: their shares beyond it are NaN.
+        and convention. A group has no row where no noise level reaches the radius or was tested at it.
 
     Raises
     ------
     ValueError
-        Columns are missing, or reach does not name a noise level.
+        Columns are missing.
     """
     _require(table, "sigma", "radius", "certified_accuracy")
     groups = [column for column in table.columns if column not in MEASURED | {"sigma"}]
@@ -264,13 +256,12 @@ def certified_envelope(table: pd.DataFrame, *, reach: Reach | None = None) -> pd
     clean = table.loc[table["radius"] == 0, [*others, "certified_accuracy"]].drop_duplicates(others)
     clean = clean.rename(columns={"certified_accuracy": "clean_accuracy"})
     table = table.drop(columns="clean_accuracy", errors="ignore").merge(clean, on=others, how="left")
-    ordered = table if reach is None else table[_within_reach(table, reach)]
-    ordered = ordered[ordered["certified_accuracy"].notna()].sort_values("sigma", kind="stable")
+    ordered = table[table["certified_accuracy"].notna()].sort_values("sigma", kind="stable")
     best = ordered.groupby(groups, sort=False, dropna=False)["certified_accuracy"].idxmax()
     return table.loc[best].sort_index().assign(convention="best sigma per radius").reset_index(drop=True)
 
 
-def table_of_radii(table: pd.DataFrame, radii: Sequence[float], *, reach: Reach) -> pd.DataFrame:
+def table_of_radii(table: pd.DataFrame, radii: Sequence[float]) -> pd.DataFrame:
     """Lay certified accuracy out for reading, as published tables do: method x radius, the best sigma for each.
 
     The numbers are those of `certified_envelope`, which keeps them as numbers, one a row.
@@ -278,12 +269,10 @@ def table_of_radii(table: pd.DataFrame, radii: Sequence[float], *, reach: Reach)
     Parameters
     ----------
     table : DataFrame
-        As in `certified_envelope`, of one model and data set, with columns method and guarantee and with the
-        radius 0, whose certified accuracy is called clean. Methods may differ in noise levels, radii and n.
+        As in `certified_envelope`, of one model and data set, with columns method, guarantee and radius_reach and with
+        the radius 0, whose certified accuracy is called clean. Methods may differ in noise levels, radii and n.
     radii : sequence of float
         Which radii to show, in [0, 1] pixel units.
-    reach : mapping
-        As in `certified_envelope`.
 
     Returns
     -------
@@ -295,11 +284,10 @@ def table_of_radii(table: pd.DataFrame, radii: Sequence[float], *, reach: Reach)
     Raises
     ------
     ValueError
-        Columns or radii are missing, rows occur twice (for instance of two data sets), or reach does not
-        name a noise level.
+        Columns or radii are missing, or rows occur twice (for instance of two data sets).
     """
     keys = ["method", "guarantee", "sigma", "radius"]
-    _require(table, *keys, "certified_accuracy")
+    _require(table, *keys, "certified_accuracy", "radius_reach")
     missing = sorted({0.0, *radii} - set(table["radius"]))
     if missing:
         raise ValueError(
@@ -309,14 +297,15 @@ def table_of_radii(table: pd.DataFrame, radii: Sequence[float], *, reach: Reach)
     if table.duplicated(keys).any():
         mixed = [column for column in table.columns if column not in MEASURED | {*keys} and table[column].nunique() > 1]
         raise ValueError(f"rows occur twice for one {', '.join(keys)}; give one at a time of: {', '.join(mixed)}")
-    best = certified_envelope(table[[*keys, "certified_accuracy"]], reach=reach)
+    best = certified_envelope(table[[*keys, "certified_accuracy"]])
     texts = [
         f"{100 * share:.1f} ({'not measured' if pd.isna(clean) else f'{100 * clean:.1f}'})"
         for share, clean in zip(best["certified_accuracy"], best["clean_accuracy"], strict=True)
     ]
     index = pd.MultiIndex.from_frame(table[["method", "guarantee"]].drop_duplicates())
     cells = best.assign(text=texts).set_index(["method", "guarantee", "radius"])["text"].unstack("radius")
-    within = table.assign(within=_within_reach(table, reach)).groupby(["method", "guarantee", "radius"])["within"].any()
+    within = table.assign(within=table["radius"] <= table["radius_reach"])
+    within = within.groupby(["method", "guarantee", "radius"])["within"].any()
     beyond = within.eq(False).unstack("radius", fill_value=False)
     columns = list(dict.fromkeys(radii))
     cells, beyond = (part.reindex(index=index, columns=columns) for part in (cells, beyond))
@@ -324,16 +313,10 @@ def table_of_radii(table: pd.DataFrame, radii: Sequence[float], *, reach: Reach)
     return cells.rename(columns="{:g}".format).rename_axis(columns="radius")
 
 
-def _within_reach(table: pd.DataFrame, reach: Reach) -> pd.Series:
-    """Whether the draws behind each row can prove its radius."""
-    methods = table["method"] if "method" in table else [None] * len(table)
-    rows = list(zip(methods, table["sigma"], strict=True))
-    largest = [reach.get((method, sigma), reach.get(sigma)) for method, sigma in rows]
-    unnamed = sorted({sigma for (_, sigma), radius in zip(rows, largest, strict=True) if radius is None})
-    if unnamed:
-        missing = ", ".join(f"{sigma:g}" for sigma in unnamed)
-        raise ValueError(f"reach names no largest radius for sigma {missing}; it names {list(reach)}")
-    return pd.Series(largest, index=table.index, dtype=float) >= table["radius"]
+def _with_chance(rows: list[dict[str, Any]]) -> pd.DataFrame:
+    """Table of rows, with the accuracy of a blind guess instead of the number of classes."""
+    table = pd.DataFrame(rows)
+    return table.assign(chance=1 / table["n_classes"]).drop(columns="n_classes") if "n_classes" in table else table
 
 
 def _require(table: pd.DataFrame, *columns: str) -> None:

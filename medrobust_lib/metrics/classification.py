@@ -1,10 +1,11 @@
-"""Accuracy and calibration: pure functions of label, prediction and probability arrays.
+"""Accuracy, calibration and intervals: pure functions of label, prediction and probability arrays.
 
 Predictions may hold -1 for an abstention. An abstention is never correct and always stays in the
-denominator.
+denominator. Intervals are over images: other images of the same kind would give another number.
 """
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 import pandas as pd
@@ -107,36 +108,6 @@ def is_constant_predictor(predictions: ArrayLike, *, share: float = CONSTANT_SHA
     return majority_share(predictions) >= share
 
 
-def accuracy_interval(correct: int, n: int, *, confidence: float = 0.95) -> tuple[float, float]:
-    """Exact (Clopper-Pearson) two-sided interval of a proportion.
-
-    Parameters
-    ----------
-    correct, n : int
-        Number of hits and of trials, 0 <= correct <= n, n >= 1.
-    confidence : float in (0, 1)
-
-    Returns
-    -------
-    low, high : float in [0, 1]
-
-    Raises
-    ------
-    ValueError
-        Counts or confidence out of range.
-    """
-    if not 0 <= correct <= n or n < 1 or not 0 < confidence < 1:
-        raise ValueError(
-            f"correct={correct}, n={n}, confidence={confidence}: give 0 <= correct <= n, n >= 1 and a confidence "
-            "between 0 and 1"
-        )
-    # The quantiles themselves: binomtest also works out a p-value, which takes most of a table's time.
-    tail = (1 - confidence) / 2
-    low = beta.ppf(tail, correct, n - correct + 1) if correct else 0.0
-    high = beta.ppf(1 - tail, correct + 1, n - correct) if correct < n else 1.0
-    return float(low), float(high)
-
-
 def calibration_bins(probabilities: ArrayLike, labels: ArrayLike, *, n_bins: int = 10) -> pd.DataFrame:
     """Confidence against accuracy in equal-width bins of the top-1 probability.
 
@@ -211,8 +182,34 @@ def _integers(name: str, values: ArrayLike) -> NDArray[np.int64]:
     return array.astype(np.int64)
 
 
-RESAMPLES = 2000
-CONFIDENCE = 0.95
+def accuracy_interval(correct: int, n: int, *, confidence: float = 0.95) -> tuple[float, float]:
+    """Exact (Clopper-Pearson) two-sided interval of a proportion.
+
+    Parameters
+    ----------
+    correct, n : int
+        Number of hits and of trials, 0 <= correct <= n, n >= 1.
+    confidence : float in (0, 1)
+
+    Returns
+    -------
+    low, high : float in [0, 1]
+
+    Raises
+    ------
+    ValueError
+        Counts or confidence out of range.
+    """
+    if not 0 <= correct <= n or n < 1 or not 0 < confidence < 1:
+        raise ValueError(
+            f"correct={correct}, n={n}, confidence={confidence}: give 0 <= correct <= n, n >= 1 and a confidence "
+            "between 0 and 1"
+        )
+    # The quantiles themselves: binomtest also works out a p-value, which takes most of a table's time.
+    tail = (1 - confidence) / 2
+    low = beta.ppf(tail, correct, n - correct + 1) if correct else 0.0
+    high = beta.ppf(1 - tail, correct + 1, n - correct) if correct < n else 1.0
+    return float(low), float(high)
 
 
 def mean_interval(values: ArrayLike, *, largest: float = 1.0, seed: int = 0) -> tuple[float, float]:
@@ -245,8 +242,8 @@ def mean_interval(values: ArrayLike, *, largest: float = 1.0, seed: int = 0) -> 
     found = stats.bootstrap(
         (array,),
         np.mean,
-        n_resamples=RESAMPLES,
-        confidence_level=CONFIDENCE,
+        n_resamples=2000,
+        confidence_level=0.95,
         method="percentile",
         vectorized=True,
         batch=max(1, 10_000_000 // len(array)),
@@ -265,6 +262,63 @@ def share_interval(values: ArrayLike, *, seed: int = 0) -> tuple[float, float]:
         return accuracy_interval(int(array.sum()), array.size)
     low, high = mean_interval(array, seed=seed)
     return max(low, 0.0), min(high, 1.0)
+
+
+def bootstrap_interval(
+    statistic: Callable[..., NDArray[np.float64]],
+    *correct: ArrayLike,
+    rng: np.random.Generator,
+    resamples: int = 1000,
+    confidence: float = 0.95,
+) -> tuple[float, float]:
+    """Percentile bootstrap interval over images of any function of errors in `medrobust_lib.metrics.corruption`.
+
+    Each resample draws images with replacement and takes the same ones for every array: an image's corrupted
+    versions stay together, and a model and its reference are compared on the same images (paired).
+
+    Parameters
+    ----------
+    statistic : callable
+        Takes as many arrays of errors as there are ``correct``, each with an axis of resamples in front, and
+        returns one number a resample: `mean_corruption_error`, ``functools.partial`` of it, or a lambda.
+    *correct : bool [..., n]
+        Whether each of the same n images is classified correctly, for example [C, S, n] for the model and for
+        the reference, or [n] on the clean images.
+    rng : numpy.random.Generator
+    resamples : int
+    confidence : float in (0, 1)
+
+    Returns
+    -------
+    low, high : float
+        NaN if the statistic is undefined in any resample; equal if all images agree, for resamples of them know no
+        spread. Of few images a bootstrap covers too little; for a single share `accuracy_interval` is exact.
+
+    Raises
+    ------
+    ValueError
+        Not the same number of images, no images, or a statistic that does not return one number a resample.
+
+    References
+    ----------
+    Efron and Tibshirani 1993, chapter 13.
+    """
+    arrays = [np.asarray(array, dtype=np.float64) for array in correct]
+    images = {array.shape[-1] if array.ndim else 0 for array in arrays}
+    if len(images) != 1 or 0 in images:
+        raise ValueError(f"all arrays need the same images on their last axis, got shapes {[a.shape for a in arrays]}")
+    n = images.pop()
+    # How often each image is drawn: one matrix product then resamples every corruption and severity at once.
+    draws = rng.multinomial(n, np.full(n, 1 / n), size=resamples).astype(np.float64)
+    errors = [
+        np.clip(1 - (draws @ array.reshape(-1, n).T) / n, 0, 1).reshape(resamples, *array.shape[:-1])
+        for array in arrays
+    ]
+    values = np.asarray(statistic(*errors))
+    if values.shape != (resamples,):
+        raise ValueError(f"the statistic must return {resamples} numbers, one a resample, got shape {values.shape}")
+    low, high = np.quantile(values, [(1 - confidence) / 2, (1 + confidence) / 2])
+    return float(low), float(high)
 
 
 def paired_interval(gained: int, lost: int, n: int) -> tuple[float, float]:

@@ -5,14 +5,14 @@ table of models or the resamples of `bootstrap_interval`. Errors relative to a r
 the literature prints them: 100 is the reference itself, less is better.
 """
 
-from collections.abc import Callable, Sequence
-from difflib import get_close_matches
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 
+from medrobust_lib.checks import check_choice, suggest
 from medrobust_lib.metrics.classification import CONSTANT_SHARE
 
 LEAST_RISE = 0.01  # a reference that loses less than a percentage point is no yardstick for what others lose
@@ -95,8 +95,7 @@ def mean_corruption_error(
     ----------
     As for `corruption_error`; eq. 8 of Imam et al. is the mean of ratios.
     """
-    if aggregation not in AGGREGATIONS:
-        raise ValueError(f"aggregation={aggregation!r} is unknown; there are {' and '.join(map(repr, AGGREGATIONS))}")
+    check_choice("aggregation", aggregation, AGGREGATIONS)
     mean, reference = _means_over_severities(errors, reference_errors, corruptions=True)
     if aggregation == "ratio of sums":
         return _percent_of(mean.sum(-1), reference.sum(-1))
@@ -163,7 +162,11 @@ def relative_mean_corruption_error(
     relative = relative_corruption_error(
         errors, clean_error, reference_errors, reference_clean_error, least_rise=least_rise
     )
-    return _guarded_mean(relative)
+    defined = ~np.isnan(relative)
+    count = defined.sum(-1)
+    total = np.where(defined, relative, 0).sum(-1)
+    mean = np.divide(total, count, out=np.full(np.shape(total), np.nan), where=count > 0)
+    return GuardedMean(mean[()], relative.shape[-1] - count)
 
 
 def average_accuracy(errors: ArrayLike) -> NDArray[np.float64]:
@@ -194,63 +197,6 @@ def degradation(errors: ArrayLike, clean_error: ArrayLike) -> NDArray[np.float64
     float64 [...] in [-1, 1]; 0.1 is ten percentage points, negative if corruption helps
     """
     return 1 - fractions("clean_error", clean_error) - average_accuracy(errors)
-
-
-def bootstrap_interval(
-    statistic: Callable[..., NDArray[np.float64]],
-    *correct: ArrayLike,
-    rng: np.random.Generator,
-    resamples: int = 1000,
-    confidence: float = 0.95,
-) -> tuple[float, float]:
-    """Percentile bootstrap interval over images of any function of errors in this module.
-
-    Each resample draws images with replacement and takes the same ones for every array: an image's corrupted
-    versions stay together, and a model and its reference are compared on the same images (paired).
-
-    Parameters
-    ----------
-    statistic : callable
-        Takes as many arrays of errors as there are ``correct``, each with an axis of resamples in front, and
-        returns one number a resample: `mean_corruption_error`, ``functools.partial`` of it, or a lambda.
-    *correct : bool [..., n]
-        Whether each of the same n images is classified correctly, for example [C, S, n] for the model and for
-        the reference, or [n] on the clean images.
-    rng : numpy.random.Generator
-    resamples : int
-    confidence : float in (0, 1)
-
-    Returns
-    -------
-    low, high : float
-        NaN if the statistic is undefined in any resample; equal if all images agree, for resamples of them know no
-        spread. Of few images a bootstrap covers too little; for a single share `accuracy_interval` is exact.
-
-    Raises
-    ------
-    ValueError
-        Not the same number of images, no images, or a statistic that does not return one number a resample.
-
-    References
-    ----------
-    Efron and Tibshirani 1993, chapter 13.
-    """
-    arrays = [np.asarray(array, dtype=np.float64) for array in correct]
-    images = {array.shape[-1] if array.ndim else 0 for array in arrays}
-    if len(images) != 1 or 0 in images:
-        raise ValueError(f"all arrays need the same images on their last axis, got shapes {[a.shape for a in arrays]}")
-    n = images.pop()
-    # How often each image is drawn: one matrix product then resamples every corruption and severity at once.
-    draws = rng.multinomial(n, np.full(n, 1 / n), size=resamples).astype(np.float64)
-    errors = [
-        np.clip(1 - (draws @ array.reshape(-1, n).T) / n, 0, 1).reshape(resamples, *array.shape[:-1])
-        for array in arrays
-    ]
-    values = np.asarray(statistic(*errors))
-    if values.shape != (resamples,):
-        raise ValueError(f"the statistic must return {resamples} numbers, one a resample, got shape {values.shape}")
-    low, high = np.quantile(values, [(1 - confidence) / 2, (1 + confidence) / 2])
-    return float(low), float(high)
 
 
 def fractions(name: str, values: ArrayLike, *, least_axes: int = 0) -> NDArray[np.float64]:
@@ -286,14 +232,6 @@ def _percent_of(
     with np.errstate(divide="ignore", invalid="ignore"):
         defined = (reference > floor + _ZERO) & (np.abs(reference) > _ZERO)
         return np.where(defined, 100 * values / reference, np.nan)[()]
-
-
-def _guarded_mean(values: NDArray[np.float64]) -> GuardedMean:
-    defined = ~np.isnan(values)
-    count = defined.sum(-1)
-    total = np.where(defined, values, 0).sum(-1)
-    mean = np.divide(total, count, out=np.full(np.shape(total), np.nan), where=count > 0)
-    return GuardedMean(mean[()], values.shape[-1] - count)
 
 
 def corruption_error_table(
@@ -339,94 +277,26 @@ def corruption_error_table(
     for key, cells in _cells(table, measure, groups):
         errors, clean_error, models, corruptions = _errors(cells, measure)
         if reference not in models:
-            close = get_close_matches(reference, models, n=1)
-            hint = f" Did you mean {close[0]!r}?" if close else ""
-            raise ValueError(f"no reference model {reference!r} for {key}.{hint} Models there: {', '.join(models)}")
+            raise ValueError(f"no reference model {reference!r} for {key}.{suggest(reference, models)}")
         base, clean_base = errors[models.index(reference)], clean_error[models.index(reference)]
         relative = relative_mean_corruption_error(errors, clean_error, base, clean_base, least_rise=least_rise)
-        parts.append(
-            pd.DataFrame(
-                {
-                    **cells[[*groups]].iloc[0].to_dict(),
-                    "model": models,
-                    "reference": reference,
-                    **_number_of_images(cells, key),
-                    "clean_error": clean_error,
-                    "relative_clean_error": relative_clean_error(clean_error, clean_base),
-                    **{f"ce_{c}": ce for c, ce in zip(corruptions, corruption_error(errors, base).T, strict=True)},
-                    "mce": mean_corruption_error(errors, base),
-                    "ratio_of_sums": mean_corruption_error(errors, base, aggregation="ratio of sums"),
-                    "relative_mce": relative.mean,
-                    "relative_mce_left_out": relative.left_out,
-                    "average_accuracy": average_accuracy(errors),
-                    "degradation": degradation(errors, clean_error),
-                    **_constancy(cells, models),
-                }
-            )
-        )
-    return pd.concat(parts, ignore_index=True)
-
-
-def balanced_error_table(
-    table: pd.DataFrame, baseline: pd.DataFrame, *, least_rise: float = LEAST_RISE
-) -> pd.DataFrame:
-    """Balanced errors as MedMNIST-C reports them, normalised by a baseline's (AlexNet's).
-
-    Parameters
-    ----------
-    table : DataFrame
-        As for `corruption_error_table`, with the columns dataset and balanced_accuracy.
-    baseline : DataFrame
-        Columns dataset, corruption ("clean" among them) and balanced_error (fraction, mean over severities), for
-        instance ``load_published("medmnist_c_alexnet")``.
-    least_rise : float
-        Largest rise of the baseline's error for which rbe is NaN; ``-numpy.inf`` gives what the authors' evaluator
-        gives (for PneumoniaMNIST, AlexNet's balanced error is smaller at higher contrast or gamma than on clean
-        images).
-
-    Returns
-    -------
-    DataFrame, one row per data set, model and corruption
-        dataset, model, corruption, balanced_error (fraction, mean over severities), be and rbe: the balanced
-        error, and its rise over the clean one, as multiples of the baseline's (1: as AlexNet; not percent, as in
-        the source). The means of be and rbe over the corruptions are a data set's BE and rBE.
-
-    Raises
-    ------
-    ValueError
-        As for `corruption_error_table`, or a data set or corruption that the baseline lacks.
-
-    References
-    ----------
-    Di Salvo et al. 2024, MedMNIST-C, arXiv:2406.17536.
-    """
-    known = baseline.set_index(["dataset", "corruption"])["balanced_error"]
-    parts = []
-    for key, cells in _cells(table, "balanced_accuracy", ("dataset",)):
-        errors, clean_error, models, corruptions = _errors(cells, "balanced_accuracy")
-        dataset = cells["dataset"].iloc[0]
-        wanted = pd.MultiIndex.from_product([[dataset], ["clean", *corruptions]])
-        missing = [corruption for _, corruption in wanted.difference(known.index)]
-        if missing:
-            raise ValueError(
-                f"the baseline has no error for {', '.join(sorted(missing))} of {key}; it knows the data sets "
-                f"{', '.join(map(str, baseline['dataset'].unique()))}"
-            )
-        clean_base, *base = known.loc[wanted]
-        base = np.array(base)[:, None]
-        relative = relative_corruption_error(errors, clean_error, base, clean_base, least_rise=least_rise)
-        parts.append(
-            pd.DataFrame(
-                {
-                    "dataset": dataset,
-                    "model": np.repeat(models, len(corruptions)),
-                    "corruption": np.tile(corruptions, len(models)),
-                    "balanced_error": errors.mean(-1).ravel(),
-                    "be": corruption_error(errors, base).ravel() / 100,
-                    "rbe": relative.ravel() / 100,
-                }
-            )
-        )
+        columns = {
+            **cells[[*groups]].iloc[0].to_dict(),
+            "model": models,
+            "reference": reference,
+            **_number_of_images(cells, key),
+            "clean_error": clean_error,
+            "relative_clean_error": relative_clean_error(clean_error, clean_base),
+            **{f"ce_{c}": ce for c, ce in zip(corruptions, corruption_error(errors, base).T, strict=True)},
+            "mce": mean_corruption_error(errors, base),
+            "ratio_of_sums": mean_corruption_error(errors, base, aggregation="ratio of sums"),
+            "relative_mce": relative.mean,
+            "relative_mce_left_out": relative.left_out,
+            "average_accuracy": average_accuracy(errors),
+            "degradation": degradation(errors, clean_error),
+            **_constancy(cells, models),
+        }
+        parts.append(pd.DataFrame(columns))
     return pd.concat(parts, ignore_index=True)
 
 
@@ -489,9 +359,8 @@ def _constancy(cells: pd.DataFrame, models: list[str]) -> dict[str, NDArray[np.g
         constant = cells["majority_share"] >= CONSTANT_SHARE
     else:
         return {}
-    flags = pd.DataFrame({"model": cells["model"], "constant": constant})
-    clean = flags[cells["severity"] == 0].set_index("model")["constant"]
+    clean = constant[cells["severity"] == 0].groupby(cells["model"]).first()
     return {
         "constant": clean.loc[models].to_numpy(),
-        "constant_share": flags.groupby("model")["constant"].mean().loc[models].to_numpy(),
+        "constant_share": constant.groupby(cells["model"]).mean().loc[models].to_numpy(),
     }

@@ -277,7 +277,7 @@ def _probed(dataset: str) -> ImageDataset:
 
 def _seconds_to_corrupt(dataset: str, suite: str) -> float:
     """Seconds a corrupted image takes, the mean over the corruptions of a suite at their middle severity."""
-    from medrobust_lib.corruptions.writing import corrupted
+    from medrobust_lib.corruptions.suites import corrupted
 
     data = _probed(dataset).subset([0])
     names = find_suite(suite).names(dataset)

@@ -82,7 +82,7 @@ compared = {data.id: {
     "06": COMMON
     + """
 from medrobust_lib.generative.answers import Drawing, collect_answers
-from medrobust_lib.generative.study import default_oracle
+from medrobust_lib.generative.oracles import default_oracle
 from medrobust_lib.generative.oracles import ExactMatch, SameLabel
 
 model, tasks, free, is_demo = mr.load_vlm("demo-vlm"), ["safety", "finding"], "finding", True

@@ -9,14 +9,9 @@ import pytest
 from PIL import Image
 
 from medrobust_lib.corruptions import stored, writing
-from medrobust_lib.corruptions.suites import corrupt
-from medrobust_lib.corruptions.writing import (
-    check_benchmark,
-    corrupted,
-    plan_benchmark,
-    read_corrupted,
-    write_benchmark,
-)
+from medrobust_lib.corruptions.stored import check_benchmark, read_corrupted
+from medrobust_lib.corruptions.suites import corrupt, corrupted
+from medrobust_lib.corruptions.writing import BenchmarkPlan, write_benchmark
 from medrobust_lib.data.registry import load_dataset
 
 CHEST, OCT = "phantom/chest", "phantom/oct"
@@ -282,7 +277,7 @@ def test_a_folder_of_other_things_is_refused(tmp_path):
         ({"severities": (0, 1)}, "severity 0 to write; give one or more of 1, 2, 3, 4, 5"),
         ({"severities": ()}, "no severity to write"),
         ({"suite": "imagenet-c"}, "unknown suite 'imagenet-c'; choose one of medimeta-c, medmnist-c"),
-        ({"layout": "flat"}, "unknown layout 'flat'. Choose one of: per-severity, concatenated"),
+        ({"layout": "flat"}, "unknown layout 'flat'; choose one of per-severity, concatenated"),
         ({"layout": "concatenated"}, "the concatenated layout holds severities 1 to 5 of the test split"),
         ({"n": 1000}, "n=1000: phantom/chest has 720 images in split 'test'; give 1 to 720"),
         (
@@ -306,7 +301,7 @@ def test_two_sets_of_one_folder_are_refused(tmp_path):
             Image.fromarray(np.full((32, 32, 3), 90, np.uint8)).save(picture)
     ids = [f"folder:{tmp_path / parent / 'mine'}" for parent in "ab"]
     with pytest.raises(ValueError, match=r"would both be written to folder_mine.test.clean\.npz; use a folder"):
-        plan_benchmark(tmp_path / "C", ids)
+        BenchmarkPlan(tmp_path / "C", ids)
     table = write_benchmark(tmp_path / "C", ids[:1], corruptions=["contrast"], severities=(2,))
     assert set(table["dataset"]) == {"folder:mine"}
     texts = [path.read_text() for path in (tmp_path / "C").rglob("*") if path.suffix in {".json", ".csv", ".jsonl"}]
@@ -320,13 +315,13 @@ def test_two_sets_of_one_folder_are_refused(tmp_path):
 
 
 def test_the_plan_says_what_comes(tmp_path, whole):
-    assert len(plan_benchmark(tmp_path, CHEST, **SMALL)) == 6
-    plan = plan_benchmark(tmp_path, [CHEST, OCT], **SMALL)
+    assert len(BenchmarkPlan(tmp_path, CHEST, **SMALL)) == 6
+    plan = BenchmarkPlan(tmp_path, [CHEST, OCT], **SMALL)
     assert len(plan) == 12
     assert plan.missing_bytes == 10 * 5 * 28 * 28 * 3
     assert str(plan) == (f"8 corrupted sets of phantom/chest, phantom/oct and the clean images: 118 kB in {tmp_path}")
     assert list(tmp_path.iterdir()) == []
-    again = plan_benchmark(whole.folder, [CHEST, OCT], **SMALL)
+    again = BenchmarkPlan(whole.folder, [CHEST, OCT], **SMALL)
     assert str(again).endswith(", 118 kB of it is there already")
 
 

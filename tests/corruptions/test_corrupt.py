@@ -47,14 +47,14 @@ def test_a_higher_severity_takes_an_image_further_away(pictures, suite, family, 
 def test_an_image_does_not_depend_on_its_batch_order_or_neighbours(pictures, name):
     whole = corrupt(pictures, name, severity=4, dataset="phantom/blood")
     halves = [
-        corrupt(pictures[first : first + 2], name, severity=4, dataset="phantom/blood", first_index=first)
+        corrupt(pictures[first : first + 2], name, severity=4, dataset="phantom/blood", indices=[first, first + 1])
         for first in (0, 2, 4)
     ]
     np.testing.assert_array_equal(np.concatenate(halves), whole)
     drawn = np.array([5, 1, 3])
     picked = corrupt(pictures[drawn], name, severity=4, dataset="phantom/blood", indices=drawn)
     np.testing.assert_array_equal(picked, whole[drawn])
-    single = corrupt(pictures[3], name, severity=4, dataset="phantom/blood", first_index=3)
+    single = corrupt(pictures[3], name, severity=4, dataset="phantom/blood", indices=[3])
     np.testing.assert_array_equal(single, whole[3])
     turned = corrupt(np.asfortranarray(pictures), name, severity=4, dataset="phantom/blood")
     np.testing.assert_array_equal(turned, whole)
@@ -62,7 +62,7 @@ def test_an_image_does_not_depend_on_its_batch_order_or_neighbours(pictures, nam
 
 @pytest.mark.parametrize(
     "other",
-    [{"seed": 1}, {"dataset": "phantom/oct"}, {"first_index": 1}],
+    [{"seed": 1}, {"dataset": "phantom/oct"}, {"indices": [1, 2]}],
     ids=["seed", "dataset", "index"],
 )
 def test_each_part_of_the_address_changes_the_noise(pictures, other):
@@ -109,9 +109,9 @@ def test_the_same_data_set_has_its_parameters_under_all_its_ids(pictures):
         ({"name": "bubble"}, "unknown corruption 'bubble' in suite medimeta-c.*suite medmnist-c has 'bubble'"),
         ({"name": "bubble", "suite": "medmnist-c", "dataset": "oct"},
          "unknown corruption 'bubble' in suite medmnist-c for oct; choose one of pixelate"),
-        ({"suite": "MedMNIST-C"}, r"unknown suite 'MedMNIST-C'.*\(did you mean 'medmnist-c'\?\)"),
+        ({"suite": "MedMNIST-C"}, "unknown suite 'MedMNIST-C'.*; did you mean 'medmnist-c'"),
         ({"name": "Gaussian_Noise"}, r"\(did you mean 'gaussian_noise'\?\)"),
-        ({"suite": "medimeta"}, r"unknown suite 'medimeta'; choose one of medimeta-c, medmnist-c \(did you mean"),
+        ({"suite": "medimeta"}, "unknown suite 'medimeta'; choose one of medimeta-c, medmnist-c; did you mean"),
         ({"suite": "medmnist-c", "dataset": "phantom/histology"},
          "none for 'phantom/histology'; it knows blood, breast, pneumonia, retina, oct"),
         ({"suite": "medmnist-c", "dataset": "medmnist/retinna"}, "did you mean 'retina'"),
@@ -122,7 +122,7 @@ def test_the_same_data_set_has_its_parameters_under_all_its_ids(pictures):
         ({"severity": "3"}, "severity '3': choose"),
         ({"indices": [0, 1]}, r"6 images but indices of shape \(2,\); give one index per image"),
         ({"indices": np.arange(6) / 2}, "whole numbers >= 0; got"),
-        ({"first_index": -3}, "whole numbers >= 0; got"),
+        ({"indices": np.arange(6) - 3}, "whole numbers >= 0; got"),
     ],
 )  # fmt: skip
 def test_a_wrong_request_is_refused_with_the_valid_choices(pictures, arguments, message):
@@ -151,7 +151,7 @@ RGB = np.zeros((2, 32, 32, 3), np.uint8)
         (np.zeros((32, 32, 1), np.uint8), ValueError, r"drop the last axis: images\[\.\.\., 0\]"),
         (np.zeros((2, 3, 32, 32), np.uint8), ValueError, r"channels last: images.transpose\(0, 2, 3, 1\)"),
         (np.zeros((2, 32, 32, 5), np.uint8), ValueError, "the last axis must hold 3 channels"),
-        (np.zeros((2, 27, 40, 3), np.uint8), ValueError, "27 x 40 pixels: corruptions need at least 28"),
+        (np.zeros((2, 27, 40, 3), np.uint8), ValueError, "27 x 40 pixels: each side needs at least 28"),
         (np.zeros((27, 40), np.uint8), ValueError, "27 x 40 pixels"),
     ],
     ids=lambda value: getattr(value, "__name__", None) if isinstance(value, type) else None,

@@ -5,8 +5,7 @@ from medrobust_lib.explore.answers import answer_groups, corrected_radii
 from medrobust_lib.generative.answers import Drawing, collect_answers
 from medrobust_lib.generative.certify import certify_answers
 from medrobust_lib.generative.errors import ErrorRate, FalsePositives, SymmetricErrors, TotalErrors
-from medrobust_lib.generative.oracles import ExactMatch, SameLabel
-from medrobust_lib.generative.study import default_oracle
+from medrobust_lib.generative.oracles import ExactMatch, SameLabel, default_oracle
 
 N0, N = 4, 14
 

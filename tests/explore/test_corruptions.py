@@ -3,7 +3,7 @@ import pytest
 
 from medrobust_lib import SUITES, explore
 from medrobust_lib.adaptation import demo_adapters
-from medrobust_lib.corruptions.writing import corrupted
+from medrobust_lib.corruptions.suites import corrupted
 from medrobust_lib.evaluation import Candidate
 from medrobust_lib.models.adapters import load_adapter
 

@@ -222,7 +222,7 @@ def test_answers_are_text(image):
     [
         ({"sigma": 0}, "sigma=0.0: smoothing needs noise"),
         ({"sigma": 127.5}, "sigma=127.5: noise levels are in \\[0, 1\\] pixel units; divide"),
-        ({"max_new_tokens": 0}, "max_new_tokens=0: an answer has at least one token"),
+        ({"max_new_tokens": 0}, "max_new_tokens=0 is no whole number of 1 or more; an answer has at least one token"),
         ({"temperature": -0.5}, r"temperature=-0.5: 0 \(greedy\) or a finite number above"),
         ({"temperature": float("inf")}, "temperature=inf"),
         ({"temperature": float("nan")}, "temperature=nan"),

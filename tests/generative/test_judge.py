@@ -340,10 +340,10 @@ def test_the_query_of_an_address_is_sent_but_never_shown():
         ({"url": "ftp://x/"}, "give a complete address"),
         ({"model": ""}, "model='': give the name that the server knows its model by"),
         ({"model": " "}, "model=' ': give the name"),
-        ({"attempts": 0}, "attempts=0: choose at least 1"),
+        ({"attempts": 0}, "attempts=0 is no whole number of 1 or more"),
         ({"wait": -1}, "wait=-1: choose at least 0"),
-        ({"max_tokens": 0}, "max_tokens=0: choose at least 1"),
-        ({"timeout": 0}, "timeout=0: choose a number of seconds above 0"),
+        ({"max_tokens": 0}, "max_tokens=0 is no whole number of 1 or more"),
+        ({"timeout": 0}, "timeout=0 is no number above 0: give seconds"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(change, message):

@@ -96,7 +96,7 @@ def test_nothing_that_is_no_label_for_each_text_is_kept(tmp_path):
         def label(self, texts):
             return ["medium"] * len(texts)
 
-    message = "returned the label 'medium'; its labels are long, short"
+    message = "returned the label 'medium'; it must return a list with one of long, short, or None"
     with RememberedOracle(Inventive(), tmp_path) as oracle, pytest.raises(ValueError, match=message):
         oracle.label(["ab", "abcd"])
     judge = Judge()
@@ -117,6 +117,6 @@ def test_another_version_or_oracle_needs_another_folder(tmp_path):
 
 @pytest.mark.parametrize("chunk", [0, -3])
 def test_at_least_one_text_is_asked_about_at_a_time(tmp_path, chunk):
-    with pytest.raises(ValueError, match=f"chunk={chunk}: at least one text"):
+    with pytest.raises(ValueError, match=f"chunk={chunk} is no whole number of 1 or more: at least one text"):
         RememberedOracle(Judge(), tmp_path / "new", chunk=chunk)
     assert not (tmp_path / "new").exists()

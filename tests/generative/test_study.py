@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from medrobust_lib.data.questions import QuestionSet, answer_wordings, load_questions
-from medrobust_lib.generative.study import default_oracle
+from medrobust_lib.generative.oracles import default_oracle
 
 
 @pytest.mark.parametrize("dataset", ["phantom/blood", "phantom/oct-site-a"])

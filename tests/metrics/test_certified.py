@@ -374,14 +374,17 @@ def levels_table():
         for n in [8 if method == "denoised" else 40]
         for radius, share in found.items()
     ]
-    return pd.DataFrame(rows)
+    table = pd.DataFrame(rows)
+    return table.assign(radius_reach=table.sigma.map({0.12: 0.2, 0.25: 0.45, 1.0: 1.5})).pipe(unknown_beyond)
 
 
-REACH = {0.12: 0.2, 0.25: 0.45, 1.0: 1.5}
+def unknown_beyond(table):
+    """Shares beyond the reach of the draws are missing, as `certified_accuracy` leaves them."""
+    return table.assign(certified_accuracy=table.certified_accuracy.where(table.radius <= table.radius_reach))
 
 
 def test_table_of_radii_reads_as_published_tables_do():
-    table = metrics.table_of_radii(levels_table(), [0.1, 0.5, 1.0], reach=REACH)
+    table = metrics.table_of_radii(levels_table(), [0.1, 0.5, 1.0])
     assert list(table.columns) == ["0.1", "0.5", "1"]
     assert list(table.index) == [("zero-shot", "standard"), ("adapted", "frozen-prompt"), ("denoised", "standard")]
     assert table.loc["zero-shot"].iloc[0].tolist() == ["40.0 (60.0)", "20.0 (30.0)", "10.0 (30.0)"]
@@ -392,43 +395,43 @@ def test_table_of_radii_reads_as_published_tables_do():
 
 def test_a_radius_that_no_draws_can_prove_is_a_dash_and_not_a_zero():
     some = levels_table().query("sigma != 1")
-    table = metrics.table_of_radii(some, [1.0, 0.5, 0.1], reach=REACH)
+    table = metrics.table_of_radii(some, [1.0, 0.5, 0.1])
     assert list(table.columns) == ["1", "0.5", "0.1"]
     assert table.loc["zero-shot"].iloc[0].tolist() == ["–", "–", "40.0 (60.0)"]
     assert table.loc["denoised"].iloc[0].tolist() == ["", "", "25.0 (50.0)"]
-    nothing = metrics.table_of_radii(some, [1.0], reach=REACH)
+    nothing = metrics.table_of_radii(some, [1.0])
     assert nothing["1"].tolist() == ["–", "–", ""]
     # A true zero stays one.
     none_left = some.assign(certified_accuracy=some.certified_accuracy.where(some.radius == 0, 0.0))
-    assert metrics.table_of_radii(none_left, [0.1], reach=REACH)["0.1"].iloc[0] == "0.0 (60.0)"
+    assert metrics.table_of_radii(none_left, [0.1])["0.1"].iloc[0] == "0.0 (60.0)"
 
 
 def test_reach_may_differ_from_method_to_method():
-    reach = REACH | {("zero-shot", 1.0): 0.6}
-    table = metrics.table_of_radii(levels_table(), [1.0], reach=reach)
+    table = levels_table()
+    fewer = (table.method == "zero-shot") & (table.sigma == 1.0)
+    table = unknown_beyond(table.assign(radius_reach=table.radius_reach.mask(fewer, 0.6)))
+    table = metrics.table_of_radii(table, [1.0])
     assert table["1"].tolist() == ["–", "60.0 (70.0)", ""]
 
 
 def test_untested_shares_are_left_empty():
     table = levels_table().query("method == 'zero-shot'")
     unknown = table.assign(certified_accuracy=table.certified_accuracy.where(table.radius < 1.0))
-    found = metrics.table_of_radii(unknown, [0.5, 1.0], reach=REACH)
+    found = metrics.table_of_radii(unknown, [0.5, 1.0])
     assert found.iloc[0].tolist() == ["20.0 (30.0)", ""]
-    assert metrics.certified_envelope(unknown, reach=REACH)["radius"].tolist() == [0.0, 0.1, 0.5]
+    assert metrics.certified_envelope(unknown)["radius"].tolist() == [0.0, 0.1, 0.5]
 
 
 def test_the_envelope_keeps_the_numbers_behind_the_table():
     table = levels_table().assign(lowest=lambda t: t.certified_accuracy - 0.01, highest=0.9, seeds=3)
-    envelope = metrics.certified_envelope(table, reach=REACH).set_index(["method", "radius"])
+    envelope = metrics.certified_envelope(table).set_index(["method", "radius"])
     columns = ["sigma", "certified_accuracy", "clean_accuracy", "n"]
     assert envelope.loc[("zero-shot", 0.5), columns].tolist() == [1.0, 0.2, 0.3, 40]
     assert envelope.loc[("zero-shot", 0.1), columns].tolist() == [0.25, 0.4, 0.6, 40]
     assert envelope.loc[("denoised", 0.1), columns].tolist() == [0.12, 0.25, 0.5, 8]
     assert envelope.loc[("zero-shot", 0.5), "lowest"] == pytest.approx(0.19)
-    # Without reach, zeros of draws that cannot prove the radius take part.
     some = table.query("method == 'adapted' and sigma == 0.25")
-    assert metrics.certified_envelope(some)["certified_accuracy"].tolist() == [0.7, 0.7, 0, 0]
-    assert metrics.certified_envelope(some, reach=REACH)["certified_accuracy"].tolist() == [0.7, 0.7]
+    assert metrics.certified_envelope(some)["certified_accuracy"].tolist() == [0.7, 0.7]
 
 
 @pytest.mark.parametrize(
@@ -447,25 +450,19 @@ def test_the_envelope_keeps_the_numbers_behind_the_table():
             "the seeds of 'few-shot' at sigma 0.25 were measured on 20, 9 images",
         ),
         (
-            lambda: metrics.table_of_radii(levels_table().drop(columns="guarantee"), [0.1], reach=REACH),
+            lambda: metrics.table_of_radii(levels_table().drop(columns="guarantee"), [0.1]),
             "the table has no column guarantee; its columns are method, sigma",
         ),
         (
-            lambda: metrics.table_of_radii(levels_table(), [0.1, 0.75], reach=REACH),
+            lambda: metrics.table_of_radii(levels_table(), [0.1, 0.75]),
             r"the table has no radius 0.75 \(0 gives the clean accuracy\); it has 0, 0.1, 0.5, 1",
         ),
         (
-            lambda: metrics.table_of_radii(levels_table().query("radius > 0"), [0.1], reach=REACH),
+            lambda: metrics.table_of_radii(levels_table().query("radius > 0"), [0.1]),
             r"the table has no radius 0 \(0 gives the clean",
         ),
         (
-            lambda: metrics.table_of_radii(levels_table(), [0.1], reach={0.25: 0.4}),
-            r"reach names no largest radius for sigma 0.12, 1; it names \[0.25\]",
-        ),
-        (
-            lambda: metrics.table_of_radii(
-                pd.concat([levels_table().assign(dataset=name) for name in "ab"]), [0.1], reach=REACH
-            ),
+            lambda: metrics.table_of_radii(pd.concat([levels_table().assign(dataset=name) for name in "ab"]), [0.1]),
             "rows occur twice for one method, guarantee, sigma, radius; give one at a time of: dataset",
         ),
     ],

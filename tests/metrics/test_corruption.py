@@ -209,7 +209,7 @@ def test_undefined_resamples_leave_no_interval(rng):
         ),
         (
             lambda: metrics.mean_corruption_error([[0.5]], [[0.5]], aggregation="mean"),
-            r"aggregation='mean' is unknown; there are 'mean of ratios' and 'ratio of sums'",
+            r"unknown aggregation 'mean'; choose one of mean of ratios, ratio of sums",
         ),
         (
             lambda: metrics.bootstrap_interval(lambda a, b: a, [True], [True, False], rng=np.random.default_rng()),

@@ -8,8 +8,7 @@ import pytest
 from medrobust_lib import list_vlms, load_questions, load_vlm
 from medrobust_lib.files import check_sums
 from medrobust_lib.generative.answers import answer_once
-from medrobust_lib.generative.oracles import judged
-from medrobust_lib.generative.study import default_oracle
+from medrobust_lib.generative.oracles import default_oracle, judged
 from medrobust_lib.models.weights import DEMO_VLM_FOLDER
 
 PER_TASK = 48

@@ -7,19 +7,13 @@ from typing import Any
 import pandas as pd
 
 from medrobust_lib.data.questions import QuestionSet
-from medrobust_lib.data.wording import SITE_A
 from medrobust_lib.generative.answers import AnswerBank
 from medrobust_lib.generative.certify import GenerativeCertificate, certify_answers
 from medrobust_lib.generative.errors import SAME, ErrorModel, InconsistentErrorRateError, split_alpha
 from medrobust_lib.generative.oracles import (
     Equivalence,
-    OptionOracle,
     Oracle,
-    action_oracle,
-    finding_oracle,
     judged,
-    refusal_oracle,
-    safety_oracle,
 )
 from medrobust_lib.smoothing.bounds import certified_radius, maximum_radius, needed_probability
 from medrobust_lib.smoothing.certificate import ABSTAIN, Certificate
@@ -27,19 +21,6 @@ from medrobust_lib.smoothing.certify import make_plan
 
 _UNKNOWN = -2  # number of a truth that nobody knows; no certificate predicts it
 _COPIED = ("sigma", "radius", "p_lower", "k", "n", "n0", "n_max", "alpha", "sampling", "mode", "seed")
-
-
-def default_oracle(questions: QuestionSet) -> Oracle:
-    """Oracle for a question set: keywords for safety and refusals, parsers for findings and actions.
-
-    Labels are those of the question set, where it has some.
-    """
-    if questions.task == "finding":
-        modality = questions.id.removeprefix("phantom/").removesuffix(SITE_A)
-        if questions.id.startswith("phantom/"):
-            return finding_oracle(modality)
-        return OptionOracle(dict.fromkeys(questions.labels, ()), name="finding")
-    return {"safety": safety_oracle, "action": action_oracle, "jailbreak": refusal_oracle}[questions.task]()
 
 
 def certify_questions(
