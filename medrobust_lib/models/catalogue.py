@@ -107,7 +107,7 @@ DUAL_ENCODERS: tuple[ModelEntry, ...] = (
         source="shipped with medrobust_lib (models/demo/clip)",
         files=(WeightFile("open_clip_model.safetensors", ""),),
         citation="this package",
-        loader=f"{BACKENDS}.open_clip_backend:load_demo",
+        loader=f"{BACKENDS}.open_clip:load_demo",
     ),
     ModelEntry(
         id="clip-vit-b16",
@@ -118,7 +118,7 @@ DUAL_ENCODERS: tuple[ModelEntry, ...] = (
         source="open_clip:ViT-B-16-quickgelu/openai",
         files=_hub_files("timm/vit_base_patch16_clip_224.openai", "open_clip_model.safetensors"),
         citation=_CLIP_CITATION,
-        loader=f"{BACKENDS}.open_clip_backend:load_open_clip",
+        loader=f"{BACKENDS}.open_clip:load_open_clip",
     ),
     ModelEntry(
         id="clip-rn50",
@@ -129,7 +129,7 @@ DUAL_ENCODERS: tuple[ModelEntry, ...] = (
         source="open_clip:RN50-quickgelu/openai",
         files=_hub_files("timm/resnet50_clip.openai", "open_clip_model.safetensors"),
         citation=_CLIP_CITATION,
-        loader=f"{BACKENDS}.open_clip_backend:load_open_clip",
+        loader=f"{BACKENDS}.open_clip:load_open_clip",
     ),
     ModelEntry(
         id="plip",
@@ -148,7 +148,7 @@ DUAL_ENCODERS: tuple[ModelEntry, ...] = (
             "merges.txt",
         ),
         citation="Huang et al. 2023, Nature Medicine 29, 2307-2316",
-        loader=f"{BACKENDS}.transformers_backend:load_transformers_clip",
+        loader=f"{BACKENDS}.transformers_clip:load_transformers_clip",
     ),
     ModelEntry(
         id="quilt-b32",
@@ -159,7 +159,7 @@ DUAL_ENCODERS: tuple[ModelEntry, ...] = (
         source="hf-hub:wisdomik/QuiltNet-B-32",
         files=_hub_files("wisdomik/QuiltNet-B-32", "open_clip_config.json", "open_clip_pytorch_model.bin"),
         citation="Ikezogwo et al. 2023, arXiv:2306.11207",
-        loader=f"{BACKENDS}.open_clip_backend:load_open_clip",
+        loader=f"{BACKENDS}.open_clip:load_open_clip",
     ),
     ModelEntry(
         id="biomedclip",
@@ -170,7 +170,7 @@ DUAL_ENCODERS: tuple[ModelEntry, ...] = (
         source=f"hf-hub:{_BIOMEDCLIP}",
         files=_BIOMEDCLIP_FILES,
         citation="Zhang et al. 2023, arXiv:2303.00915",
-        loader=f"{BACKENDS}.open_clip_backend:load_open_clip",
+        loader=f"{BACKENDS}.open_clip:load_open_clip",
     ),
     ModelEntry(
         id="medclip-vit",
@@ -184,7 +184,7 @@ DUAL_ENCODERS: tuple[ModelEntry, ...] = (
             *_CLINICAL_BERT_FILES,
         ),
         citation="Wang et al. 2022, arXiv:2210.10163",
-        loader=f"{BACKENDS}.medclip_backend:load_medclip",
+        loader=f"{BACKENDS}.medclip:load_medclip",
     ),
     ModelEntry(
         id="medclip-rn50",
@@ -198,7 +198,7 @@ DUAL_ENCODERS: tuple[ModelEntry, ...] = (
             *_CLINICAL_BERT_FILES,
         ),
         citation="Wang et al. 2022, arXiv:2210.10163",
-        loader=f"{BACKENDS}.medclip_backend:load_medclip",
+        loader=f"{BACKENDS}.medclip:load_medclip",
     ),
     ModelEntry(
         id="unimedclip",
@@ -209,7 +209,7 @@ DUAL_ENCODERS: tuple[ModelEntry, ...] = (
         source="https://github.com/mbzuai-oryx/UniMed-CLIP (unimed_clip_vit_b16.pt)",
         files=_BIOMED_BERT_FILES,
         citation="Khattak et al. 2024, arXiv:2412.10372",
-        loader=f"{BACKENDS}.unimedclip_backend:load_unimedclip",
+        loader=f"{BACKENDS}.unimedclip:load_unimedclip",
     ),
     ModelEntry(
         id="robustmedclip",
@@ -220,7 +220,7 @@ DUAL_ENCODERS: tuple[ModelEntry, ...] = (
         source=f"{HUB_URL}razaimam45/RobustMedCLIP",
         files=_BIOMEDCLIP_FILES,
         citation="Imam et al. 2025, arXiv:2505.15425",
-        loader=f"{BACKENDS}.robustmedclip_backend:load_robustmedclip",
+        loader=f"{BACKENDS}.robustmedclip:load_robustmedclip",
     ),
 )
 
@@ -230,8 +230,8 @@ def folder_entry(id: str) -> ModelEntry:
     folder = Path(id.removeprefix(LOCAL_DIR_PREFIX)).expanduser()
     by_transformers = (folder / CONFIG_NAME).is_file() and not (folder / OPEN_CLIP_CONFIG_NAME).is_file()
     if by_transformers:
-        return _own_entry(id, "CLIP folder in transformers' format", "transformers_backend:load_transformers_clip")
-    return _own_entry(id, "open_clip folder", "open_clip_backend:load_open_clip")
+        return _own_entry(id, "CLIP folder in transformers' format", "transformers_clip:load_transformers_clip")
+    return _own_entry(id, "open_clip folder", "open_clip:load_open_clip")
 
 
 def hub_entry(id: str) -> ModelEntry:
@@ -248,7 +248,7 @@ def hub_entry(id: str) -> ModelEntry:
             f"{id!r} names no repository on the hub: write {HUB_PREFIX}OWNER/NAME; a folder on this computer is "
             f"{LOCAL_DIR_PREFIX}PATH"
         )
-    return _own_entry(id, "CLIP from the hub", "transformers_backend:load_hub_clip")
+    return _own_entry(id, "CLIP from the hub", "transformers_clip:load_hub_clip")
 
 
 def python_entry(id: str) -> ModelEntry:

@@ -335,10 +335,10 @@ def check_kind(entry: ModelEntry) -> None:
 def _check_snapshot(folder: Path, *, id: str) -> None:
     """`check_kind` for what is here of a repository of the hub."""
     if (folder / OPEN_CLIP_CONFIG_NAME).is_file() and not is_clip(folder):
-        back_end = "open_clip_backend"
+        back_end = "open_clip"
     else:
         check_clip_type(folder, id=id)
-        back_end = "transformers_backend"
+        back_end = "transformers_clip"
     if has_checkpoint(folder):  # else the rest is still to be fetched
         importlib.import_module(f"{BACKENDS}.{back_end}").check_folder(folder, id=id)
 
