@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from inspect import formatannotation
 from pathlib import Path
 from types import UnionType
-from typing import Any, Optional, Union, get_args, get_origin
+from typing import Any, Literal, Optional, Union, get_args, get_origin
 
 import yaml
 
@@ -203,6 +203,8 @@ def wanted(kind: Any) -> str:
     origin, inner = get_origin(kind), get_args(kind)
     if origin in (Union, UnionType):
         return wanted(inner[0])
+    if origin is Literal:
+        return f"one of {', '.join(inner)}"
     if origin is dict:
         return f"a mapping of names to {_WORDS[inner[1]][1]}, such as {{NAME: VALUE}}"
     if origin in (list, tuple):
@@ -212,6 +214,8 @@ def wanted(kind: Any) -> str:
 
 def _scalar(value: Any, kind: type) -> str | int | float | bool | None:
     """The value as this type; None where it is none."""
+    if get_origin(kind) is Literal:
+        return value if value in get_args(kind) else None
     if kind is str:
         return value if isinstance(value, str) else None
     if isinstance(value, bool):  # an int in Python, but `n_images=true` is a mistake
