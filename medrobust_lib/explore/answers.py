@@ -270,13 +270,9 @@ def _radii(
 ) -> None:
     ax = add_panel(figure, box, "certified radius")
     most = max(most, *radii.values())  # knowing the rate of symmetric errors can prove more than the votes alone
-    plot_named_bars(list(radii.values()), list(radii), ax, total=most, truth=0, show_names=False)
-    for text in list(ax.texts):
-        text.remove()
-    for row, (name, radius) in enumerate(radii.items()):
-        told = f"{radius:.3f}" if radius else "refused" if name in refusals else "abstains"
-        ax.text(radius + 0.02 * most, row, told, va="center", fontsize=8, color="0.25")
-        ax.text(-0.06, row, name, transform=ax.get_yaxis_transform(), ha="right", va="center", fontsize=8)
+    nothing = {name: "refused" if name in refusals else "abstains" for name in radii}
+    told = [f"{radius:.3f}" if radius else nothing[name] for name, radius in radii.items()]
+    plot_named_bars(list(radii.values()), list(radii), ax, total=most, truth=0, told=told)
     ax.set_xticks((0, most), ("0", f"{most:.2f}"))
     ax.set_xlabel("L2, [0, 1] pixels", fontsize=8)
 
