@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from medrobust_lib.checks import closest
 from medrobust_lib.files import reported_errors, told
 
 if TYPE_CHECKING:
@@ -188,8 +189,6 @@ def leaderboard(
     as_json: Annotated[bool, typer.Option("--json", help="All rows and columns as JSON instead of tables.")] = False,
 ) -> None:
     """Rank the results of all runs by metric and data set, from their result cards only."""
-    import difflib
-
     from medrobust_lib import experiments
     from medrobust_lib.experiments.cards import BY_HAND
     from medrobust_lib.experiments.report import show_json, show_ranking
@@ -205,7 +204,7 @@ def leaderboard(
     if metric is not None:
         known = sorted(table["metric"].unique())
         if metric not in known:
-            close = difflib.get_close_matches(metric, known, n=1)
+            close = closest(metric, known, n=1)
             hint = f" Did you mean {close[0]!r}?" if close else ""
             raise ValueError(f"unknown metric {metric!r}; the cards hold {', '.join(known)}.{hint}")
         table = table[table["metric"] == metric]
@@ -283,8 +282,7 @@ def _report_what_there_is(run_dir: Path) -> None:
     try:
         typer.echo(f"report of what was executed: {write_report(run_dir)}")
     except (OSError, ValueError) as error:  # the disk that the notebook has filled
-        reason = told(error) if isinstance(error, OSError) else error
-        typer.echo(f"no report of what was executed: {reason}", err=True)
+        typer.echo(f"no report of what was executed: {told(error)}", err=True)
 
 
 def _describe(notebooks: dict[str, Path]) -> None:

@@ -1,6 +1,6 @@
 """A study in a YAML file: what to run on which models and data sets, checked before anything runs."""
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from itertools import product
@@ -236,11 +236,6 @@ def _json(step: Step) -> dict[str, Any]:
     return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(step).items()}
 
 
-def _closest(name: str, valid: Collection[str]) -> str:
-    """The valid names, those that look like the given one first."""
-    return ", ".join(dict.fromkeys([*checks.closest(name, valid, cutoff=0.5), *valid]))
-
-
 def _step(given: Any, notebooks: Path | None, *, where: str) -> Step:
     """One entry of ``steps``: a mapping with its kind as the only key, or a notebook with its parameters."""
     if isinstance(given, str) and given in STEPS:
@@ -250,7 +245,9 @@ def _step(given: Any, notebooks: Path | None, *, where: str) -> Step:
     kind = next((key for key in given if key in STEPS), None)
     if kind is None:
         first = str(next(iter(given)))
-        raise StudyError(f"{where}: unknown step {first!r}; there are {_closest(first, STEPS)}")
+        raise StudyError(
+            f"{where}: unknown step {first!r}; there are {notebook_parameters.closest_first(first, STEPS)}"
+        )
     if kind == "notebook":
         return _notebook_step(given, notebooks, where=where)
     if len(given) > 1:
@@ -281,7 +278,9 @@ def _check_keys(given: Mapping[Any, Any], kind: type, *, where: str) -> None:
     names = [f.name for f in fields(kind)]
     for key in given:
         if key not in names:
-            raise StudyError(f"{where}: unknown key {key!r}; valid: {_closest(str(key), names)}")
+            raise StudyError(
+                f"{where}: unknown key {key!r}; valid: {notebook_parameters.closest_first(str(key), names)}"
+            )
     for f in fields(kind):
         if f.name not in given and f.default is MISSING and f.default_factory is MISSING:
             takes = f.metadata.get("takes") or notebook_parameters.wanted(f.type)
