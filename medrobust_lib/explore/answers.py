@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from textwrap import fill
 from typing import Any, NamedTuple
 
@@ -326,11 +327,8 @@ def explore_answers(grid: AnswerGrid) -> Instrument:
     # Before the instrument looks at the controls, so that it never meets a question with another one's reader.
     controls["task"].observe(follow, "value")
 
-    def draw(**values: object) -> Figure:
-        return clusters_view(grid, **values)
-
     hint = "All answers shown were drawn before: moving a control asks the model nothing."
-    return Instrument(draw, controls, hint=hint)
+    return Instrument(partial(clusters_view, grid), controls, hint=hint)
 
 
 def answer_view(
