@@ -15,6 +15,7 @@ from latex2mathml import exceptions
 from latex2mathml.converter import convert as latex_to_mathml
 from markupsafe import Markup
 from PIL import Image
+from pygments.formatters import HtmlFormatter
 from rich import box
 from rich.console import Console
 from rich.markup import escape
@@ -86,7 +87,9 @@ def write_page(path: Path, template: str, **values: Any) -> Path:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    style = Markup(templates.get_template("style.css").render() + _code_colours())
+    # A style of code whose text reaches a contrast of at least 4.5 on a near-white background.
+    colours = HtmlFormatter(style="xcode").get_style_defs(".highlight")
+    style = Markup(templates.get_template("style.css").render() + colours)
     page = templates.get_template(f"{template}.html.j2").render(**values, style=style, notice=NOTICE, policy=POLICY)
     write_text_atomically(path, page)
     return path
@@ -123,20 +126,15 @@ def math_to_mathml(markdown: str) -> str:
     def replace(match: re.Match[str]) -> str:
         if match["code"]:
             return match[0]
-        if match["block"]:
-            return _formula(match["block"].strip(), "block")
-        return _formula(match["inline"], "inline")
+        latex = (match["block"] or match["inline"]).strip()
+        try:
+            mathml = latex_to_mathml(latex, display="block" if match["block"] else "inline")
+        except _REFUSALS:
+            mathml = "\\"
+        # Unknown commands are copied, backslash and all, and half a formula reads worse than its source.
+        return f"`{latex}`" if "\\" in mathml else mathml
 
     return _MATH.sub(replace, markdown)
-
-
-def _formula(latex: str, display: str) -> str:
-    try:
-        mathml = latex_to_mathml(latex, display=display)
-    except _REFUSALS:
-        mathml = "\\"
-    # Unknown commands are copied, backslash and all, and half a formula reads worse than its source.
-    return f"`{latex}`" if "\\" in mathml else mathml
 
 
 def _title(notebook: nbformat.NotebookNode, path: Path) -> str:
@@ -158,9 +156,7 @@ def _section(card: Mapping[str, Any], run_dir: Path, pages: Mapping[str, Path]) 
         figures = sorted(figures, key=lambda path: (not path.stem.endswith("_headline"), path.stat().st_mtime_ns))
         return {
             "card": card,
-            "metrics": [
-                {**metric, "of": _metric_subject(metric), "text": _metric_text(metric)} for metric in card["metrics"]
-            ],
+            "metrics": [_row(metric) for metric in card["metrics"]],
             "facts": _facts(card),
             "figures": [{"src": quote(f"figures/{path.name}"), **_described(path)} for path in figures],
             "html": quote(f"html/{notebook.stem}.html") if notebook else "",
@@ -177,18 +173,15 @@ def _described(figure: Path) -> dict[str, Any]:
         return {"alt": name, "caption": caption, "wide": picture.width / picture.height > WIDE}
 
 
-def _metric_subject(metric: Mapping[str, Any]) -> str:
-    """What a metric was measured on, where the card holds several such things."""
-    return ", ".join(filter(None, (metric.get("model"), metric.get("dataset"), metric["of"])))
-
-
-def _metric_text(metric: Mapping[str, Any]) -> str:
+def _row(metric: Mapping[str, Any]) -> dict[str, Any]:
+    """A metric with what it was measured on, where the card holds several such things, and its value as text."""
+    of = ", ".join(filter(None, (metric.get("model"), metric.get("dataset"), metric["of"])))
     if metric["value"] is None:
-        return "– (beyond the reach of the draws)"
-    value = f"{metric['value']:.3f}"
-    if metric["low"] is None:
-        return value
-    return f"{value} [{metric['low']:.3f}, {metric['high']:.3f}]"
+        text = "– (beyond the reach of the draws)"
+    else:
+        interval = "" if metric["low"] is None else f" [{metric['low']:.3f}, {metric['high']:.3f}]"
+        text = f"{metric['value']:.3f}{interval}"
+    return {**metric, "of": of, "text": text}
 
 
 def _facts(card: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -204,13 +197,6 @@ def _facts(card: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("torch", card["environment"]["torch"]),
         ("created", card["created"].replace("T", " ").removesuffix("+00:00") + " UTC"),
     ]
-
-
-def _code_colours() -> str:
-    from pygments.formatters import HtmlFormatter
-
-    # A style whose text reaches a contrast of at least 4.5 on a near-white background.
-    return HtmlFormatter(style="xcode").get_style_defs(".highlight")
 
 
 def show(table: pd.DataFrame, *, title: str, columns: Sequence[str] | None = None, right: Sequence[str] = ()) -> None:

@@ -1,7 +1,7 @@
 """Instrument of notebook 06: answers by meaning, and the radii that they certify, with and without oracle errors."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from textwrap import fill
 from typing import Any, NamedTuple
@@ -94,8 +94,7 @@ def prepare_answers(
     n0: int = N0,
     n: int = 100,
     alpha: float = ALPHA,
-    max_new_tokens: int = 24,
-    seed: int = 0,
+    how: Drawing | None = None,
     known: Mapping[str, Sequence[AnswerBank]] | None = None,
 ) -> AnswerGrid:
     """Draw the answers that the instrument shows, with a bar of progress: a model is too slow to ask at every move.
@@ -109,25 +108,28 @@ def prepare_answers(
         Noise levels, > 0, in [0, 1] pixel units.
     positions : sequence of int
         Images of each question set; those beyond its end are left out.
-    n0, n, alpha, max_new_tokens, seed
+    n0, n, alpha
         As in `certify_generative`.
+    how : Drawing, optional
+        How answers are drawn, but for the noise level; default: 24 tokens at most, seed 0.
     known : mapping of str to sequence of AnswerBank, optional
         Banks of `collect_answers` with the same draws, by task: their answers are not drawn again.
     """
+    how = how or Drawing(sigma=sigmas[0], max_new_tokens=24)
     banks = {}
     length = min(map(len, questions.values()))
     for task, part in questions.items():
         for sigma in map(float, sigmas):
-            how = Drawing(sigma=sigma, seed=seed, max_new_tokens=max_new_tokens)
+            drawn = replace(how, sigma=sigma)
             for position in (place for place in positions if place < length):
                 index = int(part.indices[position])
-                there = [bank for bank in (known or {}).get(task, ()) if bank.index == index and bank.how == how]
+                there = [bank for bank in (known or {}).get(task, ()) if bank.index == index and bank.how == drawn]
                 if there:
                     banks[task, position, sigma] = there[0]
                 else:
                     image = vlm.prepare([part.images[position]])[0]
                     prompt, where = part.questions[position], {"dataset": part.id, "index": index}
-                    banks[task, position, sigma] = AnswerBank(vlm, image, prompt, how, **where)
+                    banks[task, position, sigma] = AnswerBank(vlm, image, prompt, drawn, **where)
     wanted = [("select", number) for number in range(n0)] + [("estimate", number) for number in range(n)]
     empty = [bank for bank in banks.values() if any(address not in bank.kept for address in wanted)]
     for bank in progress(
