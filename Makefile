@@ -70,7 +70,7 @@ nb-refresh: $(STAMP)  ## execute the notebooks in place and strip what should no
 		$(BIN)/jupyter execute --inplace --KernelManager.transport_encryption=auto
 	@$(BIN)/nbstripout --keep-output --keep-count --extra-keys \
 		"metadata.papermill metadata.language_info.version metadata.widgets cell.metadata.papermill cell.metadata.execution" notebooks/*.ipynb
-	@$(BIN)/python notebooks/shrink_figures.py notebooks/*.ipynb
+	@$(BIN)/python docs/shrink_figures.py notebooks/*.ipynb
 
 clean:  ## remove runs (never data, weights or .venv)
 	rm -rf runs

@@ -24,12 +24,12 @@ import torch
 import typer
 
 from medrobust_lib.experiments import write_text_atomically
+from medrobust_lib.experiments.report import duration
 from medrobust_lib.models.loading import resolve_device, resolve_dtype
 from medrobust_lib.smoothing.bounds import probability_of_radius
 from medrobust_lib.smoothing.noise import NoiseStream, noisy_copies
 from medrobust_lib.smoothing.sequential import operating_characteristics, sequential_plan
 from medrobust_lib.studies.cells import measured_rate
-from medrobust_lib.studies.command import duration
 
 DAY = 86_400
 ALPHA, N0 = 0.001, 100

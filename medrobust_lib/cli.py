@@ -7,18 +7,22 @@ import shlex
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from medrobust_lib.checks import closest
 from medrobust_lib.files import reported_errors, told
-from medrobust_lib.studies.command import compare, study
+
+if TYPE_CHECKING:
+    from medrobust_lib.studies.study_file import Study
 
 # What fits a terminal; --json gives everything, with hashes, sources and citations.
 MODEL_COLUMNS = ("id", "family", "image_size", "parameters", "available_offline")
 DATASET_COLUMNS = ("id", "modality", "classes", "test", "available")
+_SHOWN_ROWS = 120
 
 app = typer.Typer(
     help="How far can a medical vision-language model be trusted when the image gets worse? "
@@ -89,7 +93,47 @@ def run(
         typer.echo(f"to know beside the numbers, in the report: {len(notes)} note{'s' if len(notes) > 1 else ''}")
 
 
-app.command()(study)
+@app.command()
+def study(
+    file: Annotated[Path, typer.Argument(help="YAML file: models, datasets, steps; see docs/studies.md.")],
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of the study; default: runs/NAME.", show_default=False)
+    ] = None,
+    jobs: Annotated[int, typer.Option(help="Cells at a time on this machine; -1: one per core.")] = 1,
+    cluster: Annotated[
+        str | None, typer.Option(help="Scheduler of dask.distributed, tcp://HOST:PORT.", show_default=False)
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would run and what it costs, and stop.")] = False,
+    notebooks: Annotated[Path | None, typer.Option(help="Folder of the notebooks.", show_default=False)] = None,
+) -> None:
+    """Run a grid of models, data sets and steps; the same command goes on after an interruption."""
+    from medrobust_lib.experiments.report import show_ranking
+    from medrobust_lib.places import default_runs_dir
+    from medrobust_lib.studies.study_file import read_study
+
+    read = read_study(file, notebooks=notebooks)
+    if dry_run:
+        _show_plan(read, notebooks)
+        return
+    from medrobust_lib.studies.execute import run_study
+
+    folder = default_runs_dir() / read.name if out is None else out
+    typer.echo(f"study folder: {folder}")
+    finished = run_study(read, folder, jobs=jobs, cluster=cluster, notebooks=notebooks, announce=typer.echo)
+    table = finished.leaderboard
+    if len(table) <= _SHOWN_ROWS:
+        # The step and the seed tell the cells of one study apart; their whole names would not fit.
+        show_ranking(table.assign(run=table["notebook"] + table["seed"].map(lambda seed: f" seed {seed}")))
+    else:
+        typer.echo(f"{len(table)} results; see them with: medrobust leaderboard {folder} --metric NAME")
+    typer.echo(f"{finished.done} of {finished.cells} cells are done")
+    typer.echo(f"leaderboard: {finished.folder / 'leaderboard.csv'}")
+    typer.echo(f"page: {finished.folder / 'index.html'}")
+    if finished.failures:
+        reasons = "\n".join(f"  {label}: {reason}" for label, reason in finished.failures.items())
+        raise RuntimeError(
+            f"{len(finished.failures)} of {finished.cells} cells failed; the same command tries them again\n{reasons}"
+        )
 
 
 @app.command()
@@ -145,8 +189,6 @@ def leaderboard(
     as_json: Annotated[bool, typer.Option("--json", help="All rows and columns as JSON instead of tables.")] = False,
 ) -> None:
     """Rank the results of all runs by metric and data set, from their result cards only."""
-    import difflib
-
     from medrobust_lib import experiments
     from medrobust_lib.experiments.cards import BY_HAND
     from medrobust_lib.experiments.report import show_json, show_ranking
@@ -162,7 +204,7 @@ def leaderboard(
     if metric is not None:
         known = sorted(table["metric"].unique())
         if metric not in known:
-            close = difflib.get_close_matches(metric, known, n=1)
+            close = closest(metric, known, n=1)
             hint = f" Did you mean {close[0]!r}?" if close else ""
             raise ValueError(f"unknown metric {metric!r}; the cards hold {', '.join(known)}.{hint}")
         table = table[table["metric"] == metric]
@@ -174,7 +216,32 @@ def leaderboard(
         show_ranking(table)
 
 
-app.command()(compare)
+@app.command()
+def compare(
+    run_a: Annotated[Path, typer.Argument(help="Folder of a study or a run.")],
+    run_b: Annotated[Path, typer.Argument(help="Folder of another; differences are B minus A.")],
+    csv: Annotated[Path | None, typer.Option(help="Also write the table as CSV.", show_default=False)] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="JSON instead of tables.")] = False,
+) -> None:
+    """Compare two runs image by image where both kept their answers, and by their cards elsewhere."""
+    from medrobust_lib.experiments import write_text_atomically
+    from medrobust_lib.experiments.report import show_comparison, show_json
+    from medrobust_lib.studies.compare import compare_runs
+
+    compared = compare_runs(run_a, run_b)
+    if csv is not None:
+        write_text_atomically(csv, compared.table.to_csv(index=False, lineterminator="\n"))
+    if as_json:
+        show_json(compared.table)
+        return
+    typer.echo(f"A: {run_a}\nB: {run_b}\ndifference: B minus A, with its 95 % interval")
+    show_comparison(compared.table)
+    for note in compared.notes:
+        typer.echo(f"note: {note}")
+    for name, left in (("A", compared.only_a), ("B", compared.only_b)):
+        if left:
+            typer.echo(f"only in {name}, without a partner:")
+            typer.echo("".join(f"  {line}\n" for line in left), nl=False)
 
 
 @app.command()
@@ -215,8 +282,7 @@ def _report_what_there_is(run_dir: Path) -> None:
     try:
         typer.echo(f"report of what was executed: {write_report(run_dir)}")
     except (OSError, ValueError) as error:  # the disk that the notebook has filled
-        reason = told(error) if isinstance(error, OSError) else error
-        typer.echo(f"no report of what was executed: {reason}", err=True)
+        typer.echo(f"no report of what was executed: {told(error)}", err=True)
 
 
 def _describe(notebooks: dict[str, Path]) -> None:
@@ -226,3 +292,47 @@ def _describe(notebooks: dict[str, Path]) -> None:
         typer.echo(f"{number}  {path.stem}")
         for name, spec in notebook_parameters(path).items():
             typer.echo(f"    {name}: {spec['inferred_type_name']} = {spec['default']}  # {spec['help']}")
+
+
+def _show_plan(read: "Study", notebooks: Path | None) -> None:
+    import pandas as pd
+
+    from medrobust_lib.experiments.report import duration, show
+    from medrobust_lib.files import size_text
+    from medrobust_lib.places import default_runs_dir
+    from medrobust_lib.studies.cells import CertifyCell, estimate_cells, plan_cells
+
+    cells = plan_cells(read, notebooks=notebooks)
+    estimates = estimate_cells(read, cells, earlier=default_runs_dir())
+
+    def count(value: int | None) -> str:
+        return "" if value is None else f"{value:,}"
+
+    def total(values: Sequence[float | None], text: Callable[[float], str]) -> str:
+        known = [value for value in values if value is not None]
+        more = " + ?" if len(known) < len(values) else ""
+        return f"{text(sum(known))}{more}" if known else "?"
+
+    rows = [
+        (cell.label, count(one.images), count(one.draws), total([one.seconds], duration), total([one.size], size_text))
+        for cell, one in zip(cells, estimates, strict=True)
+    ]
+    draws = count(sum(one.draws or 0 for one in estimates))
+    seconds = total([one.seconds for one in estimates], duration)
+    rows.append((f"sum of {len(cells)} cells", "", draws, seconds, total([one.size for one in estimates], size_text)))
+    numbers = ("images", "draws", "time", "disk")
+    show(pd.DataFrame(rows, columns=["cell", *numbers]), title=f"study {read.name}: what would run", right=numbers)
+    typer.echo(
+        "draws: encodings of noisy or corrupted images. time: in one process of this machine, from a probe of about a\n"
+        "second for each model; for notebooks the median of earlier cards, where there are any. disk: from the number\n"
+        "of rows. ?: unknown. Nothing was run or written."
+    )
+    sequential = {
+        (cell.parameters["sigma"], cell.most_draws): cell.unanimous_draws()
+        for cell in cells
+        if isinstance(cell, CertifyCell) and cell.step.sampling == "sequential"
+    }
+    if sequential:
+        typer.echo("Sequential sampling stops earlier than the table says; an image whose copies all agree takes")
+    for (sigma, most), expected in sequential.items():
+        typer.echo(f"  {expected:,.0f} of {most:,} draws at sigma {sigma:g}")

@@ -38,7 +38,7 @@ def examine() -> Iterator[Finding]:
         try:
             yield Finding(name, True, check())
         except (ValueError, RuntimeError, OSError, ImportError) as error:
-            yield Finding(name, False, told(error) if isinstance(error, OSError) else str(error))
+            yield Finding(name, False, told(error))
 
 
 def reference_prediction() -> dict[str, object]:

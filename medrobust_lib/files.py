@@ -175,11 +175,13 @@ def disk_full(path: Path, message: str) -> OSError:
     return OSError(errno.ENOSPC, f"{message}; {size_text(free)} are free: {advice}", str(path))
 
 
-def told(error: OSError) -> str:
-    """An error of the system in one line: the path, what the system says, what helps.
+def told(error: Exception) -> str:
+    """An error in words: of one of the system the path, what the system says, what helps.
 
     One that a library or this project has raised in words of its own keeps them.
     """
+    if not isinstance(error, OSError):
+        return str(error)
     words = error.strerror
     if error.errno is None or not words:
         return str(error)
@@ -200,8 +202,7 @@ def reported_errors() -> Iterator[None]:
     except (OSError, ValueError, ImportError, RuntimeError) as error:  # RuntimeError: a download, a store in use
         import typer
 
-        text = told(error) if isinstance(error, OSError) else str(error)
-        typer.echo(f"{typer.style('error:', fg='red', bold=True)} {text}", err=True)
+        typer.echo(f"{typer.style('error:', fg='red', bold=True)} {told(error)}", err=True)
         raise SystemExit(1) from error
 
 

@@ -2,7 +2,6 @@
 
 import ast
 import contextlib
-import difflib
 import math
 import re
 import warnings
@@ -10,12 +9,16 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from inspect import formatannotation
 from pathlib import Path
 from types import UnionType
-from typing import Any, Optional, Union, get_args, get_origin
+from typing import Any, Literal, Optional, Union, get_args, get_origin
 
 import yaml
 
+from medrobust_lib import checks
+from medrobust_lib.data.questions import scenario_size
+from medrobust_lib.data.registry import QUESTIONS_PREFIX, load_dataset
 from medrobust_lib.files import parsed
 from medrobust_lib.places import default_weights_dir
+from medrobust_lib.smoothing.bounds import minimum_draws
 
 MODEL_PARAMETERS = ("model", "models", "compare_with")
 VLM_PARAMETERS = ("vlm",)
@@ -112,6 +115,11 @@ def read_yaml(source: Path | str, *, says: str = "") -> Any:
             raise ValueError(str(error).replace(_QUESTION_MARK, "?")) from error
 
 
+def closest_first(name: str, valid: Collection[str]) -> str:
+    """The valid names, those that look like the given one first."""
+    return ", ".join(dict.fromkeys([*checks.closest(name, valid, cutoff=0.5), *valid]))
+
+
 def parse_parameters(assignments: Sequence[str], file: Path | None = None) -> dict[str, Any]:
     """Read ``name=value`` assignments on top of a YAML file; `assign_parameters` gives the values their types.
 
@@ -203,6 +211,8 @@ def wanted(kind: Any) -> str:
     origin, inner = get_origin(kind), get_args(kind)
     if origin in (Union, UnionType):
         return wanted(inner[0])
+    if origin is Literal:
+        return f"one of {', '.join(inner)}"
     if origin is dict:
         return f"a mapping of names to {_WORDS[inner[1]][1]}, such as {{NAME: VALUE}}"
     if origin in (list, tuple):
@@ -212,6 +222,8 @@ def wanted(kind: Any) -> str:
 
 def _scalar(value: Any, kind: type) -> str | int | float | bool | None:
     """The value as this type; None where it is none."""
+    if get_origin(kind) is Literal:
+        return value if value in get_args(kind) else None
     if kind is str:
         return value if isinstance(value, str) else None
     if isinstance(value, bool):  # an int in Python, but `n_images=true` is a mistake
@@ -291,20 +303,18 @@ def assign_parameters(notebooks: Mapping[str, Path], parameters: Mapping[str, An
     names = list(dict.fromkeys(name for specification in known.values() for name in specification))
     for name in parameters:
         if name not in names:
-            close = difflib.get_close_matches(name, names, n=3, cutoff=0.6)
-            ordered = [*close, *(other for other in names if other not in close)]
-            raise ParameterError(
-                f"unknown parameter {name!r} for notebook {', '.join(notebooks)}; valid: {', '.join(ordered)}"
-            )
+            valid = closest_first(name, names)
+            raise ParameterError(f"unknown parameter {name!r} for notebook {', '.join(notebooks)}; valid: {valid}")
     assigned: dict[str, dict[str, Any]] = {}
     for number, specification in known.items():
-        values = declared(parameters, specification)
-        assigned[number] = {name: _in_range(name, absolute_ids(name, value)) for name, value in values.items()}
+        given = declared(parameters, specification)
+        given = {name: _in_range(name, absolute_ids(name, value)) for name, value in given.items()}
         if set(VLM_PARAMETERS) & specification.keys():
-            _check_draws(assigned[number].get("n"))
-        _check_judge(assigned[number].get("judge"))
-    check_models({id for given in assigned.values() for name in MODEL_PARAMETERS for id in _ids(given.get(name))})
-    _check_vlms({id for given in assigned.values() for name in VLM_PARAMETERS for id in _ids(given.get(name))})
+            _check_draws(given.get("n"))
+        _check_judge(given.get("judge"))
+        assigned[number] = given
+    for kinds, check in ((MODEL_PARAMETERS, check_models), (VLM_PARAMETERS, _check_vlms)):
+        check({id for given in assigned.values() for id in _ids(given, kinds)})
     for number, given in assigned.items():
         if given.keys() & {*DATASET_PARAMETERS, "n_images", "wording_of", "prompts"}:
             defaults = {name: _default(spec) for name, spec in known[number].items()}
@@ -339,12 +349,8 @@ def _in_range(name: str, value: Any) -> Any:
 
 def _check_draws(n: int | None) -> None:
     """Raise if so few draws of a generative model's answers can certify nothing."""
-    if n is None:
-        return
-    from medrobust_lib.smoothing.bounds import minimum_draws
-
     needed = minimum_draws(_GENERATIVE_ALPHA)
-    if n < needed:
+    if n is not None and n < needed:
         raise ParameterError(
             f"parameter n={n}: so few draws certify nothing at alpha {_GENERATIVE_ALPHA:g}; give {needed} or more"
         )
@@ -366,11 +372,11 @@ def _check_judge(judge: str | None) -> None:
         ) from error
 
 
-def _ids(value: Any) -> list[str]:
-    """The ids that a parameter names, as a list."""
-    if value == ALL_AVAILABLE:
-        return []
-    return [item for item in (value if isinstance(value, list) else [value]) if isinstance(item, str) and item]
+def _ids(given: Mapping[str, Any], names: Collection[str]) -> list[str]:
+    """The ids that parameters of these names hold, each once."""
+    values = [given[name] for name in names if name in given and given[name] != ALL_AVAILABLE]
+    items = [item for value in values for item in (value if isinstance(value, list) else [value])]
+    return [item for item in dict.fromkeys(items) if isinstance(item, str) and item]
 
 
 def absolute_ids(name: str, value: Any) -> Any:
@@ -427,20 +433,17 @@ def _not_here(id: str) -> FileNotFoundError:
 
 def _smallest_dataset(parameters: Mapping[str, Any], *, wanted: int | None) -> float:
     """Test images of the smallest data set; raise unless each can be loaded and holds as many as are wanted."""
-    from medrobust_lib.data.questions import scenario_size
-    from medrobust_lib.data.registry import QUESTIONS_PREFIX
-
     smallest = math.inf
-    for id in dict.fromkeys(id for name in DATASET_PARAMETERS for id in _ids(parameters.get(name))):
-        if id.startswith(QUESTIONS_PREFIX):
-            smallest = min(smallest, _checked_size(id, scenario_size(id), wanted))
-            continue
+    for id in _ids(parameters, DATASET_PARAMETERS):
         words: dict[str, Any] = {}
         if id == parameters.get("dataset"):
             words = {"like": parameters.get("wording_of") or None}
         elif id == parameters.get("images") and parameters.get("prompts"):
             words = {"class_names": parameters["prompts"], "templates": ["{}"]}
-        smallest = min(smallest, _checked_size(id, split_size(id, **words), wanted))
+        size = scenario_size(id) if id.startswith(QUESTIONS_PREFIX) else split_size(id, **words)
+        if wanted is not None and wanted > size:
+            raise ParameterError(f"parameter n_images={wanted}: the test split of {id} has {size} images")
+        smallest = min(smallest, size)
     return smallest
 
 
@@ -449,13 +452,5 @@ def split_size(id: str, **words: Any) -> int:
 
     One image is read: it meets the errors that a measurement would meet half a minute later.
     """
-    from medrobust_lib.data.registry import load_dataset
-
     with warnings.catch_warnings(action="ignore", category=UserWarning):  # one image does not speak for the set
         return load_dataset(id, n=1, image_size=64, **words).provenance["split_size"]
-
-
-def _checked_size(id: str, size: int, wanted: int | None) -> int:
-    if wanted is not None and wanted > size:
-        raise ParameterError(f"parameter n_images={wanted}: the test split of {id} has {size} images")
-    return size

@@ -17,6 +17,7 @@ from medrobust_lib.experiments.cards import (
     start_run,
     write_text_atomically,
 )
+from medrobust_lib.experiments.source import show_source
 from medrobust_lib.experiments.store import RowStore, open_store, parameter_differences
 from medrobust_lib.experiments.work import map_items, progress
 
@@ -36,6 +37,7 @@ __all__ = [
     "peak_memory_mb",
     "progress",
     "read_cards",
+    "show_source",
     "start_run",
     "write_text_atomically",
 ]

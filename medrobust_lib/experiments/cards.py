@@ -5,10 +5,9 @@ import json
 import math
 import os
 import platform
-import re
 import subprocess
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from importlib import metadata
@@ -23,7 +22,8 @@ from medrobust_lib.places import default_runs_dir
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-CARD_FORMAT = 1
+CARD_FORMAT = 2
+_READ_FORMATS = (1, CARD_FORMAT)  # metrics of the first had no settings
 _PARTS = {
     "notebook": str, "title": str, "parameters": dict, "parameters_hash": str, "model": dict, "dataset": dict,
     "metrics": list, "tables": list, "environment": dict, "git": dict,
@@ -34,7 +34,6 @@ HEADLESS_VARIABLE = "MEDROBUST_HEADLESS"
 BY_HAND = "by-hand"  # the run of notebooks that a person executes
 CAPTION_KEY = "Description"  # the PNG specification's keyword for a caption
 LOWER_IS_BETTER = ("error", "ece", "mce", "degradation", "majority_share", "abstain_rate")
-_DATASET_ID = re.compile(r"[a-z][\w-]*/[\w-]+|(folder|csv):.+")
 _RECORDED_PACKAGES = ("medrobust-lib", "torch", "open_clip_torch", "transformers", "peft", "numpy", "scipy")
 
 
@@ -54,9 +53,11 @@ class Metric:
     low, high : float or None
         Two-sided 95 % interval, where one was computed.
     of : str
-        What it was measured on, if the card holds several (for example ``sigma=0.25``).
+        What it was measured on in words, if the card holds several (for example ``sigma=0.25``).
     model, dataset : str
         Their ids, where they are not the card's own.
+    settings : mapping
+        The same as names and JSON values, by which the rows behind the number are found in the card's tables.
     """
 
     name: str
@@ -67,6 +68,7 @@ class Metric:
     of: str = ""
     model: str = ""
     dataset: str = ""
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -250,8 +252,8 @@ def read_cards(runs_dir: Path, *, nested: bool = True) -> list[dict[str, Any]]:
     cards = []
     for path in sorted(Path(runs_dir).glob(f"{'**/' if nested else ''}cards/[0-9]*.json")):
         card = read_json_object(path, "a result card", _AGAIN)
-        if card.get("format") != CARD_FORMAT:
-            raise ValueError(f"{path} has card format {card.get('format')}, this version reads {CARD_FORMAT}")
+        if card.get("format") not in _READ_FORMATS:
+            raise ValueError(f"{path} has card format {card.get('format')}, this version reads 1 to {CARD_FORMAT}")
         with parsed(f"{path} is a damaged result card", _AGAIN):
             _check_parts(card)
         cards.append({**card, "run": path.parent.parent.name})
@@ -279,13 +281,12 @@ def _check_parts(card: Mapping[str, Any]) -> None:
             raise TypeError(f"the name of a metric is {metric['name']!r}, of {metric['of']!r}")
         if not all(isinstance(number, int | float) for number in numbers):
             raise TypeError(f"the metric {metric['name']!r} has no numbers")
+        if not isinstance(metric.get("settings", {}), dict):
+            raise TypeError(f"the settings of the metric {metric['name']!r} are {metric['settings']!r}")
 
 
 def leaderboard(cards: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
     """One row per metric of every card, from the cards alone.
-
-    A metric belongs to its own model and data set where it names them, in its fields or in ``of``, else
-    to the card's.
 
     Parameters
     ----------
@@ -299,34 +300,38 @@ def leaderboard(cards: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
         version in the card's environment. Sorted by metric and data set, the best value first (see
         `lower_is_better`), what could not be measured (NaN) last.
     """
-    models = {name for card in cards for name in _named_models(card)}
+    columns = ("run", "notebook", "model", "dataset", "metric", "of", "value", "low", "high", "n", "parameters")
+    others = dict.fromkeys(name for card in cards for name in _circumstances(card))
+    return pd.DataFrame(ranked_results(cards), columns=[*columns, *others])
+
+
+def ranked_results(cards: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Rows of the `leaderboard`, each with the settings of its metric.
+
+    A metric belongs to the model and data set that it names, else to the card's.
+    """
     rows = [
         {
             "run": card["run"],
             "notebook": card["notebook"],
-            "model": card["model"].get("id", ""),
-            "dataset": card["dataset"].get("id", ""),
+            "model": metric.get("model") or card["model"].get("id", ""),
+            "dataset": metric.get("dataset") or card["dataset"].get("id", ""),
             "metric": metric["name"],
-            **_subject(metric, models),
-            **{key: metric[key] for key in ("low", "high", "n")},
+            **{key: metric[key] for key in ("of", "low", "high", "n")},
             "value": float("nan") if metric["value"] is None else metric["value"],
+            "settings": metric.get("settings", {}),
             "parameters": card["parameters_hash"],
             **_circumstances(card),
         }
         for card in cards
         for metric in card["metrics"]
     ]
-    rows.sort(
-        key=lambda row: (
-            row["metric"],
-            row["dataset"],
-            math.isnan(row["value"]),
-            row["value"] if lower_is_better(row["metric"]) else -row["value"],
-        )
-    )
-    columns = ("run", "notebook", "model", "dataset", "metric", "of", "value", "low", "high", "n", "parameters")
-    others = dict.fromkeys(name for card in cards for name in _circumstances(card))
-    return pd.DataFrame(rows, columns=[*columns, *others])
+
+    def rank(row: Mapping[str, Any]) -> tuple[str, str, bool, float]:
+        value = row["value"] if lower_is_better(row["metric"]) else -row["value"]
+        return row["metric"], row["dataset"], math.isnan(value), value
+
+    return sorted(rows, key=rank)
 
 
 def lower_is_better(metric: str) -> bool:
@@ -343,27 +348,6 @@ def _circumstances(card: Mapping[str, Any]) -> dict[str, Any]:
         "changed": card["git"].get("changed"),
         **card["environment"],
     }
-
-
-def _subject(metric: Mapping[str, Any], models: Collection[str]) -> dict[str, str]:
-    """``of`` of a metric, and the model and data set that it names instead of the card's."""
-    named = {key: metric[key] for key in ("model", "dataset") if metric.get(key)}
-    rest = []
-    for part in filter(None, metric["of"].split(", ")):
-        if part in models:
-            named.setdefault("model", part)
-        elif _DATASET_ID.fullmatch(part):
-            named.setdefault("dataset", part)
-        else:
-            rest.append(part)
-    return {**named, "of": ", ".join(rest)}
-
-
-def _named_models(card: Mapping[str, Any]) -> list[str]:
-    """Every model id that a card states."""
-    parameters = card["parameters"]
-    lists = (parameters.get(name) for name in ("compare_with", "models"))
-    return [card["model"].get("id", ""), *(name for names in lists if isinstance(names, list) for name in names)]
 
 
 def is_headless() -> bool:

@@ -15,6 +15,7 @@ from latex2mathml import exceptions
 from latex2mathml.converter import convert as latex_to_mathml
 from markupsafe import Markup
 from PIL import Image
+from pygments.formatters import HtmlFormatter
 from rich import box
 from rich.console import Console
 from rich.markup import escape
@@ -34,6 +35,9 @@ POLICY = (
     "default-src 'none'; img-src 'self' file: data:; style-src 'unsafe-inline'; form-action 'none'; base-uri 'none'"
 )
 _PLAIN_NAME = re.compile(r"\w[\w.-]*")
+# Options of rich's columns: numbers are never broken over lines, long names are.
+_NUMBER = {"justify": "right", "no_wrap": True}
+_FOLDED = {"overflow": "fold"}
 NOTICE = "For teaching and research. Not for clinical use."
 
 
@@ -62,13 +66,6 @@ def write_report(run_dir: Path) -> Path:
     pages = {path.name.split("_")[0]: path for path in sorted((run_dir / "notebooks").glob("*.ipynb"))}
     cards = read_cards(run_dir, nested=False) if any((run_dir / "cards").glob("*.json")) or not pages else []
     finished = {card.get("notebook") for card in cards}
-    templates = Environment(
-        loader=PackageLoader("medrobust_lib", "templates"),
-        autoescape=select_autoescape(["html", "j2"]),
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    style = Markup(templates.get_template("style.css").render() + _code_colours())
     unfinished = []
     for number, path in pages.items():
         with parsed(f"{path} is not a readable notebook", "Delete it, or run it again."):
@@ -76,20 +73,26 @@ def write_report(run_dir: Path) -> Path:
             title, body = _title(notebook, path), Markup(notebook_body(notebook))
         if number not in finished:
             unfinished.append({"number": number, "title": title, "html": quote(f"html/{path.stem}.html")})
-        page = templates.get_template("notebook.html.j2").render(
-            title=title, body=body, style=style, notice=NOTICE, policy=POLICY
-        )
-        write_text_atomically(run_dir / "html" / f"{path.stem}.html", page)
-    index = templates.get_template("index.html.j2").render(
-        title=run_dir.resolve().name,
-        sections=[_section(card, run_dir, pages) for card in cards],
-        unfinished=unfinished,
-        style=style,
-        notice=NOTICE,
-        policy=POLICY,
+        write_page(run_dir / "html" / f"{path.stem}.html", "notebook", title=title, body=body)
+    sections = [_section(card, run_dir, pages) for card in cards]
+    title = run_dir.resolve().name
+    return write_page(run_dir / "index.html", "index", title=title, sections=sections, unfinished=unfinished)
+
+
+def write_page(path: Path, template: str, **values: Any) -> Path:
+    """Fill one of the package's templates, with style, notice and security policy, and return the page's path."""
+    templates = Environment(
+        loader=PackageLoader("medrobust_lib", "templates"),
+        autoescape=select_autoescape(["html", "j2"]),
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
-    write_text_atomically(run_dir / "index.html", index)
-    return run_dir / "index.html"
+    # A style of code whose text reaches a contrast of at least 4.5 on a near-white background.
+    colours = HtmlFormatter(style="xcode").get_style_defs(".highlight")
+    style = Markup(templates.get_template("style.css").render() + colours)
+    page = templates.get_template(f"{template}.html.j2").render(**values, style=style, notice=NOTICE, policy=POLICY)
+    write_text_atomically(path, page)
+    return path
 
 
 def notebook_body(notebook: nbformat.NotebookNode) -> str:
@@ -123,20 +126,15 @@ def math_to_mathml(markdown: str) -> str:
     def replace(match: re.Match[str]) -> str:
         if match["code"]:
             return match[0]
-        if match["block"]:
-            return _formula(match["block"].strip(), "block")
-        return _formula(match["inline"], "inline")
+        latex = (match["block"] or match["inline"]).strip()
+        try:
+            mathml = latex_to_mathml(latex, display="block" if match["block"] else "inline")
+        except _REFUSALS:
+            mathml = "\\"
+        # Unknown commands are copied, backslash and all, and half a formula reads worse than its source.
+        return f"`{latex}`" if "\\" in mathml else mathml
 
     return _MATH.sub(replace, markdown)
-
-
-def _formula(latex: str, display: str) -> str:
-    try:
-        mathml = latex_to_mathml(latex, display=display)
-    except _REFUSALS:
-        mathml = "\\"
-    # Unknown commands are copied, backslash and all, and half a formula reads worse than its source.
-    return f"`{latex}`" if "\\" in mathml else mathml
 
 
 def _title(notebook: nbformat.NotebookNode, path: Path) -> str:
@@ -148,6 +146,7 @@ def _title(notebook: nbformat.NotebookNode, path: Path) -> str:
 
 def _section(card: Mapping[str, Any], run_dir: Path, pages: Mapping[str, Path]) -> dict[str, Any]:
     """Everything that the index template shows of one card; links are relative to the index."""
+    notebook = pages.get(card.get("notebook"))
     with parsed(f"{run_dir / 'cards'}: the card of notebook {card.get('notebook')!r} is damaged", "Run it again."):
         for name in (card["notebook"], *card["tables"]):
             if not _PLAIN_NAME.fullmatch(name):
@@ -155,27 +154,15 @@ def _section(card: Mapping[str, Any], run_dir: Path, pages: Mapping[str, Path]) 
         figures = (run_dir / "figures").glob(f"{card['notebook']}_*.png")
         # The headline first, then as the notebook drew them.
         figures = sorted(figures, key=lambda path: (not path.stem.endswith("_headline"), path.stat().st_mtime_ns))
-        return _shown(card, figures, pages.get(card["notebook"]))
-
-
-def _shown(card: Mapping[str, Any], figures: Sequence[Path], notebook: Path | None) -> dict[str, Any]:
-    return {
-        "card": card,
-        "metrics": [
-            {**metric, "of": _metric_subject(metric), "text": _metric_text(metric)} for metric in card["metrics"]
-        ],
-        "facts": _facts(card),
-        "figures": [
-            {
-                "src": quote(f"figures/{path.name}"),
-                **_described(path),
-            }
-            for path in figures
-        ],
-        "html": quote(f"html/{notebook.stem}.html") if notebook else "",
-        "notebook": quote(f"notebooks/{notebook.name}") if notebook else "",
-        "tables": [f"cards/{name}.csv" for name in card["tables"]],
-    }
+        return {
+            "card": card,
+            "metrics": [_row(metric) for metric in card["metrics"]],
+            "facts": _facts(card),
+            "figures": [{"src": quote(f"figures/{path.name}"), **_described(path)} for path in figures],
+            "html": quote(f"html/{notebook.stem}.html") if notebook else "",
+            "notebook": quote(f"notebooks/{notebook.name}") if notebook else "",
+            "tables": [f"cards/{name}.csv" for name in card["tables"]],
+        }
 
 
 def _described(figure: Path) -> dict[str, Any]:
@@ -186,18 +173,15 @@ def _described(figure: Path) -> dict[str, Any]:
         return {"alt": name, "caption": caption, "wide": picture.width / picture.height > WIDE}
 
 
-def _metric_subject(metric: Mapping[str, Any]) -> str:
-    """What a metric was measured on, where the card holds several such things."""
-    return ", ".join(filter(None, (metric.get("model"), metric.get("dataset"), metric["of"])))
-
-
-def _metric_text(metric: Mapping[str, Any]) -> str:
+def _row(metric: Mapping[str, Any]) -> dict[str, Any]:
+    """A metric with what it was measured on, where the card holds several such things, and its value as text."""
+    of = ", ".join(filter(None, (metric.get("model"), metric.get("dataset"), metric["of"])))
     if metric["value"] is None:
-        return "– (beyond the reach of the draws)"
-    value = f"{metric['value']:.3f}"
-    if metric["low"] is None:
-        return value
-    return f"{value} [{metric['low']:.3f}, {metric['high']:.3f}]"
+        text = "– (beyond the reach of the draws)"
+    else:
+        interval = "" if metric["low"] is None else f" [{metric['low']:.3f}, {metric['high']:.3f}]"
+        text = f"{metric['value']:.3f}{interval}"
+    return {**metric, "of": of, "text": text}
 
 
 def _facts(card: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -215,17 +199,9 @@ def _facts(card: Mapping[str, Any]) -> list[tuple[str, str]]:
     ]
 
 
-def _code_colours() -> str:
-    from pygments.formatters import HtmlFormatter
-
-    # A style whose text reaches a contrast of at least 4.5 on a near-white background.
-    return HtmlFormatter(style="xcode").get_style_defs(".highlight")
-
-
 def show(table: pd.DataFrame, *, title: str, columns: Sequence[str] | None = None, right: Sequence[str] = ()) -> None:
     """Print a table, or some of its columns; ``right`` are set as numbers, which are never broken over lines."""
     table = table[list(columns)] if columns else table
-    console = Console(highlight=False)
     shown = Table(title=title, title_justify="left", header_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
     for position, column in enumerate(table.columns):
         number = column in right or (pd.api.types.is_numeric_dtype(table[column]) and table[column].dtype != bool)
@@ -234,7 +210,7 @@ def show(table: pd.DataFrame, *, title: str, columns: Sequence[str] | None = Non
         shown.add_column(name, justify=justify, overflow="fold", no_wrap=number or (position == 0 and not right))
     for row in table.itertuples(index=False):
         shown.add_row(*(_cell(value) for value in row))
-    console.print(shown)
+    Console(highlight=False).print(shown)
 
 
 def show_json(table: pd.DataFrame) -> None:
@@ -244,32 +220,57 @@ def show_json(table: pd.DataFrame) -> None:
 
 def show_ranking(table: pd.DataFrame) -> None:
     """Print one narrow table per metric and data set; a result that several runs agree on is one row."""
-    console = Console(highlight=False)
+    same = ["parameters", "model", "of", "value", "n"]
     for (metric, dataset), block in table.groupby(["metric", "dataset"], sort=False):
-        best = "lowest" if lower_is_better(metric) else "highest"
-        console.print(f"[bold]{escape(metric.replace('_', ' '))}[/] on {escape(dataset)}, {best} first")
-        shown = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-        shown.add_column("#", justify="right")
-        shown.add_column("value [95 %]" if block["low"].notna().any() else "value", no_wrap=True)
-        shown.add_column("n", justify="right", no_wrap=True)
-        for column in ("model", "of", "run"):
-            shown.add_column(column, overflow="fold")
-        same = ["parameters", "model", "of", "value", "n"]
+        lowest = lower_is_better(metric)
         runs = block.groupby(same, sort=False, dropna=False)["run"].unique()
         results = block.drop_duplicates(same)
-        ascending = lower_is_better(metric)
-        ranks = results["value"].rank(method="min", ascending=ascending, na_option="bottom").astype(int)
-        for rank, names, (_, row) in zip(ranks, runs, results.iterrows(), strict=True):
-            run = f"{names[0]} (+{len(names) - 1} more)" if len(names) > 1 else names[0]
-            cells = (str(rank), interval_text(row), str(row["n"]), row["model"], row["of"], run)
-            shown.add_row(*map(escape, cells))
-        console.print(shown)
+        ranks = results["value"].rank(method="min", ascending=lowest, na_option="bottom").astype(int)
+        value = "value [95 %]" if block["low"].notna().any() else "value"
+        columns = {"#": {"justify": "right"}, value: {"no_wrap": True}, "n": _NUMBER}
+        columns |= dict.fromkeys(("model", "of", "run"), _FOLDED)
+        rows = [
+            (rank, interval_text(row), row.n, row.model, row.of, _first_of(names))
+            for rank, names, row in zip(ranks, runs, results.itertuples(), strict=True)
+        ]
+        _show_block(metric, f"{dataset}, {'lowest' if lowest else 'highest'} first", columns, rows)
 
 
-def interval_text(row: pd.Series) -> str:
-    """A value and its interval, as short as they can be told: ``.764 [.70, .82]``."""
-    value = short_number(row["value"], 3)
-    return value if pd.isna(row["low"]) else f"{value} [{short_number(row['low'], 2)}, {short_number(row['high'], 2)}]"
+def show_comparison(table: pd.DataFrame) -> None:
+    """Print one table per data set, models and metric of what `compare_runs` found."""
+    columns = {**dict.fromkeys(("A", "B", "difference", "n"), _NUMBER), "kind": {"no_wrap": True}, "p": _NUMBER}
+    for (dataset, models, metric), block in table.groupby(["dataset", "model", "metric"], sort=False):
+        rows = []
+        for row in block.itertuples():
+            interval = "" if pd.isna(row.low) else f" [{_signed(row.low, 2)}, {_signed(row.high, 2)}]"
+            values = short_number(row.value_a, 3), short_number(row.value_b, 3), _signed(row.difference, 3) + interval
+            rows.append((*values, row.n, row.kind, "" if pd.isna(row.p) else f"{row.p:.2g}", row.of))
+        Console().print()
+        _show_block(metric, f"{dataset}, {models}", {**columns, "of": _FOLDED}, rows)
+
+
+def _first_of(names: Sequence[str]) -> str:
+    return f"{names[0]} (+{len(names) - 1} more)" if len(names) > 1 else names[0]
+
+
+def _show_block(
+    metric: str, rest: str, columns: Mapping[str, Mapping[str, Any]], rows: Sequence[Sequence[Any]]
+) -> None:
+    """Print a heading and a table without a frame; ``columns`` are names with the options of rich's columns."""
+    console = Console(highlight=False)
+    console.print(f"[bold]{escape(metric.replace('_', ' '))}[/] on {escape(rest)}")
+    shown = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for name, options in columns.items():
+        shown.add_column(name, **options)
+    for row in rows:
+        shown.add_row(*(escape(str(cell)) for cell in row))
+    console.print(shown)
+
+
+def interval_text(row: Any) -> str:
+    """The value of a row and its interval, as short as they can be told: ``.764 [.70, .82]``."""
+    value = short_number(row.value, 3)
+    return value if pd.isna(row.low) else f"{value} [{short_number(row.low, 2)}, {short_number(row.high, 2)}]"
 
 
 def short_number(value: float, digits: int) -> str:
@@ -278,6 +279,21 @@ def short_number(value: float, digits: int) -> str:
         return "–"
     text = f"{value:.{digits}f}" if abs(value) < 10 else f"{value:.4g}"
     return re.sub(r"^(-?)0(?=\.)", r"\1", text)
+
+
+def duration(seconds: float) -> str:
+    """Seconds in a unit that a person can grasp."""
+    for unit, size in (("d", 86_400), ("h", 3_600), ("min", 60)):
+        if seconds >= size:
+            return f"{seconds / size:,.1f} {unit}"
+    return f"{seconds:.1f} s"
+
+
+def _signed(value: float, digits: int) -> str:
+    text = short_number(abs(value), digits)
+    # What rounds to zero, and what could not be measured, has no sign.
+    zero = not text.strip("0.–")
+    return text if zero else ("-" if value < 0 else "+") + text
 
 
 def _cell(value: object) -> str:

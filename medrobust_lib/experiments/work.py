@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
 
 import numpy as np
 
+from medrobust_lib.checks import check_choice
 from medrobust_lib.experiments.cards import is_headless
 
 if TYPE_CHECKING:
@@ -78,8 +79,7 @@ def map_items(
     Exception
         Whatever `function` raises, with a note that names the item.
     """
-    if backend not in get_args(Backend):
-        raise ValueError(f"unknown backend {backend!r}; choose one of {', '.join(get_args(Backend))}")
+    check_choice("backend", backend, get_args(Backend))
     if jobs != -1 and jobs < 1:
         raise ValueError(f"jobs={jobs}; give the number of worker processes, or -1 for one per core")
     items = tuple(items)

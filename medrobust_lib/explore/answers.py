@@ -1,7 +1,8 @@
 """Instrument of notebook 06: answers by meaning, and the radii that they certify, with and without oracle errors."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from textwrap import fill
 from typing import Any, NamedTuple
 
@@ -93,8 +94,7 @@ def prepare_answers(
     n0: int = N0,
     n: int = 100,
     alpha: float = ALPHA,
-    max_new_tokens: int = 24,
-    seed: int = 0,
+    how: Drawing | None = None,
     known: Mapping[str, Sequence[AnswerBank]] | None = None,
 ) -> AnswerGrid:
     """Draw the answers that the instrument shows, with a bar of progress: a model is too slow to ask at every move.
@@ -108,25 +108,28 @@ def prepare_answers(
         Noise levels, > 0, in [0, 1] pixel units.
     positions : sequence of int
         Images of each question set; those beyond its end are left out.
-    n0, n, alpha, max_new_tokens, seed
+    n0, n, alpha
         As in `certify_generative`.
+    how : Drawing, optional
+        How answers are drawn, but for the noise level; default: 24 tokens at most, seed 0.
     known : mapping of str to sequence of AnswerBank, optional
         Banks of `collect_answers` with the same draws, by task: their answers are not drawn again.
     """
+    how = how or Drawing(sigma=sigmas[0], max_new_tokens=24)
     banks = {}
     length = min(map(len, questions.values()))
     for task, part in questions.items():
         for sigma in map(float, sigmas):
-            how = Drawing(sigma=sigma, seed=seed, max_new_tokens=max_new_tokens)
+            drawn = replace(how, sigma=sigma)
             for position in (place for place in positions if place < length):
                 index = int(part.indices[position])
-                there = [bank for bank in (known or {}).get(task, ()) if bank.index == index and bank.how == how]
+                there = [bank for bank in (known or {}).get(task, ()) if bank.index == index and bank.how == drawn]
                 if there:
                     banks[task, position, sigma] = there[0]
                 else:
                     image = vlm.prepare([part.images[position]])[0]
                     prompt, where = part.questions[position], {"dataset": part.id, "index": index}
-                    banks[task, position, sigma] = AnswerBank(vlm, image, prompt, how, **where)
+                    banks[task, position, sigma] = AnswerBank(vlm, image, prompt, drawn, **where)
     wanted = [("select", number) for number in range(n0)] + [("estimate", number) for number in range(n)]
     empty = [bank for bank in banks.values() if any(address not in bank.kept for address in wanted)]
     for bank in progress(
@@ -270,13 +273,9 @@ def _radii(
 ) -> None:
     ax = add_panel(figure, box, "certified radius")
     most = max(most, *radii.values())  # knowing the rate of symmetric errors can prove more than the votes alone
-    plot_named_bars(list(radii.values()), list(radii), ax, total=most, truth=0, show_names=False)
-    for text in list(ax.texts):
-        text.remove()
-    for row, (name, radius) in enumerate(radii.items()):
-        told = f"{radius:.3f}" if radius else "refused" if name in refusals else "abstains"
-        ax.text(radius + 0.02 * most, row, told, va="center", fontsize=8, color="0.25")
-        ax.text(-0.06, row, name, transform=ax.get_yaxis_transform(), ha="right", va="center", fontsize=8)
+    nothing = {name: "refused" if name in refusals else "abstains" for name in radii}
+    told = [f"{radius:.3f}" if radius else nothing[name] for name, radius in radii.items()]
+    plot_named_bars(list(radii.values()), list(radii), ax, total=most, truth=0, told=told)
     ax.set_xticks((0, most), ("0", f"{most:.2f}"))
     ax.set_xlabel("L2, [0, 1] pixels", fontsize=8)
 
@@ -330,11 +329,8 @@ def explore_answers(grid: AnswerGrid) -> Instrument:
     # Before the instrument looks at the controls, so that it never meets a question with another one's reader.
     controls["task"].observe(follow, "value")
 
-    def draw(**values: object) -> Figure:
-        return clusters_view(grid, **values)
-
     hint = "All answers shown were drawn before: moving a control asks the model nothing."
-    return Instrument(draw, controls, hint=hint)
+    return Instrument(partial(clusters_view, grid), controls, hint=hint)
 
 
 def answer_view(

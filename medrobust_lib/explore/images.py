@@ -1,8 +1,11 @@
-"""Features that instruments look at again and again: encoded when first asked for, then kept."""
+"""Instruments of notebooks 02, 04 and 05: one image under noise, before and after adaptation, and corrupted.
+
+Features that are looked at again and again are encoded when first asked for, then kept.
+"""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import lru_cache
+from dataclasses import dataclass
+from functools import cached_property, lru_cache, partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -59,31 +62,29 @@ class EncodedImages:
     model: DualEncoder
     dataset: ImageDataset
     seed: int = 0
-    _clean: Callable[[int], Tensor] = field(init=False, repr=False)
-    _noisy: Callable[[int, float, Role, int], Tensor] = field(init=False, repr=False)
-    _text: Callable[[str], Tensor] = field(init=False, repr=False)
-
-    def __post_init__(self) -> None:
-        # Caches of this object, not of the class: they go when it goes.
-        object.__setattr__(self, "_clean", lru_cache(_KEPT)(self._encode))
-        object.__setattr__(self, "_noisy", lru_cache(_KEPT)(self._encode_noisy))
-        object.__setattr__(self, "_text", lru_cache(_TEXTS_KEPT)(self._encode_text))
 
     def pixels(self, index: int) -> Tensor:
         """Image as the model takes it, float32 [3, H, W] in [0, 1]."""
         return self.model.prepare(self.dataset.images[index : index + 1])[0].to(self.model.device)
 
-    def clean(self, index: int) -> Tensor:
-        """Feature of an image, float32 [d], unit norm."""
-        return self._clean(index)
+    # Caches of this object, not of the class: they go when it goes.
+    @cached_property
+    def clean(self) -> Callable[[int], Tensor]:
+        """Feature of an image by its index, float32 [d], unit norm."""
+        return lru_cache(_KEPT)(self._encode)
+
+    @cached_property
+    def noisy(self) -> Callable[..., Tensor]:
+        """Features of the first noisy copies by index, sigma, role and count, float32 [count, d], unit norm."""
+        return lru_cache(_KEPT)(self._encode_noisy)
+
+    @cached_property
+    def _text(self) -> Callable[[str], Tensor]:
+        return lru_cache(_TEXTS_KEPT)(self._encode_text)
 
     def texts(self, sentences: Sequence[str]) -> Tensor:
         """Features of sentences, float32 [k, d], unit norm."""
         return torch.stack([self._text(sentence) for sentence in sentences])
-
-    def noisy(self, index: int, *, sigma: float, role: Role, count: int) -> Tensor:
-        """Features of the first noisy copies of an image, float32 [count, d], unit norm."""
-        return self._noisy(index, float(sigma), role, count)
 
     def noisy_copy(self, index: int, sigma: float) -> Tensor:
         """First copy that votes in a certificate, float32 [3, H, W]; not clipped."""
@@ -141,7 +142,7 @@ class EncodedImages:
         return self.model.encode_text([sentence])[0].float()
 
     @torch.no_grad()
-    def _encode_noisy(self, index: int, sigma: float, role: Role, count: int) -> Tensor:
+    def _encode_noisy(self, index: int, *, sigma: float, role: Role, count: int) -> Tensor:
         if sigma == 0:  # all copies are the image
             return self.clean(index).expand(count, -1)
         pixels, stream = self.pixels(index), self._stream(index, sigma, role)
@@ -215,7 +216,7 @@ def noise_view(
     bars.axvline(n / 2, color="0.5", ls=":", lw=1)
     told = shown_of(len(kept), len(names), "those with most votes")
     bars.set_xlabel("votes; blue: the true class, dotted: half" + told, fontsize=8)
-    _proof(figure, (8.05, 0.45, 2.0, height), verdict, names=names, truth=truth, sigma=sigma, n=n, alpha=alpha)
+    _proof(figure, (8.05, 0.45, 2.0, height), verdict, truth=truth, sigma=sigma, n=n, alpha=alpha)
     words = proof_in_words(verdict, names, truth=truth, sigma=sigma, n0=n0, alpha=alpha)
     add_caption(figure, height + 1.05 + 0.15 * (len(kept) < len(names)), words)
     return figure
@@ -226,7 +227,6 @@ def _proof(
     box: tuple[float, float, float, float],
     verdict: Verdict,
     *,
-    names: tuple[str, ...],
     truth: int,
     sigma: float,
     n: int,
@@ -289,11 +289,8 @@ def explore_noise(
     encoded = EncodedImages(model, dataset, seed)
     controls = {"index": image_slider(len(dataset), index), "sigma": level_slider(sigmas, 0.1)}
 
-    def draw(index: int, sigma: float) -> Figure:
-        options = {"n0": n0, "n": n, "alpha": alpha, "seed": seed, "encoded": encoded}
-        return noise_view(model, dataset, class_features, index=index, sigma=sigma, **options)
-
-    return Instrument(draw, controls)
+    options = {"n0": n0, "n": n, "alpha": alpha, "seed": seed, "encoded": encoded}
+    return Instrument(partial(noise_view, model, dataset, class_features, **options), controls)
 
 
 def adapters_view(
@@ -419,10 +416,7 @@ def explore_adapters(
 
     adapter = widgets.Dropdown(options=list(adapted), description="adapter", layout=widgets.Layout(width="27em"))
     controls = {"adapter": adapter, **_corruption_controls(dataset, suite)}
-
-    def draw(**values: object) -> Figure:
-        return adapters_view(base, adapted, dataset, class_features, **values, suite=suite, seed=seed)
-
+    draw = partial(adapters_view, base, adapted, dataset, class_features, suite=suite, seed=seed)
     return Instrument(draw, controls)
 
 
@@ -430,10 +424,7 @@ def explore_corruptions(
     candidates: Mapping[str, Candidate], dataset: ImageDataset, *, suite: str = "medimeta-c", seed: int = 0
 ) -> Instrument:
     """Build the instrument of notebook 05: image, corruption and severity; spectrum and answers of every model."""
-
-    def draw(**values: object) -> Figure:
-        return corruption_view(candidates, dataset, **values, suite=suite, seed=seed)
-
+    draw = partial(corruption_view, candidates, dataset, suite=suite, seed=seed)
     return Instrument(draw, _corruption_controls(dataset, suite))
 
 

@@ -1,8 +1,8 @@
-"""Instrument of notebook 01: an image against sentences of one's own."""
+"""Instruments of notebooks 01 and 03: an image against sentences of one's own, and prompts adapted to an image."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import lru_cache
+from dataclasses import dataclass
+from functools import cached_property, lru_cache, partial
 
 import numpy as np
 import pandas as pd
@@ -155,15 +155,11 @@ class Adaptation:
     n: int = N
     alpha: float = ALPHA
     seed: int = 0
-    encoded: EncodedImages = field(init=False, repr=False)
-    _frames: dict[str, PromptFrame] = field(init=False, repr=False)
-    _adapted: Callable[[str, int, float, int], Tensor] = field(init=False, repr=False)
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "encoded", EncodedImages(self.model, self.dataset, self.seed))
-        with torch.inference_mode(False):  # a gradient has to pass through them
-            object.__setattr__(self, "_frames", {name: one.frame(self.model) for name, one in self.starts.items()})
-        object.__setattr__(self, "_adapted", lru_cache(512)(self._adapt))
+    @cached_property
+    def encoded(self) -> EncodedImages:
+        """Features of these images."""
+        return EncodedImages(self.model, self.dataset, self.seed)
 
     def copies(self, index: int, sigma: float) -> Tensor:
         """Features of the noisy copies to adapt to, float32 [n_adapt, d]."""
@@ -173,6 +169,16 @@ class Adaptation:
         """Text features after some steps on one image, float32 [K, d]; with 0 steps those of the start."""
         # Without a step nothing depends on the image.
         return self._adapted(start, index, float(sigma), steps) if steps else self._adapted(start, 0, 0.0, 0)
+
+    # Caches of this object, not of the class: they go when it goes.
+    @cached_property
+    def _frames(self) -> dict[str, PromptFrame]:
+        with torch.inference_mode(False):  # a gradient has to pass through them
+            return {name: one.frame(self.model) for name, one in self.starts.items()}
+
+    @cached_property
+    def _adapted(self) -> Callable[[str, int, float, int], Tensor]:
+        return lru_cache(512)(self._adapt)
 
     def verdict(self, class_features: Tensor, index: int, *, sigma: float) -> tuple[Verdict, Tensor]:
         """Certificate with these prompts, frozen, and the votes; the same fresh noise for every prompt."""
@@ -307,11 +313,7 @@ def explore_methods(table: pd.DataFrame, adaptation: Adaptation) -> Instrument:
         "start": widgets.Dropdown(options=list(adaptation.starts), description="start from"),
         "steps": widgets.IntSlider(1, 0, MOST_STEPS, description="steps", continuous_update=False),
     }
-
-    def draw(**values: object) -> Figure:
-        return methods_view(table, adaptation, **values)
-
-    return Instrument(draw, controls)
+    return Instrument(partial(methods_view, table, adaptation), controls)
 
 
 def few_images(dataset: ImageDataset, n: int = 6, *, seed: int = 0) -> ImageDataset:

@@ -1,6 +1,15 @@
 """Figures: each function draws one table or array on the axes it is given and reads no file."""
 
 from medrobust_lib.plots.figures import (
+    CLASS_COLOURS,
+    CORRECT,
+    MARKERS,
+    MOST_CLASSES,
+    PALETTE,
+    REFERENCE,
+    WRONG,
+    image_grid,
+    leading,
     plot_ablation,
     plot_before_after,
     plot_certified_accuracy,
@@ -11,6 +20,9 @@ from medrobust_lib.plots.figures import (
     plot_radius_ratio,
     plot_robustness,
     plot_severity_curves,
+    set_style,
+    shorten,
+    shown_of,
 )
 from medrobust_lib.plots.panels import (
     plot_accuracy_against_sigma,
@@ -23,20 +35,6 @@ from medrobust_lib.plots.panels import (
     plot_spectrum,
     plot_template_accuracy,
     plot_votes,
-)
-from medrobust_lib.plots.style import (
-    CLASS_COLOURS,
-    CORRECT,
-    MARKERS,
-    MOST_CLASSES,
-    PALETTE,
-    REFERENCE,
-    WRONG,
-    image_grid,
-    leading,
-    set_style,
-    shorten,
-    shown_of,
 )
 
 __all__ = [

@@ -1,15 +1,143 @@
-"""Figures of certified accuracy: each function draws one table on the axes it is given."""
+"""Style and palettes that every figure shares, and the figures of certificates, corruptions and adaptation.
 
-from collections.abc import Mapping
+Each function draws one table on the axes it is given.
+"""
+
+from collections.abc import Mapping, Sequence
 from textwrap import fill
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+import seaborn as sns
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
+from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, NullLocator, PercentFormatter
+from numpy.typing import ArrayLike, NDArray
 
-from medrobust_lib.plots.style import CLASS_COLOURS, CORRECT, MARKERS, PALETTE, REFERENCE, WRONG, shorten
+# Okabe and Ito's palette as seaborn ships it: told apart under every common colour vision deficiency.
+PALETTE = sns.color_palette("colorblind")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", ">")
+CORRECT, WRONG, REFERENCE = PALETTE[0], PALETTE[3], "0.45"
+# Paul Tol's "muted" scheme, for figures that colour classes: it has no two oranges, as PALETTE has.
+CLASS_COLOURS = (
+    "#332288", "#88CCEE", "#DDCC77", "#CC6677", "#117733", "#AA4499", "#999933", "#882255", "#44AA99", "#BBBBBB",
+)  # fmt: skip
+
+MOST_CLASSES = 24
+"""Classes that stay readable in one figure; one that leaves others out says so."""
+
+
+def set_style() -> None:
+    """Set readable defaults for every figure of a notebook."""
+    sns.set_theme(context="notebook", style="ticks", palette="colorblind", font_scale=0.9)
+    plt.rcParams |= {
+        "figure.dpi": 84,  # inline only, to keep notebooks small; `Run.save_figure` writes 150
+        "figure.constrained_layout.use": True,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.titlelocation": "left",
+        "legend.frameon": False,
+        "image.interpolation": "nearest",
+    }
+
+
+def image_grid(
+    images: Sequence[NDArray] | NDArray,
+    titles: Sequence[str],
+    *,
+    n_columns: int = 6,
+    side: float = 1.7,
+    rows: Sequence[str] = (),
+) -> Figure:
+    """Draw images [H, W, 3] (uint8, or float in [0, 1]) in a grid, each under its title.
+
+    Titles may hold line breaks; long lines should be broken by the caller. Fewer titles than images leave the
+    others without one. ``rows``, one a row of the grid, stand on the left.
+    """
+    n_rows = -(-len(images) // n_columns)
+    lines = 1 + max((title.count("\n") for title in titles), default=0)
+    # Titles of the first row only take no room in the others.
+    titled = n_rows if len(titles) > n_columns else 1
+    size = (side * n_columns, side * n_rows + 0.17 * lines * titled)
+    figure, axes = plt.subplots(n_rows, n_columns, figsize=size, squeeze=False)
+    for axis in axes.flat:
+        axis.set_axis_off()
+    for axis, image in zip(axes.flat, images, strict=False):
+        axis.imshow(image)
+    for axis, title in zip(axes.flat, titles, strict=False):
+        axis.set_title(title, fontsize=8, loc="center")
+    for axis, name in zip(axes[:, 0], rows, strict=False):
+        # The axes are switched off, and their labels with them.
+        style = {"transform": axis.transAxes, "rotation": 90, "va": "center", "ha": "right", "fontsize": 8}
+        axis.text(-0.06, 0.5, shorten(name, 18), **style)
+    return figure
+
+
+def leading(values: ArrayLike, *, most: int = MOST_CLASSES, keep: Sequence[int] = ()) -> NDArray[np.int64]:
+    """Positions of the largest values, ascending: the classes that a figure shows where there are too many for it.
+
+    Parameters
+    ----------
+    values : float or int [K]
+        NaN comes last.
+    most : int
+        All are shown where there are no more.
+    keep : sequence of int
+        Positions that are shown whatever their values.
+    """
+    ranked = np.array(values, dtype=float)
+    ranked[list(keep)] = np.inf
+    return np.sort(np.argsort(-ranked, kind="stable")[:most])
+
+
+def name_rows(axis: Axis, names: Sequence[str], *, width: int = 24) -> None:
+    """Name the rows or columns 0, 1, ... of an axis, in smaller letters where there are many."""
+    axis.set_ticks(np.arange(len(names)), [shorten(str(name), width) for name in names])
+    if len(names) > MOST_CLASSES // 2:
+        axis.set_tick_params(labelsize=6.5)
+
+
+def shown_of(shown: int, total: int, which: str = "") -> str:
+    """Say which classes of how many a figure shows, after a semicolon on a line of its own; empty where it is all."""
+    return f";\nshown: {', '.join(filter(None, (f'{shown} of {total} classes', which)))}" if shown < total else ""
+
+
+def shorten(text: str, width: int = 24) -> str:
+    """Cut a label to a width, marking the cut."""
+    return text if len(text) <= width else text[: width - 1].rstrip() + "…"
+
+
+def legend_beside(ax: Axes, **options: object) -> None:
+    """Draw the legend right of the axes, where it covers no data."""
+    ax.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5), **options)
+
+
+def mark_chance(ax: Axes, chance: float | None) -> None:
+    """Draw the accuracy of guessing as a reference line, if there is one."""
+    if chance is not None:
+        ax.axhline(chance, color=REFERENCE, ls=":", label="chance")
+
+
+def plot_curves(table: pd.DataFrame, ax: Axes, *, x: str, y: str, by: str, **style: object) -> None:
+    """Draw a line with markers for each group of a table, in the order of the table; ``style`` goes to matplotlib."""
+    for i, (name, rows) in enumerate(table.groupby(by, sort=False)):
+        rows = rows.sort_values(x)
+        ax.plot(rows[x], rows[y], color=PALETTE[i % 10], marker=MARKERS[i % 10], label=str(name), **style)
+
+
+def _aside(i: int, count: int) -> float:
+    """Where the i-th of several marks stands, in steps from the place of all, so that none hides another."""
+    return i - (count - 1) / 2
+
+
+def _check_once(table: pd.DataFrame, name: str, at: str, advice: str) -> None:
+    repeated = table[table.duplicated([name, at])]
+    if len(repeated):
+        first = repeated.iloc[0]
+        raise ValueError(f"{name} {first[name]!r} occurs twice at {at} {first[at]:g}; {advice}")
 
 
 def plot_certified_accuracy(table: pd.DataFrame, ax: Axes, *, chance: float | None = None) -> None:
@@ -37,12 +165,11 @@ def plot_certified_accuracy(table: pd.DataFrame, ax: Axes, *, chance: float | No
         # A step reaches back from each radius: between two radii only the larger one's value is known to hold.
         ax.plot(rows.radius, rows.certified_accuracy, color=colour, drawstyle="steps-pre")
         # Side by side, so that the intervals of one radius do not hide each other.
-        beside = rows.radius + 0.012 * widest * (i - (len(groups) - 1) / 2)
+        beside = rows.radius + 0.012 * widest * _aside(i, len(groups))
         ax.vlines(beside, rows.low, rows.high, color=colour, alpha=0.5, lw=1.5)
         ax.scatter(beside, rows.certified_accuracy, color=colour, marker=MARKERS[i % 10], s=26, zorder=3)
         ax.plot([], [], color=colour, marker=MARKERS[i % 10], ms=5, label=label)
-    if chance is not None:
-        ax.axhline(chance, color=REFERENCE, ls=":", label="chance")
+    mark_chance(ax, chance)
     ax.set(xlabel="L2 radius ([0, 1] pixel units)", ylabel="certified accuracy", ylim=(0, 1.02))
     ax.set_xlim(left=-0.03 * widest)
     ax.yaxis.set_major_formatter(PercentFormatter(1))
@@ -79,22 +206,17 @@ def plot_certified_methods(table: pd.DataFrame, ax: Axes, *, chance: float | Non
     for i, ((method, guarantee), rows) in enumerate(groups):
         rows = rows.dropna(subset="certified_accuracy").sort_values("radius")
         colour, line = CLASS_COLOURS[i % 10], "--" if guarantee == "frozen-prompt" else "-"
-        beside = rows.radius + apart * (i - (len(groups) - 1) / 2)
+        beside = rows.radius + apart * _aside(i, len(groups))
         ax.vlines(beside, rows.lowest, rows.highest, color=colour, lw=2.5)
         # A dark rim keeps the palette's light colours visible on white.
-        ax.plot(
-            beside, rows.certified_accuracy, line, color=colour, lw=1.8, marker=MARKERS[i % 10], ms=6,
-            markeredgecolor="0.25", markeredgewidth=0.7, label=str(method), zorder=3,
-        )  # fmt: skip
-    if chance is not None:
-        ax.axhline(chance, color=REFERENCE, ls=":", label="chance")
+        rim = {"markeredgecolor": "0.25", "markeredgewidth": 0.7}
+        style = {"color": colour, "ls": line, "lw": 1.8, "marker": MARKERS[i % 10], "ms": 6}
+        ax.plot(beside, rows.certified_accuracy, label=str(method), zorder=3, **style, **rim)
+    mark_chance(ax, chance)
     ax.set(xlabel="L2 radius ([0, 1] pixel units)", ylabel="certified accuracy", ylim=(-0.02, 1.02))
     ax.yaxis.set_major_formatter(PercentFormatter(1))
     if legend:
-        ax.legend(
-            fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5), handlelength=4,
-            title="broken: frozen prompt only", title_fontsize=8, alignment="left",
-        )  # fmt: skip
+        legend_beside(ax, handlelength=4, title="broken: frozen prompt only", title_fontsize=8, alignment="left")
 
 
 def plot_ablation(table: pd.DataFrame, ax: Axes, *, chance: float | None = None, legend: bool = True) -> None:
@@ -116,32 +238,24 @@ def plot_ablation(table: pd.DataFrame, ax: Axes, *, chance: float | None = None,
     ValueError
         A variant occurs twice at one radius.
     """
-    repeated = table[table.duplicated(["variant", "radius"])]
-    if len(repeated):
-        first = repeated.iloc[0]
-        raise ValueError(
-            f"variant {first.variant!r} occurs twice at radius {first.radius:g}; draw one setting at a time"
-        )
+    _check_once(table, "variant", "radius", "draw one setting at a time")
     variants = list(dict.fromkeys(table.variant))
     groups = list(table.groupby("radius", sort=True))
     for i, (radius, rows) in enumerate(groups):
         rows = rows.set_index("variant").reindex(variants)
         colour = PALETTE[i % 10]
-        beside = np.arange(len(variants)) + 0.5 / len(groups) * (i - (len(groups) - 1) / 2)
+        beside = np.arange(len(variants)) + 0.5 / len(groups) * _aside(i, len(groups))
         ax.vlines(beside, rows.low, rows.high, color=colour, alpha=0.5, lw=1.5)
-        ax.plot(
-            beside, rows.certified_accuracy, ":", color=colour, lw=0.8, marker=MARKERS[i % 10], ms=6,
-            label=f"radius {radius:g}",
-        )  # fmt: skip
-    if chance is not None:
-        ax.axhline(chance, color=REFERENCE, ls=":", label="chance")
+        style = {"color": colour, "ls": ":", "lw": 0.8, "marker": MARKERS[i % 10], "ms": 6}
+        ax.plot(beside, rows.certified_accuracy, label=f"radius {radius:g}", **style)
+    mark_chance(ax, chance)
     ax.set_xticks(np.arange(len(variants)), [fill(str(name), 13) for name in variants], fontsize=8)
     settings = table.setting.unique() if "setting" in table else []
     ax.set(xlabel=settings[0] if len(settings) == 1 else "variant", ylabel="certified accuracy")
     ax.set(xlim=(-0.5, len(variants) - 0.5), ylim=(-0.02, 1.02))
     ax.yaxis.set_major_formatter(PercentFormatter(1))
     if legend:
-        ax.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+        legend_beside(ax)
 
 
 def plot_severity_curves(
@@ -161,11 +275,7 @@ def plot_severity_curves(
     chance : float in [0, 1], optional
         Accuracy of guessing, as a reference line.
     """
-    for i, (name, rows) in enumerate(table.groupby(by, sort=False)):
-        rows = rows.sort_values("severity")
-        ax.plot(
-            rows.severity, rows[value], color=PALETTE[i % 10], marker=MARKERS[i % 10], ms=5, lw=1.6, label=str(name)
-        )  # fmt: skip
+    plot_curves(table, ax, x="severity", y=value, by=by, ms=5, lw=1.6)
     ax.set(xlabel="severity (0: clean)", xticks=sorted(table.severity.unique()))
     if value.endswith("accuracy"):
         ax.set(ylabel=value.replace("_", " "), ylim=(0, 1.02))
@@ -173,8 +283,7 @@ def plot_severity_curves(
     else:
         ax.set(ylabel="% of the reference")
         ax.axhline(100, color=REFERENCE, ls=":", lw=1)
-    if chance is not None:
-        ax.axhline(chance, color=REFERENCE, ls=":", label="chance")
+    mark_chance(ax, chance)
 
 
 def plot_robustness(table: pd.DataFrame, ax: Axes) -> None:
@@ -198,9 +307,8 @@ def plot_robustness(table: pd.DataFrame, ax: Axes) -> None:
             if "low" in table:
                 ax.vlines(row.average_accuracy, row.low, row.high, color=colour, lw=1.2, alpha=0.5, zorder=2)
             face = "white" if getattr(row, "constant", False) else colour
-            ax.scatter(
-                row.average_accuracy, row.mce, marker=markers[name], s=60, color=colour, facecolor=face, zorder=3
-            )  # fmt: skip
+            style = {"marker": markers[name], "s": 60, "color": colour, "facecolor": face}
+            ax.scatter(row.average_accuracy, row.mce, zorder=3, **style)
     ax.axhline(100, color=REFERENCE, ls=":", lw=1)
     for model, colour in colours.items():
         ax.plot([], [], "s", color=colour, label=str(model))
@@ -208,19 +316,14 @@ def plot_robustness(table: pd.DataFrame, ax: Axes) -> None:
         ax.plot([], [], marker, color="0.35", label=str(dataset))
     ax.set(xlabel="average accuracy on corrupted images", ylabel="mCE, % of the reference's error")
     ax.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-    ax.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    legend_beside(ax)
 
 
 _KINDS = {"clean_error": ("clean images", "o", PALETTE[0]), "corrupted_error": ("corrupted images", "s", PALETTE[1])}
 
 
 def plot_fractions(
-    table: pd.DataFrame,
-    ax: Axes,
-    *,
-    reference: float | None = None,
-    measure: str = "accuracy",
-    legend: bool = True,
+    table: pd.DataFrame, ax: Axes, *, reference: float | None = None, measure: str = "accuracy", legend: bool = True
 ) -> None:
     """Draw a value over the share of the train split that was learned from, a line per method.
 
@@ -252,12 +355,7 @@ def plot_fractions(
     outside = table.fraction[~((table.fraction > 0) & (table.fraction <= 1))]
     if len(outside):
         raise ValueError(f"fraction {outside.iloc[0]:g}: give shares of the train split, above 0 and up to 1")
-    repeated = table[table.duplicated(["method", "fraction"])]
-    if len(repeated):
-        first = repeated.iloc[0]
-        raise ValueError(
-            f"method {first.method!r} occurs twice at fraction {first.fraction:g}; summarise seeds as value, low, high"
-        )
+    _check_once(table, "method", "fraction", "summarise seeds as value, low, high")
     fractions = np.unique(table.fraction)
     groups = list(table.groupby("method", sort=False))
     # In the logarithm, where the axis is even.
@@ -265,21 +363,12 @@ def plot_fractions(
     apart = min(0.1, 0.5 / len(groups)) * (gaps.min() if len(gaps) else 1.0)
     for i, (method, rows) in enumerate(groups):
         rows = rows.dropna(subset="value").sort_values("fraction")
-        beside = rows.fraction * np.exp(apart * (i - (len(groups) - 1) / 2))
+        beside = rows.fraction * np.exp(apart * _aside(i, len(groups)))
         colour = PALETTE[i % 10]
         if "low" in table:
             ax.vlines(beside, rows.low, rows.high, color=colour, alpha=0.5, lw=2)
-        ax.plot(
-            beside,
-            rows.value,
-            color=colour,
-            lw=1.6,
-            marker=MARKERS[i % 10],
-            ms=6,
-            label=str(method),
-            zorder=3,
-            markeredgecolor="white",
-        )
+        style = {"color": colour, "lw": 1.6, "marker": MARKERS[i % 10], "ms": 6, "markeredgecolor": "white"}
+        ax.plot(beside, rows.value, label=str(method), zorder=3, **style)
     if reference is not None:
         ax.axhline(reference, color=REFERENCE, ls=":", label="before adaptation")
     ax.set_xscale("log")
@@ -293,7 +382,7 @@ def plot_fractions(
     else:
         ax.set(ylabel=f"{measure}, % of the reference")
     if legend:
-        ax.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+        legend_beside(ax)
 
 
 def plot_before_after(table: pd.DataFrame, ax: Axes, *, legend: bool = True) -> None:
@@ -342,21 +431,17 @@ def plot_before_after(table: pd.DataFrame, ax: Axes, *, legend: bool = True) -> 
     ax.set(xlabel="error (share of images)", xlim=(0, None), ylim=(len(datasets) - 0.5, -0.5))
     ax.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     if legend:
-        ax.legend(handles=_before_after_handles(models, worse), fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+        legend_beside(ax, handles=_before_after_handles(models, worse))
 
 
 def _before_after_handles(models: list[str], worse: bool) -> list[Line2D]:
-    mark = {"ls": "", "ms": 7, "markeredgewidth": 1.6}
-    handles = [
-        Line2D([], [], marker=marker, color=colour, label=label, **mark) for label, marker, colour in _KINDS.values()
-    ]
-    for model, face in zip(models, ("white", "0.35"), strict=True):
-        handles.append(
-            Line2D([], [], marker="D", color="0.35", markerfacecolor=face, label=shorten(str(model), 32), **mark)
-        )
-    if worse:
-        handles.append(Line2D([], [], color=WRONG, ls=(0, (2, 1)), lw=2, label="error grew"))
-    return handles
+    kinds = [{"marker": marker, "color": colour, "label": label} for label, marker, colour in _KINDS.values()]
+    faces = zip(models, ("white", "0.35"), strict=True)
+    dot = {"marker": "D", "color": "0.35"}
+    kinds += [dot | {"markerfacecolor": face, "label": shorten(str(model), 32)} for model, face in faces]
+    handles = [Line2D([], [], ls="", ms=7, markeredgewidth=1.6, **kind) for kind in kinds]
+    grew = Line2D([], [], color=WRONG, ls=(0, (2, 1)), lw=2, label="error grew")
+    return [*handles, grew] if worse else handles
 
 
 def plot_label_votes(votes: Mapping[str, int], ax: Axes, *, answer: str | None = None) -> None:
@@ -408,9 +493,7 @@ def plot_error_models(table: pd.DataFrame, ax: Axes) -> None:
         Columns rate, model, radius; abstentions count as radius 0.
     ax : Axes
     """
-    for i, (model, rows) in enumerate(table.groupby("model", sort=False)):
-        rows = rows.sort_values("rate")
-        ax.plot(rows.rate, rows.radius, color=PALETTE[i % 10], marker=MARKERS[i % 10], ms=5, lw=1.8, label=str(model))
+    plot_curves(table, ax, x="rate", y="radius", by="model", ms=5, lw=1.8)
     ax.set(xlabel="error rate of the oracle", ylabel="mean certified radius\n([0, 1] pixel units)")
     ax.set_ylim(bottom=0)
-    ax.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    legend_beside(ax)

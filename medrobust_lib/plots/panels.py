@@ -20,7 +20,7 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from medrobust_lib.metrics import per_class_recall
-from medrobust_lib.plots.style import (
+from medrobust_lib.plots.figures import (
     CLASS_COLOURS,
     CORRECT,
     MARKERS,
@@ -29,7 +29,10 @@ from medrobust_lib.plots.style import (
     REFERENCE,
     WRONG,
     leading,
+    legend_beside,
+    mark_chance,
     name_rows,
+    plot_curves,
     shorten,
     shown_of,
 )
@@ -103,7 +106,7 @@ def plot_named_bars(
     truth: int | None = None,
     before: ArrayLike | None = None,
     counts: bool = False,
-    label_width: int = 26,
+    told: Sequence[str] | None = None,
     show_names: bool = True,
 ) -> None:
     """Draw one bar per class from 0 to a total, the true class in another colour.
@@ -112,7 +115,7 @@ def plot_named_bars(
     ----------
     values : float or int [K]
     names : sequence of str
-        K names; they stand left of the axes, cut to `label_width` characters.
+        K names, which stand left of the axes.
     ax : Axes
     total : float
         Right end of the axis: 1 for probabilities, the number of draws for votes.
@@ -122,7 +125,8 @@ def plot_named_bars(
         Thin bars above the others.
     counts : bool
         Write whole numbers at the bars that are not empty instead of percent at the longest one.
-    label_width : int
+    told : sequence of str, optional
+        K texts at the bars instead, "" for none.
     show_names : bool
         Leave it to another panel of the same classes where False.
     """
@@ -132,17 +136,19 @@ def plot_named_bars(
     if before is None:
         ax.barh(rows, values, 0.72, color=colours)
     else:
-        before = np.asarray(before)
         ax.barh(rows - 0.24, before, 0.3, color=BEFORE, edgecolor="0.5", linewidth=0.5)
         ax.barh(rows + 0.16, values, 0.5, color=colours)
-    for row, value in enumerate(values):
-        if (value > 0) if counts else (row == values.argmax()):
-            text = f"{value:d}" if counts else f"{value:.0%}"
+    if told is None and counts:
+        told = [f"{value:d}" if value else "" for value in values]
+    elif told is None:
+        told = [f"{value:.0%}" if row == values.argmax() else "" for row, value in enumerate(values)]
+    ends = values if before is None else np.maximum(values, before)
+    for row, (end, text) in enumerate(zip(ends, told, strict=True)):
+        if text:
             height = row if before is None else row + 0.16
-            end = value if before is None else max(value, before[row])
             ax.text(end + 0.015 * total, height, text, va="center", fontsize=7, color="0.25", clip_on=False)
     if show_names:
-        write_names(names, ax, truth=truth, width=label_width)
+        write_names(names, ax, truth=truth)
     ax.set(yticks=[], ylim=(_last(len(values)), -0.6), xlim=(0, total))
     ticks = (0, total / 2, total)
     ax.set_xticks(ticks, [f"{tick:g}" for tick in ticks] if counts else [f"{tick:.0%}" for tick in ticks])
@@ -165,9 +171,7 @@ def _last(count: int) -> float:
     return max(count, 5) - 0.4
 
 
-def plot_dots(
-    values: ArrayLike, ax: Axes, *, chosen: int, limits: tuple[float, float], marks: ArrayLike | None = None
-) -> None:
+def plot_dots(values: ArrayLike, ax: Axes, *, chosen: int, limits: tuple[float, float]) -> None:
     """Draw one dot per row on an axis that need not begin at 0, the chosen one coloured.
 
     Parameters
@@ -177,8 +181,6 @@ def plot_dots(
     chosen : int
     limits : (float, float)
         Of the axis; values beyond widen it.
-    marks : float [m], optional
-        Values to compare with, as short grey lines at their rows.
     """
     values = np.asarray(values, dtype=float)
     rows = np.arange(len(values))
@@ -186,8 +188,6 @@ def plot_dots(
     margin = 0.04 * (high - low or 1.0)
     low, high = low - margin, high + margin
     ax.hlines(rows, low, values, color="0.88", lw=1)
-    if marks is not None:
-        ax.scatter(marks, np.arange(len(np.asarray(marks))), marker="|", s=70, color=REFERENCE, lw=1.2)
     ax.scatter(values, rows, color=[CORRECT if row == chosen else OTHER for row in rows], s=34, zorder=3)
     ax.set(yticks=[], ylim=(_last(len(values)), -0.6), xlim=(low, high))
     ax.locator_params(axis="x", nbins=4)
@@ -303,13 +303,16 @@ def plot_similarity(similarities: pd.Series, ax: Axes, *, truth: str | None = No
     total = len(similarities)
     kept = leading(similarities, keep=np.flatnonzero(similarities.index == truth))
     similarities = similarities.iloc[kept]
-    colours = [CORRECT if name == truth else "0.7" for name in similarities.index]
-    # Bars at numbered places: two names that are cut to the same label must not share one.
-    rows = np.arange(len(similarities))
-    ax.barh(rows, similarities.to_numpy(), color=colours)
-    name_rows(ax.yaxis, similarities.index, width=52)
-    ax.invert_yaxis()
+    names = list(similarities.index)
+    _plain_bars(similarities.to_numpy(), names, ax, coloured=[name == truth for name in names], width=52)
     ax.set(xlabel="cosine similarity" + shown_of(len(kept), total, "the closest"))
+
+
+def _plain_bars(values: NDArray, names: Sequence[str], ax: Axes, *, coloured: Sequence[bool], width: int = 24) -> None:
+    # Bars at numbered places: two names that are cut to the same label must not share one.
+    ax.barh(np.arange(len(values)), values, color=[CORRECT if one else "0.7" for one in coloured])
+    name_rows(ax.yaxis, names, width=width)
+    ax.invert_yaxis()
 
 
 def plot_confusion(labels: NDArray, predictions: NDArray, classes: Sequence[str], ax: Axes) -> None:
@@ -411,18 +414,15 @@ def plot_feature_map(table: pd.DataFrame, ax: Axes) -> None:
         ax.scatter(images.x, images.y, s=14, color=colour, marker=marker, alpha=0.7, label=shorten(str(name)), lw=0)
         ax.scatter(texts.x, texts.y, s=170, color=colour, marker=marker, edgecolor="black", linewidth=1.2, zorder=3)
     ax.set(xlabel="first principal direction", ylabel="second principal direction")
-    legend = ax.legend(
-        fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5), markerscale=1.7, title="small: image, large: text"
-    )
-    legend.get_title().set_fontsize(8)
+    legend_beside(ax, markerscale=1.7, title="small: image, large: text", title_fontsize=8)
 
 
 def plot_accuracy_against_sigma(table: pd.DataFrame, ax: Axes, *, chance: float) -> None:
     """Draw accuracy with its interval against noise, a line per model (columns model, sigma, accuracy, low, high)."""
-    for i, (model, rows) in enumerate(table.groupby("model", sort=False)):
-        ax.plot(rows.sigma, rows.accuracy, marker=MARKERS[i % 10], color=PALETTE[i % 10], label=str(model))
+    plot_curves(table, ax, x="sigma", y="accuracy", by="model")
+    for i, (_, rows) in enumerate(table.groupby("model", sort=False)):
         ax.fill_between(rows.sigma, rows.low, rows.high, color=PALETTE[i % 10], alpha=0.18, lw=0)
-    ax.axhline(chance, color=REFERENCE, ls=":", label="chance")
+    mark_chance(ax, chance)
     ax.set(xlabel="noise standard deviation sigma ([0, 1] pixel units)", ylabel="accuracy", ylim=(0, 1.02))
     ax.yaxis.set_major_formatter(PercentFormatter(1))
     ax.legend(fontsize=8)
@@ -454,7 +454,7 @@ def plot_prediction_shares(table: pd.DataFrame, ax: Axes) -> None:
     ax.set(xlabel="noise standard deviation sigma", ylabel="share of the predictions", ylim=(0, 1))
     ax.yaxis.set_major_formatter(PercentFormatter(1))
     handles, names = ax.get_legend_handles_labels()
-    ax.legend(handles[::-1], names[::-1], fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    legend_beside(ax, handles=handles[::-1], labels=names[::-1])
 
 
 def plot_spectrum(table: pd.DataFrame, ax: Axes) -> None:
@@ -493,7 +493,5 @@ def plot_votes(
     """
     votes, keep = np.asarray(votes), [] if truth is None else [truth]
     kept = leading(votes, keep=keep) if shown is None else np.asarray(shown)
-    ax.barh(np.arange(len(kept)), votes[kept], color=[CORRECT if i == truth else "0.7" for i in kept])
-    name_rows(ax.yaxis, [classes[i] for i in kept])
-    ax.invert_yaxis()
+    _plain_bars(votes[kept], [classes[i] for i in kept], ax, coloured=[i == truth for i in kept])
     ax.set(xlabel=f"votes out of {votes.sum()}{shown_of(len(kept), len(classes))}", xlim=(0, votes.sum()))

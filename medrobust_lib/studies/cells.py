@@ -1,4 +1,4 @@
-"""What a study will do: its cells, and what they cost before any of them runs."""
+"""What a study will do: its cells, what they cost before any of them runs, and how each of them runs."""
 
 import contextlib
 import hashlib
@@ -8,10 +8,12 @@ import statistics
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -19,9 +21,9 @@ import pandas as pd
 from medrobust_lib import metrics
 from medrobust_lib.corruptions.suites import SEVERITIES, find_suite
 from medrobust_lib.data.dataset import ImageDataset
-from medrobust_lib.data.registry import load_dataset
+from medrobust_lib.data.registry import load_dataset, open_split
 from medrobust_lib.evaluation import CLEAN, Candidate, accuracy_table, corruption_answers
-from medrobust_lib.experiments import Metric, Run
+from medrobust_lib.experiments import Metric, Run, read_cards
 from medrobust_lib.experiments.report import write_report
 from medrobust_lib.files import named_when_full, told
 from medrobust_lib.metrics.classification import share_interval
@@ -29,9 +31,13 @@ from medrobust_lib.models.dual_encoder import DualEncoder
 from medrobust_lib.models.loading import load_model
 from medrobust_lib.runner import find_notebooks, run_notebooks
 from medrobust_lib.smoothing.certificate import GUARANTEES
+from medrobust_lib.smoothing.methods import zero_shot_methods
+from medrobust_lib.smoothing.sequential import operating_characteristics, sequential_plan
 from medrobust_lib.smoothing.study import certify_dataset
-from medrobust_lib.studies.study_file import BenchmarkStep, CertifyStep, NotebookStep, Study, notebook_assignments
+from medrobust_lib.studies.study_file import Step, Study
 
+CERTIFICATES, ANSWERS = "certificates", "answers"  # ends of the names of the tables with one row an image
+LOG = "log.txt"
 _LONGEST_PART = 32
 _PROBE_SECONDS = 1.0
 _PROBE_DRAWS = 10  # the fewest that a certificate at alpha 0.001 takes
@@ -39,46 +45,7 @@ _PROBE_DRAWS = 10  # the fewest that a certificate at alpha 0.001 takes
 _CERTIFICATE_BYTES, _ANSWER_BYTES, _CELL_BYTES = 1_100, 60, 16_000
 
 
-@dataclass(frozen=True)
-class Cell:
-    """One piece of a study: it runs on its own, is finished or not, and has a folder and a result card.
-
-    Attributes
-    ----------
-    name : str
-        Names the folder; unique in the study.
-    number : int
-        Of its step in the file, from 1.
-    kind : {"certify", "benchmark", "notebook"}
-    model, dataset : str
-        Ids; empty for a notebook that has no such parameter.
-    seed : int or None
-    parameters : dict
-        Everything else that shapes its results, as JSON values; of a notebook the parameters that it is given.
-    notebook : str
-        Number of the notebook.
-    """
-
-    name: str
-    number: int
-    kind: str
-    model: str
-    dataset: str
-    seed: int | None
-    parameters: dict[str, Any] = field(repr=False)
-    notebook: str = ""
-
-    @property
-    def label(self) -> str:
-        """What a person reads in tables."""
-        what = f"notebook {self.notebook}" if self.notebook else self.kind
-        sigma = f"sigma {self.parameters['sigma']:g}" if self.kind == "certify" else ""
-        seed = "" if self.seed is None else f"seed {self.seed}"
-        return ", ".join(filter(None, (f"{self.number} {what}", self.model, self.dataset, sigma, seed)))
-
-
-@dataclass(frozen=True)
-class Estimate:
+class Estimate(NamedTuple):
     """What a cell costs; None where nobody knows.
 
     Attributes
@@ -98,6 +65,195 @@ class Estimate:
     size: int | None
 
 
+class Prices(NamedTuple):
+    """What this machine needs, measured when first asked for and then remembered.
+
+    Attributes
+    ----------
+    images : callable
+        Number of test images, from the id of a data set.
+    rate : callable
+        Draws in a second, from the id of a model.
+    corrupting : callable
+        Seconds for a corrupted image, from the ids of a data set and a suite.
+    notebooks : mapping of (str, str) to float
+        Seconds, by number and model, as far as earlier cards tell.
+    """
+
+    images: Callable[[str], int]
+    rate: Callable[[str], float]
+    corrupting: Callable[[str, str], float]
+    notebooks: Mapping[tuple[str, str], float]
+
+
+@dataclass(frozen=True)
+class Cell(ABC):
+    """One piece of a study: it runs on its own, is finished or not, and has a folder and a result card.
+
+    Attributes
+    ----------
+    number : int
+        Of its step in the file, from 1.
+    step : Step
+    model, dataset : str
+        Ids; empty for a notebook that has no such parameter.
+    seed : int or None
+    parameters : dict
+        Everything else that shapes its results, as JSON values; of a notebook the parameters that it is given.
+    """
+
+    number: int
+    step: Step = field(repr=False)
+    model: str
+    dataset: str
+    seed: int | None
+    parameters: dict[str, Any] = field(repr=False)
+
+    @property
+    def what(self) -> str:
+        """Kind of the step, for people."""
+        return self.step.kind
+
+    @property
+    def variant(self) -> str:
+        """Which of several cells of one step, model, data set and seed."""
+        return ""
+
+    @property
+    def label(self) -> str:
+        """What a person reads in tables."""
+        seed = "" if self.seed is None else f"seed {self.seed}"
+        return ", ".join(filter(None, (f"{self.number} {self.what}", self.model, self.dataset, self.variant, seed)))
+
+    @property
+    def name(self) -> str:
+        """Names the folder; unique in the study."""
+        parts = [f"{self.number:02d}-{self.what.replace(' ', '-')}", short_id(self.model), short_id(self.dataset)]
+        parts += [self.variant.replace(" ", ""), "" if self.seed is None else f"seed{self.seed}"]
+        return "_".join(filter(None, parts))
+
+    @abstractmethod
+    def estimate(self, prices: Prices) -> Estimate:
+        """What it costs."""
+
+    @abstractmethod
+    def run(self, folder: Path, *, notebooks: Path | None) -> None:
+        """Write its card and tables into a folder."""
+
+    def begin(self, folder: Path, title: str) -> tuple[Run, DualEncoder, ImageDataset]:
+        """Start the clock and load what is measured."""
+        where = {"step": self.step.kind, "model": self.model, "dataset": self.dataset, "seed": self.seed}
+        number = f"{self.number:02d}-{self.step.kind}"
+        run = Run(number, title, folder, where | self.parameters, time.monotonic())
+        data = load_dataset(self.dataset, n=self.parameters["n_images"], seed=self.seed or 0)
+        return run, load_model(self.model, dtype=self.parameters["dtype"]), data
+
+
+class CertifyCell(Cell):
+    """Certificates of the zero-shot prompts of one model at one noise level."""
+
+    @property
+    def variant(self) -> str:
+        """The noise level."""
+        return f"sigma {self.parameters['sigma']:g}"
+
+    @property
+    def most_draws(self) -> int:
+        """Draws of one image, selection draws included; sequential sampling stops earlier."""
+        return (self.step.n0 if self.step.mode == "predict" else 0) + self.step.n
+
+    def unanimous_draws(self) -> float:
+        """Expected draws of an image whose noisy copies all get the same answer, in sequential sampling."""
+        step, sigma = self.step, self.parameters["sigma"]
+        plan = sequential_plan(sigma=sigma, radii=step.radii, n=step.n, alpha=step.alpha)
+        return operating_characteristics(plan, 1.0)[1] + self.most_draws - step.n
+
+    def estimate(self, prices: Prices) -> Estimate:
+        """Price of all draws."""
+        images = prices.images(self.dataset)
+        draws = images * self.most_draws
+        size = _CELL_BYTES + 2 * images * _CERTIFICATE_BYTES
+        return Estimate(images, draws, draws / prices.rate(self.model), size)
+
+    def run(self, folder: Path, *, notebooks: Path | None) -> None:
+        """Certify every image."""
+        run, model, data = self.begin(folder, f"Certificates of {self.model} on {self.dataset}")
+        step = self.step
+        rows = certify_dataset(
+            model,
+            data,
+            sigmas=[self.parameters["sigma"]],
+            **{name: self.parameters[name] for name in ("n0", "n", "alpha", "sampling", "mode", "radii")},
+            seed=self.seed or 0,
+            store=folder / "store",
+        ).drop(columns="seconds")  # a table must not depend on the clock
+        shares = metrics.certified_accuracy(rows, radii=step.radii)
+        notes = [f"Guarantee {name}: {GUARANTEES[name]}" for name in rows["guarantee"].unique()]
+        if step.mode == "evaluate":
+            notes.append("The known label was tested (mode evaluate): for tables only, no prediction was certified.")
+        run.save_card(
+            metrics=_certificate_metrics(metrics.certification_summary(rows), shares),
+            tables={f"{run.number}_{CERTIFICATES}": rows, f"{run.number}_certified_accuracy": shares},
+            prompts={"templates": list(data.templates), "classes": list(data.classes)},
+            **_described(model, data, notes),
+        )
+
+
+class BenchmarkCell(Cell):
+    """Answers of one model to the corruptions of a suite."""
+
+    def estimate(self, prices: Prices) -> Estimate:
+        """Price of corrupting and encoding."""
+        images, suite = prices.images(self.dataset), find_suite(self.step.suite)
+        draws = images * (1 + len(suite.names(self.dataset)) * len(self.step.severities))
+        seconds = draws / prices.rate(self.model) + (draws - images) * prices.corrupting(self.dataset, suite.id)
+        return Estimate(images, draws, seconds, _CELL_BYTES + draws * _ANSWER_BYTES)
+
+    def run(self, folder: Path, *, notebooks: Path | None) -> None:
+        """Classify every image, clean and corrupted."""
+        run, model, data = self.begin(folder, f"{self.model} on corrupted images of {self.dataset}")
+        suite, seed = self.step.suite, self.seed or 0
+        candidate = Candidate(model, model.class_features(data.classes, data.templates[:1]))
+        answers = corruption_answers(
+            {self.model: candidate}, data, suite=suite, severities=self.step.severities, seed=seed
+        )
+        columns = {"dataset": data.id, "image": data.indices, "label": data.labels, "seed": self.seed}
+        rows = pd.concat(
+            pd.DataFrame(
+                {**columns, "model": name, "corruption": corruption, "severity": severity, "predicted": answer}
+            )
+            for (name, corruption, severity), answer in answers.items()
+        )[["dataset", "model", "corruption", "severity", "image", "label", "predicted", "seed"]]
+        table = accuracy_table(answers, data)
+        run.save_card(
+            metrics=_benchmark_metrics(rows, table, suite=suite),
+            tables={f"{run.number}_{ANSWERS}": rows, f"{run.number}_accuracy": table},
+            prompts={"template": data.templates[0], "classes": list(data.classes)},
+            **_described(model, data, [f"Suite {suite}; severities are conventions."]),
+        )
+
+
+class NotebookCell(Cell):
+    """One run of a notebook, with the notebook's own card; its parameters were checked when the study was read."""
+
+    @property
+    def what(self) -> str:
+        """The notebook."""
+        return f"notebook {self.step.notebook}"
+
+    def estimate(self, prices: Prices) -> Estimate:
+        """What earlier runs took."""
+        seconds = prices.notebooks.get((self.step.notebook.zfill(2), self.model)) or None
+        return Estimate(self.parameters.get("n_images"), None, seconds, None)
+
+    def run(self, folder: Path, *, notebooks: Path | None) -> None:
+        """Execute it."""
+        run_notebooks(find_notebooks([self.step.notebook], folder=notebooks), self.parameters, folder)
+
+
+_CELLS: dict[str, type[Cell]] = {"certify": CertifyCell, "benchmark": BenchmarkCell, "notebook": NotebookCell}
+
+
 def plan_cells(study: Study, *, notebooks: Path | None = None) -> list[Cell]:
     """Cells of a study, in the order of its file.
 
@@ -107,20 +263,11 @@ def plan_cells(study: Study, *, notebooks: Path | None = None) -> list[Cell]:
     notebooks : Path, optional
         Folder of the notebooks; default: the project's.
     """
-    cells = []
-    for number, step in enumerate(study.steps, start=1):
-        if isinstance(step, NotebookStep):
-            for chosen, given in notebook_assignments(study, step, notebooks=notebooks):
-                cells.append(_cell(number, "notebook", chosen, given, notebook=step.notebook))
-            continue
-        for model in study.models:
-            for dataset in study.datasets:
-                for seed in study.seeds:
-                    chosen = {"model": model, "dataset": dataset, "seed": seed}
-                    shared = {"n_images": study.n_images, "dtype": study.dtype}
-                    for own in _settings(study, step):
-                        cells.append(_cell(number, step.kind, chosen, shared | own))
-    return cells
+    return [
+        _CELLS[step.kind](number, step, *place, parameters)
+        for number, step in enumerate(study.steps, start=1)
+        for place, parameters in step.assignments(study, notebooks)
+    ]
 
 
 def estimate_cells(study: Study, cells: Sequence[Cell], *, earlier: Path | None = None) -> list[Estimate]:
@@ -139,47 +286,13 @@ def estimate_cells(study: Study, cells: Sequence[Cell], *, earlier: Path | None 
     list of Estimate
         The seconds of certify cells are those of all draws; sequential sampling stops earlier.
     """
-    sizes = {dataset: _images(dataset, study.n_images) for dataset in {cell.dataset for cell in cells if _is_own(cell)}}
-    rates: dict[str, float] = {}
-    for cell in cells:
-        if _is_own(cell) and cell.model not in rates:
-            rates[cell.model] = encodings_per_second(cell.model, cell.dataset, dtype=study.dtype)
-    corrupting: dict[tuple[str, str], float] = {}
-    taken = _seconds_of_notebooks(earlier)
-    estimates = []
-    for cell in cells:
-        if cell.kind == "certify":
-            images = sizes[cell.dataset]
-            draws = images * most_draws(cell)
-            size = _CELL_BYTES + 2 * images * _CERTIFICATE_BYTES
-            estimates.append(Estimate(images, draws, draws / rates[cell.model], size))
-        elif cell.kind == "benchmark":
-            images = sizes[cell.dataset]
-            suite = find_suite(cell.parameters["suite"])
-            draws = images * (1 + len(suite.names(cell.dataset)) * len(cell.parameters["severities"]))
-            key = (cell.dataset, suite.id)
-            if key not in corrupting:
-                corrupting[key] = _seconds_to_corrupt(*key)
-            seconds = draws / rates[cell.model] + (draws - images) * corrupting[key]
-            estimates.append(Estimate(images, draws, seconds, _CELL_BYTES + draws * _ANSWER_BYTES))
-        else:
-            seconds = taken.get((cell.notebook.zfill(2), cell.model)) or None
-            estimates.append(Estimate(cell.parameters.get("n_images"), None, seconds, None))
-    return estimates
-
-
-def most_draws(cell: Cell) -> int:
-    """Draws of one image of a certify cell, selection draws included; sequential sampling stops earlier."""
-    return (cell.parameters["n0"] if cell.parameters["mode"] == "predict" else 0) + cell.parameters["n"]
-
-
-def unanimous_draws(cell: Cell) -> float:
-    """Expected draws of an image whose noisy copies all get the same answer, in sequential sampling."""
-    from medrobust_lib.smoothing.sequential import operating_characteristics, sequential_plan
-
-    p = cell.parameters
-    plan = sequential_plan(sigma=p["sigma"], radii=p["radii"], n=p["n"], alpha=p["alpha"])
-    return operating_characteristics(plan, 1.0)[1] + most_draws(cell) - p["n"]
+    prices = Prices(
+        images=cache(lambda dataset: study.n_images or len(open_split(dataset).labels)),
+        rate=cache(lambda model: encodings_per_second(model, study.datasets[0], dtype=study.dtype)),
+        corrupting=cache(_seconds_to_corrupt),
+        notebooks=_seconds_of_notebooks(earlier),
+    )
+    return [cell.estimate(prices) for cell in cells]
 
 
 def encodings_per_second(model_id: str, dataset: str, *, dtype: str = "auto") -> float:
@@ -192,8 +305,6 @@ def encodings_per_second(model_id: str, dataset: str, *, dtype: str = "auto") ->
     dtype : str
         As in `load_model`.
     """
-    from medrobust_lib.models.loading import load_model
-
     return measured_rate(load_model(model_id, dtype=dtype), _probed(dataset))
 
 
@@ -211,17 +322,12 @@ def measured_rate(
     clock : callable
         ``time.process_time`` counts this process's seconds on the CPU, whatever else the machine does.
     """
-    from medrobust_lib.smoothing.methods import zero_shot_methods
-    from medrobust_lib.smoothing.study import certify_dataset
-
-    methods = zero_shot_methods(model, data)[:1]
+    methods, image = zero_shot_methods(model, data)[:1], data.subset([0])
     draws, rate = _PROBE_DRAWS, 0.0
     for _ in range(3):
         with contextlib.redirect_stdout(io.StringIO()):
             started = clock()
-            certify_dataset(
-                model, data.subset([0]), methods, sigmas=[0.25], n0=1, n=draws, sampling="fixed", radii=None
-            )
+            certify_dataset(model, image, methods, sigmas=[0.25], n0=1, n=draws, sampling="fixed", radii=None)
             spent = clock() - started
         rate = (draws + 1) / spent
         # The first calls of a network are slow, and a few draws fill no batch.
@@ -229,29 +335,6 @@ def measured_rate(
             break
         draws = max(_PROBE_DRAWS, int(rate * seconds))
     return rate
-
-
-def _is_own(cell: Cell) -> bool:
-    return cell.kind != "notebook"
-
-
-def _settings(study: Study, step: CertifyStep | BenchmarkStep) -> list[dict[str, Any]]:
-    """Settings of each cell of a step on one model, data set and seed, as JSON values."""
-    values = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(step).items()}
-    if isinstance(step, CertifyStep):
-        del values["sigmas"]
-        return [{"sigma": sigma, **values} for sigma in step.sigmas]
-    return [values]
-
-
-def _cell(number: int, kind: str, chosen: Mapping[str, Any], parameters: dict[str, Any], *, notebook: str = "") -> Cell:
-    model, dataset, seed = chosen["model"] or "", chosen["dataset"] or "", chosen["seed"]
-    parts = [f"{number:02d}-{'notebook-' + notebook if notebook else kind}", short_id(model), short_id(dataset)]
-    if kind == "certify":
-        parts.append(f"sigma{parameters['sigma']:g}")
-    if seed is not None:
-        parts.append(f"seed{seed}")
-    return Cell("_".join(filter(None, parts)), number, kind, model, dataset, seed, parameters, notebook)
 
 
 def short_id(id: str) -> str:
@@ -262,15 +345,7 @@ def short_id(id: str) -> str:
     return f"{text[-_LONGEST_PART:].strip('-.')}-{hashlib.sha256(id.encode()).hexdigest()[:6]}"
 
 
-def _images(dataset: str, n_images: int | None) -> int:
-    from medrobust_lib.data.registry import open_split
-
-    return n_images or len(open_split(dataset).labels)
-
-
 def _probed(dataset: str) -> ImageDataset:
-    from medrobust_lib.data.registry import load_dataset, open_split
-
     with warnings.catch_warnings(action="ignore", category=UserWarning):  # so few images do not speak for the set
         return load_dataset(dataset, n=len(open_split(dataset).classes))
 
@@ -289,20 +364,11 @@ def _seconds_to_corrupt(dataset: str, suite: str) -> float:
 
 def _seconds_of_notebooks(runs: Path | None) -> dict[tuple[str, str], float]:
     """Median seconds of each notebook and model, from the cards of earlier runs."""
-    from medrobust_lib.experiments import read_cards
-
     taken: dict[tuple[str, str], list[float]] = {}
-    try:
-        cards = read_cards(runs) if runs is not None else []
-    except FileNotFoundError:
-        return {}
-    for card in cards:
-        taken.setdefault((card["notebook"], card["parameters"].get("model", "")), []).append(card["seconds"])
+    with contextlib.suppress(FileNotFoundError):
+        for card in read_cards(runs) if runs is not None else ():
+            taken.setdefault((card["notebook"], card["parameters"].get("model", "")), []).append(card["seconds"])
     return {key: statistics.median(seconds) for key, seconds in taken.items()}
-
-
-CERTIFICATES, ANSWERS = "certificates", "answers"  # ends of the names of the tables with one row an image
-LOG = "log.txt"
 
 
 @dataclass(frozen=True)
@@ -339,127 +405,59 @@ def run_cell(site: Site, cell: Cell) -> Outcome:
     What the cell prints goes to ``log.txt`` in its folder.
     """
     folder = site.cell_folder(cell)
-    started = time.perf_counter()
+    started, reason = time.perf_counter(), ""
     try:
         with _log(folder):
-            if cell.kind == "certify":
-                _certify(cell, folder)
-            elif cell.kind == "benchmark":
-                _benchmark(cell, folder)
-            else:
-                # The notebook's own card; its parameters were checked when the study was read.
-                found = find_notebooks([cell.notebook], folder=site.notebooks)
-                run_notebooks(found, cell.parameters, folder)
+            cell.run(folder, notebooks=site.notebooks)
             write_report(folder)
     except Exception as error:
         of_the_system = isinstance(error, OSError) and error.errno is not None
         reason = told(error) if of_the_system else f"{type(error).__name__}: {error}"
-        return Outcome(time.perf_counter() - started, reason)
-    return Outcome(time.perf_counter() - started)
+    return Outcome(time.perf_counter() - started, reason)
 
 
-def _certify(cell: Cell, folder: Path) -> None:
-    run, model, data = _begin(cell, folder, title=f"Certificates of {cell.model} on {cell.dataset}")
-    p = cell.parameters
-    rows = certify_dataset(
-        model,
-        data,
-        sigmas=[p["sigma"]],
-        **{name: p[name] for name in ("n0", "n", "alpha", "sampling", "mode", "radii")},
-        seed=cell.seed or 0,
-        store=folder / "store",
-    ).drop(columns="seconds")  # a table must not depend on the clock
-    shares = metrics.certified_accuracy(rows, radii=p["radii"])
-    summary = metrics.certification_summary(rows)
+def _certificate_metrics(summary: pd.DataFrame, shares: pd.DataFrame) -> list[Metric]:
     numbers = []
     for r in summary.itertuples():
         of = f"{r.method} ({r.guarantee}), sigma={r.sigma:g}"
-        numbers.append(Metric("smoothed_accuracy", r.smoothed_accuracy, r.n, r.low, r.high, of=of))
-        numbers.append(Metric("average_certified_radius", r.average_certified_radius, r.n, of=of))
-        numbers.append(Metric("abstain_rate", r.abstain_rate, r.n, of=of))
+        about = {"of": of, "settings": {"method": r.method, "guarantee": r.guarantee, "sigma": r.sigma}}
+        numbers.append(Metric("smoothed_accuracy", r.smoothed_accuracy, r.n, r.low, r.high, **about))
+        numbers.append(Metric("average_certified_radius", r.average_certified_radius, r.n, **about))
+        numbers.append(Metric("abstain_rate", r.abstain_rate, r.n, **about))
     for r in shares[shares["radius"] > 0].itertuples():
         of = f"{r.method} ({r.guarantee}), sigma={r.sigma:g}, radius={r.radius:g}"
         of += f" (the draws reach {r.radius_reach:.4g})" if np.isnan(r.certified_accuracy) else ""
-        numbers.append(Metric("certified_accuracy", r.certified_accuracy, r.n, r.low, r.high, of=of))
-    notes = [f"Guarantee {name}: {GUARANTEES[name]}" for name in rows["guarantee"].unique()]
-    if p["mode"] == "evaluate":
-        notes.append("The known label was tested (mode evaluate): for tables only, no prediction was certified.")
-    run.save_card(
-        metrics=numbers,
-        tables={f"{run.number}_{CERTIFICATES}": rows, f"{run.number}_certified_accuracy": shares},
-        prompts={"templates": list(data.templates), "classes": list(data.classes)},
-        **_described(model, data, notes),
-    )
-
-
-def _benchmark(cell: Cell, folder: Path) -> None:
-    run, model, data = _begin(cell, folder, title=f"{cell.model} on corrupted images of {cell.dataset}")
-    p = cell.parameters
-    features = model.class_features(data.classes, data.templates[:1])
-    answers = corruption_answers(
-        {cell.model: Candidate(model, features)},
-        data,
-        suite=p["suite"],
-        severities=p["severities"],
-        seed=cell.seed or 0,
-    )
-    rows = pd.concat(
-        pd.DataFrame(
-            {
-                "dataset": data.id,
-                "model": name,
-                "corruption": corruption,
-                "severity": severity,
-                "image": data.indices,
-                "label": data.labels,
-                "predicted": answer,
-                "seed": cell.seed,
-            }
-        )
-        for (name, corruption, severity), answer in answers.items()
-    )
-    table = accuracy_table(answers, data)
-    run.save_card(
-        metrics=benchmark_metrics(rows, table, suite=p["suite"]),
-        tables={f"{run.number}_{ANSWERS}": rows, f"{run.number}_accuracy": table},
-        prompts={"template": data.templates[0], "classes": list(data.classes)},
-        **_described(model, data, [f"Suite {p['suite']}; severities are conventions."]),
-    )
-
-
-def benchmark_metrics(rows: pd.DataFrame, table: pd.DataFrame, *, suite: str) -> list[Metric]:
-    """Numbers of one model's answers to clean and corrupted images; those of a corruption are means over severities.
-
-    Parameters
-    ----------
-    rows : DataFrame
-        One row per image, corruption and severity: corruption, severity, image, label, predicted.
-    table : DataFrame
-        From `medrobust_lib.evaluation.accuracy_table`.
-    suite : str
-        Named in every number, with the severities unless they are all.
-    """
-    clean = table[table["corruption"] == CLEAN].iloc[0]
-    n = int(clean["n"])
-    numbers = [
-        Metric("accuracy", float(clean["accuracy"]), n, float(clean["low"]), float(clean["high"]), of=CLEAN),
-        Metric("balanced_accuracy", float(clean["balanced_accuracy"]), n, of=CLEAN),
-        Metric("majority_share", float(clean["majority_share"]), n, of=CLEAN),
-    ]
-    shares = correct_shares(rows)
-    averaged = averaged_over(suite, rows["severity"])
-    for corruption in shares.columns.drop(CLEAN):
-        values = shares[corruption]
-        of = f"{corruption}, {averaged}"
-        numbers.append(Metric("accuracy", float(values.mean()), n, *share_interval(values), of=of))
-    corrupted = shares.drop(columns=CLEAN).mean(axis="columns")
-    numbers.append(Metric("average_accuracy", float(corrupted.mean()), n, *share_interval(corrupted), of=averaged))
+        settings = {"method": r.method, "guarantee": r.guarantee, "sigma": r.sigma, "radius": r.radius}
+        share = r.certified_accuracy, r.n, r.low, r.high
+        numbers.append(Metric("certified_accuracy", *share, of=of, settings=settings))
     return numbers
 
 
-def averaged_over(suite: str, severities: Iterable[int]) -> str:
+def _benchmark_metrics(rows: pd.DataFrame, table: pd.DataFrame, *, suite: str) -> list[Metric]:
+    """Numbers of one model's answers to clean and corrupted images; those of a corruption are means over severities."""
+    clean = table[table["corruption"] == CLEAN].iloc[0]
+    n, about = int(clean["n"]), {"of": CLEAN, "settings": {"corruption": CLEAN}}
+    shares = correct_shares(rows).drop(columns=CLEAN)
+    severities = sorted({int(severity) for severity in rows["severity"]} - {0})
+    averaged = averaged_over(suite, severities)
+
+    def mean(name: str, values: pd.Series, **corruption: str) -> Metric:
+        of = ", ".join([*corruption.values(), averaged])
+        settings = {**corruption, "suite": suite, "severities": severities}
+        return Metric(name, float(values.mean()), n, *share_interval(values), of=of, settings=settings)
+
+    return [
+        Metric("accuracy", float(clean["accuracy"]), n, float(clean["low"]), float(clean["high"]), **about),
+        Metric("balanced_accuracy", float(clean["balanced_accuracy"]), n, **about),
+        Metric("majority_share", float(clean["majority_share"]), n, **about),
+        *(mean("accuracy", values, corruption=corruption) for corruption, values in shares.items()),
+        mean("average_accuracy", shares.mean(axis="columns")),
+    ]
+
+
+def averaged_over(suite: str, severities: Sequence[int]) -> str:
     """What a mean over severities was taken over: the suite, with its severities unless they are all."""
-    chosen = sorted(set(severities) - {0})
+    chosen = sorted(severities)
     return suite if chosen == list(SEVERITIES) else f"{suite} at {'+'.join(map(str, chosen))}"
 
 
@@ -470,45 +468,17 @@ def correct_shares(rows: pd.DataFrame) -> pd.DataFrame:
     return shares[list(dict.fromkeys(rows["corruption"]))].sort_index()
 
 
-def _begin(cell: Cell, folder: Path, *, title: str) -> tuple[Run, DualEncoder, ImageDataset]:
-    p = cell.parameters
-    run = Run(
-        number=f"{cell.number:02d}-{cell.kind}",
-        title=title,
-        folder=folder,
-        parameters={"step": cell.kind, "model": cell.model, "dataset": cell.dataset, "seed": cell.seed, **p},
-        started=time.monotonic(),
-    )
-    data = load_dataset(cell.dataset, n=p["n_images"], seed=cell.seed or 0)
-    return run, load_model(cell.model, dtype=p["dtype"]), data
-
-
 def _described(model: DualEncoder, data: ImageDataset, notes: list[str]) -> dict[str, Any]:
     """Model, data set and notes of a card."""
     notes = [*data.caveats, *notes]
     if data.synthetic:
         notes = ["The images are synthetic phantoms: nobody's images.", *notes]
+    about = {"id": data.id, "split": data.split, "n": len(data), "synthetic": data.synthetic}
     return {
         "model": {"id": model.id, "dtype": str(model.dtype), "image_size": model.image_size},
-        "dataset": {
-            "id": data.id,
-            "split": data.split,
-            "n": len(data),
-            "synthetic": data.synthetic,
-            "wording": data.provenance["wording"],
-        },
+        "dataset": about | {"wording": data.provenance["wording"]},
         "notes": notes,
     }
-
-
-def answers_matrix(rows: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
-    """Whether answers are right: bool [C, S, n] on corrupted and bool [n] on clean images, images in order."""
-    correct = rows.assign(correct=rows["predicted"] == rows["label"]).sort_values("image", kind="stable")
-    clean = correct[correct["corruption"] == CLEAN]["correct"].to_numpy()
-    corruptions = list(dict.fromkeys(rows["corruption"][rows["corruption"] != CLEAN]))
-    severities = sorted(set(rows["severity"][rows["corruption"] != CLEAN]))
-    cells = correct.set_index(["corruption", "severity"])["correct"]
-    return np.stack([[cells.loc[(c, s)].to_numpy() for s in severities] for c in corruptions]), clean
 
 
 @contextlib.contextmanager

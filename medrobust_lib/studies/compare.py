@@ -9,9 +9,10 @@ import numpy as np
 import pandas as pd
 
 from medrobust_lib.evaluation import CLEAN
-from medrobust_lib.experiments import leaderboard, read_cards
+from medrobust_lib.experiments import read_cards
+from medrobust_lib.experiments.cards import ranked_results
 from medrobust_lib.metrics.classification import difference_interval, mcnemar_p, mean_interval, paired_interval
-from medrobust_lib.studies.cells import averaged_over, correct_shares
+from medrobust_lib.studies.cells import correct_shares
 
 COLUMNS = ("dataset", "model", "metric", "of", "value_a", "value_b", "difference", "low", "high", "n", "kind", "p")
 PAIRED, UNPAIRED = "paired", "unpaired"
@@ -60,8 +61,7 @@ class _Key(NamedTuple):
         return self.of if self.seed in (None, 0) else ", ".join(filter(None, (self.of, f"seed={self.seed}")))
 
 
-@dataclass(frozen=True, eq=False)
-class _Answers:
+class _Answers(NamedTuple):
     """Values of one metric, one for each image."""
 
     values: pd.Series  # by index of the image
@@ -70,8 +70,7 @@ class _Answers:
     largest: float = 1.0  # how far two images' values can be apart
 
 
-@dataclass(frozen=True, eq=False)
-class _Result:
+class _Result(NamedTuple):
     """One result of a card: its row of the leaderboard, the answers behind it if they were kept, and settings."""
 
     row: Mapping[str, Any]
@@ -109,8 +108,8 @@ def compare_runs(run_a: Path, run_b: Path) -> Comparison:
         if partner is None:
             continue
         partners |= {("a", key), ("b", partner)}
-        row = _paired(key, partner, result, b[partner])
-        rows.append(row or _unpaired(key, partner, result.row, b[partner].row))
+        compared = _paired(key, result, b[partner]) or _unpaired(result.row, b[partner].row)
+        rows.append((*_subject(key, partner), *compared))
         notes += _differences(key, result, b[partner])
     if not rows:
         raise ValueError(
@@ -131,17 +130,13 @@ def _read(folder: Path) -> dict[_Key, _Result]:
     found: dict[_Key, list[_Result]] = {}
     paths = sorted(folder.glob("**/cards/[0-9]*.json"))
     for path, card in zip(paths, read_cards(folder), strict=True):
-        parameters = card["parameters"]
-        answers = {}
-        for name in card["tables"]:
-            table = pd.read_csv(path.parent / f"{name}.csv")
-            if set(table.columns) >= _IMAGE_COLUMNS:
-                answers |= dict(_image_values(table, parameters))
-        settings = {name: parameters[name] for name in _SETTINGS if name in parameters}
-        for row in leaderboard([card]).to_dict("records"):
-            name = (row["model"], row["dataset"], row["metric"], row["of"])
-            result = _Result(row, answers.get(name), settings)
-            found.setdefault(_Key(*name, parameters.get("seed")), []).append(result)
+        tables = [pd.read_csv(path.parent / f"{name}.csv") for name in card["tables"]]
+        kept = [table for table in tables if set(table.columns) >= _IMAGE_COLUMNS]
+        settings = {name: card["parameters"][name] for name in _SETTINGS if name in card["parameters"]}
+        for row in ranked_results([card]):
+            answers = next(filter(None, (_answers(row, table) for table in kept)), None)
+            key = _Key(row["model"], row["dataset"], row["metric"], row["of"], card["parameters"].get("seed"))
+            found.setdefault(key, []).append(_Result(row, answers, settings))
     return dict(_told_apart(found))
 
 
@@ -159,46 +154,44 @@ def _told_apart(found: Mapping[_Key, list[_Result]]) -> Iterator[tuple[_Key, _Re
             yield key._replace(of=", ".join(filter(None, (key.of, suffix)))), result
 
 
-def _image_values(
-    table: pd.DataFrame, parameters: Mapping[str, Any]
-) -> Iterator[tuple[tuple[str, str, str, str], _Answers]]:
-    """Per-image values of a table, under the names that the numbers on its card have."""
-    for (model, dataset), rows in table.groupby(["model", "dataset"], sort=False):
-        if {"radius", "method", "guarantee", "sigma"} <= set(rows.columns):
-            for (method, guarantee, sigma), group in rows.groupby(["method", "guarantee", "sigma"], sort=False):
-                values = _certificates(group, f"{method} ({guarantee}), sigma={sigma:g}", parameters.get("radii", ()))
-                yield from (((model, dataset, *name), answers) for name, answers in values)
-        elif {"corruption", "severity"} <= set(rows.columns):
-            values = _corruptions(rows, parameters.get("suite", ""))
-            yield from (((model, dataset, *name), answers) for name, answers in values)
+def _answers(result: Mapping[str, Any], rows: pd.DataFrame) -> _Answers | None:
+    """The values behind a result, one for each image; None where the rows do not hold them."""
+    settings = result["settings"]
+    rows = rows[(rows["model"] == result["model"]) & (rows["dataset"] == result["dataset"])]
+    if not settings or np.isnan(result["value"]):  # beyond the reach of the draws there is no number
+        return None
+    if "sigma" in settings and "radius" in rows:
+        return _certificates(result["metric"], rows, settings)
+    if "severity" in rows and result["metric"] in ("accuracy", "average_accuracy"):
+        return _corruptions(rows, settings)
+    return None
 
 
-def _certificates(rows: pd.DataFrame, of: str, radii: Iterable[float]) -> Iterator[tuple[tuple[str, str], _Answers]]:
-    if rows["image"].duplicated().any():  # several groups in one: nobody knows which is which
-        return
+def _certificates(metric: str, rows: pd.DataFrame, settings: Mapping[str, Any]) -> _Answers | None:
+    same = (rows["method"] == settings["method"]) & (rows["guarantee"] == settings["guarantee"])
+    rows = rows[same & np.isclose(rows["sigma"], settings["sigma"])]
+    if rows.empty or rows["image"].duplicated().any():  # several groups in one: nobody knows which is which
+        return None
     rows = rows.set_index("image")
-    labels, correct = rows["label"], rows["predicted"] == rows["label"]
-    yield ("smoothed_accuracy", of), _Answers(correct.astype(float), labels, binary=True)
-    for radius in radii:
-        certified = (correct & (rows["radius"] >= radius)).astype(float)
-        yield ("certified_accuracy", f"{of}, radius={radius:g}"), _Answers(certified, labels, binary=True)
-    largest = float(rows["radius_tested"].max()) if "radius_tested" in rows else float(rows["radius"].max())
-    yield ("average_certified_radius", of), _Answers(rows["radius"].where(correct, 0.0), labels, largest=largest)
-    yield ("abstain_rate", of), _Answers((rows["predicted"] < 0).astype(float), labels, binary=True)
+    correct = rows["predicted"] == rows["label"]
+    if metric == "average_certified_radius":
+        largest = float(rows["radius_tested" if "radius_tested" in rows else "radius"].max())
+        return _Answers(rows["radius"].where(correct, 0.0), rows["label"], largest=largest)
+    if metric == "abstain_rate":
+        correct = rows["predicted"] < 0
+    elif metric == "certified_accuracy":
+        correct &= rows["radius"] >= settings["radius"]
+    return _Answers(correct.astype(float), rows["label"], binary=True)
 
 
-def _corruptions(rows: pd.DataFrame, suite: str) -> Iterator[tuple[tuple[str, str], _Answers]]:
+def _corruptions(rows: pd.DataFrame, settings: Mapping[str, Any]) -> _Answers:
     labels = rows.drop_duplicates("image").set_index("image")["label"].sort_index()
     shares = correct_shares(rows)
-    averaged = averaged_over(suite, rows["severity"])
-    once = rows.loc[rows["corruption"] != CLEAN, "severity"].nunique() == 1
-    for corruption in shares.columns:
-        clean = corruption == CLEAN
-        name = CLEAN if clean else f"{corruption}, {averaged}"
-        yield ("accuracy", name), _Answers(shares[corruption], labels, binary=clean or once)
+    once = settings.get("corruption") == CLEAN or len(settings["severities"]) == 1
+    if "corruption" in settings:
+        return _Answers(shares[settings["corruption"]], labels, binary=once)
     corrupted = shares.drop(columns=CLEAN, errors="ignore")
-    mean = corrupted.mean(axis="columns")
-    yield ("average_accuracy", averaged), _Answers(mean, labels, binary=once and len(corrupted.columns) == 1)
+    return _Answers(corrupted.mean(axis="columns"), labels, binary=once and len(corrupted.columns) == 1)
 
 
 def _partner(key: _Key, others: Mapping[_Key, _Result], renamed: Mapping[str, str]) -> _Key | None:
@@ -208,11 +201,11 @@ def _partner(key: _Key, others: Mapping[_Key, _Result], renamed: Mapping[str, st
     return None
 
 
-def _paired(key: _Key, partner: _Key, a: _Result, b: _Result) -> dict[str, Any] | None:
+def _paired(key: _Key, a: _Result, b: _Result) -> tuple[Any, ...] | None:
     """The difference over the images of which both runs kept the answers; None if there is none."""
-    if a.answers is None or b.answers is None:
-        return None
     first, second = a.answers, b.answers
+    if first is None or second is None:
+        return None
     common = first.values.index.intersection(second.values.index)
     if common.empty:
         return None
@@ -222,47 +215,29 @@ def _paired(key: _Key, partner: _Key, a: _Result, b: _Result) -> dict[str, Any] 
             f"{key}: image {other[0]} has label {first.labels[other[0]]} in A and {second.labels[other[0]]} in B; the "
             "runs were made on different images, so they cannot be compared"
         )
-    values_a, values_b = first.values.loc[common].to_numpy(), second.values.loc[common].to_numpy()
-    change, p = values_b - values_a, float("nan")
+    value_a, value_b = (one.values.loc[common].to_numpy() for one in (first, second))
+    change, p = value_b - value_a, float("nan")
     if first.binary and second.binary:
         gained, lost = int((change > 0).sum()), int((change < 0).sum())
-        (low, high), p = paired_interval(gained, lost, len(change)), mcnemar_p(gained, lost)
+        interval, p = paired_interval(gained, lost, len(change)), mcnemar_p(gained, lost)
     else:
-        low, high = mean_interval(change, largest=max(first.largest, second.largest))
+        interval = mean_interval(change, largest=max(first.largest, second.largest))
     everything = len(common) == len(first.values) == len(second.values)
-    return {
-        **_subject(key, partner),
-        "value_a": values_a.mean(),
-        "value_b": values_b.mean(),
-        "difference": change.mean(),
-        "low": low,
-        "high": high,
-        "n": str(len(common)) if everything else f"{len(common)} common",
-        "kind": PAIRED,
-        "p": p,
-    }
+    n = str(len(common)) if everything else f"{len(common)} common"
+    return value_a.mean(), value_b.mean(), change.mean(), *interval, n, PAIRED, p
 
 
-def _unpaired(key: _Key, partner: _Key, a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, Any]:
+def _unpaired(a: Mapping[str, Any], b: Mapping[str, Any]) -> tuple[Any, ...]:
     limits = [(row["value"], row["low"], row["high"]) for row in (a, b)]
     known = bool(pd.notna(np.array(limits, dtype=float)).all())
-    low, high = difference_interval(*limits) if known else (float("nan"), float("nan"))
-    return {
-        **_subject(key, partner),
-        "value_a": a["value"],
-        "value_b": b["value"],
-        "difference": b["value"] - a["value"],
-        "low": low,
-        "high": high,
-        "n": str(a["n"]) if a["n"] == b["n"] else f"{a['n']} | {b['n']}",
-        "kind": UNPAIRED,
-        "p": float("nan"),
-    }
+    interval = difference_interval(*limits) if known else (float("nan"), float("nan"))
+    n = str(a["n"]) if a["n"] == b["n"] else f"{a['n']} | {b['n']}"
+    return a["value"], b["value"], b["value"] - a["value"], *interval, n, UNPAIRED, float("nan")
 
 
-def _subject(key: _Key, partner: _Key) -> dict[str, Any]:
+def _subject(key: _Key, partner: _Key) -> tuple[str, ...]:
     models = key.model if key.model == partner.model else f"{key.model} -> {partner.model}"
-    return {"dataset": key.dataset, "model": models, "metric": key.metric, "of": key.what}
+    return key.dataset, models, key.metric, key.what
 
 
 def _models(run: Mapping[_Key, _Result]) -> list[str]:

@@ -5,14 +5,13 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from itertools import groupby
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from medrobust_lib import metrics
+from medrobust_lib.evaluation import CLEAN
 from medrobust_lib.experiments import (
     Metric,
     Run,
@@ -24,14 +23,15 @@ from medrobust_lib.experiments import (
     read_cards,
     write_text_atomically,
 )
-from medrobust_lib.experiments.report import write_report
+from medrobust_lib.experiments.cards import lower_is_better
+from medrobust_lib.experiments.report import interval_text, write_page, write_report
 from medrobust_lib.places import VERSION
 from medrobust_lib.runner import environment_variables
 from medrobust_lib.studies.cells import (
     ANSWERS,
+    BenchmarkCell,
     Cell,
     Site,
-    answers_matrix,
     averaged_over,
     plan_cells,
     run_cell,
@@ -40,6 +40,7 @@ from medrobust_lib.studies.cells import (
 from medrobust_lib.studies.study_file import Study
 
 LEADERBOARD = "leaderboard.csv"
+CLUSTER_TIMEOUT = 30.0  # seconds to wait for a scheduler's answer
 
 
 def write_results(study: Study, site: Site, finished: Sequence[Cell], failures: Mapping[str, str]) -> pd.DataFrame:
@@ -57,10 +58,12 @@ def write_results(study: Study, site: Site, finished: Sequence[Cell], failures: 
         Cells that failed, for the page.
     """
     folders = [site.cell_folder(cell) for cell in finished]
-    benchmarks = [cell for cell in finished if cell.kind == "benchmark"]
-    key = _benchmark_key
-    for _, group in groupby(sorted(benchmarks, key=key), key=key):
-        folder = _write_corruption_errors(study, site, list(group))
+    benchmarks: dict[tuple[int, str, int], list[Cell]] = {}
+    for cell in finished:
+        if isinstance(cell, BenchmarkCell):
+            benchmarks.setdefault((cell.number, cell.dataset, cell.seed or 0), []).append(cell)
+    for _, group in sorted(benchmarks.items()):
+        folder = _write_corruption_errors(study, site, group)
         if folder is not None:
             folders.append(folder)
     cards = [card for folder in folders for card in read_cards(folder, nested=False)]
@@ -68,10 +71,6 @@ def write_results(study: Study, site: Site, finished: Sequence[Cell], failures: 
     write_text_atomically(site.folder / LEADERBOARD, table.to_csv(index=False, lineterminator="\n"))
     _write_page(study, site, table, folders, failures)
     return table
-
-
-def _benchmark_key(cell: Cell) -> tuple[int, str, int]:
-    return cell.number, cell.dataset, cell.seed or 0
 
 
 def _write_corruption_errors(study: Study, site: Site, cells: list[Cell]) -> Path | None:
@@ -85,9 +84,9 @@ def _write_corruption_errors(study: Study, site: Site, cells: list[Cell]) -> Pat
     for model, cell in by_model.items():
         cards = site.cell_folder(cell) / "cards"
         tables.append(pd.read_csv(cards / f"{cell.number:02d}-benchmark_accuracy.csv"))
-        right[model] = answers_matrix(pd.read_csv(cards / f"{cell.number:02d}-benchmark_{ANSWERS}.csv"))[0]
+        right[model] = _right_answers(pd.read_csv(cards / f"{cell.number:02d}-benchmark_{ANSWERS}.csv"))
     errors = metrics.corruption_error_table(pd.concat(tables), reference=reference)
-    averaged = averaged_over(first.parameters["suite"], first.parameters["severities"])
+    averaged = averaged_over(first.step.suite, first.step.severities)
     numbers = []
     for row in errors.itertuples():
         rng = np.random.default_rng(first.seed or 0)
@@ -101,18 +100,12 @@ def _write_corruption_errors(study: Study, site: Site, cells: list[Cell]) -> Pat
             numbers.append(Metric("mce", row.mce, row.n, *interval, of=of, model=row.model))
         numbers.append(Metric("degradation", row.degradation, row.n, of=averaged, model=row.model))
     number = f"{first.number:02d}-mce"
+    compared = {"step": "mce", "models": list(by_model), "reference": reference}
     run = Run(
         number=number,
         title=f"Corruption errors on {first.dataset} relative to {reference}",
         folder=site.folder / "cells" / f"{number}_{short_id(first.dataset)}_seed{first.seed}",
-        parameters={
-            "step": "mce",
-            "models": list(by_model),
-            "reference": reference,
-            "dataset": first.dataset,
-            "seed": first.seed,
-            **first.parameters,
-        },
+        parameters={**compared, "dataset": first.dataset, "seed": first.seed, **first.parameters},
         started=time.monotonic(),
     )
     (card,) = read_cards(site.cell_folder(first), nested=False)
@@ -128,44 +121,36 @@ def _write_corruption_errors(study: Study, site: Site, cells: list[Cell]) -> Pat
     return run.folder
 
 
+def _right_answers(rows: pd.DataFrame) -> np.ndarray:
+    """Whether answers to corrupted images are right: bool [C, S, n], images in order."""
+    rows = rows[rows["corruption"] != CLEAN]
+    order = pd.MultiIndex.from_product([rows["corruption"].unique(), sorted(rows["severity"].unique())])
+    right = rows.assign(right=rows["predicted"] == rows["label"])
+    right = right.pivot(index=["corruption", "severity"], columns="image", values="right").loc[order]
+    return right.to_numpy().reshape(*order.levshape, -1)
+
+
 def _write_page(
     study: Study, site: Site, table: pd.DataFrame, folders: Sequence[Path], failures: Mapping[str, str]
 ) -> None:
-    from jinja2 import Environment, PackageLoader, select_autoescape
-    from markupsafe import Markup
-
-    from medrobust_lib.experiments.cards import lower_is_better
-    from medrobust_lib.experiments.report import NOTICE, POLICY, interval_text
-
-    templates = Environment(
-        loader=PackageLoader("medrobust_lib", "templates"),
-        autoescape=select_autoescape(["html", "j2"]),
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     blocks = [
         {
             "metric": metric.replace("_", " "),
             "dataset": dataset,
             "best": "lowest" if lower_is_better(metric) else "highest",
-            "rows": [{**row, "text": interval_text(row)} for row in block.to_dict("records")],
+            "rows": [{**row._asdict(), "text": interval_text(row)} for row in block.itertuples()],
         }
         for (metric, dataset), block in table.groupby(["metric", "dataset"], sort=False)
     ]
-    page = templates.get_template("study.html.j2").render(
+    write_page(
+        site.folder / "index.html",
+        "study",
         title=study.name,
         blocks=blocks,
         cells=[folder.name for folder in folders],
         failures=failures,
         synthetic=any(dataset.startswith("phantom/") for dataset in study.datasets),
-        policy=POLICY,
-        style=Markup(templates.get_template("style.css").render()),
-        notice=NOTICE,
     )
-    write_text_atomically(site.folder / "index.html", page)
-
-
-CLUSTER_TIMEOUT = 30.0  # seconds to wait for a scheduler's answer
 
 
 @dataclass(frozen=True)
@@ -257,7 +242,9 @@ def run_study(
                     announce(f"FAILED {cell.label}; the other cells go on")
                     continue
                 if cell.name not in store.done:
-                    store.append(cell.name, [_row(cell)], seconds=outcome.seconds)
+                    what = {"cell": cell.name, "step": cell.number, "kind": cell.step.kind}
+                    where = {"model": cell.model, "dataset": cell.dataset, "seed": cell.seed}
+                    store.append(cell.name, [what | where], seconds=outcome.seconds)
                 if is_headless() or not sys.stderr.isatty():
                     announce(f"{cell.label}: done in {outcome.seconds:.1f} s")
         except RuntimeError as error:
@@ -267,17 +254,6 @@ def run_study(
         store.finish([cell.name for cell in finished])
         leaderboard = write_results(study, site, finished, failures)
     return Finished(out, leaderboard, len(cells), len(finished), failures)
-
-
-def _row(cell: Cell) -> dict[str, Any]:
-    return {
-        "cell": cell.name,
-        "step": cell.number,
-        "kind": cell.kind,
-        "model": cell.model,
-        "dataset": cell.dataset,
-        "seed": cell.seed,
-    }
 
 
 def _has_card(site: Site, cell: Cell) -> bool:

@@ -1,19 +1,25 @@
 """A study in a YAML file: what to run on which models and data sets, checked before anything runs."""
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import MISSING, Field, asdict, dataclass, field, fields
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import MISSING, asdict, dataclass, field, fields
+from itertools import product
 from pathlib import Path
-from typing import Any, ClassVar, get_args
+from typing import Any, ClassVar, Literal
 
+from medrobust_lib import checks
 from medrobust_lib import parameters as notebook_parameters
 from medrobust_lib.corruptions.suites import SEVERITIES, check_severity, find_suite
-from medrobust_lib.data import wording
+from medrobust_lib.runner import find_notebooks
 from medrobust_lib.smoothing.bounds import check_alpha, check_draws, check_sigma
 from medrobust_lib.smoothing.certificate import Mode, Sampling
 
-GRID_PARAMETERS = ("model", "dataset", "seed", "n_images")  # the study's own: it gives them to every notebook
-DTYPES = ("auto", "float32", "bfloat16", "float16")
+# The study gives these to every notebook, from the key of its file.
+_GRID = {"model": "models", "dataset": "datasets", "seed": "seeds", "n_images": "n_images"}
 _LONGEST_NAME = 60
+_TAKES = "a list of one or more of: certify, benchmark, notebook"
+
+Place = tuple[str, str, int | None]  # a model, a data set, a seed
 
 
 class StudyError(ValueError):
@@ -40,11 +46,11 @@ class CertifyStep:
     n0: int = 100
     n: int = 10_000
     alpha: float = 0.001
-    sampling: str = "sequential"
-    mode: str = "predict"
+    sampling: Sampling = "sequential"
+    mode: Mode = "predict"
     radii: tuple[float, ...] = (0.0, 0.1, 0.25, 0.5)
 
-    def check(self, datasets: Collection[str]) -> None:
+    def check(self, study: "Study", notebooks: Path | None) -> None:
         """Raise a ValueError for numbers that `certify_dataset` would refuse."""
         if not self.sigmas or not self.radii:
             raise StudyError("give at least one value each for sigmas and radii")
@@ -52,12 +58,16 @@ class CertifyStep:
             check_sigma(sigma)
         check_alpha(self.alpha)
         check_draws(self.n, self.alpha)
-        if self.mode == "predict" and self.n0 < 1:
-            raise StudyError(f"n0={self.n0}: at least one draw chooses the class")
+        if self.mode == "predict":
+            checks.check_whole("n0", self.n0, hint=": at least one draw chooses the class")
         if min(self.radii) < 0:
             raise StudyError(f"radii={list(self.radii)}: radii are 0 or more")
-        for name, choices in (("sampling", get_args(Sampling)), ("mode", get_args(Mode))):
-            _check_choice(name, getattr(self, name), choices)
+
+    def assignments(self, study: "Study", notebooks: Path | None) -> Iterator[tuple[Place, dict[str, Any]]]:
+        """Yield the place and the parameters of every cell."""
+        for place, sigma in product(study.places, self.sigmas):
+            own = {name: value for name, value in _json(self).items() if name != "sigmas"}
+            yield place, {**study.shared, "sigma": sigma, **own}
 
 
 @dataclass(frozen=True)
@@ -77,13 +87,18 @@ class BenchmarkStep:
     suite: str = "medimeta-c"
     severities: tuple[int, ...] = SEVERITIES
 
-    def check(self, datasets: Collection[str]) -> None:
+    def check(self, study: "Study", notebooks: Path | None) -> None:
         """Raise a ValueError for an unknown suite or severity, or a data set that the suite does not know."""
         suite = find_suite(self.suite)
-        for dataset in datasets:
+        for dataset in study.datasets:
             suite.names(dataset)
         if not self.severities or 0 in map(check_severity, self.severities):
             raise StudyError(f"severities={list(self.severities)}: choose from 1, 2, 3, 4, 5")
+
+    def assignments(self, study: "Study", notebooks: Path | None) -> Iterator[tuple[Place, dict[str, Any]]]:
+        """Yield the place and the parameters of every cell."""
+        for place in study.places:
+            yield place, {**study.shared, **_json(self)}
 
 
 @dataclass(frozen=True)
@@ -103,9 +118,27 @@ class NotebookStep:
     notebook: str
     parameters: dict[str, Any] = field(default_factory=dict)
 
+    def check(self, study: "Study", notebooks: Path | None) -> None:
+        """Raise a ValueError where a parameter cannot work."""
+        list(self.assignments(study, notebooks))
+
+    def assignments(self, study: "Study", notebooks: Path | None) -> Iterator[tuple[Place, dict[str, Any]]]:
+        """Yield the place and the checked parameters of every cell; it is not repeated over what it has not."""
+        found = find_notebooks([self.notebook], folder=notebooks)
+        ((number, path),) = found.items()
+        known = notebook_parameters.notebook_parameters(path)
+        grid = {"model": study.models, "dataset": study.datasets, "seed": study.seeds}
+        for place in product(*(values if name in known and values else (None,) for name, values in grid.items())):
+            given = {name: value for name, value in zip(grid, place, strict=True) if value is not None}
+            if study.n_images is not None and "n_images" in known:
+                given["n_images"] = study.n_images
+            model, dataset, seed = place
+            assigned = notebook_parameters.assign_parameters(found, given | self.parameters)[number]
+            yield (model or "", dataset or "", seed), assigned
+
 
 Step = CertifyStep | BenchmarkStep | NotebookStep
-STEPS: dict[str, type[CertifyStep] | type[BenchmarkStep]] = {"certify": CertifyStep, "benchmark": BenchmarkStep}
+STEPS: dict[str, type[Step]] = {step.kind: step for step in (CertifyStep, BenchmarkStep, NotebookStep)}
 
 
 @dataclass(frozen=True)
@@ -130,11 +163,21 @@ class Study:
 
     name: str
     datasets: tuple[str, ...] = field(metadata={"takes": "a list of data set ids, see `medrobust datasets`"})
-    steps: tuple[Step, ...] = field(metadata={"takes": "a list of one or more of: certify, benchmark, notebook"})
-    models: tuple[str, ...] = field(default=(), metadata={"takes": "a list of model ids, see `medrobust models`"})
+    steps: tuple[Step, ...] = field(metadata={"takes": _TAKES})
+    models: tuple[str, ...] = ()
     seeds: tuple[int, ...] = (0,)
     n_images: int | None = None
-    dtype: str = "auto"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+
+    @property
+    def places(self) -> Iterator[Place]:
+        """Every model with every data set and seed."""
+        return product(self.models, self.datasets, self.seeds)
+
+    @property
+    def shared(self) -> dict[str, Any]:
+        """Parameters of all certify and benchmark cells."""
+        return {"n_images": self.n_images, "dtype": self.dtype}
 
     def record(self) -> dict[str, Any]:
         """JSON values; steps are numbered, so that a refusal can name the one that differs."""
@@ -157,7 +200,7 @@ def read_study(path: Path, *, notebooks: Path | None = None) -> Study:
     StudyError
         No valid YAML, an unknown key or value (closest valid names given), or a value that cannot work.
     ParameterError
-        A notebook's parameter is unknown, of the wrong type or out of range.
+        A value of the wrong type.
     ValueError, FileNotFoundError
         An unknown model, data set or notebook, or one that is not on this computer.
     """
@@ -168,110 +211,77 @@ def read_study(path: Path, *, notebooks: Path | None = None) -> Study:
     if not isinstance(given, dict):
         raise StudyError(f"{path} must hold a mapping with the keys {', '.join(f.name for f in fields(Study))}")
     given = {"name": path.stem} | given
-    _check_keys(given, fields(Study), where=str(path))
+    _check_keys(given, Study, where=str(path))
     steps = given.pop("steps")
     if not isinstance(steps, list) or not steps:
-        raise StudyError(f"{path}: steps is a list of one or more of: certify, benchmark, notebook")
-    study = Study(
-        # Workers and notebooks work in other folders: paths in ids become absolute.
-        **{
-            name: notebook_parameters.absolute_ids(name, value)
-            for name, value in _values(given, Study, where=str(path)).items()
-        },
-        steps=tuple(_step(step, notebooks, where=f"{path}, step {place}") for place, step in enumerate(steps, start=1)),
-    )
-    _check_study(study, path, notebooks)
+        raise StudyError(f"{path}: steps is {_TAKES}")
+    # Workers and notebooks work in other folders: paths in ids become absolute.
+    values = {
+        name: notebook_parameters.absolute_ids(name, value)
+        for name, value in _values(given, Study, where=str(path)).items()
+    }
+    steps = [_step(step, notebooks, where=f"{path}, step {place}") for place, step in enumerate(steps, start=1)]
+    study = Study(**values, steps=tuple(steps))
+    with _located(str(path)):
+        _check_study(study)
+    notebook_parameters.check_models(set(study.models))
+    for number, step in enumerate(study.steps, start=1):
+        with _located(f"{path}, step {number}, {step.kind}"):
+            step.check(study, notebooks)
     return study
 
 
-def notebook_assignments(
-    study: Study, step: NotebookStep, *, notebooks: Path | None
-) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
-    """Yield the grid values (model, dataset, seed) and the checked parameters of every run of a notebook step.
-
-    A notebook without one of these parameters is not repeated over its values.
-
-    Raises
-    ------
-    ParameterError, ValueError, FileNotFoundError
-        As from `medrobust_lib.parameters.assign_parameters`.
-    """
-    found = _found(step.notebook, notebooks)
-    ((number, path),) = found.items()
-    known = notebook_parameters.notebook_parameters(path)
-    grid = {"model": study.models, "dataset": study.datasets, "seed": study.seeds}
-    axes = {name: values if name in known and values else (None,) for name, values in grid.items()}
-    for model in axes["model"]:
-        for dataset in axes["dataset"]:
-            for seed in axes["seed"]:
-                chosen = {"model": model, "dataset": dataset, "seed": seed}
-                given = {name: value for name, value in chosen.items() if value is not None} | step.parameters
-                if study.n_images is not None and "n_images" in known:
-                    given["n_images"] = study.n_images
-                yield chosen, notebook_parameters.assign_parameters(found, given)[number]
-
-
-def closest(name: str, valid: Collection[str]) -> str:
-    """The valid names, those that look like the given one first."""
-    close = wording.closest(name, valid, cutoff=0.5)
-    return ", ".join([*close, *(other for other in valid if other not in close)])
+def _json(step: Step) -> dict[str, Any]:
+    """The settings of a step as JSON values."""
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(step).items()}
 
 
 def _step(given: Any, notebooks: Path | None, *, where: str) -> Step:
     """One entry of ``steps``: a mapping with its kind as the only key, or a notebook with its parameters."""
-    kinds = [*STEPS, "notebook"]
     if isinstance(given, str) and given in STEPS:
         given = {given: {}}
     if not isinstance(given, dict) or not given:
-        raise StudyError(f"{where} is {given!r}; write one of {', '.join(kinds)} with its settings")
-    kind = next((key for key in given if key in kinds), None)
+        raise StudyError(f"{where} is {given!r}; write one of {', '.join(STEPS)} with its settings")
+    kind = next((key for key in given if key in STEPS), None)
     if kind is None:
+        first = str(next(iter(given)))
         raise StudyError(
-            f"{where}: unknown step {next(iter(given))!r}; there are {closest(str(next(iter(given))), kinds)}"
+            f"{where}: unknown step {first!r}; there are {notebook_parameters.closest_first(first, STEPS)}"
         )
     if kind == "notebook":
-        _check_keys(given, fields(NotebookStep), where=where)
-        parameters = given.get("parameters") or {}
-        if not isinstance(given["notebook"], str) or not isinstance(parameters, dict):
-            raise StudyError(f'{where}: write `notebook: "02"` and, below it, parameters as names with values')
-        taken = [name for name in parameters if name in GRID_PARAMETERS]
-        if taken:
-            plural = {"model": "models", "dataset": "datasets", "seed": "seeds"}.get(taken[0], taken[0])
-            raise StudyError(f"{where}: {taken[0]!r} comes from the study; set `{plural}` at the top of the file")
-        number = given["notebook"].zfill(2)
-        try:
-            return NotebookStep(number, parameters | _declared(number, parameters, notebooks))
-        except ValueError as error:
-            raise StudyError(f"{where}, notebook: {error}") from error
+        return _notebook_step(given, notebooks, where=where)
     if len(given) > 1:
         raise StudyError(f"{where} has the keys {', '.join(map(str, given))}; begin each step with a dash of its own")
-    settings = given[kind] or {}
+    settings, step = given[kind] or {}, STEPS[kind]
     if not isinstance(settings, dict):
-        raise StudyError(
-            f"{where}: {kind} takes settings with names, such as {kind}: {{{fields(STEPS[kind])[0].name}: ...}}"
-        )
-    _check_keys(settings, fields(STEPS[kind]), where=f"{where}, {kind}")
-    return STEPS[kind](**_values(settings, STEPS[kind], where=f"{where}, {kind}"))
+        first = fields(step)[0].name
+        raise StudyError(f"{where}: {kind} takes settings with names, such as {kind}: {{{first}: ...}}")
+    _check_keys(settings, step, where=f"{where}, {kind}")
+    return step(**_values(settings, step, where=f"{where}, {kind}"))
 
 
-def _found(number: str, notebooks: Path | None) -> dict[str, Path]:
-    from medrobust_lib.runner import find_notebooks
+def _notebook_step(given: dict[str, Any], notebooks: Path | None, *, where: str) -> NotebookStep:
+    _check_keys(given, NotebookStep, where=where)
+    number, parameters = given["notebook"], given.get("parameters") or {}
+    if not isinstance(number, str) or not isinstance(parameters, dict):
+        raise StudyError(f'{where}: write `notebook: "02"` and, below it, parameters as names with values')
+    for name in parameters:
+        if name in _GRID:
+            raise StudyError(f"{where}: {name!r} comes from the study; set `{_GRID[name]}` at the top of the file")
+    with _located(f"{where}, notebook"):
+        ((number, path),) = find_notebooks([number.zfill(2)], folder=notebooks).items()
+        known = notebook_parameters.notebook_parameters(path)
+        return NotebookStep(number, parameters | notebook_parameters.declared(parameters, known))
 
-    return find_notebooks([number], folder=notebooks)
 
-
-def _declared(number: str, parameters: Mapping[str, Any], notebooks: Path | None) -> dict[str, Any]:
-    """The parameters that a notebook knows, as numbers where it wants numbers."""
-    (path,) = _found(number, notebooks).values()
-    return notebook_parameters.declared(parameters, notebook_parameters.notebook_parameters(path))
-
-
-def _check_keys(given: Mapping[Any, Any], known: Sequence[Field[Any]], *, where: str) -> None:
-    names = [f.name for f in known]
+def _check_keys(given: Mapping[Any, Any], kind: type, *, where: str) -> None:
+    names = [f.name for f in fields(kind)]
     for key in given:
         if key not in names:
-            raise StudyError(f"{where}: unknown key {key!r}; valid: {closest(str(key), names)}")
-    for f in known:
+            raise StudyError(
+                f"{where}: unknown key {key!r}; valid: {notebook_parameters.closest_first(str(key), names)}"
+            )
+    for f in fields(kind):
         if f.name not in given and f.default is MISSING and f.default_factory is MISSING:
             takes = f.metadata.get("takes") or notebook_parameters.wanted(f.type)
             raise StudyError(f"{where}: {f.name} is missing; it takes {takes}")
@@ -283,37 +293,27 @@ def _values(given: Mapping[str, Any], kind: type, *, where: str) -> dict[str, An
     return {name: notebook_parameters.typed(value, types[name], f"{where}: {name}") for name, value in given.items()}
 
 
-def _check_study(study: Study, path: Path, notebooks: Path | None) -> None:
-    own_steps = [step for step in study.steps if not isinstance(step, NotebookStep)]
-    for name in ("models", "datasets", "seeds") if own_steps else ("datasets", "seeds"):
+def _check_study(study: Study) -> None:
+    alone = all(isinstance(step, NotebookStep) for step in study.steps)
+    for name in ("datasets", "seeds") if alone else ("models", "datasets", "seeds"):
         if not getattr(study, name):
-            raise StudyError(f"{path}: {name} is missing or empty; name at least one")
+            raise StudyError(f"{name} is missing or empty; name at least one")
     if not study.name or len(study.name) > _LONGEST_NAME or "/" in study.name:
-        raise StudyError(f"{path}: name: {study.name!r}; give 1 to {_LONGEST_NAME} characters without /")
+        raise StudyError(f"name: {study.name!r}; give 1 to {_LONGEST_NAME} characters without /")
     if min(study.seeds) < 0:
-        raise StudyError(f"{path}: seeds: {list(study.seeds)}; seeds are 0 or more")
-    if study.n_images is not None and study.n_images < 1:
-        raise StudyError(f"{path}: n_images: {study.n_images}; give 1 or more, or leave it out for all test images")
-    _check_choice(f"{path}: dtype", study.dtype, DTYPES)
-    for number, step in enumerate(study.steps, start=1):
-        if not isinstance(step, NotebookStep):
-            try:
-                step.check(study.datasets)
-            except ValueError as error:
-                raise StudyError(f"{path}, step {number}, {step.kind}: {error}") from error
-    notebook_parameters.check_models(set(study.models))
-    for dataset in study.datasets if own_steps else ():
+        raise StudyError(f"seeds: {list(study.seeds)}; seeds are 0 or more")
+    if study.n_images is not None:
+        checks.check_whole("n_images", study.n_images, hint="; leave it out for all test images")
+    for dataset in () if alone else study.datasets:
         size = notebook_parameters.split_size(dataset)
         if study.n_images is not None and study.n_images > size:
-            raise StudyError(f"{path}: n_images: {study.n_images}; the test split of {dataset} has {size} images")
-    for number, step in enumerate(study.steps, start=1):
-        if isinstance(step, NotebookStep):
-            try:
-                list(notebook_assignments(study, step, notebooks=notebooks))
-            except ValueError as error:
-                raise StudyError(f"{path}, step {number}, notebook: {error}") from error
+            raise StudyError(f"n_images: {study.n_images}; the test split of {dataset} has {size} images")
 
 
-def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:
-    if value not in choices:
-        raise StudyError(f"{name}: {value!r} is unknown; choose from {closest(value, choices)}")
+@contextmanager
+def _located(where: str) -> Iterator[None]:
+    """Say where in the file a value stands that cannot work."""
+    try:
+        yield
+    except ValueError as error:
+        raise StudyError(f"{where}: {error}") from error

@@ -5,8 +5,8 @@ import sys
 import pytest
 
 from medrobust_lib import cli
+from medrobust_lib.experiments.report import duration
 from medrobust_lib.studies import cells
-from medrobust_lib.studies.command import duration
 
 
 @pytest.fixture

@@ -6,8 +6,8 @@ import pandas as pd
 import pytest
 
 from medrobust_lib.experiments import Metric, Run
+from medrobust_lib.experiments.report import show_comparison
 from medrobust_lib.metrics.classification import difference_interval, paired_interval
-from medrobust_lib.studies.command import _show_comparison
 from medrobust_lib.studies.compare import compare_runs
 
 
@@ -21,6 +21,7 @@ def save(tmp_path):
         folder = tmp_path / run
         tables = {}
         of = f"zero-shot (standard), sigma={sigma:g}"
+        settings = {"method": "zero-shot", "guarantee": "standard", "sigma": sigma}
         if predicted is not None:
             images = np.arange(len(predicted)) if images is None else images
             tables["01-certify_certificates"] = pd.DataFrame(
@@ -29,7 +30,9 @@ def save(tmp_path):
                  "label": images % 3, "predicted": predicted, "radius": radius, "radius_tested": 0.1}
             )  # fmt: skip
             right = float((np.asarray(predicted) == images % 3).mean())
-            metrics = metrics or [Metric("smoothed_accuracy", right, len(predicted), 0.0, 1.0, of=of)]
+            metrics = metrics or [
+                Metric("smoothed_accuracy", right, len(predicted), 0.0, 1.0, of=of, settings=settings)
+            ]
         given = {"seed": 0, "radii": [0.1], "n": 100, **parameters}
         Run("01-certify", "Title", folder / f"cell{sigma}{given['n']}", given, 0.0).save_card(
             metrics=metrics, tables=tables, model={"id": model}, dataset={"id": "phantom/chest"}, prompts={}
@@ -71,7 +74,7 @@ def test_what_neither_run_reaches_is_a_dash(undisturbed, capsys):
     beyond = table[table.of.str.contains("the draws reach")]
     assert len(beyond) == 4
     assert beyond[["value_a", "value_b", "difference", "low", "high", "p"]].isna().all(axis=None)
-    _show_comparison(beyond, undisturbed, undisturbed)
+    show_comparison(beyond)
     assert re.search(r"– +– +– +4 ", capsys.readouterr().out)
 
 

@@ -63,12 +63,12 @@ def test_processes_and_a_notebook_give_what_one_process_gives(study_file, notebo
 
 
 def test_a_failing_cell_loses_nothing_and_is_tried_again(study, tmp_path, monkeypatch, capsys):
-    def broken(cell, folder):
+    def broken(cell, folder, *, notebooks):
         raise OSError("no space left")
 
     lines = []
     with monkeypatch.context() as patch:
-        patch.setattr(cells, "_benchmark", broken)
+        patch.setattr(cells.BenchmarkCell, "run", broken)
         finished = run_study(study, tmp_path / "out", announce=lines.append)
     assert finished.done == 2
     assert finished.failures == {"2 benchmark, demo-clip, phantom/chest, seed 0": "OSError: no space left"}

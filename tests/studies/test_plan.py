@@ -4,7 +4,7 @@ import pytest
 
 from medrobust_lib.corruptions.suites import find_suite
 from medrobust_lib.smoothing.sequential import operating_characteristics, sequential_plan
-from medrobust_lib.studies.cells import estimate_cells, measured_rate, plan_cells, short_id, unanimous_draws
+from medrobust_lib.studies.cells import estimate_cells, measured_rate, plan_cells, short_id
 from medrobust_lib.studies.study_file import read_study
 
 TEXT = """
@@ -75,8 +75,8 @@ def test_notebooks_are_priced_by_earlier_cards_or_not_at_all(study_file, noteboo
 def test_unanimous_draws_are_those_of_the_sequential_plan(cells):
     cell = cells[1][0]
     expected = operating_characteristics(sequential_plan(sigma=0.1, radii=[0.1], n=1000, alpha=0.001), 1.0)[1]
-    assert unanimous_draws(cell) == pytest.approx(100 + expected)
-    assert unanimous_draws(cell) < 1100
+    assert cell.unanimous_draws() == pytest.approx(100 + expected)
+    assert cell.unanimous_draws() < 1100
 
 
 def test_a_rate_is_draws_over_time_and_prints_nothing(capsys):
