@@ -140,7 +140,7 @@ def test_what_the_page_of_the_house_names_exists():
         assert (ROOT / path).exists() or (PACKAGE / path).exists(), path
     sources = {path.stem: path.read_text(encoding="utf-8") for path in PACKAGE.rglob("*.py")}
     for module, name in re.findall(r"`(?:\w+\.)*(\w+)\.(\w+)`", text):
-        if module in sources:
+        if module in sources and name != "py":
             assert name in sources or re.search(rf"\b(def|class) {name}\b", sources[module]), f"{module}.{name}"
     for name in re.findall(r"`(\w+)`", re.sub(r"\| floor \|.+?\n\n", "", text, flags=re.DOTALL)):
         assert any(re.search(rf"\b(def|class) {name}\b", source) for source in sources.values()), name
