@@ -11,7 +11,6 @@ from typing import Annotated
 import pandas as pd
 import torch
 import typer
-from training.denoisers import joined, level_at, linear_share, pixel_spread, psnr, train_denoiser, train_diffusion
 
 import medrobust_lib as mr
 from medrobust_lib import metrics
@@ -28,6 +27,7 @@ from medrobust_lib.smoothing.denoisers import (
     matching_timestep,
 )
 from medrobust_lib.smoothing.noise import NoiseStream
+from training.denoisers import joined, level_at, linear_share, pixel_spread, psnr, train_denoiser, train_diffusion
 
 DATASET = "phantom/histology"
 SIGMAS = (0.1, 0.25, 0.5, 1.0)

@@ -9,15 +9,6 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
-from training.denoisers import (
-    joined,
-    level_at,
-    linear_share,
-    psnr,
-    stability_loss,
-    train_denoiser,
-    train_diffusion,
-)
 
 import medrobust_lib as mr
 from medrobust_lib.data.dataset import ImageDataset
@@ -35,6 +26,15 @@ from medrobust_lib.smoothing.denoisers import (
     matching_timestep,
 )
 from medrobust_lib.smoothing.methods import FixedPrompts
+from training.denoisers import (
+    joined,
+    level_at,
+    linear_share,
+    psnr,
+    stability_loss,
+    train_denoiser,
+    train_diffusion,
+)
 
 KINDS = ("mse", "stability", "diffusion")
 SIGMAS = (0.1, 0.25, 0.5, 1.0)
