@@ -233,16 +233,11 @@ def ratio_constant(p: ArrayLike) -> float:
     ValueError
         A probability outside (0.5, 1).
     """
-    p = _plannable(p)
-    quantile = norm.ppf(p)
-    return float(np.mean(np.sqrt(p * (1 - p)) / norm.pdf(quantile)) / np.mean(quantile))
-
-
-def _plannable(p: ArrayLike) -> NDArray[np.float64]:
     p = np.atleast_1d(np.asarray(p, dtype=np.float64))
     if not np.all((p > 0.5) & (p < 1)):
         raise ValueError(f"p={p}: probabilities to plan for lie in (0.5, 1); at 0.5 there is no radius to keep")
-    return p
+    quantile = norm.ppf(p)
+    return float(np.mean(np.sqrt(p * (1 - p)) / norm.pdf(quantile)) / np.mean(quantile))
 
 
 def check_alpha(alpha: float) -> None:

@@ -179,7 +179,8 @@ class Batches:
             # Outside the handler, where the failed batch is no longer referenced.
             self.size = size // 2
             logger.warning("out of memory with batches of %d images; going on with %d", size, self.size)
-            _release_cached_memory()
+            if torch.accelerator.is_available():  # memory that torch keeps for later
+                torch.get_device_module(torch.accelerator.current_accelerator()).empty_cache()
 
 
 def make_batches(
@@ -222,12 +223,6 @@ def _free_memory(device: torch.device) -> int:
     if hasattr(module, "mem_get_info"):
         return module.mem_get_info(device)[0]
     return psutil.virtual_memory().available
-
-
-def _release_cached_memory() -> None:
-    """Give memory that torch keeps for later back to the accelerator, if there is one."""
-    if torch.accelerator.is_available():
-        torch.get_device_module(torch.accelerator.current_accelerator()).empty_cache()
 
 
 def map_copies(
