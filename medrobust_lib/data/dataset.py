@@ -237,10 +237,27 @@ def stratified_positions(labels: NDArray[np.int64], *, n: int | None, seed: int)
     if n is None:
         return np.arange(len(labels), dtype=np.int64)
     n = check_whole("n", n, most=len(labels), hint=": it counts images of this split; None takes all")
-    values, counts = np.unique(labels, return_counts=True)
+    return drawn_of_each_class(labels, _shares(np.unique_counts(labels).counts, n), seed=seed)
+
+
+def drawn_of_each_class(labels: NDArray[np.int64], numbers: NDArray[np.int64], *, seed: int) -> NDArray[np.int64]:
+    """Draw so many images of each class that occurs; what is drawn of one does not depend on the others.
+
+    Parameters
+    ----------
+    labels : int64 [N]
+    numbers : int64 [classes that occur]
+        By ascending label.
+    seed : int
+
+    Returns
+    -------
+    int64 [n]
+        Ascending positions.
+    """
     chosen = [
-        np.random.default_rng([seed, int(value)]).permutation(np.flatnonzero(labels == value))[:share]
-        for value, share in zip(values, _shares(counts, n), strict=True)
+        np.random.default_rng([seed, int(value)]).permutation(np.flatnonzero(labels == value))[:number]
+        for value, number in zip(np.unique(labels), numbers, strict=True)
     ]
     return np.sort(np.concatenate(chosen)).astype(np.int64)
 

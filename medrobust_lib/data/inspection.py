@@ -13,11 +13,11 @@ from scipy.spatial import KDTree
 
 from medrobust_lib.data.wording import folded
 
-DIM = 64  # of 255: an image without a value above it leaves two bits or more of the eight empty
-FLAT = 32  # of 255: gray levels of an image that no window fits; chest films and phantoms have 50 or more
-LEAST_CROP = 0.05  # share of an image's area
-VERY_FEW = 5  # images of a class
-SHOWN = 3  # names of files in a sentence
+_DIM = 64  # of 255: an image without a value above it leaves two bits or more of the eight empty
+_FLAT = 32  # of 255: gray levels of an image that no window fits; chest films and phantoms have 50 or more
+_LEAST_CROP = 0.05  # share of an image's area
+_VERY_FEW = 5  # images of a class
+_SHOWN = 3  # names of files in a sentence
 
 _HOT = 0.001  # share of an image's pixels that may lie outside a range: markers, dead and hot pixels
 _MANY = 5  # times as many images
@@ -86,7 +86,7 @@ def close_names(names: Sequence[str], counts: Sequence[int]) -> list[str]:
     """
     found = []
     for rare, few in zip(names, counts, strict=True):
-        many = [k for k, count in enumerate(counts) if 0 < few <= VERY_FEW and few * _MANY <= count]
+        many = [k for k, count in enumerate(counts) if 0 < few <= _VERY_FEW and few * _MANY <= count]
         for name, count in ((names[k], counts[k]) for k in many):
             if _misspelt(folded(rare), folded(name)):
                 found.append(
@@ -109,8 +109,8 @@ def _misspelt(one: str, other: str) -> bool:
 
 def first_of(names: Sequence[str]) -> str:
     """The first names, and how many more there are."""
-    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    return ", ".join(names[:SHOWN]) + more
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return ", ".join(names[:_SHOWN]) + more
 
 
 def tell(set_name: str, caveats: Sequence[str]) -> None:
@@ -128,17 +128,17 @@ def _dim(images: NDArray[np.uint8], names: Sequence[str]) -> list[str]:
     shares = channels.sum(1).cumsum(1) / channels[0].sum()
     low, high = (shares < _HOT).sum(1), (shares < 1 - _HOT).sum(1)
     peaks = images.max(axis=(1, 2, 3))
-    dim = np.flatnonzero(high <= DIM)
+    dim = np.flatnonzero(high <= _DIM)
     # White background of stained tissue is flat too, but coloured.
     gray = (channels == channels[:, :1]).all((1, 2))
-    flat = np.flatnonzero((high > DIM) & (high - low < FLAT) & gray)
+    flat = np.flatnonzero((high > _DIM) & (high - low < _FLAT) & gray)
     found = []
     if len(dim):
-        peak = int(np.where(peaks > DIM, high, peaks)[dim].max())
+        peak = int(np.where(peaks > _DIM, high, peaks)[dim].max())
         # The fewest bits that hold the least 16-bit value shown as `peak`.
         deep, shallow = (257 * peak - 128).bit_length(), peak.bit_length()
         bits = f": folder:PATH?bit_depth={deep} of 16, or ?bit_depth={shallow} of 8" if peak else ""
-        hot = dim[peaks[dim] > DIM]
+        hot = dim[peaks[dim] > _DIM]
         found.append(
             f"{len(dim)} of {len(images)} images do not fill their range and are nearly black to any model: values "
             f"from {int(images[dim].min())} to {peak} of 255 ({first_of([names[k] for k in dim])}). Where files hold "
@@ -163,7 +163,7 @@ def _dim(images: NDArray[np.uint8], names: Sequence[str]) -> list[str]:
 
 def _cropped(shapes: Sequence[tuple[int, int]]) -> list[str]:
     lost = [1 - min(shape) / max(shape) for shape in shapes]
-    if max(lost, default=0) < LEAST_CROP:
+    if max(lost, default=0) < _LEAST_CROP:
         return []
     return [
         f"A centre crop throws away up to {100 * max(lost):.0f} % of an image's area ({100 * np.median(lost):.0f} % in "

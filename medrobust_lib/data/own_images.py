@@ -266,10 +266,11 @@ def _is_image(path: Path) -> bool:
 def _check_layout(root: Path, folders: Mapping[str, Path], listing: Mapping[str, Mapping[str, list[Path]]]) -> None:
     """Refuse folders that are no class folders, and say what they look like."""
     expected = f"expected {root.name}/CLASS/FILE or {root.name}/SPLIT/CLASS/FILE"
-    where = {
-        path: folders[split] / code for split, classes in listing.items() for code in classes for path in classes[code]
-    }
-    if not where:
+    below: dict[Path, set[str]] = {}  # class folder -> folders in it that hold images, "" for the folder itself
+    for split, classes in listing.items():
+        for folder, paths in ((folders[split] / code, paths) for code, paths in classes.items() if paths):
+            below[folder] = {path.relative_to(folder).parts[0] if path.parent != folder else "" for path in paths}
+    if not below:
         (flat, *_) = [[path for path in _children(folder) if _is_image(path)] for folder in folders.values()]
         if flat:
             raise ValueError(
@@ -282,9 +283,6 @@ def _check_layout(root: Path, folders: Mapping[str, Path], listing: Mapping[str,
             f"no images in {root}: {expected} with one of {', '.join(sorted(IMAGE_SUFFIXES))}, or with another suffix "
             f"and content of these kinds. It holds {held}"
         )
-    below: dict[Path, set[str]] = {}
-    for path, folder in where.items():
-        below.setdefault(folder, set()).add(path.relative_to(folder).parts[0] if path.parent != folder else "")
     inner = set.union(*below.values())
     names = first_of(sorted(inner))
     only = {folder.name for folder in below}

@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from medrobust_lib.checks import check_positive, check_whole
-from medrobust_lib.data.dataset import ImageDataset, stratified_positions
+from medrobust_lib.data.dataset import ImageDataset, drawn_of_each_class, stratified_positions
 from medrobust_lib.data.inspection import learned_too
 from medrobust_lib.data.registry import OpenSplit, SplitOptions, open_split
 
@@ -268,14 +268,8 @@ def _sides(dataset: str, *, most: int | None, seed: int, **options: Unpack[Split
 
 def _of_each_class(labels: Positions, *, share: float, seed: int, most: int | None = None) -> Positions:
     """Draw at most ``most`` images, and at most a share of the images, of each class; one at least."""
-    values, counts = np.unique(labels, return_counts=True)
-    takes = np.clip((share * counts).astype(np.int64), 1, most)
-    # A permutation per class, keyed as in `stratified_positions`: other classes do not change what is drawn of one.
-    chosen = [
-        np.random.default_rng([seed, int(value)]).permutation(np.flatnonzero(labels == value))[:take]
-        for value, take in zip(values, takes, strict=True)
-    ]
-    return np.sort(np.concatenate(chosen)).astype(np.int64)
+    counts = np.unique_counts(labels).counts
+    return drawn_of_each_class(labels, np.clip((share * counts).astype(np.int64), 1, most), seed=seed)
 
 
 def _among(labels: Positions, among: Positions, *, n: int, seed: int) -> Positions:
