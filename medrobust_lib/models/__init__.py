@@ -1,5 +1,5 @@
-"""Models by name. Contrastive ones: dual_encoder (the interface), catalogue and registry (the table), the back ends.
+"""Models by name. The table is models.toml, read by catalogue; loading finds a row and loads it; weights are files.
 
-Generative ones: vision_language (the interface), vlm_catalogue and vlm_registry (the table), generative (their loader).
-Adapters: low_rank, lora_layers, adapter_layout, qkv. Files: weights, checkpoints, tensor_files, settings.
+Dual encoders: dual_encoder and geometry (the interface), then the back ends open_clip, transformers_clip, medclip and
+robustmedclip. Generative models: vision_language. Low-rank adapters: adapters, on the layers that adapter_layers opens.
 """

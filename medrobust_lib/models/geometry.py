@@ -131,7 +131,9 @@ def _pillow_image(image: Image.Image | np.ndarray | str | Path, index: int) -> I
             raise ValueError(f"image {index} must be uint8 [H, W, 3] or [H, W], not {image.shape}")
         return Image.fromarray(np.ascontiguousarray(image))
     if isinstance(image, Image.Image):
-        return _check_mode(image, f"image {index}")
+        if image.mode not in _EIGHT_BIT_MODES:  # Pillow would clip it silently
+            raise ValueError(f"image {index}: Pillow mode {image.mode!r} is not 8-bit; window it to uint8 0..255 first")
+        return image
     raise TypeError(f"image {index} must be a PIL image, a uint8 array or a path, not {type(image).__name__}")
 
 
@@ -146,13 +148,6 @@ def _check_array(array: np.ndarray, name: str) -> None:
     else:
         found = str(array.dtype)
     raise TypeError(f"{name}: expected uint8 in 0..255, found {found}; scale to 0..255, round and cast to uint8")
-
-
-def _check_mode(image: Image.Image, name: str) -> Image.Image:
-    """Refuse bit depths that Pillow would clip silently to 8 bits."""
-    if image.mode not in _EIGHT_BIT_MODES:
-        raise ValueError(f"{name}: Pillow mode {image.mode!r} is not 8-bit; window it to uint8 0..255 first")
-    return image
 
 
 def _square(image: Image.Image, preprocessing: Preprocessing) -> Image.Image:
