@@ -246,11 +246,9 @@ def _proof(
     )
 
 
-def proof_in_words(
-    verdict: Verdict, names: tuple[str, ...], *, truth: int, sigma: float, n0: int, alpha: float, what: str = "standard"
-) -> str:
+def proof_in_words(verdict: Verdict, names: tuple[str, ...], *, truth: int, sigma: float, n0: int, alpha: float) -> str:
     """What a verdict says, and what its guarantee means."""
-    guarantee = f"Guarantee ({what}): {GUARANTEES[what]}."
+    guarantee = f"Guarantee (standard): {GUARANTEES['standard']}."
     if sigma == 0:
         return f"Certificates need noise. {guarantee}"
     draws = f"{n0} draws choose the class, of {verdict.n} fresh ones {verdict.k} vote for it"

@@ -243,7 +243,7 @@ class NotebookCell(Cell):
 
     def estimate(self, prices: Prices) -> Estimate:
         """What earlier runs took."""
-        seconds = prices.notebooks.get((self.step.notebook.zfill(2), self.model)) or None
+        seconds = prices.notebooks.get((self.step.notebook, self.model)) or None
         return Estimate(self.parameters.get("n_images"), None, seconds, None)
 
     def run(self, folder: Path, *, notebooks: Path | None) -> None:
