@@ -126,6 +126,10 @@ ROOT = PACKAGE.parent
 ARCHITECTURE = ROOT / "docs" / "architecture.md"
 
 
+def defines(source, name):
+    return re.search(rf"\b(def|class) {name}\b", source) is not None
+
+
 def test_the_page_of_the_house_has_every_room_from_the_ground_up():
     table = re.search(r"\| floor \|.+?\n\n", ARCHITECTURE.read_text(encoding="utf-8"), re.DOTALL)[0]
     told = re.findall(r"`(\w+)`", table)
@@ -138,12 +142,18 @@ def test_what_the_page_of_the_house_names_exists():
     text = ARCHITECTURE.read_text(encoding="utf-8")
     for path in re.findall(r"`((?:\w+/)+[\w.]*)`", text):
         assert (ROOT / path).exists() or (PACKAGE / path).exists(), path
-    sources = {path.stem: path.read_text(encoding="utf-8") for path in PACKAGE.rglob("*.py")}
-    for module, name in re.findall(r"`(?:\w+\.)*(\w+)\.(\w+)`", text):
-        if module in sources and name != "py":
-            assert name in sources or re.search(rf"\b(def|class) {name}\b", sources[module]), f"{module}.{name}"
+    sources = {
+        path.relative_to(PACKAGE).with_suffix("").as_posix(): path.read_text(encoding="utf-8")
+        for path in PACKAGE.rglob("*.py")
+    }
+    for dotted in re.findall(r"`((?:[a-z_]+\.)+(?!py)\w+)`", text):
+        module, _, name = dotted.replace(".", "/").rpartition("/")
+        named = [
+            source for path, source in sources.items() if f"/{path}".endswith(f"/{module}") or path.startswith(module)
+        ]
+        assert f"{module}/{name}" in sources or any(defines(source, name) for source in named), dotted
     for name in re.findall(r"`(\w+)`", re.sub(r"\| floor \|.+?\n\n", "", text, flags=re.DOTALL)):
-        assert any(re.search(rf"\b(def|class) {name}\b", source) for source in sources.values()), name
+        assert any(defines(source, name) for source in sources.values()), name
 
 
 def test_the_package_names_the_files_that_tell_each_notebooks_story(monkeypatch):
