@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 from medrobust_lib.phantoms.painting import (
     Field,
     Path,
-    Site,
     blob,
     blobs,
     dots,
@@ -377,22 +376,3 @@ PAINTERS: dict[str, Callable[[np.random.Generator, int], NDArray[np.float32]]] =
     "neutrophil": partial(_paint, _neutrophil),
     "platelet": partial(_paint, _platelets),
 }
-
-SITE_A = Site(
-    stain=(1.0, 1.0, 1.0),
-    stain_jitter=0.05,
-    level=(0.74, 0.82),
-    spread=(0.13, 0.17),
-    auto_exposure=0.75,
-    blur=(0.002, 0.006),
-    grain=(0.004, 0.012),
-)
-SITE_B = Site(
-    stain=(1.3, 0.9, 0.75),
-    stain_jitter=0.05,
-    level=(0.62, 0.74),
-    spread=(0.10, 0.15),
-    auto_exposure=0.75,
-    blur=(0.006, 0.014),
-    grain=(0.01, 0.025),
-)

@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 
 from medrobust_lib.phantoms.painting import (
     Field,
-    Site,
     bell,
     canvas_size,
     finish_gray,
@@ -22,27 +21,6 @@ from medrobust_lib.phantoms.painting import (
     step,
     trace,
     unit_axes,
-)
-
-SITE_A = Site(
-    stain=(1.0, 1.0, 1.0),
-    stain_jitter=0.0,
-    level=(0.44, 0.54),
-    spread=(0.20, 0.25),
-    auto_exposure=1.0,
-    blur=(0.001, 0.005),
-    grain=(0.005, 0.012),
-    gray=True,
-)
-SITE_B = Site(
-    stain=(1.9, 1.9, 1.9),
-    stain_jitter=0.0,
-    level=(0.38, 0.50),
-    spread=(0.12, 0.16),
-    auto_exposure=1.0,
-    blur=(0.009, 0.015),
-    grain=(0.01, 0.025),
-    gray=True,
 )
 
 # The lead marker of the patient's right side, as one pen stroke.

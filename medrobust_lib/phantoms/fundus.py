@@ -13,7 +13,6 @@ from numpy.typing import NDArray
 
 from medrobust_lib.phantoms.painting import (
     Field,
-    Site,
     blobs,
     branches,
     cover,
@@ -227,22 +226,3 @@ PAINTERS: dict[str, Callable[[np.random.Generator, int], NDArray[np.float32]]] =
     "abnormal": partial(_paint, abnormal=True),
     "normal": partial(_paint, abnormal=False),
 }
-
-SITE_A = Site(
-    stain=(1.0, 1.0, 1.0),
-    stain_jitter=0.06,
-    level=(0.25, 0.33),
-    spread=(0.22, 0.27),
-    auto_exposure=0.7,
-    blur=(0.001, 0.004),
-    grain=(0.004, 0.012),
-)
-SITE_B = Site(
-    stain=(1.15, 0.85, 0.8),
-    stain_jitter=0.06,
-    level=(0.27, 0.36),
-    spread=(0.19, 0.24),
-    auto_exposure=0.7,
-    blur=(0.002, 0.007),
-    grain=(0.01, 0.022),
-)

@@ -13,7 +13,6 @@ from numpy.typing import NDArray
 from medrobust_lib.phantoms.painting import (
     Field,
     Path,
-    Site,
     blobs,
     dots,
     fill,
@@ -370,22 +369,3 @@ PAINTERS: dict[str, Callable[[np.random.Generator, int], NDArray[np.float32]]] =
     "cancer-associated stroma": partial(_paint, _stroma),
     "colorectal adenocarcinoma epithelium": partial(_paint, _tumour),
 }
-
-SITE_A = Site(
-    stain=(1.0, 1.0, 1.0),
-    stain_jitter=0.12,
-    level=(0.62, 0.72),
-    spread=(0.13, 0.19),
-    auto_exposure=0.9,
-    blur=(0.001, 0.005),
-    grain=(0.004, 0.012),
-)
-SITE_B = Site(
-    stain=(0.7, 1.35, 1.45),
-    stain_jitter=0.12,
-    level=(0.52, 0.64),
-    spread=(0.11, 0.16),
-    auto_exposure=0.9,
-    blur=(0.008, 0.016),
-    grain=(0.01, 0.025),
-)
