@@ -50,13 +50,12 @@ class DatasetEntry:
     command: str = ""
 
 
-def _rows() -> Mapping[str, DatasetEntry]:
-    """Rows of ``datasets.toml`` by id."""
-    table = tomllib.loads(files("medrobust_lib.data").joinpath("datasets.toml").read_text(encoding="utf-8"))
-    return {row["id"]: DatasetEntry(**row) for row in table["datasets"]}
+def registered(kind: str) -> Any:
+    """One table of ``datasets.toml``."""
+    return tomllib.loads(files("medrobust_lib.data").joinpath("datasets.toml").read_text(encoding="utf-8"))[kind]
 
 
-DATASETS = _rows()
+DATASETS = {row["id"]: DatasetEntry(**row) for row in registered("datasets")}
 
 
 class SplitOptions(TypedDict, total=False):
