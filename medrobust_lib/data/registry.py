@@ -224,15 +224,14 @@ def open_split(
         path, stated = _stated(path)
         bit_depth, fit = stated.get("bit_depth", bit_depth), stated.get("fit", fit)
     check_choice("fit", fit, get_args(Fit))
+    own = {"like": like, "class_names": class_names, "templates": templates, "bit_depth": bit_depth}
     if scheme in {"folder", "csv"} and path:
-        own = {"class_names": class_names, "templates": templates, "bit_depth": bit_depth}
-        listed, row, words = _own_split(scheme, Path(path).expanduser(), split, like, wording, **own)
+        listed, row, words = _own_split(scheme, Path(path).expanduser(), split, wording, **own)
         # Other pixels must not pass for the same set in a comparison of results.
         options = {"bit_depth": bit_depth, "fit": fit}
         changed = urlencode({name: value for name, value in options.items() if value not in (None, "crop")})
         row = replace(row, id=f"{row.id}?{changed}") if changed else row
     elif id in DATASETS:
-        own = {"like": like, "class_names": class_names, "templates": templates, "bit_depth": bit_depth}
         for name, value in own.items():
             if value is not None:
                 raise ValueError(f"{name}={value!r} is for folder: and csv: data; {id} has its own classes")
@@ -331,9 +330,9 @@ def _own_split(
     scheme: str,
     path: Path,
     split: str,
-    like: str | None,
     wording: str,
     *,
+    like: str | None,
     class_names: Mapping[Any, str] | None,
     templates: Sequence[str] | None,
     bit_depth: int | None,

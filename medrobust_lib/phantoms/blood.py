@@ -266,8 +266,9 @@ def _cell_layers(rng: np.random.Generator, size: int, cell: Cell) -> list[tuple[
 def _red_cells(rng: np.random.Generator, size: int, unit: float, cell: Cell) -> Field:
     """Density of the biconcave red cells around the given cell."""
     radius = unit * rng.uniform(0.1, 0.13)
-    points = scatter(rng, radius * rng.uniform(2.0, 2.9), jitter=rng.uniform(0.12, 0.25), margin=radius)
-    points = points[rng.random(len(points)) < rng.uniform(0.7, 1.0)]
+    points = scatter(
+        rng, radius * rng.uniform(2.0, 2.9), jitter=rng.uniform(0.12, 0.25), margin=radius, keep=(0.7, 1.0)
+    )
     for body in cell.bodies:
         middle = body.mean(0)
         extent = np.linalg.norm(body - middle, axis=1).max()

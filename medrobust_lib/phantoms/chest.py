@@ -43,8 +43,6 @@ class Chest:
         1 where there is lung in front of nothing else, 0 outside.
     density : float32 [side, side]
         Attenuation of the healthy chest without lung markings.
-    dome : float32 [side, side]
-        Height of the diaphragm at each x.
     frame : float64 [2, 3]
         Affine map from body coordinates to unit image coordinates.
     """
@@ -53,7 +51,6 @@ class Chest:
     y: Field
     lungs: Field
     density: Field
-    dome: Field
     frame: NDArray[np.float64]
 
     def to_image(self, points: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -141,7 +138,7 @@ def _chest(rng: np.random.Generator, side: int, *, inflation: float) -> Chest:
     if rng.random() < 0.55:
         bubble = np.sqrt(((x - rng.uniform(0.3, 0.6)) / 0.24) ** 2 + ((y - dome - 0.12) / 0.09) ** 2)
         density = density - rng.uniform(0.15, 0.45) * step(1 - bubble, 0.5)
-    return Chest(x=x, y=y, lungs=clear, density=density, dome=dome, frame=frame)
+    return Chest(x=x, y=y, lungs=clear, density=density, frame=frame)
 
 
 def _heart(rng: np.random.Generator, x: Field, y: Field) -> Field:

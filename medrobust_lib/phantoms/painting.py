@@ -185,12 +185,13 @@ def dots(size: int, centres: ArrayLike, radii: ArrayLike, values: ArrayLike = 1.
 
 
 def scatter(
-    rng: np.random.Generator, spacing: float, *, jitter: float = 0.3, margin: float = 0.1
+    rng: np.random.Generator, spacing: float, *, jitter: float = 0.3, margin: float = 0.1, keep: Range | None = None
 ) -> NDArray[np.float64]:
     """Points [n, 2] about ``spacing`` apart over the image and its margin, in random order.
 
     A turned, shaken hexagonal lattice: nearly as even as Poisson-disc sampling, without its search.
-    ``jitter`` is the standard deviation of the shaking in units of ``spacing``.
+    ``jitter`` is the standard deviation of the shaking in units of ``spacing``, ``keep`` the range of the share of
+    points that stay.
     """
     reach = int(np.ceil((0.71 + margin) / spacing)) + 1
     columns, rows = np.meshgrid(np.arange(-reach, reach + 1), np.arange(-reach, reach + 1))
@@ -198,7 +199,8 @@ def scatter(
     angle, shift = rng.uniform(0, 2 * np.pi), rng.uniform(-0.5, 0.5, 2) * spacing
     turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
     points = 0.5 + shift + lattice @ turn.T + jitter * spacing * rng.standard_normal(lattice.shape)
-    return rng.permutation(points[np.all((points > -margin) & (points < 1 + margin), axis=1)])
+    points = rng.permutation(points[np.all((points > -margin) & (points < 1 + margin), axis=1)])
+    return points if keep is None else points[rng.random(len(points)) < rng.uniform(*keep)]
 
 
 def wander(
@@ -410,20 +412,15 @@ def acquire(scene: NDArray[np.float32], site: Site, rng: np.random.Generator) ->
     stain = np.asarray(site.stain) + site.stain_jitter * rng.standard_normal(3)
     image = image ** np.clip(stain, 0.3, 3.0)
     level, spread = rng.uniform(*site.level), rng.uniform(*site.spread)
-    image = _expose(image, level=level, spread=spread, share=site.auto_exposure)
+    # One gain and one offset for all channels: auto-exposure changes brightness, never hue.
+    mean, share = image.mean(), site.auto_exposure
+    gain = (1 - share) + share * spread / (image.std() + 1e-6)
+    image = (image - mean) * gain + ((1 - share) * mean + share * level)
     blur = rng.uniform(*site.blur) * scene.shape[0]
     image = gaussian_filter(image, sigma=(blur, blur, 0))
     grain_shape = (*image.shape[:2], 1 if site.gray else 3)
     image = image + rng.uniform(*site.grain) * rng.standard_normal(grain_shape)
     return np.round(np.clip(image, 0, 1) * 255).astype(np.uint8)
-
-
-def _expose(image: NDArray, *, level: float, spread: float, share: float) -> NDArray:
-    # One gain and one offset for all channels: auto-exposure changes brightness, never hue.
-    mean, deviation = image.mean(), image.std() + 1e-6
-    gain = (1 - share) + share * spread / deviation
-    offset = (1 - share) * mean + share * level
-    return (image - mean) * gain + offset
 
 
 def canvas_size(size: int) -> int:
