@@ -6,6 +6,7 @@ import io
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from importlib.resources import files
 from typing import Any
 
 import numpy as np
@@ -283,40 +284,24 @@ def _check_array(source: str, name: str, array: object, dtype: type) -> None:
 def _card(
     title: str, facts: Mapping[str, str], thumbnails: list[tuple[str, NDArray[np.uint8]]], *, synthetic: bool
 ) -> str:
-    rows = "".join(
-        f'<tr><th style="text-align:left;padding:1px 14px 1px 0;font-weight:600;vertical-align:top">{name}</th>'
-        f'<td style="text-align:left;padding:1px 0">{html.escape(str(value))}</td></tr>'
-        for name, value in facts.items()
-    )
-    figures = "".join(_figure(name, image) for name, image in thumbnails)
-    badge = (
-        '<span style="margin-left:10px;padding:1px 8px;border:1px solid currentColor;border-radius:9px;'
-        'font-size:11px;font-weight:400">synthetic phantoms, not patients&#x27; images</span>'
-        if synthetic
-        else ""
-    )
-    return (
-        '<div style="border:1px solid rgba(128,128,128,.35);border-radius:6px;padding:10px 14px;max-width:900px">'
-        f'<div style="font-size:15px;font-weight:600;margin-bottom:6px">{html.escape(title)}{badge}</div>'
-        f'<table style="border:none;border-collapse:collapse;font-size:12px;margin:0 0 8px 0">{rows}</table>'
-        f'<div style="display:flex;flex-wrap:wrap;gap:8px">{figures}</div></div>'
+    from jinja2 import Template  # deferred: only cards need it
+
+    lines = files("medrobust_lib").joinpath("templates", "dataset.html.j2").read_text(encoding="utf-8").splitlines()
+    return Template("".join(map(str.strip, lines))).render(
+        title=html.escape(title),
+        synthetic=synthetic,
+        facts={name: html.escape(str(value)) for name, value in facts.items()},
+        figures=[(html.escape(name), *_figure(image)) for name, image in thumbnails],
+        side=_THUMBNAIL_SIDE,
     )
 
 
-def _figure(name: str, image: NDArray[np.uint8]) -> str:
+def _figure(image: NDArray[np.uint8]) -> tuple[str, str]:
+    """A thumbnail in base64, and how a browser has to scale it."""
     picture = Image.fromarray(image)
     # Enlarged smoothly, a 28 px image would look better than what the model gets.
     rendering = "pixelated" if max(picture.size) < _THUMBNAIL_SIDE else "auto"
     picture.thumbnail((_THUMBNAIL_SIDE, _THUMBNAIL_SIDE))
     buffer = io.BytesIO()
     picture.save(buffer, format="JPEG", quality=85)  # a quarter of the size: thumbnails end up in notebooks
-    data = base64.b64encode(buffer.getvalue()).decode("ascii")
-    label = html.escape(name, quote=True)
-    return (
-        f'<figure style="margin:0;width:{_THUMBNAIL_SIDE}px">'
-        f'<img src="data:image/jpeg;base64,{data}" alt="{label}" '
-        f'style="width:{_THUMBNAIL_SIDE}px;height:{_THUMBNAIL_SIDE}px;object-fit:contain;display:block;margin:0;'
-        f'image-rendering:{rendering}">'
-        f'<figcaption title="{label}" style="font-size:10px;line-height:1.25;overflow:hidden;white-space:nowrap;'
-        f'text-overflow:ellipsis">{label}</figcaption></figure>'
-    )
+    return base64.b64encode(buffer.getvalue()).decode("ascii"), rendering

@@ -173,29 +173,23 @@ def constant_predictors(accuracies: pd.DataFrame | None = None) -> pd.DataFrame:
     if accuracies is None:
         accuracies = load_published("robustmedclip_table3_accuracy")
     class_counts = load_published("test_class_counts")
-    n = class_counts.groupby(_SETS)["images"].sum().rename("n")
-    classes = class_counts.groupby([*_SETS, "images"], sort=False)["class"].agg(" or ".join).reset_index()
-    classes = classes.rename(columns={"images": "count"}).join(n, on=_SETS)
+    class_counts["n"] = class_counts.groupby(_SETS)["images"].transform("sum")
+    classes = class_counts.rename(columns={"images": "count"}).groupby([*_SETS, "count", "n"], sort=False)
+    classes = classes["class"].agg(" or ".join).reset_index()
     classes["share"] = classes["count"] / classes["n"]
     cells = accuracies.merge(classes, on=_SETS)
     cells["deviation"] = (cells["accuracy"] - cells["share"]).abs()
     cells["at_share"] = cells["deviation"] <= _ROUNDING + 1e-9
     keys = [*_SETS, "model", "class", "count", "n", "share"]
-    rows = (
-        cells.assign(
-            clean=cells["at_share"] & (cells["corruption"] == "clean"),
-            elsewhere=cells["corruption"].where(~cells["at_share"], ""),
-        )
-        .groupby(keys, sort=False)
-        .agg(
-            clean=("clean", "any"),
-            columns_at_share=("at_share", "sum"),
-            columns=("at_share", "size"),
-            every_column=("at_share", "all"),
-            elsewhere=("elsewhere", lambda names: ", ".join(filter(None, names))),
-            largest_deviation=("deviation", "max"),
-        )
-        .reset_index()
+    cells["clean"] = cells["at_share"] & (cells["corruption"] == "clean")
+    cells["elsewhere"] = cells["corruption"].where(~cells["at_share"], "")
+    rows = cells.groupby(keys, sort=False, as_index=False).agg(
+        clean=("clean", "any"),
+        columns_at_share=("at_share", "sum"),
+        columns=("at_share", "size"),
+        every_column=("at_share", "all"),
+        elsewhere=("elsewhere", lambda names: ", ".join(filter(None, names))),
+        largest_deviation=("deviation", "max"),
     )
     rows = rows[rows["clean"] & (rows["columns_at_share"] >= _LEAST_COLUMNS)].drop(columns="clean")
     errors = published_corruption_errors(accuracies)
@@ -275,21 +269,17 @@ def _table_6(errors: pd.DataFrame) -> pd.DataFrame:
     ours = pbc.loc["RobustMedCLIP"]
     variant = six["variant"] + ", " + (100 * six["few_shot_fraction"]).map("{:g} %".format)
     clean = relative_clean_error(1 - six["clean_accuracy"], pbc.loc[REFERENCE, "clean_error"])
-    rows = [
-        (name, "clean error", printed, recomputed)
-        for name, printed, recomputed in zip(variant, six["clean_error_percent_of_clip"], clean, strict=True)
-    ]
+    printed = six["clean_error_percent_of_clip"]
+    errors_of_six = pd.DataFrame({"model": variant, "entry": "clean error", "printed": printed, "recomputed": clean})
     # The ViT at 10 % is the model of the other tables.
     shared = six[variant == "RobustMedCLIP-ViT, 10 %"].iloc[0]
-    rows += [
-        ("RobustMedCLIP-ViT, 10 %", entry, printed, recomputed)
-        for entry, printed, recomputed in (
-            ("clean accuracy", 100 * shared["clean_accuracy"], 100 * (1 - ours["clean_error"])),
-            ("average accuracy", 100 * shared["corrupted_accuracy"], 100 * ours["average_accuracy"]),
-            ("mCE", shared["mce_percent_of_clip"], ours["mce"]),
-        )
+    rows = [
+        ("clean accuracy", 100 * shared["clean_accuracy"], 100 * (1 - ours["clean_error"])),
+        ("average accuracy", 100 * shared["corrupted_accuracy"], 100 * ours["average_accuracy"]),
+        ("mCE", shared["mce_percent_of_clip"], ours["mce"]),
     ]
-    table = pd.DataFrame(rows, columns=["model", "entry", "printed", "recomputed"])
+    repeated = pd.DataFrame(rows, columns=["entry", "printed", "recomputed"]).assign(model="RobustMedCLIP-ViT, 10 %")
+    table = pd.concat([errors_of_six, repeated], ignore_index=True)
     return table.assign(source="Table 6", collection="MediMeta-C", dataset="PBC")[_COLUMNS]
 
 

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from medrobust_lib.checks import check_choice, suggest
 from medrobust_lib.data.dataset import ImageDataset, stratified_positions
 from medrobust_lib.data.decoding import read_image
-from medrobust_lib.data.registry import QUESTIONS_PREFIX, load_dataset
+from medrobust_lib.data.registry import QUESTIONS_PREFIX, load_dataset, registered
 from medrobust_lib.data.wording import SITE_A
 from medrobust_lib.files import parsed
 from medrobust_lib.phantoms import MODALITIES
@@ -29,22 +29,8 @@ MM_FOLDER = "mm-safetybench"
 MM_SOURCE = "https://github.com/isXinLiu/MM-SafetyBench"
 MM_LICENCE = "CC BY-NC 4.0, research only"
 MM_COMMAND = "python data_scripts/download_mm_safetybench.py"
-# The authors' folder names, spelling included, and their numbers of questions: 1,680 in all.
-SCENARIOS: Mapping[str, int] = {
-    "01-Illegal_Activitiy": 97,
-    "02-HateSpeech": 163,
-    "03-Malware_Generation": 44,
-    "04-Physical_Harm": 144,
-    "05-EconomicHarm": 122,
-    "06-Fraud": 154,
-    "07-Sex": 109,
-    "08-Political_Lobbying": 153,
-    "09-Privacy_Violence": 139,
-    "10-Legal_Opinion": 130,
-    "11-Financial_Advice": 167,
-    "12-Health_Consultation": 109,
-    "13-Gov_Decision": 149,
-}
+# The authors' folder names and their numbers of questions.
+SCENARIOS: Mapping[str, int] = registered("scenarios")
 
 # Each kind of image has a question of its own. A Stable Diffusion picture (SD) is asked about by what it shows; the
 # other question points at the key phrase that SD_TYPO and TYPO spell out ("the bottom of the image"), which an SD

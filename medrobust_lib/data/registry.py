@@ -1,9 +1,10 @@
 """Data sets by id: the rows of the registry, one per set, and how a set is opened and loaded."""
 
 import json
+import tomllib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass, field, replace
+from importlib.resources import files
 from pathlib import Path
 from typing import Any, TypedDict, Unpack, get_args
 from urllib.parse import parse_qsl, urlencode
@@ -12,7 +13,6 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from medrobust_lib import phantoms
 from medrobust_lib.checks import check_choice, check_whole, suggest
 from medrobust_lib.data.dataset import ImageDataset, check_classes, stratified_positions
 from medrobust_lib.data.decoding import Fit
@@ -28,11 +28,10 @@ from medrobust_lib.data.readers import (
     phantom_split,
     resolve_split,
 )
-from medrobust_lib.data.wording import SITE_A, ClassWording, checked_templates, class_wording, own_wording
+from medrobust_lib.data.wording import ClassWording, checked_templates, class_wording, own_wording
 from medrobust_lib.files import parsed
 from medrobust_lib.places import default_data_root
 
-PHANTOM_SIZE = 64
 QUESTIONS_PREFIX = "mm-safetybench/"  # of ids for `load_questions`
 
 
@@ -47,94 +46,16 @@ class DatasetEntry:
     source: str
     location: str = ""
     image_size: int = FALLBACK_SIZE
-    sizes: tuple[int | None, ...] = (None, None, None)
+    sizes: Mapping[str, int] = field(default_factory=dict)  # images of each split
     command: str = ""
 
 
-def _phantom(name: str, modality: str) -> tuple[DatasetEntry, DatasetEntry]:
-    sizes = tuple(phantoms.SPLITS[split] for split in SPLITS)
-    facts = {"licence": "MIT (drawn by this package)", "image_size": PHANTOM_SIZE, "sizes": sizes}
-    sites = {"": "B (benchmark)", SITE_A: "A (demo-clip's training site)"}
-    site_b, site_a = (
-        DatasetEntry(
-            f"phantom/{name}{site}", "phantom", modality, source=f"synthetic phantoms, acquisition site {used}", **facts
-        )
-        for site, used in sites.items()
-    )
-    return site_b, site_a
+def registered(kind: str) -> Any:
+    """One table of ``datasets.toml``."""
+    return tomllib.loads(files("medrobust_lib.data").joinpath("datasets.toml").read_text(encoding="utf-8"))[kind]
 
 
-def _medmnist(name: str, modality: str, *sizes: int) -> DatasetEntry:
-    return DatasetEntry(
-        f"medmnist/{name}", "medmnist", modality, "CC BY 4.0",
-        f"MedMNIST v2, {name}mnist (Yang et al. 2023), https://zenodo.org/records/10519652",
-        f"medmnist/{name}mnist", 28, sizes, f"python data_scripts/download_medmnist.py {name}",
-    )  # fmt: skip
-
-
-def _medimeta(name: str, folder: str, modality: str, *sizes: int) -> DatasetEntry:
-    return DatasetEntry(
-        f"medimeta/{name}", "medimeta", modality, "per set, see its info.yaml",
-        f"MedIMeta, {folder} (Woerner et al. 2025), https://zenodo.org/records/7884735",
-        f"medimeta/{folder}", 224, sizes, f"python data_scripts/download_medimeta.py {name}",
-    )  # fmt: skip
-
-
-def _folders(id: str, modality: str, licence: str, source: str, *, script: str, **facts: Any) -> DatasetEntry:
-    command = f"python data_scripts/{script} {id.rpartition('/')[2]}"
-    return DatasetEntry(id, "folders", modality, licence, source, location=id, command=command, **facts)
-
-
-_PATHOLOGY = partial(_folders, script="prepare_pathology.py")
-_CHEST = partial(_folders, modality="chest X-ray", script="prepare_chest_xray.py")
-DATASETS = {
-    row.id: row
-    for row in (
-        *_phantom("histology", "colon histology, H&E"),
-        *_phantom("blood", "blood smear microscopy"),
-        *_phantom("breast", "breast ultrasound"),
-        *_phantom("chest", "chest X-ray"),
-        *_phantom("fundus", "fundus photography"),
-        *_phantom("oct", "retinal OCT"),
-        _medmnist("blood", "blood smear microscopy", 11959, 1712, 3421),
-        _medmnist("breast", "breast ultrasound", 546, 78, 156),
-        _medmnist("pneumonia", "chest X-ray", 4708, 524, 624),
-        _medmnist("retina", "fundus photography", 1080, 120, 400),
-        _medmnist("oct", "retinal OCT", 97477, 10832, 1000),
-        _medimeta("pbc", "pbc", "blood smear microscopy", 11964, 1709, 3149),
-        _medimeta("mammo", "mammo_calc", "mammography", 1332, 214, 326),
-        _medimeta("pneumonia", "pneumonia", "chest X-ray", 4415, 817, 624),
-        _medimeta("fundus", "fundus", "fundus photography", 1920, 640, 640),
-        _medimeta("oct", "oct", "retinal OCT", 91615, 16694, 1000),
-        _PATHOLOGY(
-            "pathology/kather",
-            "colon histology, H&E",
-            "CC BY 4.0",
-            "NCT-CRC-HE-100K and CRC-VAL-HE-7K (Kather et al. 2019), https://zenodo.org/records/1214456",
-            sizes=(100000, None, 7180),
-        ),
-        _PATHOLOGY(
-            "pathology/pannuke",
-            "multi-organ histology, H&E",
-            "CC BY-NC-SA 4.0",
-            "PanNuke (Gamper et al. 2020)",
-        ),
-        _PATHOLOGY(
-            "pathology/skincancer",
-            "skin histology, H&E",
-            "stated on the source's page",
-            "skin tiles (Kriegsmann et al. 2022), https://doi.org/10.11588/data/7QCR8S",
-        ),
-        _PATHOLOGY(
-            "pathology/sicapv2",
-            "prostate histology, H&E",
-            "CC BY 4.0",
-            "SICAPv2 (Silva-Rodríguez et al. 2020), https://data.mendeley.com/datasets/9xxm58dvs3",
-        ),
-        _CHEST("chest/covid", licence="stated on the source's page", source="COVID-19 radiographs (Tahir et al. 2021)"),
-        _CHEST("chest/rsna", licence="the challenge's rules", source="RSNA Pneumonia Detection Challenge 2018"),
-    )
-}
+DATASETS = {row["id"]: DatasetEntry(**row) for row in registered("datasets")}
 
 
 class SplitOptions(TypedDict, total=False):
@@ -303,15 +224,14 @@ def open_split(
         path, stated = _stated(path)
         bit_depth, fit = stated.get("bit_depth", bit_depth), stated.get("fit", fit)
     check_choice("fit", fit, get_args(Fit))
+    own = {"like": like, "class_names": class_names, "templates": templates, "bit_depth": bit_depth}
     if scheme in {"folder", "csv"} and path:
-        own = {"class_names": class_names, "templates": templates, "bit_depth": bit_depth}
-        listed, row, words = _own_split(scheme, Path(path).expanduser(), split, like, wording, **own)
+        listed, row, words = _own_split(scheme, Path(path).expanduser(), split, wording, **own)
         # Other pixels must not pass for the same set in a comparison of results.
         options = {"bit_depth": bit_depth, "fit": fit}
         changed = urlencode({name: value for name, value in options.items() if value not in (None, "crop")})
         row = replace(row, id=f"{row.id}?{changed}") if changed else row
     elif id in DATASETS:
-        own = {"like": like, "class_names": class_names, "templates": templates, "bit_depth": bit_depth}
         for name, value in own.items():
             if value is not None:
                 raise ValueError(f"{name}={value!r} is for folder: and csv: data; {id} has its own classes")
@@ -348,7 +268,8 @@ def list_datasets(*, root: str | Path | None = None) -> pd.DataFrame:
             "modality": row.modality,
             "classes": len(class_wording(row.id).names),
             "image size": _image_size(row, places[row.id]),
-            **dict(zip(SPLITS, _sizes(row, folder), strict=True)),
+            **dict.fromkeys(SPLITS),
+            **_sizes(row, folder),
             "licence": row.licence,
             "source": row.source,
             "available": places[row.id] is not None,
@@ -359,12 +280,12 @@ def list_datasets(*, root: str | Path | None = None) -> pd.DataFrame:
     return table.astype(dict.fromkeys(SPLITS, "Int64"))
 
 
-def _sizes(row: DatasetEntry, root: Path) -> Sequence[int | None]:
+def _sizes(row: DatasetEntry, root: Path) -> Mapping[str, int]:
     manifest = root / row.location / "manifest.json"
     if row.kind != "folders" or not manifest.is_file():
         return row.sizes
     counts = json.loads(manifest.read_text(encoding="utf-8"))["counts"]
-    return [sum(counts[split].values()) if split in counts else None for split in SPLITS]
+    return {split: sum(counts[split].values()) for split in SPLITS if split in counts}
 
 
 def _image_size(row: DatasetEntry, place: Path | None) -> int:
@@ -409,9 +330,9 @@ def _own_split(
     scheme: str,
     path: Path,
     split: str,
-    like: str | None,
     wording: str,
     *,
+    like: str | None,
     class_names: Mapping[Any, str] | None,
     templates: Sequence[str] | None,
     bit_depth: int | None,

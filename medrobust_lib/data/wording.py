@@ -28,8 +28,6 @@ class ClassWording:
         What stands in the prompt for each label.
     templates : tuple of str
         The first is the papers'; the rest form a small prompt ensemble.
-    source : str
-        Whose wording it is.
     spellings : dict
         Every accepted spelling, normalised by `spelled`, to its label.
     start : str
@@ -41,7 +39,6 @@ class ClassWording:
     names: tuple[str, ...]
     prompt_nouns: tuple[str, ...]
     templates: tuple[str, ...]
-    source: str
     spellings: Mapping[str, int]
     start: str = ""
 
@@ -80,7 +77,6 @@ def class_wording(set_name: str, *, wording: str = "paper") -> ClassWording:
         names=tuple(entry["names"]),
         prompt_nouns=tuple(nouns),
         templates=tuple(entry["templates"]),
-        source=entry["source"],
         spellings=_spellings(entry),
         start=entry.get("start", ""),
     )
@@ -120,7 +116,6 @@ def own_wording(
         A code without a noun, a noun for a code that does not exist, an empty noun, or a template without its ``{}``;
         without `class_names` also codes or nouns that are one when `folded`. TypeError for anything but texts.
     """
-    neutral = class_wording("unregistered")
     groups = [([code], noun) for code, noun in zip(codes, nouns, strict=True)]
     if class_names is not None:
         chosen = _given_nouns(codes, class_names, source)
@@ -140,8 +135,7 @@ def own_wording(
         wording=" and ".join(given) + " of the call" if given else "own",
         names=tuple(" + ".join(members) for members, _ in groups),
         prompt_nouns=tuple(noun for _, noun in groups),
-        templates=neutral.templates if templates is None else checked_templates(templates),
-        source="given in the call" if given else neutral.source,
+        templates=class_wording("unregistered").templates if templates is None else checked_templates(templates),
         spellings={code: label for label, (members, _) in enumerate(groups) for code in members},
     )
 

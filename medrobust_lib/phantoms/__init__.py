@@ -5,20 +5,31 @@ without a download: their classes mirror the public sets' classes, and their two
 give the demonstration a train-to-test shift.
 """
 
+import tomllib
 from collections.abc import Sequence
+from importlib.resources import files
 
 import numpy as np
 from numpy.typing import NDArray
 
 from medrobust_lib.checks import check_choice, check_whole
 from medrobust_lib.phantoms import blood, breast, chest, fundus, histology, oct
-from medrobust_lib.phantoms.painting import acquire
+from medrobust_lib.phantoms.painting import Site, acquire
 
 MODALITIES = {module.__name__.rpartition(".")[2]: module for module in (histology, blood, breast, chest, fundus, oct)}
 SITES = ("A", "B")
 # "pretrain" exists to train demo models; the benchmark never reads it.
 SPLITS = {"train": 1440, "val": 360, "test": 720, "pretrain": 5040}
 SMALLEST, LARGEST = 28, 512
+
+
+def _recorders() -> dict[str, dict[str, Site]]:
+    """Sites of each modality, of ``sites.toml``."""
+    table = tomllib.loads(files(__name__).joinpath("sites.toml").read_text(encoding="utf-8"))
+    return {modality: {site: Site(**row) for site, row in rows.items()} for modality, rows in table.items()}
+
+
+RECORDERS = _recorders()
 
 
 def phantom_classes(modality: str) -> tuple[str, ...]:
@@ -67,7 +78,7 @@ def render_phantoms(
     indices = np.asarray(indices, dtype=np.int64)
     if indices.size and not 0 <= indices.min() <= indices.max() < SPLITS[split]:
         raise ValueError(f"phantom indices of split {split!r} run from 0 to {SPLITS[split] - 1}")
-    recorder = {"A": module.SITE_A, "B": module.SITE_B}[site]
+    recorder = RECORDERS[modality][site]
     painters = list(module.PAINTERS.values())
     labels = indices % len(painters)
     images = np.empty((len(indices), image_size, image_size, 3), np.uint8)

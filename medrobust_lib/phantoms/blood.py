@@ -5,9 +5,10 @@ criteria: lobes of the nucleus, density of the chromatin, colour of the cytoplas
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,7 +16,6 @@ from numpy.typing import NDArray
 from medrobust_lib.phantoms.painting import (
     Field,
     Path,
-    Site,
     blob,
     blobs,
     dots,
@@ -45,36 +45,43 @@ PINK_GRANULE: Dye = (0.34, 0.66, 0.22)
 PURPLE_GRANULE: Dye = (0.62, 1.10, 0.32)
 
 
+class Cytoplasm(NamedTuple):
+    """Dye, its optical density, and how much the density varies."""
+
+    dye: Dye
+    density: float
+    grain: float
+
+
+class Chromatin(NamedTuple):
+    """Optical density of a nucleus, how much it varies, and the size of its clumps in image sides."""
+
+    density: float = 0.0
+    clumps: float = 0.0
+    clump: float = 0.05
+
+
+class Granules(NamedTuple):
+    """Centres [n, 2], radii [n] and dye of granules, and whether they lie over the nucleus too."""
+
+    places: NDArray[np.float64] | tuple = ()
+    radii: NDArray[np.float64] | tuple = ()
+    dye: Dye = PURPLE_GRANULE
+    over_nucleus: bool = False
+
+
 @dataclass(frozen=True)
 class Cell:
-    """One cell to draw, in unit coordinates.
+    """One cell to draw, in unit coordinates; several bodies only for platelets, which come in groups.
 
-    Attributes
-    ----------
-    bodies, nucleus : lists of outlines
-        Several bodies only for platelets, which come in groups.
-    cytoplasm, cytoplasm_density, cytoplasm_grain : dye, its density, relative texture
-    chromatin_density, chromatin_clumps : float
-        Optical density of the nucleus and its relative variation.
-    clump : float
-        Size of the chromatin clumps, as a fraction of the image side.
-    granules, granule_radii, granule_dye : centres [n, 2], radii [n], dye
-    granules_over_nucleus : bool
-    vacuoles, vacuole_radii : centres [n, 2], radii [n]
+    ``vacuoles`` and ``vacuole_radii`` are centres [n, 2] and radii [n].
     """
 
     bodies: list[Path]
     nucleus: list[Path]
-    cytoplasm: Dye
-    cytoplasm_density: float
-    cytoplasm_grain: float
-    chromatin_density: float = 0.0
-    chromatin_clumps: float = 0.0
-    clump: float = 0.05
-    granules: NDArray[np.float64] | tuple = ()
-    granule_radii: NDArray[np.float64] | tuple = ()
-    granule_dye: Dye = PURPLE_GRANULE
-    granules_over_nucleus: bool = False
+    cytoplasm: Cytoplasm
+    chromatin: Chromatin = field(default_factory=Chromatin)
+    granules: Granules = field(default_factory=Granules)
     vacuoles: NDArray[np.float64] | tuple = ()
     vacuole_radii: NDArray[np.float64] | tuple = ()
 
@@ -88,16 +95,11 @@ def _basophil(rng: np.random.Generator, centre: NDArray, unit: float) -> Cell:
     return Cell(
         bodies=[body],
         nucleus=nucleus,
-        cytoplasm=LILAC,
-        cytoplasm_density=1.4,
-        cytoplasm_grain=0.2,
-        chromatin_density=rng.uniform(0.55, 0.75),
-        chromatin_clumps=0.2,
-        clump=0.16 * radius,
-        granules=granules,
-        granule_radii=radius * rng.uniform(0.055, 0.105, len(granules)),
-        granule_dye=VIOLET_GRANULE,
-        granules_over_nucleus=True,
+        cytoplasm=Cytoplasm(LILAC, 1.4, grain=0.2),
+        chromatin=Chromatin(rng.uniform(0.55, 0.75), clumps=0.2, clump=0.16 * radius),
+        granules=Granules(
+            granules, radius * rng.uniform(0.055, 0.105, len(granules)), VIOLET_GRANULE, over_nucleus=True
+        ),
     )
 
 
@@ -110,15 +112,9 @@ def _eosinophil(rng: np.random.Generator, centre: NDArray, unit: float) -> Cell:
     return Cell(
         bodies=[body],
         nucleus=nucleus,
-        cytoplasm=ORANGE_GRANULE,
-        cytoplasm_density=0.34,
-        cytoplasm_grain=0.15,
-        chromatin_density=rng.uniform(0.95, 1.2),
-        chromatin_clumps=0.28,
-        clump=0.16 * radius,
-        granules=granules,
-        granule_radii=radius * rng.uniform(0.058, 0.085, len(granules)),
-        granule_dye=ORANGE_GRANULE,
+        cytoplasm=Cytoplasm(ORANGE_GRANULE, 0.34, grain=0.15),
+        chromatin=Chromatin(rng.uniform(0.95, 1.2), clumps=0.28, clump=0.16 * radius),
+        granules=Granules(granules, radius * rng.uniform(0.058, 0.085, len(granules)), ORANGE_GRANULE),
     )
 
 
@@ -132,12 +128,8 @@ def _erythroblast(rng: np.random.Generator, centre: NDArray, unit: float) -> Cel
     return Cell(
         bodies=[body],
         nucleus=[blob(rng, seat, share * radius, irregularity=0.02)],
-        cytoplasm=cytoplasm,
-        cytoplasm_density=rng.uniform(0.85, 1.2),
-        cytoplasm_grain=0.08,
-        chromatin_density=rng.uniform(1.45, 1.85),
-        chromatin_clumps=0.2,
-        clump=0.22 * radius,
+        cytoplasm=Cytoplasm(cytoplasm, rng.uniform(0.85, 1.2), grain=0.08),
+        chromatin=Chromatin(rng.uniform(1.45, 1.85), clumps=0.2, clump=0.22 * radius),
     )
 
 
@@ -154,16 +146,13 @@ def _immature_granulocyte(rng: np.random.Generator, centre: NDArray, unit: float
     return Cell(
         bodies=[body],
         nucleus=[nucleus],
-        cytoplasm=tuple((a + b) / 2 for a, b in zip(LILAC, BLUE, strict=True)),
-        cytoplasm_density=rng.uniform(0.7, 1.0),
-        cytoplasm_grain=0.2,
-        chromatin_density=rng.uniform(0.66, 0.86),
-        chromatin_clumps=0.22,
-        clump=0.1 * radius,
-        granules=granules,
-        granule_radii=radius * rng.uniform(0.02, 0.042, len(granules)),
-        granule_dye=PURPLE_GRANULE,
-        granules_over_nucleus=rng.random() < 0.3,
+        cytoplasm=Cytoplasm(
+            tuple((a + b) / 2 for a, b in zip(LILAC, BLUE, strict=True)), rng.uniform(0.7, 1.0), grain=0.2
+        ),
+        chromatin=Chromatin(rng.uniform(0.66, 0.86), clumps=0.22, clump=0.1 * radius),
+        granules=Granules(
+            granules, radius * rng.uniform(0.02, 0.042, len(granules)), PURPLE_GRANULE, over_nucleus=rng.random() < 0.3
+        ),
     )
 
 
@@ -175,12 +164,8 @@ def _lymphocyte(rng: np.random.Generator, centre: NDArray, unit: float) -> Cell:
     return Cell(
         bodies=[body],
         nucleus=[blob(rng, seat, share * radius, irregularity=0.025)],
-        cytoplasm=BLUE,
-        cytoplasm_density=rng.uniform(0.9, 1.3),
-        cytoplasm_grain=0.1,
-        chromatin_density=rng.uniform(1.05, 1.4),
-        chromatin_clumps=0.2,
-        clump=0.26 * radius,
+        cytoplasm=Cytoplasm(BLUE, rng.uniform(0.9, 1.3), grain=0.1),
+        chromatin=Chromatin(rng.uniform(1.05, 1.4), clumps=0.2, clump=0.26 * radius),
     )
 
 
@@ -197,12 +182,8 @@ def _monocyte(rng: np.random.Generator, centre: NDArray, unit: float) -> Cell:
     return Cell(
         bodies=[body],
         nucleus=[nucleus],
-        cytoplasm=GREY_BLUE,
-        cytoplasm_density=rng.uniform(0.9, 1.25),
-        cytoplasm_grain=0.22,
-        chromatin_density=rng.uniform(0.75, 1.0),
-        chromatin_clumps=0.26,
-        clump=0.14 * radius,
+        cytoplasm=Cytoplasm(GREY_BLUE, rng.uniform(0.9, 1.25), grain=0.22),
+        chromatin=Chromatin(rng.uniform(0.75, 1.0), clumps=0.26, clump=0.14 * radius),
         vacuoles=vacuoles,
         vacuole_radii=radius * rng.uniform(0.04, 0.12, len(vacuoles)),
     )
@@ -217,15 +198,9 @@ def _neutrophil(rng: np.random.Generator, centre: NDArray, unit: float) -> Cell:
     return Cell(
         bodies=[body],
         nucleus=nucleus,
-        cytoplasm=LILAC,
-        cytoplasm_density=rng.uniform(0.7, 1.0),
-        cytoplasm_grain=0.25,
-        chromatin_density=rng.uniform(1.05, 1.4),
-        chromatin_clumps=0.25,
-        clump=0.12 * radius,
-        granules=granules,
-        granule_radii=radius * rng.uniform(0.018, 0.035, len(granules)),
-        granule_dye=PINK_GRANULE,
+        cytoplasm=Cytoplasm(LILAC, rng.uniform(0.7, 1.0), grain=0.25),
+        chromatin=Chromatin(rng.uniform(1.05, 1.4), clumps=0.25, clump=0.12 * radius),
+        granules=Granules(granules, radius * rng.uniform(0.018, 0.035, len(granules)), PINK_GRANULE),
     )
 
 
@@ -243,12 +218,10 @@ def _platelet_group(rng: np.random.Generator, centres: NDArray, radii: NDArray) 
     return Cell(
         bodies=list(blobs(rng, centres, radii, irregularity=0.1, **shape)),
         nucleus=[],
-        cytoplasm=PURPLE_GRANULE,
-        cytoplasm_density=rng.uniform(0.4, 0.65),
-        cytoplasm_grain=0.3,
-        granules=np.concatenate(granules),
-        granule_radii=granule_radii * rng.uniform(0.12, 0.2, len(granule_radii)),
-        granule_dye=PURPLE_GRANULE,
+        cytoplasm=Cytoplasm(PURPLE_GRANULE, rng.uniform(0.4, 0.65), grain=0.3),
+        granules=Granules(
+            np.concatenate(granules), granule_radii * rng.uniform(0.12, 0.2, len(granule_radii)), PURPLE_GRANULE
+        ),
     )
 
 
@@ -274,27 +247,28 @@ def _cell_layers(rng: np.random.Generator, size: int, cell: Cell) -> list[tuple[
     body = fill(size, cell.bodies, softness=0.003)
     nucleus = fill(size, cell.nucleus, softness=0.003)
     vacuoles = dots(size, cell.vacuoles, cell.vacuole_radii, softness=0.002)
-    clumps = fractal_noise(rng, size, scale=max(cell.clump, 0.012), octaves=2, persistence=0.7)
-    cloud = 1 + cell.cytoplasm_grain * fractal_noise(rng, size, scale=0.05, octaves=2)
+    clumps = fractal_noise(rng, size, scale=max(cell.chromatin.clump, 0.012), octaves=2, persistence=0.7)
+    cloud = 1 + cell.cytoplasm.grain * fractal_noise(rng, size, scale=0.05, octaves=2)
     # Cytoplasm is thicker at the membrane, where the smear curls it up.
     membrane = body * (1 + 0.5 * ramp(soften(body, 0.015), 1.0, 0.5))
-    cytoplasm = cell.cytoplasm_density * membrane * cloud * (1 - nucleus) * (1 - 0.9 * vacuoles)
+    cytoplasm = cell.cytoplasm.density * membrane * cloud * (1 - nucleus) * (1 - 0.9 * vacuoles)
     rim = nucleus * ramp(soften(nucleus, 0.01), 1.0, 0.55)
-    chromatin = cell.chromatin_density * nucleus * (1 + cell.chromatin_clumps * clumps + 0.2 * rim)
-    speckles = dots(size, cell.granules, cell.granule_radii, rng.uniform(0.55, 1, len(cell.granules)))
-    speckles = speckles * body * (1 if cell.granules_over_nucleus else 1 - 0.85 * nucleus)
+    chromatin = cell.chromatin.density * nucleus * (1 + cell.chromatin.clumps * clumps + 0.2 * rim)
+    speckles = dots(size, cell.granules.places, cell.granules.radii, rng.uniform(0.55, 1, len(cell.granules.places)))
+    speckles = speckles * body * (1 if cell.granules.over_nucleus else 1 - 0.85 * nucleus)
     return [
-        (np.maximum(cytoplasm, 0), cell.cytoplasm),
+        (np.maximum(cytoplasm, 0), cell.cytoplasm.dye),
         (np.maximum(chromatin, 0) * (1 - 0.5 * vacuoles), CHROMATIN),
-        (speckles, cell.granule_dye),
+        (speckles, cell.granules.dye),
     ]
 
 
 def _red_cells(rng: np.random.Generator, size: int, unit: float, cell: Cell) -> Field:
     """Density of the biconcave red cells around the given cell."""
     radius = unit * rng.uniform(0.1, 0.13)
-    points = scatter(rng, radius * rng.uniform(2.0, 2.9), jitter=rng.uniform(0.12, 0.25), margin=radius)
-    points = points[rng.random(len(points)) < rng.uniform(0.7, 1.0)]
+    points = scatter(
+        rng, radius * rng.uniform(2.0, 2.9), jitter=rng.uniform(0.12, 0.25), margin=radius, keep=(0.7, 1.0)
+    )
     for body in cell.bodies:
         middle = body.mean(0)
         extent = np.linalg.norm(body - middle, axis=1).max()
@@ -377,22 +351,3 @@ PAINTERS: dict[str, Callable[[np.random.Generator, int], NDArray[np.float32]]] =
     "neutrophil": partial(_paint, _neutrophil),
     "platelet": partial(_paint, _platelets),
 }
-
-SITE_A = Site(
-    stain=(1.0, 1.0, 1.0),
-    stain_jitter=0.05,
-    level=(0.74, 0.82),
-    spread=(0.13, 0.17),
-    auto_exposure=0.75,
-    blur=(0.002, 0.006),
-    grain=(0.004, 0.012),
-)
-SITE_B = Site(
-    stain=(1.3, 0.9, 0.75),
-    stain_jitter=0.05,
-    level=(0.62, 0.74),
-    spread=(0.10, 0.15),
-    auto_exposure=0.75,
-    blur=(0.006, 0.014),
-    grain=(0.01, 0.025),
-)

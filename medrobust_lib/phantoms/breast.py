@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 
 from medrobust_lib.phantoms.painting import (
     Field,
-    Site,
     bell,
     canvas_size,
     finish_gray,
@@ -23,27 +22,6 @@ from medrobust_lib.phantoms.painting import (
     speckle,
     step,
     unit_axes,
-)
-
-SITE_A = Site(
-    stain=(1.0, 1.0, 1.0),
-    stain_jitter=0.0,
-    level=(0.28, 0.38),
-    spread=(0.16, 0.21),
-    auto_exposure=1.0,
-    blur=(0.002, 0.006),
-    grain=(0.005, 0.012),
-    gray=True,
-)
-SITE_B = Site(
-    stain=(0.7, 0.7, 0.7),
-    stain_jitter=0.0,
-    level=(0.36, 0.48),
-    spread=(0.13, 0.18),
-    auto_exposure=1.0,
-    blur=(0.006, 0.013),
-    grain=(0.01, 0.025),
-    gray=True,
 )
 
 ANGLES = np.linspace(-np.pi, np.pi, 257)

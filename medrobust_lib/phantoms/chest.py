@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 
 from medrobust_lib.phantoms.painting import (
     Field,
-    Site,
     bell,
     canvas_size,
     finish_gray,
@@ -22,27 +21,7 @@ from medrobust_lib.phantoms.painting import (
     step,
     trace,
     unit_axes,
-)
-
-SITE_A = Site(
-    stain=(1.0, 1.0, 1.0),
-    stain_jitter=0.0,
-    level=(0.44, 0.54),
-    spread=(0.20, 0.25),
-    auto_exposure=1.0,
-    blur=(0.001, 0.005),
-    grain=(0.005, 0.012),
-    gray=True,
-)
-SITE_B = Site(
-    stain=(1.9, 1.9, 1.9),
-    stain_jitter=0.0,
-    level=(0.38, 0.50),
-    spread=(0.12, 0.16),
-    auto_exposure=1.0,
-    blur=(0.009, 0.015),
-    grain=(0.01, 0.025),
-    gray=True,
+    wander,
 )
 
 # The lead marker of the patient's right side, as one pen stroke.
@@ -64,8 +43,6 @@ class Chest:
         1 where there is lung in front of nothing else, 0 outside.
     density : float32 [side, side]
         Attenuation of the healthy chest without lung markings.
-    dome : float32 [side, side]
-        Height of the diaphragm at each x.
     frame : float64 [2, 3]
         Affine map from body coordinates to unit image coordinates.
     """
@@ -74,7 +51,6 @@ class Chest:
     y: Field
     lungs: Field
     density: Field
-    dome: Field
     frame: NDArray[np.float64]
 
     def to_image(self, points: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -162,7 +138,7 @@ def _chest(rng: np.random.Generator, side: int, *, inflation: float) -> Chest:
     if rng.random() < 0.55:
         bubble = np.sqrt(((x - rng.uniform(0.3, 0.6)) / 0.24) ** 2 + ((y - dome - 0.12) / 0.09) ** 2)
         density = density - rng.uniform(0.15, 0.45) * step(1 - bubble, 0.5)
-    return Chest(x=x, y=y, lungs=clear, density=density, dome=dome, frame=frame)
+    return Chest(x=x, y=y, lungs=clear, density=density, frame=frame)
 
 
 def _heart(rng: np.random.Generator, x: Field, y: Field) -> Field:
@@ -231,20 +207,17 @@ def _outward(
     headings: NDArray[np.float64],
     lengths: NDArray[np.float64],
     *,
-    curl: float,
     steps: int = 7,
 ) -> NDArray[np.float64]:
     """Wandering paths [k, steps + 1, 2] in body coordinates; heading 0 points away from the midline."""
-    turns = np.cumsum(rng.standard_normal((len(starts), steps)), axis=1) * curl / np.sqrt(steps)
-    angles = headings[:, None] + turns
-    lateral = np.where(starts[:, :1] < 0, -1, 1) * np.cos(angles)
-    moves = np.stack([lateral, np.sin(angles)], -1) * (lengths / steps)[:, None, None]
-    return starts[:, None] + np.concatenate([np.zeros((len(starts), 1, 2)), np.cumsum(moves, axis=1)], axis=1)
+    outward = np.where(starts[:, :1] < 0, -1, 1)
+    walks = wander(rng, np.zeros_like(starts), headings, lengths, curl=0.4, steps=steps)
+    return starts[:, None] + walks * np.stack([outward, np.ones_like(outward)], -1)
 
 
 def _vessels(rng: np.random.Generator, chest: Chest, *, strength: float) -> Field:
     headings = np.tile([-1.0, -0.3, 0.3, 0.75, 1.15], 2) + rng.normal(0, 0.15, 10)
-    trunks = _outward(rng, np.repeat(_hila(rng), 5, axis=0), headings, rng.uniform(0.35, 0.6, 10), curl=0.4)
+    trunks = _outward(rng, np.repeat(_hila(rng), 5, axis=0), headings, rng.uniform(0.35, 0.6, 10))
     parent = np.arange(30) % 10
     fork = rng.choice([-1, 1], 30) * rng.uniform(0.4, 0.9, 30)
     twigs = _outward(
@@ -252,7 +225,6 @@ def _vessels(rng: np.random.Generator, chest: Chest, *, strength: float) -> Fiel
         trunks[parent, rng.integers(1, 6, 30)],
         headings[parent] + fork,
         rng.uniform(0.12, 0.3, 30),
-        curl=0.4,
         steps=5,
     )
     trunks, twigs = chest.to_image(trunks), chest.to_image(twigs)
@@ -276,7 +248,7 @@ def _consolidation(rng: np.random.Generator, chest: Chest) -> Field:
         # An upper lobe ends sharply at the horizontal fissure.
         patch = step(1.35 - ratio, 0.7) * step(level + 0.1 + 0.1 * (np.abs(chest.x) - 0.5) - chest.y, 0.03)
     start = centre - np.array([sign * 0.2, 0.0])
-    air = _outward(rng, np.tile(start, (4, 1)), rng.uniform(-0.8, 0.9, 4), rng.uniform(0.25, 0.45, 4), curl=0.4)
+    air = _outward(rng, np.tile(start, (4, 1)), rng.uniform(-0.8, 0.9, 4), rng.uniform(0.25, 0.45, 4))
     bronchi = trace(side, list(chest.to_image(air)), 0.011, softness=0.003) * rng.uniform(0.1, 0.45)
     texture = 1 + 0.1 * smooth_noise(rng, side, (22, 22))
     return rng.uniform(0.2, 0.5) * patch * texture * (1 - bronchi) * np.sqrt(chest.lungs)
@@ -299,7 +271,7 @@ def _interstitial(rng: np.random.Generator, chest: Chest, *, severity: float) ->
     headings = rng.uniform(-1.5, 1.5, 56)
     toward = np.column_stack([np.tile([-1, 1], 28) * np.cos(headings), np.sin(headings)])
     starts = np.tile(hila, (28, 1)) + rng.uniform(0, 0.45, (56, 1)) * toward
-    streaks = _outward(rng, starts, headings + rng.normal(0, 0.35, 56), rng.uniform(0.06, 0.2, 56), curl=0.4, steps=4)
+    streaks = _outward(rng, starts, headings + rng.normal(0, 0.35, 56), rng.uniform(0.06, 0.2, 56), steps=4)
     turn = np.linspace(0, 2 * np.pi, 13)
     circle = np.column_stack([np.cos(turn), np.sin(turn)])
     cuffs = rng.uniform(0.018, 0.03, (6, 1, 1)) * circle + starts[:6, None]

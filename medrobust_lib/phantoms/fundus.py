@@ -13,7 +13,6 @@ from numpy.typing import NDArray
 
 from medrobust_lib.phantoms.painting import (
     Field,
-    Site,
     blobs,
     branches,
     cover,
@@ -150,34 +149,21 @@ def _lesions(rng: np.random.Generator, image: Field, eye: Eye) -> Field:
         seats = _on_retina(rng, eye, 1 + rng.poisson(2.0 * severity))
         shape = {"aspect": rng.uniform(1, 1.8, len(seats)), "angle": rng.uniform(0, np.pi, len(seats))}
         radii = rng.uniform(0.018, 0.036, len(seats))
-        wool = fill(
-            size,
-            blobs(rng, seats, radii, irregularity=0.15, **shape),
-            rng.uniform(0.6, 0.95, len(seats)),
-            softness=0.009,
-        )
+        outlines = blobs(rng, seats, radii, irregularity=0.15, **shape)
+        wool = fill(size, outlines, rng.uniform(0.6, 0.95, len(seats)), softness=0.009)
         image = cover(image, (0.97, 0.88, 0.68), 0.8 * strength * wool)
     if kinds[1]:
         image = cover(image, (1.0, 0.88, 0.48), 0.9 * strength * _exudates(rng, size, eye, severity))
     count = 2 + rng.poisson(12 * severity)
     aneurysms = _on_retina(rng, eye, count if kinds[0] else count // 3)
-    bleeding = dots(
-        size,
-        aneurysms,
-        rng.uniform(0.004, 0.009, len(aneurysms)),
-        rng.uniform(0.6, 1, len(aneurysms)),
-        softness=0.002,
-    )
+    radii, values = rng.uniform(0.004, 0.009, len(aneurysms)), rng.uniform(0.6, 1, len(aneurysms))
+    bleeding = dots(size, aneurysms, radii, values, softness=0.002)
     if kinds[0]:
         seats = _on_retina(rng, eye, 1 + rng.poisson(4.5 * severity))
         shape = {"aspect": rng.uniform(1, 2.2, len(seats)), "angle": rng.uniform(0, np.pi, len(seats))}
         radii = 0.014 * np.exp(0.4 * rng.standard_normal(len(seats)))
-        blots = fill(
-            size,
-            blobs(rng, seats, radii, irregularity=0.12, **shape),
-            rng.uniform(0.7, 1, len(seats)),
-            softness=0.003,
-        )
+        outlines = blobs(rng, seats, radii, irregularity=0.12, **shape)
+        blots = fill(size, outlines, rng.uniform(0.7, 1, len(seats)), softness=0.003)
         bleeding = np.maximum(bleeding, blots)
     return image * (1 - strength * bleeding[..., None] * (1 - BLOOD_FILTER.astype(np.float32)))
 
@@ -227,22 +213,3 @@ PAINTERS: dict[str, Callable[[np.random.Generator, int], NDArray[np.float32]]] =
     "abnormal": partial(_paint, abnormal=True),
     "normal": partial(_paint, abnormal=False),
 }
-
-SITE_A = Site(
-    stain=(1.0, 1.0, 1.0),
-    stain_jitter=0.06,
-    level=(0.25, 0.33),
-    spread=(0.22, 0.27),
-    auto_exposure=0.7,
-    blur=(0.001, 0.004),
-    grain=(0.004, 0.012),
-)
-SITE_B = Site(
-    stain=(1.15, 0.85, 0.8),
-    stain_jitter=0.06,
-    level=(0.27, 0.36),
-    spread=(0.19, 0.24),
-    auto_exposure=0.7,
-    blur=(0.002, 0.007),
-    grain=(0.01, 0.022),
-)

@@ -13,7 +13,6 @@ from numpy.typing import NDArray
 from medrobust_lib.phantoms.painting import (
     Field,
     Path,
-    Site,
     blobs,
     dots,
     fill,
@@ -102,8 +101,7 @@ def _debris(rng: np.random.Generator, size: int, zoom: float) -> Layers:
     grains = fractal_noise(rng, size, scale=0.03 * zoom, octaves=2, persistence=0.8)
     smudge = ramp(fractal_noise(rng, size, scale=0.12 * zoom, octaves=3, persistence=0.6), 0.2, 1.8)
     holes = ramp(lumps, -0.9, -1.7)
-    points = scatter(rng, 0.085 * zoom, jitter=0.5, margin=0.02)
-    points = points[rng.random(len(points)) < rng.uniform(0.1, 0.8)]
+    points = scatter(rng, 0.085 * zoom, jitter=0.5, margin=0.02, keep=(0.1, 0.8))
     # Nuclei burst into fragments (karyorrhexis): crumbs of every size around a lost centre.
     crumbs = np.repeat(points, 3, axis=0) + 0.017 * zoom * rng.standard_normal((3 * len(points), 2))
     count = len(crumbs)
@@ -117,8 +115,7 @@ def _debris(rng: np.random.Generator, size: int, zoom: float) -> Layers:
 
 def _lymphocytes(rng: np.random.Generator, size: int, zoom: float) -> Layers:
     spacing = zoom * rng.uniform(0.062, 0.075)
-    points = scatter(rng, spacing, jitter=0.13, margin=0.04)
-    points = points[rng.random(len(points)) < rng.uniform(0.7, 0.98)]
+    points = scatter(rng, spacing, jitter=0.13, margin=0.04, keep=(0.7, 0.98))
     radii = spacing * rng.normal(0.415, 0.03, len(points))
     shape = {"aspect": rng.uniform(1, 1.2, len(points)), "angle": rng.uniform(0, np.pi, len(points))}
     nuclei = _nuclei(rng, size, points, radii, irregularity=0.05, speckle=0.2, **shape)
@@ -181,8 +178,7 @@ def _mucosa(rng: np.random.Generator, size: int, zoom: float) -> Layers:
     lumen = fill(size, lumens, softness=0.006)
     vacuole = fill(size, goblets, rng.uniform(0.75, 1, len(goblets)), softness=0.004) * (1 - lumen)
     basal = fill(size, nuclei, rng.uniform(0.65, 1, len(nuclei)), softness=0.002)
-    points = scatter(rng, zoom * 0.075, jitter=0.3, margin=0.03)
-    points = points[rng.random(len(points)) < rng.uniform(0.5, 0.9)]
+    points = scatter(rng, zoom * 0.075, jitter=0.3, margin=0.03, keep=(0.5, 0.9))
     radii = zoom * rng.uniform(0.017, 0.027, len(points))
     shape = {"aspect": rng.uniform(1, 1.9, len(points)), "angle": rng.uniform(0, np.pi, len(points))}
     between = 1 - fill(size, walls, softness=0.008)
@@ -209,14 +205,11 @@ def _crypts(
     walls = blobs(rng, np.zeros((crypts, 2)), 1, irregularity=0.04, points=60)
     middles = 0.05 * rng.standard_normal((crypts, 2))
     lumens = blobs(rng, middles, rng.uniform(0.12, 0.2, crypts), irregularity=0.15)
-    goblet_owner, turn, crowd = _ring(rng, rng.integers(11, 17, crypts), keep=0.85)
-    count = len(turn)
-    places = rng.uniform(0.5, 0.58, count)[:, None] * np.stack([np.cos(turn), np.sin(turn)], 1)
+    goblet_owner, turn, places, crowd = _ring(rng, rng.integers(11, 17, crypts), (0.5, 0.58), keep=0.85)
     shape = {"aspect": 1.5, "angle": turn, "irregularity": 0.05, "points": 18}
-    vacuoles = blobs(rng, places, 3.4 / crowd * rng.uniform(0.6, 0.7, count), **shape)
-    nucleus_owner, turn, _ = _ring(rng, rng.integers(20, 28, crypts))
+    vacuoles = blobs(rng, places, 3.4 / crowd * rng.uniform(0.6, 0.7, len(turn)), **shape)
+    nucleus_owner, turn, places, _ = _ring(rng, rng.integers(20, 28, crypts), (0.83, 0.92))
     count = len(turn)
-    places = rng.uniform(0.83, 0.92, count)[:, None] * np.stack([np.cos(turn), np.sin(turn)], 1)
     shape = {"aspect": rng.uniform(1, 1.5, count), "angle": turn, "points": 14}
     nuclei = blobs(rng, places, rng.uniform(0.085, 0.115, count), **shape)
     proportions = np.array([np.sqrt(stretch), 1 / np.sqrt(stretch)])
@@ -230,16 +223,18 @@ def _crypts(
 
 
 def _ring(
-    rng: np.random.Generator, counts: NDArray[np.int64], *, keep: float = 1.0
-) -> tuple[NDArray[np.int64], NDArray[np.float64], NDArray[np.int64]]:
-    """Owner, angle and ring size of cells set at nearly even angles around each of several crypts."""
+    rng: np.random.Generator, counts: NDArray[np.int64], reach: tuple[float, float], *, keep: float = 1.0
+) -> tuple[NDArray[np.int64], NDArray[np.float64], Path, NDArray[np.int64]]:
+    """Owner, angle, place and ring size of cells set at nearly even angles around each of several crypts."""
     owner = np.repeat(np.arange(len(counts)), counts)
     rank = np.arange(len(owner)) - np.repeat(np.cumsum(counts) - counts, counts)
     phase = rng.uniform(0, 2 * np.pi, len(counts))
     shaken = rank + 0.13 * rng.standard_normal(len(owner))
     angle = phase[owner] + 2 * np.pi * shaken / counts[owner]
     kept = rng.random(len(owner)) < keep
-    return owner[kept], angle[kept], counts[owner][kept]
+    owner, angle = owner[kept], angle[kept]
+    places = rng.uniform(*reach, len(angle))[:, None] * np.stack([np.cos(angle), np.sin(angle)], 1)
+    return owner, angle, places, counts[owner]
 
 
 def _stroma(rng: np.random.Generator, size: int, zoom: float) -> Layers:
@@ -370,22 +365,3 @@ PAINTERS: dict[str, Callable[[np.random.Generator, int], NDArray[np.float32]]] =
     "cancer-associated stroma": partial(_paint, _stroma),
     "colorectal adenocarcinoma epithelium": partial(_paint, _tumour),
 }
-
-SITE_A = Site(
-    stain=(1.0, 1.0, 1.0),
-    stain_jitter=0.12,
-    level=(0.62, 0.72),
-    spread=(0.13, 0.19),
-    auto_exposure=0.9,
-    blur=(0.001, 0.005),
-    grain=(0.004, 0.012),
-)
-SITE_B = Site(
-    stain=(0.7, 1.35, 1.45),
-    stain_jitter=0.12,
-    level=(0.52, 0.64),
-    spread=(0.11, 0.16),
-    auto_exposure=0.9,
-    blur=(0.008, 0.016),
-    grain=(0.01, 0.025),
-)

@@ -15,7 +15,6 @@ from scipy.ndimage import gaussian_filter1d
 
 from medrobust_lib.phantoms.painting import (
     Field,
-    Site,
     bell,
     canvas_size,
     finish_gray,
@@ -25,27 +24,6 @@ from medrobust_lib.phantoms.painting import (
     speckle,
     step,
     unit_axes,
-)
-
-SITE_A = Site(
-    stain=(1.0, 1.0, 1.0),
-    stain_jitter=0.0,
-    level=(0.21, 0.29),
-    spread=(0.17, 0.21),
-    auto_exposure=1.0,
-    blur=(0.001, 0.005),
-    grain=(0.005, 0.015),
-    gray=True,
-)
-SITE_B = Site(
-    stain=(0.65, 0.65, 0.65),
-    stain_jitter=0.0,
-    level=(0.32, 0.44),
-    spread=(0.14, 0.18),
-    auto_exposure=1.0,
-    blur=(0.005, 0.011),
-    grain=(0.01, 0.028),
-    gray=True,
 )
 
 # Healthy compartments from the inner surface downwards: thickness beside the pit, share of it left in

@@ -100,7 +100,6 @@ def blobs(
     aspect: ArrayLike = 1.0,
     angle: ArrayLike = 0.0,
     irregularity: ArrayLike = 0.08,
-    harmonics: int = 5,
     points: int = 36,
 ) -> Path:
     """Return closed outlines [n, points, 2] whose radii vary by random harmonics.
@@ -115,8 +114,8 @@ def blobs(
         np.broadcast_to(value, count)[:, None] for value in (radii, aspect, angle, irregularity)
     )
     turn = np.linspace(0, 2 * np.pi, points, endpoint=False)
-    order = np.arange(2, harmonics + 2)
-    weight = irregularity * (rng.standard_normal((count, harmonics)) + 1j * rng.standard_normal((count, harmonics)))
+    order = np.arange(2, 7)
+    weight = irregularity * (rng.standard_normal((count, 5)) + 1j * rng.standard_normal((count, 5)))
     waves = np.exp(1j * order[:, None] * turn) / np.sqrt(2 * (order - 1))[:, None]
     reach = radii * np.maximum(1 + (weight @ waves).real, 0.2)
     along, across = reach * np.cos(turn) * np.sqrt(aspect), reach * np.sin(turn) / np.sqrt(aspect)
@@ -135,7 +134,6 @@ def fill(
     values: ArrayLike = 1.0,
     *,
     softness: float = 0.0,
-    ground: float = 0.0,
 ) -> Field:
     """Fill closed outlines, later ones over earlier ones, antialiased.
 
@@ -146,14 +144,12 @@ def fill(
         One for all, or one an outline.
     softness : float
         Standard deviation of the blur of the edges, as a fraction of the image side.
-    ground : float in [0, 1]
-        Value outside the outlines.
 
     Returns
     -------
     float32 [size, size] in [0, 1]
     """
-    layer, pen, factor = _layer(size, ground)
+    layer, pen, factor = _layer(size)
     for outline, value in zip(outlines, np.broadcast_to(values, len(outlines)), strict=True):
         pen.polygon((np.asarray(outline) * size * factor).ravel().tolist(), fill=round(255 * float(value)))
     return _field(layer, factor, softness)
@@ -189,12 +185,13 @@ def dots(size: int, centres: ArrayLike, radii: ArrayLike, values: ArrayLike = 1.
 
 
 def scatter(
-    rng: np.random.Generator, spacing: float, *, jitter: float = 0.3, margin: float = 0.1
+    rng: np.random.Generator, spacing: float, *, jitter: float = 0.3, margin: float = 0.1, keep: Range | None = None
 ) -> NDArray[np.float64]:
     """Points [n, 2] about ``spacing`` apart over the image and its margin, in random order.
 
     A turned, shaken hexagonal lattice: nearly as even as Poisson-disc sampling, without its search.
-    ``jitter`` is the standard deviation of the shaking in units of ``spacing``.
+    ``jitter`` is the standard deviation of the shaking in units of ``spacing``, ``keep`` the range of the share of
+    points that stay.
     """
     reach = int(np.ceil((0.71 + margin) / spacing)) + 1
     columns, rows = np.meshgrid(np.arange(-reach, reach + 1), np.arange(-reach, reach + 1))
@@ -202,7 +199,8 @@ def scatter(
     angle, shift = rng.uniform(0, 2 * np.pi), rng.uniform(-0.5, 0.5, 2) * spacing
     turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
     points = 0.5 + shift + lattice @ turn.T + jitter * spacing * rng.standard_normal(lattice.shape)
-    return rng.permutation(points[np.all((points > -margin) & (points < 1 + margin), axis=1)])
+    points = rng.permutation(points[np.all((points > -margin) & (points < 1 + margin), axis=1)])
+    return points if keep is None else points[rng.random(len(points)) < rng.uniform(*keep)]
 
 
 def wander(
@@ -248,9 +246,8 @@ def spindles(
     *,
     roundness: float = 4.0,
     bend: float = 0.3,
-    points: int = 8,
 ) -> Path:
-    """Return closed outlines [n, 2 * points, 2] of slightly bent rods.
+    """Return closed outlines [n, 16, 2] of slightly bent rods.
 
     Blunt rods for ``roundness`` of 4 and more, pointed spindles near 1; ``bend`` is the standard
     deviation of the turn from end to end, in radians.
@@ -258,7 +255,7 @@ def spindles(
     centres = np.reshape(centres, (-1, 1, 2))
     count = len(centres)
     angles, lengths, widths = (np.broadcast_to(v, count)[:, None] for v in (angles, lengths, widths))
-    along = np.linspace(-1, 1, points)
+    along = np.linspace(-1, 1, 8)
     lift = 0.25 * rng.normal(0, bend, (count, 1)) * (1 / 3 - along**2)
     half = widths / lengths * np.sqrt(1 - np.abs(along) ** roundness)
     u = 0.5 * lengths * np.concatenate([along, along[::-1]])
@@ -273,17 +270,14 @@ def branches(
     widths: ArrayLike,
     *,
     taper: float = 0.5,
-    generations: int = 2,
     per_path: float = 4.0,
-    spread: float = 0.7,
     reach: float = 0.5,
     curl: float = 0.5,
 ) -> tuple[Path, NDArray[np.float64]]:
-    """Grow side branches from trunks [n, steps + 1, 2] of the given widths at their start.
+    """Grow side branches, and branches of these, from trunks [n, steps + 1, 2] of the given widths at their start.
 
-    ``per_path`` is the mean number of side branches, ``spread`` their angle (radians) from the
-    parent, ``reach`` their length relative to it, ``taper`` a path's width at its end over that at its
-    start.
+    ``per_path`` is the mean number of side branches, ``reach`` their length relative to the parent, ``taper`` a
+    path's width at its end over that at its start.
 
     Returns
     -------
@@ -295,12 +289,12 @@ def branches(
     parents, thickness = np.asarray(trunks), np.asarray(widths, np.float64)
     paths, starts = [parents], [thickness]
     steps = parents.shape[1] - 1
-    for _ in range(generations):
+    for _ in range(2):
         owner = np.repeat(np.arange(len(parents)), rng.poisson(per_path, len(parents)))
         place = rng.uniform(0.12, 0.95, len(owner))
         node = (place * (steps - 1)).astype(int)
         origin, ahead = parents[owner, node], parents[owner, node + 1] - parents[owner, node]
-        aside = rng.choice([-1, 1], len(owner)) * rng.uniform(0.6, 1.4, len(owner)) * spread
+        aside = rng.choice([-1, 1], len(owner)) * rng.uniform(0.6, 1.4, len(owner)) * 0.7  # radians from the parent
         heading = np.arctan2(ahead[:, 1], ahead[:, 0]) + aside
         length = steps * np.linalg.norm(ahead, axis=1) * reach * rng.uniform(0.6, 1.3, len(owner))
         parents = wander(rng, origin, heading, length, curl=curl, steps=steps)
@@ -339,10 +333,10 @@ def _centres(size: int) -> Field:
     return (np.arange(size, dtype=np.float32) + 0.5) / size
 
 
-def _layer(size: int, ground: float = 0.0) -> tuple[Image.Image, ImageDraw.ImageDraw, int]:
+def _layer(size: int) -> tuple[Image.Image, ImageDraw.ImageDraw, int]:
     """An oversampled gray layer, the pen that draws on it, and by what factor it is larger."""
     factor = max(2, -(-SHAPE_RASTER // size))
-    layer = Image.new("L", (size * factor, size * factor), round(255 * ground))
+    layer = Image.new("L", (size * factor, size * factor))
     return layer, ImageDraw.Draw(layer), factor
 
 
@@ -418,20 +412,15 @@ def acquire(scene: NDArray[np.float32], site: Site, rng: np.random.Generator) ->
     stain = np.asarray(site.stain) + site.stain_jitter * rng.standard_normal(3)
     image = image ** np.clip(stain, 0.3, 3.0)
     level, spread = rng.uniform(*site.level), rng.uniform(*site.spread)
-    image = _expose(image, level=level, spread=spread, share=site.auto_exposure)
+    # One gain and one offset for all channels: auto-exposure changes brightness, never hue.
+    mean, share = image.mean(), site.auto_exposure
+    gain = (1 - share) + share * spread / (image.std() + 1e-6)
+    image = (image - mean) * gain + ((1 - share) * mean + share * level)
     blur = rng.uniform(*site.blur) * scene.shape[0]
     image = gaussian_filter(image, sigma=(blur, blur, 0))
     grain_shape = (*image.shape[:2], 1 if site.gray else 3)
     image = image + rng.uniform(*site.grain) * rng.standard_normal(grain_shape)
     return np.round(np.clip(image, 0, 1) * 255).astype(np.uint8)
-
-
-def _expose(image: NDArray, *, level: float, spread: float, share: float) -> NDArray:
-    # One gain and one offset for all channels: auto-exposure changes brightness, never hue.
-    mean, deviation = image.mean(), image.std() + 1e-6
-    gain = (1 - share) + share * spread / deviation
-    offset = (1 - share) * mean + share * level
-    return (image - mean) * gain + offset
 
 
 def canvas_size(size: int) -> int:
@@ -482,11 +471,6 @@ def bell(distance: Field, width: float) -> Field:
     """
     scaled = distance * np.float32(1 / width)
     return np.exp(np.float32(-0.5) * scaled * scaled)
-
-
-def ellipse(x: Field, y: Field, *, centre: tuple[float, float], radii: tuple[float, float]) -> Field:
-    """Normalised radius of an axis-parallel ellipse: 1 on its outline, 0 in its centre."""
-    return np.hypot((x - centre[0]) / radii[0], (y - centre[1]) / radii[1]).astype(np.float32)
 
 
 def finish_gray(gray: Field, size: int) -> NDArray[np.float32]:

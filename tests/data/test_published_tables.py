@@ -185,7 +185,7 @@ def test_class_counts_speak_of_registered_data_sets_and_their_classes():
     for dataset, rows in load_published("test_class_counts").groupby("dataset_id"):
         assert dataset in DATASETS
         assert len(rows) == len(class_wording(dataset).names)
-        assert rows["images"].sum() == DATASETS[dataset].sizes[2]
+        assert rows["images"].sum() == DATASETS[dataset].sizes["test"]
 
 
 def test_unknown_table_names_the_closest():
