@@ -23,7 +23,7 @@ import torch
 import typer
 
 from medrobust_lib import explore, plots
-from medrobust_lib.adaptation import demo_adapters
+from medrobust_lib.adaptation import adapting
 from medrobust_lib.evaluation import Candidate
 from medrobust_lib.generative.oracles import ExactMatch, SameLabel, default_oracle
 from medrobust_lib.models.adapters import load_adapter
@@ -75,8 +75,8 @@ def adapters() -> explore.Instrument:
     model, data = mr.load_model("demo-clip"), mr.load_dataset(DATASET, n=27)
     kinds = ((0.03, 16), (0.07, 16), (0.1, 4), (0.1, 8), (0.1, 16))
     folders = {
-        f"{fraction:.0%} of the images, rank {rank}": demo_adapters.find_demo_adapter(
-            model, demo_adapters.DATASETS, fraction=fraction, rank=rank, seed=1
+        f"{fraction:.0%} of the images, rank {rank}": adapting.find_demo_adapter(
+            model, adapting.DEMO_DATASETS, fraction=fraction, rank=rank, seed=1
         )
         for fraction, rank in kinds
     }

@@ -14,8 +14,15 @@ import torch
 import typer
 
 import medrobust_lib as mr
-from medrobust_lib.adaptation.adapting import Adapted, adapt_lora
-from medrobust_lib.adaptation.demo_adapters import DATASETS, FOLDER, NOISY, RECIPE, folder_name
+from medrobust_lib.adaptation.adapting import (
+    DEMO_ADAPTERS,
+    DEMO_DATASETS,
+    DEMO_NOISE,
+    DEMO_RECIPE,
+    Adapted,
+    adapt_lora,
+    demo_folder_name,
+)
 from medrobust_lib.adaptation.training_images import PAPER_AUGMENTATION
 from medrobust_lib.data.splits import fraction_splits
 from medrobust_lib.experiments import map_items, write_text_atomically
@@ -61,7 +68,7 @@ JOBS = (
 
 
 def main(
-    out: Annotated[Path, typer.Option(help="Folder to write to.")] = FOLDER,
+    out: Annotated[Path, typer.Option(help="Folder to write to.")] = DEMO_ADAPTERS,
     only: Annotated[int | None, typer.Option(min=1, help="Only the first so many adapters.")] = None,
     jobs: Annotated[int, typer.Option(help="Worker processes, one core each; -1: one per core.")] = -1,
 ) -> None:
@@ -78,8 +85,8 @@ def main(
 
 def name_of(job: Job) -> str:
     """Name of the folder."""
-    augmentation = NOISY if job.noisy else PAPER_AUGMENTATION
-    return folder_name(fraction=job.fraction, rank=job.rank, seed=job.seed, augmentation=augmentation)
+    augmentation = DEMO_NOISE if job.noisy else PAPER_AUGMENTATION
+    return demo_folder_name(fraction=job.fraction, rank=job.rank, seed=job.seed, augmentation=augmentation)
 
 
 def train(context: tuple[DualEncoder, Path], job: Job) -> None:
@@ -87,11 +94,11 @@ def train(context: tuple[DualEncoder, Path], job: Job) -> None:
     model, out = context
     splits = [
         fraction_splits(name, fraction=job.fraction, n_val=N_VAL, n_test=1, seed=job.seed, test_seed=0)
-        for name in DATASETS
+        for name in DEMO_DATASETS
     ]
     adapted = adapt_lora(
         model, [part.train for part in splits], validation=[part.val for part in splits], rank=job.rank,
-        augmentation=NOISY if job.noisy else PAPER_AUGMENTATION, seed=job.seed, **RECIPE,
+        augmentation=DEMO_NOISE if job.noisy else PAPER_AUGMENTATION, seed=job.seed, **DEMO_RECIPE,
     )  # fmt: skip
     folder = out / name_of(job)
     shutil.rmtree(folder, ignore_errors=True)
@@ -124,10 +131,10 @@ def card(model: DualEncoder, table: pd.DataFrame) -> str:
     """Text of the model card."""
     return CARD.format(
         model=model.id,
-        datasets=", ".join(DATASETS),
+        datasets=", ".join(DEMO_DATASETS),
         n_val=N_VAL,
-        recipe=", ".join(f"{name.replace('_', ' ')} {value}" for name, value in RECIPE.items()),
-        sigmas=" or ".join(f"{sigma:g}" for sigma in NOISY.sigmas),
+        recipe=", ".join(f"{name.replace('_', ' ')} {value}" for name, value in DEMO_RECIPE.items()),
+        sigmas=" or ".join(f"{sigma:g}" for sigma in DEMO_NOISE.sigmas),
         rows="\n".join("| " + " | ".join(map(str, row)) + " |" for row in table.itertuples(index=False)),
     )
 

@@ -1,9 +1,8 @@
 """Adaptation to degraded images: low-rank adapters of the image tower or all its weights, kept in a folder.
 
-Adapters of small convolutions train faster with the summed weight than in three passes (`summed_convolutions`).
+Some adapters of demo-clip come with the package: `find_demo_adapter`.
 """
 
-import copy
 import functools
 import hashlib
 import json
@@ -13,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 import numpy as np
@@ -26,15 +26,22 @@ from medrobust_lib.adaptation.training import (
     Recipe,
     check_apart,
     check_learnable,
-    identity_of,
     templates_of,
     train_jointly,
 )
+from medrobust_lib.adaptation.training_images import PAPER_AUGMENTATION, Augmentation
 from medrobust_lib.data.dataset import ImageDataset
 from medrobust_lib.experiments import parameter_differences, write_text_atomically
 from medrobust_lib.files import save_tensors
+from medrobust_lib.models.adapters import (
+    adapter_parameters,
+    attach_adapters,
+    load_adapter,
+    save_adapter,
+    weights_identity,
+)
 from medrobust_lib.models.dual_encoder import DualEncoder, find_image_tower
-from medrobust_lib.models.weights import explained_errors
+from medrobust_lib.models.weights import DEMO_FOLDER, explained_errors
 from medrobust_lib.smoothing.certify import check_not_training
 
 _LARGEST_EXCESS = 2.0  # of multiplications, which the two saved passes over memory make up for (measured on a CPU)
@@ -171,9 +178,6 @@ def adapt_lora(
     """
     method = {"method": _LOW_RANK, "rank": rank, "qkv": qkv}
     job = _Job(model, train, validation, templates, Recipe(**recipe), out, method)
-    # peft takes seconds to import.
-    from medrobust_lib.models.adapters import adapter_parameters, attach_adapters, load_adapter, save_adapter
-
     if not job.is_done:
         adapted = attach_adapters(model, rank=rank, qkv=qkv, seed=job.recipe.seed)
         with summed_convolutions(adapted):
@@ -224,7 +228,7 @@ def fine_tune(
     """
     job = _Job(model, train, validation, templates, Recipe(**recipe), out, {"method": _FINE_TUNING})
     with torch.inference_mode(False), torch.enable_grad():
-        tuned = copy.deepcopy(model).eval().to(torch.promote_types(model.dtype, torch.float32))
+        tuned = model.trainable_copy()
         parameters = find_image_tower(tuned).parameters
     if not job.is_done:
         record = job.train_in_place(tuned, parameters)
@@ -268,7 +272,7 @@ class _Job:
                     check_apart(data, shown)
         plan = {
             **self.method,
-            "base": identity_of(self.model),
+            "base": self.model.identity(),
             "train": {data.id: _described(data, self.templates) for data in self.train},
             "validation": {data.id: _described(data, self.templates) for data in self.validation},
             "recipe": self.recipe.as_json(),
@@ -363,3 +367,55 @@ def _save_tower(parameters: Mapping[str, nn.Parameter], out: Path, record: Mappi
     save_tensors(partial / _TOWER, parameters)
     write_text_atomically(partial / _PROVENANCE, json.dumps(record, indent=1) + "\n")
     partial.rename(out)
+
+
+DEMO_ADAPTERS = DEMO_FOLDER.parent / "adapters"
+DEMO_DATASETS = tuple(f"phantom/{name}" for name in ("histology", "blood", "breast", "chest", "fundus", "oct"))
+DEMO_RECIPE: Mapping[str, Any] = MappingProxyType({"epochs": 10, "learning_rate": 2e-3, "schedule": "one-cycle"})
+DEMO_FINE_TUNING: Mapping[str, Any] = MappingProxyType({**DEMO_RECIPE, "learning_rate": 1e-3})
+"""The same for all weights of the image tower; like DEMO_RECIPE it was judged on validation images."""
+DEMO_NOISE = Augmentation(sigmas=(0.1, 0.2))
+"""A second kind of adapters: half of the images carry Gaussian noise of one of these levels."""
+
+
+def demo_folder_name(*, fraction: float, rank: int, seed: int, augmentation: Augmentation = PAPER_AUGMENTATION) -> str:
+    """Name of the folder of an adapter."""
+    noise = "-noise" if augmentation.sigmas else ""
+    return f"rank{rank}-{100 * fraction:g}percent-seed{seed}{noise}"
+
+
+def find_demo_adapter(
+    model: DualEncoder,
+    datasets: Sequence[str],
+    *,
+    fraction: float,
+    rank: int,
+    seed: int,
+    augmentation: Augmentation = PAPER_AUGMENTATION,
+) -> Path | None:
+    """Folder of the adapter that was trained on exactly this, for `load_model` or `load_adapter`.
+
+    Parameters
+    ----------
+    model : DualEncoder
+        The model to adapt.
+    datasets : sequence of str
+        Ids, in order.
+    fraction : float
+        Of each train split, in (0, 1].
+    rank : int
+    seed : int
+        Of the draw of images and of the training.
+    augmentation : Augmentation
+
+    Returns
+    -------
+    Path or None
+        None where no such adapter comes with the package, or the model has other weights.
+    """
+    folder = DEMO_ADAPTERS / demo_folder_name(fraction=fraction, rank=rank, seed=seed, augmentation=augmentation)
+    if tuple(datasets) != DEMO_DATASETS or not folder.is_dir():
+        return None
+    stored = json.loads((folder / _PROVENANCE).read_text(encoding="utf-8"))
+    same_recipe = stored["recipe"] == Recipe(**DEMO_RECIPE, augmentation=augmentation, seed=seed).as_json()
+    return folder if same_recipe and stored["adapter"]["base"]["weights"] == weights_identity(model) else None

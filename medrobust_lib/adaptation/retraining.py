@@ -5,7 +5,6 @@ smoothing. It gives up what makes a vision-language model convenient: there is o
 noise level, and it takes labels.
 """
 
-import copy
 import math
 import time
 import warnings
@@ -22,7 +21,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from medrobust_lib import metrics
-from medrobust_lib.adaptation.training import Recipe, check_apart, check_learnable, identity_of, templates_of
+from medrobust_lib.adaptation.training import Recipe, check_apart, check_learnable, templates_of
 from medrobust_lib.checks import check_positive, check_whole
 from medrobust_lib.data.dataset import ImageDataset
 from medrobust_lib.experiments import progress
@@ -109,7 +108,7 @@ def retrain_on_noise(
     # Notebooks often switch gradients off as a whole, some by inference mode.
     with torch.inference_mode(False), torch.enable_grad():
         texts = model.class_features(data.classes, templates).detach()
-        retrained = copy.deepcopy(model).eval().to(torch.promote_types(model.dtype, torch.float32))
+        retrained = model.trainable_copy()
         tower = find_image_tower(retrained)
         if tower.norms and len(chosen) // math.ceil(len(chosen) / batch_size) < 2:
             raise ValueError(
@@ -129,7 +128,7 @@ def retrain_on_noise(
         )
     retrained.id = f"{model.id} retrained at sigma {sigma:g}"
     retrained.provenance = {
-        "method": "noise-augmented re-training", "base": {**model.provenance, **identity_of(model)},
+        "method": "noise-augmented re-training", "base": {**model.provenance, **model.identity()},
         "dataset": data.id, "split": data.split,
         "images": [int(index) for index in chosen.indices], "shots": shots, "templates": templates,
         "sigma": float(sigma), "epochs": epochs, "batch_size": batch_size, "optimiser": "AdamW, cosine to 0",

@@ -22,7 +22,6 @@ from medrobust_lib.data.dataset import ImageDataset
 from medrobust_lib.experiments import open_store, progress
 from medrobust_lib.files import parsed, read_tensors, write_tensors
 from medrobust_lib.models.dual_encoder import BrokenFeaturesError, DualEncoder
-from medrobust_lib.models.weights import fingerprint
 from medrobust_lib.smoothing.noise import Batches
 
 _FILE = "state.safetensors"
@@ -181,15 +180,6 @@ class Outcome:
 def templates_of(data: ImageDataset, templates: Sequence[str] | None) -> list[str]:
     """Prompt templates to use with a data set: those given, or its first."""
     return list(data.templates[:1] if templates is None else templates)
-
-
-def identity_of(model: DualEncoder) -> dict[str, str]:
-    """Id, type and weights of a model, as JSON values."""
-    return {
-        "id": model.id,
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "weights": fingerprint(list(model.state_dict().values())),
-    }
 
 
 def check_learnable(data: ImageDataset) -> None:

@@ -1,10 +1,12 @@
-"""MedCLIP and UniMed-CLIP, loaded from their authors' checkpoints without their authors' code.
+"""MedCLIP, UniMed-CLIP and RobustMedCLIP, loaded from their authors' checkpoints without their authors' code.
 
 MedCLIP (Wang et al. 2022, arXiv:2210.10163) is Swin-T or ResNet-50 beside Bio_ClinicalBERT: the towers are those of
 transformers and torchvision. UniMed-CLIP (Khattak et al. 2024, arXiv:2412.10372) is ViT-B/16 beside BiomedBERT,
 trained with a fork of open_clip whose ``CLIP`` class holds a BERT as ``text_encoder`` and takes an argument that
 upstream does not know; upstream's ``CustomTextCLIP`` computes the same with other names, so the keys are renamed.
-The sizes are the defaults of the libraries' configurations, so that no network is needed.
+The sizes are the defaults of the libraries' configurations, so that no network is needed. RobustMedCLIP (Imam et al.
+2025, arXiv:2505.15425) is BiomedCLIP whose fused ``qkv`` layers gain three separate low-rank products, without any
+scaling: here each is added to its third of the layer's weight.
 """
 
 import json
@@ -12,8 +14,9 @@ import math
 import re
 import shutil
 import tempfile
+import warnings
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -28,10 +31,11 @@ from torch.nn import functional
 from torchvision.models.resnet import Bottleneck, ResNet
 from transformers import BertConfig, BertModel, SwinConfig, SwinModel
 
-from medrobust_lib.models.catalogue import ModelEntry
+from medrobust_lib.models.catalogue import OPEN_CLIP_CONFIG_NAME, ModelEntry
 from medrobust_lib.models.dual_encoder import DualEncoder, Tokens, check_text_lengths
 from medrobust_lib.models.geometry import Preprocessing
-from medrobust_lib.models.open_clip import OpenClipEncoder
+from medrobust_lib.models.loading import find_model
+from medrobust_lib.models.open_clip import OpenClipEncoder, load_open_clip
 from medrobust_lib.models.weights import (
     VOCABULARY_NAME,
     describe_files,
@@ -101,14 +105,7 @@ class _TextTower(nn.Module):
 class MedCLIPNetwork(nn.Module):
     """Both towers and the log of the logit scale, under the names that the public checkpoint uses.
 
-    Parameters
-    ----------
-    vision : SwinConfig or tuple of 4 ints
-        Configuration of a Swin transformer, or the number of bottleneck blocks in each stage of a ResNet.
-    text : BertConfig
-        Configuration of the text tower; its ``vocab_size`` is the one that the tokenizer must have.
-    embed_dim : int
-        d, length of a feature.
+    The image tower is a Swin transformer, or a ResNet with so many bottleneck blocks in each stage.
     """
 
     def __init__(
@@ -128,21 +125,7 @@ def published_network(model_id: str) -> MedCLIPNetwork:
 
 
 class MedCLIPEncoder(DualEncoder):
-    """MedCLIP behind the common interface.
-
-    Parameters
-    ----------
-    network : MedCLIPNetwork
-        Both towers, weights loaded.
-    tokenizer : BertWordPieceTokenizer
-        Lower-casing WordPiece tokenizer over Bio_ClinicalBERT's vocabulary.
-    id : str
-        Name under which the model was loaded.
-    image_size : int
-        Side of the image, in pixels.
-    provenance : dict
-        JSON values: source, files, licence.
-    """
+    """MedCLIP behind the common interface; its tokenizer lower-cases over Bio_ClinicalBERT's vocabulary."""
 
     def __init__(
         self,
@@ -313,12 +296,8 @@ def build_unimed_network(
 ) -> CustomTextCLIP:
     """Upstream's network with random weights, CLIP's own image preprocessing noted on it.
 
-    Parameters
-    ----------
-    text_folder : Path
-        Receives the text tower's ``config.json``, which open_clip reads from a folder or the hub only.
-    vision, text, embed_dim
-        Sizes of the towers; by default those of ``unimed_clip_vit_b16.pt``: ViT-B/16, uncased BERT base.
+    The sizes are by default those of ``unimed_clip_vit_b16.pt``: ViT-B/16, uncased BERT base. The folder receives the
+    text tower's ``config.json``, which open_clip reads from a folder or the hub only.
     """
     vision = vision or CLIPVisionCfg()
     (text or BertConfig()).save_pretrained(text_folder)
@@ -365,4 +344,155 @@ def load_unimedclip(entry: ModelEntry, *, weights_dir: Path | None, offline: boo
     _check_size(vocabulary, len(tokenizer.tokenizer), network.text.vocab_size)
     load_strictly(network, convert_fork_keys(read_state_dict(weights)), source=weights)
     encoder = OpenClipEncoder(network, tokenizer, id=entry.id, provenance=describe_files(entry, weights, vocabulary))
+    return encoder.eval().requires_grad_(False)
+
+
+# A [r, d] and B [d, r] by block and part (q, k or v) of its layer, whose weight gains B @ A in that third.
+Adapters = dict[tuple[int, str], tuple[Tensor, Tensor]]
+
+_SHORT_KEY = re.compile(r"w_(?P<side>[ab])_(?P<number>\d+)")
+_HEAD_KEY = re.compile(r"fc_\d+in_\d+out")
+_LONG_KEY = re.compile(
+    r"lora_vit\.lora_vit\.trunk\.blocks\.(?P<block>\d+)\.attn\.qkv\.linear_(?P<side>[ab])_(?P<part>[qkv])\.weight"
+)
+
+
+def short_adapters(tensors: Mapping[str, Tensor], *, blocks: int, source: str | Path) -> Adapters:
+    """Adapters of the authors' ``lora_weights.safetensors``, for a vision tower of so many blocks.
+
+    The file numbers its pairs ``w_a_000``, ``w_b_000``, ... block by block. The authors' code collects q and v
+    only, so that k, although trained, is not in the file; a file with three pairs a block holds q, k, v.
+
+    Raises
+    ------
+    ValueError
+        If the pairs are incomplete, or are neither two nor three a block; names the `source`.
+    """
+    sides: dict[str, dict[int, Tensor]] = {"a": {}, "b": {}}
+    for key, tensor in tensors.items():
+        match = _SHORT_KEY.fullmatch(key)
+        if match:
+            sides[match["side"]][int(match["number"])] = tensor
+    numbers = sorted(sides["a"])
+    if numbers != sorted(sides["b"]) or numbers != list(range(len(numbers))):
+        raise ValueError(
+            f"{source}: the adapters must come in pairs numbered from 0; found w_a {numbers}, w_b {sorted(sides['b'])}"
+        )
+    parts = {2 * blocks: "qv", 3 * blocks: "qkv"}.get(len(numbers))
+    if parts is None:
+        raise ValueError(
+            f"{source} holds {len(numbers)} adapter pairs; a vision tower of {blocks} blocks needs "
+            f"{2 * blocks} (q, v) or {3 * blocks} (q, k, v)"
+        )
+    places = [(block, part) for block in range(blocks) for part in parts]
+    return {place: (sides["a"][number], sides["b"][number]) for number, place in enumerate(places)}
+
+
+def split_full_checkpoint(
+    state_dict: Mapping[str, Tensor], *, blocks: int, source: str | Path
+) -> tuple[Adapters, dict[str, Tensor]]:
+    """Adapters and backbone of the authors' ``model.pth``, for a vision tower of so many blocks.
+
+    The file holds ``lora_vit.lora_vit.*`` (vision tower with wrapped ``qkv`` layers) and ``text_encoder.*``; the
+    backbone comes under open_clip's names. The logit scale is not in it: the authors trained without a temperature.
+
+    Raises
+    ------
+    ValueError
+        If a block has no q or v adapter, or a factor lacks its partner; names the `source`.
+    """
+    found: dict[tuple[int, str], dict[str, Tensor]] = {}
+    backbone = {}
+    for key, tensor in state_dict.items():
+        match = _LONG_KEY.fullmatch(key)
+        if match:
+            found.setdefault((int(match["block"]), match["part"]), {})[match["side"]] = tensor
+        elif not key.endswith("position_ids"):
+            key = key.replace("lora_vit.lora_vit.", "visual.", 1).replace(".attn.qkv.qkv.", ".attn.qkv.")
+            backbone[re.sub(r"^text_encoder\.", "text.", key)] = tensor
+    needed = {(block, part) for block in range(blocks) for part in "qv"}
+    incomplete = [place for place in needed | set(found) if set(found.get(place, ())) != {"a", "b"}]
+    outside = [place for place in found if place[0] >= blocks]
+    if incomplete or outside:
+        named = ", ".join(f"block {block} {part}" for block, part in sorted(incomplete + outside)[:10])
+        raise ValueError(f"{source}: adapters missing, incomplete or beyond the {blocks} blocks: {named}")
+    return {place: (pair["a"], pair["b"]) for place, pair in found.items()}, backbone
+
+
+def add_products(visual: nn.Module, adapters: Adapters, *, source: str | Path) -> None:
+    """Add the products to the weights of open_clip's timm tower, with ``trunk.blocks[i].attn.qkv``, in place.
+
+    Raises
+    ------
+    ValueError
+        If a pair does not fit its layer, or would make its weight NaN or infinite.
+    """
+    for (block, part), (a, b) in adapters.items():
+        layer = visual.trunk.blocks[block].attn.qkv
+        width = layer.in_features
+        if a.ndim != 2 or a.shape[1] != width or b.shape != a.shape[::-1]:
+            raise ValueError(
+                f"{source}, block {block}: the {part} adapter has A {tuple(a.shape)} and B {tuple(b.shape)}, not "
+                f"A (r, {width}) and B ({width}, r)"
+            )
+        product = b.to(layer.weight) @ a.to(layer.weight)
+        if not product.isfinite().all():
+            raise ValueError(f"{source}, block {block}: the {part} adapter holds NaN or infinite values")
+        with torch.no_grad():
+            layer.weight[width * "qkv".index(part) :][:width] += product
+
+
+def apply_checkpoint(clip: nn.Module, tensors: Mapping[str, Tensor], *, source: str | Path) -> None:
+    """Turn BiomedCLIP, of open_clip with a timm tower, into RobustMedCLIP with either of the authors' two files.
+
+    Warns
+    -----
+    UserWarning
+        If the file lacks the k adapters: they are then zero, and the model is not the one that was published.
+
+    Raises
+    ------
+    ValueError
+        If keys or shapes do not fit; names the `source`.
+    """
+    blocks = len(clip.visual.trunk.blocks)
+    if any(_SHORT_KEY.fullmatch(key) for key in tensors):
+        adapters = short_adapters(tensors, blocks=blocks, source=source)
+        backbone = clip.state_dict() | {
+            "visual.head.proj.weight" if _HEAD_KEY.fullmatch(key) else key: tensor
+            for key, tensor in tensors.items()
+            if not _SHORT_KEY.fullmatch(key)
+        }
+    else:
+        adapters, backbone = split_full_checkpoint(tensors, blocks=blocks, source=source)
+        backbone.setdefault("logit_scale", clip.state_dict()["logit_scale"])
+    load_strictly(clip, backbone, source=source)
+    without_keys = blocks - sum(part == "k" for _, part in adapters)
+    if without_keys:
+        warnings.warn(
+            f"{source} holds no k adapters for {without_keys} of {blocks} blocks (the authors' code trains "
+            "them but does not save them in lora_weights.safetensors); they are set to zero, so the features "
+            "differ from the published model's; use the full model.pth where you can",
+            UserWarning,
+            stacklevel=2,
+        )
+    add_products(clip.visual, adapters, source=source)
+
+
+def load_robustmedclip(entry: ModelEntry, *, weights_dir: Path | None, offline: bool) -> OpenClipEncoder:
+    """RobustMedCLIP: BiomedCLIP with the adapters in ``weights_dir/<id>/`` merged into its weights.
+
+    ``model.pth`` is preferred, since ``lora_weights.safetensors`` lacks the k adapters, of which a warning tells.
+    BiomedCLIP is taken from ``weights_dir/<id>/`` if its configuration lies there, else loaded as the model
+    ``biomedclip``. The logit scale is BiomedCLIP's: the authors trained and scored without one.
+    Parameters and errors are those of `load_medclip`.
+    """
+    weights = find_weights(entry, ("model.pth", "lora_weights.safetensors"), weights_dir=weights_dir)
+    base_entry = find_model("biomedclip")
+    if (weights.parent / OPEN_CLIP_CONFIG_NAME).is_file():
+        base_entry = replace(base_entry, id=entry.id)
+    encoder = load_open_clip(base_entry, weights_dir=weights_dir, offline=offline)
+    apply_checkpoint(encoder.model, read_state_dict(weights), source=weights)
+    encoder.id = entry.id
+    encoder.provenance = {**describe_files(entry, weights), "base": {"id": "biomedclip", **encoder.provenance}}
     return encoder.eval().requires_grad_(False)

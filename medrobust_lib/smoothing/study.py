@@ -245,8 +245,8 @@ def _manifest(study: _Study) -> dict[str, Any]:
     sequential = rules.sampling == "sequential"
     named = sequential and rules.radii is not None
     return {
-        "medrobust_lib": VERSION, "model": model.id, "weights": fingerprint(list(model.state_dict().values())),
-        "preprocessing": asdict(model.preprocessing), "dtype": str(model.dtype).removeprefix("torch."),
+        "medrobust_lib": VERSION, "model": model.id, "weights": model.identity()["weights"],
+        "preprocessing": asdict(model.preprocessing), "dtype": model.precision,
         "device": model.device.type, "dataset": data.id, "split": data.split, "classes": list(data.classes),
         "methods": [method.record() for method in study.methods],
         "n0": rules.n0, "n": rules.n, "alpha": rules.alpha, "sampling": rules.sampling, "mode": rules.mode,

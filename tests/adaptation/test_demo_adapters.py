@@ -12,14 +12,21 @@ import pytest
 import torch
 
 from medrobust_lib import metrics
-from medrobust_lib.adaptation import demo_adapters
-from medrobust_lib.adaptation.demo_adapters import DATASETS, FOLDER, NOISY, RECIPE, find_demo_adapter, folder_name
+from medrobust_lib.adaptation import adapting
+from medrobust_lib.adaptation.adapting import (
+    DEMO_ADAPTERS,
+    DEMO_DATASETS,
+    DEMO_NOISE,
+    DEMO_RECIPE,
+    demo_folder_name,
+    find_demo_adapter,
+)
 from medrobust_lib.adaptation.training_images import PAPER_AUGMENTATION, Augmentation
 from medrobust_lib.data.splits import fraction_splits
 from medrobust_lib.models.adapters import attached_adapters, load_adapter
 
 ROOT = Path(__file__).parents[2]
-CARD = (FOLDER / "MODEL_CARD.md").read_text(encoding="utf-8")
+CARD = (DEMO_ADAPTERS / "MODEL_CARD.md").read_text(encoding="utf-8")
 NAMES = re.findall(r"^\| `(\S+)` \|", CARD, re.MULTILINE)
 ONE = {"fraction": 0.1, "rank": 16, "seed": 1}
 LARGEST = 2_000_000  # bytes of all folders together
@@ -36,18 +43,18 @@ def planned():
 
 
 def stored(name):
-    return json.loads((FOLDER / name / "provenance.json").read_text(encoding="utf-8"))
+    return json.loads((DEMO_ADAPTERS / name / "provenance.json").read_text(encoding="utf-8"))
 
 
 def test_card_script_and_folders_name_the_same_adapters(planned):
     assert len(NAMES) >= 11
     assert list(planned) == NAMES
-    assert sorted(NAMES) == sorted(path.name for path in FOLDER.iterdir() if path.is_dir())
+    assert sorted(NAMES) == sorted(path.name for path in DEMO_ADAPTERS.iterdir() if path.is_dir())
     assert "**They have seen synthetic phantoms only. Not for clinical use.**" in CARD
 
 
 def test_all_folders_together_are_small():
-    files = [path for path in FOLDER.rglob("*") if path.is_file()]
+    files = [path for path in DEMO_ADAPTERS.rglob("*") if path.is_file()]
     assert len(files) == 1 + 3 * len(NAMES)
     assert 0 < sum(path.stat().st_size for path in files) <= LARGEST
 
@@ -57,12 +64,12 @@ def test_they_are_package_data():
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     patterns = settings["tool"]["setuptools"]["package-data"]["medrobust_lib"]
     covered = {path for pattern in patterns for path in package.glob(pattern)}
-    assert {path for path in FOLDER.rglob("*") if path.is_file()} <= covered
+    assert {path for path in DEMO_ADAPTERS.rglob("*") if path.is_file()} <= covered
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_each_loads_on_demo_clip_and_changes_its_image_features_only(model, name):
-    adapted = load_adapter(model, FOLDER / name)
+    adapted = load_adapter(model, DEMO_ADAPTERS / name)
     assert adapted.id == f"demo-clip + {name}"
     assert attached_adapters(adapted) is None
     pixels = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
@@ -74,14 +81,14 @@ def test_each_loads_on_demo_clip_and_changes_its_image_features_only(model, name
 @pytest.mark.parametrize("name", NAMES)
 def test_each_was_trained_as_its_name_says_on_train_images_only(planned, name):
     job, facts = planned[name], stored(name)
-    augmentation = NOISY if job.noisy else PAPER_AUGMENTATION
-    assert folder_name(fraction=job.fraction, rank=job.rank, seed=job.seed, augmentation=augmentation) == name
+    augmentation = DEMO_NOISE if job.noisy else PAPER_AUGMENTATION
+    assert demo_folder_name(fraction=job.fraction, rank=job.rank, seed=job.seed, augmentation=augmentation) == name
     assert (facts["rank"], facts["adapter"]["rank"], facts["recipe"]["seed"]) == (job.rank, job.rank, job.seed)
-    assert RECIPE.items() <= facts["recipe"].items()
+    assert DEMO_RECIPE.items() <= facts["recipe"].items()
     assert facts["recipe"]["augmentation"]["sigmas"] == ([0.1, 0.2] if job.noisy else [])
     assert facts["trainable"] == facts["adapter"]["parameters"] == job.rank * 4507
     for role, split, fraction in (("train", "train", job.fraction), ("validation", "val", None)):
-        assert list(facts[role]) == list(DATASETS)
+        assert list(facts[role]) == list(DEMO_DATASETS)
         for part in facts[role].values():
             assert (part["split"], part["fraction"], part["synthetic"]) == (split, fraction, True)
             assert len(set(part["indices"])) == part["n"] == len(part["indices"])
@@ -101,10 +108,10 @@ def test_each_improves_validation_by_its_own_record(name):
 
 def test_the_improvement_can_be_measured(model):
     """On the val images of the record, with half-precision weights as they are shipped."""
-    facts = stored(folder_name(**ONE))
-    adapted = load_adapter(model, FOLDER / folder_name(**ONE))
+    facts = stored(demo_folder_name(**ONE))
+    adapted = load_adapter(model, DEMO_ADAPTERS / demo_folder_name(**ONE))
     scores = {model.id: [], adapted.id: []}
-    for name in DATASETS:
+    for name in DEMO_DATASETS:
         part = fraction_splits(name, fraction=0.01, n_val=60, n_test=1)
         assert part.val.indices.tolist() == facts["validation"][name]["indices"]
         texts = model.class_features(part.val.classes, facts["validation"][name]["templates"])
@@ -120,28 +127,28 @@ def test_the_improvement_can_be_measured(model):
 
 
 def test_an_adapter_is_found_for_exactly_its_training(model):
-    assert find_demo_adapter(model, list(DATASETS), **ONE) == FOLDER / "rank16-10percent-seed1"
-    noisy = find_demo_adapter(model, DATASETS, fraction=0.1, rank=16, seed=0, augmentation=NOISY)
-    assert noisy == FOLDER / "rank16-10percent-seed0-noise"
-    assert find_demo_adapter(model, DATASETS, fraction=0.07, rank=16, seed=0).name == "rank16-7percent-seed0"
+    assert find_demo_adapter(model, list(DEMO_DATASETS), **ONE) == DEMO_ADAPTERS / "rank16-10percent-seed1"
+    noisy = find_demo_adapter(model, DEMO_DATASETS, fraction=0.1, rank=16, seed=0, augmentation=DEMO_NOISE)
+    assert noisy == DEMO_ADAPTERS / "rank16-10percent-seed0-noise"
+    assert find_demo_adapter(model, DEMO_DATASETS, fraction=0.07, rank=16, seed=0).name == "rank16-7percent-seed0"
 
 
 @pytest.mark.parametrize(
     "other",
     [
-        {"datasets": DATASETS[:5]},
-        {"datasets": DATASETS[::-1]},
-        {"datasets": (*DATASETS, "medmnist/breast")},
+        {"datasets": DEMO_DATASETS[:5]},
+        {"datasets": DEMO_DATASETS[::-1]},
+        {"datasets": (*DEMO_DATASETS, "medmnist/breast")},
         {"fraction": 0.2},
         {"fraction": 0.101},
         {"rank": 2},
         {"seed": 7},
-        {"augmentation": NOISY},  # there is one for seed 0 only
+        {"augmentation": DEMO_NOISE},  # there is one for seed 0 only
     ],
     ids=lambda other: "-".join(other),
 )
 def test_nothing_is_found_for_another_training(model, other):
-    asked = {"datasets": DATASETS, **ONE, **other}
+    asked = {"datasets": DEMO_DATASETS, **ONE, **other}
     assert find_demo_adapter(model, asked.pop("datasets"), **asked) is None
 
 
@@ -157,18 +164,18 @@ def test_nothing_is_found_for_another_training(model, other):
     ids=str,
 )
 def test_nothing_is_found_for_another_augmentation(model, augmentation):
-    assert find_demo_adapter(model, DATASETS, fraction=0.1, rank=16, seed=0, augmentation=augmentation) is None
-    assert find_demo_adapter(model, DATASETS, **ONE, augmentation=augmentation) is None
+    assert find_demo_adapter(model, DEMO_DATASETS, fraction=0.1, rank=16, seed=0, augmentation=augmentation) is None
+    assert find_demo_adapter(model, DEMO_DATASETS, **ONE, augmentation=augmentation) is None
 
 
 def test_nothing_is_found_for_other_weights(model):
     changed = copy.deepcopy(model)
     with torch.no_grad():
         changed.model.visual.conv1.weight[0, 0, 0, 0] += 0.1
-    assert find_demo_adapter(changed, DATASETS, **ONE) is None
-    assert find_demo_adapter(copy.deepcopy(model).to(torch.bfloat16), DATASETS, **ONE) is not None
+    assert find_demo_adapter(changed, DEMO_DATASETS, **ONE) is None
+    assert find_demo_adapter(copy.deepcopy(model).to(torch.bfloat16), DEMO_DATASETS, **ONE) is not None
 
 
 def test_a_folder_without_adapters_holds_none(model, tmp_path, monkeypatch):
-    monkeypatch.setattr(demo_adapters, "FOLDER", tmp_path)
-    assert find_demo_adapter(model, DATASETS, **ONE) is None
+    monkeypatch.setattr(adapting, "DEMO_ADAPTERS", tmp_path)
+    assert find_demo_adapter(model, DEMO_DATASETS, **ONE) is None

@@ -56,7 +56,7 @@ summary = pd.DataFrame([
     + """
 from collections import namedtuple
 
-from medrobust_lib.adaptation import demo_adapters
+from medrobust_lib.adaptation import adapting
 from medrobust_lib.models.adapters import load_adapter
 
 Job = namedtuple("Job", "method fraction rank seed")
@@ -64,8 +64,8 @@ seed, fraction, rank, images = 1, 0.1, 16, data
 words = encoder.class_features(data.classes, data.templates[:1])
 corruptions = list(mr.SUITES[suite].names(data.id))
 trained = {
-    Job("LoRA", fraction, r, seed): {"model": load_adapter(encoder, demo_adapters.find_demo_adapter(
-        encoder, demo_adapters.DATASETS, fraction=fraction, rank=r, seed=seed))}
+    Job("LoRA", fraction, r, seed): {"model": load_adapter(encoder, adapting.find_demo_adapter(
+        encoder, adapting.DEMO_DATASETS, fraction=fraction, rank=r, seed=seed))}
     for r in (4, 16)
 }
 """,

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from medrobust_lib import SUITES, explore
-from medrobust_lib.adaptation import demo_adapters
+from medrobust_lib.adaptation import adapting
 from medrobust_lib.corruptions.suites import corrupted
 from medrobust_lib.evaluation import Candidate
 from medrobust_lib.models.adapters import load_adapter
@@ -12,7 +12,7 @@ from medrobust_lib.models.adapters import load_adapter
 def adapted(model):
     found = {}
     for rank in (4, 16):
-        folder = demo_adapters.find_demo_adapter(model, demo_adapters.DATASETS, fraction=0.1, rank=rank, seed=1)
+        folder = adapting.find_demo_adapter(model, adapting.DEMO_DATASETS, fraction=0.1, rank=rank, seed=1)
         found[f"rank {rank}"] = load_adapter(model, folder)
     return found
 

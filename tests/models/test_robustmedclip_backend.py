@@ -12,12 +12,12 @@ from torch import nn
 from transformers import BertConfig
 
 from medrobust_lib.models.loading import find_model
-from medrobust_lib.models.open_clip import load_open_clip
-from medrobust_lib.models.robustmedclip import (
+from medrobust_lib.models.medclip import (
     add_products,
     load_robustmedclip,
     short_adapters,
 )
+from medrobust_lib.models.open_clip import load_open_clip
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "cell", "of", "blood", "platelet", "image", "##s"]
 TEXTS = ["a blood cell", "images of a platelet"]
