@@ -407,11 +407,8 @@ class _Counter:
 
 def _most_frequent(labels: Sequence[str | None], known: Sequence[str]) -> tuple[str | None, int]:
     """Label that occurs most often, the first of the known ones among equals, and its number."""
-    counts = [labels.count(label) for label in known]
-    if not any(counts):
-        return None, ABSTAIN
-    number = counts.index(max(counts))
-    return known[number], number
+    number = max(range(len(known)), key=lambda place: labels.count(known[place]))
+    return (known[number], number) if known[number] in labels else (None, ABSTAIN)
 
 
 def _certificate(bank: AnswerBank, verdict: Verdict, number: int, guarantee: Guarantee, **rules: Any) -> Certificate:
