@@ -28,8 +28,7 @@ from medrobust_lib.plots.panels import (
 )
 from medrobust_lib.smoothing.certificate import ABSTAIN, GUARANTEES
 from medrobust_lib.smoothing.certify import Verdict
-from medrobust_lib.smoothing.prompt_frames import PromptFrame
-from medrobust_lib.smoothing.prompts import PromptSet, mean_prediction_entropy, sharpen
+from medrobust_lib.smoothing.prompts import PromptFrame, PromptSet, mean_prediction_entropy, sharpen
 
 _ROW = 0.3  # inches
 

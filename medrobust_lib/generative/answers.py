@@ -3,13 +3,14 @@
 import operator
 import time
 from collections import UserDict
-from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,7 +22,7 @@ from medrobust_lib.models.weights import fingerprint
 from medrobust_lib.places import VERSION
 from medrobust_lib.smoothing.bounds import check_sigma
 from medrobust_lib.smoothing.certify import check_image, check_not_training
-from medrobust_lib.smoothing.noise import Batches, NoiseStream, Role, make_batches, noisy_copies
+from medrobust_lib.smoothing.noise import NoiseStream, Role, make_batches, noisy_copies
 
 
 class GenerativeModel(Protocol):
@@ -202,13 +203,16 @@ class AnswerBank:
         self.dataset, self.index = dataset, index
         self.kept = {} if kept is None else kept
         self.seconds = 0.0
-        self._batches = _batches(vlm, image, prompt, how, batch_size)
+        each = None
+        if batch_size is None and hasattr(vlm, "bytes_per_copy"):
+            each = vlm.bytes_per_copy(prompt, how.max_new_tokens)
+        self._batches = make_batches(batch_size, image.device, tuple(image.shape), bytes_each=each)
 
     def answers(self, role: Role, first: int, count: int) -> list[Completion | None]:
         """Answers to copies number ``first`` to ``first + count - 1``; those not kept yet are drawn now."""
         missing = [number for number in range(first, first + count) if (role, number) not in self.kept]
-        for start, length in _runs(missing):
-            for drawn in self._batches.map(partial(self._draw, role), first=start, count=length):
+        for run in np.split(missing, np.flatnonzero(np.diff(missing) > 1) + 1) if missing else []:
+            for drawn in self._batches.map(partial(self._draw, role), first=int(run[0]), count=len(run)):
                 self.kept.update(drawn)
         return [self.kept[role, number] for number in range(first, first + count)]
 
@@ -436,22 +440,6 @@ def _collect(
     bank.answers("select", 0, n0)
     bank.answers("estimate", 0, n)
     return {address: answer for address, answer in bank.kept.items() if address not in kept}, bank.seconds
-
-
-def _batches(vlm: Any, image: Tensor, prompt: str, how: Drawing, size: int | None) -> Batches:
-    options = {}
-    if size is None and hasattr(vlm, "bytes_per_copy"):
-        options["bytes_each"] = vlm.bytes_per_copy(prompt, how.max_new_tokens)
-    return make_batches(size, image.device, tuple(image.shape), **options)
-
-
-def _runs(numbers: Sequence[int]) -> Iterator[tuple[int, int]]:
-    """Start and length of each run of consecutive numbers, in ascending order."""
-    start = 0
-    for place, number in enumerate(numbers):
-        if place + 1 == len(numbers) or numbers[place + 1] != number + 1:
-            yield numbers[start], place + 1 - start
-            start = place + 1
 
 
 def _device(vlm: Any) -> torch.device:

@@ -1,13 +1,15 @@
-"""Certificates of what a generative model answers: a label, or a cluster of texts that mean the same."""
+"""Certificates of what a generative model answers, a label or a cluster of equal texts: of one image, or as a table."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import torch
 from torch import Tensor
 
+from medrobust_lib.data.questions import QuestionSet
 from medrobust_lib.generative.answers import (
     AnswerBank,
     Drawing,
@@ -26,63 +28,14 @@ from medrobust_lib.generative.errors import (
     check_error_model,
     split_alpha,
 )
-from medrobust_lib.generative.oracles import Judged, judged
-from medrobust_lib.smoothing.bounds import certified_radius
+from medrobust_lib.generative.oracles import Cluster, Judged, cluster_texts, judged
+from medrobust_lib.smoothing.bounds import certified_radius, maximum_radius, needed_probability
 from medrobust_lib.smoothing.certificate import ABSTAIN, Certificate, Guarantee, Sampling, Tally, about_text
 from medrobust_lib.smoothing.certify import Verdict, check_mode_draws, make_plan, take_votes
 from medrobust_lib.smoothing.noise import Role
 
-
-@dataclass(frozen=True)
-class Cluster:
-    """Texts that mean the same as their first one.
-
-    Attributes
-    ----------
-    representative : str
-    size : int
-    """
-
-    representative: str
-    size: int
-
-
-def cluster_texts(texts: Sequence[str | None], equivalence: Equivalence) -> tuple[list[Cluster], Judged]:
-    """Group texts by meaning, greedily in their order: a text joins the first representative it is equivalent to.
-
-    An equivalence need be neither symmetric nor transitive, so another order may give other clusters; the order of the
-    draws is fixed by their addresses.
-
-    Parameters
-    ----------
-    texts : sequence of str or None
-        Empty ones, and None, join no cluster.
-    equivalence : Equivalence
-
-    Returns
-    -------
-    clusters : list of Cluster
-        In the order of their representatives.
-    judged : Judged
-        Number of its cluster for each text, or None; with the counts of empty texts and of failures.
-    """
-    numbers: list[int | None] = [None] * len(texts)
-    waiting = [place for place, text in enumerate(texts) if text is not None and text.strip()]
-    empty, failed, first_error = len(texts) - len(waiting), 0, ""
-    clusters = []
-    while waiting:
-        representative = texts[waiting[0]]
-        answers = judged(equivalence, [texts[place] for place in waiting], representative)
-        failed, first_error = failed + answers.failed, first_error or answers.first_error
-        # A text stands for itself, whatever an unreliable judge says.
-        joined = [place for place, same in zip(waiting, answers.labels, strict=True) if same or place == waiting[0]]
-        for place in joined:
-            numbers[place] = len(clusters)
-        clusters.append(Cluster(representative, len(joined)))
-        waiting = [place for place in waiting if numbers[place] is None]
-    return clusters, Judged(tuple(numbers), empty=empty, failed=failed, first_error=first_error)
-
-
+_UNKNOWN = -2  # number of a truth that nobody knows; no certificate predicts it
+_COPIED = ("sigma", "radius", "p_lower", "k", "n", "n0", "n_max", "alpha", "sampling", "mode", "seed")
 _TESTED = 0  # the number that votes for the tested answer carry; all others count for no class
 
 
@@ -290,19 +243,21 @@ def certify_answers(
     plans = [make_plan(sampling, sigma=sigma, radii=radii, n=n, alpha=level) for level in (alpha, alpha_votes)]
     counter = _Counter(bank)
     clusters: tuple[Cluster, ...] = ()
+    drawn = bank.texts("select", 0, n0)
     if labelled:
-        selected = counter.judged(oracle, "select", 0, n0)
-        counter.check_oracle_works(oracle.name, n_calls=counter.n_given)
+        selected = counter.noted(judged(oracle, drawn), "select")
         answer, number = _most_frequent(selected, oracle.labels)
     else:
-        clusters = counter.clusters(oracle, n0)
-        # If every call failed, every text was compared with itself and all that came after it.
-        counter.check_oracle_works(oracle.name, n_calls=counter.n_given * (counter.n_given + 1) // 2)
+        found, answers = cluster_texts(drawn, oracle)
+        counter.noted(answers, "select")
+        clusters = tuple(found)
         largest = max(clusters, key=lambda cluster: cluster.size, default=None)  # the first one among equals
         answer, number = (None, ABSTAIN) if largest is None else (largest.representative, _TESTED)
+    counter.check_oracle_works(oracle.name, labelled=labelled)
 
     def votes(role: Role, first: int, count: int, positions: Sequence[int]) -> list[Tensor]:
-        found = counter.judged(oracle, role, first, count, None if labelled else answer)
+        asked = judged(oracle, bank.texts(role, first, count), None if labelled else answer)
+        found = counter.noted(asked, role, first)
         hits = [label == answer for label in found] if labelled else found
         drawn = torch.tensor([_TESTED if hit else ABSTAIN for hit in hits], dtype=torch.int64)
         return [drawn for _ in positions]
@@ -337,6 +292,78 @@ def certify_answers(
     )
 
 
+def certify_questions(
+    banks: Sequence[AnswerBank],
+    questions: QuestionSet,
+    oracle: Oracle | Equivalence,
+    *,
+    reader: Oracle | None = None,
+    **rules: Any,
+) -> pd.DataFrame:
+    """Certify the answers to every question of a set.
+
+    Parameters
+    ----------
+    banks : sequence of AnswerBank
+        From `collect_answers`, one for each question.
+    questions : QuestionSet
+    oracle : Oracle or Equivalence
+    reader : Oracle, optional
+        Reads the label of a frozen representative, to compare it with the truth; a label oracle needs none.
+    **rules
+        n0, n, alpha, error_model, alpha_share, sampling and radii of `certify_answers`.
+
+    Returns
+    -------
+    DataFrame
+        A row per image, and a second one for its corrected certificate where there is an error model (an abstention
+        if the model was refused, so that the image counts): columns dataset,
+        image (index in the split), task, question, truth, answer, answered (the answer's label), label (number of the
+        truth, -2 if unknown), predicted (number of the certified label, -1: abstain), model, oracle, guarantee,
+        n_classes, sigma, radius, radius_tested (the largest that was asked for), radius_reach (the largest that n_max
+        votes for this label can prove; both NaN where the error model leaves none), p_lower, k, n, n0, n_max, alpha,
+        sampling, seed, n_distinct, empty, truncated, unlabelled, failed, refusal, seconds (of generating the bank).
+        `metrics.certified_accuracy` takes its rows of known truth.
+
+    Raises
+    ------
+    ValueError
+        A bank of another question, or as `certify_answers`.
+    """
+    _check_banks(banks, questions)
+    rows = []
+    for bank, truth in zip(banks, questions.truths, strict=True):
+        found = certify_answers(bank, oracle, **rules)
+        answered = found.answer if reader is None or found.answer is None else judged(reader, [found.answer]).labels[0]
+        for certificate in _certificates(found):
+            rows.append(
+                {
+                    "dataset": questions.id,
+                    "image": bank.index,
+                    "task": questions.task,
+                    "question": bank.prompt,
+                    "truth": truth,
+                    "answer": found.answer,
+                    "answered": answered,
+                    "label": _number(questions.labels, truth, otherwise=_UNKNOWN),
+                    "predicted": ABSTAIN
+                    if certificate.abstained
+                    else _number(questions.labels, answered, otherwise=len(questions.labels)),
+                    "model": certificate.model,
+                    "oracle": found.oracle,
+                    "guarantee": certificate.guarantee,
+                    "n_classes": len(questions.labels),
+                    **{name: getattr(certificate, name) for name in _COPIED},
+                    **_limits(certificate, found.answer if callable(getattr(oracle, "label", None)) else SAME, **rules),
+                    "n_distinct": found.n_distinct,
+                    **{name: getattr(found.tally, name) for name in ("empty", "truncated", "unlabelled", "failed")},
+                    "refusal": found.refusal,
+                    "seconds": bank.seconds,
+                }
+            )
+    return pd.DataFrame(rows)
+
+
 def _check_number_of_labels(error_model: ErrorModel | None, n_labels: int, name: str) -> None:
     """Refuse symmetric errors over more or fewer labels than there are: the correction would promise too much."""
     if isinstance(error_model, SymmetricErrors) and error_model.n_labels != n_labels:
@@ -347,36 +374,14 @@ def _check_number_of_labels(error_model: ErrorModel | None, n_labels: int, name:
 
 
 class _Counter:
-    """Judges a bank's answers, and counts what became of them."""
+    """Counts what became of a bank's answers."""
 
     def __init__(self, bank: AnswerBank) -> None:
         self.bank = bank
         self.tally = Tally()
 
-    def judged(
-        self, oracle: Oracle | Equivalence, role: Role, first: int, count: int, representative: str | None = None
-    ) -> tuple[str | bool | None, ...]:
-        return self._noted(judged(oracle, self.bank.texts(role, first, count), representative), role, first)
-
-    def clusters(self, equivalence: Equivalence, n0: int) -> tuple[Cluster, ...]:
-        clusters, answers = cluster_texts(self.bank.texts("select", 0, n0), equivalence)
-        self._noted(answers, "select", 0)
-        return tuple(clusters)
-
-    @property
-    def n_given(self) -> int:
-        """Texts that are not empty."""
-        return self.tally.total - self.tally.empty
-
-    def check_oracle_works(self, name: str, *, n_calls: int) -> None:
-        """Raise if all calls failed: an abstention would hide a broken oracle."""
-        if 0 < n_calls == self.tally.failed:
-            raise RuntimeError(
-                f"the oracle {name!r} failed at each of the {self.n_given} selection texts that are not empty, first "
-                f"with {self.tally.first_error!r}; mend it, and ask again"
-            )
-
-    def _noted(self, answers: Judged, role: Role, first: int) -> tuple[Any, ...]:
+    def noted(self, answers: Judged, role: Role, first: int = 0) -> tuple[Any, ...]:
+        """Labels of the answers from number ``first`` on, counted."""
         completions = self.bank.answers(role, first, len(answers.labels))
         self.tally += Tally(
             total=len(answers.labels),
@@ -388,14 +393,22 @@ class _Counter:
         )
         return answers.labels
 
+    def check_oracle_works(self, name: str, *, labelled: bool) -> None:
+        """Raise if all calls failed: an abstention would hide a broken oracle."""
+        n_texts = self.tally.total - self.tally.empty
+        # An equivalence that always fails has compared every text with itself and all that came after it.
+        n_calls = n_texts if labelled else n_texts * (n_texts + 1) // 2
+        if 0 < n_calls == self.tally.failed:
+            raise RuntimeError(
+                f"the oracle {name!r} failed at each of the {n_texts} selection texts that are not empty, first "
+                f"with {self.tally.first_error!r}; mend it, and ask again"
+            )
+
 
 def _most_frequent(labels: Sequence[str | None], known: Sequence[str]) -> tuple[str | None, int]:
     """Label that occurs most often, the first of the known ones among equals, and its number."""
-    counts = [labels.count(label) for label in known]
-    if not any(counts):
-        return None, ABSTAIN
-    number = counts.index(max(counts))
-    return known[number], number
+    number = max(range(len(known)), key=lambda place: labels.count(known[place]))
+    return (known[number], number) if known[number] in labels else (None, ABSTAIN)
 
 
 def _certificate(bank: AnswerBank, verdict: Verdict, number: int, guarantee: Guarantee, **rules: Any) -> Certificate:
@@ -425,3 +438,57 @@ def _corrected(
     if p_lower <= 0.5:
         return replace(strict, predicted=ABSTAIN, radius=0.0, p_lower=p_lower)
     return replace(strict, predicted=number, radius=certified_radius(p_lower, strict.sigma), p_lower=p_lower)
+
+
+def _certificates(found: GenerativeCertificate) -> list[Certificate]:
+    if found.corrected is not None:
+        return [found.composite, found.corrected]
+    if not found.refusal:
+        return [found.composite]
+    refused = replace(found.composite, predicted=ABSTAIN, radius=0.0, p_lower=0.0, guarantee="corrected")
+    return [found.composite, refused]
+
+
+def _limits(
+    certificate: Certificate,
+    label: str | None,
+    *,
+    error_model: ErrorModel | None = None,
+    alpha_share: float = 0.5,
+    radii: Sequence[float] | None = None,
+    **_: Any,
+) -> dict[str, float]:
+    """Largest radii that were asked for and that unanimous votes for a label would prove."""
+    rate = error_model if certificate.guarantee == "corrected" else None
+    sigma, n, alpha = certificate.sigma, certificate.n_max, certificate.alpha
+    alpha_votes, alpha_rate = split_alpha(rate, alpha, share=alpha_share)
+    plan = make_plan(certificate.sampling, sigma=sigma, radii=radii, n=n, alpha=alpha_votes)
+    largest = {"radius_tested": plan.largest_radius, "radius_reach": maximum_radius(n, alpha_votes, sigma)}
+    if rate is None:
+        return largest
+    if label is None:
+        return dict.fromkeys(largest, float("nan"))
+    try:
+        proved = [
+            rate.corrected(float(needed_probability(radius, sigma)), label=label, alpha=alpha_rate or alpha)
+            for radius in largest.values()
+        ]
+    except InconsistentErrorRateError:  # fewer votes than all would be believed
+        return dict.fromkeys(largest, float("nan"))
+    return {name: float(certified_radius(max(p, 0.0), sigma)) for name, p in zip(largest, proved, strict=True)}
+
+
+def _check_banks(banks: Sequence[AnswerBank], questions: QuestionSet) -> None:
+    asked = [(bank.dataset, bank.index, bank.prompt) for bank in banks]
+    wanted = [
+        (questions.id, int(index), prompt) for index, prompt in zip(questions.indices, questions.questions, strict=True)
+    ]
+    if len(asked) != len(wanted):
+        raise ValueError(f"{len(asked)} banks for {len(wanted)} questions; `collect_answers` gives one for each")
+    for found, right in zip(asked, wanted, strict=True):
+        if found != right:
+            raise ValueError(f"a bank of {found} stands where the question is {right}; keep the order of the questions")
+
+
+def _number(labels: Sequence[str], label: str | None, *, otherwise: int) -> int:
+    return labels.index(label) if label in labels else otherwise

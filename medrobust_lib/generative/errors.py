@@ -472,4 +472,4 @@ def calibrate_equivalence(
 def _counted(errors: int, trials: int, what: str) -> ErrorRate:
     if trials == 0:
         raise ValueError(f"no {what} were labelled, so their error rate is unknown")
-    return ErrorRate(errors=int(errors), trials=int(trials))
+    return ErrorRate(errors=errors, trials=trials)

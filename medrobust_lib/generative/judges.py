@@ -1,4 +1,4 @@
-"""Language models as judges: oracles whose answers come from any callable or an HTTP endpoint.
+"""Models as judges: oracles that ask a language model, as a callable or an HTTP endpoint, or an encoder of texts.
 
 A judge is not proof against what it reads: the fence around a text only makes it harder for the text to give orders.
 The certificate covers that, for it is about the model together with this judge, at this version.
@@ -15,8 +15,11 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+import numpy as np
 import requests
+import torch
 from sklearn.feature_extraction.text import TfidfVectorizer
+from torch import Tensor
 
 from medrobust_lib.checks import check_positive, check_whole
 from medrobust_lib.experiments import open_store
@@ -123,6 +126,59 @@ class JudgeEquivalence:
         replies = self.ask([self.prompt(representative, text) for text in texts])
         verdicts = {"yes": True, "no": False, None: None}
         return [verdicts[read_reply(reply, ("yes", "no"))] for reply in replies]
+
+
+class EmbeddingEquivalence:
+    """Equivalent: the cosine of features reaches a threshold. As fixed a function of the text as the encoder is.
+
+    Parameters
+    ----------
+    encode : callable
+        From n texts to features [n, d], as a Tensor or array; rows need not have unit norm.
+    threshold : float
+        In (-1, 1], fixed before any text is seen.
+    name : str
+    version : str
+        Names the encoder and its weights; the threshold is added.
+
+    Raises
+    ------
+    ValueError
+        Threshold out of range.
+    """
+
+    def __init__(
+        self, encode: Callable[[Sequence[str]], Tensor | np.ndarray], threshold: float, *, name: str, version: str
+    ) -> None:
+        if not -1 < threshold <= 1:
+            raise ValueError(f"threshold={threshold}: choose a cosine in (-1, 1]")
+        self.encode, self.threshold, self.name = encode, float(threshold), name
+        self.version = f"{version}, cosine >= {self.threshold!r}, {hash_of(_READING)}"
+
+    def __repr__(self) -> str:
+        return f"EmbeddingEquivalence({self.name!r}, {self.version!r})"
+
+    def equivalent(self, texts: Sequence[str], representative: str) -> list[bool | None]:
+        """Whether each text is near enough; None for a text whose features have no direction.
+
+        Raises
+        ------
+        ValueError
+            The encoder returned no [n, d], or the representative's features have no direction.
+        """
+        with torch.no_grad():
+            features = torch.as_tensor(self.encode([representative, *texts])).detach().cpu().double()
+        if features.ndim != 2 or len(features) != len(texts) + 1:
+            raise ValueError(f"the encoder returned {tuple(features.shape)} for {len(texts) + 1} texts, not [n, d]")
+        norms = torch.linalg.vector_norm(features, dim=1)
+        directed = (torch.isfinite(norms) & (norms > 0)).tolist()
+        if not directed[0]:
+            raise ValueError(f"the features of the representative {representative!r} are zero or not finite")
+        units = features / norms[:, None]
+        # Not the inner product: of a row with itself it may round to less than 1.
+        cosines = 1 - (units[1:] - units[0]).square().sum(dim=1) / 2
+        near = (cosines >= self.threshold).tolist()
+        return [answer if known else None for answer, known in zip(near, directed[1:], strict=True)]
 
 
 def fenced(text: str) -> str:

@@ -1,17 +1,15 @@
-"""Oracles, which read generated texts: phrases and labels in them, and whether two mean the same."""
+"""Oracles, which read generated texts: phrases and labels in them, whether two mean the same, and clusters of those."""
 
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import compress
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from medrobust_lib.checks import check_choice
 from medrobust_lib.data import questions
@@ -222,6 +220,56 @@ def checked(answers: Any, count: int, name: str, admissible: Sequence[str | bool
     return [None if answer is None else admissible[admissible.index(answer)] for answer in answers]
 
 
+@dataclass(frozen=True)
+class Cluster:
+    """Texts that mean the same as their first one.
+
+    Attributes
+    ----------
+    representative : str
+    size : int
+    """
+
+    representative: str
+    size: int
+
+
+def cluster_texts(texts: Sequence[str | None], equivalence: Equivalence) -> tuple[list[Cluster], Judged]:
+    """Group texts by meaning, greedily in their order: a text joins the first representative it is equivalent to.
+
+    An equivalence need be neither symmetric nor transitive, so another order may give other clusters; the order of the
+    draws is fixed by their addresses.
+
+    Parameters
+    ----------
+    texts : sequence of str or None
+        Empty ones, and None, join no cluster.
+    equivalence : Equivalence
+
+    Returns
+    -------
+    clusters : list of Cluster
+        In the order of their representatives.
+    judged : Judged
+        Number of its cluster for each text, or None; with the counts of empty texts and of failures.
+    """
+    numbers: list[int | None] = [None] * len(texts)
+    waiting = [place for place, text in enumerate(texts) if text is not None and text.strip()]
+    empty, failed, first_error = len(texts) - len(waiting), 0, ""
+    clusters = []
+    while waiting:
+        representative = texts[waiting[0]]
+        answers = judged(equivalence, [texts[place] for place in waiting], representative)
+        failed, first_error = failed + answers.failed, first_error or answers.first_error
+        # A text stands for itself, whatever an unreliable judge says.
+        joined = [place for place, same in zip(waiting, answers.labels, strict=True) if same or place == waiting[0]]
+        for place in joined:
+            numbers[place] = len(clusters)
+        clusters.append(Cluster(representative, len(joined)))
+        waiting = [place for place in waiting if numbers[place] is None]
+    return clusters, Judged(tuple(numbers), empty=empty, failed=failed, first_error=first_error)
+
+
 def hash_of(*parts: Any) -> str:
     """Sixteen hexadecimal digits that change when any of the JSON values does."""
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
@@ -373,59 +421,6 @@ def default_oracle(asked: QuestionSet) -> Oracle:
             return finding_oracle(modality)
         return OptionOracle(dict.fromkeys(asked.labels, ()), name="finding")
     return {"safety": safety_oracle, "action": action_oracle, "jailbreak": refusal_oracle}[asked.task]()
-
-
-class EmbeddingEquivalence:
-    """Equivalent: the cosine of features reaches a threshold. As fixed a function of the text as the encoder is.
-
-    Parameters
-    ----------
-    encode : callable
-        From n texts to features [n, d], as a Tensor or array; rows need not have unit norm.
-    threshold : float
-        In (-1, 1], fixed before any text is seen.
-    name : str
-    version : str
-        Names the encoder and its weights; the threshold is added.
-
-    Raises
-    ------
-    ValueError
-        Threshold out of range.
-    """
-
-    def __init__(
-        self, encode: Callable[[Sequence[str]], Tensor | np.ndarray], threshold: float, *, name: str, version: str
-    ) -> None:
-        if not -1 < threshold <= 1:
-            raise ValueError(f"threshold={threshold}: choose a cosine in (-1, 1]")
-        self.encode, self.threshold, self.name = encode, float(threshold), name
-        self.version = f"{version}, cosine >= {self.threshold!r}, {hash_of(_READING)}"
-
-    def __repr__(self) -> str:
-        return f"EmbeddingEquivalence({self.name!r}, {self.version!r})"
-
-    def equivalent(self, texts: Sequence[str], representative: str) -> list[bool | None]:
-        """Whether each text is near enough; None for a text whose features have no direction.
-
-        Raises
-        ------
-        ValueError
-            The encoder returned no [n, d], or the representative's features have no direction.
-        """
-        with torch.no_grad():
-            features = torch.as_tensor(self.encode([representative, *texts])).detach().cpu().double()
-        if features.ndim != 2 or len(features) != len(texts) + 1:
-            raise ValueError(f"the encoder returned {tuple(features.shape)} for {len(texts) + 1} texts, not [n, d]")
-        norms = torch.linalg.vector_norm(features, dim=1)
-        directed = (torch.isfinite(norms) & (norms > 0)).tolist()
-        if not directed[0]:
-            raise ValueError(f"the features of the representative {representative!r} are zero or not finite")
-        units = features / norms[:, None]
-        # Not the inner product: of a row with itself it may round to less than 1.
-        cosines = 1 - (units[1:] - units[0]).square().sum(dim=1) / 2
-        near = (cosines >= self.threshold).tolist()
-        return [answer if known else None for answer, known in zip(near, directed[1:], strict=True)]
 
 
 @dataclass(frozen=True)

@@ -21,8 +21,7 @@ from medrobust_lib.models.weights import fingerprint
 from medrobust_lib.smoothing.bounds import check_sigma
 from medrobust_lib.smoothing.certificate import ABSTAIN, Guarantee
 from medrobust_lib.smoothing.noise import Batches, NoiseStream, map_copies, noisy_bank
-from medrobust_lib.smoothing.prompt_frames import PromptFrame
-from medrobust_lib.smoothing.prompts import PromptSet, check_steps, mean_prediction_entropy, sharpen
+from medrobust_lib.smoothing.prompts import PromptFrame, PromptSet, check_steps, mean_prediction_entropy, sharpen
 
 _COPIES_AT_A_TIME = 16  # that adapt to themselves, each with a text tower's pass for all classes
 
@@ -490,5 +489,7 @@ def adapt_to_pool(
 
 def disjoint(pool: ImageDataset, certified: ImageDataset) -> bool:
     """Whether no image of the pool is among those to be certified, by content."""
-    known: set[str] = {fingerprint([torch.from_numpy(image)]) for image in certified.images}
-    return not any(fingerprint([torch.from_numpy(image)]) in known for image in pool.images)
+    known, found = (
+        {fingerprint([torch.from_numpy(np.array(image))]) for image in dataset.images} for dataset in (certified, pool)
+    )  # copies, because torch takes no read-only arrays
+    return known.isdisjoint(found)

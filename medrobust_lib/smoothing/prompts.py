@@ -1,7 +1,8 @@
-"""Prompt learning on noisy features: CoOp, Few-Shot and Zero-Shot PromptSmooth, and sound variants.
+"""Prompts and how they are learned on noisy features: CoOp, Few-Shot and Zero-Shot PromptSmooth.
 
-A prompt is a few context vectors among the word embeddings of "... {class}.". The image tower never sees it,
-so prompts are learned on features of noisy images that were encoded once.
+A prompt is a few context vectors among the word embeddings of "... {class}.". Their places are counted in tokens, not
+words, for any tokenizer (`PromptFrame`). The image tower never sees a prompt, so prompts are learned on features of
+noisy images that were encoded once.
 """
 
 import math
@@ -9,31 +10,159 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from medrobust_lib.checks import check_positive, check_whole
+from medrobust_lib.checks import check_choice, check_positive, check_whole
 from medrobust_lib.data.dataset import ImageDataset
 from medrobust_lib.files import parsed, read_tensors, write_tensors
-from medrobust_lib.models.dual_encoder import DualEncoder
+from medrobust_lib.models.dual_encoder import DualEncoder, Tokens
 from medrobust_lib.smoothing.noise import noisy_bank
-from medrobust_lib.smoothing.prompt_frames import (
-    Position,
-    PromptFrame,
-    empty_frame,
-    frame_from_template,
-    why_not_learned,
-)
 
 TRAINING_SIGMAS = (0.25, 0.5, 0.75, 1.0)
 """Noise levels that the authors of PromptSmooth train few-shot prompts with (issue 3 of their repository)."""
 
 _INITIAL_STD = 0.02  # of randomly initialised context, as in CoOp
 _FORMAT = 1
+
+Position = Literal["end", "middle", "front"]
+
+
+@dataclass(frozen=True, eq=False)
+class PromptFrame:
+    """The tokens of K prompts with places for context vectors.
+
+    Attributes
+    ----------
+    tokens : Tokens
+        [K, L]; placeholders where the context goes.
+    embeddings : float32 [K, L, w]
+        Word embeddings of the tokens, frozen.
+    places : int64 [K, n_context]
+        Positions of the context in each prompt.
+    """
+
+    tokens: Tokens
+    embeddings: Tensor = field(repr=False)
+    places: Tensor
+
+    def features(self, model: DualEncoder, context: Tensor) -> Tensor:
+        """Unit-norm text features of the prompts with a context put in; differentiable in the context.
+
+        Parameters
+        ----------
+        model : DualEncoder
+        context : float32 [n_context, w] shared by the classes, or [K, n_context, w]
+
+        Returns
+        -------
+        float32 [K, d]
+        """
+        shape = (*self.places.shape, self.embeddings.shape[2])
+        filled = self.embeddings.scatter(1, self.places[..., None].expand(shape), context.float().expand(shape))
+        return model.encode_embeddings(filled, self.tokens)
+
+    @property
+    def text_context(self) -> Tensor:
+        """float32 [n_context, w]: the embeddings that stand at the places of the first prompt."""
+        return self.embeddings[0, self.places[0]].clone()
+
+
+def why_not_learned(model: DualEncoder) -> str:
+    """Why no prompt can be learned for a model; empty where one can.
+
+    Learning puts vectors among the word embeddings of a text, so a model must embed tokens of its own, between one
+    start and one end token, and pass a gradient from the text's features back to them.
+    """
+    with torch.inference_mode(False), torch.enable_grad():
+        try:
+            tokens = model.tokenize([""])
+            embeddings = model.embed_tokens(tokens).detach().float().requires_grad_(True)
+            features = model.encode_embeddings(embeddings, tokens)
+        except NotImplementedError:
+            return f"{model.id} reads whole texts only: prompts are learned among word embeddings (embed_tokens)"
+    if int(tokens.mask.sum()) != 2:
+        return f"{model.id} does not frame a text by one start and one end token, between which prompts are learned"
+    if not features.requires_grad:
+        return f"{model.id} passes no gradient from the features of a text back to its word embeddings"
+    return ""
+
+
+def empty_frame(
+    model: DualEncoder, classes: Sequence[str], *, n_context: int, position: Position = "end", suffix: str = "."
+) -> PromptFrame:
+    """Prompts with `n_context` empty places before, around or after the class name, and a frozen suffix.
+
+    The position is where the class name stands; in the middle, half of the context (rounded down) precedes it.
+
+    Raises
+    ------
+    ValueError
+        No context, an unknown position, or prompts longer than the model reads.
+    """
+    check_whole("n_context", n_context, hint=": a learned prompt needs at least one context token")
+    check_choice("position", position, get_args(Position))
+    before = {"end": n_context, "middle": n_context // 2, "front": 0}[position]
+    (filler,) = _inner(model, ["x"])[0][:1]
+    rows, places = [], []
+    for name, whole in zip(_inner(model, classes), _inner(model, [noun + suffix for noun in classes]), strict=True):
+        if before < n_context and whole[: len(name)] != name:
+            raise ValueError(f"the tokenizer joins a class name and the text {suffix!r} after it; use position 'end'")
+        body = len(name) if before < n_context else len(whole)
+        rows.append([filler] * before + whole[:body] + [filler] * (n_context - before) + whole[body:])
+        places.append([*range(1, 1 + before), *range(1 + before + body, 1 + body + n_context)])
+    return _frame(model, rows, places)
+
+
+def frame_from_template(model: DualEncoder, classes: Sequence[str], template: str) -> PromptFrame:
+    """Hand-written prompts whose tokens before the class name are the places of the context.
+
+    Filled with its own `PromptFrame.text_context` the frame gives exactly the features of the written text.
+
+    Raises
+    ------
+    ValueError
+        A template without ``{}`` or without text before it.
+    """
+    prefix, found, _ = template.partition("{}")
+    if not found or not prefix.strip():
+        raise ValueError(f"the template {template!r} needs text before the class name {{}}, which becomes the context")
+    start = _inner(model, [prefix.strip()])[0]
+    rows = _inner(model, [template.replace("{}", noun) for noun in classes])
+    for noun, row in zip(classes, rows, strict=True):
+        if row[: len(start)] != start:
+            raise ValueError(f"the tokenizer joins {prefix!r} and {noun!r}; end the text before {{}} with a space")
+    return _frame(model, rows, [range(1, 1 + len(start))] * len(rows))
+
+
+def _inner(model: DualEncoder, texts: Sequence[str]) -> list[list[int]]:
+    """Token ids of each text without its start and end token."""
+    tokens = model.tokenize(list(texts))
+    return [ids[mask].tolist()[1:-1] for ids, mask in zip(tokens.ids, tokens.mask, strict=True)]
+
+
+def _frame(model: DualEncoder, rows: Sequence[Sequence[int]], places: Sequence[Sequence[int]]) -> PromptFrame:
+    """Put start and end tokens around rows of ids and pad them as the model's tokenizer does."""
+    reference = model.tokenize([""])
+    start, end = reference.ids[0, reference.mask[0]].tolist()
+    rows = [[start, *row, end] for row in rows]
+    longest = max(map(len, rows))
+    if longest > model.context_length:
+        raise ValueError(
+            f"prompts of {longest} tokens (start and end included) do not fit {model.id}, which reads at most "
+            f"{model.context_length}; use fewer context tokens or shorter class names"
+        )
+    # A tokenizer that pads to a fixed width (MedCLIP's 25) does so because its features depend on the width.
+    length = max(longest, reference.ids.shape[1])
+    pad = int(reference.ids[0, -1]) if not reference.mask[0, -1] else 0
+    ids = torch.tensor([row + [pad] * (length - len(row)) for row in rows])
+    tokens = Tokens(ids, mask=torch.arange(length) < torch.tensor([[len(row)] for row in rows]))
+    embeddings = model.embed_tokens(tokens).detach().float()
+    return PromptFrame(tokens, embeddings, torch.tensor([list(row) for row in places], device=embeddings.device))
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,13 +251,9 @@ class PromptSet:
 
     def save(self, path: Path | str) -> Path:
         """Write the prompts as one safetensors file; everything but the vectors is JSON in its header."""
-        path = Path(path)
-        header = {
-            "format": _FORMAT, "classes": list(self.classes), "model": self.model, "position": self.position,
-            "template": self.template, "suffix": self.suffix, "provenance": self.provenance,
-        }  # fmt: skip
-        write_tensors(path, {"context": self.context}, key="prompts", header=header)
-        return path
+        header = {"format": _FORMAT} | vars(self)
+        write_tensors(Path(path), {"context": header.pop("context")}, key="prompts", header=header)
+        return Path(path)
 
     @classmethod
     def load(cls, path: Path | str) -> "PromptSet":
@@ -157,13 +282,12 @@ class PromptSet:
 def text_prompts(model: DualEncoder, classes: Sequence[str], template: str) -> PromptSet:
     """Hand-written prompt as a `PromptSet`, for instance as the start of per-image adaptation."""
     _check_learns(model)
-    frame = frame_from_template(model, classes, template)
-    return PromptSet(
-        context=frame.text_context, classes=tuple(classes), model=model.id, template=template,
-        provenance={"method": "hand-written"},
-    )  # fmt: skip
+    context = frame_from_template(model, classes, template).text_context
+    about = {"method": "hand-written"}
+    return PromptSet(context, tuple(classes), model.id, template=template, provenance=about)
 
 
+@torch.enable_grad()  # notebooks often switch gradients off as a whole
 def learn_prompts(
     model: DualEncoder,
     dataset: ImageDataset,
@@ -219,7 +343,11 @@ def learn_prompts(
     Zhou et al. 2022 (CoOp), arXiv:2109.01134; PromptSmooth, Eq. 1.
     """
     _check_learns(model)
-    sigmas = _checked_sigmas(sigmas)
+    sigmas = tuple(float(sigma) for sigma in np.atleast_1d(sigmas))
+    if not sigmas or not all(0 <= sigma < math.inf for sigma in sigmas):
+        raise ValueError(
+            f"sigmas={sigmas}: give noise levels >= 0 in [0, 1] pixel units; (0.0,) is CoOp, without noise"
+        )
     for name, value in {"epochs": epochs, "batch_size": batch_size, "draws_per_image": draws_per_image}.items():
         check_whole(name, value)
     check_positive("learning_rate", learning_rate)
@@ -229,10 +357,23 @@ def learn_prompts(
     start = _start(model, dataset.classes, generator, **form)
     frame = start.frame(model)
     bank = noisy_bank(model, chosen, sigmas=sigmas, draws=draws_per_image, seed=seed, choose=draw)
-    context = _fit(
-        model, frame, start.context, bank, torch.from_numpy(chosen.labels), epochs=epochs, batch_size=batch_size,
-        learning_rate=learning_rate, generator=generator,
-    )  # fmt: skip
+    labels = torch.from_numpy(chosen.labels).to(bank.device)
+    # In float32 whatever the model computes in.
+    context = start.context.detach().float().to(model.device).clone().requires_grad_(True)
+    optimiser = torch.optim.SGD([context], lr=learning_rate, momentum=0.9, weight_decay=5e-4)
+
+    def rate(epoch: int) -> float:
+        return 1e-5 / learning_rate if epoch == 0 else (1 + math.cos(math.pi * epoch / epochs)) / 2
+
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, rate)
+    for epoch in range(epochs):
+        order = torch.randperm(len(bank), generator=generator).to(bank.device)
+        for rows in order.split(batch_size):
+            optimiser.zero_grad()
+            logits = model.logit_scale * bank[rows, epoch % draws_per_image] @ frame.features(model, context).T
+            functional.cross_entropy(logits, labels[rows]).backward()
+            optimiser.step()
+        schedule.step()
     provenance = {
         "method": "CoOp" if sigmas == (0.0,) else "Few-Shot PromptSmooth",
         "dataset": dataset.id, "split": dataset.split, "images": [int(index) for index in chosen.indices],
@@ -240,7 +381,7 @@ def learn_prompts(
         "learning_rate": learning_rate, "draws_per_image": draws_per_image,
         "class_specific": start.context.ndim == 3, "seed": seed,
     }  # fmt: skip
-    return replace(start, context=context, provenance=provenance)
+    return replace(start, context=context.detach().cpu(), provenance=provenance)
 
 
 def _start(
@@ -274,22 +415,19 @@ def draw_shots(dataset: ImageDataset, shots: int, draw: np.random.Generator) -> 
         shots below 1, or a class without images.
     """
     check_whole("shots", shots, hint=": few-shot learning needs at least one image per class")
-    positions, short = [], []
-    for label, noun in enumerate(dataset.classes):
-        members = np.flatnonzero(dataset.labels == label)
-        if not len(members):
+    counts = dataset.class_counts()
+    for noun, count in counts.items():
+        if not count:
             raise ValueError(f"{dataset.id}: no image of class {noun!r} to learn from")
-        if len(members) < shots:
-            short.append(f"{noun!r} has {len(members)}")
-        positions.extend(draw.permutation(members)[:shots])
+    short = [f"{noun!r} has {count}" for noun, count in counts.items() if count < shots]
     if short:
         warnings.warn(
-            f"{dataset.id}: {len(short)} of {len(dataset.classes)} classes have fewer images than shots={shots} "
+            f"{dataset.id}: {len(short)} of {len(counts)} classes have fewer images than shots={shots} "
             f"({', '.join(short)}); all are used",
-            UserWarning,
             stacklevel=3,
         )
-    return dataset.subset(np.array(positions))
+    positions = [draw.permutation(np.flatnonzero(dataset.labels == label))[:shots] for label in range(len(counts))]
+    return dataset.subset(np.concatenate(positions))
 
 
 def mean_prediction_entropy(logits: Tensor) -> Tensor:
@@ -357,47 +495,6 @@ def check_steps(steps: int, learning_rate: float) -> None:
     check_positive("learning_rate", learning_rate)
 
 
-@torch.enable_grad()  # notebooks often switch gradients off as a whole
-def _fit(
-    model: DualEncoder,
-    frame: PromptFrame,
-    start: Tensor,
-    bank: Tensor,
-    labels: Tensor,
-    *,
-    epochs: int,
-    batch_size: int,
-    learning_rate: float,
-    generator: torch.Generator,
-) -> Tensor:
-    """Minimise the cross-entropy of the bank; the context stays in float32 whatever the model computes in."""
-    labels = labels.to(bank.device)
-    context = start.detach().float().to(model.device).clone().requires_grad_(True)
-    optimiser = torch.optim.SGD([context], lr=learning_rate, momentum=0.9, weight_decay=5e-4)
-
-    def rate(epoch: int) -> float:
-        return 1e-5 / learning_rate if epoch == 0 else (1 + math.cos(math.pi * epoch / epochs)) / 2
-
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, rate)
-    for epoch in range(epochs):
-        order = torch.randperm(len(bank), generator=generator).to(bank.device)
-        for rows in order.split(batch_size):
-            optimiser.zero_grad()
-            logits = model.logit_scale * bank[rows, epoch % bank.shape[1]] @ frame.features(model, context).T
-            functional.cross_entropy(logits, labels[rows]).backward()
-            optimiser.step()
-        schedule.step()
-    return context.detach().cpu()
-
-
 def _check_learns(model: DualEncoder) -> None:
     if reason := why_not_learned(model):
         raise ValueError(f"{reason}; hand-written prompts work with it (class_features)")
-
-
-def _checked_sigmas(sigmas: Sequence[float]) -> tuple[float, ...]:
-    sigmas = tuple(float(sigma) for sigma in np.atleast_1d(sigmas))
-    if not sigmas or not all(0 <= sigma < math.inf for sigma in sigmas):
-        raise ValueError(f"sigmas={sigmas}: give noise levels >= 0 in [0, 1] pixel units; (0.0,) is prompt learning "
-                         "without noise (CoOp)")  # fmt: skip
-    return sigmas

@@ -6,9 +6,9 @@ import torch
 
 import medrobust_lib as mr
 from medrobust_lib.generative.answers import AnswerBank, Drawing
-from medrobust_lib.generative.certify import Cluster, Tally, certify_answers, certify_generative
+from medrobust_lib.generative.certify import Tally, certify_answers, certify_generative
 from medrobust_lib.generative.errors import ErrorRate, FalsePositives, SymmetricErrors, TotalErrors
-from medrobust_lib.generative.oracles import ExactMatch, OptionOracle, OracleUnavailableError, SameLabel
+from medrobust_lib.generative.oracles import Cluster, ExactMatch, OptionOracle, OracleUnavailableError, SameLabel
 from medrobust_lib.models.vision_language import Completion
 from medrobust_lib.smoothing.bounds import certified_radius, lower_confidence_bound
 from medrobust_lib.smoothing.certificate import ABSTAIN, GUARANTEES

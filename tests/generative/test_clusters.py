@@ -2,8 +2,7 @@ import random
 
 import pytest
 
-from medrobust_lib.generative.certify import Cluster, cluster_texts
-from medrobust_lib.generative.oracles import ExactMatch, OracleUnavailableError
+from medrobust_lib.generative.oracles import Cluster, ExactMatch, OracleUnavailableError, cluster_texts
 
 
 class Rule:

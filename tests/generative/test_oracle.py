@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from medrobust_lib.data import questions
+from medrobust_lib.generative.judges import EmbeddingEquivalence
 from medrobust_lib.generative.oracles import (
-    EmbeddingEquivalence,
     ExactMatch,
     KeywordOracle,
     OptionOracle,

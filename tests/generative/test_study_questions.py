@@ -7,10 +7,9 @@ from scipy.stats import norm
 from medrobust_lib import metrics
 from medrobust_lib.data.questions import QuestionSet
 from medrobust_lib.generative.answers import Drawing, collect_answers
-from medrobust_lib.generative.certify import certify_answers
+from medrobust_lib.generative.certify import certify_answers, certify_questions
 from medrobust_lib.generative.errors import ErrorRate, SymmetricErrors, TotalErrors
 from medrobust_lib.generative.oracles import ExactMatch, OptionOracle
-from medrobust_lib.generative.table import certify_questions
 from medrobust_lib.models.vision_language import Completion
 from medrobust_lib.smoothing.certificate import ABSTAIN
 

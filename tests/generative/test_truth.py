@@ -8,9 +8,9 @@ import torch
 from scipy.stats import binomtest, norm
 
 from medrobust_lib.generative.answers import AnswerBank, Drawing
-from medrobust_lib.generative.certify import certify_answers, certify_generative, cluster_texts
+from medrobust_lib.generative.certify import certify_answers, certify_generative
 from medrobust_lib.generative.errors import ErrorRate, FalsePositives, SymmetricErrors
-from medrobust_lib.generative.oracles import ExactMatch, OptionOracle
+from medrobust_lib.generative.oracles import ExactMatch, OptionOracle, cluster_texts
 from medrobust_lib.models.vision_language import Completion
 from medrobust_lib.smoothing import bounds
 
