@@ -23,6 +23,7 @@ from medrobust_lib.explore.instrument import Instrument, image_slider, level_sli
 from medrobust_lib.models.dual_encoder import DualEncoder
 from medrobust_lib.plots import leading, shorten, shown_of
 from medrobust_lib.plots.panels import (
+    Box,
     add_caption,
     add_panel,
     add_picture,
@@ -222,16 +223,7 @@ def noise_view(
     return figure
 
 
-def _proof(
-    figure: Figure,
-    box: tuple[float, float, float, float],
-    verdict: Verdict,
-    *,
-    truth: int,
-    sigma: float,
-    n: int,
-    alpha: float,
-) -> None:
+def _proof(figure: Figure, box: Box, verdict: Verdict, *, truth: int, sigma: float, n: int, alpha: float) -> None:
     if sigma == 0:
         add_panel(figure, box, "no noise, no certificate").set_axis_off()
         return
@@ -240,10 +232,8 @@ def _proof(
         told = f"wrong class, radius {verdict.radius:.3f}"
     reach = lower_confidence_bound(n, n, alpha)
     grid = np.linspace(0.5, reach, 40)
-    points = list(zip(grid, certified_radius(grid, sigma), strict=True))
-    plot_proof(
-        verdict.p_lower, add_panel(figure, box, told), reach=reach, radius_of=points, right=verdict.predicted == truth
-    )
+    curve = {"reach": reach, "radius_of": list(zip(grid, certified_radius(grid, sigma), strict=True))}
+    plot_proof(verdict.p_lower, add_panel(figure, box, told), right=verdict.predicted == truth, **curve)
 
 
 def proof_in_words(verdict: Verdict, names: tuple[str, ...], *, truth: int, sigma: float, n0: int, alpha: float) -> str:

@@ -37,6 +37,9 @@ from medrobust_lib.plots.figures import (
     shown_of,
 )
 
+Box = tuple[float, float, float, float]
+"""Left, top, width and height of a panel, in inches from the upper left corner of the figure."""
+
 _SMALL = 8  # points
 _CAPTION = "caption"
 BEFORE, OTHER = "0.82", "0.55"
@@ -51,8 +54,8 @@ def fixed_figure(width: float, height: float) -> Figure:
     return figure
 
 
-def add_panel(figure: Figure, box: tuple[float, float, float, float], title: str = "") -> Axes:
-    """Axes in a box (left, top, width, height), in inches from the upper left corner of the figure."""
+def add_panel(figure: Figure, box: Box, title: str = "") -> Axes:
+    """Axes in a box of the figure."""
     (left, top, width, height), (whole_width, whole_height) = box, figure.get_size_inches()
     ax = figure.add_axes(
         (left / whole_width, 1 - (top + height) / whole_height, width / whole_width, height / whole_height)
@@ -65,7 +68,7 @@ def add_panel(figure: Figure, box: tuple[float, float, float, float], title: str
     return ax
 
 
-def add_picture(figure: Figure, box: tuple[float, float, float, float], image: NDArray | Tensor, title: str) -> Axes:
+def add_picture(figure: Figure, box: Box, image: NDArray | Tensor, title: str) -> Axes:
     """Image uint8 [H, W, 3], or float [3, H, W] clipped to [0, 1], in a box, with its title above."""
     ax = add_panel(figure, box, title)
     if isinstance(image, torch.Tensor):
