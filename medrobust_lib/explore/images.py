@@ -6,7 +6,7 @@ Features that are looked at again and again are encoded when first asked for, th
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache, partial
-from typing import TYPE_CHECKING
+from typing import Any
 
 import numpy as np
 import torch
@@ -40,9 +40,6 @@ from medrobust_lib.smoothing.certificate import ABSTAIN, GUARANTEES
 from medrobust_lib.smoothing.certify import Verdict, make_plan, take_votes
 from medrobust_lib.smoothing.methods import FixedPrompts
 from medrobust_lib.smoothing.noise import NoiseStream, Role, make_batches, noisy_copies
-
-if TYPE_CHECKING:
-    from ipywidgets import Widget
 
 _KEPT = 256  # feature sets: some tens of megabytes
 _TEXTS_KEPT = 1024
@@ -416,7 +413,7 @@ def explore_corruptions(
     return Instrument(draw, _corruption_controls(dataset, suite))
 
 
-def _corruption_controls(dataset: ImageDataset, suite: str) -> "dict[str, Widget]":
+def _corruption_controls(dataset: ImageDataset, suite: str) -> dict[str, Any]:
     import ipywidgets as widgets
 
     return {
