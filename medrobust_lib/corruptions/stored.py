@@ -13,7 +13,7 @@ import json
 import warnings
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import islice
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal, get_args
@@ -23,6 +23,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from medrobust_lib.checks import check_choice, suggest
+from medrobust_lib.corruptions.functions import Pixels
 from medrobust_lib.corruptions.suites import SEVERITIES, check_severity
 from medrobust_lib.data.dataset import ImageDataset, check_labels
 from medrobust_lib.data.decoding import member_header, member_labels, member_names_of, member_rows
@@ -62,12 +63,7 @@ def member_names(layout: Layout) -> tuple[str, str]:
 
 
 def write_npz(
-    path: Path,
-    chunks: Iterable[NDArray[np.uint8]],
-    *,
-    shape: tuple[int, ...],
-    labels: NDArray[np.int64],
-    members: tuple[str, str],
+    path: Path, chunks: Iterable[Pixels], *, shape: tuple[int, ...], labels: NDArray[np.int64], members: tuple[str, str]
 ) -> None:
     """Write images and labels as an npz file of fixed bytes, chunk by chunk.
 
@@ -108,7 +104,7 @@ def write_npz(
             np.lib.format.write_array(stream, np.ascontiguousarray(labels, "<i8"), (1, 0), allow_pickle=False)
 
 
-def image_chunks(path: Path, member: str, count: int) -> Iterator[NDArray[np.uint8]]:
+def image_chunks(path: Path, member: str, count: int) -> Iterator[Pixels]:
     """The first `count` images of an npz file, a few at a time; a damaged one raises ValueError."""
     rows = member_rows(path, member, np.arange(count))
     while chunk := list(islice(rows, _CHUNK)):
@@ -117,7 +113,7 @@ def image_chunks(path: Path, member: str, count: int) -> Iterator[NDArray[np.uin
 
 def read_npz(
     path: Path, *, members: tuple[str, str], part: int = 0, parts: int = 1
-) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+) -> tuple[Pixels, NDArray[np.int64]]:
     """Read images and labels, or one of several equal parts of them, without unpickling anything.
 
     Parameters
@@ -176,17 +172,10 @@ def remove_leftovers(files: Iterable[Path]) -> None:
 
 def described(data: ImageDataset) -> str:
     """All of a data set but its images and labels, as JSON."""
-    facts = {
-        "id": data.id,
-        "split": data.split,
-        "classes": data.classes,
-        "templates": data.templates,
-        "modality": data.modality,
-        "licence": data.licence,
-        # Where the clean images lay on this computer is nobody's business, and no part of the set.
-        "provenance": {name: value for name, value in data.provenance.items() if name != "read_from"},
-        "indices": data.indices.tolist(),
-    }
+    facts = {part.name: getattr(data, part.name) for part in fields(data) if part.name not in {"images", "labels"}}
+    # Where the clean images lay on this computer is nobody's business, and no part of the set.
+    facts["provenance"] = {name: value for name, value in data.provenance.items() if name != "read_from"}
+    facts["indices"] = data.indices.tolist()
     return json.dumps(facts, indent=1, ensure_ascii=False) + "\n"
 
 
@@ -271,26 +260,19 @@ def read_corrupted(
         "seed": ledger.parameters["seed"],
     }
     with parsed(f"{folder / description} does not describe {folder / file}", _ANEW):
-        provenance = {
+        facts["provenance"] = {
             "caveats": [],  # of sets written before there were any
             **facts["provenance"],
             "read_from": str(folder / file),
             "corruption": done,
             "verified": "SHA-256 of the manifest" if verify else "length only",
         }
-        plain = {name: facts[name] for name in ("id", "split", "modality", "licence")}
-        return ImageDataset(
-            **plain,
-            images=images,
-            labels=labels,
-            classes=tuple(facts["classes"]),
-            templates=tuple(facts["templates"]),
-            provenance=provenance,
-            indices=np.array(facts["indices"], dtype=np.int64),
-        )
+        facts |= {name: tuple(facts[name]) for name in ("classes", "templates")}
+        facts["indices"] = np.array(facts["indices"], dtype=np.int64)
+        return ImageDataset(**facts, images=images, labels=labels)
 
 
-def _read_severity(path: Path, layout: Layout, severity: int) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+def _read_severity(path: Path, layout: Layout, severity: int) -> tuple[Pixels, NDArray[np.int64]]:
     """Images and labels of one severity: of a corruption's concatenated file, one of its parts."""
     parts = len(SEVERITIES) if layout == "concatenated" and severity else 1
     return read_npz(path, members=member_names(layout), part=(severity - 1) % parts, parts=parts)
@@ -316,7 +298,7 @@ def check_benchmark(folder: str | Path) -> pd.DataFrame:
 
 
 @dataclass(frozen=True)
-class _Ledger:
+class Ledger:
     """What a collection of ours records about itself: its folder, parameters and the row of each file."""
 
     folder: Path
@@ -325,11 +307,13 @@ class _Ledger:
 
     @property
     def layout(self) -> Layout:
+        """Of the files below the folder."""
         return self.parameters["layout"]
 
     def state(self, file: str, *, verify: bool = True) -> str:
-        path, row = self.folder / file, self.rows[file]
-        if not path.is_file():
+        """One of missing, truncated, changed and whole; a file without a record is missing."""
+        path, row = self.folder / file, self.rows.get(file)
+        if row is None or not path.is_file():
             return "missing"
         if path.stat().st_size != row["bytes"]:
             return "truncated"
@@ -355,7 +339,7 @@ class _Ledger:
             raise ValueError(f"{path} {says[state]}. {_AGAIN}")
 
 
-def _read_ledger(folder: Path) -> _Ledger | None:
+def _read_ledger(folder: Path) -> Ledger | None:
     """Manifest and table of a collection, or None where it has no manifest of ours."""
     if not folder.is_dir():
         raise FileNotFoundError(f"no folder at {folder.absolute()}")
@@ -375,7 +359,7 @@ def _read_ledger(folder: Path) -> _Ledger | None:
         rows[["bytes", "sha256"]]
         for file in rows["file"]:
             inside(folder, file, source=table)
-        return _Ledger(folder, parameters, {row["file"]: row for row in rows.to_dict("records")})
+        return Ledger(folder, parameters, {row["file"]: row for row in rows.to_dict("records")})
 
 
 def _read_foreign(

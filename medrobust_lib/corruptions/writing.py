@@ -16,12 +16,13 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from medrobust_lib.checks import check_choice
-from medrobust_lib.corruptions.functions import check_images
+from medrobust_lib.corruptions.functions import Pixels, check_images
 from medrobust_lib.corruptions.stored import (
     CLEAN,
     DESCRIPTION,
     KIND,
     Layout,
+    Ledger,
     described,
     image_chunks,
     member_names,
@@ -249,9 +250,10 @@ def write_benchmark(folder: str | Path, datasets: Iterable[str], *, jobs: int = 
         if plan.missing_bytes > shutil.disk_usage(plan.folder).free:
             raise disk_full(plan.folder, f"{size_text(plan.missing_bytes)} are to be written")
         recorded = {file: store.rows(file)[0] for file in store.done}
-        done = {file.file for file in plan.all_files if _is_whole(plan.folder, file.file, recorded)}
+        ledger = Ledger(plan.folder, plan.parameters, recorded)
+        done = {file.file for file in plan.all_files if ledger.state(file.file, verify=False) == "whole"}
         rows = progress(
-            _written(plan, store, recorded, done, jobs),
+            _written(plan, store, ledger, done, jobs),
             total=len(plan),
             done=len(done),
             description=f"write {plan.folder.name}",
@@ -270,13 +272,8 @@ def write_benchmark(folder: str | Path, datasets: Iterable[str], *, jobs: int = 
         return store.table(sorted(store.done))
 
 
-def _is_whole(folder: Path, file: str, recorded: dict[str, Any]) -> bool:
-    path = folder / file
-    return file in recorded and path.is_file() and path.stat().st_size == recorded[file]["bytes"]
-
-
 def _written(
-    plan: BenchmarkPlan, store: RowStore, recorded: dict[str, Any], done: set[str], jobs: int
+    plan: BenchmarkPlan, store: RowStore, ledger: Ledger, done: set[str], jobs: int
 ) -> Iterator[tuple[dict[str, Any], float]]:
     """Write what is missing, data set by data set; yields the row and the seconds of each new file."""
     for name, files in plan.files.items():
@@ -284,9 +281,8 @@ def _written(
         missing = [file for file in others if file.file not in done]
         for source in (description, clean) if missing else ():
             # Its size may be right and its content wrong, and everything else is made of it.
-            path = plan.folder / source.file
-            if source.file in done and file_sha256(path) != recorded[source.file]["sha256"]:
-                path.unlink()
+            if source.file in done and ledger.state(source.file) == "changed":
+                (plan.folder / source.file).unlink()
                 done.discard(source.file)
         if not {description.file, clean.file} <= done:
             yield from _write_clean(plan, name, [file for file in (description, clean) if file.file not in done])
@@ -309,7 +305,7 @@ def _write_corrupted(
     members = member_names(plan.layout)
     shape, labels = read_labels(clean, members=members)
 
-    def chunks() -> Iterator[NDArray[np.uint8]]:
+    def chunks() -> Iterator[Pixels]:
         options = {"seed": plan.seed, "dataset": file.dataset, "suite": plan.suite}
         for severity in file.severities:
             first = 0
@@ -339,11 +335,7 @@ def _write_clean(
 
 
 def _write_set(
-    plan: BenchmarkPlan,
-    file: PlannedFile,
-    chunks: Iterable[NDArray[np.uint8]],
-    shape: tuple[int, ...],
-    labels: NDArray[np.int64],
+    plan: BenchmarkPlan, file: PlannedFile, chunks: Iterable[Pixels], shape: tuple[int, ...], labels: NDArray[np.int64]
 ) -> None:
     """Write images of a shape and their labels in the plan's layout."""
     column = labels[:, None] if plan.layout == "concatenated" else labels  # MedMNIST's tools expect a column

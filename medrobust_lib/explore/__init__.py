@@ -3,6 +3,8 @@
 The views also serve as static figures in headless runs. ipywidgets is loaded on first use.
 """
 
+# ruff: noqa: F401 -- what is imported here is what the room offers
+
 from medrobust_lib.explore.answers import (
     AnswerGrid,
     answer_view,
@@ -28,25 +30,3 @@ from medrobust_lib.explore.methods import (
     methods_view,
     similarity_view,
 )
-
-__all__ = [
-    "Adaptation",
-    "AnswerGrid",
-    "EncodedImages",
-    "Instrument",
-    "adapters_view",
-    "answer_view",
-    "clusters_view",
-    "corruption_view",
-    "explore_adapters",
-    "explore_answers",
-    "explore_corruptions",
-    "explore_methods",
-    "explore_noise",
-    "explore_similarity",
-    "few_images",
-    "methods_view",
-    "noise_view",
-    "prepare_answers",
-    "similarity_view",
-]

@@ -26,7 +26,15 @@ from medrobust_lib.generative.errors import (
 )
 from medrobust_lib.generative.oracles import Equivalence, Oracle, judged
 from medrobust_lib.plots import plot_label_votes, shorten
-from medrobust_lib.plots.panels import add_caption, add_panel, add_picture, add_words, fixed_figure, plot_named_bars
+from medrobust_lib.plots.panels import (
+    Box,
+    add_caption,
+    add_panel,
+    add_picture,
+    add_words,
+    fixed_figure,
+    plot_named_bars,
+)
 from medrobust_lib.smoothing.bounds import certified_radius, maximum_radius
 from medrobust_lib.smoothing.certificate import GUARANTEES, about_text
 from medrobust_lib.smoothing.noise import NoiseStream, noisy_copies
@@ -168,11 +176,13 @@ def clusters_view(
     KeyError
         No answers were drawn at this task, image and sigma, or the task has no such reader; both are listed.
     """
-    part, reader = grid.questions[task], _reader(grid, task, oracle)
+    part, readers = grid.questions[task], grid.oracles[task]
+    if oracle not in readers:
+        raise KeyError(f"the question of {task} has no reader {oracle!r}; choose one of {', '.join(readers)}")
     if (task, index, sigma) not in grid.banks:
         raise KeyError(f"no answers for {task}, image {index}, sigma {sigma:g}; there are some at sigma "
                        f"{', '.join(f'{level:g}' for level in grid.sigmas)} and images {grid.positions}")  # fmt: skip
-    bank = grid.banks[task, index, sigma]
+    bank, reader = grid.banks[task, index, sigma], readers[oracle]
     found = certify_answers(bank, reader, n0=grid.n0, n=n, alpha=grid.alpha)
     groups = answer_groups(bank, reader, found, n=n)
     radii, refusals = corrected_radii(found, reader, error_rate=error_rate, alpha=grid.alpha)
@@ -263,14 +273,7 @@ def corrected_radii(
     return radii, refusals
 
 
-def _radii(
-    figure: Figure,
-    box: tuple[float, float, float, float],
-    radii: Mapping[str, float],
-    refusals: Mapping[str, str],
-    *,
-    most: float,
-) -> None:
+def _radii(figure: Figure, box: Box, radii: Mapping[str, float], refusals: Mapping[str, str], *, most: float) -> None:
     ax = add_panel(figure, box, "certified radius")
     most = max(most, *radii.values())  # knowing the rate of symmetric errors can prove more than the votes alone
     nothing = {name: "refused" if name in refusals else "abstains" for name in radii}
@@ -289,13 +292,6 @@ def _words(found: GenerativeCertificate, oracle: str, error_rate: float) -> str:
         f"The other radii assume that the oracle errs at a known rate of {error_rate:g}. Guarantee (corrected): what "
         "an ideal reader would make of the text, not the truth of the image, and only if that assumption holds."
     )
-
-
-def _reader(grid: AnswerGrid, task: str, oracle: str) -> Oracle | Equivalence:
-    readers = grid.oracles[task]
-    if oracle not in readers:
-        raise KeyError(f"the question of {task} has no reader {oracle!r}; choose one of {', '.join(readers)}")
-    return readers[oracle]
 
 
 def explore_answers(grid: AnswerGrid) -> Instrument:

@@ -6,7 +6,7 @@ Features that are looked at again and again are encoded when first asked for, th
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache, partial
-from typing import TYPE_CHECKING
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,6 +23,7 @@ from medrobust_lib.explore.instrument import Instrument, image_slider, level_sli
 from medrobust_lib.models.dual_encoder import DualEncoder
 from medrobust_lib.plots import leading, shorten, shown_of
 from medrobust_lib.plots.panels import (
+    Box,
     add_caption,
     add_panel,
     add_picture,
@@ -39,9 +40,6 @@ from medrobust_lib.smoothing.certificate import ABSTAIN, GUARANTEES
 from medrobust_lib.smoothing.certify import Verdict, make_plan, take_votes
 from medrobust_lib.smoothing.methods import FixedPrompts
 from medrobust_lib.smoothing.noise import NoiseStream, Role, make_batches, noisy_copies
-
-if TYPE_CHECKING:
-    from ipywidgets import Widget
 
 _KEPT = 256  # feature sets: some tens of megabytes
 _TEXTS_KEPT = 1024
@@ -222,16 +220,7 @@ def noise_view(
     return figure
 
 
-def _proof(
-    figure: Figure,
-    box: tuple[float, float, float, float],
-    verdict: Verdict,
-    *,
-    truth: int,
-    sigma: float,
-    n: int,
-    alpha: float,
-) -> None:
+def _proof(figure: Figure, box: Box, verdict: Verdict, *, truth: int, sigma: float, n: int, alpha: float) -> None:
     if sigma == 0:
         add_panel(figure, box, "no noise, no certificate").set_axis_off()
         return
@@ -240,10 +229,8 @@ def _proof(
         told = f"wrong class, radius {verdict.radius:.3f}"
     reach = lower_confidence_bound(n, n, alpha)
     grid = np.linspace(0.5, reach, 40)
-    points = list(zip(grid, certified_radius(grid, sigma), strict=True))
-    plot_proof(
-        verdict.p_lower, add_panel(figure, box, told), reach=reach, radius_of=points, right=verdict.predicted == truth
-    )
+    curve = {"reach": reach, "radius_of": list(zip(grid, certified_radius(grid, sigma), strict=True))}
+    plot_proof(verdict.p_lower, add_panel(figure, box, told), right=verdict.predicted == truth, **curve)
 
 
 def proof_in_words(verdict: Verdict, names: tuple[str, ...], *, truth: int, sigma: float, n0: int, alpha: float) -> str:
@@ -426,7 +413,7 @@ def explore_corruptions(
     return Instrument(draw, _corruption_controls(dataset, suite))
 
 
-def _corruption_controls(dataset: ImageDataset, suite: str) -> "dict[str, Widget]":
+def _corruption_controls(dataset: ImageDataset, suite: str) -> dict[str, Any]:
     import ipywidgets as widgets
 
     return {

@@ -4,9 +4,9 @@ import gc
 import html
 import io
 import logging
-from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import matplotlib.pyplot as plt
@@ -77,7 +77,8 @@ class Instrument:
         self.picture = widgets.Image(format="png", layout=widgets.Layout(max_width="100%"))
         self.message = widgets.HTML(layout=widgets.Layout(min_height="1.6em"))
         self.caption = widgets.HTML(layout=widgets.Layout(max_width="75em"))
-        self._draw, self._kept, self._seen = draw, kept, OrderedDict[Hashable, Shown]()
+        # Only what worked is kept: an error is none of the cache's results.
+        self._shown = lru_cache(kept)(lambda **values: picture_of(partial(draw, **values)))
         for control in self.controls.values():
             control.style = {"description_width": _LABELS}
             control.observe(self._changed, "value")
@@ -89,20 +90,13 @@ class Instrument:
     def redraw(self) -> None:
         """Show the picture of the present values: a kept one, or a new one."""
         values = {name: control.value for name, control in self.controls.items()}
-        key = tuple(values.values())
-        if key not in self._seen:
-            self.message.value = "<small>computing …</small>"
-            try:
-                self._seen[key] = picture_of(lambda: self._draw(**values))
-            except Exception as error:  # whatever it is, a person at the sliders has to read it
-                logger.info("the instrument failed at %s", values, exc_info=True)
-                self.message.value = _in_words(error)
-                return
-            while len(self._seen) > self._kept:
-                self._seen.popitem(last=False)
-        self._seen.move_to_end(key)
-        self.picture.value, self.caption.value = self._seen[key]
-        self.message.value = ""
+        self.message.value = "<small>computing …</small>"
+        try:
+            self.picture.value, self.caption.value = self._shown(**values)
+            self.message.value = ""
+        except Exception as error:  # whatever it is, a person at the sliders has to read it
+            logger.info("the instrument failed at %s", values, exc_info=True)
+            self.message.value = _in_words(error)
 
     def _changed(self, change: Mapping[str, Any]) -> None:
         with _young_garbage_only():

@@ -31,6 +31,7 @@ from medrobust_lib.smoothing.certify import Verdict
 from medrobust_lib.smoothing.prompts import PromptFrame, PromptSet, mean_prediction_entropy, sharpen
 
 _ROW = 0.3  # inches
+_TOP = 3.2  # inches above the panels of one image, below those of all
 
 
 @torch.no_grad()
@@ -238,26 +239,17 @@ def methods_view(
     if guarantee:
         words = f"Guarantee ({guarantee}): {GUARANTEES[guarantee]}."
         add_words(figure, 6.7, 0.6, words, width=62, fontsize=8.5)
-    top = 3.2
-    _one_image(figure, adaptation, top=top, height=height, index=index, sigma=sigma, start=start, steps=steps)
+    _one_image(figure, adaptation, height=height, index=index, sigma=sigma, start=start, steps=steps)
     fixed = "The prompt it starts from was fixed before the image: standard guarantee."
     frozen = f"After a step: guarantee (frozen-prompt): {GUARANTEES['frozen-prompt']}."
-    add_caption(figure, top + height + 0.75, f"{fixed}\n{frozen}")
+    add_caption(figure, _TOP + height + 0.75, f"{fixed}\n{frozen}")
     words = f"Below: one image under noise, truth: {names[truth]}. Thin bars: before the steps."
     add_words(figure, 6.7, 1.75, words, width=62, fontsize=8.5)
     return figure
 
 
 def _one_image(
-    figure: Figure,
-    adaptation: Adaptation,
-    *,
-    top: float,
-    height: float,
-    index: int,
-    sigma: float,
-    start: str,
-    steps: int,
+    figure: Figure, adaptation: Adaptation, *, height: float, index: int, sigma: float, start: str, steps: int
 ) -> None:
     dataset, truth = adaptation.dataset, int(adaptation.dataset.labels[index])
     copies, scale = adaptation.copies(index, sigma), adaptation.model.logit_scale
@@ -269,14 +261,14 @@ def _one_image(
     kept = leading(np.maximum(before, after), keep=[truth])
     names, place = [dataset.classes[k] for k in kept], int(np.searchsorted(kept, truth))
     add_picture(
-        figure, (0.1, top, 1.9, 1.9), adaptation.encoded.noisy_copy(index, sigma),
+        figure, (0.1, _TOP, 1.9, 1.9), adaptation.encoded.noisy_copy(index, sigma),
         f"image {int(dataset.indices[index])}, sigma = {sigma:g}",
     )  # fmt: skip
-    bars = add_panel(figure, (4.1, top, 2.2, height), f"mean probability, {adaptation.n_adapt} copies")
+    bars = add_panel(figure, (4.1, _TOP, 2.2, height), f"mean probability, {adaptation.n_adapt} copies")
     plot_named_bars(after[kept], names, bars, total=1, truth=place, before=before[kept])
     went = f"{steps} step{'s' * (steps != 1)} from the {start}"
     bars.set_xlabel(f"{went}\nentropy {entropies[0]:.2f} to {entropies[1]:.2f} nats", fontsize=8)
-    counts = add_panel(figure, (7.3, top, 2.2, height), f"votes of {adaptation.n} fresh copies")
+    counts = add_panel(figure, (7.3, _TOP, 2.2, height), f"votes of {adaptation.n} fresh copies")
     plot_named_bars(
         votes[kept], names, counts, total=adaptation.n, truth=place, before=votes_before[kept], counts=True,
         show_names=False,

@@ -1,5 +1,7 @@
 """What is measured: pure functions of arrays and tables."""
 
+# ruff: noqa: F401 -- what is imported here is what the room offers
+
 from medrobust_lib.metrics.certified import (
     average_certified_radius,
     balanced_certified_accuracy,
@@ -31,31 +33,3 @@ from medrobust_lib.metrics.corruption import (
     relative_corruption_error,
     relative_mean_corruption_error,
 )
-
-__all__ = [
-    "AGGREGATIONS",
-    "accuracy",
-    "accuracy_interval",
-    "average_accuracy",
-    "average_certified_radius",
-    "balanced_accuracy",
-    "balanced_certified_accuracy",
-    "bootstrap_interval",
-    "calibration_bins",
-    "certification_summary",
-    "certified_accuracy",
-    "certified_envelope",
-    "corruption_error",
-    "corruption_error_table",
-    "degradation",
-    "expected_calibration_error",
-    "is_constant_predictor",
-    "majority_share",
-    "mean_corruption_error",
-    "over_prompt_seeds",
-    "per_class_recall",
-    "relative_clean_error",
-    "relative_corruption_error",
-    "relative_mean_corruption_error",
-    "table_of_radii",
-]

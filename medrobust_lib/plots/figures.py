@@ -121,6 +121,13 @@ def mark_chance(ax: Axes, chance: float | None) -> None:
         ax.axhline(chance, color=REFERENCE, ls=":", label="chance")
 
 
+def accuracy_axis(ax: Axes, chance: float | None = None, **labels: object) -> None:
+    """Let an axis of shares read in percent, with the accuracy of guessing, if there is one, as a reference line."""
+    mark_chance(ax, chance)
+    ax.set(**labels)
+    ax.yaxis.set_major_formatter(PercentFormatter(1))
+
+
 def plot_curves(table: pd.DataFrame, ax: Axes, *, x: str, y: str, by: str, **style: object) -> None:
     """Draw a line with markers for each group of a table, in the order of the table; ``style`` goes to matplotlib."""
     for i, (name, rows) in enumerate(table.groupby(by, sort=False)):
@@ -169,10 +176,8 @@ def plot_certified_accuracy(table: pd.DataFrame, ax: Axes, *, chance: float | No
         ax.vlines(beside, rows.low, rows.high, color=colour, alpha=0.5, lw=1.5)
         ax.scatter(beside, rows.certified_accuracy, color=colour, marker=MARKERS[i % 10], s=26, zorder=3)
         ax.plot([], [], color=colour, marker=MARKERS[i % 10], ms=5, label=label)
-    mark_chance(ax, chance)
-    ax.set(xlabel="L2 radius ([0, 1] pixel units)", ylabel="certified accuracy", ylim=(0, 1.02))
+    accuracy_axis(ax, chance, xlabel="L2 radius ([0, 1] pixel units)", ylabel="certified accuracy", ylim=(0, 1.02))
     ax.set_xlim(left=-0.03 * widest)
-    ax.yaxis.set_major_formatter(PercentFormatter(1))
     ax.legend(fontsize=8)
 
 
@@ -212,9 +217,7 @@ def plot_certified_methods(table: pd.DataFrame, ax: Axes, *, chance: float | Non
         rim = {"markeredgecolor": "0.25", "markeredgewidth": 0.7}
         style = {"color": colour, "ls": line, "lw": 1.8, "marker": MARKERS[i % 10], "ms": 6}
         ax.plot(beside, rows.certified_accuracy, label=str(method), zorder=3, **style, **rim)
-    mark_chance(ax, chance)
-    ax.set(xlabel="L2 radius ([0, 1] pixel units)", ylabel="certified accuracy", ylim=(-0.02, 1.02))
-    ax.yaxis.set_major_formatter(PercentFormatter(1))
+    accuracy_axis(ax, chance, xlabel="L2 radius ([0, 1] pixel units)", ylabel="certified accuracy", ylim=(-0.02, 1.02))
     if legend:
         legend_beside(ax, handlelength=4, title="broken: frozen prompt only", title_fontsize=8, alignment="left")
 
@@ -248,12 +251,10 @@ def plot_ablation(table: pd.DataFrame, ax: Axes, *, chance: float | None = None,
         ax.vlines(beside, rows.low, rows.high, color=colour, alpha=0.5, lw=1.5)
         style = {"color": colour, "ls": ":", "lw": 0.8, "marker": MARKERS[i % 10], "ms": 6}
         ax.plot(beside, rows.certified_accuracy, label=f"radius {radius:g}", **style)
-    mark_chance(ax, chance)
     ax.set_xticks(np.arange(len(variants)), [fill(str(name), 13) for name in variants], fontsize=8)
     settings = table.setting.unique() if "setting" in table else []
-    ax.set(xlabel=settings[0] if len(settings) == 1 else "variant", ylabel="certified accuracy")
-    ax.set(xlim=(-0.5, len(variants) - 0.5), ylim=(-0.02, 1.02))
-    ax.yaxis.set_major_formatter(PercentFormatter(1))
+    ax.set(xlabel=settings[0] if len(settings) == 1 else "variant", xlim=(-0.5, len(variants) - 0.5))
+    accuracy_axis(ax, chance, ylabel="certified accuracy", ylim=(-0.02, 1.02))
     if legend:
         legend_beside(ax)
 
@@ -278,8 +279,7 @@ def plot_severity_curves(
     plot_curves(table, ax, x="severity", y=value, by=by, ms=5, lw=1.6)
     ax.set(xlabel="severity (0: clean)", xticks=sorted(table.severity.unique()))
     if value.endswith("accuracy"):
-        ax.set(ylabel=value.replace("_", " "), ylim=(0, 1.02))
-        ax.yaxis.set_major_formatter(PercentFormatter(1))
+        accuracy_axis(ax, ylabel=value.replace("_", " "), ylim=(0, 1.02))
     else:
         ax.set(ylabel="% of the reference")
         ax.axhline(100, color=REFERENCE, ls=":", lw=1)
@@ -479,8 +479,8 @@ def plot_radius_ratio(table: pd.DataFrame, ax: Axes) -> None:
         rows = rows.sort_values("n")
         style = {"ls": "", "marker": MARKERS[i % 10], "ms": 7, "markeredgecolor": "0.2"} if measured else {"lw": 1.8}
         ax.plot(rows.n, rows.ratio, color=PALETTE[i % 10], label=str(kind), zorder=3 if measured else 2, **style)
-    ax.set(xscale="log", xlabel="estimation draws n", ylabel="share of the ideal radius", ylim=(-0.02, 1.02))
-    ax.yaxis.set_major_formatter(PercentFormatter(1))
+    ax.set(xscale="log", xlabel="estimation draws n")
+    accuracy_axis(ax, ylabel="share of the ideal radius", ylim=(-0.02, 1.02))
     ax.legend(fontsize=8, loc="lower right")
 
 

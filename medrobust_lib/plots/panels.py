@@ -28,14 +28,17 @@ from medrobust_lib.plots.figures import (
     PALETTE,
     REFERENCE,
     WRONG,
+    accuracy_axis,
     leading,
     legend_beside,
-    mark_chance,
     name_rows,
     plot_curves,
     shorten,
     shown_of,
 )
+
+Box = tuple[float, float, float, float]
+"""Left, top, width and height of a panel, in inches from the upper left corner of the figure."""
 
 _SMALL = 8  # points
 _CAPTION = "caption"
@@ -51,21 +54,23 @@ def fixed_figure(width: float, height: float) -> Figure:
     return figure
 
 
-def add_panel(figure: Figure, box: tuple[float, float, float, float], title: str = "") -> Axes:
-    """Axes in a box (left, top, width, height), in inches from the upper left corner of the figure."""
+def add_panel(figure: Figure, box: Box, title: str = "") -> Axes:
+    """Axes in a box of the figure."""
     (left, top, width, height), (whole_width, whole_height) = box, figure.get_size_inches()
     ax = figure.add_axes(
         (left / whole_width, 1 - (top + height) / whole_height, width / whole_width, height / whole_height)
     )
     ax.spines[["top", "right"]].set_visible(False)
     ax.tick_params(labelsize=_SMALL)
+    for axis in (ax.xaxis, ax.yaxis):
+        axis.label.set_size(_SMALL)
     if title:
         # A given height saves the search for one that avoids all ticks.
         ax.set_title(title, fontsize=9.5, loc="left", y=1.0, pad=5)
     return ax
 
 
-def add_picture(figure: Figure, box: tuple[float, float, float, float], image: NDArray | Tensor, title: str) -> Axes:
+def add_picture(figure: Figure, box: Box, image: NDArray | Tensor, title: str) -> Axes:
     """Image uint8 [H, W, 3], or float [3, H, W] clipped to [0, 1], in a box, with its title above."""
     ax = add_panel(figure, box, title)
     if isinstance(image, torch.Tensor):
@@ -221,9 +226,8 @@ def plot_proof(
     colour, marker = (CORRECT if right else WRONG, "o") if proved else (PALETTE[1], "X")
     ax.plot([p_lower, p_lower, 0], [0, height, height], color=colour, lw=1)
     ax.plot(p_lower, height, marker, color=colour, ms=8, clip_on=False)
-    ax.set(xlim=(0, 1), ylim=(0, 1.04 * most), xticks=(0, 0.5, 1))
-    ax.set_xlabel("proved probability", fontsize=_SMALL)
-    ax.set_ylabel("radius (L2, [0, 1] pixels)", fontsize=_SMALL)
+    ax.set(xlabel="proved probability", xlim=(0, 1), xticks=(0, 0.5, 1))
+    ax.set(ylabel="radius (L2, [0, 1] pixels)", ylim=(0, 1.04 * most))
     ax.locator_params(axis="y", nbins=4)
 
 
@@ -241,11 +245,9 @@ def plot_chosen_curve(curves: Mapping[str, tuple[ArrayLike, ArrayLike]], ax: Axe
         if name != chosen:
             ax.plot(radii, shares, color="0.8", lw=1.2, marker="o", ms=2.5)
     ax.plot(*curves[chosen], color=CORRECT, lw=2.4, marker="o", ms=5, zorder=4)
-    ax.set(ylim=(-0.02, 1.02), yticks=(0, 0.5, 1))
-    ax.set_yticklabels(("0%", "50%", "100%"))
+    ax.set_yticks((0, 0.5, 1), ("0%", "50%", "100%"))
+    ax.set(xlabel="L2 radius ([0, 1] pixel units)", ylabel="certified accuracy", ylim=(-0.02, 1.02))
     ax.locator_params(axis="x", nbins=5)
-    ax.set_xlabel("L2 radius ([0, 1] pixel units)", fontsize=_SMALL)
-    ax.set_ylabel("certified accuracy", fontsize=_SMALL)
 
 
 def plot_spectra(spectra: Mapping[str, tuple[ArrayLike, ArrayLike]], ax: Axes) -> None:
@@ -268,8 +270,7 @@ def plot_spectra(spectra: Mapping[str, tuple[ArrayLike, ArrayLike]], ax: Axes) -
     first, last = int(np.floor(lowest)), int(np.ceil(highest))
     ticks = range(first, last + 1, max(1, (last - first) // 3))
     ax.set_yticks(ticks, [f"$10^{{{tick}}}$" for tick in ticks])
-    ax.set(xlim=(0, np.sqrt(2)), xticks=(0, 0.5, 1), ylim=(first, last))
-    ax.set_xlabel("spatial frequency (1: Nyquist)", fontsize=_SMALL)
+    ax.set(xlabel="spatial frequency (1: Nyquist)", xlim=(0, np.sqrt(2)), xticks=(0, 0.5, 1), ylim=(first, last))
     ax.legend(fontsize=_SMALL, loc="upper right", frameon=False, handlelength=1.6)
 
 
@@ -290,9 +291,8 @@ def plot_moves(before: ArrayLike, after: ArrayLike, ax: Axes, *, right: Sequence
     for is_right, colour, marker in ((True, CORRECT, MARKERS[0]), (False, WRONG, "X")):
         chosen = [row for row in rows if bool(right[row]) is is_right]
         ax.scatter(np.asarray(after)[chosen], chosen, s=46, color=[colour], marker=marker, zorder=4)
-    ax.set(yticks=[], ylim=(len(rows) - 0.25, -0.5), xlim=(-0.03, 1.03))
     ax.set_xticks((0, 0.5, 1), ("0%", "50%", "100%"))
-    ax.set_xlabel("probability of the true class", fontsize=_SMALL)
+    ax.set(xlabel="probability of the true class", yticks=[], ylim=(len(rows) - 0.25, -0.5), xlim=(-0.03, 1.03))
 
 
 def plot_similarity(similarities: pd.Series, ax: Axes, *, truth: str | None = None) -> None:
@@ -389,7 +389,7 @@ def plot_template_accuracy(table: pd.DataFrame, ax: Axes, *, chance: float) -> N
     ax.invert_yaxis()
     ax.set(xlabel="accuracy with 95 % interval", xlim=(0, 1))
     ax.xaxis.set_major_formatter(PercentFormatter(1))
-    ax.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=8)
+    legend_beside(ax)
 
 
 def plot_feature_map(table: pd.DataFrame, ax: Axes) -> None:
@@ -422,9 +422,8 @@ def plot_accuracy_against_sigma(table: pd.DataFrame, ax: Axes, *, chance: float)
     plot_curves(table, ax, x="sigma", y="accuracy", by="model")
     for i, (_, rows) in enumerate(table.groupby("model", sort=False)):
         ax.fill_between(rows.sigma, rows.low, rows.high, color=PALETTE[i % 10], alpha=0.18, lw=0)
-    mark_chance(ax, chance)
-    ax.set(xlabel="noise standard deviation sigma ([0, 1] pixel units)", ylabel="accuracy", ylim=(0, 1.02))
-    ax.yaxis.set_major_formatter(PercentFormatter(1))
+    noise = "noise standard deviation sigma ([0, 1] pixel units)"
+    accuracy_axis(ax, chance, xlabel=noise, ylabel="accuracy", ylim=(0, 1.02))
     ax.legend(fontsize=8)
 
 
@@ -451,8 +450,7 @@ def plot_prediction_shares(table: pd.DataFrame, ax: Axes) -> None:
         ax.bar_label(bars, labels, label_type="center", fontsize=7, color="black" if luminance > 0.4 else "white")
         bottom += wide[name].to_numpy()
     ax.set_xticks(positions, [f"{sigma:g}" for sigma in wide.index])
-    ax.set(xlabel="noise standard deviation sigma", ylabel="share of the predictions", ylim=(0, 1))
-    ax.yaxis.set_major_formatter(PercentFormatter(1))
+    accuracy_axis(ax, xlabel="noise standard deviation sigma", ylabel="share of the predictions", ylim=(0, 1))
     handles, names = ax.get_legend_handles_labels()
     legend_beside(ax, handles=handles[::-1], labels=names[::-1])
 
@@ -462,17 +460,14 @@ def plot_spectrum(table: pd.DataFrame, ax: Axes) -> None:
 
     Frequencies above 1 exist only along diagonals, up to sqrt(2) in the corner; a line marks where they begin.
     """
+    beside = {"xytext": (4, 0), "textcoords": "offset points", "fontsize": _SMALL}
     for i, (source, rows) in enumerate(table.groupby("source", sort=False)):
         ax.plot(rows.frequency, rows.power, "-" if i == 0 else "--", color=PALETTE[i % 10])
-        ax.annotate(
-            str(source), (rows.frequency.iloc[-1], rows.power.iloc[-1]), xytext=(4, 0),
-            textcoords="offset points", va="center", fontsize=8, color=PALETTE[i % 10],
-        )  # fmt: skip
+        end = rows.frequency.iloc[-1], rows.power.iloc[-1]
+        ax.annotate(str(source), end, va="center", color=PALETTE[i % 10], **beside)
     ax.axvline(1, color=REFERENCE, ls=":", lw=1)
-    ax.annotate(
-        "Nyquist; beyond it\nonly diagonals", (1, 0.98), xycoords=("data", "axes fraction"), xytext=(4, 0),
-        textcoords="offset points", va="top", fontsize=8, color=REFERENCE,
-    )  # fmt: skip
+    place = {"xy": (1, 0.98), "xycoords": ("data", "axes fraction"), "va": "top"}
+    ax.annotate("Nyquist; beyond it\nonly diagonals", color=REFERENCE, **place, **beside)
     ax.set(xlabel="spatial frequency (fraction of Nyquist)", ylabel="mean squared DCT coefficient", yscale="log")
 
 

@@ -61,9 +61,9 @@ def test_moving_the_slider_and_editing_the_prompts_change_the_picture(model, dat
 
 def test_empty_prompts_fall_back_to_the_classes(model, data, monkeypatch):
     asked = []
-    real = explore.similarity.similarity_view
+    real = explore.methods.similarity_view
     monkeypatch.setattr(
-        explore.similarity,
+        explore.methods,
         "similarity_view",
         lambda *a, prompts, **k: asked.append(prompts) or real(*a, prompts=prompts, **k),
     )
