@@ -14,10 +14,10 @@ from medrobust_lib.experiments.cards import (
     leaderboard,
     peak_memory_mb,
     read_cards,
+    show_source,
     start_run,
     write_text_atomically,
 )
-from medrobust_lib.experiments.source import show_source
 from medrobust_lib.experiments.store import RowStore, open_store, parameter_differences
 from medrobust_lib.experiments.work import map_items, progress
 

@@ -1,17 +1,20 @@
 """Runs and their result cards: what was asked, what came out, and in which environment."""
 
+import ast
 import hashlib
+import inspect
 import json
 import math
 import os
 import platform
 import subprocess
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
+from textwrap import dedent
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
@@ -392,3 +395,36 @@ def write_text_atomically(path: Path, text: str) -> None:
 def _git(root: Path, *arguments: str) -> str:
     command = ["git", "-C", str(root), *arguments]
     return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
+
+
+class Source(str):
+    """Python code that a notebook displays in colours, and as it is where there are none."""
+
+    __slots__ = ()
+
+    __repr__ = str.__str__
+
+    def _repr_markdown_(self) -> str:
+        return f"```python\n{self}\n```"
+
+
+def show_source(function: Callable[..., Any]) -> Source:
+    """Source of a function or class without its docstring and decorators; comments stay.
+
+    Parameters
+    ----------
+    function : callable
+        Of this library, for example `medrobust_lib.smoothing.certify.take_votes`.
+
+    Returns
+    -------
+    Source
+        A string; as the last line of a cell it is displayed as code.
+    """
+    lines = dedent(inspect.getsource(inspect.unwrap(function))).splitlines()
+    (node,) = ast.parse("\n".join(lines)).body
+    hidden = set(range(1, node.lineno))  # decorators stand above
+    if ast.get_docstring(node) is not None:
+        docstring = node.body[0]
+        hidden |= set(range(docstring.lineno, docstring.end_lineno + 1))
+    return Source("\n".join(line for number, line in enumerate(lines, start=1) if number not in hidden))
