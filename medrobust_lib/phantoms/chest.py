@@ -220,13 +220,8 @@ def _vessels(rng: np.random.Generator, chest: Chest, *, strength: float) -> Fiel
     trunks = _outward(rng, np.repeat(_hila(rng), 5, axis=0), headings, rng.uniform(0.35, 0.6, 10))
     parent = np.arange(30) % 10
     fork = rng.choice([-1, 1], 30) * rng.uniform(0.4, 0.9, 30)
-    twigs = _outward(
-        rng,
-        trunks[parent, rng.integers(1, 6, 30)],
-        headings[parent] + fork,
-        rng.uniform(0.12, 0.3, 30),
-        steps=5,
-    )
+    forks = trunks[parent, rng.integers(1, 6, 30)]
+    twigs = _outward(rng, forks, headings[parent] + fork, rng.uniform(0.12, 0.3, 30), steps=5)
     trunks, twigs = chest.to_image(trunks), chest.to_image(twigs)
     paths = [*trunks[:, :4], *trunks, *twigs]
     widths = [0.012] * 10 + [0.007] * 10 + [0.004] * 30

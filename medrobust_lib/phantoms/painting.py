@@ -128,13 +128,7 @@ def blob(rng: np.random.Generator, centre: ArrayLike, radius: float, **shape: Ar
     return blobs(rng, centre, radius, **shape)[0]
 
 
-def fill(
-    size: int,
-    outlines: Sequence[Path],
-    values: ArrayLike = 1.0,
-    *,
-    softness: float = 0.0,
-) -> Field:
+def fill(size: int, outlines: Sequence[Path], values: ArrayLike = 1.0, *, softness: float = 0.0) -> Field:
     """Fill closed outlines, later ones over earlier ones, antialiased.
 
     Parameters
@@ -156,12 +150,7 @@ def fill(
 
 
 def trace(
-    size: int,
-    paths: Sequence[Path],
-    widths: ArrayLike,
-    values: ArrayLike = 1.0,
-    *,
-    softness: float = 0.0,
+    size: int, paths: Sequence[Path], widths: ArrayLike, values: ArrayLike = 1.0, *, softness: float = 0.0
 ) -> Field:
     """Draw open paths [n, 2] as lines of the given widths (fractions of the side) and values."""
     layer, pen, factor = _layer(size)
