@@ -57,12 +57,7 @@ class _Study:
     batches: Batches
 
 
-@dataclass(frozen=True, eq=False)
-class _Member:
-    """One classifier of features and the denoiser in front of the image tower."""
-
-    classifier: FeatureClassifier
-    denoiser: Denoiser | None
+_Member = tuple[FeatureClassifier, Denoiser | None]  # and the denoiser in front of the image tower
 
 
 def certify_dataset(
@@ -198,7 +193,7 @@ def _classifiers(study: _Study, pixels: Tensor, index: int, sigma: float) -> lis
                 study.model, pixels, stream, count=method.n_adapt, denoiser=method.denoiser, batches=study.batches
             )
         found = method.classifiers(adaptations.get(key))
-        classifiers.append([_Member(classifier, method.denoiser) for classifier in found])
+        classifiers.append([(classifier, method.denoiser) for classifier in found])
     return classifiers
 
 
@@ -210,13 +205,13 @@ def _bank(study: _Study, members: Sequence[_Member], pixels: Tensor, index: int,
     def answers(role: Role, first: int, count: int, positions: Sequence[int]) -> list[Tensor]:
         stream = NoiseStream(study.seed, study.data.id, index, sigma, role)
         asked = [members[place] for place in positions]
-        denoisers = {id(member.denoiser): member.denoiser for member in asked}
+        denoisers = {id(denoiser): denoiser for _, denoiser in asked}
 
         def score(copies: Tensor) -> list[Tensor]:
             features = {
                 key: study.model.encode_image(denoised(denoise, copies, sigma)) for key, denoise in denoisers.items()
             }
-            labels = [member.classifier(features[id(member.denoiser)]) for member in asked]
+            labels = [classify(features[id(denoiser)]) for classify, denoiser in asked]
             return [checked_answers(found, len(copies), n_classes=n_classes) for found in labels]
 
         batches = list(map_copies(score, pixels, stream, batches=study.batches, first=first, count=count))
@@ -283,7 +278,6 @@ def _warn_of_unreachable_radii(study: _Study) -> None:
             warnings.warn(
                 f"at sigma {sigma:g} {plan.n} draws reach radius {reach:.3g}, so none of the radii asked for can be "
                 "certified there and every radius will be 0; ask for smaller radii or for more draws",
-                UserWarning,
                 stacklevel=3,
             )
 
