@@ -8,6 +8,7 @@ import hashlib
 import json
 import shutil
 import warnings
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -22,24 +23,12 @@ from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from medrobust_lib.adaptation.training import (
-    Recipe,
-    check_apart,
-    check_learnable,
-    templates_of,
-    train_jointly,
-)
+from medrobust_lib.adaptation.training import Recipe, check_apart, check_learnable, templates_of, train_jointly
 from medrobust_lib.adaptation.training_images import PAPER_AUGMENTATION, Augmentation
 from medrobust_lib.data.dataset import ImageDataset
 from medrobust_lib.experiments import parameter_differences, write_text_atomically
-from medrobust_lib.files import save_tensors
-from medrobust_lib.models.adapters import (
-    adapter_parameters,
-    attach_adapters,
-    load_adapter,
-    save_adapter,
-    weights_identity,
-)
+from medrobust_lib.files import parsed, save_tensors
+from medrobust_lib.models import adapters
 from medrobust_lib.models.dual_encoder import DualEncoder, find_image_tower
 from medrobust_lib.models.weights import DEMO_FOLDER, explained_errors
 from medrobust_lib.smoothing.certify import check_not_training
@@ -179,14 +168,14 @@ def adapt_lora(
     method = {"method": _LOW_RANK, "rank": rank, "qkv": qkv}
     job = _Job(model, train, validation, templates, Recipe(**recipe), out, method)
     if not job.is_done:
-        adapted = attach_adapters(model, rank=rank, qkv=qkv, seed=job.recipe.seed)
+        adapted = adapters.attach_adapters(model, rank=rank, qkv=qkv, seed=job.recipe.seed)
         with summed_convolutions(adapted):
-            record = job.train_in_place(adapted, adapter_parameters(adapted))
+            record = job.train_in_place(adapted, adapters.adapter_parameters(adapted))
         if job.out is None:
             return job.outcome(_finished(adapted, model, record, f"adapters of rank {rank}"), record)
-        save_adapter(adapted, job.out, provenance=record)
+        adapters.save_adapter(adapted, job.out, provenance=record)
     record = job.stored()
-    return job.outcome(load_adapter(model, job.out, merged=False), record)
+    return job.outcome(adapters.load_adapter(model, job.out, merged=False), record)
 
 
 def fine_tune(
@@ -234,7 +223,9 @@ def fine_tune(
         record = job.train_in_place(tuned, parameters)
         if job.out is None:
             return job.outcome(_finished(tuned, model, record, "fine-tuning"), record)
-        _save_tower(parameters, job.out, record)
+        with adapters.whole_folder(job.out) as partial:
+            save_tensors(partial / _TOWER, parameters)
+            write_text_atomically(partial / _PROVENANCE, json.dumps(record, indent=1) + "\n")
     record = job.stored()
     with explained_errors(str(job.out / _TOWER)):
         tuned.load_state_dict(tuned.state_dict() | load_file(job.out / _TOWER))
@@ -261,20 +252,19 @@ class _Job:
                 raise TypeError(f"{name} is one data set; give a list, [{sets.id!r}'s data set]")
             if not sets:
                 raise ValueError(f"{name} holds no data set; give at least one")
-            ids = [data.id for data in sets]
-            for id in ids:
-                if ids.count(id) > 1:
-                    raise ValueError(f"{name} holds {id!r} twice; give every data set once")
+            twice = [id for id, count in Counter(data.id for data in sets).items() if count > 1]
+            if twice:
+                raise ValueError(f"{name} holds {twice[0]!r} twice; give every data set once")
+        shown = {data.id: data for data in self.validation}
         for data in self.train:
             check_learnable(data)
-            for shown in self.validation:
-                if data.id == shown.id:
-                    check_apart(data, shown)
+            if data.id in shown:
+                check_apart(data, shown[data.id])
         plan = {
             **self.method,
             "base": self.model.identity(),
             "train": {data.id: _described(data, self.templates) for data in self.train},
-            "validation": {data.id: _described(data, self.templates) for data in self.validation},
+            "validation": {id: _described(data, self.templates) for id, data in shown.items()},
             "recipe": self.recipe.as_json(),
         }
         object.__setattr__(self, "plan", plan)
@@ -318,16 +308,12 @@ class _Job:
         path = self.out / _PROVENANCE
         if not path.is_file():
             raise ValueError(f"{self.out} holds something else than a finished adaptation; give another folder")
-        try:
+        with parsed(f"{path} is damaged", f"Delete {self.out} and train anew."):
             record = dict(json.loads(path.read_text(encoding="utf-8")))
-        except ValueError as error:
-            raise ValueError(f"{path} is damaged ({error}); delete {self.out} and train anew") from error
         stored = {name: record[name] for name in self.plan if name in record}
-        differences = [f"\n  {line}" for line in parameter_differences(stored, self.plan, holder="the folder")]
+        differences = "\n  ".join(parameter_differences(stored, self.plan, holder="the folder"))
         if differences:
-            raise ValueError(
-                f"{self.out} was trained with other parameters; give another folder:{''.join(differences)}"
-            )
+            raise ValueError(f"{self.out} was trained with other parameters; give another folder:\n  {differences}")
         shutil.rmtree(self._state, ignore_errors=True)
         return record
 
@@ -358,15 +344,6 @@ def _finished(model: DualEncoder, base: DualEncoder, record: dict[str, Any], cha
     model.id = f"{base.id} + {change}"
     model.provenance = {**record, "base": {**base.provenance, **record["base"]}}
     return model.eval().requires_grad_(False).to(base.dtype)
-
-
-def _save_tower(parameters: Mapping[str, nn.Parameter], out: Path, record: Mapping[str, Any]) -> None:
-    partial = out.with_name(f".{out.name}.part")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    save_tensors(partial / _TOWER, parameters)
-    write_text_atomically(partial / _PROVENANCE, json.dumps(record, indent=1) + "\n")
-    partial.rename(out)
 
 
 DEMO_ADAPTERS = DEMO_FOLDER.parent / "adapters"
@@ -418,4 +395,4 @@ def find_demo_adapter(
         return None
     stored = json.loads((folder / _PROVENANCE).read_text(encoding="utf-8"))
     same_recipe = stored["recipe"] == Recipe(**DEMO_RECIPE, augmentation=augmentation, seed=seed).as_json()
-    return folder if same_recipe and stored["adapter"]["base"]["weights"] == weights_identity(model) else None
+    return folder if same_recipe and stored["adapter"]["base"]["weights"] == adapters.weights_identity(model) else None

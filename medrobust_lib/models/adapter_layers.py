@@ -34,7 +34,7 @@ class SplitProjection(nn.Module):
         super().__init__()
         biases = (None,) * 3 if fused.bias is None else fused.bias.chunk(3)
         for part, weight, bias in zip(PARTS, fused.weight.chunk(3), biases, strict=True):
-            self.add_module(part, _linear(weight.detach().clone(), None if bias is None else bias.detach().clone()))
+            self.add_module(part, _linear(weight, bias))
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., d] -> [..., 3 d]."""
@@ -43,8 +43,8 @@ class SplitProjection(nn.Module):
     def fused(self) -> nn.Linear:
         """The one layer again."""
         layers = (self.q, self.k, self.v)
-        bias = None if self.q.bias is None else torch.cat([layer.bias.detach() for layer in layers])
-        return _linear(torch.cat([layer.weight.detach() for layer in layers]), bias)
+        bias = None if self.q.bias is None else torch.cat([layer.bias for layer in layers])
+        return _linear(torch.cat([layer.weight for layer in layers]), bias)
 
 
 class SelfAttention(nn.Module):
@@ -76,10 +76,7 @@ class SelfAttention(nn.Module):
                 "only attention over [b, L, d] with keys and values of width d, without dropout and added keys, can "
                 f"be taken apart, not {attention}"
             )
-        bias = attention.in_proj_bias
-        self.qkv: nn.Module = _linear(
-            attention.in_proj_weight.detach().clone(), None if bias is None else bias.detach().clone()
-        )
+        self.qkv: nn.Module = _linear(attention.in_proj_weight, attention.in_proj_bias)
         self.out = attention.out_proj
         self.heads = attention.num_heads
 
@@ -170,11 +167,11 @@ def fuse_qkv(tower: nn.Module) -> None:
 
 
 def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
-    """Layer with these parameters; made on the meta device, so that no random number is drawn."""
+    """Layer with copies of these parameters; made on the meta device, so that no random number is drawn."""
     layer = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
-    layer.weight = nn.Parameter(weight)
+    layer.weight = nn.Parameter(weight.detach().clone())
     if bias is not None:
-        layer.bias = nn.Parameter(bias)
+        layer.bias = nn.Parameter(bias.detach().clone())
     return layer
 
 

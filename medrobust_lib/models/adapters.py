@@ -11,7 +11,8 @@ import copy
 import json
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
@@ -202,14 +203,11 @@ def save_adapter(
         given = json.dumps(dict(provenance), allow_nan=False)
     except (TypeError, ValueError) as error:
         raise ValueError(f"provenance holds more than JSON values: {error}") from error
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
-    try:
+    with whole_folder(folder) as partial:
         save_tensors(partial / _TENSORS, tensors)
         config = copy.copy(model.peft_config[ADAPTER])
         config.inference_mode = True
         config.save_pretrained(str(partial))
-        partial.chmod(0o755)  # made for the owner only
         adapter = {
             "format": _FORMAT,
             "base": {"id": attached.base_id, "weights": attached.base_weights},
@@ -223,10 +221,20 @@ def save_adapter(
         }
         text = json.dumps({**json.loads(given), "adapter": adapter}, indent=1)
         (partial / _PROVENANCE).write_text(text + "\n", encoding="utf-8")
+    return folder
+
+
+@contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """A folder to write into, which becomes `folder` if all goes well and disappears otherwise."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+    try:
+        yield partial
+        partial.chmod(0o755)  # made for the owner only
         partial.replace(folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)  # gone if all went well
-    return folder
 
 
 def describe_adapter(folder: Path | str) -> dict[str, Any]:

@@ -437,13 +437,6 @@ class ImageTower:
     parameters: dict[str, nn.Parameter]
     norms: dict[str, _BatchNorm]
 
-    def tensors(self) -> dict[str, Tensor]:
-        """All that training changes."""
-        statistics = {
-            f"{name}.{part}": buffer for name, norm in self.norms.items() for part, buffer in norm.named_buffers()
-        }
-        return {**self.parameters, **statistics}
-
 
 def find_image_tower(model: DualEncoder) -> ImageTower:
     """Find the image tower by one backward pass, whatever the back end calls its parts.

@@ -12,37 +12,8 @@ import pandas as pd
 
 from medrobust_lib.checks import closest
 from medrobust_lib.files import read_sums
-from medrobust_lib.models.catalogue import (
-    BACKENDS,
-    CONFIG_NAME,
-    DEMO_MODEL,
-    DUAL_ENCODERS,
-    GENERATIVE,
-    HUB_PREFIX,
-    HUB_URL,
-    LOCAL_DIR_PREFIX,
-    OPEN_CLIP_CONFIG_NAME,
-    OWN_PREFIXES,
-    PYTHON_PREFIX,
-    Loader,
-    ModelEntry,
-    own_entry,
-    place_hint,
-)
-from medrobust_lib.models.weights import (
-    CHECKPOINT_SUFFIXES,
-    DEMO_FOLDER,
-    HUB_CHECKPOINTS,
-    check_clip_type,
-    check_no_adapter,
-    check_tokenizer,
-    check_writes_text,
-    has_checkpoint,
-    hub_snapshot,
-    incomplete,
-    is_clip,
-    model_folder,
-)
+from medrobust_lib.models import catalogue, weights
+from medrobust_lib.models.catalogue import DUAL_ENCODERS, GENERATIVE, Loader, ModelEntry, own_entry, place_hint
 from medrobust_lib.places import default_weights_dir
 
 if TYPE_CHECKING:
@@ -51,8 +22,7 @@ if TYPE_CHECKING:
     from medrobust_lib.models.dual_encoder import DualEncoder
 
 _DTYPES = ("float32", "bfloat16", "float16")
-_FACTS = ("id", "family", "image_size", "parameters", "licence", "source")
-_COLUMNS = (*_FACTS, "sha256", "available_offline", "citation")
+_COLUMNS = ["id", "family", "image_size", "parameters", "licence", "source", "sha256", "available_offline", "citation"]
 
 # The one place that grows at run time: what register_model was given in this process.
 _REGISTERED: dict[str, ModelEntry] = {}
@@ -147,8 +117,8 @@ def find_model(id: str, *, generative: bool = False) -> ModelEntry:
     rows, others = (writing, dual) if generative else (dual, writing)
     if id in rows:
         return rows[id]
-    forms = f"{LOCAL_DIR_PREFIX}PATH, {HUB_PREFIX}OWNER/NAME"
-    known = f"{', '.join(rows)}, {forms}{'' if generative else f' or {PYTHON_PREFIX}MODULE:FUNCTION'}"
+    forms = f"{catalogue.LOCAL_DIR_PREFIX}PATH, {catalogue.HUB_PREFIX}OWNER/NAME"
+    known = f"{', '.join(rows)}, {forms}{'' if generative else f' or {catalogue.PYTHON_PREFIX}MODULE:FUNCTION'}"
     if id in others:
         kind = "a dual encoder and writes no text" if generative else "a generative model"
         call, parameter = ("load_model", "model") if generative else ("load_vlm", "vlm")
@@ -269,7 +239,7 @@ def _table(entries: Iterable[ModelEntry], weights_dir: Path) -> pd.DataFrame:
         }
         for entry in entries
     ]
-    return pd.DataFrame(rows, columns=list(_COLUMNS)).astype({"parameters": "Int64"})
+    return pd.DataFrame(rows, columns=_COLUMNS).astype({"parameters": "Int64"})
 
 
 def register_model(
@@ -306,7 +276,7 @@ def register_model(
     TypeError
         If the loader cannot be called.
     """
-    if not id or id.startswith(OWN_PREFIXES) or any(entry.id == id for entry in DUAL_ENCODERS):
+    if not id or id.startswith(catalogue.OWN_PREFIXES) or any(entry.id == id for entry in DUAL_ENCODERS):
         raise ValueError(f"the model id {id!r} is taken; choose another one")
     if not callable(loader):
         raise TypeError(f"loader must be a function returning a DualEncoder, not {type(loader).__name__}")
@@ -318,13 +288,13 @@ def available_offline(entry: ModelEntry, *, weights_dir: Path) -> bool:
     """Whether a model's weights are in the package, in ``weights_dir`` or in the hub cache."""
     if callable(entry.loader):
         return True
-    folder = model_folder(entry, weights_dir)
+    folder = weights.model_folder(entry, weights_dir)
     if folder is not None:
-        return has_checkpoint(folder)
+        return weights.has_checkpoint(folder)
     if entry.source.startswith("https://"):
         return False  # its loader reads that folder only
     if not entry.files:
-        return any(has_checkpoint(folder) for folder in _cached_folders(entry))
+        return any(weights.has_checkpoint(folder) for folder in _cached_folders(entry))
     places = [hub_location(file.url) for file in entry.files]
     return all(place is not None and _in_hub_cache(*place) for place in places)
 
@@ -345,38 +315,38 @@ def check_kind(entry: ModelEntry, *, weights_dir: Path | None = None) -> None:
     if callable(entry.loader):
         _check_loader(entry.loader, id=entry.id)
         return
-    folder = model_folder(entry, weights_dir)
+    folder = weights.model_folder(entry, weights_dir)
     if entry.generative:
         for found in _cached_folders(entry) if folder is None else [folder]:
             _check_vlm_folder(found, id=entry.id)
-    elif entry.id.startswith(LOCAL_DIR_PREFIX):
+    elif entry.id.startswith(catalogue.LOCAL_DIR_PREFIX):
         _module(entry).check_folder(folder, id=entry.id)
-    elif entry.id.startswith(HUB_PREFIX):
+    elif entry.id.startswith(catalogue.HUB_PREFIX):
         for found in _cached_folders(entry):
             _check_snapshot(found, id=entry.id)
 
 
 def _check_vlm_folder(folder: Path, *, id: str) -> None:
     """`check_kind` for what is here of a generative model."""
-    check_no_adapter(folder, id=id)
-    check_writes_text(folder, id=id)
-    if id.startswith(LOCAL_DIR_PREFIX):
-        missing = [] if (folder / CONFIG_NAME).is_file() else [CONFIG_NAME]
-        missing += [] if has_checkpoint(folder) else ["model weights"]
+    weights.check_no_adapter(folder, id=id)
+    weights.check_writes_text(folder, id=id)
+    if id.startswith(catalogue.LOCAL_DIR_PREFIX):
+        missing = [] if (folder / catalogue.CONFIG_NAME).is_file() else [catalogue.CONFIG_NAME]
+        missing += [] if weights.has_checkpoint(folder) else ["model weights"]
         if missing:
-            raise incomplete(folder, missing, id=id)
-        check_tokenizer(folder, id=id)
+            raise weights.incomplete(folder, missing, id=id)
+        weights.check_tokenizer(folder, id=id)
 
 
 def _check_snapshot(folder: Path, *, id: str) -> None:
     """`check_kind` for what is here of a repository of the hub."""
-    if (folder / OPEN_CLIP_CONFIG_NAME).is_file() and not is_clip(folder):
+    if (folder / catalogue.OPEN_CLIP_CONFIG_NAME).is_file() and not weights.is_clip(folder):
         back_end = "open_clip"
     else:
-        check_clip_type(folder, id=id)
+        weights.check_clip_type(folder, id=id)
         back_end = "transformers_clip"
-    if has_checkpoint(folder):  # else the rest is still to be fetched
-        importlib.import_module(f"{BACKENDS}.{back_end}").check_folder(folder, id=id)
+    if weights.has_checkpoint(folder):  # else the rest is still to be fetched
+        importlib.import_module(f"{catalogue.BACKENDS}.{back_end}").check_folder(folder, id=id)
 
 
 def _check_loader(loader: Loader, *, id: str) -> None:
@@ -395,9 +365,9 @@ def _check_loader(loader: Loader, *, id: str) -> None:
 
 def hub_location(url: str) -> tuple[str, str] | None:
     """Repository and file name on the hub of a URL, or None if it points elsewhere."""
-    if not url.startswith(HUB_URL) or "/resolve/" not in url:
+    if not url.startswith(catalogue.HUB_URL) or "/resolve/" not in url:
         return None
-    repository, _, path = url.removeprefix(HUB_URL).partition("/resolve/")
+    repository, _, path = url.removeprefix(catalogue.HUB_URL).partition("/resolve/")
     return repository, path.partition("/")[2]
 
 
@@ -409,7 +379,7 @@ def _resolve_loader(entry: ModelEntry) -> Loader:
 
 
 def _module(entry: ModelEntry) -> ModuleType:
-    return importlib.import_module(f"{BACKENDS}.{entry.loader.partition(':')[0]}")
+    return importlib.import_module(f"{catalogue.BACKENDS}.{entry.loader.partition(':')[0]}")
 
 
 def _dual_encoders() -> tuple[ModelEntry, ...]:
@@ -422,18 +392,22 @@ def _weights_dir(given: str | Path | None) -> Path:
 
 def _cached_folders(entry: ModelEntry) -> list[Path]:
     """The snapshot of an ``hf:`` source in the hub cache, if one of its configurations is in it."""
-    repository = entry.source.removeprefix(HUB_PREFIX)
-    found = [hub_snapshot(repository, name) for name in (CONFIG_NAME, OPEN_CLIP_CONFIG_NAME)]
+    repository = entry.source.removeprefix(catalogue.HUB_PREFIX)
+    found = [
+        weights.hub_snapshot(repository, name) for name in (catalogue.CONFIG_NAME, catalogue.OPEN_CLIP_CONFIG_NAME)
+    ]
     return [folder for folder in dict.fromkeys(found) if folder is not None]
 
 
 def _in_hub_cache(repository: str, name: str) -> bool:
     """Whether a file is in the hub cache; a checkpoint counts in any of its formats."""
-    is_checkpoint = name.endswith(CHECKPOINT_SUFFIXES)
-    return any(hub_snapshot(repository, other) for other in (HUB_CHECKPOINTS if is_checkpoint else (name,)))
+    is_checkpoint = name.endswith(weights.CHECKPOINT_SUFFIXES)
+    return any(
+        weights.hub_snapshot(repository, other) for other in (weights.HUB_CHECKPOINTS if is_checkpoint else (name,))
+    )
 
 
 def _known_hashes(entry: ModelEntry) -> dict[str, str]:
-    if entry.id == DEMO_MODEL:
-        return read_sums(DEMO_FOLDER)
+    if entry.id == catalogue.DEMO_MODEL:
+        return read_sums(weights.DEMO_FOLDER)
     return {file.name: file.sha256 for file in entry.files if file.sha256 is not None}

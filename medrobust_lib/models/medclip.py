@@ -31,19 +31,12 @@ from torch.nn import functional
 from torchvision.models.resnet import Bottleneck, ResNet
 from transformers import BertConfig, BertModel, SwinConfig, SwinModel
 
+from medrobust_lib.models import weights
 from medrobust_lib.models.catalogue import OPEN_CLIP_CONFIG_NAME, ModelEntry
 from medrobust_lib.models.dual_encoder import DualEncoder, Tokens, check_text_lengths
 from medrobust_lib.models.geometry import Preprocessing
 from medrobust_lib.models.loading import find_model
 from medrobust_lib.models.open_clip import OpenClipEncoder, load_open_clip
-from medrobust_lib.models.weights import (
-    VOCABULARY_NAME,
-    describe_files,
-    find_weights,
-    hub_access,
-    load_strictly,
-    read_state_dict,
-)
 
 CONTEXT_LENGTH = 77
 UNIMED_CONTEXT_LENGTH = 256
@@ -98,8 +91,8 @@ class _TextTower(nn.Module):
             inputs_embeds=embeddings, attention_mask=mask.long(), output_hidden_states=True
         ).hidden_states
         layers = (hidden[1] + hidden[2] + hidden[-1]) / 3
-        weights = pooled.to(layers.dtype)
-        return self.projection_head((weights[:, :, None] * layers).sum(dim=1) / weights.sum(dim=1, keepdim=True))
+        counted = pooled.to(layers.dtype)
+        return self.projection_head((counted[:, :, None] * layers).sum(dim=1) / counted.sum(dim=1, keepdim=True))
 
 
 class MedCLIPNetwork(nn.Module):
@@ -238,12 +231,12 @@ def _find_vocabulary(entry: ModelEntry, repository: str, *, weights_dir: Path | 
     FileNotFoundError
         Naming both places and the command that fetches the file.
     """
-    places = [] if weights_dir is None else [weights_dir / entry.id / VOCABULARY_NAME]
+    places = [] if weights_dir is None else [weights_dir / entry.id / weights.VOCABULARY_NAME]
     if places and places[0].is_file():
         return places[0]
     try:
-        with hub_access(offline=offline):
-            return Path(hf_hub_download(repository, VOCABULARY_NAME, local_files_only=offline))
+        with weights.hub_access(offline=offline):
+            return Path(hf_hub_download(repository, weights.VOCABULARY_NAME, local_files_only=offline))
     except OSError as error:
         looked = ", ".join([*map(str, places), f"{repository} on the hub" + (" (cache only)" if offline else "")])
         raise FileNotFoundError(
@@ -276,13 +269,13 @@ def load_medclip(entry: ModelEntry, *, weights_dir: Path | None, offline: bool) 
     ValueError
         If keys or shapes do not fit (the first ten are listed), or the vocabulary has the wrong size.
     """
-    weights = find_weights(entry, ("pytorch_model.bin", "model.safetensors"), weights_dir=weights_dir)
+    checkpoint = weights.find_weights(entry, ("pytorch_model.bin", "model.safetensors"), weights_dir=weights_dir)
     vocabulary = _find_vocabulary(entry, "emilyalsentzer/Bio_ClinicalBERT", weights_dir=weights_dir, offline=offline)
     network = published_network(entry.id)
     tokenizer = read_tokenizer(vocabulary, vocab_size=network.text_model.model.config.vocab_size)
-    state_dict = convert_state_dict(read_state_dict(weights), expected=network.state_dict().keys())
-    load_strictly(network, state_dict, source=weights)
-    provenance = describe_files(entry, weights, vocabulary)
+    state_dict = convert_state_dict(weights.read_state_dict(checkpoint), expected=network.state_dict().keys())
+    weights.load_strictly(network, state_dict, source=checkpoint)
+    provenance = weights.describe_files(entry, checkpoint, vocabulary)
     encoder = MedCLIPEncoder(network, tokenizer, id=entry.id, image_size=entry.image_size, provenance=provenance)
     return encoder.eval().requires_grad_(False)
 
@@ -317,7 +310,7 @@ def build_unimed_network(
 
 
 def convert_fork_keys(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors of the fork under upstream's names, without the derived ``position_ids``."""
+    """Tensors of the text tower of UniMed-CLIP or RobustMedCLIP under upstream's names, without ``position_ids``."""
     return {
         re.sub(r"^text_encoder\.", "text.", key): tensor
         for key, tensor in state_dict.items()
@@ -331,7 +324,7 @@ def load_unimedclip(entry: ModelEntry, *, weights_dir: Path | None, offline: boo
     Parameters, result and errors are those of `load_medclip`.
     """
     names = ("unimed_clip_vit_b16.pt", "unimed_clip_vit_b16.safetensors")
-    weights = find_weights(entry, names, weights_dir=weights_dir)
+    checkpoint = weights.find_weights(entry, names, weights_dir=weights_dir)
     bert = "microsoft/BiomedNLP-BiomedBERT-base-uncased-abstract"
     vocabulary = _find_vocabulary(entry, bert, weights_dir=weights_dir, offline=offline)
     with tempfile.TemporaryDirectory() as name:
@@ -342,8 +335,10 @@ def load_unimedclip(entry: ModelEntry, *, weights_dir: Path | None, offline: boo
         (folder / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
         tokenizer = HFTokenizer(str(folder), context_length=UNIMED_CONTEXT_LENGTH)
     _check_size(vocabulary, len(tokenizer.tokenizer), network.text.vocab_size)
-    load_strictly(network, convert_fork_keys(read_state_dict(weights)), source=weights)
-    encoder = OpenClipEncoder(network, tokenizer, id=entry.id, provenance=describe_files(entry, weights, vocabulary))
+    weights.load_strictly(network, convert_fork_keys(weights.read_state_dict(checkpoint)), source=checkpoint)
+    encoder = OpenClipEncoder(
+        network, tokenizer, id=entry.id, provenance=weights.describe_files(entry, checkpoint, vocabulary)
+    )
     return encoder.eval().requires_grad_(False)
 
 
@@ -407,16 +402,16 @@ def split_full_checkpoint(
         match = _LONG_KEY.fullmatch(key)
         if match:
             found.setdefault((int(match["block"]), match["part"]), {})[match["side"]] = tensor
-        elif not key.endswith("position_ids"):
+        else:
             key = key.replace("lora_vit.lora_vit.", "visual.", 1).replace(".attn.qkv.qkv.", ".attn.qkv.")
-            backbone[re.sub(r"^text_encoder\.", "text.", key)] = tensor
+            backbone[key] = tensor
     needed = {(block, part) for block in range(blocks) for part in "qv"}
     incomplete = [place for place in needed | set(found) if set(found.get(place, ())) != {"a", "b"}]
     outside = [place for place in found if place[0] >= blocks]
     if incomplete or outside:
         named = ", ".join(f"block {block} {part}" for block, part in sorted(incomplete + outside)[:10])
         raise ValueError(f"{source}: adapters missing, incomplete or beyond the {blocks} blocks: {named}")
-    return {place: (pair["a"], pair["b"]) for place, pair in found.items()}, backbone
+    return {place: (pair["a"], pair["b"]) for place, pair in found.items()}, convert_fork_keys(backbone)
 
 
 def add_products(visual: nn.Module, adapters: Adapters, *, source: str | Path) -> None:
@@ -466,7 +461,7 @@ def apply_checkpoint(clip: nn.Module, tensors: Mapping[str, Tensor], *, source: 
     else:
         adapters, backbone = split_full_checkpoint(tensors, blocks=blocks, source=source)
         backbone.setdefault("logit_scale", clip.state_dict()["logit_scale"])
-    load_strictly(clip, backbone, source=source)
+    weights.load_strictly(clip, backbone, source=source)
     without_keys = blocks - sum(part == "k" for _, part in adapters)
     if without_keys:
         warnings.warn(
@@ -487,12 +482,15 @@ def load_robustmedclip(entry: ModelEntry, *, weights_dir: Path | None, offline: 
     ``biomedclip``. The logit scale is BiomedCLIP's: the authors trained and scored without one.
     Parameters and errors are those of `load_medclip`.
     """
-    weights = find_weights(entry, ("model.pth", "lora_weights.safetensors"), weights_dir=weights_dir)
+    checkpoint = weights.find_weights(entry, ("model.pth", "lora_weights.safetensors"), weights_dir=weights_dir)
     base_entry = find_model("biomedclip")
-    if (weights.parent / OPEN_CLIP_CONFIG_NAME).is_file():
+    if (checkpoint.parent / OPEN_CLIP_CONFIG_NAME).is_file():
         base_entry = replace(base_entry, id=entry.id)
     encoder = load_open_clip(base_entry, weights_dir=weights_dir, offline=offline)
-    apply_checkpoint(encoder.model, read_state_dict(weights), source=weights)
+    apply_checkpoint(encoder.model, weights.read_state_dict(checkpoint), source=checkpoint)
     encoder.id = entry.id
-    encoder.provenance = {**describe_files(entry, weights), "base": {"id": "biomedclip", **encoder.provenance}}
+    encoder.provenance = {
+        **weights.describe_files(entry, checkpoint),
+        "base": {"id": "biomedclip", **encoder.provenance},
+    }
     return encoder.eval().requires_grad_(False)

@@ -18,27 +18,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from medrobust_lib.files import parsed, read_json_object, read_sums
+from medrobust_lib.models import weights
 from medrobust_lib.models.catalogue import CONFIG_NAME, DEMO_MODEL, OPEN_CLIP_CONFIG_NAME
 from medrobust_lib.models.dual_encoder import DualEncoder, Tokens, check_text_lengths, check_text_path
 from medrobust_lib.models.geometry import Preprocessing, per_channel
-from medrobust_lib.models.weights import (
-    CHECKPOINT_SUFFIXES,
-    HONOURED,
-    HUB_CHECKPOINTS,
-    Settings,
-    check_hashes,
-    check_no_adapter,
-    check_settings,
-    check_tokenizer,
-    check_vocabulary,
-    explained_errors,
-    file_hashes,
-    hub_access,
-    hub_snapshot,
-    missing_weights,
-    model_folder,
-    provenance,
-)
 
 if TYPE_CHECKING:
     from medrobust_lib.models.catalogue import ModelEntry
@@ -47,22 +30,22 @@ _GEOMETRIES = {"shortest": "shortest-edge-crop", "squash": "squash"}
 # open_clip's own inference transform reads "random" as bicubic.
 _INTERPOLATIONS = {"bicubic": "bicubic", "bilinear": "bilinear", "random": "bicubic"}
 # open_clip_config.json. open_clip builds the towers by it, but passes over what it does not know of the images.
-_MODEL_SETTINGS: dict[str, Settings] = {
-    "model_cfg": dict.fromkeys((*inspect.signature(open_clip.CLIP).parameters, "custom_text"), HONOURED),
+_MODEL_SETTINGS: dict[str, weights.Settings] = {
+    "model_cfg": dict.fromkeys((*inspect.signature(open_clip.CLIP).parameters, "custom_text"), weights.HONOURED),
     # A tower gives a feature alone; a text gets no class token (CoCa), and is not cut in another way.
     "vision_cfg": {
-        **dict.fromkeys((field.name for field in fields(CLIPVisionCfg)), HONOURED),
+        **dict.fromkeys((field.name for field in fields(CLIPVisionCfg)), weights.HONOURED),
         "output_tokens": (False,),
     },
     "text_cfg": {
-        **dict.fromkeys((field.name for field in fields(CLIPTextCfg)), HONOURED),
+        **dict.fromkeys((field.name for field in fields(CLIPTextCfg)), weights.HONOURED),
         "output_tokens": (False,),
         "embed_cls": (False,),
         "tokenizer_mode": ("",),
     },
 }
-_IMAGE_SETTINGS: Settings = {
-    **dict.fromkeys(("size", "mean", "std", "fill_color"), HONOURED),  # nothing is filled in these geometries
+_IMAGE_SETTINGS: weights.Settings = {
+    **dict.fromkeys(("size", "mean", "std", "fill_color"), weights.HONOURED),  # nothing is filled in these geometries
     "mode": ("RGB",),
     "interpolation": tuple(_INTERPOLATIONS),
     "resize_mode": tuple(_GEOMETRIES),
@@ -113,15 +96,6 @@ class OpenClipEncoder(DualEncoder):
         return getattr(self.model, "text", self.model)
 
     @property
-    def _pad_id(self) -> int:
-        return self._inner_tokenizer.pad_token_id if self._inner_tokenizer is not None else 0
-
-    @property
-    def _inner_tokenizer(self) -> Any:
-        """The Hugging Face tokenizer inside open_clip's wrapper; None for CLIP's own."""
-        return getattr(self._tokenizer, "tokenizer", None)
-
-    @property
     def _pooling(self) -> tuple[str, int]:
         """At which token the text tower pools, and the id of the end token."""
         tower = self._text_tower
@@ -158,8 +132,8 @@ class OpenClipEncoder(DualEncoder):
 
     def _real_tokens(self, ids: Tensor) -> Tensor:
         """True up to the last token that is not padding; CLIP's padding id 0 is also the id of "!"."""
-        real = (ids != self._pad_id).flip(1).cummax(dim=1).values.flip(1)
-        inner = self._inner_tokenizer
+        inner = _inner_tokenizer(self._tokenizer)
+        real = (ids != (0 if inner is None else inner.pad_token_id)).flip(1).cummax(dim=1).values.flip(1)
         if inner is not None and inner.pad_token_id == inner.eos_token_id:
             # Padded with end tokens: the first of them belongs to the text.
             real = real | functional.pad(real[:, :-1], (1, 0))
@@ -196,11 +170,16 @@ class OpenClipEncoder(DualEncoder):
         return projection(pooled) if isinstance(projection, torch.nn.Linear) else pooled @ projection
 
 
+def _inner_tokenizer(tokenizer: Any) -> Any:
+    """The Hugging Face tokenizer inside open_clip's wrapper; None for CLIP's own."""
+    return getattr(tokenizer, "tokenizer", None)
+
+
 def _check_tokenizer(tokenizer: Any, vocab_size: int | None, *, id: str) -> None:
     """`check_vocabulary` of open_clip's wrapper, for a text tower of this many tokens if they are known."""
-    inner = getattr(tokenizer, "tokenizer", None)
+    inner = _inner_tokenizer(tokenizer)
     known = tokenizer.vocab_size if inner is None else len(inner)
-    check_vocabulary(known, vocab_size or known, "right" if inner is None else inner.padding_side, id=id)
+    weights.check_vocabulary(known, vocab_size or known, "right" if inner is None else inner.padding_side, id=id)
 
 
 def read_preprocessing(settings: Mapping[str, Any], *, source: str) -> Preprocessing:
@@ -211,7 +190,7 @@ def read_preprocessing(settings: Mapping[str, Any], *, source: str) -> Preproces
     ValueError
         A setting that would have to be passed over, or an image that is not square.
     """
-    check_settings(settings, _IMAGE_SETTINGS, source=source)
+    weights.check_settings(settings, _IMAGE_SETTINGS, source=source)
     given = {name: value for name, value in settings.items() if value is not None}
     cfg = {**asdict(PreprocessCfg()), **given}
     with parsed(source):
@@ -254,20 +233,20 @@ def load_open_clip(entry: "ModelEntry", *, weights_dir: Path | None, offline: bo
         If keys do not fit, a file is damaged or has a wrong SHA-256, or the tokenizer is not the model's.
     """
     scheme, _, place = entry.source.partition(":")
-    folder = model_folder(entry, weights_dir)
+    folder = weights.model_folder(entry, weights_dir)
     if entry.id == DEMO_MODEL and not (folder / OPEN_CLIP_CONFIG_NAME).is_file():
         raise FileNotFoundError(f"the package is incomplete: {folder / OPEN_CLIP_CONFIG_NAME} is missing; reinstall it")
     if folder is not None and (scheme != "open_clip" or (folder / OPEN_CLIP_CONFIG_NAME).is_file()):
         return _load_folder(entry, folder)
     try:
-        with hub_access(offline=offline), explained_errors(entry.source):
+        with weights.hub_access(offline=offline), weights.explained_errors(entry.source):
             if scheme == "open_clip":
                 return _load_named(entry, folder, *place.split("/"))
             model = open_clip.create_model_from_pretrained(entry.source, return_transform=False)
             tokenizer = open_clip.get_tokenizer(entry.source)
     except (OSError, RuntimeError) as error:
-        raise missing_weights(entry, weights_dir=weights_dir, offline=offline, reason=error) from error
-    snapshot = hub_snapshot(place, OPEN_CLIP_CONFIG_NAME)
+        raise weights.missing_weights(entry, weights_dir=weights_dir, offline=offline, reason=error) from error
+    snapshot = weights.hub_snapshot(place, OPEN_CLIP_CONFIG_NAME)
     if snapshot is not None:
         _read_config(snapshot)
     return _encoder(entry, model, tokenizer, _hub_hashes(place))
@@ -298,7 +277,7 @@ def check_folder(folder: Path, *, id: str, published: Collection[str] = ()) -> P
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"no folder {folder} for the model {id!r}")
-    check_no_adapter(folder, id=id)
+    weights.check_no_adapter(folder, id=id)
     if not (folder / OPEN_CLIP_CONFIG_NAME).is_file():
         raise FileNotFoundError(
             f"{folder} holds no {OPEN_CLIP_CONFIG_NAME}: it is not a model folder in open_clip's format, nor, without "
@@ -307,37 +286,37 @@ def check_folder(folder: Path, *, id: str, published: Collection[str] = ()) -> P
     text = _read_config(folder)["model_cfg"]["text_cfg"]
     tokenizer = text.get("hf_tokenizer_name")
     if tokenizer:
-        check_tokenizer(folder, id=id, published=tokenizer if tokenizer.count("/") == 1 else "")
+        weights.check_tokenizer(folder, id=id, published=tokenizer if tokenizer.count("/") == 1 else "")
     size = None if "hf_model_name" in text else text.get("vocab_size", CLIPTextCfg.vocab_size)
-    with hub_access(offline=True), explained_errors(str(folder)):
+    with weights.hub_access(offline=True), weights.explained_errors(str(folder)):
         _check_tokenizer(open_clip.get_tokenizer(f"local-dir:{folder}"), size, id=id)
     return _checkpoint(folder, published)
 
 
 def _checkpoint(folder: Path, published: Collection[str]) -> Path:
     """The only checkpoint of a folder, or the preferred one among names that stand for the same weights."""
-    found = sorted(path for path in folder.iterdir() if path.suffix in CHECKPOINT_SUFFIXES)
+    found = sorted(path for path in folder.iterdir() if path.suffix in weights.CHECKPOINT_SUFFIXES)
     found = [path for path in found if path.name in published] or found
     if not found:
-        raise FileNotFoundError(f"{folder} holds no weights ({', '.join(CHECKPOINT_SUFFIXES)})")
-    if len(found) > 1 and not {path.name for path in found} <= set(HUB_CHECKPOINTS):
+        raise FileNotFoundError(f"{folder} holds no weights ({', '.join(weights.CHECKPOINT_SUFFIXES)})")
+    if len(found) > 1 and not {path.name for path in found} <= set(weights.HUB_CHECKPOINTS):
         raise ValueError(
             f"{folder} holds several checkpoints: {', '.join(path.name for path in found)}; leave the one that is "
             "meant, and move the others elsewhere"
         )
-    return min(found, key=lambda path: HUB_CHECKPOINTS.index(path.name) if len(found) > 1 else 0)
+    return min(found, key=lambda path: weights.HUB_CHECKPOINTS.index(path.name) if len(found) > 1 else 0)
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
     """Content of ``open_clip_config.json`` whose settings of images are all supported; open_clip refuses the others."""
     config = read_json_object(folder / OPEN_CLIP_CONFIG_NAME, "a configuration of open_clip")
     source = str(folder / OPEN_CLIP_CONFIG_NAME)
-    check_settings(config, dict.fromkeys(("model_cfg", "preprocess_cfg"), HONOURED), source=source)
+    weights.check_settings(config, dict.fromkeys(("model_cfg", "preprocess_cfg"), weights.HONOURED), source=source)
     with parsed(f"{source} is not a configuration of open_clip"):
         parts = {"model_cfg": dict(config["model_cfg"]), "preprocess_cfg": dict(config.get("preprocess_cfg") or {})}
         parts |= {name: dict(parts["model_cfg"][name]) for name in ("vision_cfg", "text_cfg")}
     for name, settings in _MODEL_SETTINGS.items():
-        check_settings(parts[name], settings, source=f"{source}, {name}")
+        weights.check_settings(parts[name], settings, source=f"{source}, {name}")
     images = parts["preprocess_cfg"]
     read = read_preprocessing(images, source=f"{source}, preprocess_cfg")
     size = parts["vision_cfg"].get("image_size", CLIPVisionCfg.image_size)
@@ -351,9 +330,9 @@ def _load_named(entry: "ModelEntry", folder: Path | None, architecture: str, tag
     if folder is None:
         pretrained = tag
     else:
-        hashes = check_hashes(folder, read_sums(folder))
+        hashes = weights.check_hashes(folder, read_sums(folder))
         pretrained = str(_checkpoint(folder, [file.name for file in entry.files]))
-    with explained_errors(pretrained):
+    with weights.explained_errors(pretrained):
         model = open_clip.create_model_from_pretrained(architecture, pretrained=pretrained, return_transform=False)
     if folder is None:
         hashes = _hub_hashes(open_clip.get_pretrained_cfg(architecture, tag)["hf_hub"].rstrip("/"))
@@ -363,9 +342,9 @@ def _load_named(entry: "ModelEntry", folder: Path | None, architecture: str, tag
 def _load_folder(entry: "ModelEntry", folder: Path) -> OpenClipEncoder:
     """A folder in open_clip's format; nothing is looked up elsewhere if it is complete."""
     checkpoint = check_folder(folder, id=entry.id, published=[file.name for file in entry.files])
-    hashes = check_hashes(folder, read_sums(folder))
+    hashes = weights.check_hashes(folder, read_sums(folder))
     name = f"local-dir:{folder}"
-    with explained_errors(str(checkpoint)):
+    with weights.explained_errors(str(checkpoint)):
         with _no_warning_of_missing_weights():  # open_clip finds only some of the names that its training gives
             model = open_clip.create_model(name, load_weights=False, pretrained_text=False, **_own_text_config(folder))
         open_clip.load_checkpoint(model, str(checkpoint))
@@ -383,7 +362,7 @@ def _no_warning_of_missing_weights() -> Iterator[None]:
 
 
 def _encoder(entry: "ModelEntry", model: torch.nn.Module, tokenizer: Any, hashes: dict[str, str]) -> OpenClipEncoder:
-    return OpenClipEncoder(model, tokenizer, id=entry.id, provenance=provenance(entry, hashes))
+    return OpenClipEncoder(model, tokenizer, id=entry.id, provenance=weights.provenance(entry, hashes))
 
 
 def _own_text_config(folder: Path) -> dict[str, Any]:
@@ -396,9 +375,9 @@ def _own_text_config(folder: Path) -> dict[str, Any]:
 
 def _hub_hashes(repository: str) -> dict[str, str]:
     """SHA-256 of the cached files of the revision that was just loaded."""
-    names = (OPEN_CLIP_CONFIG_NAME, *HUB_CHECKPOINTS)
-    folder = next((found for name in names if (found := hub_snapshot(repository, name))), None)
-    return {} if folder is None else file_hashes(folder)
+    names = (OPEN_CLIP_CONFIG_NAME, *weights.HUB_CHECKPOINTS)
+    folder = next((found for name in names if (found := weights.hub_snapshot(repository, name))), None)
+    return {} if folder is None else weights.file_hashes(folder)
 
 
 def _embed_dim(model: torch.nn.Module) -> int:

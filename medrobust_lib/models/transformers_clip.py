@@ -19,28 +19,10 @@ from transformers.utils import (
 )
 
 from medrobust_lib.files import parsed, read_sums
+from medrobust_lib.models import weights
 from medrobust_lib.models.catalogue import CONFIG_NAME, HUB_PREFIX, OPEN_CLIP_CONFIG_NAME
 from medrobust_lib.models.dual_encoder import DualEncoder, Tokens, check_text_lengths, check_text_path
 from medrobust_lib.models.geometry import Preprocessing, per_channel
-from medrobust_lib.models.weights import (
-    HONOURED,
-    Settings,
-    check_clip_type,
-    check_hashes,
-    check_no_adapter,
-    check_settings,
-    check_tokenizer,
-    check_vocabulary,
-    explained_errors,
-    file_hashes,
-    hub_access,
-    hub_snapshot,
-    incomplete,
-    missing_weights,
-    model_folder,
-    provenance,
-    read_pretrained,
-)
 
 if TYPE_CHECKING:
     from medrobust_lib.models.catalogue import ModelEntry
@@ -53,19 +35,21 @@ _UNKNOWN_END = 2
 _TOKENIZER_SOURCE = "openai/clip-vit-base-patch32"  # the vocabulary that nearly every CLIP shares
 _CLIP_PROCESSORS = ("CLIPImageProcessor", "CLIPImageProcessorFast", "CLIPImageProcessorPil", "CLIPFeatureExtractor")
 # preprocessor_config.json
-_PROCESSOR_SETTINGS: Settings = {
-    **dict.fromkeys(("size", "crop_size", "default_to_square", "use_square_size"), HONOURED),
-    **dict.fromkeys(("do_center_crop", "do_normalize", "image_mean", "image_std"), HONOURED),
-    **dict.fromkeys(("do_rescale", "rescale_factor"), HONOURED),
+_PROCESSOR_SETTINGS: weights.Settings = {
+    **dict.fromkeys(("size", "crop_size", "default_to_square", "use_square_size"), weights.HONOURED),
+    **dict.fromkeys(("do_center_crop", "do_normalize", "image_mean", "image_std"), weights.HONOURED),
+    **dict.fromkeys(("do_rescale", "rescale_factor"), weights.HONOURED),
     "do_resize": (True,),
     "resample": tuple(_FILTERS),
     "do_pad": (False,),
-    "do_convert_rgb": HONOURED,  # what comes here is RGB
+    "do_convert_rgb": weights.HONOURED,  # what comes here is RGB
     "image_processor_type": _CLIP_PROCESSORS,
     "feature_extractor_type": _CLIP_PROCESSORS,
     # What holds and moves arrays, not what is in them.
-    **dict.fromkeys(("processor_class", "_processor_class", "_valid_processor_keys"), HONOURED),
-    **dict.fromkeys(("data_format", "input_data_format", "return_tensors", "device", "disable_grouping"), HONOURED),
+    **dict.fromkeys(("processor_class", "_processor_class", "_valid_processor_keys"), weights.HONOURED),
+    **dict.fromkeys(
+        ("data_format", "input_data_format", "return_tensors", "device", "disable_grouping"), weights.HONOURED
+    ),
 }
 
 
@@ -155,13 +139,13 @@ class TransformersClipEncoder(DualEncoder):
 def _check_parts(config: CLIPConfig, tokenizer: Any, preprocessing: Preprocessing, *, id: str) -> None:
     """Raise ValueError unless tokenizer and preprocessing are those of the two towers."""
     text, vision = config.text_config, config.vision_config
-    check_vocabulary(len(tokenizer), text.vocab_size, tokenizer.padding_side, id=id)
+    weights.check_vocabulary(len(tokenizer), text.vocab_size, tokenizer.padding_side, id=id)
     if preprocessing.image_size != vision.image_size:
         raise ValueError(
             f"{id}: preprocessor_config.json makes images of {preprocessing.image_size} px, but the image tower of "
             f"config.json reads {vision.image_size} px"
         )
-    check_settings({"num_channels": vision.num_channels}, {"num_channels": (3,)}, source=f"{id}, config.json")
+    weights.check_settings({"num_channels": vision.num_channels}, {"num_channels": (3,)}, source=f"{id}, config.json")
     written = tokenizer("x")["input_ids"]
     if text.eos_token_id not in (_UNKNOWN_END, *written):
         # transformers would pool every text at its first token, whatever it says.
@@ -182,7 +166,7 @@ def read_preprocessing(settings: Mapping[str, Any], *, source: str) -> Preproces
     ValueError
         A setting that would have to be passed over, or sizes and a crop that do not lead to one square.
     """
-    check_settings(settings, _PROCESSOR_SETTINGS, source=source)
+    weights.check_settings(settings, _PROCESSOR_SETTINGS, source=source)
     processor = CLIPImageProcessor(**settings)
     size, crop = _plain(processor.size), _plain(processor.crop_size) if processor.do_center_crop else None
     edge = size.get("shortest_edge") or size.get("height") or 0
@@ -217,10 +201,10 @@ def load_hub_clip(entry: "ModelEntry", *, weights_dir: Path | None, offline: boo
     Parameters and errors are those of `load_transformers_clip`.
     """
     repository = entry.source.removeprefix(HUB_PREFIX)
-    folder = model_folder(entry, weights_dir) or _hub_folder(repository, CONFIG_NAME, offline=offline)
+    folder = weights.model_folder(entry, weights_dir) or _hub_folder(repository, CONFIG_NAME, offline=offline)
     try:
         if folder is not None and (folder / CONFIG_NAME).is_file():
-            check_clip_type(folder, id=entry.id)
+            weights.check_clip_type(folder, id=entry.id)
     except ValueError:
         # Beside open_clip's own configuration lies that of a text tower or of a timm model.
         if _hub_folder(repository, OPEN_CLIP_CONFIG_NAME, offline=offline) is None:
@@ -259,25 +243,25 @@ def load_transformers_clip(entry: "ModelEntry", *, weights_dir: Path | None, off
         is not the model's.
     """
     place = entry.source.removeprefix(HUB_PREFIX)
-    folder = model_folder(entry, weights_dir)
+    folder = weights.model_folder(entry, weights_dir)
     parts = None
     if folder is not None:
         place = str(folder)
         parts = check_folder(folder, id=entry.id)
-        check_hashes(folder, read_sums(folder))
+        weights.check_hashes(folder, read_sums(folder))
     try:
-        with hub_access(offline=offline or folder is not None), explained_errors(place):
+        with weights.hub_access(offline=offline or folder is not None), weights.explained_errors(place):
             tokenizer, preprocessing = parts or _read_parts(place, id=entry.id)
-            model = read_pretrained(CLIPModel, place, dtype=torch.float32)
+            model = weights.read_pretrained(CLIPModel, place, dtype=torch.float32)
     except OSError as error:
-        raise missing_weights(entry, weights_dir=weights_dir, offline=offline, reason=error) from error
-    folder = folder or hub_snapshot(place, CONFIG_NAME)
+        raise weights.missing_weights(entry, weights_dir=weights_dir, offline=offline, reason=error) from error
+    folder = folder or weights.hub_snapshot(place, CONFIG_NAME)
     return TransformersClipEncoder(
         model,
         tokenizer,
         preprocessing=preprocessing,
         id=entry.id,
-        provenance=provenance(entry, {} if folder is None else file_hashes(folder)),
+        provenance=weights.provenance(entry, {} if folder is None else weights.file_hashes(folder)),
     )
 
 
@@ -295,18 +279,18 @@ def check_folder(folder: Path, *, id: str) -> tuple[Any, Preprocessing]:
     ValueError
         The model is another than CLIP, or one of its settings is not supported.
     """
-    check_no_adapter(folder, id=id)
+    weights.check_no_adapter(folder, id=id)
     if (folder / CONFIG_NAME).is_file():
-        check_clip_type(folder, id=id)
+        weights.check_clip_type(folder, id=id)
     # Newer processors keep the settings of images among their own.
     processor = PROCESSOR_NAME if (folder / PROCESSOR_NAME).is_file() else IMAGE_PROCESSOR_NAME
     missing = [name for name in (CONFIG_NAME, processor) if not (folder / name).is_file()]
     if not any((folder / name).is_file() for name in _WEIGHT_NAMES):
         missing.append(" or ".join(_WEIGHT_NAMES))
     if missing:
-        raise incomplete(folder, missing, id=id)
-    check_tokenizer(folder, id=id, published=_TOKENIZER_SOURCE)
-    with hub_access(offline=True), explained_errors(str(folder)):
+        raise weights.incomplete(folder, missing, id=id)
+    weights.check_tokenizer(folder, id=id, published=_TOKENIZER_SOURCE)
+    with weights.hub_access(offline=True), weights.explained_errors(str(folder)):
         parts = _read_parts(str(folder), id=id)
         _check_parts(CLIPConfig.from_pretrained(str(folder)), *parts, id=id)
     return parts
@@ -324,7 +308,7 @@ def _hub_folder(repository: str, name: str, *, offline: bool) -> Path | None:
     Of an error of the hub, too: the loader that follows meets the same and explains it.
     """
     try:
-        with hub_access(offline=offline):
+        with weights.hub_access(offline=offline):
             return Path(hf_hub_download(repository, name, local_files_only=offline)).parent
     except OSError:
         return None

@@ -29,26 +29,16 @@ from transformers import (
 )
 from transformers.utils import logging
 
+from medrobust_lib.checks import check_whole
 from medrobust_lib.files import read_sums
+from medrobust_lib.models import weights
 from medrobust_lib.models.catalogue import CONFIG_NAME, HUB_PREFIX
 from medrobust_lib.models.dual_encoder import SOUND_TYPES, BrokenFeaturesError
 from medrobust_lib.models.geometry import ImageInput, Preprocessing, check_pixels, prepare_images
 from medrobust_lib.models.loading import check_kind, find_model, settled
-from medrobust_lib.models.weights import (
-    Settings,
-    check_hashes,
-    check_settings,
-    explained_errors,
-    file_hashes,
-    hub_access,
-    missing_weights,
-    model_folder,
-    provenance,
-    read_pretrained,
-)
 
 _COMMIT_DIGITS = 40
-_RESCALING: Settings = {"do_rescale": (True,), "rescale_factor": (1 / 255,)}
+_RESCALING: weights.Settings = {"do_rescale": (True,), "rescale_factor": (1 / 255,)}
 _IGNORED_LABEL = -100  # of tokens that the loss of transformers' models leaves out
 _TOWER_WORKING_SET = 64  # activations of an image tower, in float32 copies of its input, with a margin
 
@@ -195,8 +185,7 @@ class VisionLanguageModel(torch.nn.Module):
     ) -> list[Completion]:
         """As `generate`, saying of each text whether the model ended it."""
         check_pixels(pixels, image_size=self.image_size, model=self.id)
-        if max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens={max_new_tokens}: an answer has at least one token")
+        check_whole("max_new_tokens", max_new_tokens, hint="; an answer has at least one token")
         if not 0 <= temperature < float("inf"):
             raise ValueError(f"temperature={temperature}: 0 (greedy) or a finite number above")
         seeds = [seed + row for row in range(len(pixels))] if isinstance(seed, numbers.Integral) else list(seed)
@@ -336,13 +325,13 @@ class VisionLanguageModel(torch.nn.Module):
 
 def _rebuilt(network: tuple[Any, ...], processor: Any, facts: dict[str, Any]) -> VisionLanguageModel:
     """Build a copy of a model in another process."""
-    kind, config, decoding, weights = network
+    kind, config, decoding, tensors = network
     with torch.random.fork_rng(devices=[]):
         model = kind(config)
     model.generation_config = decoding
-    model.load_state_dict(weights, assign=True)
+    model.load_state_dict(tensors, assign=True)
     model.tie_weights()
-    model.to(next(iter(weights.values())).device)  # the buffers that are not among the weights
+    model.to(next(iter(tensors.values())).device)  # the buffers that are not among the weights
     return VisionLanguageModel(model.requires_grad_(False).eval(), processor, **facts).eval()
 
 
@@ -433,40 +422,40 @@ def load_vlm(
             f"trust_remote_code=True runs code from the repository of {id!r}: pin it with revision=COMMIT "
             f"({_COMMIT_DIGITS} hexadecimal digits, not {revision!r}), and read it first"
         )
-    if image_size is not None and image_size < 1:
-        raise ValueError(f"image_size={image_size}: give a number of pixels, or None for {entry.image_size}")
-    target, precision, weights, offline = settled(device, dtype, weights_dir, offline)
-    check_kind(entry, weights_dir=weights)
-    folder = model_folder(entry, weights)
+    if image_size is not None:
+        check_whole("image_size", image_size, hint=f" pixels, nor None for {entry.image_size}")
+    target, precision, weights_dir, offline = settled(device, dtype, weights_dir, offline)
+    check_kind(entry, weights_dir=weights_dir)
+    folder = weights.model_folder(entry, weights_dir)
     place = entry.source.removeprefix(HUB_PREFIX) if folder is None else str(folder)
-    files = {} if folder is None else check_hashes(folder, read_sums(folder))
+    files = {} if folder is None else weights.check_hashes(folder, read_sums(folder))
     pinned = {"revision": revision} if folder is None else {}
     # Code may also lie in another repository than the weights: it is pinned, too.
     code = {"trust_remote_code": trust_remote_code, **({"code_revision": revision} if trust_remote_code else {})}
     try:
-        with hub_access(offline=offline), _no_progress_bar(), torch.random.fork_rng(devices=[]):
-            network = read_pretrained(AutoModelForImageTextToText, place, dtype=precision, **pinned, **code)
+        with weights.hub_access(offline=offline), _no_progress_bar(), torch.random.fork_rng(devices=[]):
+            network = weights.read_pretrained(AutoModelForImageTextToText, place, dtype=precision, **pinned, **code)
             processor = _read_processor(place, **pinned, **code)
     except OSError as error:
-        raise missing_weights(entry, weights_dir=weights, offline=offline, reason=error) from error
+        raise weights.missing_weights(entry, weights_dir=weights_dir, offline=offline, reason=error) from error
     if folder is None:
         snapshot = try_to_load_from_cache(place, CONFIG_NAME, revision=revision)
         if isinstance(snapshot, str):
-            revision, files = Path(snapshot).parent.name, file_hashes(Path(snapshot).parent)
+            revision, files = Path(snapshot).parent.name, weights.file_hashes(Path(snapshot).parent)
     return VisionLanguageModel(
         network.requires_grad_(False).eval().to(target),
         processor,
         id=id,
         image_size=image_size or entry.image_size,
         image_options=dict(entry.image_options),
-        provenance={**provenance(entry, files), "revision": revision},
+        provenance={**weights.provenance(entry, files), "revision": revision},
     ).eval()
 
 
 def _read_processor(place: str, **options: Any) -> ProcessorMixin:
     """Image processor, tokenizer and chat template, all of them."""
     try:
-        with explained_errors(place):
+        with weights.explained_errors(place):
             processor = AutoProcessor.from_pretrained(place, **options)
     except ValueError as error:
         reason = str(error).splitlines()[0]
@@ -475,7 +464,7 @@ def _read_processor(place: str, **options: Any) -> ProcessorMixin:
         ) from error
     # Its processor is handed noisy [0, 1] pixels, which are what 8-bit images become by this rescaling alone.
     rescaling = {name: getattr(processor.image_processor, name, None) for name in _RESCALING}
-    check_settings(rescaling, _RESCALING, source=f"{place}, settings of the image processor")
+    weights.check_settings(rescaling, _RESCALING, source=f"{place}, settings of the image processor")
     if processor.chat_template is None:
         raise ValueError(f"{place} has no chat template, so its question has no agreed form; add chat_template.jinja")
     return processor

@@ -263,7 +263,7 @@ def test_a_folder_of_other_things_is_refused(model, data, tmp_path):
         with pytest.raises(ValueError, match="notes holds something else than a finished adaptation; give another"):
             method(model, data[0], validation=data[1], epochs=0, out=tmp_path / "notes")
     (tmp_path / "notes" / "provenance.json").write_text("{")
-    with pytest.raises(ValueError, match="provenance.json is damaged .*; delete .*notes and train anew"):
+    with pytest.raises(ValueError, match="provenance.json is damaged: .* Delete .*notes and train anew"):
         fine_tune(model, data[0], validation=data[1], epochs=0, out=tmp_path / "notes")
     (tmp_path / "empty").mkdir()
     fine_tune(model, data[0], validation=data[1], epochs=0, out=tmp_path / "empty")
@@ -307,7 +307,7 @@ def test_data_that_cannot_be_used_are_refused(model, data):
     ("change", "message"),
     [
         ({"rank": 0}, "rank=0"),
-        ({"qkv": "both"}, "qkv='both'"),
+        ({"qkv": "both"}, "unknown qkv 'both'"),
         ({"epochs": -1}, "epochs=-1"),
         ({"softmax": "all"}, "unknown softmax 'all'"),
         ({"templates": ["no place"], "epochs": 0}, "template 'no place' lacks '{}'"),

@@ -177,7 +177,7 @@ def test_the_size_of_the_noise_is_the_tables_unless_asked_for(folder):
         48,
     )
     for size in (0, -8):
-        with pytest.raises(ValueError, match=f"image_size={size}: give a number of pixels, or None for 336"):
+        with pytest.raises(ValueError, match=f"image_size={size} is no whole number of 1 or more pixels, nor None"):
             load(folder, image_size=size)
 
 

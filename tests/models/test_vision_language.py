@@ -202,7 +202,7 @@ def test_wrong_pixels_are_refused(llava, pixels):
         ({"prompt": ""}, "prompt='': give the question as text"),
         ({"prompt": " \n"}, "give the question as text"),
         ({"prompt": None}, "prompt=None"),
-        ({"max_new_tokens": 0}, "max_new_tokens=0: an answer has at least one token"),
+        ({"max_new_tokens": 0}, "max_new_tokens=0 is no whole number of 1 or more; an answer has at least one token"),
         ({"temperature": -0.1}, r"temperature=-0\.1: 0 \(greedy\) or a finite number above"),
         ({"temperature": float("nan")}, "temperature=nan"),
         ({"temperature": float("inf")}, "temperature=inf"),
