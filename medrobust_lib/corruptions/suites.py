@@ -9,6 +9,8 @@ import json
 import operator
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
+from inspect import signature
 from types import MappingProxyType
 
 import numpy as np
@@ -22,17 +24,6 @@ from medrobust_lib.corruptions.functions import Pixels, check_images
 from medrobust_lib.data.dataset import ImageDataset
 
 SEVERITIES = (1, 2, 3, 4, 5)
-RANDOM = frozenset(
-    {
-        functions.gaussian_noise,
-        functions.impulse_noise,
-        functions.speckle_noise,
-        functions.shot_noise,
-        motion_blur,
-        functions.stain_deposit,
-        functions.bubble,
-    }
-)
 
 Parameter = float | int | tuple[float, ...]
 
@@ -55,10 +46,10 @@ class Corruption:
     function: Callable[..., Pixels]
     severities: tuple[Mapping[str, Parameter], ...]
 
-    @property
+    @cached_property
     def random(self) -> bool:
         """Whether the corruption draws random numbers."""
-        return self.function in RANDOM
+        return "rng" in signature(self.function).parameters
 
     def apply(self, image: Pixels, *, severity: int, rng: np.random.Generator) -> Pixels:
         """Corrupt one image, uint8 [H, W, 3] or [H, W], at severity 1 to 5."""
