@@ -9,6 +9,8 @@ import json
 import operator
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
+from inspect import signature
 from types import MappingProxyType
 
 import numpy as np
@@ -16,29 +18,12 @@ from numpy.typing import ArrayLike, NDArray
 from PIL import Image
 
 from medrobust_lib.checks import check_choice, closest
+from medrobust_lib.corruptions import functions
 from medrobust_lib.corruptions.blur import defocus_blur, gaussian_blur, motion_blur, zoom_blur
-from medrobust_lib.corruptions.functions import (
-    Pixels,
-    brightness,
-    bubble,
-    check_images,
-    contrast,
-    gamma_correction,
-    gaussian_noise,
-    impulse_noise,
-    jpeg_compression,
-    pixelate,
-    saturate,
-    scale_brightness,
-    scale_contrast,
-    shot_noise,
-    speckle_noise,
-    stain_deposit,
-)
+from medrobust_lib.corruptions.functions import Pixels, check_images
 from medrobust_lib.data.dataset import ImageDataset
 
 SEVERITIES = (1, 2, 3, 4, 5)
-RANDOM = frozenset({gaussian_noise, impulse_noise, speckle_noise, shot_noise, motion_blur, stain_deposit, bubble})
 
 Parameter = float | int | tuple[float, ...]
 
@@ -61,10 +46,10 @@ class Corruption:
     function: Callable[..., Pixels]
     severities: tuple[Mapping[str, Parameter], ...]
 
-    @property
+    @cached_property
     def random(self) -> bool:
         """Whether the corruption draws random numbers."""
-        return self.function in RANDOM
+        return "rng" in signature(self.function).parameters
 
     def apply(self, image: Pixels, *, severity: int, rng: np.random.Generator) -> Pixels:
         """Corrupt one image, uint8 [H, W, 3] or [H, W], at severity 1 to 5."""
@@ -184,71 +169,71 @@ def _zooms(stop: float, step: float) -> tuple[float, ...]:
 # ImageNet-C's constants (Hendrycks and Dietterich 2019). Imam et al. (2025) name ImageNet-C as their model and publish
 # no constants, so that MediMeta-C was made with these is an assumption.
 _IMAGENET_C = (
-    _row("gaussian_noise", gaussian_noise, sigma=(0.08, 0.12, 0.18, 0.26, 0.38)),
-    _row("impulse_noise", impulse_noise, amount=(0.03, 0.06, 0.09, 0.17, 0.27)),
+    _row("gaussian_noise", functions.gaussian_noise, sigma=(0.08, 0.12, 0.18, 0.26, 0.38)),
+    _row("impulse_noise", functions.impulse_noise, amount=(0.03, 0.06, 0.09, 0.17, 0.27)),
     _row("motion_blur", motion_blur, radius=(10, 15, 15, 15, 20), sigma=(3, 5, 8, 12, 15)),
     _row(
         "zoom_blur",
         zoom_blur,
         factors=(_zooms(1.11, 0.01), _zooms(1.16, 0.01), _zooms(1.21, 0.02), _zooms(1.26, 0.02), _zooms(1.31, 0.03)),
     ),
-    _row("brightness", brightness, added=(0.1, 0.2, 0.3, 0.4, 0.5)),
-    _row("contrast", contrast, factor=(0.4, 0.3, 0.2, 0.1, 0.05)),
-    _row("pixelate", pixelate, factor=(0.6, 0.5, 0.4, 0.3, 0.25)),
-    _row("jpeg_compression", jpeg_compression, quality=(25, 18, 15, 10, 7)),
+    _row("brightness", functions.brightness, added=(0.1, 0.2, 0.3, 0.4, 0.5)),
+    _row("contrast", functions.contrast, factor=(0.4, 0.3, 0.2, 0.1, 0.05)),
+    _row("pixelate", functions.pixelate, factor=(0.6, 0.5, 0.4, 0.3, 0.25)),
+    _row("jpeg_compression", functions.jpeg_compression, quality=(25, 18, 15, 10, 7)),
 )
 
 # The official MedMNIST-C registry (Di Salvo et al. 2024, package medmnistc 0.1.0), its evaluated five severities.
-_JPEG = _row("jpeg_compression", jpeg_compression, quality=(50, 30, 15, 10, 7))
-_COARSE_PIXELS = _row("pixelate", pixelate, factor=(0.3, 0.25, 0.2, 0.15, 0.1))
-_BRIGHTER = _row("brightness_up", scale_brightness, factor=(1.1, 1.2, 1.3, 1.4, 1.5))
-_DARKER = _row("brightness_down", scale_brightness, factor=(0.9, 0.8, 0.7, 0.6, 0.5))
-_FLATTER = _row("contrast_down", scale_contrast, factor=(0.9, 0.8, 0.7, 0.6, 0.4))
-_SPECKLE = _row("speckle_noise", speckle_noise, sigma=(0.1, 0.15, 0.2, 0.25, 0.3))
+_JPEG = _row("jpeg_compression", functions.jpeg_compression, quality=(50, 30, 15, 10, 7))
+_COARSE_PIXELS = _row("pixelate", functions.pixelate, factor=(0.3, 0.25, 0.2, 0.15, 0.1))
+_BRIGHTER = _row("brightness_up", functions.scale_brightness, factor=(1.1, 1.2, 1.3, 1.4, 1.5))
+_DARKER = _row("brightness_down", functions.scale_brightness, factor=(0.9, 0.8, 0.7, 0.6, 0.5))
+_FLATTER = _row("contrast_down", functions.scale_contrast, factor=(0.9, 0.8, 0.7, 0.6, 0.4))
+_SPECKLE = _row("speckle_noise", functions.speckle_noise, sigma=(0.1, 0.15, 0.2, 0.25, 0.3))
 
 _REGISTRY: Mapping[str, tuple[Corruption, ...]] = MappingProxyType(
     {
         "blood": (
-            _row("pixelate", pixelate, factor=(0.6, 0.5, 0.4, 0.3, 0.25)),
+            _row("pixelate", functions.pixelate, factor=(0.6, 0.5, 0.4, 0.3, 0.25)),
             _JPEG,
             _row("defocus_blur", defocus_blur, radius=(2, 3, 4, 5, 6), edge_sigma=(0.01, 0.1, 0.1, 0.1, 0.1)),
             _row("motion_blur", motion_blur, radius=(3, 5, 10, 10, 10), sigma=(3, 5, 5, 7, 9)),
-            _row("brightness_up", scale_brightness, factor=(1.1, 1.2, 1.3, 1.35, 1.4)),
+            _row("brightness_up", functions.scale_brightness, factor=(1.1, 1.2, 1.3, 1.35, 1.4)),
             _DARKER,
-            _row("contrast_up", scale_contrast, factor=(1.1, 1.15, 1.2, 1.25, 1.3)),
-            _row("contrast_down", scale_contrast, factor=(0.9, 0.8, 0.7, 0.6, 0.5)),
-            _row("saturate", saturate, added=(0.05, 0.1, 0.15, 0.17, 0.2)),
-            _row("stain_deposit", stain_deposit, most=(1, 2, 3, 3, 3), side=(24, 24, 24, 24, 32)),
-            _row("bubble", bubble, largest_radius=(5, 7, 10, 12, 15), most=(10, 10, 10, 12, 12)),
+            _row("contrast_up", functions.scale_contrast, factor=(1.1, 1.15, 1.2, 1.25, 1.3)),
+            _row("contrast_down", functions.scale_contrast, factor=(0.9, 0.8, 0.7, 0.6, 0.5)),
+            _row("saturate", functions.saturate, added=(0.05, 0.1, 0.15, 0.17, 0.2)),
+            _row("stain_deposit", functions.stain_deposit, most=(1, 2, 3, 3, 3), side=(24, 24, 24, 24, 32)),
+            _row("bubble", functions.bubble, largest_radius=(5, 7, 10, 12, 15), most=(10, 10, 10, 12, 12)),
         ),
         "breast": (
             _COARSE_PIXELS,
             _JPEG,
             _SPECKLE,
             _row("motion_blur", motion_blur, radius=(5, 9, 9, 13, 17), sigma=(5, 7, 10, 10, 12)),
-            _row("brightness_up", scale_brightness, factor=(1.4, 1.5, 1.6, 1.8, 2.0)),
-            _row("brightness_down", scale_brightness, factor=(0.55, 0.5, 0.45, 0.4, 0.3)),
+            _row("brightness_up", functions.scale_brightness, factor=(1.4, 1.5, 1.6, 1.8, 2.0)),
+            _row("brightness_down", functions.scale_brightness, factor=(0.55, 0.5, 0.45, 0.4, 0.3)),
             _FLATTER,
         ),
         "pneumonia": (
-            _row("pixelate", pixelate, factor=(0.8, 0.7, 0.6, 0.5, 0.4)),
+            _row("pixelate", functions.pixelate, factor=(0.8, 0.7, 0.6, 0.5, 0.4)),
             _JPEG,
-            _row("gaussian_noise", gaussian_noise, sigma=(0.04, 0.05, 0.06, 0.07, 0.08)),
-            _row("speckle_noise", speckle_noise, sigma=(0.05, 0.07, 0.1, 0.15, 0.2)),
-            _row("impulse_noise", impulse_noise, amount=(0.005, 0.01, 0.013, 0.017, 0.02)),
-            _row("shot_noise", shot_noise, photons=(300, 200, 150, 100, 80)),
+            _row("gaussian_noise", functions.gaussian_noise, sigma=(0.04, 0.05, 0.06, 0.07, 0.08)),
+            _row("speckle_noise", functions.speckle_noise, sigma=(0.05, 0.07, 0.1, 0.15, 0.2)),
+            _row("impulse_noise", functions.impulse_noise, amount=(0.005, 0.01, 0.013, 0.017, 0.02)),
+            _row("shot_noise", functions.shot_noise, photons=(300, 200, 150, 100, 80)),
             _row("gaussian_blur", gaussian_blur, width=(3, 5, 7, 9, 11)),
             _BRIGHTER,
             _DARKER,
-            _row("contrast_up", scale_contrast, factor=(1.1, 1.2, 1.3, 1.4, 1.6)),
+            _row("contrast_up", functions.scale_contrast, factor=(1.1, 1.2, 1.3, 1.4, 1.6)),
             _FLATTER,
-            _row("gamma_corr_up", gamma_correction, exponent=(1.1, 1.2, 1.3, 1.4, 1.6)),
-            _row("gamma_corr_down", gamma_correction, exponent=(0.9, 0.8, 0.7, 0.6, 0.4)),
+            _row("gamma_corr_up", functions.gamma_correction, exponent=(1.1, 1.2, 1.3, 1.4, 1.6)),
+            _row("gamma_corr_down", functions.gamma_correction, exponent=(0.9, 0.8, 0.7, 0.6, 0.4)),
         ),
         "retina": (
-            _row("pixelate", pixelate, factor=(0.8, 0.6, 0.5, 0.4, 0.35)),
-            _row("jpeg_compression", jpeg_compression, quality=(30, 25, 20, 10, 5)),
-            _row("gaussian_noise", gaussian_noise, sigma=(0.04, 0.08, 0.12, 0.16, 0.2)),
+            _row("pixelate", functions.pixelate, factor=(0.8, 0.6, 0.5, 0.4, 0.35)),
+            _row("jpeg_compression", functions.jpeg_compression, quality=(30, 25, 20, 10, 5)),
+            _row("gaussian_noise", functions.gaussian_noise, sigma=(0.04, 0.08, 0.12, 0.16, 0.2)),
             _SPECKLE,
             _row("defocus_blur", defocus_blur, radius=(4, 5, 6, 7, 8), edge_sigma=(0.1, 0.2, 0.3, 0.4, 0.5)),
             _row("motion_blur", motion_blur, radius=(8, 15, 15, 15, 20), sigma=(5, 5, 8, 12, 15)),
@@ -257,11 +242,11 @@ _REGISTRY: Mapping[str, tuple[Corruption, ...]] = MappingProxyType(
         ),
         "oct": (
             _COARSE_PIXELS,
-            _row("jpeg_compression", jpeg_compression, quality=(30, 15, 10, 7, 5)),
-            _row("speckle_noise", speckle_noise, sigma=(0.15, 0.3, 0.4, 0.5, 0.6)),
+            _row("jpeg_compression", functions.jpeg_compression, quality=(30, 15, 10, 7, 5)),
+            _row("speckle_noise", functions.speckle_noise, sigma=(0.15, 0.3, 0.4, 0.5, 0.6)),
             _row("defocus_blur", defocus_blur, radius=(0.5, 1, 1.5, 2, 2.5), edge_sigma=(0.6, 0.5, 0.1, 0.5, 0.1)),
             _row("motion_blur", motion_blur, radius=(10, 15, 15, 15, 20), sigma=(3, 5, 8, 12, 15)),
-            _row("contrast_down", scale_contrast, factor=(0.6, 0.4, 0.3, 0.2, 0.15)),
+            _row("contrast_down", functions.scale_contrast, factor=(0.6, 0.4, 0.3, 0.2, 0.15)),
         ),
     }
 )

@@ -16,21 +16,8 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from medrobust_lib.checks import check_choice
+from medrobust_lib.corruptions import stored
 from medrobust_lib.corruptions.functions import Pixels, check_images
-from medrobust_lib.corruptions.stored import (
-    CLEAN,
-    DESCRIPTION,
-    KIND,
-    Layout,
-    Ledger,
-    described,
-    image_chunks,
-    member_names,
-    read_labels,
-    remove_leftovers,
-    set_file,
-    write_npz,
-)
 from medrobust_lib.corruptions.suites import SEVERITIES, check_severity, corrupt, find_suite, keeps_gray, luma
 from medrobust_lib.data.registry import load_dataset
 from medrobust_lib.experiments import RowStore, map_items, open_store, progress
@@ -109,7 +96,7 @@ class BenchmarkPlan:
     datasets: Iterable[str]
     _: KW_ONLY
     suite: str = "medimeta-c"
-    layout: Layout | None = None
+    layout: stored.Layout | None = None
     corruptions: Sequence[str] | None = None
     severities: Sequence[int] = SEVERITIES
     split: str = "test"
@@ -159,7 +146,7 @@ class BenchmarkPlan:
             for family, rows in find_suite(self.suite).families.items()
         }
         return {
-            "kind": KIND,
+            "kind": stored.KIND,
             "layout": self.layout,
             "suite": {"id": self.suite, "parameters": families},
             "seed": self.seed,
@@ -178,7 +165,7 @@ class BenchmarkPlan:
         )
 
     def _check_request(self) -> None:
-        check_choice("layout", self.layout, get_args(Layout))
+        check_choice("layout", self.layout, get_args(stored.Layout))
         if 0 in self.severities or not self.severities:
             named = "severity 0" if self.severities else "no severity"
             raise ValueError(f"{named} to write; give one or more of {', '.join(map(str, SEVERITIES))}")
@@ -207,12 +194,12 @@ class BenchmarkPlan:
         size = sample.images[0, ..., : 1 if keeps_gray(suite, sample.id) else 3].size
         together = [self.severities] if self.layout == "concatenated" else [(s,) for s in self.severities]
         planned = []
-        for corruption, severities in [(CLEAN, (0,)), *product(corruptions, together)]:
-            file = set_file(self.layout, sample.id, self.split, corruption, severities[0])
+        for corruption, severities in [(stored.CLEAN, (0,)), *product(corruptions, together)]:
+            file = stored.set_file(self.layout, sample.id, self.split, corruption, severities[0])
             count = images * len(severities)
             planned.append(PlannedFile(file, sample.id, corruption, severities, count, count * size))
-        description = str(PurePosixPath(planned[0].file).with_name(f"{DESCRIPTION}.json"))
-        return PlannedFile(description, sample.id, DESCRIPTION, (0,), images, 0), *planned
+        description = str(PurePosixPath(planned[0].file).with_name(f"{stored.DESCRIPTION}.json"))
+        return PlannedFile(description, sample.id, stored.DESCRIPTION, (0,), images, 0), *planned
 
 
 def write_benchmark(folder: str | Path, datasets: Iterable[str], *, jobs: int = 1, **options: Any) -> pd.DataFrame:
@@ -246,11 +233,11 @@ def write_benchmark(folder: str | Path, datasets: Iterable[str], *, jobs: int = 
     plan = BenchmarkPlan(folder, datasets, **options)
     print(plan)
     with open_store(plan.folder, parameters=plan.parameters) as store:
-        remove_leftovers(plan.folder / file.file for file in plan.all_files)
+        stored.remove_leftovers(plan.folder / file.file for file in plan.all_files)
         if plan.missing_bytes > shutil.disk_usage(plan.folder).free:
             raise disk_full(plan.folder, f"{size_text(plan.missing_bytes)} are to be written")
         recorded = {file: store.rows(file)[0] for file in store.done}
-        ledger = Ledger(plan.folder, plan.parameters, recorded)
+        ledger = stored.Ledger(plan.folder, plan.parameters, recorded)
         done = {file.file for file in plan.all_files if ledger.state(file.file, verify=False) == "whole"}
         rows = progress(
             _written(plan, store, ledger, done, jobs),
@@ -273,7 +260,7 @@ def write_benchmark(folder: str | Path, datasets: Iterable[str], *, jobs: int = 
 
 
 def _written(
-    plan: BenchmarkPlan, store: RowStore, ledger: Ledger, done: set[str], jobs: int
+    plan: BenchmarkPlan, store: RowStore, ledger: stored.Ledger, done: set[str], jobs: int
 ) -> Iterator[tuple[dict[str, Any], float]]:
     """Write what is missing, data set by data set; yields the row and the seconds of each new file."""
     for name, files in plan.files.items():
@@ -302,14 +289,14 @@ def _write_corrupted(
     """Write one file, in a worker process: a few clean images at a time."""
     started = time.perf_counter()
     plan, clean, indices = context
-    members = member_names(plan.layout)
-    shape, labels = read_labels(clean, members=members)
+    members = stored.member_names(plan.layout)
+    shape, labels = stored.read_labels(clean, members=members)
 
     def chunks() -> Iterator[Pixels]:
         options = {"seed": plan.seed, "dataset": file.dataset, "suite": plan.suite}
         for severity in file.severities:
             first = 0
-            for images in image_chunks(clean, members[0], len(labels)):
+            for images in stored.image_chunks(clean, members[0], len(labels)):
                 where = indices[first : first + len(images)]
                 yield corrupt(images, file.corruption, severity=severity, indices=where, **options)
                 first += len(images)
@@ -325,9 +312,9 @@ def _write_clean(
     options = {"split": plan.split, "n": plan.n, "seed": plan.seed, "image_size": plan.image_size, "root": plan.root}
     data = load_dataset(name, **options)
     for file in wanted:
-        if file.corruption == DESCRIPTION:
+        if file.corruption == stored.DESCRIPTION:
             with whole_file(plan.folder / file.file) as part:
-                part.write_text(described(data), encoding="utf-8")
+                part.write_text(stored.described(data), encoding="utf-8")
         else:
             images = luma(data.images) if keeps_gray(plan.suite, data.id) else data.images
             _write_set(plan, file, [images], images.shape[1:], data.labels)
@@ -339,8 +326,8 @@ def _write_set(
 ) -> None:
     """Write images of a shape and their labels in the plan's layout."""
     column = labels[:, None] if plan.layout == "concatenated" else labels  # MedMNIST's tools expect a column
-    members = member_names(plan.layout)
-    write_npz(plan.folder / file.file, chunks, shape=(len(labels), *shape), labels=column, members=members)
+    members = stored.member_names(plan.layout)
+    stored.write_npz(plan.folder / file.file, chunks, shape=(len(labels), *shape), labels=column, members=members)
 
 
 def _row(plan: BenchmarkPlan, file: PlannedFile) -> dict[str, Any]:

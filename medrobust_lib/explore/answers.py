@@ -25,16 +25,7 @@ from medrobust_lib.generative.errors import (
     TotalErrors,
 )
 from medrobust_lib.generative.oracles import Equivalence, Oracle, judged
-from medrobust_lib.plots import plot_label_votes, shorten
-from medrobust_lib.plots.panels import (
-    Box,
-    add_caption,
-    add_panel,
-    add_picture,
-    add_words,
-    fixed_figure,
-    plot_named_bars,
-)
+from medrobust_lib.plots import panels, plot_label_votes, shorten
 from medrobust_lib.smoothing.bounds import certified_radius, maximum_radius
 from medrobust_lib.smoothing.certificate import GUARANTEES, about_text
 from medrobust_lib.smoothing.noise import NoiseStream, noisy_copies
@@ -187,15 +178,17 @@ def clusters_view(
     groups = answer_groups(bank, reader, found, n=n)
     radii, refusals = corrected_radii(found, reader, error_rate=error_rate, alpha=grid.alpha)
     height = max(2.3, 0.46 * len(groups))
-    figure = fixed_figure(10.8, height + 2.35)
+    figure = panels.fixed_figure(10.8, height + 2.35)
     truth = part.truths[index]
-    add_picture(figure, (0.1, 0.75, 2.0, 2.0), bank.image, f"image {int(part.indices[index])}, clean")
-    add_words(figure, 0.1, 0.1, f"{bank.prompt}   Truth: {truth or 'not known'}.", width=150, fontsize=10)
+    panels.add_picture(figure, (0.1, 0.75, 2.0, 2.0), bank.image, f"image {int(part.indices[index])}, clean")
+    panels.add_words(figure, 0.1, 0.1, f"{bank.prompt}   Truth: {truth or 'not known'}.", width=150, fontsize=10)
     copy = noisy_copies(bank.image, NoiseStream(bank.how.seed, bank.dataset, bank.index, sigma, "estimate"))[0]
-    add_picture(figure, (2.3, 0.75, 1.1, 1.1), copy, f"sigma {sigma:g}")
-    bars = add_panel(figure, (5.9, 0.75, 1.25, height), f"{n} answers, by meaning")
+    panels.add_picture(figure, (2.3, 0.75, 1.1, 1.1), copy, f"sigma {sigma:g}")
+    bars = panels.add_panel(figure, (5.9, 0.75, 1.25, height), f"{n} answers, by meaning")
     chosen = next((row for row, group in enumerate(groups) if group.name == found.answer), None)
-    plot_named_bars([group.size for group in groups], [""] * len(groups), bars, total=n, truth=chosen, counts=True)
+    panels.plot_named_bars(
+        [group.size for group in groups], [""] * len(groups), bars, total=n, truth=chosen, counts=True
+    )
     across = bars.get_yaxis_transform()
     for row, group in enumerate(groups):
         # The name of a cluster is a text itself; saying it twice would be no help.
@@ -205,7 +198,7 @@ def clusters_view(
                   color="0.15")  # fmt: skip
     bars.set_xlabel("blue: tested", fontsize=8)
     _radii(figure, (8.75, 0.75, 1.5, 2.3), radii, refusals, most=maximum_radius(n, grid.alpha, sigma))
-    add_caption(figure, height + 1.35, _words(found, oracle, error_rate))
+    panels.add_caption(figure, height + 1.35, _words(found, oracle, error_rate))
     return figure
 
 
@@ -273,12 +266,14 @@ def corrected_radii(
     return radii, refusals
 
 
-def _radii(figure: Figure, box: Box, radii: Mapping[str, float], refusals: Mapping[str, str], *, most: float) -> None:
-    ax = add_panel(figure, box, "certified radius")
+def _radii(
+    figure: Figure, box: panels.Box, radii: Mapping[str, float], refusals: Mapping[str, str], *, most: float
+) -> None:
+    ax = panels.add_panel(figure, box, "certified radius")
     most = max(most, *radii.values())  # knowing the rate of symmetric errors can prove more than the votes alone
     nothing = {name: "refused" if name in refusals else "abstains" for name in radii}
     told = [f"{radius:.3f}" if radius else nothing[name] for name, radius in radii.items()]
-    plot_named_bars(list(radii.values()), list(radii), ax, total=most, truth=0, told=told)
+    panels.plot_named_bars(list(radii.values()), list(radii), ax, total=most, truth=0, told=told)
     ax.set_xticks((0, most), ("0", f"{most:.2f}"))
     ax.set_xlabel("L2, [0, 1] pixels", fontsize=8)
 

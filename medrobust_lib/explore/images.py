@@ -21,20 +21,7 @@ from medrobust_lib.evaluation import Candidate
 from medrobust_lib.experiments import progress
 from medrobust_lib.explore.instrument import Instrument, image_slider, level_slider
 from medrobust_lib.models.dual_encoder import DualEncoder
-from medrobust_lib.plots import leading, shorten, shown_of
-from medrobust_lib.plots.panels import (
-    Box,
-    add_caption,
-    add_panel,
-    add_picture,
-    add_words,
-    fixed_figure,
-    plot_moves,
-    plot_named_bars,
-    plot_proof,
-    plot_spectra,
-    write_names,
-)
+from medrobust_lib.plots import leading, panels, shorten, shown_of
 from medrobust_lib.smoothing.bounds import certified_radius, check_alpha, lower_confidence_bound, minimum_count
 from medrobust_lib.smoothing.certificate import ABSTAIN, GUARANTEES
 from medrobust_lib.smoothing.certify import Verdict, make_plan, take_votes
@@ -201,28 +188,32 @@ def noise_view(
     names = dataset.classes
     kept = leading(votes, keep=[truth])
     height = max(2.5, 0.27 * len(kept))
-    figure = fixed_figure(10.2, height + 1.75 + 0.15 * (len(kept) < len(names)))
+    figure = panels.fixed_figure(10.2, height + 1.75 + 0.15 * (len(kept) < len(names)))
     answer, chance = shorten(names[int(probabilities.argmax())], 30), float(probabilities.max())
-    add_picture(figure, (0.1, 0.45, 2.4, 2.4), encoded.noisy_copy(index, sigma), f"truth: {shorten(names[truth], 28)}")
-    add_words(
+    panels.add_picture(
+        figure, (0.1, 0.45, 2.4, 2.4), encoded.noisy_copy(index, sigma), f"truth: {shorten(names[truth], 28)}"
+    )
+    panels.add_words(
         figure, 0.1, 2.95, f"one copy at sigma = {sigma:g}; the model says\n{answer} ({chance:.0%})", width=60,
         color="0.15",
     )  # fmt: skip
-    bars = add_panel(figure, (4.7, 0.45, 2.3, height), f"votes of {n} noisy copies")
+    bars = panels.add_panel(figure, (4.7, 0.45, 2.3, height), f"votes of {n} noisy copies")
     place = int(np.searchsorted(kept, truth))
-    plot_named_bars(votes[kept], [names[k] for k in kept], bars, total=n, truth=place, counts=True)
+    panels.plot_named_bars(votes[kept], [names[k] for k in kept], bars, total=n, truth=place, counts=True)
     bars.axvline(n / 2, color="0.5", ls=":", lw=1)
     told = shown_of(len(kept), len(names), "those with most votes")
     bars.set_xlabel("votes; blue: the true class, dotted: half" + told, fontsize=8)
     _proof(figure, (8.05, 0.45, 2.0, height), verdict, truth=truth, sigma=sigma, n=n, alpha=alpha)
     words = proof_in_words(verdict, names, truth=truth, sigma=sigma, n0=n0, alpha=alpha)
-    add_caption(figure, height + 1.05 + 0.15 * (len(kept) < len(names)), words)
+    panels.add_caption(figure, height + 1.05 + 0.15 * (len(kept) < len(names)), words)
     return figure
 
 
-def _proof(figure: Figure, box: Box, verdict: Verdict, *, truth: int, sigma: float, n: int, alpha: float) -> None:
+def _proof(
+    figure: Figure, box: panels.Box, verdict: Verdict, *, truth: int, sigma: float, n: int, alpha: float
+) -> None:
     if sigma == 0:
-        add_panel(figure, box, "no noise, no certificate").set_axis_off()
+        panels.add_panel(figure, box, "no noise, no certificate").set_axis_off()
         return
     told = "abstains" if verdict.predicted == ABSTAIN else f"certified radius {verdict.radius:.3f}"
     if verdict.predicted not in (ABSTAIN, truth):
@@ -230,7 +221,7 @@ def _proof(figure: Figure, box: Box, verdict: Verdict, *, truth: int, sigma: flo
     reach = lower_confidence_bound(n, n, alpha)
     grid = np.linspace(0.5, reach, 40)
     curve = {"reach": reach, "radius_of": list(zip(grid, certified_radius(grid, sigma), strict=True))}
-    plot_proof(verdict.p_lower, add_panel(figure, box, told), right=verdict.predicted == truth, **curve)
+    panels.plot_proof(verdict.p_lower, panels.add_panel(figure, box, told), right=verdict.predicted == truth, **curve)
 
 
 def proof_in_words(verdict: Verdict, names: tuple[str, ...], *, truth: int, sigma: float, n0: int, alpha: float) -> str:
@@ -320,19 +311,21 @@ def adapters_view(
     kept = leading(np.max(pairs, axis=(0, 1)), keep=[truth])
     place, left_out = int(np.searchsorted(kept, truth)), shown_of(len(kept), len(names), "the likeliest")
     height = max(2.1, 0.25 * len(kept))
-    figure = fixed_figure(10.8, height + 1.25 + 0.15 * bool(left_out))
+    figure = panels.fixed_figure(10.8, height + 1.25 + 0.15 * bool(left_out))
     shown = [(clean, "clean", 0.1, 4.0), (worse, f"{corruption.replace('_', ' ')}, severity {severity}", 6.45, 8.6)]
     told = []
     for (data, title, left, bars_left), (before, after) in zip(shown, pairs, strict=True):
-        add_picture(figure, (left, 0.45, 2.0, 2.0), data.images[0], title)
-        bars = add_panel(figure, (bars_left, 0.45, 1.9, height), _answer(after, names, truth))
-        plot_named_bars(
+        panels.add_picture(figure, (left, 0.45, 2.0, 2.0), data.images[0], title)
+        bars = panels.add_panel(figure, (bars_left, 0.45, 1.9, height), _answer(after, names, truth))
+        panels.plot_named_bars(
             after[kept], [names[k] for k in kept], bars, total=1, truth=place, before=before[kept],
             show_names=data is clean,
         )  # fmt: skip
         bars.set_xlabel("probability; thin: before" + left_out, fontsize=8)
         told.append(f"{title}: {names[int(before.argmax())]} before, {names[int(after.argmax())]} after")
-    add_caption(figure, height + 0.95 + 0.15 * bool(left_out), f"{adapter}. {'; '.join(told)}. Truth: {names[truth]}.")
+    panels.add_caption(
+        figure, height + 0.95 + 0.15 * bool(left_out), f"{adapter}. {'; '.join(told)}. Truth: {names[truth]}."
+    )
     return figure
 
 
@@ -368,22 +361,22 @@ def corruption_view(
     truth, names = int(clean.labels[0]), dataset.classes
     title = f"{corruption.replace('_', ' ')}, severity {severity}"
     height = max(2.0, 0.52 * len(candidates))
-    figure = fixed_figure(10.8, height + 3.95)
-    add_picture(figure, (0.1, 0.45, 2.0, 2.0), clean.images[0], f"clean: {shorten(names[truth], 22)}")
-    add_picture(figure, (2.5, 0.45, 2.0, 2.0), worse.images[0], title)
-    spectra = add_panel(figure, (5.3, 0.45, 5.2, 1.75), "power of the gray image (log scale)")
-    plot_spectra({"clean": _spectrum(clean.images), "corrupted": _spectrum(worse.images)}, spectra)
+    figure = panels.fixed_figure(10.8, height + 3.95)
+    panels.add_picture(figure, (0.1, 0.45, 2.0, 2.0), clean.images[0], f"clean: {shorten(names[truth], 22)}")
+    panels.add_picture(figure, (2.5, 0.45, 2.0, 2.0), worse.images[0], title)
+    spectra = panels.add_panel(figure, (5.3, 0.45, 5.2, 1.75), "power of the gray image (log scale)")
+    panels.plot_spectra({"clean": _spectrum(clean.images), "corrupted": _spectrum(worse.images)}, spectra)
     found = {who: [_probabilities(candidate, part) for part in (clean, worse)] for who, candidate in candidates.items()}
-    moves = add_panel(figure, (1.9, 3.15, 4.6, height), "hollow: clean image; filled: corrupted")
+    moves = panels.add_panel(figure, (1.9, 3.15, 4.6, height), "hollow: clean image; filled: corrupted")
     before, after = (np.array([pair[which][truth] for pair in found.values()]) for which in (0, 1))
-    plot_moves(before, after, moves, right=[bool(pair[1].argmax() == truth) for pair in found.values()])
-    write_names(list(found), moves, width=24)
+    panels.plot_moves(before, after, moves, right=[bool(pair[1].argmax() == truth) for pair in found.values()])
+    panels.write_names(list(found), moves, width=24)
     across = moves.get_yaxis_transform()
     for row, pair in enumerate(found.values()):
         words = [f"{shorten(names[int(one.argmax())], 36)} ({one.max():.0%})" for one in pair]
         moves.text(1.04, row, f"clean: {words[0]}\nnow: {words[1]}", transform=across, va="center", fontsize=8)
     words = "dot: the corrupted image is classified correctly; cross: it is not"
-    add_caption(figure, height + 3.65, words)
+    panels.add_caption(figure, height + 3.65, words)
     return figure
 
 

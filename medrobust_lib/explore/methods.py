@@ -14,18 +14,7 @@ from medrobust_lib.data.dataset import ImageDataset, stratified_positions
 from medrobust_lib.explore.images import ALPHA, N0, EncodedImages, N
 from medrobust_lib.explore.instrument import Instrument, image_slider, level_slider
 from medrobust_lib.models.dual_encoder import DualEncoder
-from medrobust_lib.plots import MOST_CLASSES, leading, shorten, shown_of
-from medrobust_lib.plots.panels import (
-    add_caption,
-    add_panel,
-    add_picture,
-    add_words,
-    fixed_figure,
-    plot_chosen_curve,
-    plot_dots,
-    plot_named_bars,
-    write_names,
-)
+from medrobust_lib.plots import MOST_CLASSES, leading, panels, shorten, shown_of
 from medrobust_lib.smoothing.certificate import ABSTAIN, GUARANTEES
 from medrobust_lib.smoothing.certify import Verdict
 from medrobust_lib.smoothing.prompts import PromptFrame, PromptSet, mean_prediction_entropy, sharpen
@@ -75,14 +64,14 @@ def similarity_view(
     values, probabilities, prompts = cosine.numpy()[kept], probabilities[kept], [prompts[k] for k in kept]
     closest = int(values.argmax())
     height = max(2.4, _ROW * len(prompts))
-    figure = fixed_figure(10.2, height + 1.05)
+    figure = panels.fixed_figure(10.2, height + 1.05)
     truth = dataset.classes[dataset.labels[index]]
-    add_picture(figure, (0.1, 0.45, 2.3, 2.3), dataset.images[index], f"image {index}: {shorten(truth, 26)}")
-    left = add_panel(figure, (5.9, 0.45, 2.0, height), "cosine similarity")
-    plot_dots(values, left, chosen=closest, limits=limits or (float(values.min()), float(values.max())))
-    write_names(prompts, left, truth=closest, width=48)
-    right = add_panel(figure, (8.2, 0.45, 1.6, height), "softmax over these prompts")
-    plot_named_bars(probabilities, prompts, right, total=1, truth=closest, show_names=False)
+    panels.add_picture(figure, (0.1, 0.45, 2.3, 2.3), dataset.images[index], f"image {index}: {shorten(truth, 26)}")
+    left = panels.add_panel(figure, (5.9, 0.45, 2.0, height), "cosine similarity")
+    panels.plot_dots(values, left, chosen=closest, limits=limits or (float(values.min()), float(values.max())))
+    panels.write_names(prompts, left, truth=closest, width=48)
+    right = panels.add_panel(figure, (8.2, 0.45, 1.6, height), "softmax over these prompts")
+    panels.plot_named_bars(probabilities, prompts, right, total=1, truth=closest, show_names=False)
     left.set_xlabel(f"blue: the closest prompt{left_out}", fontsize=8)
     right.set_xlabel("probability", fontsize=8)
     return figure
@@ -228,23 +217,25 @@ def methods_view(
     }
     dataset, truth = adaptation.dataset, int(adaptation.dataset.labels[index])
     names, height = dataset.classes, max(1.9, 0.23 * min(len(dataset.classes), MOST_CLASSES))
-    figure = fixed_figure(10.6, 2.75 + height + 1.75)
-    curve = add_panel(figure, (0.75, 0.5, 5.6, 1.85), f"{shorten(method, 44)}, sigma = {sigma:g}; grey: other methods")
+    figure = panels.fixed_figure(10.6, 2.75 + height + 1.75)
+    curve = panels.add_panel(
+        figure, (0.75, 0.5, 5.6, 1.85), f"{shorten(method, 44)}, sigma = {sigma:g}; grey: other methods"
+    )
     guarantee = str(table[table.method == method].guarantee.iloc[0]) if method in set(table.method) else ""
     if method in curves:
-        plot_chosen_curve(curves, curve, chosen=method)
+        panels.plot_chosen_curve(curves, curve, chosen=method)
     else:
         curve.text(0.5, 0.5, f"the table has no {method!r} at sigma = {sigma:g}", ha="center", va="center", fontsize=9)
         curve.set_axis_off()
     if guarantee:
         words = f"Guarantee ({guarantee}): {GUARANTEES[guarantee]}."
-        add_words(figure, 6.7, 0.6, words, width=62, fontsize=8.5)
+        panels.add_words(figure, 6.7, 0.6, words, width=62, fontsize=8.5)
     _one_image(figure, adaptation, height=height, index=index, sigma=sigma, start=start, steps=steps)
     fixed = "The prompt it starts from was fixed before the image: standard guarantee."
     frozen = f"After a step: guarantee (frozen-prompt): {GUARANTEES['frozen-prompt']}."
-    add_caption(figure, _TOP + height + 0.75, f"{fixed}\n{frozen}")
+    panels.add_caption(figure, _TOP + height + 0.75, f"{fixed}\n{frozen}")
     words = f"Below: one image under noise, truth: {names[truth]}. Thin bars: before the steps."
-    add_words(figure, 6.7, 1.75, words, width=62, fontsize=8.5)
+    panels.add_words(figure, 6.7, 1.75, words, width=62, fontsize=8.5)
     return figure
 
 
@@ -260,16 +251,16 @@ def _one_image(
     (was, votes_before), (now, votes) = (adaptation.verdict(one, index, sigma=sigma) for one in prompts)
     kept = leading(np.maximum(before, after), keep=[truth])
     names, place = [dataset.classes[k] for k in kept], int(np.searchsorted(kept, truth))
-    add_picture(
+    panels.add_picture(
         figure, (0.1, _TOP, 1.9, 1.9), adaptation.encoded.noisy_copy(index, sigma),
         f"image {int(dataset.indices[index])}, sigma = {sigma:g}",
     )  # fmt: skip
-    bars = add_panel(figure, (4.1, _TOP, 2.2, height), f"mean probability, {adaptation.n_adapt} copies")
-    plot_named_bars(after[kept], names, bars, total=1, truth=place, before=before[kept])
+    bars = panels.add_panel(figure, (4.1, _TOP, 2.2, height), f"mean probability, {adaptation.n_adapt} copies")
+    panels.plot_named_bars(after[kept], names, bars, total=1, truth=place, before=before[kept])
     went = f"{steps} step{'s' * (steps != 1)} from the {start}"
     bars.set_xlabel(f"{went}\nentropy {entropies[0]:.2f} to {entropies[1]:.2f} nats", fontsize=8)
-    counts = add_panel(figure, (7.3, _TOP, 2.2, height), f"votes of {adaptation.n} fresh copies")
-    plot_named_bars(
+    counts = panels.add_panel(figure, (7.3, _TOP, 2.2, height), f"votes of {adaptation.n} fresh copies")
+    panels.plot_named_bars(
         votes[kept], names, counts, total=adaptation.n, truth=place, before=votes_before[kept], counts=True,
         show_names=False,
     )  # fmt: skip
