@@ -10,7 +10,7 @@ notebook files of ``medrobust_lib``
 ======== =====================================================================================================
 01       data/dataset, models/dual_encoder, models/loading, metrics/classification
 02       smoothing/noise, smoothing/bounds, smoothing/certificate, smoothing/certify, smoothing/sequential
-03       smoothing/prompts, smoothing/methods, smoothing/study, metrics/certified
+03       smoothing/prompts, smoothing/methods, smoothing/table, metrics/certified
 03b      smoothing/prompts, smoothing/denoisers, data/splits
 04       models/adapters, adaptation/training_images, adaptation/training, adaptation/adapting
 05       corruptions/functions, corruptions/suites, evaluation, metrics/corruption
@@ -40,7 +40,7 @@ _NAMES = {
     "models.vision_language": ["load_vlm"],
     "smoothing.certificate": ["Certificate"],
     "smoothing.certify": ["certify", "predict"],
-    "smoothing.study": ["certify_dataset"],
+    "smoothing.table": ["certify_dataset"],
 }
 _HOMES = {name: f"medrobust_lib.{module}" for module, names in _NAMES.items() for name in names}
 __all__ = sorted(_HOMES)

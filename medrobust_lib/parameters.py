@@ -18,7 +18,7 @@ from medrobust_lib.data.questions import scenario_size
 from medrobust_lib.data.registry import QUESTIONS_PREFIX, load_dataset
 from medrobust_lib.files import parsed
 from medrobust_lib.places import default_weights_dir
-from medrobust_lib.smoothing.bounds import minimum_draws
+from medrobust_lib.smoothing.bounds import ALPHA, minimum_draws
 
 MODEL_PARAMETERS = ("model", "models", "compare_with")
 VLM_PARAMETERS = ("vlm",)
@@ -38,7 +38,6 @@ _RULES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
     (r"alpha", lambda value: 0 < value < 1, "a number between 0 and 1"),
     (r"fraction", lambda value: 0 < value <= 1, "a share above 0 and up to 1"),
 )
-_GENERATIVE_ALPHA = 0.001  # at which notebooks certify generative models
 _NOTHING = ("", "null", "none", "~")
 _SWITCHES = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
 # How an error calls one value of a type, several, and what a list of them looks like.
@@ -349,11 +348,9 @@ def _in_range(name: str, value: Any) -> Any:
 
 def _check_draws(n: int | None) -> None:
     """Raise if so few draws of a generative model's answers can certify nothing."""
-    needed = minimum_draws(_GENERATIVE_ALPHA)
+    needed = minimum_draws(ALPHA)
     if n is not None and n < needed:
-        raise ParameterError(
-            f"parameter n={n}: so few draws certify nothing at alpha {_GENERATIVE_ALPHA:g}; give {needed} or more"
-        )
+        raise ParameterError(f"parameter n={n}: so few draws certify nothing at alpha {ALPHA:g}; give {needed} or more")
 
 
 def _check_judge(judge: str | None) -> None:

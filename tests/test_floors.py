@@ -32,7 +32,7 @@ FLOORS = (
 )
 
 
-MOST_MODULES, MOST_LINES, MOST_PARAMETERS = 81, 500, 10
+MOST_MODULES, MOST_LINES, MOST_PARAMETERS = 80, 500, 10
 
 
 def rooms_by_floor():
@@ -127,7 +127,7 @@ ARCHITECTURE = ROOT / "docs" / "architecture.md"
 
 
 def defines(source, name):
-    return re.search(rf"\b(def|class) {name}\b", source) is not None
+    return re.search(rf"\b(def|class) {name}\b|^{name} = ", source, re.MULTILINE) is not None
 
 
 def test_the_page_of_the_house_has_every_room_from_the_ground_up():

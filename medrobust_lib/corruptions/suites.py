@@ -191,7 +191,7 @@ _DARKER = _row("brightness_down", functions.scale_brightness, factor=(0.9, 0.8, 
 _FLATTER = _row("contrast_down", functions.scale_contrast, factor=(0.9, 0.8, 0.7, 0.6, 0.4))
 _SPECKLE = _row("speckle_noise", functions.speckle_noise, sigma=(0.1, 0.15, 0.2, 0.25, 0.3))
 
-_REGISTRY: Mapping[str, tuple[Corruption, ...]] = MappingProxyType(
+_MEDMNIST_C: Mapping[str, tuple[Corruption, ...]] = MappingProxyType(
     {
         "blood": (
             _row("pixelate", functions.pixelate, factor=(0.6, 0.5, 0.4, 0.3, 0.25)),
@@ -265,15 +265,15 @@ _FAMILY_OF = MappingProxyType(
 
 MEDIMETA_C = Suite(
     id="medimeta-c",
-    corruptions=tuple(corruption.name for corruption in _IMAGENET_C[:7]),
-    extra=("jpeg_compression",),
+    corruptions=tuple(row.name for row in _IMAGENET_C if row.name != "jpeg_compression"),
+    extra=("jpeg_compression",),  # of ImageNet-C, not of MediMeta-C
     families=MappingProxyType({"": _IMAGENET_C}),
 )
 MEDMNIST_C = Suite(
     id="medmnist-c",
-    corruptions=tuple(dict.fromkeys(row.name for rows in _REGISTRY.values() for row in rows)),
+    corruptions=tuple(dict.fromkeys(row.name for rows in _MEDMNIST_C.values() for row in rows)),
     extra=(),
-    families=_REGISTRY,
+    families=_MEDMNIST_C,
     gray=frozenset({"breast", "pneumonia", "oct"}),
 )
 SUITES: Mapping[str, Suite] = MappingProxyType({suite.id: suite for suite in (MEDIMETA_C, MEDMNIST_C)})

@@ -167,7 +167,7 @@ def display_gray(record: pydicom.Dataset, pixels: NDArray) -> NDArray[np.uint8]:
     scaled = (values.astype(np.float64) - low) / (high - low or np.inf)
     gray = np.round(255 * np.clip(scaled, 0, 1)).astype(np.uint8)
     if record.PhotometricInterpretation == "MONOCHROME1" or record.get("PresentationLUTShape") == "INVERSE":
-        gray = 255 - gray
+        gray = 255 - gray  # stored inverted: the smallest value is shown white
     return np.where(padding, np.uint8(0), gray)
 
 

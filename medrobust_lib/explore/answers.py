@@ -26,11 +26,10 @@ from medrobust_lib.generative.errors import (
 )
 from medrobust_lib.generative.oracles import Equivalence, Oracle, judged
 from medrobust_lib.plots import panels, plot_label_votes, shorten
-from medrobust_lib.smoothing.bounds import certified_radius, maximum_radius
+from medrobust_lib.smoothing.bounds import ALPHA, FEW_N, FEW_N0, certified_radius, maximum_radius
 from medrobust_lib.smoothing.certificate import GUARANTEES, about_text
 from medrobust_lib.smoothing.noise import NoiseStream, noisy_copies
 
-N0, ALPHA = 20, 0.001
 RATES = (0.0, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3)
 _SHOWN = 7  # groups of answers; the rest is counted together
 
@@ -63,7 +62,7 @@ class AnswerGrid:
     questions: Mapping[str, QuestionSet]
     oracles: Mapping[str, Mapping[str, Oracle | Equivalence]]
     banks: Mapping[tuple[str, int, float], AnswerBank]
-    n0: int = N0
+    n0: int = FEW_N0
     n: int = 100
     alpha: float = ALPHA
 
@@ -90,8 +89,8 @@ def prepare_answers(
     *,
     sigmas: Sequence[float],
     positions: Sequence[int] = (0, 1, 2),
-    n0: int = N0,
-    n: int = 100,
+    n0: int = FEW_N0,
+    n: int = FEW_N,
     alpha: float = ALPHA,
     how: Drawing | None = None,
     known: Mapping[str, Sequence[AnswerBank]] | None = None,

@@ -22,7 +22,15 @@ from medrobust_lib.experiments import progress
 from medrobust_lib.explore.instrument import Instrument, image_slider, level_slider
 from medrobust_lib.models.dual_encoder import DualEncoder
 from medrobust_lib.plots import leading, panels, shorten, shown_of
-from medrobust_lib.smoothing.bounds import certified_radius, check_alpha, lower_confidence_bound, minimum_count
+from medrobust_lib.smoothing.bounds import (
+    ALPHA,
+    FEW_N,
+    FEW_N0,
+    certified_radius,
+    check_alpha,
+    lower_confidence_bound,
+    minimum_count,
+)
 from medrobust_lib.smoothing.certificate import ABSTAIN, GUARANTEES
 from medrobust_lib.smoothing.certify import Verdict, make_plan, take_votes
 from medrobust_lib.smoothing.methods import FixedPrompts
@@ -138,7 +146,6 @@ class EncodedImages:
         return torch.cat(list(make_batches(None, pixels.device, tuple(pixels.shape)).map(encode, first=0, count=count)))
 
 
-N0, N, ALPHA = 20, 100, 0.001
 """Selection draws, estimation draws and failure probability of the certificates that instruments show."""
 
 SIGMAS = (0.0, 0.02, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.75, 1.0)
@@ -153,8 +160,8 @@ def noise_view(
     *,
     index: int,
     sigma: float,
-    n0: int = N0,
-    n: int = N,
+    n0: int = FEW_N0,
+    n: int = FEW_N,
     alpha: float = ALPHA,
     seed: int = 0,
     encoded: EncodedImages | None = None,
@@ -245,8 +252,8 @@ def explore_noise(
     class_features: Tensor,
     *,
     sigmas: tuple[float, ...] = SIGMAS,
-    n0: int = N0,
-    n: int = N,
+    n0: int = FEW_N0,
+    n: int = FEW_N,
     alpha: float = ALPHA,
     index: int = 0,
     seed: int = 0,

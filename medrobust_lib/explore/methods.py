@@ -11,10 +11,11 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from medrobust_lib.data.dataset import ImageDataset, stratified_positions
-from medrobust_lib.explore.images import ALPHA, N0, EncodedImages, N
+from medrobust_lib.explore.images import EncodedImages
 from medrobust_lib.explore.instrument import Instrument, image_slider, level_slider
 from medrobust_lib.models.dual_encoder import DualEncoder
 from medrobust_lib.plots import MOST_CLASSES, leading, panels, shorten, shown_of
+from medrobust_lib.smoothing.bounds import ALPHA, FEW_N, FEW_N0
 from medrobust_lib.smoothing.certificate import ABSTAIN, GUARANTEES
 from medrobust_lib.smoothing.certify import Verdict
 from medrobust_lib.smoothing.prompts import PromptFrame, PromptSet, mean_prediction_entropy, sharpen
@@ -140,8 +141,8 @@ class Adaptation:
     dataset: ImageDataset
     starts: Mapping[str, PromptSet]
     n_adapt: int = 100
-    n0: int = N0
-    n: int = N
+    n0: int = FEW_N0
+    n: int = FEW_N
     alpha: float = ALPHA
     seed: int = 0
 

@@ -29,7 +29,7 @@ from medrobust_lib.generative.errors import (
     split_alpha,
 )
 from medrobust_lib.generative.oracles import Cluster, Judged, cluster_texts, judged
-from medrobust_lib.smoothing.bounds import certified_radius, maximum_radius, needed_probability
+from medrobust_lib.smoothing.bounds import ALPHA, FEW_N, FEW_N0, certified_radius, maximum_radius, needed_probability
 from medrobust_lib.smoothing.certificate import ABSTAIN, Certificate, Guarantee, Sampling, Tally, about_text
 from medrobust_lib.smoothing.certify import Verdict, check_mode_draws, make_plan, take_votes
 from medrobust_lib.smoothing.noise import Role
@@ -191,9 +191,9 @@ def certify_answers(
     bank: AnswerBank,
     oracle: Oracle | Equivalence,
     *,
-    n0: int = 20,
-    n: int = 100,
-    alpha: float = 0.001,
+    n0: int = FEW_N0,
+    n: int = FEW_N,
+    alpha: float = ALPHA,
     error_model: ErrorModel | None = None,
     alpha_share: float = 0.5,
     sampling: Sampling = "fixed",

@@ -56,6 +56,7 @@ def certified_accuracy(rows: pd.DataFrame, radii: Sequence[float], *, per_class:
     table = []
     for key, group in rows.groupby(groups, sort=False, dropna=False):
         for radius in radii:
+            # An abstention, -1, is never the label; it stays in the denominator.
             hits = int(((group["predicted"] == group["label"]) & (group["radius"] >= radius)).sum())
             low, high = accuracy_interval(hits, len(group))
             share = {"certified_accuracy": hits / len(group), "low": low, "high": high, "n": len(group)}

@@ -314,7 +314,7 @@ def find_weights(entry: ModelEntry, names: Sequence[str], *, weights_dir: Path |
     Parameters
     ----------
     entry : ModelEntry
-        Row of the registry.
+        Row of the model table.
     names : sequence of str
         Accepted file names, preferred one first.
     weights_dir : Path or None

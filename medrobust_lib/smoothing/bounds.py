@@ -10,6 +10,9 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.stats import beta, binom, norm
 
+# The defaults of every certificate: the failure probability, the draws that choose a class, the draws that count.
+ALPHA, N0, N = 0.001, 100, 10_000
+FEW_N0, FEW_N = 20, 100  # where a draw is a generated answer, or a person waits for the picture
 _LARGEST_SIGMA = 10.0  # no image survives this; 0 to 255 units begin here
 
 
@@ -243,7 +246,7 @@ def ratio_constant(p: ArrayLike) -> float:
 def check_alpha(alpha: float) -> None:
     """Refuse a failure probability outside (0, 1)."""
     if not 0 < alpha < 1:
-        raise ValueError(f"alpha={alpha}: the failure probability of a certificate lies in (0, 1), usually 0.001")
+        raise ValueError(f"alpha={alpha}: the failure probability of a certificate lies in (0, 1), usually {ALPHA}")
 
 
 def check_sigma(sigma: float) -> None:

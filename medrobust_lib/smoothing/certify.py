@@ -13,6 +13,10 @@ from torch import Tensor
 from medrobust_lib.checks import check_choice
 from medrobust_lib.models.dual_encoder import DualEncoder
 from medrobust_lib.smoothing.bounds import (
+    ALPHA,
+    FEW_N,
+    N0,
+    N,
     certified_radius,
     check_alpha,
     check_draws,
@@ -114,9 +118,9 @@ class Rules:
         An unknown mode, or a selection without draws.
     """
 
-    n0: int = 100
-    n: int = 10_000
-    alpha: float = 0.001
+    n0: int = N0
+    n: int = N
+    alpha: float = ALPHA
     sampling: Sampling = "sequential"
     mode: Mode = "predict"
     radii: Sequence[float] | None = RADII
@@ -281,8 +285,8 @@ def predict(
     image: Tensor,
     *,
     sigma: float,
-    n: int = 100,
-    alpha: float = 0.001,
+    n: int = FEW_N,
+    alpha: float = ALPHA,
     **address: Any,
 ) -> int:
     """Answer of the smoothed classifier, or an abstention: PREDICT of Cohen et al.
@@ -340,9 +344,9 @@ def certify(
     image: Tensor,
     *,
     sigma: float,
-    n0: int = 100,
-    n: int = 10_000,
-    alpha: float = 0.001,
+    n0: int = N0,
+    n: int = N,
+    alpha: float = ALPHA,
     sampling: Sampling = "fixed",
     radii: Sequence[float] | None = None,
     label: int | None = None,

@@ -38,6 +38,8 @@ from numpy.typing import NDArray
 from scipy.stats import beta, binom
 
 from medrobust_lib.smoothing.bounds import (
+    ALPHA,
+    N,
     check_alpha,
     check_draws,
     check_sigma,
@@ -139,7 +141,7 @@ class SequentialPlan:
 
 
 def sequential_plan(
-    *, sigma: float, radii: Sequence[float] | None = None, n: int = 10_000, alpha: float = 0.001
+    *, sigma: float, radii: Sequence[float] | None = None, n: int = N, alpha: float = ALPHA
 ) -> SequentialPlan:
     """Build the looks and boundaries for one noise level; equal questions are answered from a cache.
 
@@ -258,7 +260,7 @@ def operating_characteristics(plan: SequentialPlan, p: float) -> tuple[NDArray[n
 
 
 def price_of_radii(
-    radii: Sequence[float], *, sigma: float, n: int = 10_000, alpha: float = 0.001, p: float = 1.0
+    radii: Sequence[float], *, sigma: float, n: int = N, alpha: float = ALPHA, p: float = 1.0
 ) -> pd.DataFrame:
     """What each radius costs in draws, for an image whose true probability is p.
 

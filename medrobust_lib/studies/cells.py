@@ -30,17 +30,18 @@ from medrobust_lib.metrics.classification import share_interval
 from medrobust_lib.models.dual_encoder import DualEncoder
 from medrobust_lib.models.loading import load_model
 from medrobust_lib.runner import find_notebooks, run_notebooks
+from medrobust_lib.smoothing.bounds import ALPHA, minimum_draws
 from medrobust_lib.smoothing.certificate import GUARANTEES
 from medrobust_lib.smoothing.methods import zero_shot_methods
 from medrobust_lib.smoothing.sequential import operating_characteristics, sequential_plan
-from medrobust_lib.smoothing.study import certify_dataset
+from medrobust_lib.smoothing.table import certify_dataset
 from medrobust_lib.studies.study_file import Step, Study
 
 CERTIFICATES, ANSWERS = "certificates", "answers"  # ends of the names of the tables with one row an image
 LOG = "log.txt"
 _LONGEST_PART = 32
 _PROBE_SECONDS = 1.0
-_PROBE_DRAWS = 10  # the fewest that a certificate at alpha 0.001 takes
+_PROBE_DRAWS = minimum_draws(ALPHA)  # the fewest that certify anything
 # Bytes, about: a row of certificates in the journal and in two tables, an answer, and a cell's other files.
 _CERTIFICATE_BYTES, _ANSWER_BYTES, _CELL_BYTES = 1_100, 60, 16_000
 

@@ -11,7 +11,7 @@ from medrobust_lib import checks
 from medrobust_lib import parameters as notebook_parameters
 from medrobust_lib.corruptions.suites import SEVERITIES, check_severity, find_suite
 from medrobust_lib.runner import find_notebooks
-from medrobust_lib.smoothing.bounds import check_alpha, check_draws, check_sigma
+from medrobust_lib.smoothing.bounds import ALPHA, N0, N, check_alpha, check_draws, check_sigma
 from medrobust_lib.smoothing.certificate import Mode, Sampling
 
 # The study gives these to every notebook, from the key of its file.
@@ -43,9 +43,9 @@ class CertifyStep:
     kind: ClassVar[str] = "certify"
 
     sigmas: tuple[float, ...]
-    n0: int = 100
-    n: int = 10_000
-    alpha: float = 0.001
+    n0: int = N0
+    n: int = N
+    alpha: float = ALPHA
     sampling: Sampling = "sequential"
     mode: Mode = "predict"
     radii: tuple[float, ...] = (0.0, 0.1, 0.25, 0.5)

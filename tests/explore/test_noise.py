@@ -2,7 +2,8 @@ import numpy as np
 import pytest
 
 from medrobust_lib import certify, explore
-from medrobust_lib.explore.images import ALPHA, N0, EncodedImages, N, proof_in_words
+from medrobust_lib.explore.images import EncodedImages, proof_in_words
+from medrobust_lib.smoothing.bounds import ALPHA, FEW_N, FEW_N0
 from medrobust_lib.smoothing.certify import Verdict
 from medrobust_lib.smoothing.methods import PromptClassifier
 from medrobust_lib.smoothing.noise import NoiseStream, noisy_copies, vote
@@ -26,14 +27,15 @@ def test_votes_are_those_of_the_library_on_the_same_noise(model, data, texts):
 @pytest.mark.parametrize(("index", "sigma"), [(1, 0.1), (4, 0.25), (6, 1.0)])
 def test_the_certificate_is_that_of_certify(model, data, texts, index, sigma):
     encoded = EncodedImages(model, data, seed=3)
-    verdict, votes = encoded.verdict(index, texts, sigma=sigma, n0=N0, n=N, alpha=ALPHA)
+    verdict, votes = encoded.verdict(index, texts, sigma=sigma, n0=FEW_N0, n=FEW_N, alpha=ALPHA)
     expected = certify(
-        PromptClassifier(model, texts), model.prepare(data.images[index : index + 1])[0], sigma=sigma, n0=N0, n=N,
+        PromptClassifier(model, texts), model.prepare(data.images[index : index + 1])[0], sigma=sigma,
+        n0=FEW_N0, n=FEW_N,
         alpha=ALPHA, seed=3, dataset=data.id, index=int(data.indices[index]),
     )  # fmt: skip
     assert (verdict.predicted, verdict.k, verdict.n) == (expected.predicted, expected.k, expected.n)
     assert verdict.radius == pytest.approx(expected.radius)
-    assert votes.sum() == N
+    assert votes.sum() == FEW_N
 
 
 def test_at_sigma_zero_all_copies_agree_and_nothing_is_certified(model, data, texts):

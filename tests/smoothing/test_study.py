@@ -29,7 +29,7 @@ from medrobust_lib.smoothing.methods import (
 )
 from medrobust_lib.smoothing.noise import NoiseStream
 from medrobust_lib.smoothing.prompts import text_prompts
-from medrobust_lib.smoothing.study import certify_dataset
+from medrobust_lib.smoothing.table import certify_dataset
 
 SIGMAS = (0.1, 0.25)
 NUMBERS = {"sigmas": SIGMAS, "n0": 20, "n": 80, "alpha": 0.05, "radii": (0, 0.1, 0.25)}
@@ -624,7 +624,7 @@ def test_what_changed_between_two_runs_is_done_again(data, tmp_path, change):
 def test_a_store_of_another_version_is_refused(data, tmp_path, monkeypatch):
     """Boundaries and looks may differ between versions; a table holds rows of one."""
     run(tmp_path, data.subset([0]))
-    monkeypatch.setattr("medrobust_lib.smoothing.study.VERSION", "99.0")
+    monkeypatch.setattr("medrobust_lib.smoothing.table.VERSION", "99.0")
     with pytest.raises(ValueError, match=rf'medrobust_lib: the store has "{mr.__version__}", this run asks "99.0"'):
         run(tmp_path, data.subset([0]))
 
