@@ -98,9 +98,9 @@ def test_table_fits_the_metrics(answers, data):
     assert errors.mce["as is"] == pytest.approx(100)
 
 
-def test_one_call_gives_the_whole_table(answers, encoder, data):
+def test_one_call_gives_the_whole_table(answers, model, data):
     options = {"severities": (2, 5), "seed": 3, "batch_size": 4}
-    table = benchmark(encoder, data, **options)
+    table = benchmark(model, data, **options)
     names = list(mr.SUITES["medimeta-c"].corruptions)
     assert table.index.to_list() == ["clean", *names, "mean"]
     right = np.mean(answers["as is", "contrast", 5] == data.labels)
@@ -110,7 +110,7 @@ def test_one_call_gives_the_whole_table(answers, encoder, data):
     assert table.loc["mean", "accuracy"] == pytest.approx(table.loc[names, "accuracy"].mean())
     if clean < 1:
         np.testing.assert_allclose(table.ce[names].astype(float), 100 * table.error[names] / (1 - clean))
-    against = benchmark(encoder, data, reference=encoder, corruptions=["contrast"], **options)
-    assert set(against.ce.dropna()) <= {100.0} and set(against.relative_to) == {encoder.id}
+    against = benchmark(model, data, reference=model, corruptions=["contrast"], **options)
+    assert set(against.ce.dropna()) <= {100.0} and set(against.relative_to) == {model.id}
     constant = [metrics.is_constant_predictor(answers["as is", "contrast", severity]) for severity in (2, 5)]
     assert against.loc["contrast", "constant"] == any(constant)

@@ -21,9 +21,9 @@ def script(monkeypatch):
     spec.loader.exec_module(module)
     jobs = (module.Job(0.01, 2, 1), module.Job(0.02, 1, 0, noisy=True))
     monkeypatch.setattr(module, "JOBS", jobs)
-    monkeypatch.setattr(module, "DATASETS", SETS)
+    monkeypatch.setattr(module, "DEMO_DATASETS", SETS)
     monkeypatch.setattr(module, "N_VAL", 6)
-    monkeypatch.setattr(module, "RECIPE", {"epochs": 1, "learning_rate": 1e-3})
+    monkeypatch.setattr(module, "DEMO_RECIPE", {"epochs": 1, "learning_rate": 1e-3})
     return module
 
 

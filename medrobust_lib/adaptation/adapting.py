@@ -19,7 +19,6 @@ from typing import Any, Literal
 import numpy as np
 import pandas as pd
 import torch
-from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -28,7 +27,6 @@ from medrobust_lib.adaptation.training_images import PAPER_AUGMENTATION, Augment
 from medrobust_lib.data.dataset import ImageDataset
 from medrobust_lib.experiments import parameter_differences, write_text_atomically
 from medrobust_lib.files import parsed, save_tensors
-from medrobust_lib.models import adapters
 from medrobust_lib.models.dual_encoder import DualEncoder, find_image_tower
 from medrobust_lib.models.weights import DEMO_FOLDER, explained_errors
 from medrobust_lib.smoothing.certify import check_not_training
@@ -48,6 +46,8 @@ def summed_convolutions(model: nn.Module) -> Iterator[None]:
     model : nn.Module
         With peft's adapters, unmerged; afterwards as before.
     """
+    from peft.tuners.lora import LoraLayer  # peft takes seconds to import
+
     changed = [layer for layer in model.modules() if isinstance(layer, LoraLayer) and _is_faster(layer)]
     for layer in changed:
         layer.forward = functools.partial(_forward, layer)
@@ -58,7 +58,7 @@ def summed_convolutions(model: nn.Module) -> Iterator[None]:
             del layer.forward
 
 
-def _is_faster(layer: LoraLayer) -> bool:
+def _is_faster(layer: nn.Module) -> bool:
     convolution = layer.get_base_layer()
     if not isinstance(convolution, nn.Conv2d):
         return False
@@ -68,7 +68,7 @@ def _is_faster(layer: LoraLayer) -> bool:
     return convolution.weight.numel() <= _LARGEST_EXCESS * 3 * of_adapters
 
 
-def _forward(layer: LoraLayer, pixels: Tensor) -> Tensor:
+def _forward(layer: nn.Module, pixels: Tensor) -> Tensor:
     convolution = layer.get_base_layer()
     (adapter,) = layer.active_adapters
     weight = convolution.weight + layer.get_delta_weight(adapter)
@@ -165,6 +165,8 @@ def adapt_lora(
     ----------
     Hu et al. 2022 (LoRA), arXiv:2106.09685; Imam et al. 2025 (RobustMedCLIP), arXiv:2505.15425.
     """
+    from medrobust_lib.models import adapters  # peft takes seconds to import
+
     method = {"method": _LOW_RANK, "rank": rank, "qkv": qkv}
     job = _Job(model, train, validation, templates, Recipe(**recipe), out, method)
     if not job.is_done:
@@ -215,6 +217,8 @@ def fine_tune(
     ValueError, RuntimeError
         As in `adapt_lora`.
     """
+    from medrobust_lib.models import adapters  # peft takes seconds to import
+
     job = _Job(model, train, validation, templates, Recipe(**recipe), out, {"method": _FINE_TUNING})
     with torch.inference_mode(False), torch.enable_grad():
         tuned = model.trainable_copy()
@@ -390,6 +394,8 @@ def find_demo_adapter(
     Path or None
         None where no such adapter comes with the package, or the model has other weights.
     """
+    from medrobust_lib.models import adapters  # peft takes seconds to import
+
     folder = DEMO_ADAPTERS / demo_folder_name(fraction=fraction, rank=rank, seed=seed, augmentation=augmentation)
     if tuple(datasets) != DEMO_DATASETS or not folder.is_dir():
         return None

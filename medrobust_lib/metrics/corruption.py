@@ -359,8 +359,9 @@ def _constancy(cells: pd.DataFrame, models: list[str]) -> dict[str, NDArray[np.g
         constant = cells["majority_share"] >= CONSTANT_SHARE
     else:
         return {}
-    clean = constant[cells["severity"] == 0].groupby(cells["model"]).first()
+    cells = cells.assign(constant=constant)  # tables that were put together repeat their index
+    clean = cells[cells["severity"] == 0].groupby("model")["constant"].first()
     return {
         "constant": clean.loc[models].to_numpy(),
-        "constant_share": constant.groupby(cells["model"]).mean().loc[models].to_numpy(),
+        "constant_share": cells.groupby("model")["constant"].mean().loc[models].to_numpy(),
     }

@@ -80,13 +80,13 @@ def test_a_study_prints_its_leaderboard_and_two_runs_compare(invoke, study_file,
 
 
 def test_a_failed_cell_fails_the_command_with_its_reason(invoke, study_file, tmp_path, undisturbed, monkeypatch):
-    def broken(cell, folder):
+    def broken(cell, folder, *, notebooks):
         raise OSError("no space left")
 
     out = tmp_path / "out"
     shutil.copytree(undisturbed, out)
     shutil.rmtree(next(out.glob("cells/02*")))  # a result that is gone is made again
-    monkeypatch.setattr(cells, "_benchmark", broken)
+    monkeypatch.setattr(cells.BenchmarkCell, "run", broken)
     code, _, error = invoke("study", study_file(), "--out", out)
     assert code == 1
     assert "1 of 3 cells failed; the same command tries them again" in error
