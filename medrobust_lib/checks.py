@@ -1,8 +1,9 @@
 """Arguments checked once and alike: each error names the value, what is valid, and the closest of it."""
 
 import difflib
+import inspect
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from numbers import Real
 from operator import index
 
@@ -38,6 +39,21 @@ def check_choice(name: str, value: object, choices: Iterable[str]) -> None:
         close = closest(value, choices, n=1) if isinstance(value, str) else []
         hint = f"; did you mean {close[0]!r}?" if close else ""
         raise ValueError(f"unknown {name} {value!r}; choose one of {', '.join(choices)}{hint}")
+
+
+def check_keywords(function: Callable, given: Iterable[str], passed_on: Iterable[str]) -> None:
+    """Refuse a keyword that a function neither has nor passes on.
+
+    Raises
+    ------
+    TypeError
+        Naming the function that was called, the keyword, and the closest of those it takes, or all.
+    """
+    own = inspect.signature(function).parameters.values()
+    known = [*(one.name for one in own if one.kind is not one.VAR_KEYWORD), *passed_on]
+    for name in given:
+        if name not in known:
+            raise TypeError(f"{function.__name__}() takes no {name!r}.{suggest(name, known)}")
 
 
 def check_whole(name: str, value: object, *, least: int = 1, most: float = math.inf, hint: str = "") -> int:

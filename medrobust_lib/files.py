@@ -1,4 +1,4 @@
-"""Files read with errors that name them, and written whole or not at all."""
+"""Files read with errors that name them, and written whole or not at all; tensor files and checksums among them."""
 
 import errno
 import hashlib

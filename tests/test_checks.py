@@ -3,6 +3,7 @@ import math
 import numpy as np
 import pytest
 
+import medrobust_lib as mr
 from medrobust_lib.checks import check_choice, check_positive, check_whole
 
 
@@ -33,3 +34,39 @@ def test_what_is_no_positive_number_is_refused(value):
     with pytest.raises(ValueError, match=r"sigma=.* is no number above 0 and up to 10$"):
         check_positive("sigma", value, most=10)
     check_positive("sigma", np.float32(0.25), most=10)
+
+
+def keyword_calls():
+    """Functions that pass keywords on, each with a misspelled one and the one that was meant."""
+    from medrobust_lib.adaptation.adapting import adapt_lora, fine_tune
+    from medrobust_lib.corruptions.writing import write_benchmark
+    from medrobust_lib.data.splits import fraction_splits, learning_splits
+    from medrobust_lib.generative.certify import certify_questions
+    from medrobust_lib.smoothing.prompts import learn_prompts
+
+    nothing = object()
+    return [
+        (lambda: mr.certify(nothing, nothing, sigma=0.1, alhpa=0.1), "certify", "alpha"),
+        (lambda: mr.predict(nothing, nothing, sigma=0.1, sead=1), "predict", "seed"),
+        (lambda: mr.certify_dataset(nothing, nothing, alhpa=0.1), "certify_dataset", "alpha"),
+        (lambda: mr.certify_generative(*[nothing] * 4, temprature=1), "certify_generative", "temperature"),
+        (lambda: certify_questions([], nothing, nothing, eror_model=None), "certify_questions", "error_model"),
+        (lambda: mr.load_dataset("phantom/blood", image_sise=64), "load_dataset", "image_size"),
+        (lambda: learning_splits("phantom/blood", shots=1, n_test=1, n_pool=1, sed=1), "learning_splits", "seed"),
+        (lambda: fraction_splits("phantom/blood", fraction=1, n_val=1, n_test=1, rot=1), "fraction_splits", "root"),
+        (lambda: learn_prompts(nothing, nothing, contex=4), "learn_prompts", "n_context"),
+        (lambda: adapt_lora(nothing, [], validation=[], epoch=1), "adapt_lora", "epochs"),
+        (lambda: fine_tune(nothing, [], validation=[], epoch=1), "fine_tune", "epochs"),
+        (lambda: write_benchmark("nowhere", [], severity=[1]), "write_benchmark", "severities"),
+    ]
+
+
+@pytest.mark.parametrize(("call", "function", "meant"), keyword_calls(), ids=lambda value: str(value)[:20])
+def test_a_misspelled_keyword_names_the_function_that_was_called_and_the_one_meant(call, function, meant):
+    with pytest.raises(TypeError, match=rf"^{function}\(\) takes no '\w+'\. Did you mean .*'{meant}'"):
+        call()
+
+
+def test_a_keyword_like_no_other_is_answered_with_all_of_them():
+    with pytest.raises(TypeError, match=r"takes no 'zzz'\. Choose one of: .*sigmas, seed.*, n0, n, alpha, "):
+        mr.certify_dataset(None, None, zzz=1)

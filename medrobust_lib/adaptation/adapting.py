@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from medrobust_lib.adaptation.training import Recipe, check_apart, check_learnable, templates_of, train_jointly
 from medrobust_lib.adaptation.training_images import PAPER_AUGMENTATION, Augmentation
+from medrobust_lib.checks import check_keywords
 from medrobust_lib.data.dataset import ImageDataset
 from medrobust_lib.experiments import parameter_differences, write_text_atomically
 from medrobust_lib.files import parsed, save_tensors
@@ -167,6 +168,7 @@ def adapt_lora(
     """
     from medrobust_lib.models import adapters  # peft takes seconds to import
 
+    check_keywords(adapt_lora, recipe, Recipe.__dataclass_fields__)
     method = {"method": _LOW_RANK, "rank": rank, "qkv": qkv}
     job = _Job(model, train, validation, templates, Recipe(**recipe), out, method)
     if not job.is_done:
@@ -219,6 +221,7 @@ def fine_tune(
     """
     from medrobust_lib.models import adapters  # peft takes seconds to import
 
+    check_keywords(fine_tune, recipe, Recipe.__dataclass_fields__)
     job = _Job(model, train, validation, templates, Recipe(**recipe), out, {"method": _FINE_TUNING})
     with torch.inference_mode(False), torch.enable_grad():
         tuned = model.trainable_copy()

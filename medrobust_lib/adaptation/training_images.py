@@ -1,4 +1,4 @@
-"""Random changes of training images: crops and mirror images, and on wish noise and corruptions."""
+"""Images to train on: several data sets as one numbered series, and random changes of each image."""
 
 import math
 from collections.abc import Callable, Sequence

@@ -1,5 +1,6 @@
 """Corrupted sets on disk: a plan says which files come and how large they are; what is missing is written."""
 
+import inspect
 import json
 import shutil
 import time
@@ -15,7 +16,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from medrobust_lib.checks import check_choice
+from medrobust_lib.checks import check_choice, check_keywords
 from medrobust_lib.corruptions import stored
 from medrobust_lib.corruptions.functions import Pixels, check_images
 from medrobust_lib.corruptions.suites import SEVERITIES, check_severity, corrupt, find_suite, keeps_gray, luma
@@ -230,6 +231,7 @@ def write_benchmark(folder: str | Path, datasets: Iterable[str], *, jobs: int = 
         Too little space on the disk (`errno.ENOSPC`), before the start or on the way; the half-written file
         is removed, the others stay.
     """
+    check_keywords(write_benchmark, options, inspect.signature(BenchmarkPlan).parameters)
     plan = BenchmarkPlan(folder, datasets, **options)
     print(plan)
     with open_store(plan.folder, parameters=plan.parameters) as store:

@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from medrobust_lib.checks import check_choice, check_whole, suggest
+from medrobust_lib.checks import check_choice, check_keywords, check_whole, suggest
 from medrobust_lib.data.dataset import ImageDataset, check_classes, stratified_positions
 from medrobust_lib.data.decoding import Fit
 from medrobust_lib.data.inspection import close_names, ignored_in, seen_in, tell
@@ -135,6 +135,7 @@ def load_dataset(
     TypeError
         ``class_names`` is no mapping, or ``templates`` a single text.
     """
+    check_keywords(load_dataset, options, SplitOptions.__annotations__)
     found = open_split(id, split=split, **options)
     return found.read(stratified_positions(found.labels, n=n, seed=seed), n=n, seed=seed)
 

@@ -6,7 +6,7 @@ from typing import Unpack
 import numpy as np
 from numpy.typing import NDArray
 
-from medrobust_lib.checks import check_positive, check_whole
+from medrobust_lib.checks import check_keywords, check_positive, check_whole
 from medrobust_lib.data.dataset import ImageDataset, drawn_of_each_class, stratified_positions
 from medrobust_lib.data.inspection import learned_too
 from medrobust_lib.data.registry import OpenSplit, SplitOptions, open_split
@@ -109,6 +109,7 @@ def learning_splits(
     ValueError
         A number below 1, or no image is left to test.
     """
+    check_keywords(learning_splits, options, SplitOptions.__annotations__)
     for name, value in {"shots": shots, "n_test": n_test, "n_pool": n_pool}.items():
         check_whole(name, value)
     check_whole("seed", seed, least=0)
@@ -183,6 +184,7 @@ def fraction_splits(
     ValueError
         ``fraction`` outside (0, 1], a number below 1, or no image is left to test or to validate.
     """
+    check_keywords(fraction_splits, options, SplitOptions.__annotations__)
     check_positive("fraction", fraction, most=1, hint=": give a share of the train images, such as 0.1")
     check_whole("n_val", n_val)
     check_whole("n_test", n_test)

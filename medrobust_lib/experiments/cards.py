@@ -1,4 +1,4 @@
-"""Runs and their result cards: what was asked, what came out, and in which environment."""
+"""Runs and their result cards: what was asked, what came out, and in which environment; and the source behind it."""
 
 import ast
 import hashlib

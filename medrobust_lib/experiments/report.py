@@ -1,4 +1,4 @@
-"""One static page per run: cards, figures and the executed notebooks, readable without a network."""
+"""What a run left, to be read: one static page that needs no network, and tables in a terminal."""
 
 import json
 import re

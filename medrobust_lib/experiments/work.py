@@ -1,4 +1,4 @@
-"""The same function over many items: in this process, on the cores of this machine, or on a cluster."""
+"""The same function over many items: in this process, on cores or on a cluster; and how far long work is."""
 
 import hashlib
 import logging

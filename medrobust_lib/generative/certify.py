@@ -1,5 +1,6 @@
 """Certificates of what a generative model answers, a label or a cluster of equal texts: of one image, or as a table."""
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -9,6 +10,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from medrobust_lib.checks import check_keywords
 from medrobust_lib.data.questions import QuestionSet
 from medrobust_lib.generative.answers import (
     AnswerBank,
@@ -177,7 +179,9 @@ def certify_generative(
     ----------
     Seferis et al. 2025, arXiv:2509.16088, Algorithm 2, with separate draws for clusters and for votes.
     """
-    drawing = {field.name for field in fields(Drawing)} & settings.keys()
+    of_drawing = {field.name for field in fields(Drawing)}
+    check_keywords(certify_generative, settings, [*of_drawing, *inspect.signature(certify_answers).parameters])
+    drawing = of_drawing & settings.keys()
     how = Drawing(sigma=sigma, **{name: settings.pop(name) for name in drawing})
     bank = AnswerBank(vlm, image, prompt, how, dataset=dataset, index=index, batch_size=batch_size)
     if store is None:
@@ -330,7 +334,9 @@ def certify_questions(
     ValueError
         A bank of another question, or as `certify_answers`.
     """
+    check_keywords(certify_questions, rules, inspect.signature(certify_answers).parameters)
     _check_banks(banks, questions)
+    asked = {name: rules[name] for name in ("error_model", "alpha_share", "radii") if name in rules}
     rows = []
     for bank, truth in zip(banks, questions.truths, strict=True):
         found = certify_answers(bank, oracle, **rules)
@@ -354,7 +360,7 @@ def certify_questions(
                     "guarantee": certificate.guarantee,
                     "n_classes": len(questions.labels),
                     **{name: getattr(certificate, name) for name in _COPIED},
-                    **_limits(certificate, found.answer if callable(getattr(oracle, "label", None)) else SAME, **rules),
+                    **_limits(certificate, found.answer if callable(getattr(oracle, "label", None)) else SAME, **asked),
                     "n_distinct": found.n_distinct,
                     **{name: getattr(found.tally, name) for name in ("empty", "truncated", "unlabelled", "failed")},
                     "refusal": found.refusal,
@@ -456,7 +462,6 @@ def _limits(
     error_model: ErrorModel | None = None,
     alpha_share: float = 0.5,
     radii: Sequence[float] | None = None,
-    **_: Any,
 ) -> dict[str, float]:
     """Largest radii that were asked for and that unanimous votes for a label would prove."""
     rate = error_model if certificate.guarantee == "corrected" else None

@@ -1,4 +1,4 @@
-"""Query, key and value projections of attention apart from each other, and fused again.
+"""Layers of an image tower that low-rank adapters go on: found, opened to them, fitted with them, and closed again.
 
 Most vision transformers compute queries, keys and values by one matrix of three times the width. A low-rank product
 on that matrix shares its inner factor among the three; to adapt them separately, as RobustMedCLIP does, they must

@@ -10,7 +10,7 @@ import torch
 from scipy.stats import binomtest
 from torch import Tensor
 
-from medrobust_lib.checks import check_choice
+from medrobust_lib.checks import check_choice, check_keywords
 from medrobust_lib.models.dual_encoder import DualEncoder
 from medrobust_lib.smoothing.bounds import (
     ALPHA,
@@ -34,6 +34,8 @@ Answers = Callable[[Role, int, int, Sequence[int]], Sequence[Tensor]]
 
 RADII = (0.0, 0.1, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
 """The radii of PromptSmooth's tables, in [0, 1] pixel units."""
+
+_ADDRESS = ("seed", "dataset", "index", "batch_size")  # what `certify` and `predict` pass on
 
 LABEL_LIMIT = 1_000_000
 """Votes are counted in a table with a row for each class; a label from here on is a mistake."""
@@ -323,6 +325,7 @@ def predict(
     ----------
     Cohen et al. 2019, arXiv:1902.02918, section 3.2.1 and Proposition 1.
     """
+    check_keywords(predict, address, _ADDRESS)
     check_sigma(sigma)
     check_alpha(alpha)
     fewest = minimum_draws(alpha / 2)  # the test is two-sided
@@ -408,6 +411,7 @@ def certify(
     ----------
     Cohen et al. 2019, arXiv:1902.02918, section 3.2.2 and Proposition 2; `medrobust_lib.smoothing.sequential`.
     """
+    check_keywords(certify, address, _ADDRESS)
     check_classifier(classifier)
     check_image(image)
     check_mode_draws(n0, label is not None)

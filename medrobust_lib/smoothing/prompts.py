@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from medrobust_lib.checks import check_choice, check_positive, check_whole
+from medrobust_lib.checks import check_choice, check_keywords, check_positive, check_whole
 from medrobust_lib.data.dataset import ImageDataset
 from medrobust_lib.files import parsed, read_tensors, write_tensors
 from medrobust_lib.models.dual_encoder import DualEncoder, Tokens
@@ -342,12 +342,11 @@ def learn_prompts(
     ----------
     Zhou et al. 2022 (CoOp), arXiv:2109.01134; PromptSmooth, Eq. 1.
     """
+    check_keywords(learn_prompts, form, ("n_context", "class_specific", "position", "template"))
     _check_learns(model)
     sigmas = tuple(float(sigma) for sigma in np.atleast_1d(sigmas))
     if not sigmas or not all(0 <= sigma < math.inf for sigma in sigmas):
-        raise ValueError(
-            f"sigmas={sigmas}: give noise levels >= 0 in [0, 1] pixel units; (0.0,) is CoOp, without noise"
-        )
+        raise ValueError(f"sigmas={sigmas}: give noise levels >= 0 in [0, 1] pixel units; (0.0,) is CoOp without noise")
     for name, value in {"epochs": epochs, "batch_size": batch_size, "draws_per_image": draws_per_image}.items():
         check_whole(name, value)
     check_positive("learning_rate", learning_rate)

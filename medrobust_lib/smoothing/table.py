@@ -13,6 +13,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from medrobust_lib.checks import check_keywords
 from medrobust_lib.data.dataset import ImageDataset
 from medrobust_lib.experiments import map_items, open_store, progress
 from medrobust_lib.models.dual_encoder import DualEncoder
@@ -122,6 +123,7 @@ def certify_dataset(
     Counts do not depend on batch size, number of workers or resumption, up to votes that are tied to
     within the rounding of floating-point sums.
     """
+    check_keywords(certify_dataset, rules, Rules.__dataclass_fields__)
     _check_kinds(model, data)
     methods = tuple(zero_shot_methods(model, data) if methods is None else methods)
     sigmas = tuple(dict.fromkeys(float(sigma) for sigma in np.atleast_1d(sigmas)))

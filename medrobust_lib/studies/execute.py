@@ -1,4 +1,4 @@
-"""What a study found: one leaderboard from the cards of its cells, corruption errors between models, a page."""
+"""Run what is missing of a study, and sum it up: a leaderboard, corruption errors between models, a page."""
 
 import sys
 import time
