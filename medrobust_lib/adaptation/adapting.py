@@ -1,5 +1,14 @@
 """Adaptation to degraded images: low-rank adapters of the image tower or all its weights, kept in a folder.
 
+RobustMedCLIP (Imam et al. 2025) trains low-rank adapters of queries, keys and values jointly on several modalities.
+This is the method and no replica. From its published code differ, among others: the softmax runs over the classes of
+an image's own data set (``softmax="global"`` is theirs); the logits are cosines times the model's scale (theirs the
+product of an image feature that is not normalised with a text feature that is, without a scale); the best epoch is
+chosen on validation images (theirs on the test split by default); images are a share of the train split (theirs of the
+validation split); batches have 32 images (theirs 256); the data sets are those given (theirs twelve); the adapters of
+the keys start at zero and are saved (theirs start at random and are left out of the adapter file); and the text tower
+is in evaluation mode, with the same templates in training as in testing.
+
 Some adapters of demo-clip come with the package: `find_demo_adapter`.
 """
 

@@ -107,14 +107,16 @@ class Recipe:
     epochs : int
         0 or more.
     batch_size : int
-        At most so many images a step; the steps of an epoch are of equal size, give or take one image.
+        At most so many images a step; the steps of an epoch are of equal size, give or take one image. Where memory runs
+        out, gradients are accumulated over parts.
     learning_rate, weight_decay : float
         AdamW.
     schedule : {"constant", "one-cycle"}
         A constant rate (the paper), or one that rises to `learning_rate` over the first tenth of the steps and falls
         to almost 0, both along a cosine (Smith and Topin 2019, arXiv:1708.07120).
     softmax : {"masked", "global"}
-        Each image among the classes of its own data set, or among all classes of all sets (the authors' code).
+        Each image among the classes of its own data set, or among all classes of all sets (the authors' code). With
+        "global" the templates should tell the sets apart: two classes with one text cannot be.
     augmentation : Augmentation
     seed : int
         Of order and augmentation, keyed by the epoch.

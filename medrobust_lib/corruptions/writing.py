@@ -1,4 +1,8 @@
-"""Corrupted sets on disk: a plan says which files come and how large they are; what is missing is written."""
+"""Corrupted sets on disk: a plan says which files come and how large they are; what is missing is written.
+
+The folder of a collection is a row store (`medrobust_lib.experiments.open_store`): ``manifest.json`` holds the
+parameters with all constants of the suite, ``table.csv`` every file with its number of images and SHA-256.
+"""
 
 import inspect
 import json

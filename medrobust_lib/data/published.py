@@ -1,4 +1,8 @@
-"""The papers' own tables, shipped as tidy CSV for comparison, and whether RobustMedCLIP's follow from each other."""
+"""The papers' own tables, shipped as tidy CSV for comparison, and whether RobustMedCLIP's follow from each other.
+
+Nothing here measures a model: the question is only whether printed numbers fit each other, what they can say, and what
+other choices would change.
+"""
 
 from importlib.resources import files
 

@@ -1,4 +1,8 @@
-"""Oracles, which read generated texts: phrases and labels in them, whether two mean the same, and clusters of those."""
+"""Oracles, which read generated texts: phrases and labels in them, whether two mean the same, and clusters of those.
+
+A certificate of a generative model is about the model together with its oracle, at the oracle's version. Therefore
+every oracle is a fixed function of the text: it sees neither the image nor the other texts, and learns nothing.
+"""
 
 import hashlib
 import json

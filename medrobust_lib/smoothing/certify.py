@@ -1,4 +1,9 @@
-"""Certificates by votes on noisy copies: `take_votes` is the algorithm, `certify` and `predict` ask it of one image."""
+"""Certificates by votes on noisy copies: `take_votes` is the algorithm, `certify` and `predict` ask it of one image.
+
+The smoothed classifier g answers what its base classifier f answers most often under Gaussian noise,
+g(x) = argmax_y P[f(x + e) = y] with e ~ N(0, sigma^2 I). A certificate says: g(x') is the predicted class for every x'
+within an L2 radius of x. It is false with probability at most alpha, over the noise drawn to make it.
+"""
 
 import reprlib
 from collections.abc import Callable, Sequence

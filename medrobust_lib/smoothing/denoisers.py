@@ -1,6 +1,9 @@
 """Denoisers in front of a frozen model: DnCNN and one-shot diffusion, their networks, files and noise levels.
 
-They are trained by `data_scripts/train_demo_denoisers.py`.
+Randomized smoothing certifies any function of the noisy image that was fixed before the image was seen. "Denoise, then
+classify" is such a function: its noise is the nominal N(0, sigma^2) on the image itself, and neither denoiser draws
+noise of its own, clips its input or looks at the clean image. So the guarantee is the standard one, however good or bad
+the denoiser is; a bad one only costs radius. They are trained by `data_scripts/train_demo_denoisers.py`.
 """
 
 import copy

@@ -3,6 +3,11 @@
 A method never sees the noise that certifies it. The prompts of `FixedPrompts` exist before any image; a method
 that adapts to an image gets `AdaptationFeatures`, which only noise of the role "adapt" can fill, and has to
 return its classifier before the first selection or estimation noise is drawn.
+
+Zero-Shot PromptSmooth fits its prompt to the very image that is then certified: its certificates hold for the prompt
+frozen at that image, not for the pipeline that would adapt anew to an attacked one. The other methods buy the guarantee
+back, each at a price: adapt to a pool of other images, certify every prompt of a finite set, or adapt inside the base
+classifier.
 """
 
 from collections.abc import Callable, Mapping, Sequence

@@ -1,7 +1,10 @@
 """The one place where noise meets a model: addressed noise, noisy copies, as many at a time as memory allows.
 
-Noise comes from a `NoiseStream`, whose draws depend on their address alone, so that no batch size, order or number of
-workers changes a vote.
+Every draw is addressed by (seed, data set, image index, sigma, role, draw number). Results therefore do not depend on
+batch size, order, number of workers or on where an interrupted run resumed. The numbers themselves come from torch's
+generator of the device, so a CPU and a GPU draw different noise. On a CPU that generator takes 32 bits of an address:
+draws come from 4e9 fixed noise images, whose share of a class differs from its probability by about 1e-5 times the
+standard deviation of a vote, far less than any number of draws tells.
 """
 
 import hashlib
