@@ -107,8 +107,8 @@ class Recipe:
     epochs : int
         0 or more.
     batch_size : int
-        At most so many images a step; the steps of an epoch are of equal size, give or take one image. Where memory runs
-        out, gradients are accumulated over parts.
+        At most so many images a step; the steps of an epoch are of equal size, give or take one image. Where memory
+        runs out, gradients are accumulated over parts.
     learning_rate, weight_decay : float
         AdamW.
     schedule : {"constant", "one-cycle"}
