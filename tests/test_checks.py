@@ -42,6 +42,7 @@ def keyword_calls():
     from medrobust_lib.corruptions.writing import write_benchmark
     from medrobust_lib.data.splits import fraction_splits, learning_splits
     from medrobust_lib.generative.certify import certify_questions
+    from medrobust_lib.generative.judges import chat_endpoint
     from medrobust_lib.smoothing.prompts import learn_prompts
 
     nothing = object()
@@ -57,6 +58,7 @@ def keyword_calls():
         (lambda: learn_prompts(nothing, nothing, contex=4), "learn_prompts", "n_context"),
         (lambda: adapt_lora(nothing, [], validation=[], epoch=1), "adapt_lora", "epochs"),
         (lambda: fine_tune(nothing, [], validation=[], epoch=1), "fine_tune", "epochs"),
+        (lambda: chat_endpoint("http://localhost", model="m", api_key="K"), "chat_endpoint", "api_key_variable"),
         (lambda: write_benchmark("nowhere", [], severity=[1]), "write_benchmark", "severities"),
     ]
 

@@ -21,7 +21,7 @@ import torch
 from sklearn.feature_extraction.text import TfidfVectorizer
 from torch import Tensor
 
-from medrobust_lib.checks import check_positive, check_whole
+from medrobust_lib.checks import check_keywords, check_positive, check_whole
 from medrobust_lib.experiments import open_store
 from medrobust_lib.generative.oracles import NEGATION, Oracle, OracleUnavailableError, checked, hash_of, mentions
 
@@ -260,6 +260,7 @@ def chat_endpoint(url: str, *, model: str, **options: Any) -> Ask:
     OracleUnavailableError
         The environment variable is not set.
     """
+    check_keywords(chat_endpoint, options, _ChatEndpoint.__dataclass_fields__)
     endpoint = _ChatEndpoint(url, model, **options)
     endpoint.key()
     return endpoint
