@@ -21,7 +21,7 @@ from medrobust_lib.phantoms.painting import (
     dots,
     fill,
     finish,
-    fractal_noise,
+    fractal_texture,
     ramp,
     ribbon,
     scatter,
@@ -247,8 +247,8 @@ def _cell_layers(rng: np.random.Generator, size: int, cell: Cell) -> list[tuple[
     body = fill(size, cell.bodies, softness=0.003)
     nucleus = fill(size, cell.nucleus, softness=0.003)
     vacuoles = dots(size, cell.vacuoles, cell.vacuole_radii, softness=0.002)
-    clumps = fractal_noise(rng, size, scale=max(cell.chromatin.clump, 0.012), octaves=2, persistence=0.7)
-    cloud = 1 + cell.cytoplasm.grain * fractal_noise(rng, size, scale=0.05, octaves=2)
+    clumps = fractal_texture(rng, size, scale=max(cell.chromatin.clump, 0.012), octaves=2, persistence=0.7)
+    cloud = 1 + cell.cytoplasm.grain * fractal_texture(rng, size, scale=0.05, octaves=2)
     # Cytoplasm is thicker at the membrane, where the smear curls it up.
     membrane = body * (1 + 0.5 * ramp(soften(body, 0.015), 1.0, 0.5))
     cytoplasm = cell.cytoplasm.density * membrane * cloud * (1 - nucleus) * (1 - 0.9 * vacuoles)

@@ -18,7 +18,7 @@ from medrobust_lib.phantoms.painting import (
     canvas_size,
     finish_gray,
     smooth_curve,
-    smooth_noise,
+    smooth_texture,
     speckle,
     step,
     unit_axes,
@@ -36,7 +36,7 @@ class Mass:
     outline : float64 [257]
         Radius at each of `ANGLES`, about 1.
     warp, aspect : float
-        How noise bends the outline, in radii; length over depth.
+        How a texture bends the outline, in radii; length over depth.
     edge, halo, capsule : float
         Half the width of the margin in radii; brightness of the rim around it and of the line on it.
     posterior : float
@@ -134,8 +134,8 @@ def _paint(rng: np.random.Generator, size: int, mass: Mass) -> NDArray[np.float3
     right, below = x - centre_x, y - centre_y
     along = (right * np.cos(turn) + below * np.sin(turn)) / across
     through = (below * np.cos(turn) - right * np.sin(turn)) / down
-    along = along + mass.warp * smooth_noise(rng, side, (18, 18))
-    through = through + mass.warp * smooth_noise(rng, side, (18, 18))
+    along = along + mass.warp * smooth_texture(rng, side, (18, 18))
+    through = through + mass.warp * smooth_texture(rng, side, (18, 18))
     angle = np.arctan2(through, along)
     radius = np.sqrt(along * along + through * through) / np.interp(angle, ANGLES, mass.outline).astype(np.float32)
     inside = step(1 - radius, 2 * mass.edge)
@@ -147,7 +147,7 @@ def _paint(rng: np.random.Generator, size: int, mass: Mass) -> NDArray[np.float3
     tissue = tissue * (1 - rng.uniform(0, 0.3) * refraction)
 
     tissue = tissue + mass.halo * bell(radius - 1.25, 0.2) + mass.capsule * bell(radius - 1.06, 0.06)
-    texture = smooth_noise(rng, side, (22, 18))
+    texture = smooth_texture(rng, side, (22, 18))
     echo = rng.uniform(0.05, 0.17) + mass.heterogeneity * texture * (0.6 + 0.4 * radius)
     tissue = tissue * (1 - inside) + np.clip(echo, 0.02, 1) * inside
     for _ in range(mass.calcifications):
@@ -167,17 +167,17 @@ def _layers(rng: np.random.Generator, side: int, x: Field, y: Field) -> Field:
     fat_end = rng.uniform(0.16, 0.34) + 0.03 * smooth_curve(rng, side, 4)
     gland_end = rng.uniform(0.6, 0.85) + 0.025 * smooth_curve(rng, side, 3)
 
-    patchy = smooth_noise(rng, side, (6, 4))
+    patchy = smooth_texture(rng, side, (6, 4))
     strength = step(patchy, 2.5)
-    ligaments = bell(smooth_noise(rng, side, (9, 3)), 0.11) * strength
-    fat = 0.25 + 0.035 * smooth_noise(rng, side, (14, 8)) + 0.36 * ligaments
-    lobules = smooth_noise(rng, side, (12, 6))
-    bands = smooth_noise(rng, side, (24, 5))
+    ligaments = bell(smooth_texture(rng, side, (9, 3)), 0.11) * strength
+    fat = 0.25 + 0.035 * smooth_texture(rng, side, (14, 8)) + 0.36 * ligaments
+    lobules = smooth_texture(rng, side, (12, 6))
+    bands = smooth_texture(rng, side, (24, 5))
     ducts = np.clip(bands - 0.4, 0, 1.5)
     density = rng.uniform(-0.15, 0.1)
     gland = 0.43 + 0.3 * density * patchy + 0.09 * lobules + 0.2 * ducts + 0.2 * ligaments
     gland = gland - 0.12 * np.clip(-bands - 0.6, 0, 1)
-    fibres = bell(smooth_noise(rng, side, (30, 3)), 0.25)
+    fibres = bell(smooth_texture(rng, side, (30, 3)), 0.25)
     muscle = 0.14 + 0.3 * fibres * (0.25 + 0.75 * strength)
 
     in_gland = step(depth - fat_end, 0.04)

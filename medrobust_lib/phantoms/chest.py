@@ -17,7 +17,7 @@ from medrobust_lib.phantoms.painting import (
     bell,
     canvas_size,
     finish_gray,
-    smooth_noise,
+    smooth_texture,
     step,
     trace,
     unit_axes,
@@ -237,7 +237,7 @@ def _consolidation(rng: np.random.Generator, chest: Chest) -> Field:
     centre = np.array([sign * rng.uniform(0.42, 0.68), level])
     radii = rng.uniform(0.2, 0.42), rng.uniform(0.14, 0.27)
     ratio = np.sqrt(((chest.x - centre[0]) / radii[0]) ** 2 + ((chest.y - centre[1]) / radii[1]) ** 2)
-    cloud = smooth_noise(rng, side, (9, 9))
+    cloud = smooth_texture(rng, side, (9, 9))
     patch = step(1 - ratio + 0.22 * cloud, rng.uniform(0.4, 0.9))
     if zone == "upper" and rng.random() < 0.5:
         # An upper lobe ends sharply at the horizontal fissure.
@@ -245,7 +245,7 @@ def _consolidation(rng: np.random.Generator, chest: Chest) -> Field:
     start = centre - np.array([sign * 0.2, 0.0])
     air = _outward(rng, np.tile(start, (4, 1)), rng.uniform(-0.8, 0.9, 4), rng.uniform(0.25, 0.45, 4))
     bronchi = trace(side, list(chest.to_image(air)), 0.011, softness=0.003) * rng.uniform(0.1, 0.45)
-    texture = 1 + 0.1 * smooth_noise(rng, side, (22, 22))
+    texture = 1 + 0.1 * smooth_texture(rng, side, (22, 22))
     return rng.uniform(0.2, 0.5) * patch * texture * (1 - bronchi) * np.sqrt(chest.lungs)
 
 
@@ -273,7 +273,7 @@ def _interstitial(rng: np.random.Generator, chest: Chest, *, severity: float) ->
     paths = [*chest.to_image(streaks), *chest.to_image(cuffs)]
     widths = np.concatenate([rng.uniform(0.004, 0.012, 56), np.full(6, 0.007)])
     lines = trace(side, paths, widths, softness=0.004)
-    mesh = bell(smooth_noise(rng, side, (22, 22)), 0.35)
-    haze = 0.5 + 0.3 * smooth_noise(rng, side, (8, 8))
+    mesh = bell(smooth_texture(rng, side, (22, 22)), 0.35)
+    haze = 0.5 + 0.3 * smooth_texture(rng, side, (8, 8))
     pattern = 0.18 * lines * (0.3 + 0.7 * near) + (0.24 * mesh + 0.14 * haze) * near
     return severity * pattern * chest.lungs

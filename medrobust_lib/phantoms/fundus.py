@@ -19,11 +19,11 @@ from medrobust_lib.phantoms.painting import (
     dots,
     fill,
     finish,
-    fractal_noise,
-    noise_at,
+    fractal_texture,
     ramp,
     soften,
     tapered,
+    texture_at,
     unit_grid,
     wander,
 )
@@ -82,12 +82,12 @@ def _retina(rng: np.random.Generator, size: int, eye: Eye) -> Field:
     x, y = unit_grid(size)
     pigment = rng.random()
     light = np.array([0.86, 0.52, 0.32]) * (1 - pigment) + np.array([0.70, 0.30, 0.12]) * pigment
-    cloud = 0.07 * fractal_noise(rng, size, scale=0.3, octaves=3)
+    cloud = 0.07 * fractal_texture(rng, size, scale=0.3, octaves=3)
     # Choroidal vessels shine through where pigment is thin: a blurred orange lattice.
-    bend = 0.08 * fractal_noise(rng, size, scale=0.25, octaves=2)
-    lattice = noise_at(rng, 9 * (x + bend) + 20, 13 * (y - bend) + 20)
+    bend = 0.08 * fractal_texture(rng, size, scale=0.25, octaves=2)
+    lattice = texture_at(rng, 9 * (x + bend) + 20, 13 * (y - bend) + 20)
     tessellation = rng.uniform(0, 0.12) * ramp(np.abs(lattice), 0.5, 0.0)
-    grain = 0.02 * fractal_noise(rng, size, scale=0.02, octaves=2)
+    grain = 0.02 * fractal_texture(rng, size, scale=0.02, octaves=2)
     texture = 1 + cloud + tessellation + grain
     distance = np.hypot(x - eye.macula[0], y - eye.macula[1])
     yellow = rng.uniform(0.25, 0.45) * np.exp(-((distance / rng.uniform(0.07, 0.1)) ** 2))
@@ -202,7 +202,7 @@ def _reflexes(rng: np.random.Generator, image: Field, eye: Eye) -> Field:
     size = image.shape[0]
     x, y = unit_grid(size)
     distance = np.hypot(x - eye.macula[0], y - eye.macula[1])
-    ring = np.exp(-(((distance - 0.17) / 0.05) ** 2)) * ramp(fractal_noise(rng, size, scale=0.15), 0.0, 2.0)
+    ring = np.exp(-(((distance - 0.17) / 0.05) ** 2)) * ramp(fractal_texture(rng, size, scale=0.15), 0.0, 2.0)
     image = cover(image, (0.95, 0.85, 0.7), rng.choice([0, 0.25]) * rng.random() * ring)
     seat = 0.5 + 0.04 * rng.standard_normal(2)
     glare = np.exp(-(((x - seat[0]) / 0.02) ** 2) - ((y - seat[1]) / 0.045) ** 2)

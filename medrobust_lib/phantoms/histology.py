@@ -17,12 +17,12 @@ from medrobust_lib.phantoms.painting import (
     dots,
     fill,
     finish,
-    fractal_noise,
-    noise_at,
+    fractal_texture,
     ramp,
     scatter,
     soften,
     spindles,
+    texture_at,
     trace,
     transmit,
     turned,
@@ -43,21 +43,21 @@ def _adipose(rng: np.random.Generator, size: int, zoom: float) -> Layers:
     x, y = unit_grid(size)
     spacing = zoom * rng.uniform(0.26, 0.4)
     seats = scatter(rng, spacing, jitter=0.2, margin=spacing)
-    sway = [0.016 * fractal_noise(rng, size, scale=0.25, octaves=2) for _ in range(2)]
+    sway = [0.016 * fractal_texture(rng, size, scale=0.25, octaves=2) for _ in range(2)]
     squares = (x + sway[0] - seats[:, 0, None, None]) ** 2 + (y + sway[1] - seats[:, 1, None, None]) ** 2
     distances = np.sqrt(np.partition(squares, 1, axis=0)[:2])
-    width = rng.uniform(0.014, 0.034) * np.exp(0.3 * fractal_noise(rng, size, scale=0.3, octaves=2))
+    width = rng.uniform(0.014, 0.034) * np.exp(0.3 * fractal_texture(rng, size, scale=0.3, octaves=2))
     # Blurring the thin walls before the threshold rounds the corners, where cells meet. No wall is
     # drawn thinner than a pixel, or it would break into dots.
     gap, pixel = distances[1] - distances[0], 1 / size
     wall = ramp(soften(ramp(gap, 1.4 * width + pixel, 0.3 * width), 0.012), 0.15, 0.75)
-    wall *= 0.75 + 0.25 * fractal_noise(rng, size, scale=0.05)
+    wall *= 0.75 + 0.25 * fractal_texture(rng, size, scale=0.05)
     # A fibrous septum runs through some lobules.
     along, across = turned(x - rng.random(), y - rng.random(), rng.uniform(0, np.pi))
     thickness = rng.choice([0.0, 0.0, 0.06, 0.12]) * rng.uniform(0.6, 1.4)
     bend = across + sway[0] + 0.08 * np.sin(5 * along)
     septum = ramp(np.abs(bend), thickness + 0.012, thickness - 0.012) * (thickness > 0)
-    fibres = 0.75 + 0.2 * noise_at(rng, 4 * along + 9, 40 * bend + 32)
+    fibres = 0.75 + 0.2 * texture_at(rng, 4 * along + 9, 40 * bend + 32)
     wall = np.maximum(wall, septum * fibres)
     near = np.argsort(np.linalg.norm(seats[:, None] - seats, axis=2), axis=1)[:, 1]
     chosen = rng.random(len(seats)) < rng.uniform(0.2, 0.7)
@@ -67,7 +67,7 @@ def _adipose(rng: np.random.Generator, size: int, zoom: float) -> Layers:
     shape = {"aspect": rng.uniform(1.8, 3.5, count), "angle": angle}
     nuclei = fill(size, blobs(rng, middle, zoom * rng.uniform(0.016, 0.024, count), **shape), softness=0.003)
     # Membranes that lie flat in the section veil a cell.
-    haze = rng.uniform(0.02, 0.3) * ramp(fractal_noise(rng, size, scale=0.3), -0.2, 2.5)
+    haze = rng.uniform(0.02, 0.3) * ramp(fractal_texture(rng, size, scale=0.3), -0.2, 2.5)
     haematoxylin = 1.05 * nuclei + rng.uniform(0.05, 0.4) * (wall + haze)
     return [(haematoxylin, HAEMATOXYLIN), (0.7 * wall + haze, EOSIN)]
 
@@ -77,7 +77,7 @@ def _background(rng: np.random.Generator, size: int, zoom: float) -> Layers:
     along, _ = turned(x - 0.5, y - 0.5, rng.uniform(0, 2 * np.pi))
     place = rng.uniform(0, 1, 2)
     shade = rng.uniform(0.1, 0.4) * along + rng.uniform(0, 0.5) * ((x - place[0]) ** 2 + (y - place[1]) ** 2)
-    shade += 0.02 * fractal_noise(rng, size, scale=0.4, octaves=2)
+    shade += 0.02 * fractal_texture(rng, size, scale=0.4, octaves=2)
     # Dust lies in every plane: small and sharp, or wide and faint when out of focus.
     count = int(rng.integers(0, 14))
     radii, values = zoom * rng.uniform(0.003, 0.012, count), rng.uniform(0.2, 0.8, count)
@@ -90,16 +90,16 @@ def _background(rng: np.random.Generator, size: int, zoom: float) -> Layers:
         for _ in range(int(rng.integers(0, 3)))
     ]
     grime = shade - shade.min() + 0.4 * dust + 0.15 * trace(size, streaks, 0.006, softness=0.004)
-    residue = 0.03 * rng.random() * (1 + fractal_noise(rng, size, scale=0.5))
+    residue = 0.03 * rng.random() * (1 + fractal_texture(rng, size, scale=0.5))
     share = rng.uniform(0.25, 0.6)
     colour = share * (MUCIN + 0.4 * EOSIN) + (1 - share) * DUST
     return [(0.7 * grime, colour), (np.maximum(residue, 0), EOSIN)]
 
 
 def _debris(rng: np.random.Generator, size: int, zoom: float) -> Layers:
-    lumps = fractal_noise(rng, size, scale=0.25 * zoom, octaves=4, persistence=0.75)
-    grains = fractal_noise(rng, size, scale=0.03 * zoom, octaves=2, persistence=0.8)
-    smudge = ramp(fractal_noise(rng, size, scale=0.12 * zoom, octaves=3, persistence=0.6), 0.2, 1.8)
+    lumps = fractal_texture(rng, size, scale=0.25 * zoom, octaves=4, persistence=0.75)
+    grains = fractal_texture(rng, size, scale=0.03 * zoom, octaves=2, persistence=0.8)
+    smudge = ramp(fractal_texture(rng, size, scale=0.12 * zoom, octaves=3, persistence=0.6), 0.2, 1.8)
     holes = ramp(lumps, -0.9, -1.7)
     points = scatter(rng, 0.085 * zoom, jitter=0.5, margin=0.02, keep=(0.1, 0.8))
     # Nuclei burst into fragments (karyorrhexis): crumbs of every size around a lost centre.
@@ -119,8 +119,8 @@ def _lymphocytes(rng: np.random.Generator, size: int, zoom: float) -> Layers:
     radii = spacing * rng.normal(0.415, 0.03, len(points))
     shape = {"aspect": rng.uniform(1, 1.2, len(points)), "angle": rng.uniform(0, np.pi, len(points))}
     nuclei = _nuclei(rng, size, points, radii, irregularity=0.05, speckle=0.2, **shape)
-    matrix = rng.uniform(0.25, 0.75) + 0.12 * fractal_noise(rng, size, scale=0.12, octaves=3)
-    gaps = ramp(fractal_noise(rng, size, scale=0.15), 0.8, 1.8)
+    matrix = rng.uniform(0.25, 0.75) + 0.12 * fractal_texture(rng, size, scale=0.12, octaves=3)
+    gaps = ramp(fractal_texture(rng, size, scale=0.15), 0.8, 1.8)
     matrix = np.maximum(matrix, 0) * (1 - 0.7 * gaps)
     return [(1.35 * nuclei + 0.15 * (1 - gaps), HAEMATOXYLIN), (matrix, EOSIN)]
 
@@ -128,13 +128,13 @@ def _lymphocytes(rng: np.random.Generator, size: int, zoom: float) -> Layers:
 def _mucus(rng: np.random.Generator, size: int, zoom: float) -> Layers:
     x, y = unit_grid(size)
     along, across = turned(x, y, rng.uniform(0, 2 * np.pi))
-    bend = 0.10 * fractal_noise(rng, size, scale=0.5 * zoom, octaves=2)
-    bend += 0.03 * fractal_noise(rng, size, scale=0.16 * zoom, octaves=2)
-    threads = noise_at(rng, 2.2 * along / zoom, 13 * (across + bend) / zoom)
-    wisps = noise_at(rng, 3 * along / zoom, 26 * (across + 1.2 * bend) / zoom)
-    patches = fractal_noise(rng, size, scale=0.3)
+    bend = 0.10 * fractal_texture(rng, size, scale=0.5 * zoom, octaves=2)
+    bend += 0.03 * fractal_texture(rng, size, scale=0.16 * zoom, octaves=2)
+    threads = texture_at(rng, 2.2 * along / zoom, 13 * (across + bend) / zoom)
+    wisps = texture_at(rng, 3 * along / zoom, 26 * (across + 1.2 * bend) / zoom)
+    patches = fractal_texture(rng, size, scale=0.3)
     strands = np.exp(-7 * threads**2) * ramp(patches, -1.0, 1.0) + 0.35 * np.exp(-3 * wisps**2) * ramp(patches, 1, -1)
-    cloud = rng.uniform(0.15, 0.45) * (1 + 0.45 * fractal_noise(rng, size, scale=0.4))
+    cloud = rng.uniform(0.15, 0.45) * (1 + 0.45 * fractal_texture(rng, size, scale=0.4))
     mucin = np.maximum(cloud + rng.uniform(0.2, 0.5) * strands, 0.02)
     count = int(rng.integers(0, 7))
     radii = zoom * rng.uniform(0.018, 0.034, count)
@@ -151,11 +151,11 @@ def _muscle(rng: np.random.Generator, size: int, zoom: float) -> Layers:
     along, across = turned(x - 0.5, y - 0.5, angle)
     phase, pitch, lift = rng.uniform(0, 6.3), rng.uniform(0.5, 1.0) * zoom, rng.uniform(0.005, 0.03)
     wave = lift * np.sin(2 * np.pi * along / pitch + phase)
-    wave += 0.012 * fractal_noise(rng, size, scale=0.5, octaves=2)
+    wave += 0.012 * fractal_texture(rng, size, scale=0.5, octaves=2)
     v = across + wave
-    fibres = noise_at(rng, 2.5 * along / zoom + 9, 26 * v / zoom + 32)
-    strands = noise_at(rng, 3.5 * along / zoom + 9, 60 * v / zoom + 32)
-    bundles = noise_at(rng, 1.0 * along / zoom + 9, 8 * v / zoom + 32)
+    fibres = texture_at(rng, 2.5 * along / zoom + 9, 26 * v / zoom + 32)
+    strands = texture_at(rng, 3.5 * along / zoom + 9, 60 * v / zoom + 32)
+    bundles = texture_at(rng, 1.0 * along / zoom + 9, 8 * v / zoom + 32)
     clefts = np.exp(-rng.uniform(6, 24) * bundles**2) * rng.uniform(0.1, 0.95)
     eosin = (rng.uniform(0.5, 0.95) + 0.15 * fibres + 0.08 * strands) * (1 - clefts)
     seats = scatter(rng, zoom * rng.uniform(0.13, 0.2), jitter=0.35, margin=0.1)
@@ -183,7 +183,7 @@ def _mucosa(rng: np.random.Generator, size: int, zoom: float) -> Layers:
     shape = {"aspect": rng.uniform(1, 1.9, len(points)), "angle": rng.uniform(0, np.pi, len(points))}
     between = 1 - fill(size, walls, softness=0.008)
     stroma = _nuclei(rng, size, points, radii, speckle=0.2, **shape) * between
-    weave = fractal_noise(rng, size, scale=0.08, octaves=3)
+    weave = fractal_texture(rng, size, scale=0.08, octaves=3)
     cleft = ramp(soften(epithelium, 0.012) * between, 0.08, 0.3)
     matrix = np.maximum(0.42 + 0.18 * weave, 0.03) * between * (1 - 0.7 * cleft)
     tissue = epithelium * (1 - lumen)
@@ -241,11 +241,11 @@ def _stroma(rng: np.random.Generator, size: int, zoom: float) -> Layers:
     x, y = unit_grid(size)
     angle = rng.uniform(0, np.pi)
     along, across = turned(x - 0.5, y - 0.5, angle)
-    bend = 0.11 * fractal_noise(rng, size, scale=0.35 * zoom, octaves=2)
+    bend = 0.11 * fractal_texture(rng, size, scale=0.35 * zoom, octaves=2)
     v = across + bend
-    fibres = noise_at(rng, 4 * along / zoom + 9, 20 * v / zoom + 32)
-    strands = noise_at(rng, 7 * along / zoom + 9, 48 * v / zoom + 32)
-    loose = ramp(noise_at(rng, 3 * along / zoom + 9, 9 * v / zoom + 32), 0.1, 1.3) * rng.uniform(0.6, 0.95)
+    fibres = texture_at(rng, 4 * along / zoom + 9, 20 * v / zoom + 32)
+    strands = texture_at(rng, 7 * along / zoom + 9, 48 * v / zoom + 32)
+    loose = ramp(texture_at(rng, 3 * along / zoom + 9, 9 * v / zoom + 32), 0.1, 1.3) * rng.uniform(0.6, 0.95)
     eosin = (0.6 + 0.2 * fibres + 0.12 * strands) * (1 - loose)
     seats = scatter(rng, zoom * rng.uniform(0.1, 0.14), jitter=0.4, margin=0.05)
     rows, columns = np.clip((seats[:, ::-1] * size).astype(int), 0, size - 1).T
@@ -280,12 +280,12 @@ def _tumour(rng: np.random.Generator, size: int, zoom: float) -> Layers:
     nucleoli = dots(size, places, 0.26 * radii, rng.random(count) < 0.6)
     body = fill(size, walls, softness=0.004)
     lumen = fill(size, lumens, openness > 0.15, softness=0.003)
-    weave = fractal_noise(rng, size, scale=0.06, octaves=3)
-    secretion = lumen * ramp(fractal_noise(rng, size, scale=0.1), 0.4, 1.6)
+    weave = fractal_texture(rng, size, scale=0.06, octaves=3)
+    secretion = lumen * ramp(fractal_texture(rng, size, scale=0.1), 0.4, 1.6)
     points = scatter(rng, 0.1 * zoom, jitter=0.3, margin=0.03)
     thin = spindles(rng, points, rng.uniform(0, np.pi, len(points)), 0.08 * zoom, 0.024 * zoom, roundness=2)
     along, across = turned(*unit_grid(size), rng.uniform(0, np.pi))
-    fibres = noise_at(rng, 5 * along, 24 * across + 0.05 * weave)
+    fibres = texture_at(rng, 5 * along, 24 * across + 0.05 * weave)
     stroma = (1 - body) * (0.5 + 0.15 * fibres)
     haematoxylin = 1.1 * nuclei * (1 - lumen) + 0.45 * nucleoli * body * (1 - lumen)
     haematoxylin += 0.9 * fill(size, thin, 0.9) * (1 - body)
@@ -333,7 +333,7 @@ def _nuclei(
     if vesicular:
         middles = np.reshape(centres, (-1, 1, 2))
         mask = mask * (1 - vesicular * fill(size, middles + 0.7 * (outlines - middles), softness=0.004))
-    return np.maximum(mask * (1 + speckle * fractal_noise(rng, size, scale=0.014, octaves=2)), 0)
+    return np.maximum(mask * (1 + speckle * fractal_texture(rng, size, scale=0.014, octaves=2)), 0)
 
 
 def _paint(
@@ -345,7 +345,7 @@ def _paint(
     slope = rng.normal(0, 0.03, 2)
     shade = 1 + slope[0] * (x - 0.5) + slope[1] * (y - 0.5)
     light = shade[..., None] * (0.97 + 0.01 * rng.uniform(-1, 1, 3))
-    thickness = 1 + 0.08 * fractal_noise(rng, size, scale=0.5, octaves=2)
+    thickness = 1 + 0.08 * fractal_texture(rng, size, scale=0.5, octaves=2)
     # Every slide is stained a little stronger or weaker, redder or bluer, whatever its tissue.
     stains = []
     for density, dye in layers:

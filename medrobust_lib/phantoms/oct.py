@@ -20,7 +20,7 @@ from medrobust_lib.phantoms.painting import (
     finish_gray,
     resample,
     smooth_curve,
-    smooth_noise,
+    smooth_texture,
     speckle,
     step,
     unit_axes,
@@ -96,7 +96,7 @@ def paint_neovascular(rng: np.random.Generator, size: int) -> NDArray[np.float32
     severity = rng.uniform(0.55, 1.0)
     detached = rng.uniform(0.015, 0.085) * severity * plateau * rough
     retina.thickness[SUB_RPE] += detached
-    clot = 0.5 + 0.13 * smooth_noise(rng, retina.side, (14, 14))
+    clot = 0.5 + 0.13 * smooth_texture(rng, retina.side, (14, 14))
     serous = rng.random() < 0.25
     retina.echo[SUB_RPE] = 0.16 + 0.3 * (clot - 0.5) if serous else clot
     # Subretinal hyperreflective material over the lesion, clear fluid at its shoulders.
@@ -108,7 +108,7 @@ def paint_neovascular(rng: np.random.Generator, size: int) -> NDArray[np.float32
     solid = np.clip(material_depth / (material_depth + fluid_depth + 1e-4), 0, 1)[None]
     height = retina.top(PIGMENT) - retina.y
     solid = step(solid * (material_depth + fluid_depth) - height, 0.012) * (material[None] > 0.1)
-    retina.echo[SUBRETINAL] = FLUID + solid * (0.6 + 0.14 * smooth_noise(rng, retina.side, (18, 18)))
+    retina.echo[SUBRETINAL] = FLUID + solid * (0.6 + 0.14 * smooth_texture(rng, retina.side, (18, 18)))
     broken = plateau * step(smooth_curve(rng, retina.side, 16) - 0.1, 0.8)[0]
     retina.thickness[PIGMENT] *= 1 + 0.35 * plateau * smooth_curve(rng, retina.side, 18)[0]
     retina.thickness[PIGMENT] = np.clip(retina.thickness[PIGMENT], 0.008, None)
@@ -152,7 +152,7 @@ def paint_drusen(rng: np.random.Generator, size: int) -> NDArray[np.float32]:
         bump = height * np.clip(1 - ((x - centre) / width) ** 2, 0, None) ** 0.8
         lifted = np.maximum(lifted, bump) + 0.15 * np.minimum(lifted, bump)
     retina.thickness[SUB_RPE] += lifted
-    retina.echo[SUB_RPE] = rng.uniform(0.22, 0.42) + 0.06 * smooth_noise(rng, retina.side, (20, 20))
+    retina.echo[SUB_RPE] = rng.uniform(0.22, 0.42) + 0.06 * smooth_texture(rng, retina.side, (20, 20))
     _drape(retina, lifted)
     return _scan(rng, retina, size)
 
@@ -192,8 +192,8 @@ def _drape(retina: Retina, lifted: NDArray[np.float32]) -> None:
 
 def _cysts(rng: np.random.Generator, retina: Retina, tries: int, *, spread: float) -> Field:
     """Dark ovals in the nuclear layers: 1 inside, 0 outside, float32 [side, side]."""
-    wobble_x = 0.15 * smooth_noise(rng, retina.side, (16, 16))
-    wobble_y = 0.15 * smooth_noise(rng, retina.side, (16, 16))
+    wobble_x = 0.15 * smooth_texture(rng, retina.side, (16, 16))
+    wobble_y = 0.15 * smooth_texture(rng, retina.side, (16, 16))
     opened = np.zeros((retina.side, retina.side), np.float32)
     placed: dict[int, list[tuple[float, float]]] = {INNER_NUCLEAR: [], OUTER_NUCLEAR: []}
     for _ in range(tries):
@@ -244,14 +244,14 @@ def _scan(
         inside = np.minimum(inside, np.clip((bounds[layer + 1] - bounds[layer]) / blur, 0, 1))
         image = image + inside * (echo - 0.045)
 
-    fibres = 0.07 * smooth_noise(rng, side, (30, 8)) * step(y - bounds[0], 0.02)
+    fibres = 0.07 * smooth_texture(rng, side, (30, 8)) * step(y - bounds[0], 0.02)
     if cysts is not None:
         image = image + (FLUID - image) * 0.93 * cysts
     if exudates is not None:
         image = np.maximum(image, 0.95 * exudates)
 
     under = np.clip(y - retina.membrane, 0, None)
-    vessels = smooth_noise(rng, side, (16, 12))
+    vessels = smooth_texture(rng, side, (16, 12))
     choroid = (0.52 + 0.11 * vessels) * np.exp(-under / rng.uniform(0.07, 0.16))
     choroid = choroid * (1 - 0.5 * bell(vessels + 0.9, 0.35))
     sclera = rng.uniform(0.0, 0.14) * bell(under - rng.uniform(0.16, 0.22), 0.035)

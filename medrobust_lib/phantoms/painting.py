@@ -44,10 +44,10 @@ def soften(field: Field, sigma: float) -> Field:
     return gaussian_filter(field, pixels, truncate=3) if pixels > INVISIBLE_BLUR else field
 
 
-def fractal_noise(
+def fractal_texture(
     rng: np.random.Generator, size: int, *, scale: float, octaves: int = 3, persistence: float = 0.5
 ) -> Field:
-    """Smooth cloudy noise, mean about 0 and standard deviation about 1.
+    """Smooth cloudy texture, mean about 0 and standard deviation about 1.
 
     Parameters
     ----------
@@ -75,11 +75,11 @@ def fractal_noise(
     return total / np.float32(np.sqrt(power))
 
 
-def noise_at(rng: np.random.Generator, u: Field, v: Field) -> Field:
-    """Smooth noise of unit grain at warped coordinates: mean about 0, standard deviation about 1.
+def texture_at(rng: np.random.Generator, u: Field, v: Field) -> Field:
+    """Smooth texture of unit grain at warped coordinates: mean about 0, standard deviation about 1.
 
-    Stretch, turn or bend ``u`` and ``v`` first: fibres are noise that is long in ``u`` and short in
-    ``v``. The noise repeats after 64 units.
+    Stretch, turn or bend ``u`` and ``v`` first: fibres are texture that is long in ``u`` and short in
+    ``v``. The texture repeats after 64 units.
     """
     values = rng.standard_normal((64, 64), dtype=np.float32)
     field = map_coordinates(values, [v, u], order=3, prefilter=False, mode="grid-wrap", output=np.float32)
@@ -427,14 +427,14 @@ def resample(field: Field, shape: tuple[int, int]) -> Field:
     return np.asarray(Image.fromarray(field).resize(shape[::-1], Image.Resampling.BICUBIC))
 
 
-def smooth_noise(rng: np.random.Generator, side: int, cells: tuple[int, int]) -> Field:
-    """Smooth Gaussian noise, float32 [side, side], about ``cells`` (rows, columns) humps across."""
+def smooth_texture(rng: np.random.Generator, side: int, cells: tuple[int, int]) -> Field:
+    """Smooth Gaussian texture, float32 [side, side], about ``cells`` (rows, columns) humps across."""
     lattice = rng.standard_normal((cells[0] + 1, cells[1] + 1), dtype=np.float32)
     return resample(lattice, (side, side))
 
 
 def smooth_curve(rng: np.random.Generator, side: int, cells: int) -> Field:
-    """Smooth Gaussian noise along x, float32 [1, side]."""
+    """Smooth Gaussian texture along x, float32 [1, side]."""
     return resample(rng.standard_normal((1, cells + 1), dtype=np.float32), (1, side))
 
 
@@ -444,7 +444,7 @@ def speckle(rng: np.random.Generator, side: int, cells: tuple[int, int]) -> Fiel
     Interference of many scatterers makes both quadratures Gaussian; ``cells`` is the number of
     speckle grains down and across.
     """
-    one, other = smooth_noise(rng, side, cells), smooth_noise(rng, side, cells)
+    one, other = smooth_texture(rng, side, cells), smooth_texture(rng, side, cells)
     return np.sqrt(one * one + other * other) * np.float32(0.95)
 
 
@@ -456,7 +456,7 @@ def step(distance: Field, width: float) -> Field:
 def bell(distance: Field, width: float) -> Field:
     """Gaussian bump: 1 at distance 0, standard deviation ``width``.
 
-    Of a noise field: bright lines along its zero crossings, such as septa, ligaments or a reticular mesh.
+    Of a texture: bright lines along its zero crossings, such as septa, ligaments or a reticular mesh.
     """
     scaled = distance * np.float32(1 / width)
     return np.exp(np.float32(-0.5) * scaled * scaled)
