@@ -1,10 +1,9 @@
 """The one in-memory form of a labelled image set, and the seeded subset everyone draws from it."""
 
 import base64
-import html
 import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from importlib.resources import files
 from typing import Any
@@ -134,12 +133,8 @@ class ImageDataset:
         outside = positions[(positions < 0) | (positions >= len(self))]
         if len(outside):
             raise IndexError(f"{self.id}: position {outside[0]} is outside 0 to {len(self) - 1}")
-        return replace(
-            self,
-            images=self.images[positions],
-            labels=self.labels[positions],
-            indices=self.indices[positions],
-        )
+        chosen = {name: getattr(self, name)[positions] for name in ("images", "labels", "indices")}
+        return replace(self, **chosen)
 
     def class_counts(self) -> dict[str, int]:
         """Count the images of each class, in label order; absent classes count 0."""
@@ -155,6 +150,8 @@ class ImageDataset:
         )
 
     def _repr_html_(self) -> str:
+        from jinja2 import Template  # deferred: only cards need it
+
         _, height, width, _ = self.images.shape
         full = self.provenance.get("split_size", len(self))
         drawn = f"{len(self):,} images" if full == len(self) else f"{len(self):,} of {full:,} images"
@@ -169,7 +166,14 @@ class ImageDataset:
             "licence": self.licence,
             **({"caveats": " ".join(self.caveats)} if self.caveats else {}),
         }
-        return _card(self.id, facts, self._thumbnails(), synthetic=self.synthetic)
+        lines = files("medrobust_lib").joinpath("templates", "dataset.html.j2").read_text(encoding="utf-8").splitlines()
+        return Template("".join(map(str.strip, lines)), autoescape=True).render(
+            title=self.id,
+            synthetic=self.synthetic,
+            facts=facts,
+            figures=[(name, *_figure(image)) for name, image in self._thumbnails()],
+            side=_THUMBNAIL_SIDE,
+        )
 
     def _thumbnails(self) -> list[tuple[str, NDArray[np.uint8]]]:
         # Round-robin over the classes, so that a class-sorted split still shows every class.
@@ -279,21 +283,6 @@ def _check_array(source: str, name: str, array: object, dtype: type) -> None:
         found = f"dtype {array.dtype}" if isinstance(array, np.ndarray) else type(array).__name__
         advice = "; scale them to 0..255, round and cast" if name == "images" else ""
         raise TypeError(f"{source}: {name} must be a {dtype.__name__} array, got {found}{advice}")
-
-
-def _card(
-    title: str, facts: Mapping[str, str], thumbnails: list[tuple[str, NDArray[np.uint8]]], *, synthetic: bool
-) -> str:
-    from jinja2 import Template  # deferred: only cards need it
-
-    lines = files("medrobust_lib").joinpath("templates", "dataset.html.j2").read_text(encoding="utf-8").splitlines()
-    return Template("".join(map(str.strip, lines))).render(
-        title=html.escape(title),
-        synthetic=synthetic,
-        facts={name: html.escape(str(value)) for name, value in facts.items()},
-        figures=[(html.escape(name), *_figure(image)) for name, image in thumbnails],
-        side=_THUMBNAIL_SIDE,
-    )
 
 
 def _figure(image: NDArray[np.uint8]) -> tuple[str, str]:
