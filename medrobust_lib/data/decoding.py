@@ -16,16 +16,7 @@ from PIL import Image, ImageOps
 from pydicom.pixels import apply_color_lut, get_decoder
 
 from medrobust_lib.checks import check_whole
-from medrobust_lib.data.dicom import (
-    begins_as_dicom,
-    check_image,
-    check_stream,
-    display_gray,
-    left_out_of,
-    plug_ins,
-    read_record,
-    stated,
-)
+from medrobust_lib.data import dicom
 from medrobust_lib.files import parsed
 
 Fit = Literal["crop", "pad"]
@@ -124,8 +115,8 @@ def read_dicom(path: str | Path) -> NDArray[np.uint8]:
     path = Path(path)
     says = f"{path} is not a readable DICOM image"
     with parsed(says, _EXPORT):
-        record = read_record(path)
-        check_image(record)
+        record = dicom.read_record(path)
+        dicom.check_image(record)
         check_pixels(record.Rows, record.Columns)
         frames, bits = int(record.get("NumberOfFrames") or 1), record.BitsStored
         photometric, samples = str(record.PhotometricInterpretation), record.SamplesPerPixel
@@ -133,12 +124,12 @@ def read_dicom(path: str | Path) -> NDArray[np.uint8]:
     if frames > 1:
         raise ValueError(f"{path} holds {frames} frames; one image per file is expected. Export single frames.")
     if not decoder.is_available:
-        raise ValueError(f"{path} is compressed as {decoder.UID.name}. {plug_ins(decoder)}")
-    with parsed(says, plug_ins(decoder) or _EXPORT):
-        check_stream(record)
+        raise ValueError(f"{path} is compressed as {decoder.UID.name}. {dicom.plug_ins(decoder)}")
+    with parsed(says, dicom.plug_ins(decoder) or _EXPORT):
+        dicom.check_stream(record)
         pixels = record.pixel_array
         if photometric in {"MONOCHROME1", "MONOCHROME2"} and samples == 1:
-            return _repeat(display_gray(record, pixels))
+            return _repeat(dicom.display_gray(record, pixels))
         if photometric == "PALETTE COLOR":
             colours = apply_color_lut(pixels, record)[..., :3]
             if colours.dtype == np.uint8 and pixels.max() > 255:  # pydicom counts them modulo 256
@@ -172,7 +163,7 @@ def left_out(path: str | Path) -> tuple[str, ...]:
     path = _existing(path)
     with parsed(f"{path} is not a readable image", _ADVICE):
         if _is_dicom(path):
-            return left_out_of(path)
+            return dicom.left_out_of(path)
         with _opened(path) as picture:
             profile = (picture.info.get("icc_profile") or b"sRGB").replace(b"\0", b"")
             sides = picture.info.get("dpi", (1, 1))
@@ -191,8 +182,8 @@ def image_shape(path: str | Path) -> tuple[int, int]:
     path = _existing(path)
     with parsed(f"{path} is not a readable image", _ADVICE):
         if _is_dicom(path):
-            header = read_record(path, stop_before_pixels=True, specific_tags=["SOPClassUID", "Rows", "Columns"])
-            shape = int(stated(header, "Rows")), int(stated(header, "Columns"))
+            header = dicom.read_record(path, stop_before_pixels=True, specific_tags=["SOPClassUID", "Rows", "Columns"])
+            shape = int(dicom.stated(header, "Rows")), int(dicom.stated(header, "Columns"))
         else:
             with _opened(path) as picture:
                 shape = picture.height, picture.width
@@ -275,7 +266,7 @@ def _existing(path: str | Path) -> Path:
 
 
 def _is_dicom(path: Path) -> bool:
-    return path.suffix.lower() in DICOM_SUFFIXES or begins_as_dicom(path)
+    return path.suffix.lower() in DICOM_SUFFIXES or dicom.begins_as_dicom(path)
 
 
 def _scaled(values: NDArray, bits: int, path: Path) -> NDArray[np.uint8]:

@@ -16,20 +16,8 @@ from numpy.typing import NDArray
 
 from medrobust_lib import phantoms
 from medrobust_lib.checks import suggest
+from medrobust_lib.data import decoding
 from medrobust_lib.data.dataset import check_labels
-from medrobust_lib.data.decoding import (
-    MOST_PIXELS,
-    Fit,
-    check_pixels,
-    fit_square,
-    image_shape,
-    member_header,
-    member_labels,
-    member_names_of,
-    member_rows,
-    read_image,
-    whole_numbers,
-)
 from medrobust_lib.data.inspection import first_of
 from medrobust_lib.data.wording import SITE_A, ClassWording
 from medrobust_lib.files import parsed
@@ -119,7 +107,7 @@ class Split:
         return replace(self, labels=labels, codes=words.names, names=words.prompt_nouns)
 
     def decode(
-        self, positions: Positions, image_size: int | None, fit: Fit
+        self, positions: Positions, image_size: int | None, fit: decoding.Fit
     ) -> tuple[NDArray[np.uint8], str | None, list[tuple[int, int]]]:
         """Read images at ascending positions as squares of a size, None for their own.
 
@@ -140,7 +128,7 @@ class Split:
         found: list[tuple[int, int]] = []
         for row, image in enumerate(self.read(positions)):
             found.append(image.shape[:2])
-            images[row] = image if size is None else fit_square(image, size, fit=fit)
+            images[row] = image if size is None else decoding.fit_square(image, size, fit=fit)
         edges = sorted(set(found))
         if size is None or edges == [(size, size)]:
             return images, None, found
@@ -204,13 +192,13 @@ def medmnist_split(path: Path, split: str, wording: ClassWording) -> Split:
         Corrupt file, missing key, wrong shape, label outside the class list; the file is named.
     """
     with parsed(f"{path} is not a readable MedMNIST file", "Download it again."), zipfile.ZipFile(path) as archive:
-        keys = member_names_of(archive)
+        keys = decoding.member_names_of(archive)
         if not {f"{split}_images", f"{split}_labels"} <= set(keys):
             raise ValueError(f"it has no {split}_images and {split}_labels; it holds {', '.join(keys)}")
-        shape, _ = member_header(archive, f"{split}_images")
+        shape, _ = decoding.member_header(archive, f"{split}_images")
         if len(shape) not in (3, 4) or (len(shape) == 4 and shape[3] not in (1, 3)):
             raise ValueError(f"{split}_images has shape {shape}; expected [N, H, W] or [N, H, W, 3]")
-        labels = member_labels(archive, f"{split}_labels", count=shape[0])
+        labels = decoding.member_labels(archive, f"{split}_labels", count=shape[0])
     check_labels(labels, wording.names, f"{path} ({split}_labels)")
     return Split(
         split=split,
@@ -218,7 +206,7 @@ def medmnist_split(path: Path, split: str, wording: ClassWording) -> Split:
         codes=wording.names,
         names=wording.prompt_nouns,
         shapes=lambda: {(shape[1], shape[2])},
-        read=lambda positions: map(_rgb, member_rows(path, f"{split}_images", positions)),
+        read=lambda positions: map(_rgb, decoding.member_rows(path, f"{split}_images", positions)),
         source=str(path),
         splits=tuple(name for name in SPLITS if f"{name}_images" in keys),
     )
@@ -249,7 +237,7 @@ def medimeta_split(folder: Path, split: str, wording: ClassWording) -> Split:
     labels_file = _existing(folder / "task_labels" / f"{task}.npy")
     with parsed(f"{labels_file} holds no labels", _AGAIN):
         # Mapped, not read: the size that its header states is compared with the file's.
-        every_label = whole_numbers(np.load(labels_file, mmap_mode="r", allow_pickle=False))
+        every_label = decoding.whole_numbers(np.load(labels_file, mmap_mode="r", allow_pickle=False))
     members = _medimeta_members(_existing(folder / "splits" / f"{split}.txt"))
     if len(members) and members[-1] >= len(every_label):
         raise ValueError(
@@ -326,7 +314,7 @@ def _hdf5_images(path: Path, members: Positions) -> Source:
             f"N > {max(members, default=0)}"
         )
     with parsed(says, _AGAIN):
-        check_pixels(*shape[1:3])
+        decoding.check_pixels(*shape[1:3])
 
     def read(positions: NDArray[np.int64]) -> Images:
         for position in positions:
@@ -344,7 +332,7 @@ def _own_images(container: h5py.File) -> h5py.Dataset:
     images = container["images"]
     if images.external is not None or images.is_virtual:
         raise ValueError("'images' lies in other files")
-    if images.chunks and np.prod(images.chunks, dtype=float) > 3 * MOST_PIXELS:
+    if images.chunks and np.prod(images.chunks, dtype=float) > 3 * decoding.MOST_PIXELS:
         raise ValueError(f"'images' comes in pieces of {images.chunks}")
     return images
 
@@ -352,8 +340,8 @@ def _own_images(container: h5py.File) -> h5py.Dataset:
 def file_images(paths: Sequence[Path], bit_depth: int | None = None) -> Source:
     """``shapes`` and ``read`` of a `Split` whose images are files."""
     return (
-        lambda: {image_shape(path) for path in paths},
-        lambda positions: (read_image(paths[position], bit_depth=bit_depth) for position in positions),
+        lambda: {decoding.image_shape(path) for path in paths},
+        lambda positions: (decoding.read_image(paths[position], bit_depth=bit_depth) for position in positions),
     )
 
 

@@ -14,20 +14,12 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from medrobust_lib.checks import check_choice, check_keywords, check_whole, suggest
+from medrobust_lib.data import readers
 from medrobust_lib.data.dataset import ImageDataset, check_classes, stratified_positions
 from medrobust_lib.data.decoding import Fit
 from medrobust_lib.data.inspection import close_names, ignored_in, seen_in, tell
 from medrobust_lib.data.own_images import class_folder_split, csv_split, file_advice
-from medrobust_lib.data.readers import (
-    FALLBACK_SIZE,
-    SPLITS,
-    Split,
-    medimeta_split,
-    medmnist_file,
-    medmnist_split,
-    phantom_split,
-    resolve_split,
-)
+from medrobust_lib.data.readers import FALLBACK_SIZE, SPLITS, Split
 from medrobust_lib.data.wording import ClassWording, checked_templates, class_wording, own_wording
 from medrobust_lib.files import parsed
 from medrobust_lib.places import default_data_root
@@ -299,23 +291,23 @@ def _place(row: DatasetEntry, root: Path, image_size: int | None = None) -> Path
     """File or folder of a registered set, None where it is not on this computer."""
     where = root / row.location
     if row.kind == "medmnist":
-        return medmnist_file(where, image_size)
+        return readers.medmnist_file(where, image_size)
     mark = {"phantom": "", "medimeta": "info.yaml", "folders": "images"}[row.kind]
     return where if not mark or (where / mark).exists() else None
 
 
 # How each kind is opened, given its row, its place, the split, the words and the image size asked for.
 _OPEN: Mapping[str, Callable[[DatasetEntry, Path, str, ClassWording, int | None], Split]] = {
-    "phantom": lambda row, _, split, words, size: phantom_split(row.id, split, words, size or row.image_size),
-    "medmnist": lambda row, place, split, words, size: medmnist_split(place, split, words),
-    "medimeta": lambda row, place, split, words, size: medimeta_split(place, split, words),
+    "phantom": lambda row, _, split, words, size: readers.phantom_split(row.id, split, words, size or row.image_size),
+    "medmnist": lambda row, place, split, words, size: readers.medmnist_split(place, split, words),
+    "medimeta": lambda row, place, split, words, size: readers.medimeta_split(place, split, words),
     "folders": lambda row, place, split, words, size: class_folder_split(place, split).named(words),
 }
 
 
 def _registered_split(row: DatasetEntry, words: ClassWording, split: str, root: Path, image_size: int | None) -> Split:
     if row.kind != "folders":  # those may have other splits
-        split = resolve_split(split, SPLITS, row.id)
+        split = readers.resolve_split(split, SPLITS, row.id)
     place = _place(row, root, image_size)
     if place is None:
         ending = "[_64|_128|_224].npz" if row.kind == "medmnist" else ""
