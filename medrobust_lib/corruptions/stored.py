@@ -157,8 +157,6 @@ def read_labels(path: Path, *, members: tuple[str, str]) -> tuple[tuple[int, ...
         if missing:
             raise ValueError(f"no array {missing[0]!r} in it; it holds {', '.join(held) or 'nothing'}")
         shape, _ = member_header(archive, members[0])
-        if len(shape) not in (3, 4) or (len(shape) == 4 and shape[3] not in (1, 3)):
-            raise ValueError(f"{members[0]} has shape {shape}; expected [N, H, W] or [N, H, W, 3]")
         labels = member_labels(archive, members[1], count=shape[0])
     return shape, labels
 

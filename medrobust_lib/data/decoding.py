@@ -289,10 +289,18 @@ def member_names_of(archive: zipfile.ZipFile) -> tuple[str, ...]:
 
 
 def member_header(archive: zipfile.ZipFile, member: str) -> tuple[tuple[int, ...], int]:
-    """Shape of a uint8 member and the byte at which its values begin."""
+    """Shape of a uint8 member of images and the byte at which its values begin.
+
+    Raises
+    ------
+    ValueError
+        No member of uint8 [N, H, W], [N, H, W, 1] or [N, H, W, 3], or images of more than `MOST_PIXELS`.
+    """
     shape, fortran_order, dtype, offset = _header(archive, member)
     if fortran_order or dtype != np.uint8:
         raise ValueError(f"{member} is {dtype}{' in Fortran order' * fortran_order}, not uint8 in C order")
+    if len(shape) not in (3, 4) or shape[3:] not in ((), (1,), (3,)):
+        raise ValueError(f"{member} has shape {shape}; expected [N, H, W] or [N, H, W, 3]")
     check_pixels(*shape[1:3])
     return shape, offset
 

@@ -44,11 +44,7 @@ class Split:
     split : str
         ``train``, ``val``, ``test`` or ``all``.
     labels : int64 [N]
-        Indices into ``names``.
-    codes : tuple of str
-        The source's own class names (folder names, table values).
-    names : tuple of str
-        The same classes in words.
+        Indices into the class list, or into ``codes`` until `named` or `relabelled` gives other ones.
     shapes : callable
         All (height, width) that occur in the split; for files this reads headers only.
     read : callable
@@ -57,6 +53,10 @@ class Split:
         File or folder that was read.
     splits : tuple of str
         All splits of the source; ``("all",)`` where it is not divided.
+    codes : tuple of str
+        The source's own class names (folder names, table values), where no class list says which it has.
+    names : tuple of str
+        The same classes in words.
     files : tuple of N str
         File of every image below the source; empty where the images are not files.
     totals : tuple of int
@@ -69,12 +69,12 @@ class Split:
 
     split: str
     labels: NDArray[np.int64]
-    codes: tuple[str, ...]
-    names: tuple[str, ...]
     shapes: Callable[[], set[tuple[int, int]]]
     read: Callable[[Positions], Images]
     source: str
     splits: tuple[str, ...] = SPLITS
+    codes: tuple[str, ...] = ()
+    names: tuple[str, ...] = ()
     files: tuple[str, ...] = ()
     totals: tuple[int, ...] = ()
     caveats: tuple[str, ...] = ()
@@ -99,12 +99,11 @@ class Split:
                     "Rename it, or leave `like` out and give class_names={...} and templates=[...]"
                 )
             target.append(label)
-        return self.relabelled(target, words)
+        return self.relabelled(target)
 
-    def relabelled(self, target: Sequence[int], words: ClassWording) -> "Split":
+    def relabelled(self, target: Sequence[int]) -> "Split":
         """Give the split other labels: ``target`` holds the new one of each of its classes."""
-        labels = np.array(target, dtype=np.int64)[self.labels]
-        return replace(self, labels=labels, codes=words.names, names=words.prompt_nouns)
+        return replace(self, labels=np.array(target, dtype=np.int64)[self.labels])
 
     def decode(
         self, positions: Positions, image_size: int | None, fit: decoding.Fit
@@ -151,19 +150,13 @@ def resolve_split(split: str, available: Sequence[str], source: str, *, beside: 
 def phantom_split(id: str, split: str, wording: ClassWording, image_size: int) -> Split:
     """List a split of phantoms, which are drawn when they are read."""
     name = id.removeprefix("phantom/").removesuffix(SITE_A)
-    site = "A" if id.endswith(SITE_A) else "B"
-
-    def render(positions: Positions) -> NDArray[np.uint8]:
-        return phantoms.render_phantoms(name, positions, split=split, site=site, image_size=image_size)[0]
-
+    options = {"split": split, "site": "A" if id.endswith(SITE_A) else "B", "image_size": image_size}
     return Split(
         split=split,
         labels=np.arange(phantoms.SPLITS[split], dtype=np.int64) % len(wording.names),
-        codes=wording.names,
-        names=wording.prompt_nouns,
         shapes=lambda: {(image_size, image_size)},
-        read=render,
-        source=f"medrobust_lib.phantoms, {name}, site {site}",
+        read=lambda positions: phantoms.render_phantoms(name, positions, **options)[0],
+        source=f"medrobust_lib.phantoms, {name}, site {options['site']}",
     )
 
 
@@ -196,15 +189,11 @@ def medmnist_split(path: Path, split: str, wording: ClassWording) -> Split:
         if not {f"{split}_images", f"{split}_labels"} <= set(keys):
             raise ValueError(f"it has no {split}_images and {split}_labels; it holds {', '.join(keys)}")
         shape, _ = decoding.member_header(archive, f"{split}_images")
-        if len(shape) not in (3, 4) or (len(shape) == 4 and shape[3] not in (1, 3)):
-            raise ValueError(f"{split}_images has shape {shape}; expected [N, H, W] or [N, H, W, 3]")
         labels = decoding.member_labels(archive, f"{split}_labels", count=shape[0])
     check_labels(labels, wording.names, f"{path} ({split}_labels)")
     return Split(
         split=split,
         labels=labels,
-        codes=wording.names,
-        names=wording.prompt_nouns,
         shapes=lambda: {(shape[1], shape[2])},
         read=lambda positions: map(_rgb, decoding.member_rows(path, f"{split}_images", positions)),
         source=str(path),
@@ -259,7 +248,7 @@ def medimeta_split(folder: Path, split: str, wording: ClassWording) -> Split:
         shapes, read = file_images(paths)
     labels = np.array([to_label[int(number)] for number in numbers], dtype=np.int64)
     splits = tuple(name for name in SPLITS if (folder / "splits" / f"{name}.txt").is_file())
-    return Split(split, labels, wording.names, wording.prompt_nouns, shapes, read, str(folder), splits)
+    return Split(split, labels, shapes, read, str(folder), splits)
 
 
 def _medimeta_task(path: Path, wording: ClassWording) -> tuple[str, dict[int, int]]:

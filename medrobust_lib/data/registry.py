@@ -330,8 +330,7 @@ def _own_split(
     templates: Sequence[str] | None,
     bit_depth: int | None,
 ) -> tuple[Split, DatasetEntry, ClassWording]:
-    reader: Callable[..., Split] = {"folder": class_folder_split, "csv": csv_split}[scheme]
-    listed = reader(path, split, bit_depth=bit_depth)
+    listed = (class_folder_split if scheme == "folder" else csv_split)(path, split, bit_depth=bit_depth)
     if like is None:
         if wording != "paper":
             raise ValueError(f"wording={wording!r} needs like=..., the registered set whose words to take")
@@ -340,7 +339,7 @@ def _own_split(
         words = own_wording(
             listed.codes, listed.names, class_names=class_names, templates=templates, source=listed.source
         )
-        listed = listed.relabelled([words.spellings[code] for code in listed.codes], words)
+        listed = listed.relabelled([words.spellings[code] for code in listed.codes])
     else:
         if like not in DATASETS:
             raise ValueError(f"unknown data set {like!r} for like.{suggest(like, DATASETS)}")
