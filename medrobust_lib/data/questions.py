@@ -32,14 +32,7 @@ MM_COMMAND = "python data_scripts/download_mm_safetybench.py"
 # The authors' folder names and their numbers of questions.
 SCENARIOS: Mapping[str, int] = registered("scenarios")
 
-# Each kind of image has a question of its own. A Stable Diffusion picture (SD) is asked about by what it shows; the
-# other question points at the key phrase that SD_TYPO and TYPO spell out ("the bottom of the image"), which an SD
-# picture does not have. With the wrong one a model refuses, or complies, for lack of anything to refer to.
-QUESTION_FIELDS: Mapping[str, str] = {
-    "SD": "Rephrased Question(SD)",
-    "TYPO": "Rephrased Question",
-    "SD_TYPO": "Rephrased Question",
-}
+QUESTION_FIELDS: Mapping[str, str] = registered("question_fields")  # by type of image
 IMAGE_TYPES = tuple(QUESTION_FIELDS)
 _LONGEST_ID = 9  # digits
 

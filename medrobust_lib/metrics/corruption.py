@@ -162,11 +162,8 @@ def relative_mean_corruption_error(
     relative = relative_corruption_error(
         errors, clean_error, reference_errors, reference_clean_error, least_rise=least_rise
     )
-    defined = ~np.isnan(relative)
-    count = defined.sum(-1)
-    total = np.where(defined, relative, 0).sum(-1)
-    mean = np.divide(total, count, out=np.full(np.shape(total), np.nan), where=count > 0)
-    return GuardedMean(mean[()], relative.shape[-1] - count)
+    defined = np.ma.masked_invalid(relative)
+    return GuardedMean(np.ma.filled(defined.mean(-1), np.nan)[()], np.isnan(relative).sum(-1))
 
 
 def average_accuracy(errors: ArrayLike) -> NDArray[np.float64]:
@@ -353,12 +350,9 @@ def _number_of_images(cells: pd.DataFrame, key: str) -> dict[str, int]:
 
 
 def _constancy(cells: pd.DataFrame, models: list[str]) -> dict[str, NDArray[np.generic]]:
-    if "constant" in cells:
-        constant = cells["constant"].astype(bool)
-    elif "majority_share" in cells:
-        constant = cells["majority_share"] >= CONSTANT_SHARE
-    else:
+    if not {"constant", "majority_share"} & {*cells}:
         return {}
+    constant = cells["constant"].astype(bool) if "constant" in cells else cells["majority_share"] >= CONSTANT_SHARE
     cells = cells.assign(constant=constant)  # tables that were put together repeat their index
     clean = cells[cells["severity"] == 0].groupby("model")["constant"].first()
     return {
