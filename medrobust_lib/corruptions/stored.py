@@ -239,7 +239,7 @@ def read_corrupted(
     severity = check_severity(severity)
     if corruption == CLEAN and severity:
         raise ValueError(f"severity={severity} of the clean images; name a corruption, or leave severity at 0")
-    ledger = _read_ledger(folder)
+    ledger = read_ledger(folder)
     if ledger is None:
         return _read_foreign(folder, dataset, corruption, severity, split, label_order)
     if label_order is not None:
@@ -274,25 +274,6 @@ def _read_severity(path: Path, layout: Layout, severity: int) -> tuple[Pixels, N
     """Images and labels of one severity: of a corruption's concatenated file, one of its parts."""
     parts = len(SEVERITIES) if layout == "concatenated" and severity else 1
     return read_npz(path, members=member_names(layout), part=(severity - 1) % parts, parts=parts)
-
-
-def check_benchmark(folder: str | Path) -> pd.DataFrame:
-    """Compare every file of a collection with its manifest; reads all of them.
-
-    Returns
-    -------
-    DataFrame
-        ``table.csv`` with the column "state": "whole", "missing", "truncated" or "changed".
-
-    Raises
-    ------
-    ValueError
-        The folder has no manifest of ours, or its run did not finish any data set.
-    """
-    ledger = _read_ledger(Path(folder))
-    if ledger is None:
-        raise ValueError(f"{folder} has no manifest of corrupted sets, so nothing in it can be verified")
-    return pd.DataFrame(list(ledger.rows.values())).assign(state=list(map(ledger.state, ledger.rows)))
 
 
 @dataclass(frozen=True)
@@ -337,7 +318,7 @@ class Ledger:
             raise ValueError(f"{path} {says[state]}. {_AGAIN}")
 
 
-def _read_ledger(folder: Path) -> Ledger | None:
+def read_ledger(folder: Path) -> Ledger | None:
     """Manifest and table of a collection, or None where it has no manifest of ours."""
     if not folder.is_dir():
         raise FileNotFoundError(f"no folder at {folder.absolute()}")

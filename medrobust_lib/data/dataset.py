@@ -9,6 +9,7 @@ from importlib.resources import files
 from typing import Any
 
 import numpy as np
+import pandas as pd
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -177,10 +178,7 @@ class ImageDataset:
 
     def _thumbnails(self) -> list[tuple[str, NDArray[np.uint8]]]:
         # Round-robin over the classes, so that a class-sorted split still shows every class.
-        rank = np.empty(len(self), np.int64)
-        for label in np.unique(self.labels):
-            members = np.flatnonzero(self.labels == label)
-            rank[members] = np.arange(len(members))
+        rank = pd.Series(self.labels).groupby(self.labels).cumcount()
         per_class = max(1, _ROW_OF_THUMBNAILS // len(self.classes))
         chosen = np.lexsort((self.labels, rank))[: min(per_class * len(self.classes), _MOST_THUMBNAILS)]
         return [(self.classes[self.labels[position]], self.images[position]) for position in chosen]

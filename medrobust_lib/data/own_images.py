@@ -62,8 +62,9 @@ def class_folder_split(root: Path, split: str, *, bit_depth: int | None = None) 
     if not root.is_dir():
         raise FileNotFoundError(f"no folder at {root.absolute()}")
     base, folders = _split_folders(root)
-    beside = [child.name for child in _subfolders(base) if child not in folders.values()]
-    split = resolve_split(split, tuple(folders), str(root), beside=() if folders.get(UNSPLIT) == base else beside)
+    beside = [child for child in _children(base) if child not in folders.values() and folders.get(UNSPLIT) != base]
+    passed_over = [child.name for child in beside if child.is_dir()]
+    split = resolve_split(split, tuple(folders), str(root), beside=passed_over)
     found = {name: _class_files(folder) for name, folder in folders.items()}
     listing = {name: classes for name, (classes, _) in found.items()}
     counts: Counter[str] = Counter()
@@ -80,10 +81,7 @@ def class_folder_split(root: Path, split: str, *, bit_depth: int | None = None) 
     if not images:
         raise ValueError(f"no images in split {split!r} of {root} ({folders[split]})")
     out = [path for _, others in found.values() for path in others]
-    if folders.get(UNSPLIT) != base:
-        out += [
-            child for child in _children(base) if child not in folders.values() and (child.is_dir() or _is_image(child))
-        ]
+    out += [child for child in beside if child.is_dir() or _is_image(child)]
     caveats = []
     if out:
         names = [str(path.relative_to(root)) for path in out]
