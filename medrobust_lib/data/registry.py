@@ -193,43 +193,28 @@ class OpenSplit:
         )
 
 
-def open_split(
-    id: str,
-    *,
-    split: str = "test",
-    root: str | Path | None = None,
-    image_size: int | None = None,
-    wording: str = "paper",
-    like: str | None = None,
-    class_names: Mapping[Any, str] | None = None,
-    templates: Sequence[str] | None = None,
-    bit_depth: int | None = None,
-    fit: Fit = "crop",
-) -> OpenSplit:
+def open_split(id: str, *, split: str = "test", **options: Unpack[SplitOptions]) -> OpenSplit:
     """Find a split and its labels without decoding an image, for draws that `load_dataset` does not offer.
 
     Parameters, errors and the meaning of ``split`` are those of `load_dataset`.
     """
+    check_keywords(open_split, options, SplitOptions.__annotations__)
+    image_size = options.get("image_size")
     if image_size is not None:
         check_whole("image_size", image_size, least=8, hint=": give the side in pixels, or None")
     scheme, _, path = id.partition(":")
     if scheme in {"folder", "csv"}:
         path, stated = _stated(path)
-        bit_depth, fit = stated.get("bit_depth", bit_depth), stated.get("fit", fit)
-    check_choice("fit", fit, get_args(Fit))
-    own = {"like": like, "class_names": class_names, "templates": templates, "bit_depth": bit_depth}
+        options |= stated
+    check_choice("fit", options.setdefault("fit", "crop"), get_args(Fit))
     if scheme in {"folder", "csv"} and path:
-        listed, row, words = _own_split(scheme, Path(path).expanduser(), split, wording, **own)
-        # Other pixels must not pass for the same set in a comparison of results.
-        options = {"bit_depth": bit_depth, "fit": fit}
-        changed = urlencode({name: value for name, value in options.items() if value not in (None, "crop")})
-        row = replace(row, id=f"{row.id}?{changed}") if changed else row
+        listed, row, words = _own_split(scheme, Path(path).expanduser(), split, options)
     elif id in DATASETS:
-        for name, value in own.items():
-            if value is not None:
-                raise ValueError(f"{name}={value!r} is for folder: and csv: data; {id} has its own classes")
-        row, words = DATASETS[id], class_wording(id, wording=wording)
-        listed = _registered_split(row, words, split, default_data_root(root), image_size)
+        for name in ("like", "class_names", "templates", "bit_depth"):
+            if options.get(name) is not None:
+                raise ValueError(f"{name}={options[name]!r} is for folder: and csv: data; {id} has its own classes")
+        row, words = DATASETS[id], class_wording(id, wording=options.get("wording", "paper"))
+        listed = _registered_split(row, words, split, default_data_root(options.get("root")), image_size)
     else:
         if id.startswith(QUESTIONS_PREFIX):
             raise ValueError(f"{id!r} holds questions and has no classes: load it with load_questions({id!r})")
@@ -240,7 +225,7 @@ def open_split(
         raise ValueError(f"unknown data set {id!r}.{suggest(id, [*DATASETS, 'folder:PATH', 'csv:PATH'])}")
     check_classes(words.prompt_nouns, listed.source)
     size = image_size or (FALLBACK_SIZE if row.kind == "folders" else None)
-    return OpenSplit(row, words, listed, size, fit, bit_depth)
+    return OpenSplit(row, words, listed, size, options["fit"], options.get("bit_depth"))
 
 
 def list_datasets(*, root: str | Path | None = None) -> pd.DataFrame:
@@ -319,17 +304,9 @@ def _registered_split(row: DatasetEntry, words: ClassWording, split: str, root: 
     return _OPEN[row.kind](row, place, split, words, image_size)
 
 
-def _own_split(
-    scheme: str,
-    path: Path,
-    split: str,
-    wording: str,
-    *,
-    like: str | None,
-    class_names: Mapping[Any, str] | None,
-    templates: Sequence[str] | None,
-    bit_depth: int | None,
-) -> tuple[Split, DatasetEntry, ClassWording]:
+def _own_split(scheme: str, path: Path, split: str, options: SplitOptions) -> tuple[Split, DatasetEntry, ClassWording]:
+    wording, like, bit_depth = options.get("wording", "paper"), options.get("like"), options.get("bit_depth")
+    class_names, templates = options.get("class_names"), options.get("templates")
     listed = (class_folder_split if scheme == "folder" else csv_split)(path, split, bit_depth=bit_depth)
     if like is None:
         if wording != "paper":
@@ -349,9 +326,12 @@ def _own_split(
         listed = listed.named(words)
         if templates is not None:
             words = replace(words, templates=checked_templates(templates), start="")
+    # Other pixels must not pass for the same set in a comparison of results.
+    pixels = {"bit_depth": bit_depth, "fit": options["fit"]}
+    changed = urlencode({name: value for name, value in pixels.items() if value not in (None, "crop")})
     row = DatasetEntry(
         # The name alone keys the noise, so that a moved folder keeps its noise.
-        id=f"{scheme}:{path.resolve().name}",
+        id=f"{scheme}:{path.resolve().name}{'?' * bool(changed)}{changed}",
         kind=scheme,
         modality=DATASETS[like].modality if like else "not stated",
         licence="not stated",
