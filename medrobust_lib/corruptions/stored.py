@@ -26,7 +26,7 @@ from medrobust_lib.checks import check_choice, suggest
 from medrobust_lib.corruptions.functions import Pixels
 from medrobust_lib.corruptions.suites import SEVERITIES, check_severity
 from medrobust_lib.data.dataset import ImageDataset, check_labels
-from medrobust_lib.data.decoding import member_header, member_labels, member_names_of, member_rows
+from medrobust_lib.data.decoding import listed_members, member_names_of, member_rows
 from medrobust_lib.data.registry import DATASETS
 from medrobust_lib.data.wording import class_wording
 from medrobust_lib.experiments.store import read_parameters
@@ -156,9 +156,7 @@ def read_labels(path: Path, *, members: tuple[str, str]) -> tuple[tuple[int, ...
         missing = [name for name in members if name not in held]
         if missing:
             raise ValueError(f"no array {missing[0]!r} in it; it holds {', '.join(held) or 'nothing'}")
-        shape, _ = member_header(archive, members[0])
-        labels = member_labels(archive, members[1], count=shape[0])
-    return shape, labels
+        return listed_members(archive, *members)
 
 
 def remove_leftovers(files: Iterable[Path]) -> None:

@@ -288,39 +288,29 @@ def member_names_of(archive: zipfile.ZipFile) -> tuple[str, ...]:
     return tuple(name.removesuffix(".npy") for name in archive.namelist())
 
 
-def member_header(archive: zipfile.ZipFile, member: str) -> tuple[tuple[int, ...], int]:
-    """Shape of a uint8 member of images and the byte at which its values begin.
+def listed_members(archive: zipfile.ZipFile, images: str, labels: str) -> tuple[tuple[int, ...], NDArray[np.int64]]:
+    """Shape of the member of images, and the whole numbers of that of labels, one for each image.
 
     Raises
     ------
     ValueError
-        No member of uint8 [N, H, W], [N, H, W, 1] or [N, H, W, 3], or images of more than `MOST_PIXELS`.
+        Images other than uint8 [N, H, W], [N, H, W, 1] or [N, H, W, 3], or of more than `MOST_PIXELS`; another number
+        of labels, another shape of them than [N] or [N, 1], or no whole numbers.
     """
-    shape, fortran_order, dtype, offset = _header(archive, member)
+    shape, fortran_order, dtype, _ = _header(archive, images)
     if fortran_order or dtype != np.uint8:
-        raise ValueError(f"{member} is {dtype}{' in Fortran order' * fortran_order}, not uint8 in C order")
+        raise ValueError(f"{images} is {dtype}{' in Fortran order' * fortran_order}, not uint8 in C order")
     if len(shape) not in (3, 4) or shape[3:] not in ((), (1,), (3,)):
-        raise ValueError(f"{member} has shape {shape}; expected [N, H, W] or [N, H, W, 3]")
+        raise ValueError(f"{images} has shape {shape}; expected [N, H, W] or [N, H, W, 3]")
     check_pixels(*shape[1:3])
-    return shape, offset
-
-
-def member_labels(archive: zipfile.ZipFile, member: str, *, count: int) -> NDArray[np.int64]:
-    """Whole numbers, one for each of so many images.
-
-    Raises
-    ------
-    ValueError
-        Another number of labels, another shape than [N] or [N, 1], or no whole numbers.
-    """
-    shape, _, dtype, offset = _header(archive, member)
-    if not shape or shape[0] != count:
-        raise ValueError(f"{count} images and {shape[0] if shape else 'no'} labels; each image needs one")
-    if shape[1:] not in ((), (1,)):
-        raise ValueError(f"one whole-number label per image is needed, got {dtype} of shape {shape}")
-    with archive.open(f"{member}.npy") as stream:
+    own, _, dtype, offset = _header(archive, labels)
+    if not own or own[0] != shape[0]:
+        raise ValueError(f"{shape[0]} images and {own[0] if own else 'no'} labels; each image needs one")
+    if own[1:] not in ((), (1,)):
+        raise ValueError(f"one whole-number label per image is needed, got {dtype} of shape {own}")
+    with archive.open(f"{labels}.npy") as stream:
         stream.seek(offset)
-        return whole_numbers(np.frombuffer(stream.read(), dtype))
+        return shape, whole_numbers(np.frombuffer(stream.read(), dtype))
 
 
 def whole_numbers(raw: NDArray) -> NDArray[np.int64]:
@@ -339,10 +329,10 @@ def whole_numbers(raw: NDArray) -> NDArray[np.int64]:
 
 
 def member_rows(path: Path, member: str, positions: NDArray[np.int64]) -> Iterator[NDArray[np.uint8]]:
-    """Rows of a uint8 member at ascending positions, one at a time; a damaged row raises ValueError."""
+    """Rows of a member that `listed_members` accepts, at ascending positions; a damaged row raises ValueError."""
     # Streamed: a 224 px member is gigabytes once unpacked, a drawn subset megabytes.
     with zipfile.ZipFile(path) as archive:
-        shape, offset = member_header(archive, member)
+        shape, _, _, offset = _header(archive, member)
         size = math.prod(shape[1:])
         with archive.open(f"{member}.npy") as stream:
             for position in positions:

@@ -188,8 +188,7 @@ def medmnist_split(path: Path, split: str, wording: ClassWording) -> Split:
         keys = decoding.member_names_of(archive)
         if not {f"{split}_images", f"{split}_labels"} <= set(keys):
             raise ValueError(f"it has no {split}_images and {split}_labels; it holds {', '.join(keys)}")
-        shape, _ = decoding.member_header(archive, f"{split}_images")
-        labels = decoding.member_labels(archive, f"{split}_labels", count=shape[0])
+        shape, labels = decoding.listed_members(archive, f"{split}_images", f"{split}_labels")
     check_labels(labels, wording.names, f"{path} ({split}_labels)")
     return Split(
         split=split,
