@@ -26,8 +26,8 @@ from medrobust_lib.checks import check_choice, suggest
 from medrobust_lib.corruptions.functions import Pixels
 from medrobust_lib.corruptions.suites import SEVERITIES, check_severity
 from medrobust_lib.data.dataset import ImageDataset, check_labels
-from medrobust_lib.data.decoding import listed_members, member_names_of, member_rows
-from medrobust_lib.data.registry import DATASETS
+from medrobust_lib.data.decoding import as_rgb, listed_members, member_names_of, member_rows
+from medrobust_lib.data.registry import DATASETS, labelled
 from medrobust_lib.data.wording import class_wording
 from medrobust_lib.experiments.store import read_parameters
 from medrobust_lib.files import file_sha256, inside, parsed, read_json_object, whole_file
@@ -145,7 +145,7 @@ def read_npz(
         positions = np.arange(part * count, (part + 1) * count)
         images = np.empty((count, *shape[1:3], 3), np.uint8)
         for place, row in enumerate(member_rows(path, members[0], positions)):
-            images[place] = row[..., None] if row.ndim == 2 else row
+            images[place] = as_rgb(row)
     return images, labels[positions]
 
 
@@ -249,12 +249,8 @@ def read_corrupted(
         ledger.check(name, verify=verify)
     facts = read_json_object(folder / description, "a description of corrupted sets", _ANEW)
     images, labels = _read_severity(folder / file, ledger.layout, severity)
-    done = {
-        "name": corruption if severity else CLEAN,
-        "severity": severity,
-        "suite": ledger.parameters["suite"]["id"],
-        "seed": ledger.parameters["seed"],
-    }
+    suite, seed = ledger.parameters["suite"]["id"], ledger.parameters["seed"]
+    done = {"name": corruption if severity else CLEAN, "severity": severity, "suite": suite, "seed": seed}
     with parsed(f"{folder / description} does not describe {folder / file}", _ANEW):
         facts["provenance"] = {
             "caveats": [],  # of sets written before there were any
@@ -357,32 +353,22 @@ def _read_foreign(
             raise ValueError(f"label_order={list(label_order)}: name each class of {dataset} once: {list(words.names)}")
         check_labels(labels, label_order, str(path))
         labels = np.array(order, dtype=np.int64)[labels]
-    warnings.warn(
+    message = (
         f"{folder} has no manifest of ours: nothing was verified, neither that {path.name} is whole and unchanged nor "
-        f"that its labels follow the class list {', '.join(words.names)}",
-        UserWarning,
-        stacklevel=3,
+        f"that its labels follow the class list {', '.join(words.names)}"
     )
-    return ImageDataset(
-        id=dataset,
-        split=split,
-        images=images,
-        labels=labels,
-        classes=words.prompt_nouns,
-        templates=words.templates,
-        modality=row.modality,
-        licence=row.licence,
-        provenance={
-            "source": f"{row.source}; corrupted by others",
-            "read_from": str(path),
-            "synthetic": row.kind == "phantom",
-            "split_size": len(labels),
-            "corruption": {"name": corruption if severity else CLEAN, "severity": severity},
-            "verified": "nothing: no manifest beside the files",
-            "caveats": [],  # what corruptions do to images is no fault of the set
-        },
-        indices=np.arange(len(labels)),
-    )
+    warnings.warn(message, UserWarning, stacklevel=3)
+    provenance = {
+        "source": f"{row.source}; corrupted by others",
+        "read_from": str(path),
+        "synthetic": row.kind == "phantom",
+        "split_size": len(labels),
+        "corruption": {"name": corruption if severity else CLEAN, "severity": severity},
+        "verified": "nothing: no manifest beside the files",
+        "caveats": [],  # what corruptions do to images is no fault of the set
+    }
+    places = np.arange(len(labels))
+    return labelled(row, words, split=split, images=images, labels=labels, indices=places, provenance=provenance)
 
 
 def _foreign_file(folder: Path, dataset: str, corruption: str, severity: int, split: str) -> tuple[Path, Layout]:

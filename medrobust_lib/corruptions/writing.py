@@ -245,14 +245,9 @@ def write_benchmark(folder: str | Path, datasets: Iterable[str], *, jobs: int = 
         recorded = {file: store.rows(file)[0] for file in store.done}
         ledger = stored.Ledger(plan.folder, plan.parameters, recorded)
         done = {file.file for file in plan.all_files if ledger.state(file.file, verify=False) == "whole"}
-        rows = progress(
-            _written(plan, store, ledger, done, jobs),
-            total=len(plan),
-            done=len(done),
-            description=f"write {plan.folder.name}",
-            unit="files",
-        )
-        for row, seconds in rows:
+        written = _written(plan, store, ledger, done, jobs)
+        said = f"write {plan.folder.name}"
+        for row, seconds in progress(written, total=len(plan), done=len(done), description=said, unit="files"):
             earlier = recorded.get(row["file"])
             if earlier is None:
                 store.append(row["file"], [row], seconds=seconds)

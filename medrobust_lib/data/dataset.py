@@ -71,9 +71,8 @@ class ImageDataset:
     indices: NDArray[np.int64]
 
     def __post_init__(self) -> None:
-        _check_array(self.id, "images", self.images, np.uint8)
-        _check_array(self.id, "labels", self.labels, np.int64)
-        _check_array(self.id, "indices", self.indices, np.int64)
+        for name, dtype in (("images", np.uint8), ("labels", np.int64), ("indices", np.int64)):
+            _check_array(self.id, name, getattr(self, name), dtype)
         if self.images.ndim != 4 or self.images.shape[3] != 3 or 0 in self.images.shape[1:3]:
             raise ValueError(f"{self.id}: images must be [n, H, W, 3], got shape {self.images.shape}")
         if len(self.images) == 0:

@@ -89,7 +89,7 @@ def read_image(path: str | Path, *, bit_depth: int | None = None) -> NDArray[np.
     scaled = _scaled(values.view(np.int8) if signed else values, full, path)
     # Pillow turns white-is-zero round for up to 8 bits only.
     scaled = 255 - scaled if gray and tags.get(_PHOTOMETRIC) == 0 else scaled
-    return _repeat(scaled) if gray else scaled
+    return as_rgb(scaled) if gray else scaled
 
 
 def read_dicom(path: str | Path) -> NDArray[np.uint8]:
@@ -129,7 +129,7 @@ def read_dicom(path: str | Path) -> NDArray[np.uint8]:
         dicom.check_stream(record)
         pixels = record.pixel_array
         if photometric in {"MONOCHROME1", "MONOCHROME2"} and samples == 1:
-            return _repeat(dicom.display_gray(record, pixels))
+            return as_rgb(dicom.display_gray(record, pixels))
         if photometric == "PALETTE COLOR":
             colours = apply_color_lut(pixels, record)[..., :3]
             if colours.dtype == np.uint8 and pixels.max() > 255:  # pydicom counts them modulo 256
@@ -279,8 +279,10 @@ def _scaled(values: NDArray, bits: int, path: Path) -> NDArray[np.uint8]:
     return values.astype(np.uint8) if full == 255 else np.round(values * (255 / full)).astype(np.uint8)
 
 
-def _repeat(gray: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    return np.repeat(gray[:, :, None], 3, axis=2)
+def as_rgb(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Copy of an image [H, W], [H, W, 1] or [H, W, 3] as [H, W, 3]; gray is repeated over the channels."""
+    planes = image if image.ndim == 3 else image[:, :, None]
+    return np.repeat(planes, 3 // planes.shape[2], axis=2)
 
 
 def member_names_of(archive: zipfile.ZipFile) -> tuple[str, ...]:

@@ -88,17 +88,15 @@ class Split:
         ValueError
             A class that is not in the list.
         """
-        target = []
-        for code, name in zip(self.codes, self.names, strict=True):
-            label = words.label_of(code)
-            label = words.label_of(name) if label is None else label
-            if label is None:
-                listing = ", ".join(f"{index} {known!r}" for index, known in enumerate(words.names))
-                raise ValueError(
-                    f"{self.source}: class {code!r} is outside the class list of {words.set_name}: {listing}. "
-                    "Rename it, or leave `like` out and give class_names={...} and templates=[...]"
-                )
-            target.append(label)
+        pairs = [map(words.label_of, pair) for pair in zip(self.codes, self.names, strict=True)]
+        target = [by_name if by_code is None else by_code for by_code, by_name in pairs]
+        if None in target:
+            listing = ", ".join(f"{index} {known!r}" for index, known in enumerate(words.names))
+            raise ValueError(
+                f"{self.source}: class {self.codes[target.index(None)]!r} is outside the class list of "
+                f"{words.set_name}: {listing}. Rename it, or leave `like` out and give class_names={{...}} and "
+                "templates=[...]"
+            )
         return self.relabelled(target)
 
     def relabelled(self, target: Sequence[int]) -> "Split":
@@ -194,7 +192,7 @@ def medmnist_split(path: Path, split: str, wording: ClassWording) -> Split:
         split=split,
         labels=labels,
         shapes=lambda: {(shape[1], shape[2])},
-        read=lambda positions: map(_rgb, decoding.member_rows(path, f"{split}_images", positions)),
+        read=lambda positions: map(decoding.as_rgb, decoding.member_rows(path, f"{split}_images", positions)),
         source=str(path),
         splits=tuple(name for name in SPLITS if f"{name}_images" in keys),
     )
@@ -307,7 +305,7 @@ def _hdf5_images(path: Path, members: Positions) -> Source:
     def read(positions: NDArray[np.int64]) -> Images:
         for position in positions:
             with parsed(says, _AGAIN), h5py.File(path) as container:
-                image = _rgb(container["images"][members[position]])
+                image = decoding.as_rgb(container["images"][members[position]])
             yield image
 
     return lambda: {(shape[1], shape[2])}, read
@@ -331,11 +329,6 @@ def file_images(paths: Sequence[Path], bit_depth: int | None = None) -> Source:
         lambda: {decoding.image_shape(path) for path in paths},
         lambda positions: (decoding.read_image(paths[position], bit_depth=bit_depth) for position in positions),
     )
-
-
-def _rgb(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    image = image[:, :, None] if image.ndim == 2 else image
-    return np.repeat(image, 3, axis=2) if image.shape[2] == 1 else np.array(image)
 
 
 def _existing(path: Path) -> Path:

@@ -50,6 +50,20 @@ def registered(kind: str) -> Any:
 DATASETS = {row["id"]: DatasetEntry(**row) for row in registered("datasets")}
 
 
+def labelled(row: DatasetEntry, words: ClassWording, **found: Any) -> ImageDataset:
+    """Images of a registered set or of one's own, in words.
+
+    Parameters
+    ----------
+    row, words
+        Say the id, modality and licence, and the classes and templates.
+    **found
+        The other fields of `ImageDataset`: split, images, labels, indices and provenance.
+    """
+    about = {"id": row.id, "modality": row.modality, "licence": row.licence}
+    return ImageDataset(**about, classes=words.prompt_nouns, templates=words.templates, **found)
+
+
 class SplitOptions(TypedDict, total=False):
     """Options of `open_split` and of all that draws by it; `load_dataset` explains them."""
 
@@ -179,18 +193,9 @@ class OpenSplit:
         }
         if self.words.start:
             provenance["start_template"] = self.words.start
-        return ImageDataset(
-            id=self.row.id,
-            split=self.listed.split,
-            images=images,
-            labels=labels,
-            classes=self.classes,
-            templates=self.words.templates,
-            modality=self.row.modality,
-            licence=self.row.licence,
-            provenance=provenance,
-            indices=positions,
-        )
+        split = self.listed.split
+        found = {"images": images, "labels": labels, "indices": positions}
+        return labelled(self.row, self.words, split=split, provenance=provenance, **found)
 
 
 def open_split(id: str, *, split: str = "test", **options: Unpack[SplitOptions]) -> OpenSplit:
@@ -329,14 +334,10 @@ def _own_split(scheme: str, path: Path, split: str, options: SplitOptions) -> tu
     # Other pixels must not pass for the same set in a comparison of results.
     pixels = {"bit_depth": bit_depth, "fit": options["fit"]}
     changed = urlencode({name: value for name, value in pixels.items() if value not in (None, "crop")})
-    row = DatasetEntry(
-        # The name alone keys the noise, so that a moved folder keeps its noise.
-        id=f"{scheme}:{path.resolve().name}{'?' * bool(changed)}{changed}",
-        kind=scheme,
-        modality=DATASETS[like].modality if like else "not stated",
-        licence="not stated",
-        source=f"own images, {path.resolve().name}",
-    )
+    name = path.resolve().name  # alone keys the noise, so that a moved folder keeps its noise
+    id = f"{scheme}:{name}?{changed}" if changed else f"{scheme}:{name}"
+    modality = DATASETS[like].modality if like else "not stated"
+    row = DatasetEntry(id=id, kind=scheme, modality=modality, licence="not stated", source=f"own images, {name}")
     return listed, row, words
 
 
