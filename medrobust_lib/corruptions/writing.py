@@ -10,7 +10,7 @@ import shutil
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
-from dataclasses import KW_ONLY, dataclass, field
+from dataclasses import KW_ONLY, asdict, dataclass, field
 from importlib.metadata import version
 from itertools import product
 from pathlib import Path, PurePosixPath
@@ -40,6 +40,7 @@ class PlannedFile:
         Path below the collection's folder.
     dataset : str
         Id of its `ImageDataset`.
+    split : str
     corruption : str
         Or "clean", or "description" (the JSON file with classes, prompts and indices).
     severities : tuple of int
@@ -52,6 +53,7 @@ class PlannedFile:
 
     file: str
     dataset: str
+    split: str
     corruption: str
     severities: tuple[int, ...]
     images: int
@@ -202,9 +204,9 @@ class BenchmarkPlan:
         for corruption, severities in [(stored.CLEAN, (0,)), *product(corruptions, together)]:
             file = stored.set_file(self.layout, sample.id, self.split, corruption, severities[0])
             count = images * len(severities)
-            planned.append(PlannedFile(file, sample.id, corruption, severities, count, count * size))
+            planned.append(PlannedFile(file, sample.id, self.split, corruption, severities, count, count * size))
         description = str(PurePosixPath(planned[0].file).with_name(f"{stored.DESCRIPTION}.json"))
-        return PlannedFile(description, sample.id, stored.DESCRIPTION, (0,), images, 0), *planned
+        return PlannedFile(description, sample.id, self.split, stored.DESCRIPTION, (0,), images, 0), *planned
 
 
 def write_benchmark(folder: str | Path, datasets: Iterable[str], *, jobs: int = 1, **options: Any) -> pd.DataFrame:
@@ -333,16 +335,9 @@ def _write_set(
 
 def _row(plan: BenchmarkPlan, file: PlannedFile) -> dict[str, Any]:
     path = plan.folder / file.file
+    facts = {name: value for name, value in asdict(file).items() if name != "size"}
+    facts["severities"] = " ".join(map(str, file.severities))
     # The bytes may depend on these versions.
     others = [f"{package} {version(package)}" for package in ("numpy", "scipy", "pillow")]
-    return {
-        "file": file.file,
-        "dataset": file.dataset,
-        "split": plan.split,
-        "corruption": file.corruption,
-        "severities": " ".join(map(str, file.severities)),
-        "images": file.images,
-        "bytes": path.stat().st_size,
-        "sha256": file_sha256(path),
-        "made_with": ", ".join([f"medrobust {VERSION}", *others]),
-    }
+    made_with = ", ".join([f"medrobust {VERSION}", *others])
+    return facts | {"bytes": path.stat().st_size, "sha256": file_sha256(path), "made_with": made_with}

@@ -167,13 +167,9 @@ class ImageDataset:
             **({"caveats": " ".join(self.caveats)} if self.caveats else {}),
         }
         lines = files("medrobust_lib").joinpath("templates", "dataset.html.j2").read_text(encoding="utf-8").splitlines()
-        return Template("".join(map(str.strip, lines)), autoescape=True).render(
-            title=self.id,
-            synthetic=self.synthetic,
-            facts=facts,
-            figures=[(name, *_figure(image)) for name, image in self._thumbnails()],
-            side=_THUMBNAIL_SIDE,
-        )
+        card = Template("".join(map(str.strip, lines)), autoescape=True)
+        figures = [(name, *_figure(image)) for name, image in self._thumbnails()]
+        return card.render(title=self.id, synthetic=self.synthetic, facts=facts, figures=figures, side=_THUMBNAIL_SIDE)
 
     def _thumbnails(self) -> list[tuple[str, NDArray[np.uint8]]]:
         # Round-robin over the classes, so that a class-sorted split still shows every class.

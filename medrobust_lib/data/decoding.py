@@ -240,19 +240,17 @@ def _opened(path: Path) -> Iterator[Image.Image]:
 
 
 def _seek_main_page(picture: Image.Image) -> None:
-    main, main_size, rival = 0, (0, 0), None
+    sizes = {}
     for page in range(picture.n_frames):
         picture.seek(page)
-        if picture.tag_v2.get(_SUBFILE, 0) & (_REDUCED | _MASK):
-            continue
-        if math.prod(picture.size) > math.prod(main_size):  # thumbnails often bear no flag
-            main, main_size, rival = page, picture.size, None
-        elif picture.size == main_size and rival is None:
-            rival = page
-    if rival is not None:
-        width, height = main_size
+        if not picture.tag_v2.get(_SUBFILE, 0) & (_REDUCED | _MASK):
+            sizes[page] = picture.size
+    main = max(sizes, key=lambda page: math.prod(sizes[page]), default=0)  # thumbnails often bear no flag
+    rivals = [page for page, size in sizes.items() if page != main and size == sizes[main]]
+    if rivals:
+        width, height = sizes[main]
         raise ValueError(
-            f"pages {main + 1} and {rival + 1} of {picture.n_frames} are both {height} x {width} pixels, and "
+            f"pages {main + 1} and {rivals[0] + 1} of {picture.n_frames} are both {height} x {width} pixels, and "
             "which is meant it does not say; one image per file is expected, so split it first"
         )
     picture.seek(main)

@@ -319,16 +319,13 @@ def list_scenarios(*, root: str | Path | None = None) -> pd.DataFrame:
         wanted = read_questions(path) if path.is_file() else {}
         for image_type in IMAGE_TYPES:
             there = len(wanted) - len(missing_images(scenario, image_type, wanted, root))
-            rows.append(
-                {
-                    "id": f"{QUESTIONS_PREFIX}{scenario[:2]}-{image_type}",
-                    "scenario": scenario,
-                    "image type": image_type,
-                    "questions": count,
-                    "images": there,
-                    "available": bool(wanted) and there == len(wanted),
-                }
-            )
+            row = {
+                "id": f"{QUESTIONS_PREFIX}{scenario[:2]}-{image_type}",
+                "scenario": scenario,
+                "image type": image_type,
+            }
+            row |= {"questions": count, "images": there, "available": bool(wanted) and there == len(wanted)}
+            rows.append(row)
     return pd.DataFrame(rows)
 
 
