@@ -242,13 +242,14 @@ def read_corrupted(
         return _read_foreign(folder, dataset, corruption, severity, split, label_order)
     if label_order is not None:
         raise ValueError(f"label_order is for files without a manifest; {folder} has one, and labels of the class list")
-    clean = set_file(ledger.layout, dataset, split, CLEAN, 0)
-    file = set_file(ledger.layout, dataset, split, corruption, severity)
+    layout: Layout = ledger.parameters["layout"]
+    clean = set_file(layout, dataset, split, CLEAN, 0)
+    file = set_file(layout, dataset, split, corruption, severity)
     description = Path(clean).with_name(f"{DESCRIPTION}.json").as_posix()
     for name in (description, file):
         ledger.check(name, verify=verify)
     facts = read_json_object(folder / description, "a description of corrupted sets", _ANEW)
-    images, labels = _read_severity(folder / file, ledger.layout, severity)
+    images, labels = _read_severity(folder / file, layout, severity)
     suite, seed = ledger.parameters["suite"]["id"], ledger.parameters["seed"]
     done = {"name": corruption if severity else CLEAN, "severity": severity, "suite": suite, "seed": seed}
     with parsed(f"{folder / description} does not describe {folder / file}", _ANEW):
@@ -277,11 +278,6 @@ class Ledger:
     folder: Path
     parameters: Mapping[str, Any]
     rows: Mapping[str, Mapping[str, Any]]
-
-    @property
-    def layout(self) -> Layout:
-        """Of the files below the folder."""
-        return self.parameters["layout"]
 
     def state(self, file: str, *, verify: bool = True) -> str:
         """One of missing, truncated, changed and whole; a file without a record is missing."""

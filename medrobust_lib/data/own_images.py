@@ -191,9 +191,7 @@ def file_advice(path: Path) -> str:
 
 
 def _split_folders(root: Path) -> tuple[Path, dict[str, Path]]:
-    for base in (root, root / "images"):
-        if not base.is_dir():
-            continue
+    for base in filter(Path.is_dir, (root, root / "images")):
         folders: dict[str, Path] = {}
         for folder in _subfolders(base):
             name = _SPELLINGS.get(folder.name.lower())
@@ -308,19 +306,18 @@ def _ordered(codes: Iterable[str]) -> tuple[str, ...]:
 
 
 def _names(codes: Sequence[str], folders: Sequence[Path]) -> tuple[str, ...]:
-    for folder in folders:
-        path = folder / "classnames.txt"
-        if path.is_file():
-            lines = _text(path, "text in UTF-8").splitlines()
-            named = dict(_named(unicodedata.normalize("NFC", line), codes) for line in lines if line.strip())
-            for code in codes:
-                if composed(code) not in named:
-                    raise ValueError(
-                        f"{path} gives no name for class {code!r}; it names {', '.join(named)}. Write a line with the "
-                        "class, a tab, and its name in words"
-                    )
-            return tuple(named[composed(code)] for code in codes)
-    return tuple(re.sub(r"[_\-\s]+", " ", code).strip() for code in codes)
+    path = next((folder / "classnames.txt" for folder in folders if (folder / "classnames.txt").is_file()), None)
+    if path is None:
+        return tuple(re.sub(r"[_\-\s]+", " ", code).strip() for code in codes)
+    lines = _text(path, "text in UTF-8").splitlines()
+    named = dict(_named(unicodedata.normalize("NFC", line), codes) for line in lines if line.strip())
+    for code in codes:
+        if composed(code) not in named:
+            raise ValueError(
+                f"{path} gives no name for class {code!r}; it names {', '.join(named)}. Write a line with the class, a "
+                "tab, and its name in words"
+            )
+    return tuple(named[composed(code)] for code in codes)
 
 
 def _text(path: Path, form: str) -> str:

@@ -145,14 +145,25 @@ def ask(data: ImageDataset, task: str) -> QuestionSet:
     ValueError
         The data set has no truths for the task: only the phantoms have made-up safety and actions.
     """
-    truths, labels = _truths(data, task)
+    modality = data.id.removeprefix("phantom/").removesuffix(SITE_A)
+    if data.id.startswith("phantom/") and modality in MODALITIES:
+        findings = _table()["findings"][modality]
+        truths = [name if task == "finding" else facts[task] for name, facts in findings.items()]
+        labels = truths if task == "finding" else _table()["tasks"][task]["labels"]
+    elif task == "finding":
+        truths = labels = list(data.classes)
+    else:
+        raise ValueError(
+            f"{data.id} has no truths for the task {task!r}: safety and actions are made up for the phantoms; "
+            "use task='finding', whose truths are the class names"
+        )
     return QuestionSet(
         id=data.id,
         task=task,
         images=data.images,
         questions=question_wordings(task)[:1] * len(data),
         truths=tuple(truths[label] for label in data.labels),
-        labels=labels,
+        labels=tuple(labels),
         indices=data.indices,
         licence=data.licence,
         provenance=data.provenance,
@@ -202,22 +213,6 @@ def actions() -> tuple[str, ...]:
 def finding_phrases(modality: str) -> dict[str, tuple[str, ...]]:
     """Class names of a modality and the phrases that mean each of them."""
     return {name: (name, *facts["phrases"]) for name, facts in _table()["findings"][modality].items()}
-
-
-def _truths(data: ImageDataset, task: str) -> tuple[list[str], tuple[str, ...]]:
-    """Truth of each class label of a data set, and all labels of the task."""
-    modality = data.id.removeprefix("phantom/").removesuffix(SITE_A)
-    if not data.id.startswith("phantom/") or modality not in MODALITIES:
-        if task == "finding":
-            return list(data.classes), tuple(data.classes)
-        raise ValueError(
-            f"{data.id} has no truths for the task {task!r}: safety and actions are made up for the phantoms; "
-            "use task='finding', whose truths are the class names"
-        )
-    findings = _table()["findings"][modality]
-    if task == "finding":
-        return list(findings), tuple(findings)
-    return [facts[task] for facts in findings.values()], tuple(_table()["tasks"][task]["labels"])
 
 
 def _table() -> Mapping[str, Any]:
@@ -319,11 +314,8 @@ def list_scenarios(*, root: str | Path | None = None) -> pd.DataFrame:
         wanted = read_questions(path) if path.is_file() else {}
         for image_type in IMAGE_TYPES:
             there = len(wanted) - len(missing_images(scenario, image_type, wanted, root))
-            row = {
-                "id": f"{QUESTIONS_PREFIX}{scenario[:2]}-{image_type}",
-                "scenario": scenario,
-                "image type": image_type,
-            }
+            id = f"{QUESTIONS_PREFIX}{scenario[:2]}-{image_type}"
+            row = {"id": id, "scenario": scenario, "image type": image_type}
             row |= {"questions": count, "images": there, "available": bool(wanted) and there == len(wanted)}
             rows.append(row)
     return pd.DataFrame(rows)

@@ -292,14 +292,10 @@ def _medimeta_members(path: Path) -> NDArray[np.int64]:
 def _hdf5_images(path: Path, members: Positions) -> Source:
     says = f"{path} is not a readable MedIMeta image file"
     with parsed(says, _AGAIN), h5py.File(path) as container:
-        images = _own_images(container)
+        images, last = _own_images(container), max(members, default=0)
         shape, dtype = images.shape, images.dtype
-    if len(shape) != 4 or shape[3] not in (1, 3) or dtype != np.uint8 or (len(members) and shape[0] <= members[-1]):
-        raise ValueError(
-            f"{path}: 'images' is {dtype} of shape {shape}; expected uint8 [N, H, W, 1 or 3] with "
-            f"N > {max(members, default=0)}"
-        )
-    with parsed(says, _AGAIN):
+        if len(shape) != 4 or shape[3] not in (1, 3) or dtype != np.uint8 or (len(members) and shape[0] <= last):
+            raise ValueError(f"'images' is {dtype} of shape {shape}; expected uint8 [N, H, W, 1 or 3] with N > {last}")
         decoding.check_pixels(*shape[1:3])
 
     def read(positions: NDArray[np.int64]) -> Images:

@@ -327,10 +327,9 @@ def _unknown(rows: pd.DataFrame, radius: float) -> bool:
     """Whether no draws reach a radius, or sequential sampling could have certified it but was not asked to."""
     if "radius_reach" not in rows:
         return False
-    if radius > rows["radius_reach"].max():
-        return True
-    tested = rows["radius_tested"] if "radius_tested" in rows else rows["radius_reach"]
-    return bool(((tested < radius) & (radius <= rows["radius_reach"])).any())
+    reach = rows["radius_reach"]
+    tested = rows.get("radius_tested", reach)
+    return bool(radius > reach.max() or ((tested < radius) & (radius <= reach)).any())
 
 
 def _certificate_groups(rows: pd.DataFrame, *further: str) -> list[str]:
