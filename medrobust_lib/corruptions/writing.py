@@ -124,7 +124,17 @@ class BenchmarkPlan:
         }
         for name, value in resolved.items():
             object.__setattr__(self, name, value)
-        self._check_request()
+        check_choice("layout", self.layout, get_args(stored.Layout))
+        if 0 in self.severities or not self.severities:
+            named = "severity 0" if self.severities else "no severity"
+            raise ValueError(f"{named} to write; give one or more of {', '.join(map(str, SEVERITIES))}")
+        if self.layout == "concatenated" and (self.severities != SEVERITIES or self.split != "test"):
+            raise ValueError(
+                f"the concatenated layout holds severities 1 to 5 of the test split in every file; for severities "
+                f"{', '.join(map(str, self.severities))} of {self.split!r} choose the layout 'per-severity'"
+            )
+        if not self.datasets:
+            raise ValueError("no data sets named; give at least one id")
         object.__setattr__(self, "files", {name: self._files_of(name) for name in names})
         places: dict[str, str] = {}
         for name, (_, clean, *_) in self.files.items():
@@ -170,19 +180,6 @@ class BenchmarkPlan:
             f"{sets} corrupted sets of {', '.join(self.files)} and the clean images: {size_text(total)} in "
             f"{self.folder}{written}"
         )
-
-    def _check_request(self) -> None:
-        check_choice("layout", self.layout, get_args(stored.Layout))
-        if 0 in self.severities or not self.severities:
-            named = "severity 0" if self.severities else "no severity"
-            raise ValueError(f"{named} to write; give one or more of {', '.join(map(str, SEVERITIES))}")
-        if self.layout == "concatenated" and (self.severities != SEVERITIES or self.split != "test"):
-            raise ValueError(
-                f"the concatenated layout holds severities 1 to 5 of the test split in every file; for severities "
-                f"{', '.join(map(str, self.severities))} of {self.split!r} choose the layout 'per-severity'"
-            )
-        if not self.datasets:
-            raise ValueError("no data sets named; give at least one id")
 
     def _files_of(self, name: str) -> tuple[PlannedFile, ...]:
         """Files of one data set."""

@@ -31,11 +31,7 @@ _ALIKE = 0.9  # correlation of the pixels, for images that are dark but for a fe
 
 
 def seen_in(
-    images: NDArray[np.uint8],
-    labels: NDArray[np.int64],
-    *,
-    names: Sequence[str],
-    shapes: Sequence[tuple[int, int]],
+    images: NDArray[np.uint8], labels: NDArray[np.int64], *, names: Sequence[str], shapes: Sequence[tuple[int, int]]
 ) -> list[str]:
     """Say what is wrong with the images of a set as a whole, in sentences for its card.
 

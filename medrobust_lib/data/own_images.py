@@ -19,6 +19,7 @@ from medrobust_lib.data.readers import SHOWN_PATH, SPLITS, UNSPLIT, Split, file_
 from medrobust_lib.data.wording import composed
 from medrobust_lib.files import parsed
 
+Labelled = Sequence[tuple[Path, str]]  # files, each with its class
 _SPELLINGS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val"}
 _SPELLINGS |= {"test": "test", "testing": "test"}  # of splits
 _LITTER = {"thumbs.db", "desktop.ini", "__macosx", "@eadir"}  # that systems leave in folders, beside hidden files
@@ -95,7 +96,7 @@ def class_folder_split(root: Path, split: str, *, bit_depth: int | None = None) 
             f"{len(nested)} of {len(images)} images lie in folders below their class folder ({first_of(nested)}) and "
             "were taken for images of that class."
         )
-    listed = _listed(split, images, counts, source=root, base=root, words_in=(root, base), bit_depth=bit_depth)
+    listed = _listed(split, images, counts, source=root, folders=(root, base), bit_depth=bit_depth)
     return replace(listed, splits=tuple(folders), caveats=(*caveats, *listed.caveats))
 
 
@@ -137,32 +138,34 @@ def csv_split(path: Path, split: str, *, bit_depth: int | None = None) -> Split:
             hint = drive if re.search(r"(^|/)[A-Za-z]:[\\/]", str(file)) else ""
             raise FileNotFoundError(f"{path}, line {seen[file]}: no image file at {file}{hint}")
     counts = Counter(label for _, label, _ in rows.values())
-    base = path.absolute().parent
-    listed = _listed(split, chosen, counts, source=path, base=base, words_in=(path.parent,), bit_depth=bit_depth)
+    listed = _listed(split, chosen, counts, source=path, folders=[path.absolute().parent], bit_depth=bit_depth)
     return replace(listed, splits=splits)
 
 
 def _listed(
     split: str,
-    images: Sequence[tuple[Path, str]],
+    images: Labelled,
     counts: Mapping[str, int],
     *,
     source: Path,
-    base: Path,
-    words_in: Sequence[Path],
+    folders: Sequence[Path],
     bit_depth: int | None,
 ) -> Split:
-    """A split of files, each with its class; ``counts`` holds every class, and its images in all splits."""
+    """A split of files below the first folder, each with its class.
+
+    ``counts`` holds every class, and its images in all splits; any of the folders may hold their names in words.
+    """
     codes = _ordered(counts)
     label_of = {code: label for label, code in enumerate(codes)}
     paths = [path for path, _ in images]
     shapes, read = file_images(paths, bit_depth)
+    base = folders[0]
     names = tuple(str(path.relative_to(base)) if path.is_relative_to(base) else path.name for path in paths)
     return Split(
         split=split,
         labels=np.array([label_of[code] for _, code in images], dtype=np.int64),
         codes=codes,
-        names=_names(codes, words_in),
+        names=_names(codes, folders),
         shapes=shapes,
         read=read,
         source=str(source),

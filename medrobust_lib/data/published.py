@@ -224,9 +224,10 @@ def rankings_by_choice(accuracies: pd.DataFrame | None = None) -> pd.DataFrame:
         errors = published_corruption_errors(accuracies, reference=reference)
         for aggregation, column in (("mean of ratios", "mce"), ("ratio of sums", "ratio_of_sums")):
             one = errors[[*_SETS, "model"]].assign(mce=errors[column])
-            parts += [
-                part.assign(reference=reference, aggregation=aggregation) for part in (one, *_means_over_sets(one))
-            ]
+            collections = one.groupby(["collection", "model"], sort=False, as_index=False)["mce"].mean()
+            overall = one.groupby("model", sort=False, as_index=False)["mce"].mean()
+            means = collections.assign(dataset="mean of 5"), overall.assign(collection="all", dataset="mean of 10")
+            parts += [part.assign(reference=reference, aggregation=aggregation) for part in (one, *means)]
     table = pd.concat(parts, ignore_index=True)
     table["rank"] = _rank(table, ["reference", "aggregation", *_SETS])
     as_printed = table[(table["reference"] == REFERENCE) & (table["aggregation"] == "mean of ratios")]
@@ -234,12 +235,6 @@ def rankings_by_choice(accuracies: pd.DataFrame | None = None) -> pd.DataFrame:
     table = table.join(paper, on=[*_SETS, "model"])
     table["moved"] = table["rank"] - table["paper_rank"]
     return table[["reference", "aggregation", *_SETS, "model", "mce", "rank", "paper_rank", "moved"]]
-
-
-def _means_over_sets(one: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
-    collections = one.groupby(["collection", "model"], sort=False, as_index=False)["mce"].mean()
-    overall = one.groupby("model", sort=False, as_index=False)["mce"].mean()
-    return collections.assign(dataset="mean of 5"), overall.assign(collection="all", dataset="mean of 10")
 
 
 def _rank(table: pd.DataFrame, groups: list[str]) -> pd.Series:

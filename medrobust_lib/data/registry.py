@@ -20,7 +20,7 @@ from medrobust_lib.data.decoding import Fit
 from medrobust_lib.data.inspection import close_names, ignored_in, seen_in, tell
 from medrobust_lib.data.own_images import class_folder_split, csv_split, file_advice
 from medrobust_lib.data.readers import FALLBACK_SIZE, SPLITS, Split
-from medrobust_lib.data.wording import ClassWording, checked_templates, class_wording, own_wording
+from medrobust_lib.data.wording import ClassNames, ClassWording, checked_templates, class_wording, own_wording
 from medrobust_lib.files import parsed
 from medrobust_lib.places import default_data_root
 
@@ -71,7 +71,7 @@ class SplitOptions(TypedDict, total=False):
     image_size: int | None
     wording: str
     like: str | None
-    class_names: Mapping[Any, str] | None
+    class_names: ClassNames
     templates: Sequence[str] | None
     bit_depth: int | None
     fit: Fit
@@ -244,21 +244,24 @@ def list_datasets(*, root: str | Path | None = None) -> pd.DataFrame:
         computer), script (the command that fetches or prepares it).
     """
     folder = default_data_root(root)
-    places = {id: _place(row, folder) for id, row in DATASETS.items()}
+    places = [(row, _place(row, folder)) for row in DATASETS.values()]
     table = pd.DataFrame(
         {
             "id": row.id,
             "modality": row.modality,
             "classes": len(class_wording(row.id).names),
-            "image size": _image_size(row, places[row.id]),
+            # MedMNIST's files of 28 px have no size in their names.
+            "image size": int(place.stem.partition("_")[2] or 28)
+            if place and row.kind == "medmnist"
+            else row.image_size,
             **dict.fromkeys(SPLITS),
             **_sizes(row, folder),
             "licence": row.licence,
             "source": row.source,
-            "available": places[row.id] is not None,
+            "available": place is not None,
             "script": row.command,
         }
-        for row in DATASETS.values()
+        for row, place in places
     )
     return table.astype(dict.fromkeys(SPLITS, "Int64"))
 
@@ -269,12 +272,6 @@ def _sizes(row: DatasetEntry, root: Path) -> Mapping[str, int]:
         return row.sizes
     counts = json.loads(manifest.read_text(encoding="utf-8"))["counts"]
     return {split: sum(counts[split].values()) for split in SPLITS if split in counts}
-
-
-def _image_size(row: DatasetEntry, place: Path | None) -> int:
-    if row.kind != "medmnist" or place is None:
-        return row.image_size
-    return int(place.stem.partition("_")[2] or 28)
 
 
 def _place(row: DatasetEntry, root: Path, image_size: int | None = None) -> Path | None:

@@ -11,6 +11,7 @@ from typing import Any
 from medrobust_lib.checks import check_choice, suggest
 
 SITE_A = "-site-a"
+ClassNames = Mapping[Any, str] | None  # what to call each class in a prompt
 
 
 @dataclass(frozen=True)
@@ -83,12 +84,7 @@ def class_wording(set_name: str, *, wording: str = "paper") -> ClassWording:
 
 
 def own_wording(
-    codes: Sequence[str],
-    nouns: Sequence[str],
-    *,
-    class_names: Mapping[Any, str] | None,
-    templates: Sequence[str] | None,
-    source: str,
+    codes: Sequence[str], nouns: Sequence[str], *, class_names: ClassNames, templates: Sequence[str] | None, source: str
 ) -> ClassWording:
     """Words for images that are in no registry: the names of their folders, or what the caller says.
 
