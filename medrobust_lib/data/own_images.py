@@ -20,8 +20,8 @@ from medrobust_lib.data.wording import composed
 from medrobust_lib.files import parsed
 
 Labelled = Sequence[tuple[Path, str]]  # files, each with its class
-_SPELLINGS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val"}
-_SPELLINGS |= {"test": "test", "testing": "test"}  # of splits
+_SPELLINGS = {"training": "train", "valid": "val", "validation": "val", "testing": "test"}
+_SPELLINGS |= {split: split for split in SPLITS}
 _LITTER = {"thumbs.db", "desktop.ini", "__macosx", "@eadir"}  # that systems leave in folders, beside hidden files
 # What BUSI and others add to the name of an image for the drawing of its lesion.
 _MASK = re.compile(r"(.+)_(?:mask|seg|segmentation|label)s?(?:_\d+)?", re.IGNORECASE)
@@ -96,7 +96,7 @@ def class_folder_split(root: Path, split: str, *, bit_depth: int | None = None) 
             f"{len(nested)} of {len(images)} images lie in folders below their class folder ({first_of(nested)}) and "
             "were taken for images of that class."
         )
-    listed = _listed(split, images, counts, source=root, folders=(root, base), bit_depth=bit_depth)
+    listed = _listed(split, images, counts, source=root, folders=[root, base], bit_depth=bit_depth)
     return replace(listed, splits=tuple(folders), caveats=(*caveats, *listed.caveats))
 
 
@@ -143,13 +143,7 @@ def csv_split(path: Path, split: str, *, bit_depth: int | None = None) -> Split:
 
 
 def _listed(
-    split: str,
-    images: Labelled,
-    counts: Mapping[str, int],
-    *,
-    source: Path,
-    folders: Sequence[Path],
-    bit_depth: int | None,
+    split: str, images: Labelled, counts: Mapping[str, int], *, source: Path, folders: list[Path], bit_depth: int | None
 ) -> Split:
     """A split of files below the first folder, each with its class.
 

@@ -245,14 +245,13 @@ def _rank(table: pd.DataFrame, groups: list[str]) -> pd.Series:
 def _table_2(errors: pd.DataFrame) -> pd.DataFrame:
     names = {"relative_clean_error": "clean error", "mce": "mCE"}
     names |= {c: f"CE, {c.removeprefix('ce_')}" for c in errors if c.startswith("ce_")}
-    recomputed = errors.rename(columns=names).melt(
-        [*_SETS, "model"], list(names.values()), var_name="entry", value_name="recomputed"
-    )
+    keys = [*_SETS, "model"]
+    recomputed = errors.rename(columns=names).melt(keys, [*names.values()], var_name="entry", value_name="recomputed")
     printed = load_published("robustmedclip_table2_mce")
     entry = printed["measure"].replace({"mean corruption error": "mCE"})
     printed["entry"] = entry.where(entry != "corruption error", "CE, " + printed["corruption"].astype(str))
     printed = printed.rename(columns={"percent_of_clip": "printed"})
-    return _matched("Table 2", printed, recomputed, [*_SETS, "model", "entry"])
+    return _matched("Table 2", printed, recomputed, [*keys, "entry"])
 
 
 def _table_3(errors: pd.DataFrame) -> pd.DataFrame:
@@ -286,10 +285,9 @@ def _readme(errors: pd.DataFrame) -> pd.DataFrame:
     means = errors.groupby("model", as_index=False)[["relative_clean_error", "mce"]].mean()
     means = means.rename(columns={"relative_clean_error": "clean error", "mce": "mCE"})
     recomputed = means.melt("model", var_name="entry", value_name="recomputed")
-    printed = load_published("robustmedclip_readme").rename(
-        columns={"clean_error_percent_of_clip": "clean error", "mce_percent_of_clip": "mCE"}
-    )
-    printed = printed.melt("model", ["clean error", "mCE"], var_name="entry", value_name="printed")
+    names = {"clean_error_percent_of_clip": "clean error", "mce_percent_of_clip": "mCE"}
+    printed = load_published("robustmedclip_readme").rename(columns=names)
+    printed = printed.melt("model", [*names.values()], var_name="entry", value_name="printed")
     return _matched("README", printed.assign(collection="all", dataset="mean of 10"), recomputed, ["model", "entry"])
 
 

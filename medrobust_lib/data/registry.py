@@ -343,9 +343,8 @@ def _stated(path: str) -> tuple[str, dict[str, Any]]:
     name, mark, query = path.rpartition("?")
     if not mark or Path(path).expanduser().exists():
         return path, {}
-    with parsed(
-        f"{query!r} behind {name}", "It may state bit_depth=NUMBER and fit=crop or fit=pad, with & between them."
-    ):
+    advice = "It may state bit_depth=NUMBER and fit=crop or fit=pad, with & between them."
+    with parsed(f"{query!r} behind {name}", advice):
         stated: dict[str, Any] = dict(parse_qsl(query, strict_parsing=True))
         if unknown := set(stated) - {"bit_depth", "fit"}:
             raise ValueError(f"{min(unknown)} is unknown")

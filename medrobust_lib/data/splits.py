@@ -187,6 +187,7 @@ def fraction_splits(
     """
     check_keywords(fraction_splits, options, SplitOptions.__annotations__)
     check_positive("fraction", fraction, most=1, hint=": give a share of the train images, such as 0.1")
+    fraction = float(fraction)
     check_whole("n_val", n_val)
     check_whole("n_test", n_test)
     check_whole("seed", seed, least=0)
@@ -210,7 +211,7 @@ def fraction_splits(
     wanted = max(asked, len(np.unique(learning.labels[learnable])))
     learned = _among(learning.labels, free, n=wanted, seed=seed)
     train = learning.read(
-        learned, n=len(learned), seed=seed, test_seed=test_seed, fraction=float(fraction), of=len(learnable),
+        learned, n=len(learned), seed=seed, test_seed=test_seed, fraction=fraction, of=len(learnable),
         drawn="stratified fraction of the train images, at least one of each class",
     )  # fmt: skip
     if len(learned) != asked:
@@ -224,9 +225,7 @@ def fraction_splits(
         notes.append(f"no image for validation: {', '.join(missing)}")
     test = _drawn(sides.testing, sides.testable, n=n_test, seed=test_seed)
     notes += _part_notes(test, train=train, val=val)
-    return FractionSplits(
-        train=train, val=val, test=test, fraction=float(fraction), divided=sides.divided, notes=tuple(notes)
-    )
+    return FractionSplits(train=train, val=val, test=test, fraction=fraction, divided=sides.divided, notes=tuple(notes))
 
 
 @dataclass(frozen=True)

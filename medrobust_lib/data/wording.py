@@ -72,15 +72,9 @@ def class_wording(set_name: str, *, wording: str = "paper") -> ClassWording:
     choices = ("paper", "clear", *(name for name in entry["alternatives"] if name != "clear"))
     check_choice(f"wording of {set_name}", wording, choices)
     nouns = entry["alternatives"].get(wording, entry["prompt_nouns"])
-    return ClassWording(
-        set_name=set_name,
-        wording=wording,
-        names=tuple(entry["names"]),
-        prompt_nouns=tuple(nouns),
-        templates=tuple(entry["templates"]),
-        spellings=_spellings(entry),
-        start=entry.get("start", ""),
-    )
+    names, templates = tuple(entry["names"]), tuple(entry["templates"])
+    spellings, start = _spellings(entry), entry.get("start", "")
+    return ClassWording(set_name, wording, names, tuple(nouns), templates, spellings, start)
 
 
 def own_wording(
