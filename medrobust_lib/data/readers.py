@@ -88,8 +88,8 @@ class Split:
         ValueError
             A class that is not in the list.
         """
-        pairs = [map(words.label_of, pair) for pair in zip(self.codes, self.names, strict=True)]
-        target = [by_name if by_code is None else by_code for by_code, by_name in pairs]
+        by_code, by_name = (list(map(words.label_of, names)) for names in (self.codes, self.names))
+        target = [second if first is None else first for first, second in zip(by_code, by_name, strict=True)]
         if None in target:
             listing = ", ".join(f"{index} {known!r}" for index, known in enumerate(words.names))
             raise ValueError(
