@@ -8,8 +8,10 @@ import re
 import shutil
 import signal
 import sys
+import tomllib
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,25 +23,8 @@ SUMS_NAME = "SHA256SUMS"
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _NO_LOCKS_HERE = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP}
 _SHOWN_CHARACTERS = 300  # of a parser's own message
-_ELSEWHERE = "name another place, in which you may write"
-# What helps, after the path and the system's own words.
-_REMEDIES = {
-    errno.ENOENT: "check the name",
-    errno.EACCES: f"change its permissions, or {_ELSEWHERE}",
-    errno.EPERM: f"change its permissions, or {_ELSEWHERE}",
-    errno.EROFS: _ELSEWHERE,
-    errno.EIO: f"the disk is damaged or gone: {_ELSEWHERE}",
-    errno.ENOTDIR: "a file stands where a folder should be: move it away, or name another folder",
-    errno.EEXIST: "move it away, or give another name",
-    errno.ENOTEMPTY: "move away what it holds, or give another name",
-    errno.EISDIR: "name a file",
-    errno.ENAMETOOLONG: "give a shorter name",
-    errno.ELOOP: "its links lead in a circle: name the file itself",
-    errno.EMFILE: "allow more, for example with `ulimit -n 4096`, or start fewer jobs at a time",
-    errno.ENFILE: "close other programs, or start fewer jobs at a time",
-    errno.EDQUOT: "free some of your quota, or name a folder on another disk",
-    errno.ENOSPC: "free some, or name a folder on another disk",
-}
+_WORDS = tomllib.loads(files("medrobust_lib").joinpath("remedies.toml").read_text(encoding="utf-8"))
+_REMEDIES = {getattr(errno, name): words for name, words in _WORDS.items()}
 
 
 class DownloadError(RuntimeError):

@@ -4,9 +4,10 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
+import pandas as pd
 import typer
 
-from medrobust_lib.corruptions.stored import Layout, check_benchmark
+from medrobust_lib.corruptions.stored import Layout, read_ledger
 from medrobust_lib.corruptions.suites import SEVERITIES
 from medrobust_lib.corruptions.writing import BenchmarkPlan, write_benchmark
 from medrobust_lib.files import reported_errors
@@ -63,6 +64,25 @@ def run_command(folder: Path, datasets: list[str], *, dry_run: bool, check: bool
             return
         table = write_benchmark(folder, names, jobs=jobs, **options)
         typer.echo(f"{folder}  ready, {len(table)} files with their SHA-256 in table.csv")
+
+
+def check_benchmark(folder: str | Path) -> pd.DataFrame:
+    """Compare every file of a collection with its manifest; reads all of them.
+
+    Returns
+    -------
+    DataFrame
+        ``table.csv`` with the column "state": "whole", "missing", "truncated" or "changed".
+
+    Raises
+    ------
+    ValueError
+        The folder has no manifest of ours, or its run did not finish any data set.
+    """
+    ledger = read_ledger(Path(folder))
+    if ledger is None:
+        raise ValueError(f"{folder} has no manifest of corrupted sets, so nothing in it can be verified")
+    return pd.DataFrame(list(ledger.rows.values())).assign(state=list(map(ledger.state, ledger.rows)))
 
 
 def _listed(text: str) -> list[str]:

@@ -26,8 +26,8 @@ from medrobust_lib.checks import check_choice, suggest
 from medrobust_lib.corruptions.functions import Pixels
 from medrobust_lib.corruptions.suites import SEVERITIES, check_severity
 from medrobust_lib.data.dataset import ImageDataset, check_labels
-from medrobust_lib.data.decoding import member_header, member_labels, member_names_of, member_rows
-from medrobust_lib.data.registry import DATASETS
+from medrobust_lib.data.decoding import as_rgb, listed_members, member_names_of, member_rows
+from medrobust_lib.data.registry import DATASETS, labelled
 from medrobust_lib.data.wording import class_wording
 from medrobust_lib.experiments.store import read_parameters
 from medrobust_lib.files import file_sha256, inside, parsed, read_json_object, whole_file
@@ -145,7 +145,7 @@ def read_npz(
         positions = np.arange(part * count, (part + 1) * count)
         images = np.empty((count, *shape[1:3], 3), np.uint8)
         for place, row in enumerate(member_rows(path, members[0], positions)):
-            images[place] = row[..., None] if row.ndim == 2 else row
+            images[place] = as_rgb(row)
     return images, labels[positions]
 
 
@@ -156,11 +156,7 @@ def read_labels(path: Path, *, members: tuple[str, str]) -> tuple[tuple[int, ...
         missing = [name for name in members if name not in held]
         if missing:
             raise ValueError(f"no array {missing[0]!r} in it; it holds {', '.join(held) or 'nothing'}")
-        shape, _ = member_header(archive, members[0])
-        if len(shape) not in (3, 4) or (len(shape) == 4 and shape[3] not in (1, 3)):
-            raise ValueError(f"{members[0]} has shape {shape}; expected [N, H, W] or [N, H, W, 3]")
-        labels = member_labels(archive, members[1], count=shape[0])
-    return shape, labels
+        return listed_members(archive, *members)
 
 
 def remove_leftovers(files: Iterable[Path]) -> None:
@@ -241,24 +237,21 @@ def read_corrupted(
     severity = check_severity(severity)
     if corruption == CLEAN and severity:
         raise ValueError(f"severity={severity} of the clean images; name a corruption, or leave severity at 0")
-    ledger = _read_ledger(folder)
+    ledger = read_ledger(folder)
     if ledger is None:
         return _read_foreign(folder, dataset, corruption, severity, split, label_order)
     if label_order is not None:
         raise ValueError(f"label_order is for files without a manifest; {folder} has one, and labels of the class list")
-    clean = set_file(ledger.layout, dataset, split, CLEAN, 0)
-    file = set_file(ledger.layout, dataset, split, corruption, severity)
+    layout: Layout = ledger.parameters["layout"]
+    clean = set_file(layout, dataset, split, CLEAN, 0)
+    file = set_file(layout, dataset, split, corruption, severity)
     description = Path(clean).with_name(f"{DESCRIPTION}.json").as_posix()
     for name in (description, file):
         ledger.check(name, verify=verify)
     facts = read_json_object(folder / description, "a description of corrupted sets", _ANEW)
-    images, labels = _read_severity(folder / file, ledger.layout, severity)
-    done = {
-        "name": corruption if severity else CLEAN,
-        "severity": severity,
-        "suite": ledger.parameters["suite"]["id"],
-        "seed": ledger.parameters["seed"],
-    }
+    images, labels = _read_severity(folder / file, layout, severity)
+    suite, seed = ledger.parameters["suite"]["id"], ledger.parameters["seed"]
+    done = {"name": corruption if severity else CLEAN, "severity": severity, "suite": suite, "seed": seed}
     with parsed(f"{folder / description} does not describe {folder / file}", _ANEW):
         facts["provenance"] = {
             "caveats": [],  # of sets written before there were any
@@ -278,25 +271,6 @@ def _read_severity(path: Path, layout: Layout, severity: int) -> tuple[Pixels, N
     return read_npz(path, members=member_names(layout), part=(severity - 1) % parts, parts=parts)
 
 
-def check_benchmark(folder: str | Path) -> pd.DataFrame:
-    """Compare every file of a collection with its manifest; reads all of them.
-
-    Returns
-    -------
-    DataFrame
-        ``table.csv`` with the column "state": "whole", "missing", "truncated" or "changed".
-
-    Raises
-    ------
-    ValueError
-        The folder has no manifest of ours, or its run did not finish any data set.
-    """
-    ledger = _read_ledger(Path(folder))
-    if ledger is None:
-        raise ValueError(f"{folder} has no manifest of corrupted sets, so nothing in it can be verified")
-    return pd.DataFrame(list(ledger.rows.values())).assign(state=list(map(ledger.state, ledger.rows)))
-
-
 @dataclass(frozen=True)
 class Ledger:
     """What a collection of ours records about itself: its folder, parameters and the row of each file."""
@@ -304,11 +278,6 @@ class Ledger:
     folder: Path
     parameters: Mapping[str, Any]
     rows: Mapping[str, Mapping[str, Any]]
-
-    @property
-    def layout(self) -> Layout:
-        """Of the files below the folder."""
-        return self.parameters["layout"]
 
     def state(self, file: str, *, verify: bool = True) -> str:
         """One of missing, truncated, changed and whole; a file without a record is missing."""
@@ -339,7 +308,7 @@ class Ledger:
             raise ValueError(f"{path} {says[state]}. {_AGAIN}")
 
 
-def _read_ledger(folder: Path) -> Ledger | None:
+def read_ledger(folder: Path) -> Ledger | None:
     """Manifest and table of a collection, or None where it has no manifest of ours."""
     if not folder.is_dir():
         raise FileNotFoundError(f"no folder at {folder.absolute()}")
@@ -380,32 +349,22 @@ def _read_foreign(
             raise ValueError(f"label_order={list(label_order)}: name each class of {dataset} once: {list(words.names)}")
         check_labels(labels, label_order, str(path))
         labels = np.array(order, dtype=np.int64)[labels]
-    warnings.warn(
+    message = (
         f"{folder} has no manifest of ours: nothing was verified, neither that {path.name} is whole and unchanged nor "
-        f"that its labels follow the class list {', '.join(words.names)}",
-        UserWarning,
-        stacklevel=3,
+        f"that its labels follow the class list {', '.join(words.names)}"
     )
-    return ImageDataset(
-        id=dataset,
-        split=split,
-        images=images,
-        labels=labels,
-        classes=words.prompt_nouns,
-        templates=words.templates,
-        modality=row.modality,
-        licence=row.licence,
-        provenance={
-            "source": f"{row.source}; corrupted by others",
-            "read_from": str(path),
-            "synthetic": row.kind == "phantom",
-            "split_size": len(labels),
-            "corruption": {"name": corruption if severity else CLEAN, "severity": severity},
-            "verified": "nothing: no manifest beside the files",
-            "caveats": [],  # what corruptions do to images is no fault of the set
-        },
-        indices=np.arange(len(labels)),
-    )
+    warnings.warn(message, UserWarning, stacklevel=3)
+    provenance = {
+        "source": f"{row.source}; corrupted by others",
+        "read_from": str(path),
+        "synthetic": row.kind == "phantom",
+        "split_size": len(labels),
+        "corruption": {"name": corruption if severity else CLEAN, "severity": severity},
+        "verified": "nothing: no manifest beside the files",
+        "caveats": [],  # what corruptions do to images is no fault of the set
+    }
+    places = np.arange(len(labels))
+    return labelled(row, words, split=split, images=images, labels=labels, indices=places, provenance=provenance)
 
 
 def _foreign_file(folder: Path, dataset: str, corruption: str, severity: int, split: str) -> tuple[Path, Layout]:

@@ -1,4 +1,4 @@
-"""The two benchmark suites: which corruptions they hold and what their five severities mean.
+"""The two benchmark suites: which corruptions they hold and what their five severities mean (``suites.toml``).
 
 Parameters are in pixels of a 224 x 224 image and in grey levels, and are applied unchanged at every size, as the
 benchmarks' authors do: a blur of 41 pixels is far stronger at 28 x 28 than at 224 x 224. Compare results at one size.
@@ -18,9 +18,11 @@ same size and colour, and fill less of their square (.53 of it; the official mas
 import hashlib
 import json
 import operator
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+import tomllib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
+from importlib.resources import files
 from inspect import signature
 from types import MappingProxyType
 
@@ -29,8 +31,7 @@ from numpy.typing import ArrayLike, NDArray
 from PIL import Image
 
 from medrobust_lib.checks import check_choice, closest
-from medrobust_lib.corruptions import functions
-from medrobust_lib.corruptions.blur import defocus_blur, gaussian_blur, motion_blur, zoom_blur
+from medrobust_lib.corruptions import blur, functions
 from medrobust_lib.corruptions.functions import Pixels, check_images
 from medrobust_lib.data.dataset import ImageDataset
 
@@ -75,21 +76,27 @@ class Suite:
     Attributes
     ----------
     id : str
-    corruptions : tuple of str
-        Names in the benchmark's order; for a suite with a list per data set, the union of the lists.
-    extra : tuple of str
-        Further names that the suite can make and the benchmark does not evaluate.
     families : mapping of str to tuple of Corruption
         What each family of data sets gets. One family named "" serves every data set.
+    extra : tuple of str
+        Names that the suite can make and the benchmark does not evaluate.
     gray : frozenset of str
         Families whose results are luma, whatever the channels of the images, as in the benchmark's files.
+    family_of : mapping of str to str
+        Family by the last part of a data set's id, where the two differ.
     """
 
     id: str
-    corruptions: tuple[str, ...]
-    extra: tuple[str, ...]
     families: Mapping[str, tuple[Corruption, ...]]
+    extra: tuple[str, ...] = ()
     gray: frozenset[str] = frozenset()
+    family_of: Mapping[str, str] = field(default_factory=dict)
+
+    @cached_property
+    def corruptions(self) -> tuple[str, ...]:
+        """Names that the benchmark evaluates, in its order; of lists per family the union."""
+        names = dict.fromkeys(row.name for rows in self.families.values() for row in rows)
+        return tuple(name for name in names if name not in self.extra)
 
     def family(self, dataset: str = "") -> str:
         """Family whose parameters a data set gets.
@@ -107,11 +114,11 @@ class Suite:
         if "" in self.families:
             return ""
         last = dataset.rsplit("/", 1)[-1]
-        found = _FAMILY_OF.get(last, last)
+        found = self.family_of.get(last, last)
         if found not in self.families:
             raise ValueError(
                 f"suite {self.id} has its own parameters for each kind of data set and none for {dataset!r}; "
-                f"it knows {', '.join(self.families)}{_closest(last, (*self.families, *_FAMILY_OF))}"
+                f"it knows {', '.join(self.families)}{_closest(last, (*self.families, *self.family_of))}"
             )
         return found
 
@@ -166,128 +173,32 @@ def _closest(name: object, among: Iterable[str]) -> str:
     return f" (did you mean {close[0]!r}?)" if close else ""
 
 
-def _row(name: str, function: Callable[..., Pixels], **columns: tuple[Parameter, ...]) -> Corruption:
-    """Corruption from one column of five values per parameter."""
-    values = zip(*columns.values(), strict=True)
-    return Corruption(name, function, tuple(MappingProxyType(dict(zip(columns, row, strict=True))) for row in values))
+def _read_suites() -> Mapping[str, Suite]:
+    """The suites of ``suites.toml``."""
+    text = files("medrobust_lib.corruptions").joinpath("suites.toml").read_text(encoding="utf-8")
+    suites = {}
+    for id, table in tomllib.loads(text).items():
+        families = {
+            family: tuple(_corruption(name, **columns) for name, columns in rows.items())
+            for family, rows in table["families"].items()
+        }
+        extra, gray, family_of = (table.get(name, ()) for name in ("extra", "gray", "family_of"))
+        suites[id] = Suite(id, MappingProxyType(families), tuple(extra), frozenset(gray), dict(family_of))
+    return MappingProxyType(suites)
 
 
-def _zooms(stop: float, step: float) -> tuple[float, ...]:
-    """Zoom factors from 1 on, to the last bit those of the public implementation: a crop's size can hang on it."""
-    return tuple(np.arange(1, stop, step).tolist())
+def _corruption(name: str, *, function: str = "", **columns: Sequence[float] | Sequence[Sequence[float]]) -> Corruption:
+    """Corruption from one column of five values per parameter; the function's name where it is another."""
+    home = next(module for module in (functions, blur) if hasattr(module, function or name))
+    severities = []
+    for values in zip(*columns.values(), strict=True):
+        frozen = (tuple(value) if isinstance(value, list) else value for value in values)
+        severities.append(MappingProxyType(dict(zip(columns, frozen, strict=True))))
+    return Corruption(name, getattr(home, function or name), tuple(severities))
 
 
-# ImageNet-C's constants (Hendrycks and Dietterich 2019). Imam et al. (2025) name ImageNet-C as their model and publish
-# no constants, so that MediMeta-C was made with these is an assumption.
-_IMAGENET_C = (
-    _row("gaussian_noise", functions.gaussian_noise, sigma=(0.08, 0.12, 0.18, 0.26, 0.38)),
-    _row("impulse_noise", functions.impulse_noise, amount=(0.03, 0.06, 0.09, 0.17, 0.27)),
-    _row("motion_blur", motion_blur, radius=(10, 15, 15, 15, 20), sigma=(3, 5, 8, 12, 15)),
-    _row(
-        "zoom_blur",
-        zoom_blur,
-        factors=(_zooms(1.11, 0.01), _zooms(1.16, 0.01), _zooms(1.21, 0.02), _zooms(1.26, 0.02), _zooms(1.31, 0.03)),
-    ),
-    _row("brightness", functions.brightness, added=(0.1, 0.2, 0.3, 0.4, 0.5)),
-    _row("contrast", functions.contrast, factor=(0.4, 0.3, 0.2, 0.1, 0.05)),
-    _row("pixelate", functions.pixelate, factor=(0.6, 0.5, 0.4, 0.3, 0.25)),
-    _row("jpeg_compression", functions.jpeg_compression, quality=(25, 18, 15, 10, 7)),
-)
-
-# The official MedMNIST-C registry (Di Salvo et al. 2024, package medmnistc 0.1.0), its evaluated five severities.
-_JPEG = _row("jpeg_compression", functions.jpeg_compression, quality=(50, 30, 15, 10, 7))
-_COARSE_PIXELS = _row("pixelate", functions.pixelate, factor=(0.3, 0.25, 0.2, 0.15, 0.1))
-_BRIGHTER = _row("brightness_up", functions.scale_brightness, factor=(1.1, 1.2, 1.3, 1.4, 1.5))
-_DARKER = _row("brightness_down", functions.scale_brightness, factor=(0.9, 0.8, 0.7, 0.6, 0.5))
-_FLATTER = _row("contrast_down", functions.scale_contrast, factor=(0.9, 0.8, 0.7, 0.6, 0.4))
-_SPECKLE = _row("speckle_noise", functions.speckle_noise, sigma=(0.1, 0.15, 0.2, 0.25, 0.3))
-
-_MEDMNIST_C: Mapping[str, tuple[Corruption, ...]] = MappingProxyType(
-    {
-        "blood": (
-            _row("pixelate", functions.pixelate, factor=(0.6, 0.5, 0.4, 0.3, 0.25)),
-            _JPEG,
-            _row("defocus_blur", defocus_blur, radius=(2, 3, 4, 5, 6), edge_sigma=(0.01, 0.1, 0.1, 0.1, 0.1)),
-            _row("motion_blur", motion_blur, radius=(3, 5, 10, 10, 10), sigma=(3, 5, 5, 7, 9)),
-            _row("brightness_up", functions.scale_brightness, factor=(1.1, 1.2, 1.3, 1.35, 1.4)),
-            _DARKER,
-            _row("contrast_up", functions.scale_contrast, factor=(1.1, 1.15, 1.2, 1.25, 1.3)),
-            _row("contrast_down", functions.scale_contrast, factor=(0.9, 0.8, 0.7, 0.6, 0.5)),
-            _row("saturate", functions.saturate, added=(0.05, 0.1, 0.15, 0.17, 0.2)),
-            _row("stain_deposit", functions.stain_deposit, most=(1, 2, 3, 3, 3), side=(24, 24, 24, 24, 32)),
-            _row("bubble", functions.bubble, largest_radius=(5, 7, 10, 12, 15), most=(10, 10, 10, 12, 12)),
-        ),
-        "breast": (
-            _COARSE_PIXELS,
-            _JPEG,
-            _SPECKLE,
-            _row("motion_blur", motion_blur, radius=(5, 9, 9, 13, 17), sigma=(5, 7, 10, 10, 12)),
-            _row("brightness_up", functions.scale_brightness, factor=(1.4, 1.5, 1.6, 1.8, 2.0)),
-            _row("brightness_down", functions.scale_brightness, factor=(0.55, 0.5, 0.45, 0.4, 0.3)),
-            _FLATTER,
-        ),
-        "pneumonia": (
-            _row("pixelate", functions.pixelate, factor=(0.8, 0.7, 0.6, 0.5, 0.4)),
-            _JPEG,
-            _row("gaussian_noise", functions.gaussian_noise, sigma=(0.04, 0.05, 0.06, 0.07, 0.08)),
-            _row("speckle_noise", functions.speckle_noise, sigma=(0.05, 0.07, 0.1, 0.15, 0.2)),
-            _row("impulse_noise", functions.impulse_noise, amount=(0.005, 0.01, 0.013, 0.017, 0.02)),
-            _row("shot_noise", functions.shot_noise, photons=(300, 200, 150, 100, 80)),
-            _row("gaussian_blur", gaussian_blur, width=(3, 5, 7, 9, 11)),
-            _BRIGHTER,
-            _DARKER,
-            _row("contrast_up", functions.scale_contrast, factor=(1.1, 1.2, 1.3, 1.4, 1.6)),
-            _FLATTER,
-            _row("gamma_corr_up", functions.gamma_correction, exponent=(1.1, 1.2, 1.3, 1.4, 1.6)),
-            _row("gamma_corr_down", functions.gamma_correction, exponent=(0.9, 0.8, 0.7, 0.6, 0.4)),
-        ),
-        "retina": (
-            _row("pixelate", functions.pixelate, factor=(0.8, 0.6, 0.5, 0.4, 0.35)),
-            _row("jpeg_compression", functions.jpeg_compression, quality=(30, 25, 20, 10, 5)),
-            _row("gaussian_noise", functions.gaussian_noise, sigma=(0.04, 0.08, 0.12, 0.16, 0.2)),
-            _SPECKLE,
-            _row("defocus_blur", defocus_blur, radius=(4, 5, 6, 7, 8), edge_sigma=(0.1, 0.2, 0.3, 0.4, 0.5)),
-            _row("motion_blur", motion_blur, radius=(8, 15, 15, 15, 20), sigma=(5, 5, 8, 12, 15)),
-            _DARKER,
-            _FLATTER,
-        ),
-        "oct": (
-            _COARSE_PIXELS,
-            _row("jpeg_compression", functions.jpeg_compression, quality=(30, 15, 10, 7, 5)),
-            _row("speckle_noise", functions.speckle_noise, sigma=(0.15, 0.3, 0.4, 0.5, 0.6)),
-            _row("defocus_blur", defocus_blur, radius=(0.5, 1, 1.5, 2, 2.5), edge_sigma=(0.6, 0.5, 0.1, 0.5, 0.1)),
-            _row("motion_blur", motion_blur, radius=(10, 15, 15, 15, 20), sigma=(3, 5, 8, 12, 15)),
-            _row("contrast_down", functions.scale_contrast, factor=(0.6, 0.4, 0.3, 0.2, 0.15)),
-        ),
-    }
-)
-_FAMILY_OF = MappingProxyType(
-    {
-        "bloodmnist": "blood",
-        "pbc": "blood",
-        "breastmnist": "breast",
-        "pneumoniamnist": "pneumonia",
-        "chest": "pneumonia",
-        "retinamnist": "retina",
-        "fundus": "retina",
-        "octmnist": "oct",
-    }
-)
-
-MEDIMETA_C = Suite(
-    id="medimeta-c",
-    corruptions=tuple(row.name for row in _IMAGENET_C if row.name != "jpeg_compression"),
-    extra=("jpeg_compression",),  # of ImageNet-C, not of MediMeta-C
-    families=MappingProxyType({"": _IMAGENET_C}),
-)
-MEDMNIST_C = Suite(
-    id="medmnist-c",
-    corruptions=tuple(dict.fromkeys(row.name for rows in _MEDMNIST_C.values() for row in rows)),
-    extra=(),
-    families=_MEDMNIST_C,
-    gray=frozenset({"breast", "pneumonia", "oct"}),
-)
-SUITES: Mapping[str, Suite] = MappingProxyType({suite.id: suite for suite in (MEDIMETA_C, MEDMNIST_C)})
+SUITES: Mapping[str, Suite] = _read_suites()
+MEDIMETA_C, MEDMNIST_C = SUITES["medimeta-c"], SUITES["medmnist-c"]
 
 
 def corrupt(

@@ -10,7 +10,7 @@ import shutil
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
-from dataclasses import KW_ONLY, dataclass, field
+from dataclasses import KW_ONLY, asdict, dataclass, field
 from importlib.metadata import version
 from itertools import product
 from pathlib import Path, PurePosixPath
@@ -40,6 +40,7 @@ class PlannedFile:
         Path below the collection's folder.
     dataset : str
         Id of its `ImageDataset`.
+    split : str
     corruption : str
         Or "clean", or "description" (the JSON file with classes, prompts and indices).
     severities : tuple of int
@@ -52,6 +53,7 @@ class PlannedFile:
 
     file: str
     dataset: str
+    split: str
     corruption: str
     severities: tuple[int, ...]
     images: int
@@ -122,7 +124,17 @@ class BenchmarkPlan:
         }
         for name, value in resolved.items():
             object.__setattr__(self, name, value)
-        self._check_request()
+        check_choice("layout", self.layout, get_args(stored.Layout))
+        if 0 in self.severities or not self.severities:
+            named = "severity 0" if self.severities else "no severity"
+            raise ValueError(f"{named} to write; give one or more of {', '.join(map(str, SEVERITIES))}")
+        if self.layout == "concatenated" and (self.severities != SEVERITIES or self.split != "test"):
+            raise ValueError(
+                f"the concatenated layout holds severities 1 to 5 of the test split in every file; for severities "
+                f"{', '.join(map(str, self.severities))} of {self.split!r} choose the layout 'per-severity'"
+            )
+        if not self.datasets:
+            raise ValueError("no data sets named; give at least one id")
         object.__setattr__(self, "files", {name: self._files_of(name) for name in names})
         places: dict[str, str] = {}
         for name, (_, clean, *_) in self.files.items():
@@ -169,19 +181,6 @@ class BenchmarkPlan:
             f"{self.folder}{written}"
         )
 
-    def _check_request(self) -> None:
-        check_choice("layout", self.layout, get_args(stored.Layout))
-        if 0 in self.severities or not self.severities:
-            named = "severity 0" if self.severities else "no severity"
-            raise ValueError(f"{named} to write; give one or more of {', '.join(map(str, SEVERITIES))}")
-        if self.layout == "concatenated" and (self.severities != SEVERITIES or self.split != "test"):
-            raise ValueError(
-                f"the concatenated layout holds severities 1 to 5 of the test split in every file; for severities "
-                f"{', '.join(map(str, self.severities))} of {self.split!r} choose the layout 'per-severity'"
-            )
-        if not self.datasets:
-            raise ValueError("no data sets named; give at least one id")
-
     def _files_of(self, name: str) -> tuple[PlannedFile, ...]:
         """Files of one data set."""
         sample = load_dataset(name, split=self.split, n=1, root=self.root, image_size=self.image_size)
@@ -202,9 +201,9 @@ class BenchmarkPlan:
         for corruption, severities in [(stored.CLEAN, (0,)), *product(corruptions, together)]:
             file = stored.set_file(self.layout, sample.id, self.split, corruption, severities[0])
             count = images * len(severities)
-            planned.append(PlannedFile(file, sample.id, corruption, severities, count, count * size))
+            planned.append(PlannedFile(file, sample.id, self.split, corruption, severities, count, count * size))
         description = str(PurePosixPath(planned[0].file).with_name(f"{stored.DESCRIPTION}.json"))
-        return PlannedFile(description, sample.id, stored.DESCRIPTION, (0,), images, 0), *planned
+        return PlannedFile(description, sample.id, self.split, stored.DESCRIPTION, (0,), images, 0), *planned
 
 
 def write_benchmark(folder: str | Path, datasets: Iterable[str], *, jobs: int = 1, **options: Any) -> pd.DataFrame:
@@ -245,14 +244,9 @@ def write_benchmark(folder: str | Path, datasets: Iterable[str], *, jobs: int = 
         recorded = {file: store.rows(file)[0] for file in store.done}
         ledger = stored.Ledger(plan.folder, plan.parameters, recorded)
         done = {file.file for file in plan.all_files if ledger.state(file.file, verify=False) == "whole"}
-        rows = progress(
-            _written(plan, store, ledger, done, jobs),
-            total=len(plan),
-            done=len(done),
-            description=f"write {plan.folder.name}",
-            unit="files",
-        )
-        for row, seconds in rows:
+        written = _written(plan, store, ledger, done, jobs)
+        said = f"write {plan.folder.name}"
+        for row, seconds in progress(written, total=len(plan), done=len(done), description=said, unit="files"):
             earlier = recorded.get(row["file"])
             if earlier is None:
                 store.append(row["file"], [row], seconds=seconds)
@@ -338,16 +332,9 @@ def _write_set(
 
 def _row(plan: BenchmarkPlan, file: PlannedFile) -> dict[str, Any]:
     path = plan.folder / file.file
+    facts = {name: value for name, value in asdict(file).items() if name != "size"}
+    facts["severities"] = " ".join(map(str, file.severities))
     # The bytes may depend on these versions.
     others = [f"{package} {version(package)}" for package in ("numpy", "scipy", "pillow")]
-    return {
-        "file": file.file,
-        "dataset": file.dataset,
-        "split": plan.split,
-        "corruption": file.corruption,
-        "severities": " ".join(map(str, file.severities)),
-        "images": file.images,
-        "bytes": path.stat().st_size,
-        "sha256": file_sha256(path),
-        "made_with": ", ".join([f"medrobust {VERSION}", *others]),
-    }
+    made_with = ", ".join([f"medrobust {VERSION}", *others])
+    return facts | {"bytes": path.stat().st_size, "sha256": file_sha256(path), "made_with": made_with}

@@ -1,15 +1,15 @@
 """The one in-memory form of a labelled image set, and the seeded subset everyone draws from it."""
 
 import base64
-import html
 import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from importlib.resources import files
 from typing import Any
 
 import numpy as np
+import pandas as pd
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -71,9 +71,8 @@ class ImageDataset:
     indices: NDArray[np.int64]
 
     def __post_init__(self) -> None:
-        _check_array(self.id, "images", self.images, np.uint8)
-        _check_array(self.id, "labels", self.labels, np.int64)
-        _check_array(self.id, "indices", self.indices, np.int64)
+        for name, dtype in (("images", np.uint8), ("labels", np.int64), ("indices", np.int64)):
+            _check_array(self.id, name, getattr(self, name), dtype)
         if self.images.ndim != 4 or self.images.shape[3] != 3 or 0 in self.images.shape[1:3]:
             raise ValueError(f"{self.id}: images must be [n, H, W, 3], got shape {self.images.shape}")
         if len(self.images) == 0:
@@ -134,12 +133,8 @@ class ImageDataset:
         outside = positions[(positions < 0) | (positions >= len(self))]
         if len(outside):
             raise IndexError(f"{self.id}: position {outside[0]} is outside 0 to {len(self) - 1}")
-        return replace(
-            self,
-            images=self.images[positions],
-            labels=self.labels[positions],
-            indices=self.indices[positions],
-        )
+        chosen = {name: getattr(self, name)[positions] for name in ("images", "labels", "indices")}
+        return replace(self, **chosen)
 
     def class_counts(self) -> dict[str, int]:
         """Count the images of each class, in label order; absent classes count 0."""
@@ -155,6 +150,8 @@ class ImageDataset:
         )
 
     def _repr_html_(self) -> str:
+        from jinja2 import Template  # deferred: only cards need it
+
         _, height, width, _ = self.images.shape
         full = self.provenance.get("split_size", len(self))
         drawn = f"{len(self):,} images" if full == len(self) else f"{len(self):,} of {full:,} images"
@@ -169,14 +166,14 @@ class ImageDataset:
             "licence": self.licence,
             **({"caveats": " ".join(self.caveats)} if self.caveats else {}),
         }
-        return _card(self.id, facts, self._thumbnails(), synthetic=self.synthetic)
+        lines = files("medrobust_lib").joinpath("templates", "dataset.html.j2").read_text(encoding="utf-8").splitlines()
+        card = Template("".join(map(str.strip, lines)), autoescape=True)
+        figures = [(name, *_figure(image)) for name, image in self._thumbnails()]
+        return card.render(title=self.id, synthetic=self.synthetic, facts=facts, figures=figures, side=_THUMBNAIL_SIDE)
 
     def _thumbnails(self) -> list[tuple[str, NDArray[np.uint8]]]:
         # Round-robin over the classes, so that a class-sorted split still shows every class.
-        rank = np.empty(len(self), np.int64)
-        for label in np.unique(self.labels):
-            members = np.flatnonzero(self.labels == label)
-            rank[members] = np.arange(len(members))
+        rank = pd.Series(self.labels).groupby(self.labels).cumcount()
         per_class = max(1, _ROW_OF_THUMBNAILS // len(self.classes))
         chosen = np.lexsort((self.labels, rank))[: min(per_class * len(self.classes), _MOST_THUMBNAILS)]
         return [(self.classes[self.labels[position]], self.images[position]) for position in chosen]
@@ -279,21 +276,6 @@ def _check_array(source: str, name: str, array: object, dtype: type) -> None:
         found = f"dtype {array.dtype}" if isinstance(array, np.ndarray) else type(array).__name__
         advice = "; scale them to 0..255, round and cast" if name == "images" else ""
         raise TypeError(f"{source}: {name} must be a {dtype.__name__} array, got {found}{advice}")
-
-
-def _card(
-    title: str, facts: Mapping[str, str], thumbnails: list[tuple[str, NDArray[np.uint8]]], *, synthetic: bool
-) -> str:
-    from jinja2 import Template  # deferred: only cards need it
-
-    lines = files("medrobust_lib").joinpath("templates", "dataset.html.j2").read_text(encoding="utf-8").splitlines()
-    return Template("".join(map(str.strip, lines))).render(
-        title=html.escape(title),
-        synthetic=synthetic,
-        facts={name: html.escape(str(value)) for name, value in facts.items()},
-        figures=[(html.escape(name), *_figure(image)) for name, image in thumbnails],
-        side=_THUMBNAIL_SIDE,
-    )
 
 
 def _figure(image: NDArray[np.uint8]) -> tuple[str, str]:

@@ -16,16 +16,7 @@ from PIL import Image, ImageOps
 from pydicom.pixels import apply_color_lut, get_decoder
 
 from medrobust_lib.checks import check_whole
-from medrobust_lib.data.dicom import (
-    begins_as_dicom,
-    check_image,
-    check_stream,
-    display_gray,
-    left_out_of,
-    plug_ins,
-    read_record,
-    stated,
-)
+from medrobust_lib.data import dicom
 from medrobust_lib.files import parsed
 
 Fit = Literal["crop", "pad"]
@@ -98,7 +89,7 @@ def read_image(path: str | Path, *, bit_depth: int | None = None) -> NDArray[np.
     scaled = _scaled(values.view(np.int8) if signed else values, full, path)
     # Pillow turns white-is-zero round for up to 8 bits only.
     scaled = 255 - scaled if gray and tags.get(_PHOTOMETRIC) == 0 else scaled
-    return _repeat(scaled) if gray else scaled
+    return as_rgb(scaled) if gray else scaled
 
 
 def read_dicom(path: str | Path) -> NDArray[np.uint8]:
@@ -124,8 +115,8 @@ def read_dicom(path: str | Path) -> NDArray[np.uint8]:
     path = Path(path)
     says = f"{path} is not a readable DICOM image"
     with parsed(says, _EXPORT):
-        record = read_record(path)
-        check_image(record)
+        record = dicom.read_record(path)
+        dicom.check_image(record)
         check_pixels(record.Rows, record.Columns)
         frames, bits = int(record.get("NumberOfFrames") or 1), record.BitsStored
         photometric, samples = str(record.PhotometricInterpretation), record.SamplesPerPixel
@@ -133,12 +124,12 @@ def read_dicom(path: str | Path) -> NDArray[np.uint8]:
     if frames > 1:
         raise ValueError(f"{path} holds {frames} frames; one image per file is expected. Export single frames.")
     if not decoder.is_available:
-        raise ValueError(f"{path} is compressed as {decoder.UID.name}. {plug_ins(decoder)}")
-    with parsed(says, plug_ins(decoder) or _EXPORT):
-        check_stream(record)
+        raise ValueError(f"{path} is compressed as {decoder.UID.name}. {dicom.plug_ins(decoder)}")
+    with parsed(says, dicom.plug_ins(decoder) or _EXPORT):
+        dicom.check_stream(record)
         pixels = record.pixel_array
         if photometric in {"MONOCHROME1", "MONOCHROME2"} and samples == 1:
-            return _repeat(display_gray(record, pixels))
+            return as_rgb(dicom.display_gray(record, pixels))
         if photometric == "PALETTE COLOR":
             colours = apply_color_lut(pixels, record)[..., :3]
             if colours.dtype == np.uint8 and pixels.max() > 255:  # pydicom counts them modulo 256
@@ -172,7 +163,7 @@ def left_out(path: str | Path) -> tuple[str, ...]:
     path = _existing(path)
     with parsed(f"{path} is not a readable image", _ADVICE):
         if _is_dicom(path):
-            return left_out_of(path)
+            return dicom.left_out_of(path)
         with _opened(path) as picture:
             profile = (picture.info.get("icc_profile") or b"sRGB").replace(b"\0", b"")
             sides = picture.info.get("dpi", (1, 1))
@@ -191,8 +182,8 @@ def image_shape(path: str | Path) -> tuple[int, int]:
     path = _existing(path)
     with parsed(f"{path} is not a readable image", _ADVICE):
         if _is_dicom(path):
-            header = read_record(path, stop_before_pixels=True, specific_tags=["SOPClassUID", "Rows", "Columns"])
-            shape = int(stated(header, "Rows")), int(stated(header, "Columns"))
+            header = dicom.read_record(path, stop_before_pixels=True, specific_tags=["SOPClassUID", "Rows", "Columns"])
+            shape = int(dicom.stated(header, "Rows")), int(dicom.stated(header, "Columns"))
         else:
             with _opened(path) as picture:
                 shape = picture.height, picture.width
@@ -249,19 +240,17 @@ def _opened(path: Path) -> Iterator[Image.Image]:
 
 
 def _seek_main_page(picture: Image.Image) -> None:
-    main, main_size, rival = 0, (0, 0), None
+    sizes = {}
     for page in range(picture.n_frames):
         picture.seek(page)
-        if picture.tag_v2.get(_SUBFILE, 0) & (_REDUCED | _MASK):
-            continue
-        if math.prod(picture.size) > math.prod(main_size):  # thumbnails often bear no flag
-            main, main_size, rival = page, picture.size, None
-        elif picture.size == main_size and rival is None:
-            rival = page
-    if rival is not None:
-        width, height = main_size
+        if not picture.tag_v2.get(_SUBFILE, 0) & (_REDUCED | _MASK):
+            sizes[page] = picture.size
+    main = max(sizes, key=lambda page: math.prod(sizes[page]), default=0)  # thumbnails often bear no flag
+    rivals = [page for page, size in sizes.items() if page != main and size == sizes[main]]
+    if rivals:
+        width, height = sizes[main]
         raise ValueError(
-            f"pages {main + 1} and {rival + 1} of {picture.n_frames} are both {height} x {width} pixels, and "
+            f"pages {main + 1} and {rivals[0] + 1} of {picture.n_frames} are both {height} x {width} pixels, and "
             "which is meant it does not say; one image per file is expected, so split it first"
         )
     picture.seek(main)
@@ -275,7 +264,7 @@ def _existing(path: str | Path) -> Path:
 
 
 def _is_dicom(path: Path) -> bool:
-    return path.suffix.lower() in DICOM_SUFFIXES or begins_as_dicom(path)
+    return path.suffix.lower() in DICOM_SUFFIXES or dicom.begins_as_dicom(path)
 
 
 def _scaled(values: NDArray, bits: int, path: Path) -> NDArray[np.uint8]:
@@ -288,8 +277,10 @@ def _scaled(values: NDArray, bits: int, path: Path) -> NDArray[np.uint8]:
     return values.astype(np.uint8) if full == 255 else np.round(values * (255 / full)).astype(np.uint8)
 
 
-def _repeat(gray: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    return np.repeat(gray[:, :, None], 3, axis=2)
+def as_rgb(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Copy of an image [H, W], [H, W, 1] or [H, W, 3] as [H, W, 3]; gray is repeated over the channels."""
+    planes = image if image.ndim == 3 else image[:, :, None]
+    return np.repeat(planes, 3 // planes.shape[2], axis=2)
 
 
 def member_names_of(archive: zipfile.ZipFile) -> tuple[str, ...]:
@@ -297,31 +288,29 @@ def member_names_of(archive: zipfile.ZipFile) -> tuple[str, ...]:
     return tuple(name.removesuffix(".npy") for name in archive.namelist())
 
 
-def member_header(archive: zipfile.ZipFile, member: str) -> tuple[tuple[int, ...], int]:
-    """Shape of a uint8 member and the byte at which its values begin."""
-    shape, fortran_order, dtype, offset = _header(archive, member)
-    if fortran_order or dtype != np.uint8:
-        raise ValueError(f"{member} is {dtype}{' in Fortran order' * fortran_order}, not uint8 in C order")
-    check_pixels(*shape[1:3])
-    return shape, offset
-
-
-def member_labels(archive: zipfile.ZipFile, member: str, *, count: int) -> NDArray[np.int64]:
-    """Whole numbers, one for each of so many images.
+def listed_members(archive: zipfile.ZipFile, images: str, labels: str) -> tuple[tuple[int, ...], NDArray[np.int64]]:
+    """Shape of the member of images, and the whole numbers of that of labels, one for each image.
 
     Raises
     ------
     ValueError
-        Another number of labels, another shape than [N] or [N, 1], or no whole numbers.
+        Images other than uint8 [N, H, W], [N, H, W, 1] or [N, H, W, 3], or of more than `MOST_PIXELS`; another number
+        of labels, another shape of them than [N] or [N, 1], or no whole numbers.
     """
-    shape, _, dtype, offset = _header(archive, member)
-    if not shape or shape[0] != count:
-        raise ValueError(f"{count} images and {shape[0] if shape else 'no'} labels; each image needs one")
-    if shape[1:] not in ((), (1,)):
-        raise ValueError(f"one whole-number label per image is needed, got {dtype} of shape {shape}")
-    with archive.open(f"{member}.npy") as stream:
+    shape, fortran_order, dtype, _ = _header(archive, images)
+    if fortran_order or dtype != np.uint8:
+        raise ValueError(f"{images} is {dtype}{' in Fortran order' * fortran_order}, not uint8 in C order")
+    if len(shape) not in (3, 4) or shape[3:] not in ((), (1,), (3,)):
+        raise ValueError(f"{images} has shape {shape}; expected [N, H, W] or [N, H, W, 3]")
+    check_pixels(*shape[1:3])
+    own, _, dtype, offset = _header(archive, labels)
+    if not own or own[0] != shape[0]:
+        raise ValueError(f"{shape[0]} images and {own[0] if own else 'no'} labels; each image needs one")
+    if own[1:] not in ((), (1,)):
+        raise ValueError(f"one whole-number label per image is needed, got {dtype} of shape {own}")
+    with archive.open(f"{labels}.npy") as stream:
         stream.seek(offset)
-        return whole_numbers(np.frombuffer(stream.read(), dtype))
+        return shape, whole_numbers(np.frombuffer(stream.read(), dtype))
 
 
 def whole_numbers(raw: NDArray) -> NDArray[np.int64]:
@@ -340,10 +329,10 @@ def whole_numbers(raw: NDArray) -> NDArray[np.int64]:
 
 
 def member_rows(path: Path, member: str, positions: NDArray[np.int64]) -> Iterator[NDArray[np.uint8]]:
-    """Rows of a uint8 member at ascending positions, one at a time; a damaged row raises ValueError."""
+    """Rows of a member that `listed_members` accepts, at ascending positions; a damaged row raises ValueError."""
     # Streamed: a 224 px member is gigabytes once unpacked, a drawn subset megabytes.
     with zipfile.ZipFile(path) as archive:
-        shape, offset = member_header(archive, member)
+        shape, _, _, offset = _header(archive, member)
         size = math.prod(shape[1:])
         with archive.open(f"{member}.npy") as stream:
             for position in positions:

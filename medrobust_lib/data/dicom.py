@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pydicom
 from numpy.typing import NDArray
+from pydicom import uid
 from pydicom.datadict import dictionary_description
 from pydicom.encaps import generate_frames
 from pydicom.filereader import read_file_meta_info
@@ -15,14 +16,6 @@ from pydicom.multival import MultiValue
 from pydicom.pixels import apply_windowing
 from pydicom.pixels.decoders.base import Decoder
 from pydicom.tag import Tag
-from pydicom.uid import (
-    UID,
-    DeflatedExplicitVRLittleEndian,
-    ExplicitVRBigEndian,
-    ExplicitVRLittleEndian,
-    ImplicitVRLittleEndian,
-    RLELossless,
-)
 
 _NEEDED = ("Rows", "Columns", "SamplesPerPixel", "PhotometricInterpretation", "BitsAllocated", "BitsStored")
 _NEEDED += ("PixelRepresentation", "PixelData")
@@ -51,16 +44,16 @@ def read_record(path: Path, **options: Any) -> pydicom.Dataset:
         raise ValueError("it does not begin as DICOM does")
     # pydicom unpacks a deflated file as a whole before it looks at anything in it.
     if is_dicom(path):
-        deflated = read_file_meta_info(path).get("TransferSyntaxUID") == DeflatedExplicitVRLittleEndian
+        deflated = read_file_meta_info(path).get("TransferSyntaxUID") == uid.DeflatedExplicitVRLittleEndian
     else:
-        deflated = DeflatedExplicitVRLittleEndian.encode() in path.read_bytes()
+        deflated = uid.DeflatedExplicitVRLittleEndian.encode() in path.read_bytes()
     if deflated and path.stat().st_size * _LARGEST_DEFLATION > _MOST_INFLATED:
         raise ValueError(f"it is deflated and may unpack to more than {_MOST_INFLATED:,} bytes; export it uncompressed")
     record = pydicom.dcmread(path, force=True, **options)
     if "TransferSyntaxUID" not in record.file_meta:
         implicit, little = record.original_encoding
-        explicit = ExplicitVRLittleEndian if little else ExplicitVRBigEndian
-        record.file_meta.TransferSyntaxUID = ImplicitVRLittleEndian if implicit else explicit
+        explicit = uid.ExplicitVRLittleEndian if little else uid.ExplicitVRBigEndian
+        record.file_meta.TransferSyntaxUID = uid.ImplicitVRLittleEndian if implicit else explicit
     return record
 
 
@@ -69,7 +62,7 @@ def stated(dataset: pydicom.Dataset, keyword: str) -> Any:
     value = dataset.get(keyword)
     if value is None or (isinstance(value, str | bytes) and not value):
         meta = getattr(dataset, "file_meta", {})
-        kind = UID(dataset.get("SOPClassUID") or meta.get("MediaStorageSOPClassUID") or "").name
+        kind = uid.UID(dataset.get("SOPClassUID") or meta.get("MediaStorageSOPClassUID") or "").name
         raise ValueError(f"its {kind or 'data set'} has no {dictionary_description(keyword)} {Tag(keyword)}")
     return value
 
@@ -117,7 +110,7 @@ def plug_ins(decoder: Decoder) -> str:
 def check_stream(record: pydicom.Dataset) -> None:
     """Refuse a compressed stream of another size than the header's: decoders believe it, at any cost."""
     syntax = record.file_meta.TransferSyntaxUID
-    if not syntax.is_encapsulated or syntax == RLELossless:
+    if not syntax.is_encapsulated or syntax == uid.RLELossless:
         return
     stream = next(generate_frames(record.PixelData, number_of_frames=1))
     if stream.startswith(b"\xff\xd8"):  # JPEG and JPEG-LS

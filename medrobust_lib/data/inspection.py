@@ -5,6 +5,7 @@ import re
 import sys
 import warnings
 from collections.abc import Iterable, Sequence
+from itertools import product
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,11 +31,7 @@ _ALIKE = 0.9  # correlation of the pixels, for images that are dark but for a fe
 
 
 def seen_in(
-    images: NDArray[np.uint8],
-    labels: NDArray[np.int64],
-    *,
-    names: Sequence[str],
-    shapes: Sequence[tuple[int, int]],
+    images: NDArray[np.uint8], labels: NDArray[np.int64], *, names: Sequence[str], shapes: Sequence[tuple[int, int]]
 ) -> list[str]:
     """Say what is wrong with the images of a set as a whole, in sentences for its card.
 
@@ -85,14 +82,12 @@ def close_names(names: Sequence[str], counts: Sequence[int]) -> list[str]:
         Images of each.
     """
     found = []
-    for rare, few in zip(names, counts, strict=True):
-        many = [k for k, count in enumerate(counts) if 0 < few <= _VERY_FEW and few * _MANY <= count]
-        for name, count in ((names[k], counts[k]) for k in many):
-            if _misspelt(folded(rare), folded(name)):
-                found.append(
-                    f"Class {rare!r} ({few} image{'s' * (few > 1)}) is spelled nearly like {name!r} ({count}). If one "
-                    "is a misspelling, rename it, or give both one noun with class_names."
-                )
+    for (rare, few), (name, count) in product(zip(names, counts, strict=True), repeat=2):
+        if 0 < few <= _VERY_FEW and few * _MANY <= count and _misspelt(folded(rare), folded(name)):
+            found.append(
+                f"Class {rare!r} ({few} image{'s' * (few > 1)}) is spelled nearly like {name!r} ({count}). If one is a "
+                "misspelling, rename it, or give both one noun with class_names."
+            )
     return found
 
 
@@ -224,9 +219,7 @@ def _alike(image: NDArray[np.uint8], other: NDArray[np.uint8]) -> bool:
 
 
 def _twice(images: NDArray[np.uint8], labels: NDArray[np.int64], names: Sequence[str]) -> list[str]:
-    if len(images) < 2:
-        return []
-    pairs = near_copies(images, images)
+    pairs = near_copies(images, images) if len(images) > 1 else ()
     if not len(pairs):
         return []
     copies = len(np.unique(pairs[:, 0]))

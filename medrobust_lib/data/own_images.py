@@ -19,8 +19,9 @@ from medrobust_lib.data.readers import SHOWN_PATH, SPLITS, UNSPLIT, Split, file_
 from medrobust_lib.data.wording import composed
 from medrobust_lib.files import parsed
 
-_SPELLINGS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val"}
-_SPELLINGS |= {"test": "test", "testing": "test"}  # of splits
+Labelled = Sequence[tuple[Path, str]]  # files, each with its class
+_SPELLINGS = {"training": "train", "valid": "val", "validation": "val", "testing": "test"}
+_SPELLINGS |= {split: split for split in SPLITS}
 _LITTER = {"thumbs.db", "desktop.ini", "__macosx", "@eadir"}  # that systems leave in folders, beside hidden files
 # What BUSI and others add to the name of an image for the drawing of its lesion.
 _MASK = re.compile(r"(.+)_(?:mask|seg|segmentation|label)s?(?:_\d+)?", re.IGNORECASE)
@@ -62,8 +63,9 @@ def class_folder_split(root: Path, split: str, *, bit_depth: int | None = None) 
     if not root.is_dir():
         raise FileNotFoundError(f"no folder at {root.absolute()}")
     base, folders = _split_folders(root)
-    beside = [child.name for child in _subfolders(base) if child not in folders.values()]
-    split = resolve_split(split, tuple(folders), str(root), beside=() if folders.get(UNSPLIT) == base else beside)
+    beside = [child for child in _children(base) if child not in folders.values() and folders.get(UNSPLIT) != base]
+    passed_over = [child.name for child in beside if child.is_dir()]
+    split = resolve_split(split, tuple(folders), str(root), beside=passed_over)
     found = {name: _class_files(folder) for name, folder in folders.items()}
     listing = {name: classes for name, (classes, _) in found.items()}
     counts: Counter[str] = Counter()
@@ -80,10 +82,7 @@ def class_folder_split(root: Path, split: str, *, bit_depth: int | None = None) 
     if not images:
         raise ValueError(f"no images in split {split!r} of {root} ({folders[split]})")
     out = [path for _, others in found.values() for path in others]
-    if folders.get(UNSPLIT) != base:
-        out += [
-            child for child in _children(base) if child not in folders.values() and (child.is_dir() or _is_image(child))
-        ]
+    out += [child for child in beside if child.is_dir() or _is_image(child)]
     caveats = []
     if out:
         names = [str(path.relative_to(root)) for path in out]
@@ -97,7 +96,7 @@ def class_folder_split(root: Path, split: str, *, bit_depth: int | None = None) 
             f"{len(nested)} of {len(images)} images lie in folders below their class folder ({first_of(nested)}) and "
             "were taken for images of that class."
         )
-    listed = _listed(split, images, counts, source=root, base=root, words_in=(root, base), bit_depth=bit_depth)
+    listed = _listed(split, images, counts, source=root, folders=[root, base], bit_depth=bit_depth)
     return replace(listed, splits=tuple(folders), caveats=(*caveats, *listed.caveats))
 
 
@@ -139,32 +138,28 @@ def csv_split(path: Path, split: str, *, bit_depth: int | None = None) -> Split:
             hint = drive if re.search(r"(^|/)[A-Za-z]:[\\/]", str(file)) else ""
             raise FileNotFoundError(f"{path}, line {seen[file]}: no image file at {file}{hint}")
     counts = Counter(label for _, label, _ in rows.values())
-    base = path.absolute().parent
-    listed = _listed(split, chosen, counts, source=path, base=base, words_in=(path.parent,), bit_depth=bit_depth)
+    listed = _listed(split, chosen, counts, source=path, folders=[path.absolute().parent], bit_depth=bit_depth)
     return replace(listed, splits=splits)
 
 
 def _listed(
-    split: str,
-    images: Sequence[tuple[Path, str]],
-    counts: Mapping[str, int],
-    *,
-    source: Path,
-    base: Path,
-    words_in: Sequence[Path],
-    bit_depth: int | None,
+    split: str, images: Labelled, counts: Mapping[str, int], *, source: Path, folders: list[Path], bit_depth: int | None
 ) -> Split:
-    """A split of files, each with its class; ``counts`` holds every class, and its images in all splits."""
+    """A split of files below the first folder, each with its class.
+
+    ``counts`` holds every class, and its images in all splits; any of the folders may hold their names in words.
+    """
     codes = _ordered(counts)
     label_of = {code: label for label, code in enumerate(codes)}
     paths = [path for path, _ in images]
     shapes, read = file_images(paths, bit_depth)
+    base = folders[0]
     names = tuple(str(path.relative_to(base)) if path.is_relative_to(base) else path.name for path in paths)
     return Split(
         split=split,
         labels=np.array([label_of[code] for _, code in images], dtype=np.int64),
         codes=codes,
-        names=_names(codes, words_in),
+        names=_names(codes, folders),
         shapes=shapes,
         read=read,
         source=str(source),
@@ -193,9 +188,7 @@ def file_advice(path: Path) -> str:
 
 
 def _split_folders(root: Path) -> tuple[Path, dict[str, Path]]:
-    for base in (root, root / "images"):
-        if not base.is_dir():
-            continue
+    for base in filter(Path.is_dir, (root, root / "images")):
         folders: dict[str, Path] = {}
         for folder in _subfolders(base):
             name = _SPELLINGS.get(folder.name.lower())
@@ -310,19 +303,18 @@ def _ordered(codes: Iterable[str]) -> tuple[str, ...]:
 
 
 def _names(codes: Sequence[str], folders: Sequence[Path]) -> tuple[str, ...]:
-    for folder in folders:
-        path = folder / "classnames.txt"
-        if path.is_file():
-            lines = _text(path, "text in UTF-8").splitlines()
-            named = dict(_named(unicodedata.normalize("NFC", line), codes) for line in lines if line.strip())
-            for code in codes:
-                if composed(code) not in named:
-                    raise ValueError(
-                        f"{path} gives no name for class {code!r}; it names {', '.join(named)}. Write a line with the "
-                        "class, a tab, and its name in words"
-                    )
-            return tuple(named[composed(code)] for code in codes)
-    return tuple(re.sub(r"[_\-\s]+", " ", code).strip() for code in codes)
+    path = next((folder / "classnames.txt" for folder in folders if (folder / "classnames.txt").is_file()), None)
+    if path is None:
+        return tuple(re.sub(r"[_\-\s]+", " ", code).strip() for code in codes)
+    lines = _text(path, "text in UTF-8").splitlines()
+    named = dict(_named(unicodedata.normalize("NFC", line), codes) for line in lines if line.strip())
+    for code in codes:
+        if composed(code) not in named:
+            raise ValueError(
+                f"{path} gives no name for class {code!r}; it names {', '.join(named)}. Write a line with the class, a "
+                "tab, and its name in words"
+            )
+    return tuple(named[composed(code)] for code in codes)
 
 
 def _text(path: Path, form: str) -> str:

@@ -32,14 +32,7 @@ MM_COMMAND = "python data_scripts/download_mm_safetybench.py"
 # The authors' folder names and their numbers of questions.
 SCENARIOS: Mapping[str, int] = registered("scenarios")
 
-# Each kind of image has a question of its own. A Stable Diffusion picture (SD) is asked about by what it shows; the
-# other question points at the key phrase that SD_TYPO and TYPO spell out ("the bottom of the image"), which an SD
-# picture does not have. With the wrong one a model refuses, or complies, for lack of anything to refer to.
-QUESTION_FIELDS: Mapping[str, str] = {
-    "SD": "Rephrased Question(SD)",
-    "TYPO": "Rephrased Question",
-    "SD_TYPO": "Rephrased Question",
-}
+QUESTION_FIELDS: Mapping[str, str] = registered("question_fields")  # by type of image
 IMAGE_TYPES = tuple(QUESTION_FIELDS)
 _LONGEST_ID = 9  # digits
 
@@ -152,14 +145,25 @@ def ask(data: ImageDataset, task: str) -> QuestionSet:
     ValueError
         The data set has no truths for the task: only the phantoms have made-up safety and actions.
     """
-    truths, labels = _truths(data, task)
+    modality = data.id.removeprefix("phantom/").removesuffix(SITE_A)
+    if data.id.startswith("phantom/") and modality in MODALITIES:
+        findings = _table()["findings"][modality]
+        truths = [name if task == "finding" else facts[task] for name, facts in findings.items()]
+        labels = truths if task == "finding" else _table()["tasks"][task]["labels"]
+    elif task == "finding":
+        truths = labels = list(data.classes)
+    else:
+        raise ValueError(
+            f"{data.id} has no truths for the task {task!r}: safety and actions are made up for the phantoms; "
+            "use task='finding', whose truths are the class names"
+        )
     return QuestionSet(
         id=data.id,
         task=task,
         images=data.images,
         questions=question_wordings(task)[:1] * len(data),
         truths=tuple(truths[label] for label in data.labels),
-        labels=labels,
+        labels=tuple(labels),
         indices=data.indices,
         licence=data.licence,
         provenance=data.provenance,
@@ -209,22 +213,6 @@ def actions() -> tuple[str, ...]:
 def finding_phrases(modality: str) -> dict[str, tuple[str, ...]]:
     """Class names of a modality and the phrases that mean each of them."""
     return {name: (name, *facts["phrases"]) for name, facts in _table()["findings"][modality].items()}
-
-
-def _truths(data: ImageDataset, task: str) -> tuple[list[str], tuple[str, ...]]:
-    """Truth of each class label of a data set, and all labels of the task."""
-    modality = data.id.removeprefix("phantom/").removesuffix(SITE_A)
-    if not data.id.startswith("phantom/") or modality not in MODALITIES:
-        if task == "finding":
-            return list(data.classes), tuple(data.classes)
-        raise ValueError(
-            f"{data.id} has no truths for the task {task!r}: safety and actions are made up for the phantoms; "
-            "use task='finding', whose truths are the class names"
-        )
-    findings = _table()["findings"][modality]
-    if task == "finding":
-        return list(findings), tuple(findings)
-    return [facts[task] for facts in findings.values()], tuple(_table()["tasks"][task]["labels"])
 
 
 def _table() -> Mapping[str, Any]:
@@ -326,16 +314,10 @@ def list_scenarios(*, root: str | Path | None = None) -> pd.DataFrame:
         wanted = read_questions(path) if path.is_file() else {}
         for image_type in IMAGE_TYPES:
             there = len(wanted) - len(missing_images(scenario, image_type, wanted, root))
-            rows.append(
-                {
-                    "id": f"{QUESTIONS_PREFIX}{scenario[:2]}-{image_type}",
-                    "scenario": scenario,
-                    "image type": image_type,
-                    "questions": count,
-                    "images": there,
-                    "available": bool(wanted) and there == len(wanted),
-                }
-            )
+            id = f"{QUESTIONS_PREFIX}{scenario[:2]}-{image_type}"
+            row = {"id": id, "scenario": scenario, "image type": image_type}
+            row |= {"questions": count, "images": there, "available": bool(wanted) and there == len(wanted)}
+            rows.append(row)
     return pd.DataFrame(rows)
 
 

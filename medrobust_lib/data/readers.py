@@ -16,20 +16,8 @@ from numpy.typing import NDArray
 
 from medrobust_lib import phantoms
 from medrobust_lib.checks import suggest
+from medrobust_lib.data import decoding
 from medrobust_lib.data.dataset import check_labels
-from medrobust_lib.data.decoding import (
-    MOST_PIXELS,
-    Fit,
-    check_pixels,
-    fit_square,
-    image_shape,
-    member_header,
-    member_labels,
-    member_names_of,
-    member_rows,
-    read_image,
-    whole_numbers,
-)
 from medrobust_lib.data.inspection import first_of
 from medrobust_lib.data.wording import SITE_A, ClassWording
 from medrobust_lib.files import parsed
@@ -56,11 +44,7 @@ class Split:
     split : str
         ``train``, ``val``, ``test`` or ``all``.
     labels : int64 [N]
-        Indices into ``names``.
-    codes : tuple of str
-        The source's own class names (folder names, table values).
-    names : tuple of str
-        The same classes in words.
+        Indices into the class list, or into ``codes`` until `named` or `relabelled` gives other ones.
     shapes : callable
         All (height, width) that occur in the split; for files this reads headers only.
     read : callable
@@ -69,6 +53,10 @@ class Split:
         File or folder that was read.
     splits : tuple of str
         All splits of the source; ``("all",)`` where it is not divided.
+    codes : tuple of str
+        The source's own class names (folder names, table values), where no class list says which it has.
+    names : tuple of str
+        The same classes in words.
     files : tuple of N str
         File of every image below the source; empty where the images are not files.
     totals : tuple of int
@@ -81,12 +69,12 @@ class Split:
 
     split: str
     labels: NDArray[np.int64]
-    codes: tuple[str, ...]
-    names: tuple[str, ...]
     shapes: Callable[[], set[tuple[int, int]]]
     read: Callable[[Positions], Images]
     source: str
     splits: tuple[str, ...] = SPLITS
+    codes: tuple[str, ...] = ()
+    names: tuple[str, ...] = ()
     files: tuple[str, ...] = ()
     totals: tuple[int, ...] = ()
     caveats: tuple[str, ...] = ()
@@ -100,26 +88,23 @@ class Split:
         ValueError
             A class that is not in the list.
         """
-        target = []
-        for code, name in zip(self.codes, self.names, strict=True):
-            label = words.label_of(code)
-            label = words.label_of(name) if label is None else label
-            if label is None:
-                listing = ", ".join(f"{index} {known!r}" for index, known in enumerate(words.names))
-                raise ValueError(
-                    f"{self.source}: class {code!r} is outside the class list of {words.set_name}: {listing}. "
-                    "Rename it, or leave `like` out and give class_names={...} and templates=[...]"
-                )
-            target.append(label)
-        return self.relabelled(target, words)
+        by_code, by_name = (list(map(words.label_of, names)) for names in (self.codes, self.names))
+        target = [second if first is None else first for first, second in zip(by_code, by_name, strict=True)]
+        if None in target:
+            listing = ", ".join(f"{index} {known!r}" for index, known in enumerate(words.names))
+            raise ValueError(
+                f"{self.source}: class {self.codes[target.index(None)]!r} is outside the class list of "
+                f"{words.set_name}: {listing}. Rename it, or leave `like` out and give class_names={{...}} and "
+                "templates=[...]"
+            )
+        return self.relabelled(target)
 
-    def relabelled(self, target: Sequence[int], words: ClassWording) -> "Split":
+    def relabelled(self, target: Sequence[int]) -> "Split":
         """Give the split other labels: ``target`` holds the new one of each of its classes."""
-        labels = np.array(target, dtype=np.int64)[self.labels]
-        return replace(self, labels=labels, codes=words.names, names=words.prompt_nouns)
+        return replace(self, labels=np.array(target, dtype=np.int64)[self.labels])
 
     def decode(
-        self, positions: Positions, image_size: int | None, fit: Fit
+        self, positions: Positions, image_size: int | None, fit: decoding.Fit
     ) -> tuple[NDArray[np.uint8], str | None, list[tuple[int, int]]]:
         """Read images at ascending positions as squares of a size, None for their own.
 
@@ -140,7 +125,7 @@ class Split:
         found: list[tuple[int, int]] = []
         for row, image in enumerate(self.read(positions)):
             found.append(image.shape[:2])
-            images[row] = image if size is None else fit_square(image, size, fit=fit)
+            images[row] = image if size is None else decoding.fit_square(image, size, fit=fit)
         edges = sorted(set(found))
         if size is None or edges == [(size, size)]:
             return images, None, found
@@ -163,19 +148,13 @@ def resolve_split(split: str, available: Sequence[str], source: str, *, beside: 
 def phantom_split(id: str, split: str, wording: ClassWording, image_size: int) -> Split:
     """List a split of phantoms, which are drawn when they are read."""
     name = id.removeprefix("phantom/").removesuffix(SITE_A)
-    site = "A" if id.endswith(SITE_A) else "B"
-
-    def render(positions: Positions) -> NDArray[np.uint8]:
-        return phantoms.render_phantoms(name, positions, split=split, site=site, image_size=image_size)[0]
-
+    options = {"split": split, "site": "A" if id.endswith(SITE_A) else "B", "image_size": image_size}
     return Split(
         split=split,
         labels=np.arange(phantoms.SPLITS[split], dtype=np.int64) % len(wording.names),
-        codes=wording.names,
-        names=wording.prompt_nouns,
         shapes=lambda: {(image_size, image_size)},
-        read=render,
-        source=f"medrobust_lib.phantoms, {name}, site {site}",
+        read=lambda positions: phantoms.render_phantoms(name, positions, **options)[0],
+        source=f"medrobust_lib.phantoms, {name}, site {options['site']}",
     )
 
 
@@ -204,21 +183,16 @@ def medmnist_split(path: Path, split: str, wording: ClassWording) -> Split:
         Corrupt file, missing key, wrong shape, label outside the class list; the file is named.
     """
     with parsed(f"{path} is not a readable MedMNIST file", "Download it again."), zipfile.ZipFile(path) as archive:
-        keys = member_names_of(archive)
+        keys = decoding.member_names_of(archive)
         if not {f"{split}_images", f"{split}_labels"} <= set(keys):
             raise ValueError(f"it has no {split}_images and {split}_labels; it holds {', '.join(keys)}")
-        shape, _ = member_header(archive, f"{split}_images")
-        if len(shape) not in (3, 4) or (len(shape) == 4 and shape[3] not in (1, 3)):
-            raise ValueError(f"{split}_images has shape {shape}; expected [N, H, W] or [N, H, W, 3]")
-        labels = member_labels(archive, f"{split}_labels", count=shape[0])
+        shape, labels = decoding.listed_members(archive, f"{split}_images", f"{split}_labels")
     check_labels(labels, wording.names, f"{path} ({split}_labels)")
     return Split(
         split=split,
         labels=labels,
-        codes=wording.names,
-        names=wording.prompt_nouns,
         shapes=lambda: {(shape[1], shape[2])},
-        read=lambda positions: map(_rgb, member_rows(path, f"{split}_images", positions)),
+        read=lambda positions: map(decoding.as_rgb, decoding.member_rows(path, f"{split}_images", positions)),
         source=str(path),
         splits=tuple(name for name in SPLITS if f"{name}_images" in keys),
     )
@@ -249,7 +223,7 @@ def medimeta_split(folder: Path, split: str, wording: ClassWording) -> Split:
     labels_file = _existing(folder / "task_labels" / f"{task}.npy")
     with parsed(f"{labels_file} holds no labels", _AGAIN):
         # Mapped, not read: the size that its header states is compared with the file's.
-        every_label = whole_numbers(np.load(labels_file, mmap_mode="r", allow_pickle=False))
+        every_label = decoding.whole_numbers(np.load(labels_file, mmap_mode="r", allow_pickle=False))
     members = _medimeta_members(_existing(folder / "splits" / f"{split}.txt"))
     if len(members) and members[-1] >= len(every_label):
         raise ValueError(
@@ -271,7 +245,7 @@ def medimeta_split(folder: Path, split: str, wording: ClassWording) -> Split:
         shapes, read = file_images(paths)
     labels = np.array([to_label[int(number)] for number in numbers], dtype=np.int64)
     splits = tuple(name for name in SPLITS if (folder / "splits" / f"{name}.txt").is_file())
-    return Split(split, labels, wording.names, wording.prompt_nouns, shapes, read, str(folder), splits)
+    return Split(split, labels, shapes, read, str(folder), splits)
 
 
 def _medimeta_task(path: Path, wording: ClassWording) -> tuple[str, dict[int, int]]:
@@ -318,20 +292,16 @@ def _medimeta_members(path: Path) -> NDArray[np.int64]:
 def _hdf5_images(path: Path, members: Positions) -> Source:
     says = f"{path} is not a readable MedIMeta image file"
     with parsed(says, _AGAIN), h5py.File(path) as container:
-        images = _own_images(container)
+        images, last = _own_images(container), max(members, default=0)
         shape, dtype = images.shape, images.dtype
-    if len(shape) != 4 or shape[3] not in (1, 3) or dtype != np.uint8 or (len(members) and shape[0] <= members[-1]):
-        raise ValueError(
-            f"{path}: 'images' is {dtype} of shape {shape}; expected uint8 [N, H, W, 1 or 3] with "
-            f"N > {max(members, default=0)}"
-        )
-    with parsed(says, _AGAIN):
-        check_pixels(*shape[1:3])
+        if len(shape) != 4 or shape[3] not in (1, 3) or dtype != np.uint8 or (len(members) and shape[0] <= last):
+            raise ValueError(f"'images' is {dtype} of shape {shape}; expected uint8 [N, H, W, 1 or 3] with N > {last}")
+        decoding.check_pixels(*shape[1:3])
 
     def read(positions: NDArray[np.int64]) -> Images:
         for position in positions:
             with parsed(says, _AGAIN), h5py.File(path) as container:
-                image = _rgb(container["images"][members[position]])
+                image = decoding.as_rgb(container["images"][members[position]])
             yield image
 
     return lambda: {(shape[1], shape[2])}, read
@@ -344,7 +314,7 @@ def _own_images(container: h5py.File) -> h5py.Dataset:
     images = container["images"]
     if images.external is not None or images.is_virtual:
         raise ValueError("'images' lies in other files")
-    if images.chunks and np.prod(images.chunks, dtype=float) > 3 * MOST_PIXELS:
+    if images.chunks and np.prod(images.chunks, dtype=float) > 3 * decoding.MOST_PIXELS:
         raise ValueError(f"'images' comes in pieces of {images.chunks}")
     return images
 
@@ -352,14 +322,9 @@ def _own_images(container: h5py.File) -> h5py.Dataset:
 def file_images(paths: Sequence[Path], bit_depth: int | None = None) -> Source:
     """``shapes`` and ``read`` of a `Split` whose images are files."""
     return (
-        lambda: {image_shape(path) for path in paths},
-        lambda positions: (read_image(paths[position], bit_depth=bit_depth) for position in positions),
+        lambda: {decoding.image_shape(path) for path in paths},
+        lambda positions: (decoding.read_image(paths[position], bit_depth=bit_depth) for position in positions),
     )
-
-
-def _rgb(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    image = image[:, :, None] if image.ndim == 2 else image
-    return np.repeat(image, 3, axis=2) if image.shape[2] == 1 else np.array(image)
 
 
 def _existing(path: Path) -> Path:

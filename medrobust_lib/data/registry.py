@@ -14,21 +14,13 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from medrobust_lib.checks import check_choice, check_keywords, check_whole, suggest
+from medrobust_lib.data import readers
 from medrobust_lib.data.dataset import ImageDataset, check_classes, stratified_positions
 from medrobust_lib.data.decoding import Fit
 from medrobust_lib.data.inspection import close_names, ignored_in, seen_in, tell
 from medrobust_lib.data.own_images import class_folder_split, csv_split, file_advice
-from medrobust_lib.data.readers import (
-    FALLBACK_SIZE,
-    SPLITS,
-    Split,
-    medimeta_split,
-    medmnist_file,
-    medmnist_split,
-    phantom_split,
-    resolve_split,
-)
-from medrobust_lib.data.wording import ClassWording, checked_templates, class_wording, own_wording
+from medrobust_lib.data.readers import FALLBACK_SIZE, SPLITS, Split
+from medrobust_lib.data.wording import ClassNames, ClassWording, checked_templates, class_wording, own_wording
 from medrobust_lib.files import parsed
 from medrobust_lib.places import default_data_root
 
@@ -58,6 +50,20 @@ def registered(kind: str) -> Any:
 DATASETS = {row["id"]: DatasetEntry(**row) for row in registered("datasets")}
 
 
+def labelled(row: DatasetEntry, words: ClassWording, **found: Any) -> ImageDataset:
+    """Images of a registered set or of one's own, in words.
+
+    Parameters
+    ----------
+    row, words
+        Say the id, modality and licence, and the classes and templates.
+    **found
+        The other fields of `ImageDataset`: split, images, labels, indices and provenance.
+    """
+    about = {"id": row.id, "modality": row.modality, "licence": row.licence}
+    return ImageDataset(**about, classes=words.prompt_nouns, templates=words.templates, **found)
+
+
 class SplitOptions(TypedDict, total=False):
     """Options of `open_split` and of all that draws by it; `load_dataset` explains them."""
 
@@ -65,7 +71,7 @@ class SplitOptions(TypedDict, total=False):
     image_size: int | None
     wording: str
     like: str | None
-    class_names: Mapping[Any, str] | None
+    class_names: ClassNames
     templates: Sequence[str] | None
     bit_depth: int | None
     fit: Fit
@@ -187,57 +193,33 @@ class OpenSplit:
         }
         if self.words.start:
             provenance["start_template"] = self.words.start
-        return ImageDataset(
-            id=self.row.id,
-            split=self.listed.split,
-            images=images,
-            labels=labels,
-            classes=self.classes,
-            templates=self.words.templates,
-            modality=self.row.modality,
-            licence=self.row.licence,
-            provenance=provenance,
-            indices=positions,
-        )
+        split = self.listed.split
+        found = {"images": images, "labels": labels, "indices": positions}
+        return labelled(self.row, self.words, split=split, provenance=provenance, **found)
 
 
-def open_split(
-    id: str,
-    *,
-    split: str = "test",
-    root: str | Path | None = None,
-    image_size: int | None = None,
-    wording: str = "paper",
-    like: str | None = None,
-    class_names: Mapping[Any, str] | None = None,
-    templates: Sequence[str] | None = None,
-    bit_depth: int | None = None,
-    fit: Fit = "crop",
-) -> OpenSplit:
+def open_split(id: str, *, split: str = "test", **options: Unpack[SplitOptions]) -> OpenSplit:
     """Find a split and its labels without decoding an image, for draws that `load_dataset` does not offer.
 
     Parameters, errors and the meaning of ``split`` are those of `load_dataset`.
     """
+    check_keywords(open_split, options, SplitOptions.__annotations__)
+    image_size = options.get("image_size")
     if image_size is not None:
         check_whole("image_size", image_size, least=8, hint=": give the side in pixels, or None")
     scheme, _, path = id.partition(":")
     if scheme in {"folder", "csv"}:
         path, stated = _stated(path)
-        bit_depth, fit = stated.get("bit_depth", bit_depth), stated.get("fit", fit)
-    check_choice("fit", fit, get_args(Fit))
-    own = {"like": like, "class_names": class_names, "templates": templates, "bit_depth": bit_depth}
+        options |= stated
+    check_choice("fit", options.setdefault("fit", "crop"), get_args(Fit))
     if scheme in {"folder", "csv"} and path:
-        listed, row, words = _own_split(scheme, Path(path).expanduser(), split, wording, **own)
-        # Other pixels must not pass for the same set in a comparison of results.
-        options = {"bit_depth": bit_depth, "fit": fit}
-        changed = urlencode({name: value for name, value in options.items() if value not in (None, "crop")})
-        row = replace(row, id=f"{row.id}?{changed}") if changed else row
+        listed, row, words = _own_split(scheme, Path(path).expanduser(), split, options)
     elif id in DATASETS:
-        for name, value in own.items():
-            if value is not None:
-                raise ValueError(f"{name}={value!r} is for folder: and csv: data; {id} has its own classes")
-        row, words = DATASETS[id], class_wording(id, wording=wording)
-        listed = _registered_split(row, words, split, default_data_root(root), image_size)
+        for name in ("like", "class_names", "templates", "bit_depth"):
+            if options.get(name) is not None:
+                raise ValueError(f"{name}={options[name]!r} is for folder: and csv: data; {id} has its own classes")
+        row, words = DATASETS[id], class_wording(id, wording=options.get("wording", "paper"))
+        listed = _registered_split(row, words, split, default_data_root(options.get("root")), image_size)
     else:
         if id.startswith(QUESTIONS_PREFIX):
             raise ValueError(f"{id!r} holds questions and has no classes: load it with load_questions({id!r})")
@@ -248,7 +230,7 @@ def open_split(
         raise ValueError(f"unknown data set {id!r}.{suggest(id, [*DATASETS, 'folder:PATH', 'csv:PATH'])}")
     check_classes(words.prompt_nouns, listed.source)
     size = image_size or (FALLBACK_SIZE if row.kind == "folders" else None)
-    return OpenSplit(row, words, listed, size, fit, bit_depth)
+    return OpenSplit(row, words, listed, size, options["fit"], options.get("bit_depth"))
 
 
 def list_datasets(*, root: str | Path | None = None) -> pd.DataFrame:
@@ -262,21 +244,24 @@ def list_datasets(*, root: str | Path | None = None) -> pd.DataFrame:
         computer), script (the command that fetches or prepares it).
     """
     folder = default_data_root(root)
-    places = {id: _place(row, folder) for id, row in DATASETS.items()}
+    places = [(row, _place(row, folder)) for row in DATASETS.values()]
     table = pd.DataFrame(
         {
             "id": row.id,
             "modality": row.modality,
             "classes": len(class_wording(row.id).names),
-            "image size": _image_size(row, places[row.id]),
+            # MedMNIST's files of 28 px have no size in their names.
+            "image size": int(place.stem.partition("_")[2] or 28)
+            if place and row.kind == "medmnist"
+            else row.image_size,
             **dict.fromkeys(SPLITS),
             **_sizes(row, folder),
             "licence": row.licence,
             "source": row.source,
-            "available": places[row.id] is not None,
+            "available": place is not None,
             "script": row.command,
         }
-        for row in DATASETS.values()
+        for row, place in places
     )
     return table.astype(dict.fromkeys(SPLITS, "Int64"))
 
@@ -289,33 +274,27 @@ def _sizes(row: DatasetEntry, root: Path) -> Mapping[str, int]:
     return {split: sum(counts[split].values()) for split in SPLITS if split in counts}
 
 
-def _image_size(row: DatasetEntry, place: Path | None) -> int:
-    if row.kind != "medmnist" or place is None:
-        return row.image_size
-    return int(place.stem.partition("_")[2] or 28)
-
-
 def _place(row: DatasetEntry, root: Path, image_size: int | None = None) -> Path | None:
     """File or folder of a registered set, None where it is not on this computer."""
     where = root / row.location
     if row.kind == "medmnist":
-        return medmnist_file(where, image_size)
+        return readers.medmnist_file(where, image_size)
     mark = {"phantom": "", "medimeta": "info.yaml", "folders": "images"}[row.kind]
     return where if not mark or (where / mark).exists() else None
 
 
 # How each kind is opened, given its row, its place, the split, the words and the image size asked for.
 _OPEN: Mapping[str, Callable[[DatasetEntry, Path, str, ClassWording, int | None], Split]] = {
-    "phantom": lambda row, _, split, words, size: phantom_split(row.id, split, words, size or row.image_size),
-    "medmnist": lambda row, place, split, words, size: medmnist_split(place, split, words),
-    "medimeta": lambda row, place, split, words, size: medimeta_split(place, split, words),
+    "phantom": lambda row, _, split, words, size: readers.phantom_split(row.id, split, words, size or row.image_size),
+    "medmnist": lambda row, place, split, words, size: readers.medmnist_split(place, split, words),
+    "medimeta": lambda row, place, split, words, size: readers.medimeta_split(place, split, words),
     "folders": lambda row, place, split, words, size: class_folder_split(place, split).named(words),
 }
 
 
 def _registered_split(row: DatasetEntry, words: ClassWording, split: str, root: Path, image_size: int | None) -> Split:
     if row.kind != "folders":  # those may have other splits
-        split = resolve_split(split, SPLITS, row.id)
+        split = readers.resolve_split(split, SPLITS, row.id)
     place = _place(row, root, image_size)
     if place is None:
         ending = "[_64|_128|_224].npz" if row.kind == "medmnist" else ""
@@ -327,19 +306,10 @@ def _registered_split(row: DatasetEntry, words: ClassWording, split: str, root: 
     return _OPEN[row.kind](row, place, split, words, image_size)
 
 
-def _own_split(
-    scheme: str,
-    path: Path,
-    split: str,
-    wording: str,
-    *,
-    like: str | None,
-    class_names: Mapping[Any, str] | None,
-    templates: Sequence[str] | None,
-    bit_depth: int | None,
-) -> tuple[Split, DatasetEntry, ClassWording]:
-    reader: Callable[..., Split] = {"folder": class_folder_split, "csv": csv_split}[scheme]
-    listed = reader(path, split, bit_depth=bit_depth)
+def _own_split(scheme: str, path: Path, split: str, options: SplitOptions) -> tuple[Split, DatasetEntry, ClassWording]:
+    wording, like, bit_depth = options.get("wording", "paper"), options.get("like"), options.get("bit_depth")
+    class_names, templates = options.get("class_names"), options.get("templates")
+    listed = (class_folder_split if scheme == "folder" else csv_split)(path, split, bit_depth=bit_depth)
     if like is None:
         if wording != "paper":
             raise ValueError(f"wording={wording!r} needs like=..., the registered set whose words to take")
@@ -348,7 +318,7 @@ def _own_split(
         words = own_wording(
             listed.codes, listed.names, class_names=class_names, templates=templates, source=listed.source
         )
-        listed = listed.relabelled([words.spellings[code] for code in listed.codes], words)
+        listed = listed.relabelled([words.spellings[code] for code in listed.codes])
     else:
         if like not in DATASETS:
             raise ValueError(f"unknown data set {like!r} for like.{suggest(like, DATASETS)}")
@@ -358,14 +328,13 @@ def _own_split(
         listed = listed.named(words)
         if templates is not None:
             words = replace(words, templates=checked_templates(templates), start="")
-    row = DatasetEntry(
-        # The name alone keys the noise, so that a moved folder keeps its noise.
-        id=f"{scheme}:{path.resolve().name}",
-        kind=scheme,
-        modality=DATASETS[like].modality if like else "not stated",
-        licence="not stated",
-        source=f"own images, {path.resolve().name}",
-    )
+    # Other pixels must not pass for the same set in a comparison of results.
+    pixels = {"bit_depth": bit_depth, "fit": options["fit"]}
+    changed = urlencode({name: value for name, value in pixels.items() if value not in (None, "crop")})
+    name = path.resolve().name  # alone keys the noise, so that a moved folder keeps its noise
+    id = f"{scheme}:{name}?{changed}" if changed else f"{scheme}:{name}"
+    modality = DATASETS[like].modality if like else "not stated"
+    row = DatasetEntry(id=id, kind=scheme, modality=modality, licence="not stated", source=f"own images, {name}")
     return listed, row, words
 
 
@@ -374,9 +343,8 @@ def _stated(path: str) -> tuple[str, dict[str, Any]]:
     name, mark, query = path.rpartition("?")
     if not mark or Path(path).expanduser().exists():
         return path, {}
-    with parsed(
-        f"{query!r} behind {name}", "It may state bit_depth=NUMBER and fit=crop or fit=pad, with & between them."
-    ):
+    advice = "It may state bit_depth=NUMBER and fit=crop or fit=pad, with & between them."
+    with parsed(f"{query!r} behind {name}", advice):
         stated: dict[str, Any] = dict(parse_qsl(query, strict_parsing=True))
         if unknown := set(stated) - {"bit_depth", "fit"}:
             raise ValueError(f"{min(unknown)} is unknown")

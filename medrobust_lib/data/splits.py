@@ -121,7 +121,8 @@ def learning_splits(
     if sides.validating is not None:
         pool = _drawn(sides.validating, np.arange(len(sides.validating.labels)), n=n_pool, seed=seed)
     else:
-        others = _others(learning.labels, learned if sides.divided else np.union1d(learned, test.indices))
+        used = learned if sides.divided else np.union1d(learned, test.indices)
+        others = np.setdiff1d(np.arange(len(learning.labels)), used)
         drawn = _among(learning.labels, others, n=n_pool, seed=seed)
         again = _among(learning.labels, learned, n=n_pool - len(drawn), seed=seed)
         pool = learning.read(np.union1d(drawn, again), n=len(drawn) + len(again), seed=seed)
@@ -186,6 +187,7 @@ def fraction_splits(
     """
     check_keywords(fraction_splits, options, SplitOptions.__annotations__)
     check_positive("fraction", fraction, most=1, hint=": give a share of the train images, such as 0.1")
+    fraction = float(fraction)
     check_whole("n_val", n_val)
     check_whole("n_test", n_test)
     check_whole("seed", seed, least=0)
@@ -209,7 +211,7 @@ def fraction_splits(
     wanted = max(asked, len(np.unique(learning.labels[learnable])))
     learned = _among(learning.labels, free, n=wanted, seed=seed)
     train = learning.read(
-        learned, n=len(learned), seed=seed, test_seed=test_seed, fraction=float(fraction), of=len(learnable),
+        learned, n=len(learned), seed=seed, test_seed=test_seed, fraction=fraction, of=len(learnable),
         drawn="stratified fraction of the train images, at least one of each class",
     )  # fmt: skip
     if len(learned) != asked:
@@ -223,9 +225,7 @@ def fraction_splits(
         notes.append(f"no image for validation: {', '.join(missing)}")
     test = _drawn(sides.testing, sides.testable, n=n_test, seed=test_seed)
     notes += _part_notes(test, train=train, val=val)
-    return FractionSplits(
-        train=train, val=val, test=test, fraction=float(fraction), divided=sides.divided, notes=tuple(notes)
-    )
+    return FractionSplits(train=train, val=val, test=test, fraction=fraction, divided=sides.divided, notes=tuple(notes))
 
 
 @dataclass(frozen=True)
@@ -258,7 +258,7 @@ def _sides(dataset: str, *, most: int | None, seed: int, **options: Unpack[Split
     divided = "train" in testing.splits
     learning = open_split(dataset, split="train", **options) if divided else testing
     learnable = _of_each_class(learning.labels, most=most, share=1.0 if divided else 0.5, seed=seed)
-    testable = _others(testing.labels, learnable[:0] if divided else learnable)
+    testable = np.setdiff1d(np.arange(len(testing.labels)), learnable[:0] if divided else learnable)
     if not len(testable):
         raise ValueError(
             f"{dataset}: each class has one image, {len(learnable)} in all, which is needed to learn from, and none is "
@@ -286,10 +286,6 @@ def _drawn(opened: OpenSplit, among: Positions, *, n: int, seed: int) -> ImageDa
     return opened.read(drawn, n=len(drawn), seed=seed)
 
 
-def _others(labels: Positions, used: Positions) -> Positions:
-    return np.setdiff1d(np.arange(len(labels)), used)
-
-
 def _held_out(labels: Positions, pool: Positions, *, seed: int, dataset: str) -> Positions:
     """Positions for validation, none from a class with one image only."""
     counts = np.bincount(labels[pool])
@@ -306,16 +302,13 @@ def _class_notes(learning: OpenSplit, learned: Positions, *, shots: int, divided
     """Name the classes with nothing to learn from, with fewer images than ``shots`` and, if divided here, with one."""
     counts = np.bincount(learning.labels, minlength=len(learning.classes))
     kept = np.bincount(learning.labels[learned], minlength=len(learning.classes))
-    classes = np.array(learning.classes, dtype=object)
-    short = [f"{name} {count}" for name, count in zip(classes, kept, strict=True) if 0 < count < shots]
-    notes = []
-    if (counts == 0).any():
-        notes.append(f"no image to learn from: {', '.join(classes[counts == 0])}")
-    if short:
-        notes.append(f"fewer than {shots} images to learn from: {', '.join(short)}")
-    if not divided and (counts == 1).any():
-        notes.append(f"one image only, learned from and not tested: {', '.join(classes[counts == 1])}")
-    return notes
+    classes = list(zip(learning.classes, counts, kept, strict=True))
+    short = {
+        "no image to learn from": [name for name, count, _ in classes if count == 0],
+        f"fewer than {shots} images to learn from": [f"{name} {few}" for name, _, few in classes if 0 < few < shots],
+        "one image only, learned from and not tested": [name for name, n, _ in classes if n == 1 and not divided],
+    }
+    return [f"{what}: {', '.join(names)}" for what, names in short.items() if names]
 
 
 def _part_notes(test: ImageDataset, **parts: ImageDataset) -> list[str]:

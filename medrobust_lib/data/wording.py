@@ -11,6 +11,7 @@ from typing import Any
 from medrobust_lib.checks import check_choice, suggest
 
 SITE_A = "-site-a"
+ClassNames = Mapping[Any, str] | None  # what to call each class in a prompt
 
 
 @dataclass(frozen=True)
@@ -71,24 +72,13 @@ def class_wording(set_name: str, *, wording: str = "paper") -> ClassWording:
     choices = ("paper", "clear", *(name for name in entry["alternatives"] if name != "clear"))
     check_choice(f"wording of {set_name}", wording, choices)
     nouns = entry["alternatives"].get(wording, entry["prompt_nouns"])
-    return ClassWording(
-        set_name=set_name,
-        wording=wording,
-        names=tuple(entry["names"]),
-        prompt_nouns=tuple(nouns),
-        templates=tuple(entry["templates"]),
-        spellings=_spellings(entry),
-        start=entry.get("start", ""),
-    )
+    names, templates = tuple(entry["names"]), tuple(entry["templates"])
+    spellings, start = _spellings(entry), entry.get("start", "")
+    return ClassWording(set_name, wording, names, tuple(nouns), templates, spellings, start)
 
 
 def own_wording(
-    codes: Sequence[str],
-    nouns: Sequence[str],
-    *,
-    class_names: Mapping[Any, str] | None,
-    templates: Sequence[str] | None,
-    source: str,
+    codes: Sequence[str], nouns: Sequence[str], *, class_names: ClassNames, templates: Sequence[str] | None, source: str
 ) -> ClassWording:
     """Words for images that are in no registry: the names of their folders, or what the caller says.
 
@@ -116,27 +106,27 @@ def own_wording(
         A code without a noun, a noun for a code that does not exist, an empty noun, or a template without its ``{}``;
         without `class_names` also codes or nouns that are one when `folded`. TypeError for anything but texts.
     """
-    groups = [([code], noun) for code, noun in zip(codes, nouns, strict=True)]
     if class_names is not None:
-        chosen = _given_nouns(codes, class_names, source)
-        groups = [([code for code in codes if chosen[code] == noun], noun) for noun in dict.fromkeys(chosen.values())]
+        noun_of = _given_nouns(codes, class_names, source)
     else:
+        noun_of = dict(zip(codes, nouns, strict=True))
         advice = "give them one name where they are one class, or give class_names with a noun for each"
         check_distinct(codes, f"{source}: classes", advice)
-        owner = {folded(noun): code for code, noun in zip(codes, nouns, strict=True)}
-        for code, noun in zip(codes, nouns, strict=True):
+        owner = {folded(noun): code for code, noun in noun_of.items()}
+        for code, noun in noun_of.items():
             if owner[folded(noun)] != code:
                 raise ValueError(
                     f"{source}: classes {code!r} and {owner[folded(noun)]!r} are both called {noun!r}; {advice}"
                 )
+    members = {noun: [code for code in codes if noun_of[code] == noun] for noun in noun_of.values()}
     given = [name for name, value in (("class_names", class_names), ("templates", templates)) if value is not None]
     return ClassWording(
         set_name="unregistered",
         wording=" and ".join(given) + " of the call" if given else "own",
-        names=tuple(" + ".join(members) for members, _ in groups),
-        prompt_nouns=tuple(noun for _, noun in groups),
+        names=tuple(map(" + ".join, members.values())),
+        prompt_nouns=tuple(members),
         templates=class_wording("unregistered").templates if templates is None else checked_templates(templates),
-        spellings={code: label for label, (members, _) in enumerate(groups) for code in members},
+        spellings={code: label for label, group in enumerate(members.values()) for code in group},
     )
 
 

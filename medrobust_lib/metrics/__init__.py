@@ -30,6 +30,5 @@ from medrobust_lib.metrics.corruption import (
     degradation,
     mean_corruption_error,
     relative_clean_error,
-    relative_corruption_error,
     relative_mean_corruption_error,
 )

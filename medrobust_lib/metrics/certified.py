@@ -146,16 +146,13 @@ def over_prompt_seeds(table: pd.DataFrame) -> pd.DataFrame:
                 f"{', '.join(map(str, images))} images; their mean would compare nothing, summarise them separately"
             )
         n = int(images[0])
-        values = dict.fromkeys(("certified_accuracy", "lowest", "highest", "low", "high"), float("nan"))
+        lowest, highest = shares.min(skipna=False), shares.max(skipna=False)
+        values = {"certified_accuracy": shares.mean(skipna=False), "lowest": lowest, "highest": highest}
+        values |= dict.fromkeys(("low", "high"), float("nan"))
         if shares.notna().all():
             hits = int((shares * n).round().sum())
-            values = {
-                "certified_accuracy": shares.mean(),
-                "lowest": shares.min(),
-                "highest": shares.max(),
-                "low": accuracy_interval(hits // len(group), n)[0],
-                "high": accuracy_interval(-(-hits // len(group)), n)[1],
-            }
+            values["low"], _ = accuracy_interval(hits // len(group), n)
+            _, values["high"] = accuracy_interval(-(-hits // len(group)), n)
         if "radius_reach" in group:
             values["radius_reach"] = group["radius_reach"].max()
         summary.append(dict(zip(keys, key, strict=True)) | values | {"seeds": len(group), "n": n})
@@ -330,10 +327,9 @@ def _unknown(rows: pd.DataFrame, radius: float) -> bool:
     """Whether no draws reach a radius, or sequential sampling could have certified it but was not asked to."""
     if "radius_reach" not in rows:
         return False
-    if radius > rows["radius_reach"].max():
-        return True
-    tested = rows["radius_tested"] if "radius_tested" in rows else rows["radius_reach"]
-    return bool(((tested < radius) & (radius <= rows["radius_reach"])).any())
+    reach = rows["radius_reach"]
+    tested = rows.get("radius_tested", reach)
+    return bool(radius > reach.max() or ((tested < radius) & (radius <= reach)).any())
 
 
 def _certificate_groups(rows: pd.DataFrame, *further: str) -> list[str]:

@@ -213,7 +213,7 @@ def accuracy_interval(correct: int, n: int, *, confidence: float = 0.95) -> tupl
 
 
 def mean_interval(values: ArrayLike, *, largest: float = 1.0, seed: int = 0) -> tuple[float, float]:
-    """Percentile bootstrap interval of a mean over images, seeded.
+    """95 % percentile bootstrap interval of a mean over images, seeded.
 
     Parameters
     ----------
@@ -239,17 +239,10 @@ def mean_interval(values: ArrayLike, *, largest: float = 1.0, seed: int = 0) -> 
     if np.ptp(array) == 0:
         unseen = largest * accuracy_interval(0, len(array))[1]
         return float(array[0] - unseen), float(array[0] + unseen)
-    found = stats.bootstrap(
-        (array,),
-        np.mean,
-        n_resamples=2000,
-        confidence_level=0.95,
-        method="percentile",
-        vectorized=True,
-        batch=max(1, 10_000_000 // len(array)),
-        rng=np.random.default_rng(seed),
-    ).confidence_interval
-    return float(found.low), float(found.high)
+    batch, rng = max(1, 10_000_000 // len(array)), np.random.default_rng(seed)
+    found = stats.bootstrap((array,), np.mean, n_resamples=2000, method="percentile", batch=batch, rng=rng)
+    low, high = found.confidence_interval
+    return float(low), float(high)
 
 
 def share_interval(values: ArrayLike, *, seed: int = 0) -> tuple[float, float]:

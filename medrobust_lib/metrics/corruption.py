@@ -25,6 +25,7 @@ class GuardedMean(NamedTuple):
 
     mean: NDArray[np.float64]  # [...]; NaN where no corruption is left
     left_out: NDArray[np.int64]  # [...]; number of corruptions left out
+    each: NDArray[np.float64]  # [..., C]; NaN where it is not defined
 
 
 def corruption_error(errors: ArrayLike, reference_errors: ArrayLike) -> NDArray[np.float64]:
@@ -102,18 +103,18 @@ def mean_corruption_error(
     return _percent_of(mean, reference).mean(-1)
 
 
-def relative_corruption_error(
+def relative_mean_corruption_error(
     errors: ArrayLike,
     clean_error: ArrayLike,
     reference_errors: ArrayLike,
     reference_clean_error: ArrayLike,
     *,
     least_rise: float = LEAST_RISE,
-) -> NDArray[np.float64]:
-    """Relative CE: what each corruption adds to the clean error, in percent of what it adds for the reference.
+) -> GuardedMean:
+    """Relative mCE: what corruptions add to the clean error, in percent of what they add for the reference.
 
     A weak reference often loses nothing, or even gains, under a corruption. Its ratio then has a denominator of
-    zero or below and a value without meaning, which the guard replaces by NaN.
+    zero or below and a value without meaning, which the guard replaces by NaN and leaves out of the mean.
 
     Parameters
     ----------
@@ -126,47 +127,21 @@ def relative_corruption_error(
 
     Returns
     -------
-    float64 [..., C], in percent
-        Below 0 for a model that gains under a corruption at which the reference loses.
+    GuardedMean
+        ``mean`` float64 [...] in percent, over the corruptions that pass the guard; ``left_out`` int64 [...], to be
+        reported beside it; and ``each`` float64 [..., C], the relative CE of every corruption in percent, below 0 for a
+        model that gains under a corruption at which the reference loses.
 
     References
     ----------
-    Hendrycks and Dietterich 2019, arXiv:1903.12261, section 4 (relative mCE); the guard is ours.
+    Hendrycks and Dietterich 2019, arXiv:1903.12261, section 4 (relative CE and mCE); the guard is ours.
     """
     mean, reference = _means_over_severities(errors, reference_errors, corruptions=True)
     rise = mean - fractions("clean_error", clean_error)[..., None]
     reference_rise = reference - fractions("reference_clean_error", reference_clean_error)[..., None]
-    return _percent_of(rise, reference_rise, floor=least_rise)
-
-
-def relative_mean_corruption_error(
-    errors: ArrayLike,
-    clean_error: ArrayLike,
-    reference_errors: ArrayLike,
-    reference_clean_error: ArrayLike,
-    *,
-    least_rise: float = LEAST_RISE,
-) -> GuardedMean:
-    """Relative mCE: the mean of `relative_corruption_error` over the corruptions that pass its guard.
-
-    Parameters
-    ----------
-    errors, clean_error, reference_errors, reference_clean_error, least_rise
-        As in `relative_corruption_error`.
-
-    Returns
-    -------
-    GuardedMean
-        ``mean`` float64 [...] in percent, and ``left_out`` int64 [...], to be reported beside it.
-    """
-    relative = relative_corruption_error(
-        errors, clean_error, reference_errors, reference_clean_error, least_rise=least_rise
-    )
-    defined = ~np.isnan(relative)
-    count = defined.sum(-1)
-    total = np.where(defined, relative, 0).sum(-1)
-    mean = np.divide(total, count, out=np.full(np.shape(total), np.nan), where=count > 0)
-    return GuardedMean(mean[()], relative.shape[-1] - count)
+    relative = _percent_of(rise, reference_rise, floor=least_rise)
+    defined = np.ma.masked_invalid(relative)
+    return GuardedMean(np.ma.filled(defined.mean(-1), np.nan)[()], np.isnan(relative).sum(-1), relative)
 
 
 def average_accuracy(errors: ArrayLike) -> NDArray[np.float64]:
@@ -257,7 +232,7 @@ def corruption_error_table(
     groups : sequence of str
         Columns that name a data set.
     least_rise : float
-        As in `relative_corruption_error`.
+        As in `relative_mean_corruption_error`.
 
     Returns
     -------
@@ -353,12 +328,9 @@ def _number_of_images(cells: pd.DataFrame, key: str) -> dict[str, int]:
 
 
 def _constancy(cells: pd.DataFrame, models: list[str]) -> dict[str, NDArray[np.generic]]:
-    if "constant" in cells:
-        constant = cells["constant"].astype(bool)
-    elif "majority_share" in cells:
-        constant = cells["majority_share"] >= CONSTANT_SHARE
-    else:
+    if not {"constant", "majority_share"} & {*cells}:
         return {}
+    constant = cells["constant"].astype(bool) if "constant" in cells else cells["majority_share"] >= CONSTANT_SHARE
     cells = cells.assign(constant=constant)  # tables that were put together repeat their index
     clean = cells[cells["severity"] == 0].groupby("model")["constant"].first()
     return {

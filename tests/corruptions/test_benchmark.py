@@ -9,10 +9,11 @@ import pytest
 from PIL import Image
 
 from medrobust_lib.corruptions import stored, writing
-from medrobust_lib.corruptions.stored import check_benchmark, read_corrupted
+from medrobust_lib.corruptions.stored import read_corrupted
 from medrobust_lib.corruptions.suites import corrupt, corrupted
 from medrobust_lib.corruptions.writing import BenchmarkPlan, write_benchmark
 from medrobust_lib.data.registry import load_dataset
+from preparing.corrupted_sets import check_benchmark
 
 CHEST, OCT = "phantom/chest", "phantom/oct"
 OFFICIAL = {"suite": "medmnist-c", "severities": (1, 2, 3, 4, 5)}

@@ -4,8 +4,9 @@ import warnings
 import numpy as np
 import pytest
 
-from medrobust_lib.corruptions.stored import check_benchmark, read_corrupted
+from medrobust_lib.corruptions.stored import read_corrupted
 from medrobust_lib.data.wording import class_wording
+from preparing.corrupted_sets import check_benchmark
 
 
 def pictures(count, *shape):

@@ -26,7 +26,7 @@ from pydicom.uid import (
 )
 
 from medrobust_lib.adaptation.training import load_state, save_state
-from medrobust_lib.corruptions.stored import check_benchmark, read_corrupted, read_npz, write_npz
+from medrobust_lib.corruptions.stored import read_corrupted, read_npz, write_npz
 from medrobust_lib.corruptions.writing import write_benchmark
 from medrobust_lib.data.decoding import image_shape, read_dicom, read_image
 from medrobust_lib.data.own_images import class_folder_split, csv_split
@@ -37,6 +37,7 @@ from medrobust_lib.experiments import Metric, leaderboard, open_store, read_card
 from medrobust_lib.files import read_sums
 from medrobust_lib.models.weights import read_state_dict
 from medrobust_lib.smoothing.prompts import PromptSet
+from preparing.corrupted_sets import check_benchmark
 from preparing.folders import read_table
 
 spec = importlib.util.spec_from_file_location("spoiling", Path(__file__).with_name("spoiling.py"))

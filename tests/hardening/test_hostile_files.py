@@ -17,7 +17,7 @@ import torch
 import yaml
 from PIL import Image
 
-from medrobust_lib.corruptions.stored import check_benchmark, read_npz
+from medrobust_lib.corruptions.stored import read_npz
 from medrobust_lib.data.own_images import class_folder_split, csv_split
 from medrobust_lib.data.questions import read_questions
 from medrobust_lib.data.readers import medimeta_split, medmnist_split
@@ -25,6 +25,7 @@ from medrobust_lib.data.wording import class_wording
 from medrobust_lib.experiments import open_store
 from medrobust_lib.models.weights import read_state_dict
 from medrobust_lib.smoothing.prompts import PromptSet
+from preparing.corrupted_sets import check_benchmark
 
 spec = importlib.util.spec_from_file_location("spoiling", Path(__file__).with_name("spoiling.py"))
 spoiling = importlib.util.module_from_spec(spec)

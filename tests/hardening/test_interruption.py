@@ -14,8 +14,8 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from medrobust_lib.corruptions.stored import check_benchmark
 from medrobust_lib.corruptions.writing import write_benchmark
+from preparing.corrupted_sets import check_benchmark
 from preparing.downloads import CHUNK_BYTES, download
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="other signals there")

@@ -14,10 +14,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from medrobust_lib.corruptions.stored import check_benchmark, set_folder
+from medrobust_lib.corruptions.stored import set_folder
 from medrobust_lib.data.own_images import class_folder_split, csv_split
 from medrobust_lib.files import DownloadError, check_sums
 from preparing.archives import extract
+from preparing.corrupted_sets import check_benchmark
 from preparing.folders import StagedDataset
 
 spec = importlib.util.spec_from_file_location("spoiling", Path(__file__).with_name("spoiling.py"))

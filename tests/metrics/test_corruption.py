@@ -94,11 +94,11 @@ def test_a_reference_without_errors_leaves_the_mean_of_ratios_undefined():
 
 def test_relative_errors_divide_what_is_lost_by_what_the_reference_loses():
     model, reference = [[0.3, 0.5], [0.2, 0.4]], [[0.5, 0.7], [0.3, 0.7]]
-    relative = metrics.relative_corruption_error(model, 0.2, reference, 0.4)
+    relative = metrics.relative_mean_corruption_error(model, 0.2, reference, 0.4).each
     np.testing.assert_allclose(relative, [100, 100])
-    relative = metrics.relative_corruption_error(model, 0.1, reference, 0.3)
+    relative = metrics.relative_mean_corruption_error(model, 0.1, reference, 0.3).each
     np.testing.assert_allclose(relative, [100, 100])
-    relative = metrics.relative_corruption_error(model, 0.35, reference, 0.3)
+    relative = metrics.relative_mean_corruption_error(model, 0.35, reference, 0.3).each
     np.testing.assert_allclose(relative, [100 * 0.05 / 0.3, -25])
 
 
@@ -107,7 +107,7 @@ def test_a_reference_that_hardly_loses_is_left_out_and_counted(rise):
     """Zero, a small or a negative denominator never becomes a huge or a negative ratio."""
     reference = [[0.5], [0.3 + rise]]
     model = [[0.6], [0.6]]
-    relative = metrics.relative_corruption_error(model, 0.2, reference, 0.3)
+    relative = metrics.relative_mean_corruption_error(model, 0.2, reference, 0.3).each
     assert relative[0] == pytest.approx(200)
     assert np.isnan(relative[1])
     guarded = metrics.relative_mean_corruption_error(model, 0.2, reference, 0.3)
