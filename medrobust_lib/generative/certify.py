@@ -1,13 +1,16 @@
 """Certificates of what a generative model answers, a label or a cluster of equal texts: of one image, or as a table."""
 
 import inspect
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import torch
+from jinja2 import Environment, PackageLoader, Template
 from torch import Tensor
 
 from medrobust_lib.checks import check_keywords
@@ -30,9 +33,9 @@ from medrobust_lib.generative.errors import (
     check_error_model,
     split_alpha,
 )
-from medrobust_lib.generative.oracles import Cluster, Judged, cluster_texts, judged
+from medrobust_lib.generative.oracles import Cluster, Judged, Tally, cluster_texts, judged
 from medrobust_lib.smoothing.bounds import ALPHA, FEW_N, FEW_N0, certified_radius, maximum_radius, needed_probability
-from medrobust_lib.smoothing.certificate import ABSTAIN, Certificate, Guarantee, Sampling, Tally, about_text
+from medrobust_lib.smoothing.certificate import ABSTAIN, GUARANTEES, Certificate, Guarantee, Sampling
 from medrobust_lib.smoothing.certify import Verdict, check_mode_draws, make_plan, take_votes
 from medrobust_lib.smoothing.noise import Role
 
@@ -85,42 +88,18 @@ class GenerativeCertificate:
     clusters: tuple[Cluster, ...] = field(default=(), repr=False)
 
     def __str__(self) -> str:
-        lines = [
-            f"question {self.prompt!r}, oracle {self.oracle} ({self.oracle_version})",
-            f"tested answer: {self.answer!r}" if self.answer is not None else "no answer could be selected",
-            f"without any assumption: {about_text(self.composite, self.answer, equivalence=bool(self.clusters))}",
-        ]
-        if self.corrected is not None:
-            words = about_text(self.corrected, self.answer, equivalence=bool(self.clusters))
-            lines.append(f"if the error model holds: {words}")
-        if self.refusal:
-            lines.append(f"error model refused: {self.refusal}")
-        if self.assumption:
-            lines.append(f"assumption: {self.assumption}")
-        drawn = "noise" if self.temperature == 0 else "noise and decoding"
-        labelled = ", and over the labelled texts where an error rate is estimated" if self.assumption else ""
-        lines.append(
-            f"alpha {self.composite.alpha:g}: a certificate is false with probability at most alpha, over the {drawn} "
-            f"drawn{labelled}"
-        )
-        lines.append(self._texts_in_words())
-        if self.n_distinct == 1 and self.composite.n > 1:
-            lines.append("the model gave one and the same text every time; see whether it gives it for any image")
-        return "\n".join(lines)
+        return _template().render(found=self).rstrip()
 
-    def _texts_in_words(self) -> str:
-        tally, n0 = self.tally, self.composite.n0
-        failed = ""
-        if tally.failed:
-            # An equivalence is asked about a text several times, so its failures are calls and no texts.
-            calls = f"failed calls of the oracle: {tally.failed}"
-            texts = f"{tally.failed} because the oracle failed"
-            failed = f" ({calls if self.clusters else texts}, first with {tally.first_error!r})"
-        return (
-            f"{n0} selection and {tally.total - n0} estimation texts: {tally.empty} empty, {tally.truncated} cut off, "
-            f"{tally.unlabelled} without a {'verdict' if self.clusters else 'label'}{failed}; "
-            "each counts in its own denominator"
-        )
+    def about(self, certificate: Certificate) -> str:
+        """One of the two certificates in words that name its answer instead of a class number."""
+        return _template().module.about(self, certificate).strip()
+
+
+def _template() -> Template:
+    words = Environment(loader=PackageLoader("medrobust_lib"), trim_blocks=True, lstrip_blocks=True, autoescape=False)
+    words.globals["guarantees"] = GUARANTEES
+    words.filters |= {"repr": repr, "shorten": partial(textwrap.shorten, width=80, placeholder=" ...")}
+    return words.get_template("certificate.txt.j2")
 
 
 def certify_generative(

@@ -79,6 +79,39 @@ class OracleUnavailableError(RuntimeError):
 
 
 @dataclass(frozen=True)
+class Tally:
+    """What became of the texts of a certificate: selection draws count in n0, estimation draws in n.
+
+    Attributes
+    ----------
+    total : int
+    empty : int
+        Empty, or not generated in time: they vote for nothing.
+    truncated : int
+        Cut at the largest number of tokens, and judged as they are.
+    unlabelled : int
+        The oracle gave no label, or no answer.
+    failed : int
+        How often the oracle raised at a text that it was asked about alone; when clusters are built, a text may be
+        asked about several times.
+    first_error : str
+        What it raised first.
+    """
+
+    total: int = 0
+    empty: int = 0
+    truncated: int = 0
+    unlabelled: int = 0
+    failed: int = 0
+    first_error: str = ""
+
+    def __add__(self, other: "Tally") -> "Tally":
+        counted = ("total", "empty", "truncated", "unlabelled", "failed")
+        counts = {name: getattr(self, name) + getattr(other, name) for name in counted}
+        return Tally(**counts, first_error=self.first_error or other.first_error)
+
+
+@dataclass(frozen=True)
 class Judged:
     """Answers of an oracle to n texts.
 
