@@ -92,7 +92,7 @@ class GenerativeCertificate:
 
     def about(self, certificate: Certificate) -> str:
         """One of the two certificates in words that name its answer instead of a class number."""
-        return _template().module.about(self, certificate).strip()
+        return _template().make_module({"found": self}).about(self, certificate).strip()
 
 
 def _template() -> Template:
