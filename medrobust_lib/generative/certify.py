@@ -36,8 +36,8 @@ from medrobust_lib.generative.errors import (
 from medrobust_lib.generative.oracles import Cluster, Judged, Tally, cluster_texts, judged
 from medrobust_lib.smoothing.bounds import ALPHA, FEW_N, FEW_N0, certified_radius, maximum_radius, needed_probability
 from medrobust_lib.smoothing.certificate import ABSTAIN, GUARANTEES, Certificate, Guarantee, Sampling
-from medrobust_lib.smoothing.certify import Verdict, check_mode_draws, make_plan, take_votes
-from medrobust_lib.smoothing.noise import Role
+from medrobust_lib.smoothing.certify import Rules, Verdict, make_certificate, take_votes
+from medrobust_lib.smoothing.noise import NoiseStream, Role
 
 _UNKNOWN = -2  # number of a truth that nobody knows; no certificate predicts it
 _COPIED = ("sigma", "radius", "p_lower", "k", "n", "n0", "n_max", "alpha", "sampling", "mode", "seed")
@@ -219,11 +219,10 @@ def certify_answers(
     if sampling == "fixed" and radii is not None:
         raise ValueError(f"radii={radii!r}: only sampling='sequential' takes radii of interest; leave them out")
     labelled = callable(getattr(oracle, "label", None))
-    check_mode_draws(n0, label_given=False)
+    rules = Rules(n0=n0, n=n, alpha=alpha, sampling=sampling, radii=radii)
     _check_number_of_labels(error_model, len(oracle.labels) if labelled else 2, oracle.name)
-    sigma = bank.how.sigma
     alpha_votes, alpha_rate = split_alpha(error_model, alpha, share=alpha_share)
-    plans = [make_plan(sampling, sigma=sigma, radii=radii, n=n, alpha=level) for level in (alpha, alpha_votes)]
+    plans = [replace(rules, alpha=level).plan(bank.how.sigma) for level in (alpha, alpha_votes)]
     counter = _Counter(bank)
     clusters: tuple[Cluster, ...] = ()
     drawn = bank.texts("select", 0, n0)
@@ -245,14 +244,13 @@ def certify_answers(
         drawn = torch.tensor([_TESTED if hit else ABSTAIN for hit in hits], dtype=torch.int64)
         return [drawn for _ in positions]
 
-    verdicts = [Verdict(predicted=ABSTAIN, radius=0.0, p_lower=0.0, k=0, n=0) for _ in plans]
+    verdicts = [Verdict() for _ in plans]
     if answer is not None:
         verdicts = take_votes(votes, plans, n0=n0, label=_TESTED)
-    rules = {"n0": n0, "n_max": n, "alpha": alpha, "sampling": sampling}
-    composite = _certificate(bank, verdicts[0], number, "composite", **rules)
+    composite = _certificate(bank, verdicts[0], number, "composite", rules)
     corrected, refusal = None, ""
     if error_model is not None:
-        strict = _certificate(bank, verdicts[1], number, "corrected", **rules)
+        strict = _certificate(bank, verdicts[1], number, "corrected", rules)
         tested = answer if labelled else SAME
         try:
             corrected = _corrected(strict, number, error_model, label=tested, alpha_rate=alpha_rate or alpha)
@@ -396,19 +394,10 @@ def _most_frequent(labels: Sequence[str | None], known: Sequence[str]) -> tuple[
     return (known[number], number) if known[number] in labels else (None, ABSTAIN)
 
 
-def _certificate(bank: AnswerBank, verdict: Verdict, number: int, guarantee: Guarantee, **rules: Any) -> Certificate:
-    return Certificate(
-        **{**vars(verdict), "predicted": ABSTAIN if verdict.predicted == ABSTAIN else number},
-        **rules,
-        sigma=bank.how.sigma,
-        mode="predict",
-        guarantee=guarantee,
-        seed=bank.how.seed,
-        model=bank.vlm.id,
-        dtype=str(getattr(bank.vlm, "dtype", torch.float32)).removeprefix("torch."),
-        device=bank.image.device.type,
-        image_shape=tuple(bank.image.shape),
-    )
+def _certificate(bank: AnswerBank, verdict: Verdict, number: int, guarantee: Guarantee, rules: Rules) -> Certificate:
+    named = verdict if verdict.predicted == ABSTAIN else replace(verdict, predicted=number)
+    stream = NoiseStream(bank.how.seed, bank.dataset, bank.index, bank.how.sigma, "estimate")
+    return make_certificate(named, rules, stream, guarantee=guarantee, classifier=bank.vlm, image=bank.image)
 
 
 def _corrected(
@@ -446,7 +435,7 @@ def _limits(
     rate = error_model if certificate.guarantee == "corrected" else None
     sigma, n, alpha = certificate.sigma, certificate.n_max, certificate.alpha
     alpha_votes, alpha_rate = split_alpha(rate, alpha, share=alpha_share)
-    plan = make_plan(certificate.sampling, sigma=sigma, radii=radii, n=n, alpha=alpha_votes)
+    plan = Rules(n=n, alpha=alpha_votes, sampling=certificate.sampling, radii=radii).plan(sigma)
     largest = {"radius_tested": plan.largest_radius, "radius_reach": maximum_radius(n, alpha_votes, sigma)}
     if rate is None:
         return largest

@@ -27,6 +27,7 @@ from medrobust_lib.smoothing.certify import (
     Rules,
     Verdict,
     agreement,
+    answers_to_copies,
     check_not_training,
     checked_answers,
     take_votes,
@@ -39,7 +40,7 @@ from medrobust_lib.smoothing.methods import (
     denoised,
     zero_shot_methods,
 )
-from medrobust_lib.smoothing.noise import Batches, NoiseStream, Role, make_batches, map_copies
+from medrobust_lib.smoothing.noise import Batches, NoiseStream, make_batches
 from medrobust_lib.smoothing.sequential import plan_constants
 
 SIGMAS = (0.25,)
@@ -170,8 +171,9 @@ def _certify_item(study: _Study, item: tuple[int, float]) -> tuple[list[dict[str
     index, label = int(study.data.indices[position]), int(study.data.labels[position])
     pixels = study.model.prepare(study.data.images[position : position + 1])[0].to(study.model.device)
     # Classifiers are complete before any noise of a certificate exists.
-    classifiers = _classifiers(study, pixels, index, sigma)
-    answers = _bank(study, [member for members in classifiers for member in members], pixels, index, sigma)
+    stream = NoiseStream(study.seed, study.data.id, index, sigma, "adapt")
+    classifiers = _classifiers(study, pixels, stream)
+    answers = _bank(study, [member for members in classifiers for member in members], pixels, stream)
     plans = [study.plans[sigma, len(members)] for members in classifiers for _ in members]
     tested = label if study.rules.mode == "evaluate" else None
     verdicts = iter(take_votes(answers, plans, n0=study.rules.n0, label=tested))
@@ -183,9 +185,8 @@ def _certify_item(study: _Study, item: tuple[int, float]) -> tuple[list[dict[str
     return rows, time.perf_counter() - started
 
 
-def _classifiers(study: _Study, pixels: Tensor, index: int, sigma: float) -> list[list[_Member]]:
+def _classifiers(study: _Study, pixels: Tensor, stream: NoiseStream) -> list[list[_Member]]:
     """Classifiers of every method for one image; methods that adapt to the same noisy copies share them."""
-    stream = NoiseStream(study.seed, study.data.id, index, sigma, "adapt")
     adaptations: dict[tuple[int, int], AdaptationFeatures] = {}
     classifiers = []
     for method in study.methods:
@@ -199,27 +200,20 @@ def _classifiers(study: _Study, pixels: Tensor, index: int, sigma: float) -> lis
     return classifiers
 
 
-def _bank(study: _Study, members: Sequence[_Member], pixels: Tensor, index: int, sigma: float) -> Answers:
+def _bank(study: _Study, members: Sequence[_Member], pixels: Tensor, stream: NoiseStream) -> Answers:
     """Noisy features of one image: drawn in batches, encoded once per denoiser, scored by every classifier."""
     n_classes = len(study.data.classes)
 
-    @torch.no_grad()  # not inference mode: a base classifier may adapt to each copy by a gradient of its own
-    def answers(role: Role, first: int, count: int, positions: Sequence[int]) -> list[Tensor]:
-        stream = NoiseStream(study.seed, study.data.id, index, sigma, role)
+    def label(positions: Sequence[int], copies: Tensor) -> list[Tensor]:
         asked = [members[place] for place in positions]
         denoisers = {id(denoiser): denoiser for _, denoiser in asked}
+        features = {
+            key: study.model.encode_image(denoised(denoise, copies, stream.sigma)) for key, denoise in denoisers.items()
+        }
+        labels = [classify(features[id(denoiser)]) for classify, denoiser in asked]
+        return [checked_answers(found, len(copies), n_classes=n_classes) for found in labels]
 
-        def score(copies: Tensor) -> list[Tensor]:
-            features = {
-                key: study.model.encode_image(denoised(denoise, copies, sigma)) for key, denoise in denoisers.items()
-            }
-            labels = [classify(features[id(denoiser)]) for classify, denoiser in asked]
-            return [checked_answers(found, len(copies), n_classes=n_classes) for found in labels]
-
-        batches = list(map_copies(score, pixels, stream, batches=study.batches, first=first, count=count))
-        return [torch.cat(labels) for labels in zip(*batches, strict=True)]
-
-    return answers
+    return answers_to_copies(label, pixels, stream, study.batches)
 
 
 def _row(
