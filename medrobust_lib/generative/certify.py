@@ -15,6 +15,7 @@ from torch import Tensor
 
 from medrobust_lib.checks import check_keywords
 from medrobust_lib.data.questions import QuestionSet
+from medrobust_lib.generative import errors
 from medrobust_lib.generative.answers import (
     AnswerBank,
     Drawing,
@@ -24,14 +25,6 @@ from medrobust_lib.generative.answers import (
     StoredAnswers,
     check_oracle,
     open_answers,
-)
-from medrobust_lib.generative.errors import (
-    SAME,
-    ErrorModel,
-    InconsistentErrorRateError,
-    SymmetricErrors,
-    check_error_model,
-    split_alpha,
 )
 from medrobust_lib.generative.oracles import Cluster, Judged, Tally, cluster_texts, judged
 from medrobust_lib.smoothing.bounds import ALPHA, FEW_N, FEW_N0, certified_radius, maximum_radius, needed_probability
@@ -177,7 +170,7 @@ def certify_answers(
     n0: int = FEW_N0,
     n: int = FEW_N,
     alpha: float = ALPHA,
-    error_model: ErrorModel | None = None,
+    error_model: errors.ErrorModel | None = None,
     alpha_share: float = 0.5,
     sampling: Sampling = "fixed",
     radii: Sequence[float] | None = None,
@@ -215,13 +208,13 @@ def certify_answers(
         As `certify_generative`.
     """
     check_oracle(oracle)
-    check_error_model(error_model)
+    errors.check_error_model(error_model)
     if sampling == "fixed" and radii is not None:
         raise ValueError(f"radii={radii!r}: only sampling='sequential' takes radii of interest; leave them out")
     labelled = callable(getattr(oracle, "label", None))
     rules = Rules(n0=n0, n=n, alpha=alpha, sampling=sampling, radii=radii)
     _check_number_of_labels(error_model, len(oracle.labels) if labelled else 2, oracle.name)
-    alpha_votes, alpha_rate = split_alpha(error_model, alpha, share=alpha_share)
+    alpha_votes, alpha_rate = errors.split_alpha(error_model, alpha, share=alpha_share)
     plans = [replace(rules, alpha=level).plan(bank.how.sigma) for level in (alpha, alpha_votes)]
     counter = _Counter(bank)
     clusters: tuple[Cluster, ...] = ()
@@ -251,10 +244,10 @@ def certify_answers(
     corrected, refusal = None, ""
     if error_model is not None:
         strict = _certificate(bank, verdicts[1], number, "corrected", rules)
-        tested = answer if labelled else SAME
+        tested = answer if labelled else errors.SAME
         try:
             corrected = _corrected(strict, number, error_model, label=tested, alpha_rate=alpha_rate or alpha)
-        except InconsistentErrorRateError as error:
+        except errors.InconsistentErrorRateError as error:
             refusal = str(error)
     return GenerativeCertificate(
         answer=answer,
@@ -314,6 +307,7 @@ def certify_questions(
     check_keywords(certify_questions, rules, inspect.signature(certify_answers).parameters)
     _check_banks(banks, questions)
     asked = {name: rules[name] for name in ("error_model", "alpha_share", "radii") if name in rules}
+    labelled = callable(getattr(oracle, "label", None))
     rows = []
     for bank, truth in zip(banks, questions.truths, strict=True):
         found = certify_answers(bank, oracle, **rules)
@@ -337,7 +331,7 @@ def certify_questions(
                     "guarantee": certificate.guarantee,
                     "n_classes": len(questions.labels),
                     **{name: getattr(certificate, name) for name in _COPIED},
-                    **_limits(certificate, found.answer if callable(getattr(oracle, "label", None)) else SAME, **asked),
+                    **_limits(certificate, found.answer if labelled else errors.SAME, **asked),
                     "n_distinct": found.n_distinct,
                     **{name: getattr(found.tally, name) for name in ("empty", "truncated", "unlabelled", "failed")},
                     "refusal": found.refusal,
@@ -347,9 +341,9 @@ def certify_questions(
     return pd.DataFrame(rows)
 
 
-def _check_number_of_labels(error_model: ErrorModel | None, n_labels: int, name: str) -> None:
+def _check_number_of_labels(error_model: errors.ErrorModel | None, n_labels: int, name: str) -> None:
     """Refuse symmetric errors over more or fewer labels than there are: the correction would promise too much."""
-    if isinstance(error_model, SymmetricErrors) and error_model.n_labels != n_labels:
+    if isinstance(error_model, errors.SymmetricErrors) and error_model.n_labels != n_labels:
         raise ValueError(
             f"the error model exchanges {error_model.n_labels} labels, the oracle {name!r} has {n_labels}; "
             f"use SymmetricErrors(..., n_labels={n_labels}), or FalsePositives, which needs no number of labels"
@@ -401,7 +395,7 @@ def _certificate(bank: AnswerBank, verdict: Verdict, number: int, guarantee: Gua
 
 
 def _corrected(
-    strict: Certificate, number: int, error_model: ErrorModel, *, label: str | None, alpha_rate: float
+    strict: Certificate, number: int, error_model: errors.ErrorModel, *, label: str | None, alpha_rate: float
 ) -> Certificate:
     """Certificate of the true label from that of the oracle's label, at the votes' share of alpha."""
     if number == ABSTAIN:  # nothing was selected
@@ -427,14 +421,14 @@ def _limits(
     certificate: Certificate,
     label: str | None,
     *,
-    error_model: ErrorModel | None = None,
+    error_model: errors.ErrorModel | None = None,
     alpha_share: float = 0.5,
     radii: Sequence[float] | None = None,
 ) -> dict[str, float]:
     """Largest radii that were asked for and that unanimous votes for a label would prove."""
     rate = error_model if certificate.guarantee == "corrected" else None
     sigma, n, alpha = certificate.sigma, certificate.n_max, certificate.alpha
-    alpha_votes, alpha_rate = split_alpha(rate, alpha, share=alpha_share)
+    alpha_votes, alpha_rate = errors.split_alpha(rate, alpha, share=alpha_share)
     plan = Rules(n=n, alpha=alpha_votes, sampling=certificate.sampling, radii=radii).plan(sigma)
     largest = {"radius_tested": plan.largest_radius, "radius_reach": maximum_radius(n, alpha_votes, sigma)}
     if rate is None:
@@ -446,7 +440,7 @@ def _limits(
             rate.corrected(float(needed_probability(radius, sigma)), label=label, alpha=alpha_rate or alpha)
             for radius in largest.values()
         ]
-    except InconsistentErrorRateError:  # fewer votes than all would be believed
+    except errors.InconsistentErrorRateError:  # fewer votes than all would be believed
         return dict.fromkeys(largest, float("nan"))
     return {name: float(certified_radius(max(p, 0.0), sigma)) for name, p in zip(largest, proved, strict=True)}
 
