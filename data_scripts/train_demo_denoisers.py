@@ -27,7 +27,16 @@ from medrobust_lib.smoothing.denoisers import (
 )
 from medrobust_lib.smoothing.noise import NoiseStream
 from preparing.downloads import record_sums
-from training.denoisers import joined, level_at, linear_share, pixel_spread, psnr, train_denoiser, train_diffusion
+from training.denoisers import (
+    joined,
+    level_at,
+    linear_share,
+    pixel_spread,
+    psnr,
+    save_denoiser,
+    train_denoiser,
+    train_diffusion,
+)
 
 DATASET = "phantom/histology"
 SIGMAS = (0.1, 0.25, 0.5, 1.0)
@@ -91,7 +100,8 @@ def main(
         data = mr.load_dataset(DATASET, split="train", n=images)
         for kind in wanted:
             count = STEPS[kind] if steps is None else steps
-            train_kind(kind, encoder, data, out=out, steps=count, seed=seed).save(out / DEMO_FILES[kind])
+            trained = train_kind(kind, encoder, data, out=out, steps=count, seed=seed)
+            save_denoiser(trained, out / DEMO_FILES[kind])
     present = [kind for kind, name in DEMO_FILES.items() if (out / name).is_file()]
     record_sums(out, [DEMO_FILES[kind] for kind in present])
     card = write_card({kind: load(kind, out) for kind in present}, encoder, images=images)

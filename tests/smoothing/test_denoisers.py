@@ -31,6 +31,7 @@ from training.denoisers import (
     level_at,
     linear_share,
     psnr,
+    save_denoiser,
     stability_loss,
     train_denoiser,
     train_diffusion,
@@ -298,7 +299,7 @@ def test_dncnn_survives_a_file(tmp_path):
     network = random_dncnn(unshuffle=2, skip=0.5)
     network(batch(4, 3, 8, 8))  # moves the running means
     denoise = DnCNNDenoiser({0.25: network, 1.0: random_dncnn(3)}, "stability", {"0.25": {"seed": 4}})
-    path = denoise.save(tmp_path / "new" / "own.safetensors")
+    path = save_denoiser(denoise, tmp_path / "new" / "own.safetensors")
     again = DnCNNDenoiser.load(path)
     noisy = batch(2, 3, 8, 8, seed=9)
     assert (again.id, again.sigmas, again.objective, again.provenance) == (
@@ -311,18 +312,18 @@ def test_dncnn_survives_a_file(tmp_path):
 
 def test_diffusion_survives_a_file(tmp_path):
     denoise = DiffusionDenoiser(random_unet(), (0.01, 1.0), {"seed": 4})
-    again = DiffusionDenoiser.load(denoise.save(tmp_path / "own.safetensors"))
+    again = DiffusionDenoiser.load(save_denoiser(denoise, tmp_path / "own.safetensors"))
     noisy = batch(2, 3, 8, 8, seed=9)
     assert (again.id, again.sigma_range, again.provenance) == (denoise.id, (0.01, 1.0), {"seed": 4})
     assert torch.equal(again(noisy, 0.3), denoise(noisy, 0.3))
     assert denoise.id != DiffusionDenoiser(random_unet(1), (0.01, 1.0)).id
     with pytest.raises(ValueError, match="only a UNet can be saved, not Oracle"):
-        DiffusionDenoiser(Oracle(noisy, 0.1), (0.01, 1.0)).save(tmp_path / "other.safetensors")
+        save_denoiser(DiffusionDenoiser(Oracle(noisy, 0.1), (0.01, 1.0)), tmp_path / "other.safetensors")
 
 
 def test_wrong_files_are_refused(tmp_path):
-    good = DnCNNDenoiser({0.25: random_dncnn()}, "mse").save(tmp_path / "good.safetensors")
-    with pytest.raises(FileNotFoundError, match=r"no denoiser at .*none.safetensors; its method `save` writes one"):
+    good = save_denoiser(DnCNNDenoiser({0.25: random_dncnn()}, "mse"), tmp_path / "good.safetensors")
+    with pytest.raises(FileNotFoundError, match=r"no denoiser at .*none.safetensors; `save_denoiser` of data_scripts/training writes one"):
         DnCNNDenoiser.load(tmp_path / "none.safetensors")
     with pytest.raises(ValueError, match=r"holds a denoiser of kind 'dncnn', not a denoiser of kind 'diffusion'"):
         DiffusionDenoiser.load(good)
@@ -377,7 +378,7 @@ def test_training_depends_on_its_seed_alone(colours, tmp_path):
     torch.set_rng_state(state)
     train_diffusion(colours, max_sigma=1.0, width=8, multipliers=(1, 2), steps=1, device="cpu")
     denoise = train_denoiser(None, colours, sigma=0.5, steps=1, device="cpu", **SMALL)
-    DnCNNDenoiser.load(denoise.save(tmp_path / "own.safetensors"))
+    DnCNNDenoiser.load(save_denoiser(denoise, tmp_path / "own.safetensors"))
     assert torch.equal(torch.get_rng_state(), state)
 
 
@@ -542,7 +543,7 @@ def test_no_shipped_denoiser_has_seen_anything_but_the_train_split():
     ],
 )
 def test_a_header_that_cannot_be_followed_is_refused(tmp_path, change, message):
-    path = DiffusionDenoiser(UNet(width=8), (0.1, 1.0)).save(tmp_path / "mine.safetensors")
+    path = save_denoiser(DiffusionDenoiser(UNet(width=8), (0.1, 1.0)), tmp_path / "mine.safetensors")
     with safe_open(path, framework="pt") as file:
         (key, header), *_ = file.metadata().items()
     save_file(load_file(path), path, metadata={key: json.dumps(json.loads(header) | change)})
@@ -557,7 +558,7 @@ def test_a_header_that_cannot_be_followed_is_refused(tmp_path, change, message):
 def test_demo_files_are_checked(monkeypatch, tmp_path):
     with pytest.raises(ValueError, match="unknown demo denoiser 'diffusions'; .*; did you mean 'diffusion'"):
         load_demo_denoisers("diffusions")
-    good = DnCNNDenoiser({0.25: random_dncnn()}, "mse").save(tmp_path / denoisers.DEMO_FILES["mse"])
+    good = save_denoiser(DnCNNDenoiser({0.25: random_dncnn()}, "mse"), tmp_path / denoisers.DEMO_FILES["mse"])
     (tmp_path / "SHA256SUMS").write_text(f"{'0' * 64}  {good.name}\n")
     monkeypatch.setattr(denoisers, "DEMO_FOLDER", tmp_path)
     with pytest.raises(DownloadError, match=r"dncnn-mse.safetensors is not the file"):
