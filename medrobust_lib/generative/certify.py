@@ -2,7 +2,7 @@
 
 import inspect
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
@@ -27,11 +27,13 @@ from medrobust_lib.generative.answers import (
     open_answers,
 )
 from medrobust_lib.generative.oracles import Cluster, Judged, Tally, cluster_texts, judged
+from medrobust_lib.models.vision_language import Completion
 from medrobust_lib.smoothing.bounds import ALPHA, FEW_N, FEW_N0, certified_radius, maximum_radius, needed_probability
 from medrobust_lib.smoothing.certificate import ABSTAIN, GUARANTEES, Certificate, Guarantee, Sampling
 from medrobust_lib.smoothing.certify import Rules, Verdict, make_certificate, take_votes
 from medrobust_lib.smoothing.noise import NoiseStream, Role
 
+ALPHA_SHARE = 0.5  # of alpha, spent on an error rate that is estimated
 _UNKNOWN = -2  # number of a truth that nobody knows; no certificate predicts it
 _COPIED = ("sigma", "radius", "p_lower", "k", "n", "n0", "n_max", "alpha", "sampling", "mode", "seed")
 _TESTED = 0  # the number that votes for the tested answer carry; all others count for no class
@@ -171,7 +173,7 @@ def certify_answers(
     n: int = FEW_N,
     alpha: float = ALPHA,
     error_model: errors.ErrorModel | None = None,
-    alpha_share: float = 0.5,
+    alpha_share: float = ALPHA_SHARE,
     sampling: Sampling = "fixed",
     radii: Sequence[float] | None = None,
 ) -> GenerativeCertificate:
@@ -216,23 +218,21 @@ def certify_answers(
     _check_number_of_labels(error_model, len(oracle.labels) if labelled else 2, oracle.name)
     alpha_votes, alpha_rate = errors.split_alpha(error_model, alpha, share=alpha_share)
     plans = [replace(rules, alpha=level).plan(bank.how.sigma) for level in (alpha, alpha_votes)]
-    counter = _Counter(bank)
-    clusters: tuple[Cluster, ...] = ()
+    clusters: list[Cluster] = []
     drawn = bank.texts("select", 0, n0)
     if labelled:
-        selected = counter.noted(judged(oracle, drawn), "select")
-        answer, number = _most_frequent(selected, oracle.labels)
+        readings = [judged(oracle, drawn)]
+        answer, number = _most_frequent(readings[0].labels, oracle.labels)
     else:
-        found, answers = cluster_texts(drawn, oracle)
-        counter.noted(answers, "select")
-        clusters = tuple(found)
+        clusters, read = cluster_texts(drawn, oracle)
+        readings = [read]
         largest = max(clusters, key=lambda cluster: cluster.size, default=None)  # the first one among equals
         answer, number = (None, ABSTAIN) if largest is None else (largest.representative, _TESTED)
-    counter.check_oracle_works(oracle.name, labelled=labelled)
+    _check_oracle_works(readings[0], oracle.name, labelled=labelled)
 
     def votes(role: Role, first: int, count: int, positions: Sequence[int]) -> list[Tensor]:
-        asked = judged(oracle, bank.texts(role, first, count), None if labelled else answer)
-        found = counter.noted(asked, role, first)
+        readings.append(judged(oracle, bank.texts(role, first, count), None if labelled else answer))
+        found = readings[-1].labels
         hits = [label == answer for label in found] if labelled else found
         drawn = torch.tensor([_TESTED if hit else ABSTAIN for hit in hits], dtype=torch.int64)
         return [drawn for _ in positions]
@@ -240,6 +240,7 @@ def certify_answers(
     verdicts = [Verdict() for _ in plans]
     if answer is not None:
         verdicts = take_votes(votes, plans, n0=n0, label=_TESTED)
+    n_drawn = max(verdict.n for verdict in verdicts)
     composite = _certificate(bank, verdicts[0], number, "composite", rules)
     corrected, refusal = None, ""
     if error_model is not None:
@@ -260,9 +261,9 @@ def certify_answers(
         prompt=bank.prompt,
         temperature=bank.how.temperature,
         max_new_tokens=bank.how.max_new_tokens,
-        tally=counter.tally,
-        n_distinct=len(set(bank.texts("estimate", 0, composite.n))) if composite.n else 0,
-        clusters=clusters,
+        tally=_tally(bank.answers("select", 0, n0) + bank.answers("estimate", 0, n_drawn), readings),
+        n_distinct=len(set(bank.texts("estimate", 0, composite.n))),
+        clusters=tuple(clusters),
     )
 
 
@@ -306,7 +307,6 @@ def certify_questions(
     """
     check_keywords(certify_questions, rules, inspect.signature(certify_answers).parameters)
     _check_banks(banks, questions)
-    asked = {name: rules[name] for name in ("error_model", "alpha_share", "radii") if name in rules}
     labelled = callable(getattr(oracle, "label", None))
     rows = []
     for bank, truth in zip(banks, questions.truths, strict=True):
@@ -331,7 +331,7 @@ def certify_questions(
                     "guarantee": certificate.guarantee,
                     "n_classes": len(questions.labels),
                     **{name: getattr(certificate, name) for name in _COPIED},
-                    **_limits(certificate, found.answer if labelled else errors.SAME, **asked),
+                    **_limits(certificate, found.answer if labelled else errors.SAME, rules),
                     "n_distinct": found.n_distinct,
                     **{name: getattr(found.tally, name) for name in ("empty", "truncated", "unlabelled", "failed")},
                     "refusal": found.refusal,
@@ -350,36 +350,28 @@ def _check_number_of_labels(error_model: errors.ErrorModel | None, n_labels: int
         )
 
 
-class _Counter:
-    """Counts what became of a bank's answers."""
+def _tally(drawn: Sequence[Completion | None], readings: Sequence[Judged]) -> Tally:
+    """What became of answers that an oracle has read in several parts."""
+    return Tally(
+        total=len(drawn),
+        empty=sum(part.empty for part in readings),
+        truncated=sum(answer is not None and not answer.finished for answer in drawn),
+        unlabelled=sum(part.labels.count(None) - part.empty for part in readings),
+        failed=sum(part.failed for part in readings),
+        first_error=next((part.first_error for part in readings if part.failed), ""),
+    )
 
-    def __init__(self, bank: AnswerBank) -> None:
-        self.bank = bank
-        self.tally = Tally()
 
-    def noted(self, answers: Judged, role: Role, first: int = 0) -> tuple[Any, ...]:
-        """Labels of the answers from number ``first`` on, counted."""
-        completions = self.bank.answers(role, first, len(answers.labels))
-        self.tally += Tally(
-            total=len(answers.labels),
-            empty=answers.empty,
-            truncated=sum(answer is not None and not answer.finished for answer in completions),
-            unlabelled=answers.labels.count(None) - answers.empty,
-            failed=answers.failed,
-            first_error=answers.first_error,
+def _check_oracle_works(read: Judged, name: str, *, labelled: bool) -> None:
+    """Raise if all calls failed: an abstention would hide a broken oracle."""
+    n_texts = len(read.labels) - read.empty
+    # An equivalence that always fails has compared every text with itself and all that came after it.
+    n_calls = n_texts if labelled else n_texts * (n_texts + 1) // 2
+    if 0 < n_calls == read.failed:
+        raise RuntimeError(
+            f"the oracle {name!r} failed at each of the {n_texts} selection texts that are not empty, first "
+            f"with {read.first_error!r}; mend it, and ask again"
         )
-        return answers.labels
-
-    def check_oracle_works(self, name: str, *, labelled: bool) -> None:
-        """Raise if all calls failed: an abstention would hide a broken oracle."""
-        n_texts = self.tally.total - self.tally.empty
-        # An equivalence that always fails has compared every text with itself and all that came after it.
-        n_calls = n_texts if labelled else n_texts * (n_texts + 1) // 2
-        if 0 < n_calls == self.tally.failed:
-            raise RuntimeError(
-                f"the oracle {name!r} failed at each of the {n_texts} selection texts that are not empty, first "
-                f"with {self.tally.first_error!r}; mend it, and ask again"
-            )
 
 
 def _most_frequent(labels: Sequence[str | None], known: Sequence[str]) -> tuple[str | None, int]:
@@ -417,20 +409,16 @@ def _certificates(found: GenerativeCertificate) -> list[Certificate]:
     return [found.composite, refused]
 
 
-def _limits(
-    certificate: Certificate,
-    label: str | None,
-    *,
-    error_model: errors.ErrorModel | None = None,
-    alpha_share: float = 0.5,
-    radii: Sequence[float] | None = None,
-) -> dict[str, float]:
+def _limits(certificate: Certificate, label: str | None, asked: Mapping[str, Any]) -> dict[str, float]:
     """Largest radii that were asked for and that unanimous votes for a label would prove."""
-    rate = error_model if certificate.guarantee == "corrected" else None
+    rate = asked.get("error_model") if certificate.guarantee == "corrected" else None
     sigma, n, alpha = certificate.sigma, certificate.n_max, certificate.alpha
-    alpha_votes, alpha_rate = errors.split_alpha(rate, alpha, share=alpha_share)
-    plan = Rules(n=n, alpha=alpha_votes, sampling=certificate.sampling, radii=radii).plan(sigma)
-    largest = {"radius_tested": plan.largest_radius, "radius_reach": maximum_radius(n, alpha_votes, sigma)}
+    alpha_votes, alpha_rate = errors.split_alpha(rate, alpha, share=asked.get("alpha_share", ALPHA_SHARE))
+    rules = Rules(n=n, alpha=alpha_votes, sampling=certificate.sampling, radii=asked.get("radii"))
+    largest = {
+        "radius_tested": rules.plan(sigma).largest_radius,
+        "radius_reach": maximum_radius(n, alpha_votes, sigma),
+    }
     if rate is None:
         return largest
     if label is None:

@@ -105,11 +105,6 @@ class Tally:
     failed: int = 0
     first_error: str = ""
 
-    def __add__(self, other: "Tally") -> "Tally":
-        counted = ("total", "empty", "truncated", "unlabelled", "failed")
-        counts = {name: getattr(self, name) + getattr(other, name) for name in counted}
-        return Tally(**counts, first_error=self.first_error or other.first_error)
-
 
 @dataclass(frozen=True)
 class Judged:

@@ -323,7 +323,10 @@ def test_diffusion_survives_a_file(tmp_path):
 
 def test_wrong_files_are_refused(tmp_path):
     good = save_denoiser(DnCNNDenoiser({0.25: random_dncnn()}, "mse"), tmp_path / "good.safetensors")
-    with pytest.raises(FileNotFoundError, match=r"no denoiser at .*none.safetensors; `save_denoiser` of data_scripts/training writes one"):
+    with pytest.raises(
+        FileNotFoundError,
+        match=r"no denoiser at .*none.safetensors; `save_denoiser` of data_scripts/training writes one",
+    ):
         DnCNNDenoiser.load(tmp_path / "none.safetensors")
     with pytest.raises(ValueError, match=r"holds a denoiser of kind 'dncnn', not a denoiser of kind 'diffusion'"):
         DiffusionDenoiser.load(good)
