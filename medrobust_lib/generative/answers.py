@@ -252,15 +252,15 @@ class StoredAnswers(UserDict[Address, Completion | None]):
     ----------
     store : RowStore
         From `open_answers`.
-    index, image, prompt, sigma
-        Of the `AnswerBank`. Another image or question under the same index has answers of its own.
+    bank : AnswerBank
+        Whose answers they are. Another image or question under the same index has answers of its own.
     """
 
-    def __init__(self, store: RowStore, *, index: int, image: Tensor, prompt: str, sigma: float) -> None:
+    def __init__(self, store: RowStore, bank: AnswerBank) -> None:
         super().__init__()
         self._store = store
-        content = fingerprint([image, torch.tensor(list(prompt.encode()), dtype=torch.uint8)])
-        self._prefix = f"image {index} ({content}), sigma {float(sigma)!r}, "
+        content = fingerprint([bank.image, torch.tensor(list(bank.prompt.encode()), dtype=torch.uint8)])
+        self._prefix = f"image {bank.index} ({content}), sigma {bank.how.sigma!r}, "
         for key in store.done:
             if key.startswith(self._prefix):
                 role, number = key.removeprefix(self._prefix).split()
@@ -360,8 +360,7 @@ def collect_answers(
             opened = open_answers(store, vlm, how, dataset=questions.id, prompts=questions.questions)
             stack.enter_context(opened)
             for bank in banks:
-                address = {"index": bank.index, "image": bank.image, "prompt": bank.prompt}
-                bank.kept = StoredAnswers(opened, sigma=how.sigma, **address)
+                bank.kept = StoredAnswers(opened, bank)
         missing = [bank for bank in banks if any(address not in bank.kept for address in addresses)]
         work = [(bank.image, bank.prompt, bank.index, dict(bank.kept)) for bank in missing]
         results = map_items(_collect, work, context=(vlm, how, questions.id, n0, n, batch_size), jobs=jobs)

@@ -161,7 +161,7 @@ def certify_generative(
     if store is None:
         return certify_answers(bank, oracle, **settings)
     with open_answers(store, vlm, how, dataset=dataset, prompts=[prompt]) as opened:
-        bank.kept = StoredAnswers(opened, index=index, image=bank.image, prompt=prompt, sigma=how.sigma)
+        bank.kept = StoredAnswers(opened, bank)
         return certify_answers(bank, oracle, **settings)
 
 

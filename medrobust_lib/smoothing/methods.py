@@ -32,6 +32,7 @@ _COPIES_AT_A_TIME = 16  # that adapt to themselves, each with a text tower's pas
 
 FeatureClassifier = Callable[[Tensor], Tensor]
 Denoiser = Callable[[Tensor, float], Tensor]
+Member = tuple[FeatureClassifier, Denoiser | None]  # a classifier, and the denoiser in front of its image tower
 
 
 @dataclass(frozen=True, eq=False)
@@ -341,9 +342,9 @@ class _MovedPrompts(PromptMethod):
 
     def settings(self) -> dict[str, Any]:
         """Start and steps."""
-        start = {"context": fingerprint([self.start.context])}
         draws = {"n_adapt": self.n_adapt} if self.n_adapt else {}
-        return {**start, **draws, "steps": self.steps, "learning_rate": self.learning_rate}
+        context = fingerprint([self.start.context])
+        return {"context": context, **draws, "steps": self.steps, "learning_rate": self.learning_rate}
 
 
 @dataclass(frozen=True, eq=False)
@@ -384,10 +385,11 @@ class AdaptedPrompts(_MovedPrompts):
         """Adapt to the image and freeze the result."""
         if adaptation is None:
             raise ValueError(f"method {self.name!r} adapts to the image and needs its adaptation features")
-        context = sharpen(
-            self.model, self._frame, self.start.context.to(self.model.device), adaptation.features, steps=self.steps,
-            learning_rate=self.learning_rate,
-        )  # fmt: skip
+        start, moves = (
+            self.start.context.to(self.model.device),
+            {"steps": self.steps, "learning_rate": self.learning_rate},
+        )
+        context = sharpen(self.model, self._frame, start, adaptation.features, **moves)
         with torch.no_grad():
             return FixedPrompts(self.name, self._frame.features(self.model, context)).classifier()
 
