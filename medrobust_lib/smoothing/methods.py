@@ -385,10 +385,8 @@ class AdaptedPrompts(_MovedPrompts):
         """Adapt to the image and freeze the result."""
         if adaptation is None:
             raise ValueError(f"method {self.name!r} adapts to the image and needs its adaptation features")
-        start, moves = (
-            self.start.context.to(self.model.device),
-            {"steps": self.steps, "learning_rate": self.learning_rate},
-        )
+        start = self.start.context.to(self.model.device)
+        moves = {"steps": self.steps, "learning_rate": self.learning_rate}
         context = sharpen(self.model, self._frame, start, adaptation.features, **moves)
         with torch.no_grad():
             return FixedPrompts(self.name, self._frame.features(self.model, context)).classifier()
