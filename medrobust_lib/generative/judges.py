@@ -406,16 +406,14 @@ class StandInJudge:
     def __call__(self, prompts: Sequence[str]) -> list[str | None]:
         """Reply to each prompt; None where it holds no fenced text."""
         texts = [_FENCED.search(prompt) for prompt in prompts]
-        similar = self._vectorizer.transform([match[1] if match else "" for match in texts]) @ self._known.T
-        best, value = similar.argmax(axis=1).A1, similar.max(axis=1).toarray().ravel()
-        return [
-            None
-            if match is None
-            else f"The label is {self._labels[place]}."
-            if cosine >= _FAMILIAR
-            else "I cannot tell."
-            for match, place, cosine in zip(texts, best, value, strict=True)
+        weights = self._vectorizer.transform([match[1] if match else "" for match in texts])
+        cosines = (weights @ self._known.T).toarray()
+        labels = [self._labels[place] for place in cosines.argmax(axis=1)]
+        familiar = cosines.max(axis=1) >= _FAMILIAR
+        replies = [
+            f"The label is {label}." if sure else "I cannot tell." for label, sure in zip(labels, familiar, strict=True)
         ]
+        return [reply if match else None for reply, match in zip(replies, texts, strict=True)]
 
 
 class RememberedOracle(AbstractContextManager):

@@ -1,7 +1,9 @@
 """The record of one certificate, and in words what it guarantees."""
 
+import tomllib
 from dataclasses import dataclass
 from decimal import ROUND_DOWN, Context
+from importlib.resources import files
 from typing import Literal
 
 ABSTAIN = -1
@@ -12,22 +14,10 @@ Mode = Literal["predict", "evaluate"]
 
 Guarantee = Literal["standard", "frozen-prompt", "candidate-set", "per-sample", "composite", "corrected"]
 
-GUARANTEES: dict[Guarantee, str] = {
-    "standard": "the classifier was fixed before the image was seen; its smoothed answer is constant in the ball",
-    "frozen-prompt": (
-        "the prompt was fitted to this very image: the answer is constant in the ball for that frozen prompt only, "
-        "not for a pipeline that adapts to the attacked image"
-    ),
-    "candidate-set": (
-        "every prompt of a finite set, fixed in advance, gives this answer in the ball, so any choice among them does"
-    ),
-    "per-sample": "prompts are adapted inside the base classifier, noisy copy by noisy copy: constant in the ball",
-    "composite": "the label that the oracle gives to the model's text is constant in the ball",
-    "corrected": (
-        "what an ideal reader would call the model's text (its true label, not the truth of the image) is constant in "
-        "the ball if the oracle's error model holds"
-    ),
-}
+GUARANTEES: dict[Guarantee, str] = tomllib.loads(
+    files(__package__).joinpath("guarantees.toml").read_text(encoding="utf-8")
+)
+"""What a certificate of each guarantee states, in words."""
 
 
 @dataclass(frozen=True)
