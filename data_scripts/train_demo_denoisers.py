@@ -23,6 +23,7 @@ from medrobust_lib.smoothing.denoisers import (
     DEMO_FOLDER,
     DiffusionDenoiser,
     DnCNNDenoiser,
+    load_denoiser,
     matching_timestep,
 )
 from medrobust_lib.smoothing.noise import NoiseStream
@@ -104,14 +105,9 @@ def main(
             save_denoiser(trained, out / DEMO_FILES[kind])
     present = [kind for kind, name in DEMO_FILES.items() if (out / name).is_file()]
     record_sums(out, [DEMO_FILES[kind] for kind in present])
-    card = write_card({kind: load(kind, out) for kind in present}, encoder, images=images)
+    card = write_card({kind: load_denoiser(out / DEMO_FILES[kind]) for kind in present}, encoder, images=images)
     write_text_atomically(out / "MODEL_CARD.md", card)
     typer.echo(card)
-
-
-def load(kind: str, folder: Path) -> DnCNNDenoiser | DiffusionDenoiser:
-    """Load one kind from a folder."""
-    return (DiffusionDenoiser if kind == "diffusion" else DnCNNDenoiser).load(folder / DEMO_FILES[kind])
 
 
 def train_kind(
@@ -133,7 +129,7 @@ def train_kind(
             for sigma in SIGMAS
         ]  # fmt: skip
     else:
-        start = load("mse", out)
+        start = load_denoiser(out / DEMO_FILES["mse"])
         parts = [
             train_denoiser(
                 model, data, sigma=sigma, objective="stability", start=start, steps=steps, batch_size=16,

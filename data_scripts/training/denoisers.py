@@ -231,7 +231,7 @@ def train_diffusion(
 def save_denoiser(denoiser: DnCNNDenoiser | DiffusionDenoiser, path: Path | str) -> Path:
     """Write a denoiser, of a diffusion its `UNet`, as one safetensors file; all but the weights is JSON in its header.
 
-    The ``load`` of its class reads it.
+    `medrobust_lib.smoothing.denoisers.load_denoiser` reads it.
 
     Raises
     ------

@@ -288,26 +288,6 @@ class DnCNNDenoiser:
         _check_sides(noisy, network.side)
         return network(noisy.float())
 
-    @classmethod
-    def load(cls, path: Path | str) -> "DnCNNDenoiser":
-        """Read what ``data_scripts/training/denoisers.py`` wrote (`save_denoiser`).
-
-        Raises
-        ------
-        FileNotFoundError
-            No such file.
-        ValueError
-            The file is damaged or holds something else.
-        """
-        header, tensors = _read(Path(path), "dncnn")
-        networks = {}
-        with explained_errors(str(path)):
-            for sigma, architecture in header["architectures"].items():
-                start = f"{sigma}/"
-                weights = {name.removeprefix(start): value for name, value in tensors.items() if name.startswith(start)}
-                networks[float(sigma)] = _filled(DnCNN, architecture, weights)
-            return cls(networks, header["objective"], header["provenance"])
-
 
 @dataclass(frozen=True, eq=False)
 class DiffusionDenoiser:
@@ -362,22 +342,35 @@ class DiffusionDenoiser:
         noise = self.network.to(noisy.device)(signed / math.sqrt(1 + 4 * sigma**2), timesteps)
         return ((signed - 2 * sigma * noise).clamp(-1, 1) + 1) / 2
 
-    @classmethod
-    def load(cls, path: Path | str) -> "DiffusionDenoiser":
-        """Read what ``data_scripts/training/denoisers.py`` wrote (`save_denoiser`).
 
-        Raises
-        ------
-        FileNotFoundError
-            No such file.
-        ValueError
-            The file is damaged or holds something else.
-        """
-        header, tensors = _read(Path(path), "diffusion")
-        with explained_errors(str(path)):
+def load_denoiser(path: Path | str) -> DnCNNDenoiser | DiffusionDenoiser:
+    """Read what ``data_scripts/training/denoisers.py`` wrote (`save_denoiser`).
+
+    Raises
+    ------
+    FileNotFoundError
+        No such file.
+    ValueError
+        The file is damaged or holds something else.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no denoiser at {path}; `save_denoiser` of data_scripts/training writes one")
+    tensors, header = read_tensors(path, key=HEADER, kind="a readable file of a denoiser", advice="Copy it anew.")
+    if header.get("format") != FORMAT or header.get("kind") not in ("dncnn", "diffusion"):
+        found = f"a denoiser of kind {header['kind']!r}" if "kind" in header else "something else"
+        raise ValueError(f"{path} holds {found}, not a denoiser of kind 'dncnn' or 'diffusion' and format {FORMAT}")
+    with explained_errors(str(path)):
+        if header["kind"] == "diffusion":
             check_choice("timestep", header["timestep"], [ASKED])
             network = _filled(UNet, header["architecture"], tensors)
-            return cls(network, tuple(header["sigma_range"]), header["provenance"])
+            return DiffusionDenoiser(network, tuple(header["sigma_range"]), header["provenance"])
+        networks = {}
+        for sigma, architecture in header["architectures"].items():
+            start = f"{sigma}/"
+            weights = {name.removeprefix(start): value for name, value in tensors.items() if name.startswith(start)}
+            networks[float(sigma)] = _filled(DnCNN, architecture, weights)
+        return DnCNNDenoiser(networks, header["objective"], header["provenance"])
 
 
 def load_demo_denoisers(kind: str) -> DnCNNDenoiser | DiffusionDenoiser:
@@ -396,7 +389,7 @@ def load_demo_denoisers(kind: str) -> DnCNNDenoiser | DiffusionDenoiser:
     """
     check_choice("demo denoiser", kind, DEMO_FILES)
     check_sums(DEMO_FOLDER, [DEMO_FILES[kind]])
-    return (DiffusionDenoiser if kind == "diffusion" else DnCNNDenoiser).load(DEMO_FOLDER / DEMO_FILES[kind])
+    return load_denoiser(DEMO_FOLDER / DEMO_FILES[kind])
 
 
 def _frozen(network: nn.Module) -> nn.Module:
@@ -414,17 +407,6 @@ def _check_sides(pixels: Tensor, side: int) -> None:
     height, width = pixels.shape[2:]
     if height % side or width % side:
         raise ValueError(f"images of {width} x {height} pixels: this denoiser takes sides that are multiples of {side}")
-
-
-def _read(path: Path, kind: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Header and tensors of a file of one kind, "dncnn" or "diffusion"."""
-    if not path.is_file():
-        raise FileNotFoundError(f"no denoiser at {path}; `save_denoiser` of data_scripts/training writes one")
-    tensors, header = read_tensors(path, key=HEADER, kind="a readable file of a denoiser", advice="Copy it anew.")
-    if header.get("format") != FORMAT or header.get("kind") != kind:
-        found = f"a denoiser of kind {header['kind']!r}" if "kind" in header else "something else"
-        raise ValueError(f"{path} holds {found}, not a denoiser of kind {kind!r} and format {FORMAT}")
-    return header, tensors
 
 
 def _filled(kind: type[nn.Module], architecture: Mapping[str, Any], weights: Mapping[str, Tensor]) -> nn.Module:

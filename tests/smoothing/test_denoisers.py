@@ -23,6 +23,7 @@ from medrobust_lib.smoothing.denoisers import (
     UNet,
     diffusion_sigmas,
     load_demo_denoisers,
+    load_denoiser,
     matching_timestep,
 )
 from medrobust_lib.smoothing.methods import FixedPrompts
@@ -300,7 +301,7 @@ def test_dncnn_survives_a_file(tmp_path):
     network(batch(4, 3, 8, 8))  # moves the running means
     denoise = DnCNNDenoiser({0.25: network, 1.0: random_dncnn(3)}, "stability", {"0.25": {"seed": 4}})
     path = save_denoiser(denoise, tmp_path / "new" / "own.safetensors")
-    again = DnCNNDenoiser.load(path)
+    again = load_denoiser(path)
     noisy = batch(2, 3, 8, 8, seed=9)
     assert (again.id, again.sigmas, again.objective, again.provenance) == (
         denoise.id, (0.25, 1.0), "stability", {"0.25": {"seed": 4}},
@@ -312,7 +313,7 @@ def test_dncnn_survives_a_file(tmp_path):
 
 def test_diffusion_survives_a_file(tmp_path):
     denoise = DiffusionDenoiser(random_unet(), (0.01, 1.0), {"seed": 4})
-    again = DiffusionDenoiser.load(save_denoiser(denoise, tmp_path / "own.safetensors"))
+    again = load_denoiser(save_denoiser(denoise, tmp_path / "own.safetensors"))
     noisy = batch(2, 3, 8, 8, seed=9)
     assert (again.id, again.sigma_range, again.provenance) == (denoise.id, (0.01, 1.0), {"seed": 4})
     assert torch.equal(again(noisy, 0.3), denoise(noisy, 0.3))
@@ -327,22 +328,28 @@ def test_wrong_files_are_refused(tmp_path):
         FileNotFoundError,
         match=r"no denoiser at .*none.safetensors; `save_denoiser` of data_scripts/training writes one",
     ):
-        DnCNNDenoiser.load(tmp_path / "none.safetensors")
-    with pytest.raises(ValueError, match=r"holds a denoiser of kind 'dncnn', not a denoiser of kind 'diffusion'"):
-        DiffusionDenoiser.load(good)
+        load_denoiser(tmp_path / "none.safetensors")
+    for change in ({"kind": "wavelet"}, {"format": 2}):
+        header = {"format": 1, "kind": "dncnn"} | change
+        save_file(load_file(good), tmp_path / "other.safetensors", metadata={"denoiser": json.dumps(header)})
+        refusal = (
+            rf"holds a denoiser of kind '{header['kind']}', not a denoiser of kind 'dncnn' or 'diffusion' and form"
+        )
+        with pytest.raises(ValueError, match=refusal):
+            load_denoiser(tmp_path / "other.safetensors")
     save_file({"context": torch.zeros(1)}, tmp_path / "prompt.safetensors")
     with pytest.raises(ValueError, match=r"prompt.safetensors holds something else, not a denoiser of kind 'dncnn'"):
-        DnCNNDenoiser.load(tmp_path / "prompt.safetensors")
+        load_denoiser(tmp_path / "prompt.safetensors")
     (tmp_path / "cut.safetensors").write_bytes(good.read_bytes()[:-100])
     with pytest.raises(ValueError, match=r"cut.safetensors is not a readable file of a denoiser: .*Copy it anew"):
-        DnCNNDenoiser.load(tmp_path / "cut.safetensors")
+        load_denoiser(tmp_path / "cut.safetensors")
     header = {
         "format": 1, "kind": "dncnn", "objective": "mse", "provenance": {},
         "architectures": {"0.25": {**SMALL, "depth": 4}},
     }  # fmt: skip
     save_file(load_file(good), tmp_path / "deep.safetensors", metadata={"denoiser": json.dumps(header)})
     with pytest.raises(ValueError, match=r"deep.safetensors does not fit the model; 5 missing keys: dncnn.6.bias"):
-        DnCNNDenoiser.load(tmp_path / "deep.safetensors")
+        load_denoiser(tmp_path / "deep.safetensors")
 
 
 # ---- training ----
@@ -381,7 +388,7 @@ def test_training_depends_on_its_seed_alone(colours, tmp_path):
     torch.set_rng_state(state)
     train_diffusion(colours, max_sigma=1.0, width=8, multipliers=(1, 2), steps=1, device="cpu")
     denoise = train_denoiser(None, colours, sigma=0.5, steps=1, device="cpu", **SMALL)
-    DnCNNDenoiser.load(save_denoiser(denoise, tmp_path / "own.safetensors"))
+    load_denoiser(save_denoiser(denoise, tmp_path / "own.safetensors"))
     assert torch.equal(torch.get_rng_state(), state)
 
 
@@ -551,11 +558,11 @@ def test_a_header_that_cannot_be_followed_is_refused(tmp_path, change, message):
         (key, header), *_ = file.metadata().items()
     save_file(load_file(path), path, metadata={key: json.dumps(json.loads(header) | change)})
     with pytest.raises(ValueError, match=message):
-        DiffusionDenoiser.load(path)
+        load_denoiser(path)
     kept = {name: value for name, value in json.loads(header).items() if name not in change}
     save_file(load_file(path), path, metadata={key: json.dumps(kept)})
     with pytest.raises(ValueError, match=f"mine.safetensors: KeyError: '{next(iter(change))}'"):
-        DiffusionDenoiser.load(path)
+        load_denoiser(path)
 
 
 def test_demo_files_are_checked(monkeypatch, tmp_path):
