@@ -134,7 +134,16 @@ class PromptMethod:
 
 
 @dataclass(frozen=True, eq=False)
-class FixedPrompts(PromptMethod):
+class _Prompts(PromptMethod):
+    """What every method of ours states."""
+
+    name: str
+    denoiser: Denoiser | None = field(default=None, kw_only=True)
+    about: Mapping[str, Any] = field(default_factory=dict, kw_only=True)
+
+
+@dataclass(frozen=True, eq=False)
+class FixedPrompts(_Prompts):
     """Zero-shot or learned prompts that were fixed before the image was seen: the standard guarantee.
 
     Attributes
@@ -151,10 +160,7 @@ class FixedPrompts(PromptMethod):
         Class features that are not unit-norm [K, d].
     """
 
-    name: str
     class_features: Tensor = field(repr=False)
-    denoiser: Denoiser | None = None
-    about: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         features = self.class_features
@@ -187,7 +193,7 @@ class FixedPrompts(PromptMethod):
 
 
 @dataclass(frozen=True, eq=False)
-class CandidatePrompts(PromptMethod):
+class CandidatePrompts(_Prompts):
     """A finite set of prompts fixed in advance: certified if all agree, each at alpha / M, with the smallest radius.
 
     Whatever rule chooses one of the candidates, on the clean or on an attacked image, gives the certified class
@@ -207,10 +213,7 @@ class CandidatePrompts(PromptMethod):
         No candidate, or class features that are not unit-norm [K, d].
     """
 
-    name: str
     candidates: tuple[Tensor, ...] = field(repr=False)
-    denoiser: Denoiser | None = None
-    about: Mapping[str, Any] = field(default_factory=dict)
     guarantee = "candidate-set"
 
     def __post_init__(self) -> None:
@@ -318,16 +321,13 @@ def denoiser_id(denoiser: Denoiser | None) -> str | None:
 
 
 @dataclass(frozen=True, eq=False)
-class _MovedPrompts(PromptMethod):
+class _MovedPrompts(_Prompts):
     """Prompts that steps move away from a start."""
 
-    name: str
     model: DualEncoder = field(repr=False)
     start: PromptSet
     steps: int = 1
     learning_rate: float = 5e-3
-    denoiser: Denoiser | None = None
-    about: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         check_steps(self.steps, self.learning_rate)

@@ -471,8 +471,10 @@ def test_denoised_methods_share_features_and_are_certified_as_standard(tmp_path,
     denoise = DnCNNDenoiser({0.25: random_dncnn()}, "mse")
     plain = FixedPrompts("plain", texts)
     methods = [
-        plain, FixedPrompts("denoised", texts, denoise), FixedPrompts("denoised, turned", texts.roll(1, 0), denoise)
-    ]  # fmt: skip
+        plain,
+        FixedPrompts("denoised", texts, denoiser=denoise),
+        FixedPrompts("denoised, turned", texts.roll(1, 0), denoiser=denoise),
+    ]
     numbers = {"sigmas": (0.25,), "n0": 10, "n": 40, "alpha": 0.05, "sampling": "fixed", "batch_size": 25}
     data = colours.subset([0, 1])
     rows = mr.certify_dataset(model, data, methods, **numbers, store=tmp_path / "store")
@@ -483,7 +485,7 @@ def test_denoised_methods_share_features_and_are_certified_as_standard(tmp_path,
     alone = mr.certify_dataset(model, data, methods[:1], **numbers)
     assert shared == 2 * model.encoded  # the two denoised methods share one pass of the tower
     assert alone["k"].tolist() == rows[rows["method"] == "plain"]["k"].tolist()
-    other = FixedPrompts("denoised", texts, DnCNNDenoiser({0.25: random_dncnn(1)}, "mse"))
+    other = FixedPrompts("denoised", texts, denoiser=DnCNNDenoiser({0.25: random_dncnn(1)}, "mse"))
     with pytest.raises(ValueError, match="denoiser"):
         mr.certify_dataset(model, data, [methods[0], other, methods[2]], **numbers, store=tmp_path / "store")
 
@@ -492,7 +494,10 @@ def test_an_identity_denoiser_changes_no_certificate(colours):
     model, texts = ColourEncoder(), torch.eye(3)
     network = DnCNN(**SMALL)
     nn.init.zeros_(network.dncnn[-1].weight)
-    methods = [FixedPrompts("plain", texts), FixedPrompts("same", texts, DnCNNDenoiser({0.25: network}, "mse"))]
+    methods = [
+        FixedPrompts("plain", texts),
+        FixedPrompts("same", texts, denoiser=DnCNNDenoiser({0.25: network}, "mse")),
+    ]
     rows = mr.certify_dataset(model, colours.subset([0, 4]), methods, sigmas=(0.25,), n0=10, n=40, alpha=0.05)
     columns = ["image", "predicted", "k", "radius"]
     halves = [rows[rows["method"] == name][columns].reset_index(drop=True) for name in ("plain", "same")]
