@@ -95,11 +95,9 @@ def check_oracle(oracle: Any) -> None:
         )
     if isinstance(oracle, type):
         raise TypeError(f"{_what(oracle)} is no oracle yet: give an instance, {oracle.__name__}(...)")
-    missing = [
-        f"`{name}`, {meaning}"
-        for name, meaning in (("name", "a string"), ("version", "a string that changes whenever an answer could"))
-        if not isinstance(getattr(oracle, name, None), str)
-    ]
+    needed = {"name": "a string", "version": "a string that changes whenever an answer could"}
+    given = {name: getattr(oracle, name, None) for name in needed}
+    missing = [f"`{name}`, {meaning}" for name, meaning in needed.items() if not isinstance(given[name], str)]
     if labelled and not _are_labels(getattr(oracle, "labels", None)):
         missing.append("`labels`, a tuple of every label as a string")
     if missing:

@@ -265,8 +265,7 @@ def check_not_training(classifier: Any) -> None:
 
 def count_votes(labels: Tensor) -> np.ndarray:
     """Votes per class, int64; answers below 0 count for no class."""
-    answered = labels[labels >= 0].numpy()
-    return np.bincount(answered) if len(answered) else np.zeros(1, dtype=np.int64)
+    return np.bincount(labels[labels >= 0].numpy(), minlength=1)
 
 
 def _favourite(labels: Tensor) -> int:
@@ -323,8 +322,6 @@ def predict(
     fewest = bounds.minimum_draws(alpha / 2)  # the test is two-sided
     if n < fewest:
         raise ValueError(f"n={n} draws can never answer at alpha={alpha}, unanimous or not; use n >= {fewest}")
-    check_classifier(classifier)
-    check_image(image)
     answers, _ = _answers(classifier, image, sigma, address)
     votes = count_votes(answers("select", 0, n, [0])[0])
     if not votes.any():
@@ -404,8 +401,6 @@ def certify(
     Cohen et al. 2019, arXiv:1902.02918, section 3.2.2 and Proposition 2; `medrobust_lib.smoothing.sequential`.
     """
     check_keywords(certify, address, _ADDRESS)
-    check_classifier(classifier)
-    check_image(image)
     mode = "predict" if label is None else "evaluate"
     rules = Rules(n0=n0, n=n, alpha=alpha, sampling=sampling, mode=mode, radii=radii)
     if label is not None and label < 0:
@@ -441,6 +436,8 @@ def _answers(
     classifier: Classifier, image: Tensor, sigma: float, address: Mapping[str, Any]
 ) -> tuple[Answers, NoiseStream]:
     """Let one classifier of pixels answer the noisy copies of one image; and the address of their noise."""
+    check_classifier(classifier)
+    check_image(image)
 
     def label(positions: Sequence[int], copies: Tensor) -> list[Tensor]:
         return [checked_answers(classifier(copies), len(copies))]
