@@ -23,11 +23,21 @@ from medrobust_lib.smoothing.denoisers import (
     DEMO_FOLDER,
     DiffusionDenoiser,
     DnCNNDenoiser,
+    load_denoiser,
     matching_timestep,
 )
 from medrobust_lib.smoothing.noise import NoiseStream
 from preparing.downloads import record_sums
-from training.denoisers import joined, level_at, linear_share, pixel_spread, psnr, train_denoiser, train_diffusion
+from training.denoisers import (
+    joined,
+    level_at,
+    linear_share,
+    pixel_spread,
+    psnr,
+    save_denoiser,
+    train_denoiser,
+    train_diffusion,
+)
 
 DATASET = "phantom/histology"
 SIGMAS = (0.1, 0.25, 0.5, 1.0)
@@ -91,17 +101,13 @@ def main(
         data = mr.load_dataset(DATASET, split="train", n=images)
         for kind in wanted:
             count = STEPS[kind] if steps is None else steps
-            train_kind(kind, encoder, data, out=out, steps=count, seed=seed).save(out / DEMO_FILES[kind])
+            trained = train_kind(kind, encoder, data, out=out, steps=count, seed=seed)
+            save_denoiser(trained, out / DEMO_FILES[kind])
     present = [kind for kind, name in DEMO_FILES.items() if (out / name).is_file()]
     record_sums(out, [DEMO_FILES[kind] for kind in present])
-    card = write_card({kind: load(kind, out) for kind in present}, encoder, images=images)
+    card = write_card({kind: load_denoiser(out / DEMO_FILES[kind]) for kind in present}, encoder, images=images)
     write_text_atomically(out / "MODEL_CARD.md", card)
     typer.echo(card)
-
-
-def load(kind: str, folder: Path) -> DnCNNDenoiser | DiffusionDenoiser:
-    """Load one kind from a folder."""
-    return (DiffusionDenoiser if kind == "diffusion" else DnCNNDenoiser).load(folder / DEMO_FILES[kind])
 
 
 def train_kind(
@@ -123,7 +129,7 @@ def train_kind(
             for sigma in SIGMAS
         ]  # fmt: skip
     else:
-        start = load("mse", out)
+        start = load_denoiser(out / DEMO_FILES["mse"])
         parts = [
             train_denoiser(
                 model, data, sigma=sigma, objective="stability", start=start, steps=steps, batch_size=16,

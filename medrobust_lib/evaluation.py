@@ -8,6 +8,7 @@ import pandas as pd
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn import functional
 
 from medrobust_lib import metrics
 from medrobust_lib.corruptions.stored import CLEAN
@@ -264,7 +265,8 @@ def projected_gradient(
         best[better], best_value[better] = moved.detach()[better], reached[better]
         if step < steps:
             (gradient,) = torch.autograd.grad(value, moved, torch.ones_like(value))
-            moved = _projected(moved.detach() + step_size * _unit(gradient), clean, radius)
+            direction = functional.normalize(gradient.flatten(1)).view_as(gradient)
+            moved = _projected(moved.detach() + step_size * direction, clean, radius)
     return best[0] if single else best
 
 
@@ -273,7 +275,3 @@ def _projected(moved: Tensor, clean: Tensor, radius: float) -> Tensor:
     shift = moved - clean
     norm = shift.flatten(1).norm(dim=1).clamp(min=1e-12).view(-1, 1, 1, 1)
     return (clean + shift * (radius / norm).clamp(max=1.0)).clamp(0, 1)
-
-
-def _unit(gradient: Tensor) -> Tensor:
-    return gradient / gradient.flatten(1).norm(dim=1).clamp(min=1e-12).view(-1, 1, 1, 1)

@@ -6,7 +6,7 @@ import typer
 from typer.testing import CliRunner
 
 from medrobust_lib.files import check_sums, read_sums
-from medrobust_lib.smoothing.denoisers import DEMO_FILES, DnCNNDenoiser
+from medrobust_lib.smoothing.denoisers import DEMO_FILES, load_denoiser
 
 SCRIPT = Path(__file__).parents[1] / "data_scripts" / "train_demo_denoisers.py"
 
@@ -31,8 +31,8 @@ def test_one_command_trains_everything_and_another_only_judges(app, tmp_path):
     small = ["--out", tmp_path, "--images", 18, "--threads", 1]
     invoke(app, *small, "--steps", 1)
     assert set(read_sums(tmp_path)) == set(DEMO_FILES.values())
-    stability = DnCNNDenoiser.load(tmp_path / DEMO_FILES["stability"])
-    mse = DnCNNDenoiser.load(tmp_path / DEMO_FILES["mse"])
+    stability = load_denoiser(tmp_path / DEMO_FILES["stability"])
+    mse = load_denoiser(tmp_path / DEMO_FILES["mse"])
     assert stability.sigmas == mse.sigmas == (0.1, 0.25, 0.5, 1.0)
     assert {origin["start"] for origin in stability.provenance.values()} == {mse.id}
     assert {origin["model"] for origin in mse.provenance.values()} == {None}

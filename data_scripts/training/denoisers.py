@@ -4,6 +4,7 @@ import copy
 import math
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import get_args
 
 import numpy as np
@@ -14,11 +15,15 @@ from torch.nn import functional
 from medrobust_lib.checks import check_choice
 from medrobust_lib.data.dataset import ImageDataset
 from medrobust_lib.experiments import progress
+from medrobust_lib.files import write_tensors
 from medrobust_lib.models.dual_encoder import DualEncoder
 from medrobust_lib.models.loading import resolve_device
 from medrobust_lib.models.weights import fingerprint
 from medrobust_lib.smoothing.denoisers import (
+    ASKED,
     DIFFUSION_STEPS,
+    FORMAT,
+    HEADER,
     DiffusionDenoiser,
     DnCNN,
     DnCNNDenoiser,
@@ -221,6 +226,43 @@ def train_diffusion(
         "batch_size": batch_size, "learning_rate": learning_rate, "seed": seed, **fitted,
     }  # fmt: skip
     return DiffusionDenoiser(network.cpu(), (float(sigmas[0]), float(sigmas[last])), provenance=provenance)
+
+
+def save_denoiser(denoiser: DnCNNDenoiser | DiffusionDenoiser, path: Path | str) -> Path:
+    """Write a denoiser, of a diffusion its `UNet`, as one safetensors file; all but the weights is JSON in its header.
+
+    `medrobust_lib.smoothing.denoisers.load_denoiser` reads it.
+
+    Raises
+    ------
+    ValueError
+        A diffusion with another network than a `UNet`.
+    """
+    header = {"format": FORMAT, "kind": "dncnn" if isinstance(denoiser, DnCNNDenoiser) else "diffusion"}
+    if isinstance(denoiser, DnCNNDenoiser):
+        networks = {f"{sigma}": network for sigma, network in denoiser.networks.items()}
+        header |= {
+            "objective": denoiser.objective,
+            "architectures": {sigma: network.architecture for sigma, network in networks.items()},
+        }
+        tensors = {
+            f"{sigma}/{name}": tensor
+            for sigma, network in networks.items()
+            for name, tensor in network.state_dict().items()
+        }
+    else:
+        if not isinstance(denoiser.network, UNet):
+            raise ValueError(
+                f"only a UNet can be saved, not {type(denoiser.network).__name__}, which is not ours to rebuild"
+            )
+        header |= {
+            "architecture": denoiser.network.architecture,
+            "sigma_range": list(denoiser.sigma_range),
+            "timestep": ASKED,
+        }
+        tensors = denoiser.network.state_dict()
+    write_tensors(Path(path), tensors, key=HEADER, header={**header, "provenance": denoiser.provenance})
+    return Path(path)
 
 
 def joined(*parts: DnCNNDenoiser) -> DnCNNDenoiser:

@@ -27,7 +27,7 @@ from medrobust_lib.generative.errors import (
 from medrobust_lib.generative.oracles import Equivalence, Oracle, judged
 from medrobust_lib.plots import panels, plot_label_votes, shorten
 from medrobust_lib.smoothing.bounds import ALPHA, FEW_N, FEW_N0, certified_radius, maximum_radius
-from medrobust_lib.smoothing.certificate import GUARANTEES, about_text
+from medrobust_lib.smoothing.certificate import GUARANTEES
 from medrobust_lib.smoothing.noise import NoiseStream, noisy_copies
 
 RATES = (0.0, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3)
@@ -278,7 +278,7 @@ def _radii(
 
 
 def _words(found: GenerativeCertificate, oracle: str, error_rate: float) -> str:
-    told = about_text(found.composite, found.answer, equivalence=bool(found.clusters))
+    told = found.about(found.composite)
     if found.composite.abstained:  # the library names a guarantee where there is one
         told += f". Guarantee (composite), for what is certified: {GUARANTEES['composite']}"
     return (

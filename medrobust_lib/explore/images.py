@@ -32,7 +32,7 @@ from medrobust_lib.smoothing.bounds import (
     minimum_count,
 )
 from medrobust_lib.smoothing.certificate import ABSTAIN, GUARANTEES
-from medrobust_lib.smoothing.certify import Verdict, make_plan, take_votes
+from medrobust_lib.smoothing.certify import FixedPlan, Verdict, take_votes
 from medrobust_lib.smoothing.methods import FixedPrompts
 from medrobust_lib.smoothing.noise import NoiseStream, Role, make_batches, noisy_copies
 
@@ -110,7 +110,7 @@ class EncodedImages:
         votes = np.bincount(answers("estimate", 0, n, [0])[0].numpy(), minlength=len(class_features))
         if sigma == 0:
             return Verdict(predicted=ABSTAIN, radius=0.0, p_lower=0.0, k=0, n=0), votes
-        plan = make_plan("fixed", sigma=sigma, radii=None, n=n, alpha=alpha)
+        plan = FixedPlan(sigma=sigma, n=n, alpha=alpha)
         return take_votes(answers, [plan], n0=n0, label=None)[0], votes
 
     def prepare(self, indices: Sequence[int], *, sigmas: Sequence[float], draws: Sequence[tuple[Role, int]]) -> None:

@@ -5,7 +5,7 @@ import time
 from collections import UserDict
 from collections.abc import Mapping, MutableMapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import InitVar, asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -95,11 +95,9 @@ def check_oracle(oracle: Any) -> None:
         )
     if isinstance(oracle, type):
         raise TypeError(f"{_what(oracle)} is no oracle yet: give an instance, {oracle.__name__}(...)")
-    missing = [
-        f"`{name}`, {meaning}"
-        for name, meaning in (("name", "a string"), ("version", "a string that changes whenever an answer could"))
-        if not isinstance(getattr(oracle, name, None), str)
-    ]
+    needed = {"name": "a string", "version": "a string that changes whenever an answer could"}
+    given = {name: getattr(oracle, name, None) for name in needed}
+    missing = [f"`{name}`, {meaning}" for name, meaning in needed.items() if not isinstance(given[name], str)]
     if labelled and not _are_labels(getattr(oracle, "labels", None)):
         missing.append("`labels`, a tuple of every label as a string")
     if missing:
@@ -149,6 +147,7 @@ class Drawing:
             raise ValueError(f"temperature={self.temperature}: 0 (greedy) or a finite number above")
 
 
+@dataclass(repr=False, eq=False)
 class AnswerBank:
     """Answers to one question about noisy copies of one image.
 
@@ -167,7 +166,7 @@ class AnswerBank:
         Position of the image in its split: part of the address of the noise.
     batch_size : int, optional
         Copies at a time; default: from the free memory. It is halved when memory runs out.
-    kept : mutable mapping of (role, number) to Completion or None, optional
+    kept : mutable mapping of (role, number) to Completion or None
         Answers that are there already; new ones are put there at once (see `StoredAnswers`).
 
     Attributes
@@ -181,32 +180,27 @@ class AnswerBank:
         An image of the wrong type, shape or range, an empty prompt, no generative model, or one in training mode.
     """
 
-    def __init__(
-        self,
-        vlm: GenerativeModel,
-        image: Tensor,
-        prompt: str,
-        how: Drawing,
-        *,
-        dataset: str = "",
-        index: int = 0,
-        batch_size: int | None = None,
-        kept: MutableMapping[Address, Completion | None] | None = None,
-    ) -> None:
-        check_model(vlm)
-        check_image(image)
-        check_not_training(vlm)
-        if not isinstance(prompt, str) or not prompt.strip():
-            raise ValueError(f"prompt={prompt!r}: give the question as text")
-        image = image.to(getattr(vlm, "device", image.device))
-        self.vlm, self.image, self.prompt, self.how = vlm, image, prompt, how
-        self.dataset, self.index = dataset, index
-        self.kept = {} if kept is None else kept
-        self.seconds = 0.0
+    vlm: GenerativeModel
+    image: Tensor
+    prompt: str
+    how: Drawing
+    dataset: str = field(default="", kw_only=True)
+    index: int = field(default=0, kw_only=True)
+    batch_size: InitVar[int | None] = field(default=None, kw_only=True)
+    kept: MutableMapping[Address, Completion | None] = field(default_factory=dict, kw_only=True)
+    seconds: float = field(default=0.0, init=False)
+
+    def __post_init__(self, batch_size: int | None) -> None:
+        check_model(self.vlm)
+        check_image(self.image)
+        check_not_training(self.vlm)
+        if not isinstance(self.prompt, str) or not self.prompt.strip():
+            raise ValueError(f"prompt={self.prompt!r}: give the question as text")
+        self.image = self.image.to(getattr(self.vlm, "device", self.image.device))
         each = None
-        if batch_size is None and hasattr(vlm, "bytes_per_copy"):
-            each = vlm.bytes_per_copy(prompt, how.max_new_tokens)
-        self._batches = make_batches(batch_size, image.device, tuple(image.shape), bytes_each=each)
+        if batch_size is None and hasattr(self.vlm, "bytes_per_copy"):
+            each = self.vlm.bytes_per_copy(self.prompt, self.how.max_new_tokens)
+        self._batches = make_batches(batch_size, self.image.device, tuple(self.image.shape), bytes_each=each)
 
     def answers(self, role: Role, first: int, count: int) -> list[Completion | None]:
         """Answers to copies number ``first`` to ``first + count - 1``; those not kept yet are drawn now."""
@@ -256,15 +250,15 @@ class StoredAnswers(UserDict[Address, Completion | None]):
     ----------
     store : RowStore
         From `open_answers`.
-    index, image, prompt, sigma
-        Of the `AnswerBank`. Another image or question under the same index has answers of its own.
+    bank : AnswerBank
+        Whose answers they are. Another image or question under the same index has answers of its own.
     """
 
-    def __init__(self, store: RowStore, *, index: int, image: Tensor, prompt: str, sigma: float) -> None:
+    def __init__(self, store: RowStore, bank: AnswerBank) -> None:
         super().__init__()
         self._store = store
-        content = fingerprint([image, torch.tensor(list(prompt.encode()), dtype=torch.uint8)])
-        self._prefix = f"image {index} ({content}), sigma {float(sigma)!r}, "
+        content = fingerprint([bank.image, torch.tensor(list(bank.prompt.encode()), dtype=torch.uint8)])
+        self._prefix = f"image {bank.index} ({content}), sigma {bank.how.sigma!r}, "
         for key in store.done:
             if key.startswith(self._prefix):
                 role, number = key.removeprefix(self._prefix).split()
@@ -357,17 +351,14 @@ def collect_answers(
                    batch_size=batch_size)
         for image, prompt, index in zip(questions.images, questions.questions, questions.indices, strict=True)
     ]  # fmt: skip
-    addresses: list[Address] = [
-        *(("select", number) for number in range(n0)),
-        *(("estimate", number) for number in range(n)),
-    ]
+    addresses: list[Address] = [("select", number) for number in range(n0)]
+    addresses += [("estimate", number) for number in range(n)]
     with ExitStack() as stack:
         if store is not None:
             opened = open_answers(store, vlm, how, dataset=questions.id, prompts=questions.questions)
             stack.enter_context(opened)
             for bank in banks:
-                address = {"index": bank.index, "image": bank.image, "prompt": bank.prompt}
-                bank.kept = StoredAnswers(opened, sigma=how.sigma, **address)
+                bank.kept = StoredAnswers(opened, bank)
         missing = [bank for bank in banks if any(address not in bank.kept for address in addresses)]
         work = [(bank.image, bank.prompt, bank.index, dict(bank.kept)) for bank in missing]
         results = map_items(_collect, work, context=(vlm, how, questions.id, n0, n, batch_size), jobs=jobs)

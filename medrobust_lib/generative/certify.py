@@ -1,17 +1,21 @@
 """Certificates of what a generative model answers, a label or a cluster of equal texts: of one image, or as a table."""
 
 import inspect
-from collections.abc import Sequence
+import textwrap
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import torch
+from jinja2 import Environment, PackageLoader, Template
 from torch import Tensor
 
 from medrobust_lib.checks import check_keywords
 from medrobust_lib.data.questions import QuestionSet
+from medrobust_lib.generative import errors
 from medrobust_lib.generative.answers import (
     AnswerBank,
     Drawing,
@@ -22,20 +26,14 @@ from medrobust_lib.generative.answers import (
     check_oracle,
     open_answers,
 )
-from medrobust_lib.generative.errors import (
-    SAME,
-    ErrorModel,
-    InconsistentErrorRateError,
-    SymmetricErrors,
-    check_error_model,
-    split_alpha,
-)
-from medrobust_lib.generative.oracles import Cluster, Judged, cluster_texts, judged
+from medrobust_lib.generative.oracles import Cluster, Judged, Tally, cluster_texts, judged
+from medrobust_lib.models.vision_language import Completion
 from medrobust_lib.smoothing.bounds import ALPHA, FEW_N, FEW_N0, certified_radius, maximum_radius, needed_probability
-from medrobust_lib.smoothing.certificate import ABSTAIN, Certificate, Guarantee, Sampling, Tally, about_text
-from medrobust_lib.smoothing.certify import Verdict, check_mode_draws, make_plan, take_votes
-from medrobust_lib.smoothing.noise import Role
+from medrobust_lib.smoothing.certificate import ABSTAIN, GUARANTEES, Certificate, Guarantee, Sampling
+from medrobust_lib.smoothing.certify import Rules, Verdict, make_certificate, take_votes
+from medrobust_lib.smoothing.noise import NoiseStream, Role
 
+ALPHA_SHARE = 0.5  # of alpha, spent on an error rate that is estimated
 _UNKNOWN = -2  # number of a truth that nobody knows; no certificate predicts it
 _COPIED = ("sigma", "radius", "p_lower", "k", "n", "n0", "n_max", "alpha", "sampling", "mode", "seed")
 _TESTED = 0  # the number that votes for the tested answer carry; all others count for no class
@@ -85,42 +83,18 @@ class GenerativeCertificate:
     clusters: tuple[Cluster, ...] = field(default=(), repr=False)
 
     def __str__(self) -> str:
-        lines = [
-            f"question {self.prompt!r}, oracle {self.oracle} ({self.oracle_version})",
-            f"tested answer: {self.answer!r}" if self.answer is not None else "no answer could be selected",
-            f"without any assumption: {about_text(self.composite, self.answer, equivalence=bool(self.clusters))}",
-        ]
-        if self.corrected is not None:
-            words = about_text(self.corrected, self.answer, equivalence=bool(self.clusters))
-            lines.append(f"if the error model holds: {words}")
-        if self.refusal:
-            lines.append(f"error model refused: {self.refusal}")
-        if self.assumption:
-            lines.append(f"assumption: {self.assumption}")
-        drawn = "noise" if self.temperature == 0 else "noise and decoding"
-        labelled = ", and over the labelled texts where an error rate is estimated" if self.assumption else ""
-        lines.append(
-            f"alpha {self.composite.alpha:g}: a certificate is false with probability at most alpha, over the {drawn} "
-            f"drawn{labelled}"
-        )
-        lines.append(self._texts_in_words())
-        if self.n_distinct == 1 and self.composite.n > 1:
-            lines.append("the model gave one and the same text every time; see whether it gives it for any image")
-        return "\n".join(lines)
+        return _template().render(found=self).rstrip()
 
-    def _texts_in_words(self) -> str:
-        tally, n0 = self.tally, self.composite.n0
-        failed = ""
-        if tally.failed:
-            # An equivalence is asked about a text several times, so its failures are calls and no texts.
-            calls = f"failed calls of the oracle: {tally.failed}"
-            texts = f"{tally.failed} because the oracle failed"
-            failed = f" ({calls if self.clusters else texts}, first with {tally.first_error!r})"
-        return (
-            f"{n0} selection and {tally.total - n0} estimation texts: {tally.empty} empty, {tally.truncated} cut off, "
-            f"{tally.unlabelled} without a {'verdict' if self.clusters else 'label'}{failed}; "
-            "each counts in its own denominator"
-        )
+    def about(self, certificate: Certificate) -> str:
+        """One of the two certificates in words that name its answer instead of a class number."""
+        return _template().make_module({"found": self}).about(self, certificate).strip()
+
+
+def _template() -> Template:
+    words = Environment(loader=PackageLoader("medrobust_lib"), trim_blocks=True, lstrip_blocks=True, autoescape=False)
+    words.globals["guarantees"] = GUARANTEES
+    words.filters |= {"repr": repr, "shorten": partial(textwrap.shorten, width=80, placeholder=" ...")}
+    return words.get_template("certificate.txt.j2")
 
 
 def certify_generative(
@@ -187,7 +161,7 @@ def certify_generative(
     if store is None:
         return certify_answers(bank, oracle, **settings)
     with open_answers(store, vlm, how, dataset=dataset, prompts=[prompt]) as opened:
-        bank.kept = StoredAnswers(opened, index=index, image=bank.image, prompt=prompt, sigma=how.sigma)
+        bank.kept = StoredAnswers(opened, bank)
         return certify_answers(bank, oracle, **settings)
 
 
@@ -198,8 +172,8 @@ def certify_answers(
     n0: int = FEW_N0,
     n: int = FEW_N,
     alpha: float = ALPHA,
-    error_model: ErrorModel | None = None,
-    alpha_share: float = 0.5,
+    error_model: errors.ErrorModel | None = None,
+    alpha_share: float = ALPHA_SHARE,
     sampling: Sampling = "fixed",
     radii: Sequence[float] | None = None,
 ) -> GenerativeCertificate:
@@ -236,48 +210,45 @@ def certify_answers(
         As `certify_generative`.
     """
     check_oracle(oracle)
-    check_error_model(error_model)
+    errors.check_error_model(error_model)
     if sampling == "fixed" and radii is not None:
         raise ValueError(f"radii={radii!r}: only sampling='sequential' takes radii of interest; leave them out")
     labelled = callable(getattr(oracle, "label", None))
-    check_mode_draws(n0, label_given=False)
+    rules = Rules(n0=n0, n=n, alpha=alpha, sampling=sampling, radii=radii)
     _check_number_of_labels(error_model, len(oracle.labels) if labelled else 2, oracle.name)
-    sigma = bank.how.sigma
-    alpha_votes, alpha_rate = split_alpha(error_model, alpha, share=alpha_share)
-    plans = [make_plan(sampling, sigma=sigma, radii=radii, n=n, alpha=level) for level in (alpha, alpha_votes)]
-    counter = _Counter(bank)
-    clusters: tuple[Cluster, ...] = ()
+    alpha_votes, alpha_rate = errors.split_alpha(error_model, alpha, share=alpha_share)
+    plans = [replace(rules, alpha=level).plan(bank.how.sigma) for level in (alpha, alpha_votes)]
+    clusters: list[Cluster] = []
     drawn = bank.texts("select", 0, n0)
     if labelled:
-        selected = counter.noted(judged(oracle, drawn), "select")
-        answer, number = _most_frequent(selected, oracle.labels)
+        readings = [judged(oracle, drawn)]
+        answer, number = _most_frequent(readings[0].labels, oracle.labels)
     else:
-        found, answers = cluster_texts(drawn, oracle)
-        counter.noted(answers, "select")
-        clusters = tuple(found)
+        clusters, read = cluster_texts(drawn, oracle)
+        readings = [read]
         largest = max(clusters, key=lambda cluster: cluster.size, default=None)  # the first one among equals
         answer, number = (None, ABSTAIN) if largest is None else (largest.representative, _TESTED)
-    counter.check_oracle_works(oracle.name, labelled=labelled)
+    _check_oracle_works(readings[0], oracle.name, labelled=labelled)
 
     def votes(role: Role, first: int, count: int, positions: Sequence[int]) -> list[Tensor]:
-        asked = judged(oracle, bank.texts(role, first, count), None if labelled else answer)
-        found = counter.noted(asked, role, first)
+        readings.append(judged(oracle, bank.texts(role, first, count), None if labelled else answer))
+        found = readings[-1].labels
         hits = [label == answer for label in found] if labelled else found
         drawn = torch.tensor([_TESTED if hit else ABSTAIN for hit in hits], dtype=torch.int64)
         return [drawn for _ in positions]
 
-    verdicts = [Verdict(predicted=ABSTAIN, radius=0.0, p_lower=0.0, k=0, n=0) for _ in plans]
+    verdicts = [Verdict() for _ in plans]
     if answer is not None:
         verdicts = take_votes(votes, plans, n0=n0, label=_TESTED)
-    rules = {"n0": n0, "n_max": n, "alpha": alpha, "sampling": sampling}
-    composite = _certificate(bank, verdicts[0], number, "composite", **rules)
+    n_drawn = max(verdict.n for verdict in verdicts)
+    composite = _certificate(bank, verdicts[0], number, "composite", rules)
     corrected, refusal = None, ""
     if error_model is not None:
-        strict = _certificate(bank, verdicts[1], number, "corrected", **rules)
-        tested = answer if labelled else SAME
+        strict = _certificate(bank, verdicts[1], number, "corrected", rules)
+        tested = answer if labelled else errors.SAME
         try:
             corrected = _corrected(strict, number, error_model, label=tested, alpha_rate=alpha_rate or alpha)
-        except InconsistentErrorRateError as error:
+        except errors.InconsistentErrorRateError as error:
             refusal = str(error)
     return GenerativeCertificate(
         answer=answer,
@@ -290,9 +261,9 @@ def certify_answers(
         prompt=bank.prompt,
         temperature=bank.how.temperature,
         max_new_tokens=bank.how.max_new_tokens,
-        tally=counter.tally,
-        n_distinct=len(set(bank.texts("estimate", 0, composite.n))) if composite.n else 0,
-        clusters=clusters,
+        tally=_tally(bank.answers("select", 0, n0) + bank.answers("estimate", 0, n_drawn), readings),
+        n_distinct=len(set(bank.texts("estimate", 0, composite.n))),
+        clusters=tuple(clusters),
     )
 
 
@@ -336,7 +307,7 @@ def certify_questions(
     """
     check_keywords(certify_questions, rules, inspect.signature(certify_answers).parameters)
     _check_banks(banks, questions)
-    asked = {name: rules[name] for name in ("error_model", "alpha_share", "radii") if name in rules}
+    labelled = callable(getattr(oracle, "label", None))
     rows = []
     for bank, truth in zip(banks, questions.truths, strict=True):
         found = certify_answers(bank, oracle, **rules)
@@ -360,7 +331,7 @@ def certify_questions(
                     "guarantee": certificate.guarantee,
                     "n_classes": len(questions.labels),
                     **{name: getattr(certificate, name) for name in _COPIED},
-                    **_limits(certificate, found.answer if callable(getattr(oracle, "label", None)) else SAME, **asked),
+                    **_limits(certificate, found.answer if labelled else errors.SAME, rules),
                     "n_distinct": found.n_distinct,
                     **{name: getattr(found.tally, name) for name in ("empty", "truncated", "unlabelled", "failed")},
                     "refusal": found.refusal,
@@ -370,45 +341,37 @@ def certify_questions(
     return pd.DataFrame(rows)
 
 
-def _check_number_of_labels(error_model: ErrorModel | None, n_labels: int, name: str) -> None:
+def _check_number_of_labels(error_model: errors.ErrorModel | None, n_labels: int, name: str) -> None:
     """Refuse symmetric errors over more or fewer labels than there are: the correction would promise too much."""
-    if isinstance(error_model, SymmetricErrors) and error_model.n_labels != n_labels:
+    if isinstance(error_model, errors.SymmetricErrors) and error_model.n_labels != n_labels:
         raise ValueError(
             f"the error model exchanges {error_model.n_labels} labels, the oracle {name!r} has {n_labels}; "
             f"use SymmetricErrors(..., n_labels={n_labels}), or FalsePositives, which needs no number of labels"
         )
 
 
-class _Counter:
-    """Counts what became of a bank's answers."""
+def _tally(drawn: Sequence[Completion | None], readings: Sequence[Judged]) -> Tally:
+    """What became of answers that an oracle has read in several parts."""
+    return Tally(
+        total=len(drawn),
+        empty=sum(part.empty for part in readings),
+        truncated=sum(answer is not None and not answer.finished for answer in drawn),
+        unlabelled=sum(part.labels.count(None) - part.empty for part in readings),
+        failed=sum(part.failed for part in readings),
+        first_error=next((part.first_error for part in readings if part.failed), ""),
+    )
 
-    def __init__(self, bank: AnswerBank) -> None:
-        self.bank = bank
-        self.tally = Tally()
 
-    def noted(self, answers: Judged, role: Role, first: int = 0) -> tuple[Any, ...]:
-        """Labels of the answers from number ``first`` on, counted."""
-        completions = self.bank.answers(role, first, len(answers.labels))
-        self.tally += Tally(
-            total=len(answers.labels),
-            empty=answers.empty,
-            truncated=sum(answer is not None and not answer.finished for answer in completions),
-            unlabelled=answers.labels.count(None) - answers.empty,
-            failed=answers.failed,
-            first_error=answers.first_error,
+def _check_oracle_works(read: Judged, name: str, *, labelled: bool) -> None:
+    """Raise if all calls failed: an abstention would hide a broken oracle."""
+    n_texts = len(read.labels) - read.empty
+    # An equivalence that always fails has compared every text with itself and all that came after it.
+    n_calls = n_texts if labelled else n_texts * (n_texts + 1) // 2
+    if 0 < n_calls == read.failed:
+        raise RuntimeError(
+            f"the oracle {name!r} failed at each of the {n_texts} selection texts that are not empty, first "
+            f"with {read.first_error!r}; mend it, and ask again"
         )
-        return answers.labels
-
-    def check_oracle_works(self, name: str, *, labelled: bool) -> None:
-        """Raise if all calls failed: an abstention would hide a broken oracle."""
-        n_texts = self.tally.total - self.tally.empty
-        # An equivalence that always fails has compared every text with itself and all that came after it.
-        n_calls = n_texts if labelled else n_texts * (n_texts + 1) // 2
-        if 0 < n_calls == self.tally.failed:
-            raise RuntimeError(
-                f"the oracle {name!r} failed at each of the {n_texts} selection texts that are not empty, first "
-                f"with {self.tally.first_error!r}; mend it, and ask again"
-            )
 
 
 def _most_frequent(labels: Sequence[str | None], known: Sequence[str]) -> tuple[str | None, int]:
@@ -417,23 +380,14 @@ def _most_frequent(labels: Sequence[str | None], known: Sequence[str]) -> tuple[
     return (known[number], number) if known[number] in labels else (None, ABSTAIN)
 
 
-def _certificate(bank: AnswerBank, verdict: Verdict, number: int, guarantee: Guarantee, **rules: Any) -> Certificate:
-    return Certificate(
-        **{**vars(verdict), "predicted": ABSTAIN if verdict.predicted == ABSTAIN else number},
-        **rules,
-        sigma=bank.how.sigma,
-        mode="predict",
-        guarantee=guarantee,
-        seed=bank.how.seed,
-        model=bank.vlm.id,
-        dtype=str(getattr(bank.vlm, "dtype", torch.float32)).removeprefix("torch."),
-        device=bank.image.device.type,
-        image_shape=tuple(bank.image.shape),
-    )
+def _certificate(bank: AnswerBank, verdict: Verdict, number: int, guarantee: Guarantee, rules: Rules) -> Certificate:
+    named = verdict if verdict.predicted == ABSTAIN else replace(verdict, predicted=number)
+    stream = NoiseStream(bank.how.seed, bank.dataset, bank.index, bank.how.sigma, "estimate")
+    return make_certificate(named, rules, stream, guarantee=guarantee, classifier=bank.vlm, image=bank.image)
 
 
 def _corrected(
-    strict: Certificate, number: int, error_model: ErrorModel, *, label: str | None, alpha_rate: float
+    strict: Certificate, number: int, error_model: errors.ErrorModel, *, label: str | None, alpha_rate: float
 ) -> Certificate:
     """Certificate of the true label from that of the oracle's label, at the votes' share of alpha."""
     if number == ABSTAIN:  # nothing was selected
@@ -455,20 +409,16 @@ def _certificates(found: GenerativeCertificate) -> list[Certificate]:
     return [found.composite, refused]
 
 
-def _limits(
-    certificate: Certificate,
-    label: str | None,
-    *,
-    error_model: ErrorModel | None = None,
-    alpha_share: float = 0.5,
-    radii: Sequence[float] | None = None,
-) -> dict[str, float]:
+def _limits(certificate: Certificate, label: str | None, asked: Mapping[str, Any]) -> dict[str, float]:
     """Largest radii that were asked for and that unanimous votes for a label would prove."""
-    rate = error_model if certificate.guarantee == "corrected" else None
+    rate = asked.get("error_model") if certificate.guarantee == "corrected" else None
     sigma, n, alpha = certificate.sigma, certificate.n_max, certificate.alpha
-    alpha_votes, alpha_rate = split_alpha(rate, alpha, share=alpha_share)
-    plan = make_plan(certificate.sampling, sigma=sigma, radii=radii, n=n, alpha=alpha_votes)
-    largest = {"radius_tested": plan.largest_radius, "radius_reach": maximum_radius(n, alpha_votes, sigma)}
+    alpha_votes, alpha_rate = errors.split_alpha(rate, alpha, share=asked.get("alpha_share", ALPHA_SHARE))
+    rules = Rules(n=n, alpha=alpha_votes, sampling=certificate.sampling, radii=asked.get("radii"))
+    largest = {
+        "radius_tested": rules.plan(sigma).largest_radius,
+        "radius_reach": maximum_radius(n, alpha_votes, sigma),
+    }
     if rate is None:
         return largest
     if label is None:
@@ -478,7 +428,7 @@ def _limits(
             rate.corrected(float(needed_probability(radius, sigma)), label=label, alpha=alpha_rate or alpha)
             for radius in largest.values()
         ]
-    except InconsistentErrorRateError:  # fewer votes than all would be believed
+    except errors.InconsistentErrorRateError:  # fewer votes than all would be believed
         return dict.fromkeys(largest, float("nan"))
     return {name: float(certified_radius(max(p, 0.0), sigma)) for name, p in zip(largest, proved, strict=True)}
 

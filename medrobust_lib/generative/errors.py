@@ -377,8 +377,7 @@ class Calibration:
 
     def one_sided(self) -> FalsePositives:
         """Error model with the false-positive rate of every label that it can be estimated for."""
-        column_sums = [self.n - sum(row) for row in self.counts]
-        known = [label for label, others in zip(self.labels, column_sums, strict=True) if others]
+        known = [label for label, row in zip(self.labels, self.counts, strict=True) if sum(row) < self.n]
         return FalsePositives({label: self.false_positives(label) for label in known})
 
     def table(self) -> pd.DataFrame:

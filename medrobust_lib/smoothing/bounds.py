@@ -90,9 +90,7 @@ def certified_radius(p_lower: ArrayLike, sigma: float) -> float | NDArray[np.flo
     ----------
     Cohen et al. 2019, arXiv:1902.02918, Theorem 1 with p_B = 1 - p_A.
     """
-    p_lower = np.asarray(p_lower, dtype=np.float64)
-    if not np.all((p_lower >= 0) & (p_lower <= 1)):
-        raise ValueError(f"p_lower={p_lower}: a probability lies in [0, 1]")
+    p_lower = checked_probabilities(p_lower, "p_lower")
     check_sigma(sigma)
     radius = np.where(p_lower > 0.5, sigma * norm.ppf(p_lower), 0.0)
     return float(radius) if radius.ndim == 0 else radius
@@ -262,11 +260,11 @@ def check_sigma(sigma: float) -> None:
         )
 
 
-def checked_probabilities(p: ArrayLike) -> NDArray[np.float64]:
+def checked_probabilities(p: ArrayLike, name: str = "p") -> NDArray[np.float64]:
     """Bring probabilities to float64, or refuse those outside [0, 1]."""
     p = np.asarray(p, dtype=np.float64)
     if not np.all((p >= 0) & (p <= 1)):
-        raise ValueError(f"p={p}: a probability lies in [0, 1]")
+        raise ValueError(f"{name}={p}: a probability lies in [0, 1]")
     return p
 
 

@@ -6,8 +6,9 @@ within an L2 radius of x. It is false with probability at most alpha, over the n
 """
 
 import reprlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, get_args
 
 import numpy as np
@@ -17,21 +18,9 @@ from torch import Tensor
 
 from medrobust_lib.checks import check_choice, check_keywords
 from medrobust_lib.models.dual_encoder import DualEncoder
-from medrobust_lib.smoothing.bounds import (
-    ALPHA,
-    FEW_N,
-    N0,
-    N,
-    certified_radius,
-    check_alpha,
-    check_draws,
-    check_sigma,
-    lower_confidence_bound,
-    maximum_radius,
-    minimum_draws,
-)
-from medrobust_lib.smoothing.certificate import ABSTAIN, Certificate, Mode, Sampling
-from medrobust_lib.smoothing.noise import NoiseStream, Role, make_batches, map_copies
+from medrobust_lib.smoothing import bounds
+from medrobust_lib.smoothing.certificate import ABSTAIN, Certificate, Guarantee, Mode, Sampling
+from medrobust_lib.smoothing.noise import Batches, NoiseStream, Role, make_batches, map_copies
 from medrobust_lib.smoothing.sequential import Proof, SequentialPlan, sequential_plan
 
 Classifier = Callable[[Tensor], Tensor]
@@ -40,7 +29,7 @@ Answers = Callable[[Role, int, int, Sequence[int]], Sequence[Tensor]]
 RADII = (0.0, 0.1, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
 """The radii of PromptSmooth's tables, in [0, 1] pixel units."""
 
-_ADDRESS = ("seed", "dataset", "index", "batch_size")  # what `certify` and `predict` pass on
+_ADDRESS = {"seed": 0, "dataset": "", "index": 0, "batch_size": None}  # what `certify` and `predict` pass on
 
 LABEL_LIMIT = 1_000_000
 """Votes are counted in a table with a row for each class; a label from here on is a mistake."""
@@ -59,11 +48,22 @@ class Verdict:
 
 @dataclass(frozen=True)
 class FixedPlan:
-    """One look after n draws, with the Clopper-Pearson bound: CERTIFY of Cohen et al. 2019."""
+    """One look after n draws, with the Clopper-Pearson bound: CERTIFY of Cohen et al. 2019.
+
+    Raises
+    ------
+    ValueError
+        sigma or alpha out of range, n too small to ever certify.
+    """
 
     sigma: float
     n: int
     alpha: float
+
+    def __post_init__(self) -> None:
+        bounds.check_sigma(self.sigma)
+        bounds.check_alpha(self.alpha)
+        bounds.check_draws(self.n, self.alpha)
 
     @property
     def looks(self) -> tuple[int]:
@@ -73,32 +73,15 @@ class FixedPlan:
     @property
     def largest_radius(self) -> float:
         """Largest radius that can come out."""
-        return maximum_radius(self.n, self.alpha, self.sigma)
+        return bounds.maximum_radius(self.n, self.alpha, self.sigma)
 
     def step(self, look: int, k: int, proved: int = 0) -> Proof:
         """Take the only look, at k votes of n."""
-        p_lower = lower_confidence_bound(k, self.looks[look], self.alpha)
-        return Proof(int(p_lower > 0.5), True, certified_radius(p_lower, self.sigma), p_lower)
+        p_lower = bounds.lower_confidence_bound(k, self.looks[look], self.alpha)
+        return Proof(int(p_lower > 0.5), True, bounds.certified_radius(p_lower, self.sigma), p_lower)
 
 
 Plan = FixedPlan | SequentialPlan
-
-
-def make_plan(sampling: Sampling, *, sigma: float, radii: Sequence[float] | None, n: int, alpha: float) -> Plan:
-    """Check the numbers and return when to look and what is proved then.
-
-    Raises
-    ------
-    ValueError
-        Unknown sampling, sigma or alpha out of range, n too small to ever certify.
-    """
-    check_choice("sampling", sampling, get_args(Sampling))
-    check_sigma(sigma)
-    check_alpha(alpha)
-    check_draws(n, alpha)
-    if sampling == "fixed":
-        return FixedPlan(sigma=sigma, n=n, alpha=alpha)
-    return sequential_plan(sigma=sigma, radii=radii, n=n, alpha=alpha)
 
 
 @dataclass(frozen=True)
@@ -122,25 +105,35 @@ class Rules:
     Raises
     ------
     ValueError
-        An unknown mode, or a selection without draws.
+        An unknown mode or sampling, or a selection without draws.
     """
 
-    n0: int = N0
-    n: int = N
-    alpha: float = ALPHA
+    n0: int = bounds.N0
+    n: int = bounds.N
+    alpha: float = bounds.ALPHA
     sampling: Sampling = "sequential"
     mode: Mode = "predict"
     radii: Sequence[float] | None = RADII
 
     def __post_init__(self) -> None:
         check_choice("mode", self.mode, get_args(Mode))
-        check_mode_draws(self.n0, self.mode == "evaluate")
+        check_choice("sampling", self.sampling, get_args(Sampling))
         if self.mode == "evaluate":
             object.__setattr__(self, "n0", 0)
+        elif self.n0 < 1:
+            raise ValueError(f"n0={self.n0}: choosing a class takes at least one selection draw (100 is usual)")
 
     def plan(self, sigma: float, *, share: int = 1) -> Plan:
-        """Plan for one noise level, for each of so many classifiers that share alpha."""
-        return make_plan(self.sampling, sigma=sigma, radii=self.radii, n=self.n, alpha=self.alpha / share)
+        """When to look at one noise level, and what is proved then, for each of so many classifiers that share alpha.
+
+        Raises
+        ------
+        ValueError
+            sigma, alpha or radii out of range, n too small to ever certify.
+        """
+        if self.sampling == "fixed":
+            return FixedPlan(sigma=sigma, n=self.n, alpha=self.alpha / share)
+        return sequential_plan(sigma=sigma, radii=self.radii, n=self.n, alpha=self.alpha / share)
 
 
 def take_votes(answers: Answers, plans: Sequence[Plan], *, n0: int, label: int | None) -> list[Verdict]:
@@ -270,16 +263,9 @@ def check_not_training(classifier: Any) -> None:
         )
 
 
-def check_mode_draws(n0: int, label_given: bool) -> None:
-    """Refuse a selection without draws."""
-    if not label_given and n0 < 1:
-        raise ValueError(f"n0={n0}: choosing a class takes at least one selection draw (100 is usual)")
-
-
 def count_votes(labels: Tensor) -> np.ndarray:
     """Votes per class, int64; answers below 0 count for no class."""
-    answered = labels[labels >= 0].numpy()
-    return np.bincount(answered) if len(answered) else np.zeros(1, dtype=np.int64)
+    return np.bincount(labels[labels >= 0].numpy(), minlength=1)
 
 
 def _favourite(labels: Tensor) -> int:
@@ -292,8 +278,8 @@ def predict(
     image: Tensor,
     *,
     sigma: float,
-    n: int = FEW_N,
-    alpha: float = ALPHA,
+    n: int = bounds.FEW_N,
+    alpha: float = bounds.ALPHA,
     **address: Any,
 ) -> int:
     """Answer of the smoothed classifier, or an abstention: PREDICT of Cohen et al.
@@ -331,14 +317,12 @@ def predict(
     Cohen et al. 2019, arXiv:1902.02918, section 3.2.1 and Proposition 1.
     """
     check_keywords(predict, address, _ADDRESS)
-    check_sigma(sigma)
-    check_alpha(alpha)
-    fewest = minimum_draws(alpha / 2)  # the test is two-sided
+    bounds.check_sigma(sigma)
+    bounds.check_alpha(alpha)
+    fewest = bounds.minimum_draws(alpha / 2)  # the test is two-sided
     if n < fewest:
         raise ValueError(f"n={n} draws can never answer at alpha={alpha}, unanimous or not; use n >= {fewest}")
-    check_classifier(classifier)
-    check_image(image)
-    answers = _answers(classifier, image, sigma, **address)
+    answers, _ = _answers(classifier, image, sigma, address)
     votes = count_votes(answers("select", 0, n, [0])[0])
     if not votes.any():
         return ABSTAIN
@@ -352,9 +336,9 @@ def certify(
     image: Tensor,
     *,
     sigma: float,
-    n0: int = N0,
-    n: int = N,
-    alpha: float = ALPHA,
+    n0: int = bounds.N0,
+    n: int = bounds.N,
+    alpha: float = bounds.ALPHA,
     sampling: Sampling = "fixed",
     radii: Sequence[float] | None = None,
     label: int | None = None,
@@ -417,24 +401,30 @@ def certify(
     Cohen et al. 2019, arXiv:1902.02918, section 3.2.2 and Proposition 2; `medrobust_lib.smoothing.sequential`.
     """
     check_keywords(certify, address, _ADDRESS)
-    check_classifier(classifier)
-    check_image(image)
-    check_mode_draws(n0, label is not None)
+    mode = "predict" if label is None else "evaluate"
+    rules = Rules(n0=n0, n=n, alpha=alpha, sampling=sampling, mode=mode, radii=radii)
     if label is not None and label < 0:
         raise ValueError(f"label={label}: the known label is a class, 0 or higher; None lets selection draws choose")
-    plan = make_plan(sampling, sigma=sigma, radii=radii, n=n, alpha=alpha)
-    answers = _answers(classifier, image, sigma, **address)
+    plan = rules.plan(sigma)
+    answers, stream = _answers(classifier, image, sigma, address)
     (verdict,) = take_votes(answers, [plan], n0=n0, label=label)
+    return make_certificate(verdict, rules, stream, guarantee="standard", classifier=classifier, image=image)
+
+
+def make_certificate(
+    verdict: Verdict, rules: Rules, stream: NoiseStream, *, guarantee: Guarantee, classifier: Any, image: Tensor
+) -> Certificate:
+    """Record of a verdict about an image, float [3, H, W], reached by the rules with a base classifier."""
     return Certificate(
         **vars(verdict),
-        n0=0 if label is not None else n0,
-        n_max=n,
-        alpha=alpha,
-        sigma=sigma,
-        sampling=sampling,
-        mode="predict" if label is None else "evaluate",
-        guarantee="standard",
-        seed=address.get("seed", 0),
+        n0=rules.n0,
+        n_max=rules.n,
+        alpha=rules.alpha,
+        sigma=stream.sigma,
+        sampling=rules.sampling,
+        mode=rules.mode,
+        guarantee=guarantee,
+        seed=stream.seed,
         model=getattr(classifier, "id", "own classifier"),
         dtype=str(getattr(classifier, "dtype", torch.float32)).removeprefix("torch."),
         device=image.device.type,
@@ -443,26 +433,42 @@ def certify(
 
 
 def _answers(
-    classifier: Classifier,
-    image: Tensor,
-    sigma: float,
-    *,
-    seed: int = 0,
-    dataset: str = "",
-    index: int = 0,
-    batch_size: int | None = None,
+    classifier: Classifier, image: Tensor, sigma: float, address: Mapping[str, Any]
+) -> tuple[Answers, NoiseStream]:
+    """Let one classifier of pixels answer the noisy copies of one image; and the address of their noise."""
+    check_classifier(classifier)
+    check_image(image)
+
+    def label(positions: Sequence[int], copies: Tensor) -> list[Tensor]:
+        return [checked_answers(classifier(copies), len(copies))]
+
+    where = _ADDRESS | address
+    batches = make_batches(where.pop("batch_size"), image.device, tuple(image.shape))
+    stream = NoiseStream(**where, sigma=sigma, role="select")
+    return answers_to_copies(label, image, stream, batches), stream
+
+
+def answers_to_copies(
+    label: Callable[[Sequence[int], Tensor], Sequence[Tensor]], image: Tensor, stream: NoiseStream, batches: Batches
 ) -> Answers:
-    """Let one classifier of pixels answer the noisy copies of one image."""
-    batches = make_batches(batch_size, image.device, tuple(image.shape))
+    """Let classifiers answer the noisy copies of one image, for `take_votes`.
+
+    Parameters
+    ----------
+    label : callable
+        (positions of the classifiers, copies float32 [b, 3, H, W]) -> labels int64 [b] of each of them.
+    image : float32 [3, H, W]
+    stream : NoiseStream
+        Address of the noise, whose role `take_votes` chooses.
+    batches : Batches
+        How many copies at a time.
+    """
 
     @torch.no_grad()  # not inference mode: a base classifier may adapt to each copy by a gradient of its own
     def answers(role: Role, first: int, count: int, positions: Sequence[int]) -> list[Tensor]:
-        stream = NoiseStream(seed, dataset, index, sigma, role)
-
-        def answer(copies: Tensor) -> Tensor:
-            return checked_answers(classifier(copies), len(copies))
-
-        return [torch.cat(list(map_copies(answer, image, stream, batches=batches, first=first, count=count)))]
+        noise = replace(stream, role=role)
+        parts = map_copies(partial(label, positions), image, noise, batches=batches, first=first, count=count)
+        return [torch.cat(labels) for labels in zip(*parts, strict=True)]
 
     return answers
 

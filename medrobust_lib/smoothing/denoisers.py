@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from medrobust_lib.checks import check_choice
-from medrobust_lib.files import check_sums, read_tensors, write_tensors
+from medrobust_lib.files import check_sums, read_tensors
 from medrobust_lib.models.weights import explained_errors, fingerprint
 
 DIFFUSION_STEPS, FIRST_BETA, LAST_BETA = 1000, 1e-4, 2e-2
@@ -220,9 +220,9 @@ DEMO_FILES = {
     "diffusion": "diffusion.safetensors",
 }
 
-_FORMAT = 1
-_HEADER = "denoiser"
-_ASKED = "interpolated"  # how files and ids say that a diffusion is asked at t* itself
+FORMAT = 1
+HEADER = "denoiser"  # of a file: names the JSON beside the weights
+ASKED = "interpolated"  # how files and ids say that a diffusion is asked at t* itself
 _TOLERANCE = 1e-6  # relative, between a noise level asked for and one trained for
 
 
@@ -288,41 +288,6 @@ class DnCNNDenoiser:
         _check_sides(noisy, network.side)
         return network(noisy.float())
 
-    def save(self, path: Path | str) -> Path:
-        """Write all networks as one safetensors file; everything but the weights is JSON in its header."""
-        header = {
-            "kind": "dncnn",
-            "objective": self.objective,
-            "architectures": {str(sigma): network.architecture for sigma, network in self.networks.items()},
-            "provenance": self.provenance,
-        }
-        tensors = {
-            f"{sigma}/{name}": tensor
-            for sigma, network in self.networks.items()
-            for name, tensor in network.state_dict().items()
-        }
-        return _write(Path(path), tensors, header)
-
-    @classmethod
-    def load(cls, path: Path | str) -> "DnCNNDenoiser":
-        """Read what `save` wrote.
-
-        Raises
-        ------
-        FileNotFoundError
-            No such file.
-        ValueError
-            The file is damaged or holds something else.
-        """
-        header, tensors = _read(Path(path), "dncnn")
-        networks = {}
-        with explained_errors(str(path)):
-            for sigma, architecture in header["architectures"].items():
-                start = f"{sigma}/"
-                weights = {name.removeprefix(start): value for name, value in tensors.items() if name.startswith(start)}
-                networks[float(sigma)] = _filled(DnCNN, architecture, weights)
-            return cls(networks, header["objective"], header["provenance"])
-
 
 @dataclass(frozen=True, eq=False)
 class DiffusionDenoiser:
@@ -358,7 +323,7 @@ class DiffusionDenoiser:
     @property
     def id(self) -> str:
         """Fingerprint of the network, which is asked at t* itself, between whole timesteps."""
-        return f"diffusion t* {_ASKED} {_digest(self.network)}"
+        return f"diffusion t* {ASKED} {_digest(self.network)}"
 
     def __call__(self, noisy: Tensor, sigma: float) -> Tensor:
         """Denoise pixels, float32 [b, 3, H, W], with noise of sigma; the result lies in [0, 1].
@@ -377,34 +342,35 @@ class DiffusionDenoiser:
         noise = self.network.to(noisy.device)(signed / math.sqrt(1 + 4 * sigma**2), timesteps)
         return ((signed - 2 * sigma * noise).clamp(-1, 1) + 1) / 2
 
-    def save(self, path: Path | str) -> Path:
-        """Write a `UNet` as one safetensors file; everything but the weights is JSON in its header."""
-        if not isinstance(self.network, UNet):
-            raise ValueError(
-                f"only a UNet can be saved, not {type(self.network).__name__}, which is not ours to rebuild"
-            )
-        header = {
-            "kind": "diffusion", "architecture": self.network.architecture, "sigma_range": list(self.sigma_range),
-            "timestep": _ASKED, "provenance": self.provenance,
-        }  # fmt: skip
-        return _write(Path(path), self.network.state_dict(), header)
 
-    @classmethod
-    def load(cls, path: Path | str) -> "DiffusionDenoiser":
-        """Read what `save` wrote.
+def load_denoiser(path: Path | str) -> DnCNNDenoiser | DiffusionDenoiser:
+    """Read what ``data_scripts/training/denoisers.py`` wrote (`save_denoiser`).
 
-        Raises
-        ------
-        FileNotFoundError
-            No such file.
-        ValueError
-            The file is damaged or holds something else.
-        """
-        header, tensors = _read(Path(path), "diffusion")
-        with explained_errors(str(path)):
-            check_choice("timestep", header["timestep"], [_ASKED])
+    Raises
+    ------
+    FileNotFoundError
+        No such file.
+    ValueError
+        The file is damaged or holds something else.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no denoiser at {path}; `save_denoiser` of data_scripts/training writes one")
+    tensors, header = read_tensors(path, key=HEADER, kind="a readable file of a denoiser", advice="Copy it anew.")
+    if header.get("format") != FORMAT or header.get("kind") not in ("dncnn", "diffusion"):
+        found = f"a denoiser of kind {header['kind']!r}" if "kind" in header else "something else"
+        raise ValueError(f"{path} holds {found}, not a denoiser of kind 'dncnn' or 'diffusion' and format {FORMAT}")
+    with explained_errors(str(path)):
+        if header["kind"] == "diffusion":
+            check_choice("timestep", header["timestep"], [ASKED])
             network = _filled(UNet, header["architecture"], tensors)
-            return cls(network, tuple(header["sigma_range"]), header["provenance"])
+            return DiffusionDenoiser(network, tuple(header["sigma_range"]), header["provenance"])
+        networks = {}
+        for sigma, architecture in header["architectures"].items():
+            start = f"{sigma}/"
+            weights = {name.removeprefix(start): value for name, value in tensors.items() if name.startswith(start)}
+            networks[float(sigma)] = _filled(DnCNN, architecture, weights)
+        return DnCNNDenoiser(networks, header["objective"], header["provenance"])
 
 
 def load_demo_denoisers(kind: str) -> DnCNNDenoiser | DiffusionDenoiser:
@@ -423,7 +389,7 @@ def load_demo_denoisers(kind: str) -> DnCNNDenoiser | DiffusionDenoiser:
     """
     check_choice("demo denoiser", kind, DEMO_FILES)
     check_sums(DEMO_FOLDER, [DEMO_FILES[kind]])
-    return (DiffusionDenoiser if kind == "diffusion" else DnCNNDenoiser).load(DEMO_FOLDER / DEMO_FILES[kind])
+    return load_denoiser(DEMO_FOLDER / DEMO_FILES[kind])
 
 
 def _frozen(network: nn.Module) -> nn.Module:
@@ -441,22 +407,6 @@ def _check_sides(pixels: Tensor, side: int) -> None:
     height, width = pixels.shape[2:]
     if height % side or width % side:
         raise ValueError(f"images of {width} x {height} pixels: this denoiser takes sides that are multiples of {side}")
-
-
-def _write(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> Path:
-    write_tensors(path, tensors, key=_HEADER, header={"format": _FORMAT, **header})
-    return path
-
-
-def _read(path: Path, kind: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Header and tensors of a file of one kind, "dncnn" or "diffusion"."""
-    if not path.is_file():
-        raise FileNotFoundError(f"no denoiser at {path}; its method `save` writes one")
-    tensors, header = read_tensors(path, key=_HEADER, kind="a readable file of a denoiser", advice="Copy it anew.")
-    if header.get("format") != _FORMAT or header.get("kind") != kind:
-        found = f"a denoiser of kind {header['kind']!r}" if "kind" in header else "something else"
-        raise ValueError(f"{path} holds {found}, not a denoiser of kind {kind!r} and format {_FORMAT}")
-    return header, tensors
 
 
 def _filled(kind: type[nn.Module], architecture: Mapping[str, Any], weights: Mapping[str, Tensor]) -> nn.Module:

@@ -32,6 +32,7 @@ _COPIES_AT_A_TIME = 16  # that adapt to themselves, each with a text tower's pas
 
 FeatureClassifier = Callable[[Tensor], Tensor]
 Denoiser = Callable[[Tensor, float], Tensor]
+Member = tuple[FeatureClassifier, Denoiser | None]  # a classifier, and the denoiser in front of its image tower
 
 
 @dataclass(frozen=True, eq=False)
@@ -133,7 +134,16 @@ class PromptMethod:
 
 
 @dataclass(frozen=True, eq=False)
-class FixedPrompts(PromptMethod):
+class _Prompts(PromptMethod):
+    """What every method of ours states."""
+
+    name: str
+    denoiser: Denoiser | None = field(default=None, kw_only=True)
+    about: Mapping[str, Any] = field(default_factory=dict, kw_only=True)
+
+
+@dataclass(frozen=True, eq=False)
+class FixedPrompts(_Prompts):
     """Zero-shot or learned prompts that were fixed before the image was seen: the standard guarantee.
 
     Attributes
@@ -150,10 +160,7 @@ class FixedPrompts(PromptMethod):
         Class features that are not unit-norm [K, d].
     """
 
-    name: str
     class_features: Tensor = field(repr=False)
-    denoiser: Denoiser | None = None
-    about: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         features = self.class_features
@@ -186,7 +193,7 @@ class FixedPrompts(PromptMethod):
 
 
 @dataclass(frozen=True, eq=False)
-class CandidatePrompts(PromptMethod):
+class CandidatePrompts(_Prompts):
     """A finite set of prompts fixed in advance: certified if all agree, each at alpha / M, with the smallest radius.
 
     Whatever rule chooses one of the candidates, on the clean or on an attacked image, gives the certified class
@@ -206,10 +213,7 @@ class CandidatePrompts(PromptMethod):
         No candidate, or class features that are not unit-norm [K, d].
     """
 
-    name: str
     candidates: tuple[Tensor, ...] = field(repr=False)
-    denoiser: Denoiser | None = None
-    about: Mapping[str, Any] = field(default_factory=dict)
     guarantee = "candidate-set"
 
     def __post_init__(self) -> None:
@@ -317,16 +321,13 @@ def denoiser_id(denoiser: Denoiser | None) -> str | None:
 
 
 @dataclass(frozen=True, eq=False)
-class _MovedPrompts(PromptMethod):
+class _MovedPrompts(_Prompts):
     """Prompts that steps move away from a start."""
 
-    name: str
     model: DualEncoder = field(repr=False)
     start: PromptSet
     steps: int = 1
     learning_rate: float = 5e-3
-    denoiser: Denoiser | None = None
-    about: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         check_steps(self.steps, self.learning_rate)
@@ -341,9 +342,9 @@ class _MovedPrompts(PromptMethod):
 
     def settings(self) -> dict[str, Any]:
         """Start and steps."""
-        start = {"context": fingerprint([self.start.context])}
         draws = {"n_adapt": self.n_adapt} if self.n_adapt else {}
-        return {**start, **draws, "steps": self.steps, "learning_rate": self.learning_rate}
+        context = fingerprint([self.start.context])
+        return {"context": context, **draws, "steps": self.steps, "learning_rate": self.learning_rate}
 
 
 @dataclass(frozen=True, eq=False)
@@ -384,10 +385,9 @@ class AdaptedPrompts(_MovedPrompts):
         """Adapt to the image and freeze the result."""
         if adaptation is None:
             raise ValueError(f"method {self.name!r} adapts to the image and needs its adaptation features")
-        context = sharpen(
-            self.model, self._frame, self.start.context.to(self.model.device), adaptation.features, steps=self.steps,
-            learning_rate=self.learning_rate,
-        )  # fmt: skip
+        start = self.start.context.to(self.model.device)
+        moves = {"steps": self.steps, "learning_rate": self.learning_rate}
+        context = sharpen(self.model, self._frame, start, adaptation.features, **moves)
         with torch.no_grad():
             return FixedPrompts(self.name, self._frame.features(self.model, context)).classifier()
 

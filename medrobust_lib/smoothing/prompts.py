@@ -283,8 +283,7 @@ def text_prompts(model: DualEncoder, classes: Sequence[str], template: str) -> P
     """Hand-written prompt as a `PromptSet`, for instance as the start of per-image adaptation."""
     _check_learns(model)
     context = frame_from_template(model, classes, template).text_context
-    about = {"method": "hand-written"}
-    return PromptSet(context, tuple(classes), model.id, template=template, provenance=about)
+    return PromptSet(context, tuple(classes), model.id, template=template, provenance={"method": "hand-written"})
 
 
 @torch.enable_grad()  # notebooks often switch gradients off as a whole

@@ -37,18 +37,7 @@ import pandas as pd
 from numpy.typing import NDArray
 from scipy.stats import beta, binom
 
-from medrobust_lib.smoothing.bounds import (
-    ALPHA,
-    N,
-    check_alpha,
-    check_draws,
-    check_sigma,
-    checked_probabilities,
-    maximum_radius,
-    minimum_count,
-    minimum_draws,
-    needed_probability,
-)
+from medrobust_lib.smoothing import bounds
 
 LOOK_RATIO = 1.2  # each look comes after 20 % more draws
 FUTILITY = 0.005  # stop when the next radius is reached with less than this predictive probability
@@ -113,7 +102,7 @@ class SequentialPlan:
     @cached_property
     def thresholds(self) -> NDArray[np.float64]:
         """float64 [J]: the probability that must be exceeded for each radius."""
-        return np.asarray(needed_probability(np.asarray(self.radii), self.sigma))
+        return np.asarray(bounds.needed_probability(np.asarray(self.radii), self.sigma))
 
     @property
     def largest_radius(self) -> float:
@@ -141,7 +130,7 @@ class SequentialPlan:
 
 
 def sequential_plan(
-    *, sigma: float, radii: Sequence[float] | None = None, n: int = N, alpha: float = ALPHA
+    *, sigma: float, radii: Sequence[float] | None = None, n: int = bounds.N, alpha: float = bounds.ALPHA
 ) -> SequentialPlan:
     """Build the looks and boundaries for one noise level; equal questions are answered from a cache.
 
@@ -166,22 +155,19 @@ def sequential_plan(
     ValueError
         sigma, radii, n or alpha out of range, or n too small to certify anything.
     """
-    check_sigma(sigma)
-    check_alpha(alpha)
-    check_draws(n, alpha)
-    reach = maximum_radius(n, alpha, sigma)
+    bounds.check_sigma(sigma)
+    bounds.check_alpha(alpha)
+    bounds.check_draws(n, alpha)
+    reach = bounds.maximum_radius(n, alpha, sigma)
     if radii is None:
         # Multiples are formed in units of sigma, so that every noise level shares one cached table.
         levels = tuple(step * GRID_STEP for step in range(math.floor(reach / sigma / GRID_STEP) + 1))
         kept = tuple(level * sigma for level in levels)
     else:
-        needed_probability(np.asarray(radii, dtype=np.float64), sigma)  # refuses negative and infinite radii
+        bounds.needed_probability(np.asarray(radii, dtype=np.float64), sigma)  # refuses negative and infinite radii
         kept = tuple(radius for radius in sorted({0.0, *map(float, radii)}) if radius <= reach)
         levels = tuple(radius / sigma for radius in kept)
-    looks, success, hopeless, error = _tables(levels, int(n), float(alpha))
-    return SequentialPlan(
-        radii=kept, sigma=sigma, alpha=alpha, n=n, looks=looks, success=success, hopeless=hopeless, error=error
-    )
+    return SequentialPlan(kept, sigma, alpha, n, *_tables(levels, int(n), float(alpha)))
 
 
 def plan_constants() -> dict[str, float]:
@@ -208,7 +194,7 @@ def crossing_probability(boundary: NDArray[np.int64], looks: NDArray[np.int64], 
     -------
     float64 [L], non-decreasing
     """
-    walk = _Walk(float(checked_probabilities(p)))
+    walk = _Walk(float(bounds.checked_probabilities(p)))
     crossed = np.zeros(len(looks))
     for look, (draws, count) in enumerate(zip(looks, boundary, strict=True)):
         walk.advance(int(draws))
@@ -231,7 +217,7 @@ def operating_characteristics(plan: SequentialPlan, p: float) -> tuple[NDArray[n
     draws : float
         Expected number of draws.
     """
-    checked_probabilities(p)
+    bounds.checked_probabilities(p)
     # One sub-law of the count per number of radii proved so far.
     laws = {0: np.ones(1)}
     reached, expected, before = np.zeros(len(plan.radii) + 1), 0.0, 0
@@ -260,7 +246,7 @@ def operating_characteristics(plan: SequentialPlan, p: float) -> tuple[NDArray[n
 
 
 def price_of_radii(
-    radii: Sequence[float], *, sigma: float, n: int = N, alpha: float = ALPHA, p: float = 1.0
+    radii: Sequence[float], *, sigma: float, n: int = bounds.N, alpha: float = bounds.ALPHA, p: float = 1.0
 ) -> pd.DataFrame:
     """What each radius costs in draws, for an image whose true probability is p.
 
@@ -287,13 +273,13 @@ def price_of_radii(
         plan = sequential_plan(sigma=sigma, radii=[r for r in radii if r <= radius], n=n, alpha=alpha)
         within = plan.radii[-1] >= radius
         proved, draws = operating_characteristics(plan, p) if within else (np.zeros(1), float(n))
-        needed = needed_probability(radius, sigma)
+        needed = bounds.needed_probability(radius, sigma)
         rows.append(
             {
                 "radius": radius,
                 "needed_probability": needed,
-                "minimum_count": minimum_count(n, alpha, radius=radius, sigma=sigma),
-                "minimum_draws": minimum_draws(alpha, radius=radius, sigma=sigma) if needed < 1 else math.inf,
+                "minimum_count": bounds.minimum_count(n, alpha, radius=radius, sigma=sigma),
+                "minimum_draws": bounds.minimum_draws(alpha, radius=radius, sigma=sigma) if needed < 1 else math.inf,
                 "expected_draws": draws,
                 "certified": float(proved[-1]),
             }
@@ -351,7 +337,7 @@ def _tables(
     levels: tuple[float, ...], n: int, alpha: float
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64], NDArray[np.float64]]:
     """Looks, success and futility boundaries, exact errors, for thresholds Phi(levels)."""
-    thresholds = np.asarray(needed_probability(np.asarray(levels), 1.0))
+    thresholds = np.asarray(bounds.needed_probability(np.asarray(levels), 1.0))
     first = np.array([_first_crossing(p, alpha) for p in thresholds])
     looks = _looks(first, n)
     raw = np.array([_boundary(p, looks, start, alpha) for p, start in zip(thresholds, first, strict=True)])

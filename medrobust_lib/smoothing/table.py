@@ -25,21 +25,14 @@ from medrobust_lib.smoothing.certify import (
     Answers,
     Plan,
     Rules,
-    Verdict,
     agreement,
+    answers_to_copies,
     check_not_training,
     checked_answers,
     take_votes,
 )
-from medrobust_lib.smoothing.methods import (
-    AdaptationFeatures,
-    Denoiser,
-    FeatureClassifier,
-    PromptMethod,
-    denoised,
-    zero_shot_methods,
-)
-from medrobust_lib.smoothing.noise import Batches, NoiseStream, Role, make_batches, map_copies
+from medrobust_lib.smoothing.methods import AdaptationFeatures, Member, PromptMethod, denoised, zero_shot_methods
+from medrobust_lib.smoothing.noise import Batches, NoiseStream, make_batches
 from medrobust_lib.smoothing.sequential import plan_constants
 
 SIGMAS = (0.25,)
@@ -56,9 +49,6 @@ class _Study:
     plans: dict[tuple[float, int], Plan]  # by sigma and by the number of candidates that share alpha
     seed: int
     batches: Batches
-
-
-_Member = tuple[FeatureClassifier, Denoiser | None]  # and the denoiser in front of the image tower
 
 
 def certify_dataset(
@@ -166,26 +156,33 @@ def certify_dataset(
 def _certify_item(study: _Study, item: tuple[int, float]) -> tuple[list[dict[str, Any]], float]:
     """Certify one image at one noise level with every method."""
     started = time.perf_counter()
-    position, sigma = item
+    (position, sigma), rules = item, study.rules
     index, label = int(study.data.indices[position]), int(study.data.labels[position])
     pixels = study.model.prepare(study.data.images[position : position + 1])[0].to(study.model.device)
     # Classifiers are complete before any noise of a certificate exists.
-    classifiers = _classifiers(study, pixels, index, sigma)
-    answers = _bank(study, [member for members in classifiers for member in members], pixels, index, sigma)
+    stream = NoiseStream(study.seed, study.data.id, index, sigma, "adapt")
+    classifiers = _classifiers(study, pixels, stream)
+    answers = _bank(study, [member for members in classifiers for member in members], pixels, stream)
     plans = [study.plans[sigma, len(members)] for members in classifiers for _ in members]
-    tested = label if study.rules.mode == "evaluate" else None
-    verdicts = iter(take_votes(answers, plans, n0=study.rules.n0, label=tested))
+    tested = label if rules.mode == "evaluate" else None
+    verdicts = iter(take_votes(answers, plans, n0=rules.n0, label=tested))
     rows = []
     for method, members in zip(study.methods, classifiers, strict=True):
         verdict = agreement([next(verdicts) for _ in members])
         plan = study.plans[sigma, len(members)]
-        rows.append(_row(study, method, verdict, plan, index=index, label=label, sigma=sigma))
+        rows.append({
+            "dataset": study.data.id, "image": index, "label": label, "model": study.model.id, "method": method.name,
+            "guarantee": method.guarantee, "n_classes": len(study.data.classes), "sigma": sigma,
+            "predicted": verdict.predicted, "radius": verdict.radius, "radius_tested": plan.largest_radius,
+            "radius_reach": maximum_radius(plan.n, plan.alpha, sigma), "p_lower": verdict.p_lower, "k": verdict.k,
+            "n": verdict.n, "n0": rules.n0, "draws": rules.n0 + verdict.n, "alpha": rules.alpha,
+            "sampling": rules.sampling, "mode": rules.mode, "seed": study.seed, **method.about,
+        })  # fmt: skip
     return rows, time.perf_counter() - started
 
 
-def _classifiers(study: _Study, pixels: Tensor, index: int, sigma: float) -> list[list[_Member]]:
+def _classifiers(study: _Study, pixels: Tensor, stream: NoiseStream) -> list[list[Member]]:
     """Classifiers of every method for one image; methods that adapt to the same noisy copies share them."""
-    stream = NoiseStream(study.seed, study.data.id, index, sigma, "adapt")
     adaptations: dict[tuple[int, int], AdaptationFeatures] = {}
     classifiers = []
     for method in study.methods:
@@ -199,41 +196,20 @@ def _classifiers(study: _Study, pixels: Tensor, index: int, sigma: float) -> lis
     return classifiers
 
 
-def _bank(study: _Study, members: Sequence[_Member], pixels: Tensor, index: int, sigma: float) -> Answers:
+def _bank(study: _Study, members: Sequence[Member], pixels: Tensor, stream: NoiseStream) -> Answers:
     """Noisy features of one image: drawn in batches, encoded once per denoiser, scored by every classifier."""
     n_classes = len(study.data.classes)
 
-    @torch.no_grad()  # not inference mode: a base classifier may adapt to each copy by a gradient of its own
-    def answers(role: Role, first: int, count: int, positions: Sequence[int]) -> list[Tensor]:
-        stream = NoiseStream(study.seed, study.data.id, index, sigma, role)
+    def label(positions: Sequence[int], copies: Tensor) -> list[Tensor]:
         asked = [members[place] for place in positions]
         denoisers = {id(denoiser): denoiser for _, denoiser in asked}
+        features = {
+            key: study.model.encode_image(denoised(denoise, copies, stream.sigma)) for key, denoise in denoisers.items()
+        }
+        labels = [classify(features[id(denoiser)]) for classify, denoiser in asked]
+        return [checked_answers(found, len(copies), n_classes=n_classes) for found in labels]
 
-        def score(copies: Tensor) -> list[Tensor]:
-            features = {
-                key: study.model.encode_image(denoised(denoise, copies, sigma)) for key, denoise in denoisers.items()
-            }
-            labels = [classify(features[id(denoiser)]) for classify, denoiser in asked]
-            return [checked_answers(found, len(copies), n_classes=n_classes) for found in labels]
-
-        batches = list(map_copies(score, pixels, stream, batches=study.batches, first=first, count=count))
-        return [torch.cat(labels) for labels in zip(*batches, strict=True)]
-
-    return answers
-
-
-def _row(
-    study: _Study, method: PromptMethod, verdict: Verdict, plan: Plan, *, index: int, label: int, sigma: float
-) -> dict[str, Any]:
-    rules = study.rules
-    return {
-        "dataset": study.data.id, "image": index, "label": label, "model": study.model.id, "method": method.name,
-        "guarantee": method.guarantee, "n_classes": len(study.data.classes), "sigma": sigma,
-        "predicted": verdict.predicted, "radius": verdict.radius, "radius_tested": plan.largest_radius,
-        "radius_reach": maximum_radius(plan.n, plan.alpha, sigma), "p_lower": verdict.p_lower, "k": verdict.k,
-        "n": verdict.n, "n0": rules.n0, "draws": rules.n0 + verdict.n, "alpha": rules.alpha,
-        "sampling": rules.sampling, "mode": rules.mode, "seed": study.seed, **method.about,
-    }  # fmt: skip
+    return answers_to_copies(label, pixels, stream, study.batches)
 
 
 def _manifest(study: _Study) -> dict[str, Any]:

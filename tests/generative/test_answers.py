@@ -291,7 +291,7 @@ def test_a_model_that_cannot_generate_is_refused_first(image, model, message):
 
 
 def stored(store, image, *, index=7, prompt=PROMPT, sigma=0.5):
-    return StoredAnswers(store, index=index, image=image, prompt=prompt, sigma=sigma)
+    return StoredAnswers(store, AnswerBank(Hashing(), image, prompt, Drawing(sigma=sigma), index=index))
 
 
 TEXTS = {

@@ -6,7 +6,7 @@ import torch
 
 import medrobust_lib as mr
 from medrobust_lib.generative.answers import AnswerBank, Drawing
-from medrobust_lib.generative.certify import Tally, certify_answers, certify_generative
+from medrobust_lib.generative.certify import certify_answers, certify_generative
 from medrobust_lib.generative.errors import ErrorRate, FalsePositives, SymmetricErrors, TotalErrors
 from medrobust_lib.generative.oracles import Cluster, ExactMatch, OptionOracle, OracleUnavailableError, SameLabel
 from medrobust_lib.models.vision_language import Completion
@@ -225,10 +225,24 @@ def test_empty_missing_cut_strange_and_failing_texts_all_count(oracle):
     assert found.n_distinct == 6  # yes, "", None, "  ", hm, boom
 
 
-def test_tallies_add_up_and_keep_the_first_error():
-    first, second = Tally(5, 1, 1, 2, 0, ""), Tally(10, 2, 0, 3, 2, "b")
-    assert first + second == Tally(15, 3, 1, 5, 2, "b")
-    assert (second + Tally(first_error="c")).first_error == "b"
+class Numbered(Fragile):
+    """Numbers its failures."""
+
+    calls = 0
+
+    def label(self, texts):
+        if texts == ["boom"]:
+            self.calls += 1
+            raise RuntimeError(f"call {self.calls}")
+        return super().label(texts)
+
+
+def test_the_counts_of_selection_and_estimation_add_up_and_the_first_error_is_kept():
+    found = certified(["yes", "boom", "", "yes"], ["boom", "hm", None, *["yes"] * 97], Numbered())
+    tally = found.tally
+    assert (tally.total, tally.empty, tally.truncated, tally.unlabelled, tally.failed) == (104, 2, 0, 3, 2)
+    assert tally.first_error == "RuntimeError: call 1"
+    assert certified(["yes"] * 4, ["boom", *["yes"] * 99], Numbered()).tally.first_error == "RuntimeError: call 1"
 
 
 @pytest.mark.parametrize("oracle", [YES_NO, ExactMatch()], ids=lambda oracle: oracle.name)

@@ -23,6 +23,7 @@ from medrobust_lib.smoothing.denoisers import (
     UNet,
     diffusion_sigmas,
     load_demo_denoisers,
+    load_denoiser,
     matching_timestep,
 )
 from medrobust_lib.smoothing.methods import FixedPrompts
@@ -31,6 +32,7 @@ from training.denoisers import (
     level_at,
     linear_share,
     psnr,
+    save_denoiser,
     stability_loss,
     train_denoiser,
     train_diffusion,
@@ -298,8 +300,8 @@ def test_dncnn_survives_a_file(tmp_path):
     network = random_dncnn(unshuffle=2, skip=0.5)
     network(batch(4, 3, 8, 8))  # moves the running means
     denoise = DnCNNDenoiser({0.25: network, 1.0: random_dncnn(3)}, "stability", {"0.25": {"seed": 4}})
-    path = denoise.save(tmp_path / "new" / "own.safetensors")
-    again = DnCNNDenoiser.load(path)
+    path = save_denoiser(denoise, tmp_path / "new" / "own.safetensors")
+    again = load_denoiser(path)
     noisy = batch(2, 3, 8, 8, seed=9)
     assert (again.id, again.sigmas, again.objective, again.provenance) == (
         denoise.id, (0.25, 1.0), "stability", {"0.25": {"seed": 4}},
@@ -311,34 +313,43 @@ def test_dncnn_survives_a_file(tmp_path):
 
 def test_diffusion_survives_a_file(tmp_path):
     denoise = DiffusionDenoiser(random_unet(), (0.01, 1.0), {"seed": 4})
-    again = DiffusionDenoiser.load(denoise.save(tmp_path / "own.safetensors"))
+    again = load_denoiser(save_denoiser(denoise, tmp_path / "own.safetensors"))
     noisy = batch(2, 3, 8, 8, seed=9)
     assert (again.id, again.sigma_range, again.provenance) == (denoise.id, (0.01, 1.0), {"seed": 4})
     assert torch.equal(again(noisy, 0.3), denoise(noisy, 0.3))
     assert denoise.id != DiffusionDenoiser(random_unet(1), (0.01, 1.0)).id
     with pytest.raises(ValueError, match="only a UNet can be saved, not Oracle"):
-        DiffusionDenoiser(Oracle(noisy, 0.1), (0.01, 1.0)).save(tmp_path / "other.safetensors")
+        save_denoiser(DiffusionDenoiser(Oracle(noisy, 0.1), (0.01, 1.0)), tmp_path / "other.safetensors")
 
 
 def test_wrong_files_are_refused(tmp_path):
-    good = DnCNNDenoiser({0.25: random_dncnn()}, "mse").save(tmp_path / "good.safetensors")
-    with pytest.raises(FileNotFoundError, match=r"no denoiser at .*none.safetensors; its method `save` writes one"):
-        DnCNNDenoiser.load(tmp_path / "none.safetensors")
-    with pytest.raises(ValueError, match=r"holds a denoiser of kind 'dncnn', not a denoiser of kind 'diffusion'"):
-        DiffusionDenoiser.load(good)
+    good = save_denoiser(DnCNNDenoiser({0.25: random_dncnn()}, "mse"), tmp_path / "good.safetensors")
+    with pytest.raises(
+        FileNotFoundError,
+        match=r"no denoiser at .*none.safetensors; `save_denoiser` of data_scripts/training writes one",
+    ):
+        load_denoiser(tmp_path / "none.safetensors")
+    for change in ({"kind": "wavelet"}, {"format": 2}):
+        header = {"format": 1, "kind": "dncnn"} | change
+        save_file(load_file(good), tmp_path / "other.safetensors", metadata={"denoiser": json.dumps(header)})
+        refusal = (
+            rf"holds a denoiser of kind '{header['kind']}', not a denoiser of kind 'dncnn' or 'diffusion' and form"
+        )
+        with pytest.raises(ValueError, match=refusal):
+            load_denoiser(tmp_path / "other.safetensors")
     save_file({"context": torch.zeros(1)}, tmp_path / "prompt.safetensors")
     with pytest.raises(ValueError, match=r"prompt.safetensors holds something else, not a denoiser of kind 'dncnn'"):
-        DnCNNDenoiser.load(tmp_path / "prompt.safetensors")
+        load_denoiser(tmp_path / "prompt.safetensors")
     (tmp_path / "cut.safetensors").write_bytes(good.read_bytes()[:-100])
     with pytest.raises(ValueError, match=r"cut.safetensors is not a readable file of a denoiser: .*Copy it anew"):
-        DnCNNDenoiser.load(tmp_path / "cut.safetensors")
+        load_denoiser(tmp_path / "cut.safetensors")
     header = {
         "format": 1, "kind": "dncnn", "objective": "mse", "provenance": {},
         "architectures": {"0.25": {**SMALL, "depth": 4}},
     }  # fmt: skip
     save_file(load_file(good), tmp_path / "deep.safetensors", metadata={"denoiser": json.dumps(header)})
     with pytest.raises(ValueError, match=r"deep.safetensors does not fit the model; 5 missing keys: dncnn.6.bias"):
-        DnCNNDenoiser.load(tmp_path / "deep.safetensors")
+        load_denoiser(tmp_path / "deep.safetensors")
 
 
 # ---- training ----
@@ -377,7 +388,7 @@ def test_training_depends_on_its_seed_alone(colours, tmp_path):
     torch.set_rng_state(state)
     train_diffusion(colours, max_sigma=1.0, width=8, multipliers=(1, 2), steps=1, device="cpu")
     denoise = train_denoiser(None, colours, sigma=0.5, steps=1, device="cpu", **SMALL)
-    DnCNNDenoiser.load(denoise.save(tmp_path / "own.safetensors"))
+    load_denoiser(save_denoiser(denoise, tmp_path / "own.safetensors"))
     assert torch.equal(torch.get_rng_state(), state)
 
 
@@ -460,8 +471,10 @@ def test_denoised_methods_share_features_and_are_certified_as_standard(tmp_path,
     denoise = DnCNNDenoiser({0.25: random_dncnn()}, "mse")
     plain = FixedPrompts("plain", texts)
     methods = [
-        plain, FixedPrompts("denoised", texts, denoise), FixedPrompts("denoised, turned", texts.roll(1, 0), denoise)
-    ]  # fmt: skip
+        plain,
+        FixedPrompts("denoised", texts, denoiser=denoise),
+        FixedPrompts("denoised, turned", texts.roll(1, 0), denoiser=denoise),
+    ]
     numbers = {"sigmas": (0.25,), "n0": 10, "n": 40, "alpha": 0.05, "sampling": "fixed", "batch_size": 25}
     data = colours.subset([0, 1])
     rows = mr.certify_dataset(model, data, methods, **numbers, store=tmp_path / "store")
@@ -472,7 +485,7 @@ def test_denoised_methods_share_features_and_are_certified_as_standard(tmp_path,
     alone = mr.certify_dataset(model, data, methods[:1], **numbers)
     assert shared == 2 * model.encoded  # the two denoised methods share one pass of the tower
     assert alone["k"].tolist() == rows[rows["method"] == "plain"]["k"].tolist()
-    other = FixedPrompts("denoised", texts, DnCNNDenoiser({0.25: random_dncnn(1)}, "mse"))
+    other = FixedPrompts("denoised", texts, denoiser=DnCNNDenoiser({0.25: random_dncnn(1)}, "mse"))
     with pytest.raises(ValueError, match="denoiser"):
         mr.certify_dataset(model, data, [methods[0], other, methods[2]], **numbers, store=tmp_path / "store")
 
@@ -481,7 +494,10 @@ def test_an_identity_denoiser_changes_no_certificate(colours):
     model, texts = ColourEncoder(), torch.eye(3)
     network = DnCNN(**SMALL)
     nn.init.zeros_(network.dncnn[-1].weight)
-    methods = [FixedPrompts("plain", texts), FixedPrompts("same", texts, DnCNNDenoiser({0.25: network}, "mse"))]
+    methods = [
+        FixedPrompts("plain", texts),
+        FixedPrompts("same", texts, denoiser=DnCNNDenoiser({0.25: network}, "mse")),
+    ]
     rows = mr.certify_dataset(model, colours.subset([0, 4]), methods, sigmas=(0.25,), n0=10, n=40, alpha=0.05)
     columns = ["image", "predicted", "k", "radius"]
     halves = [rows[rows["method"] == name][columns].reset_index(drop=True) for name in ("plain", "same")]
@@ -542,22 +558,22 @@ def test_no_shipped_denoiser_has_seen_anything_but_the_train_split():
     ],
 )
 def test_a_header_that_cannot_be_followed_is_refused(tmp_path, change, message):
-    path = DiffusionDenoiser(UNet(width=8), (0.1, 1.0)).save(tmp_path / "mine.safetensors")
+    path = save_denoiser(DiffusionDenoiser(UNet(width=8), (0.1, 1.0)), tmp_path / "mine.safetensors")
     with safe_open(path, framework="pt") as file:
         (key, header), *_ = file.metadata().items()
     save_file(load_file(path), path, metadata={key: json.dumps(json.loads(header) | change)})
     with pytest.raises(ValueError, match=message):
-        DiffusionDenoiser.load(path)
+        load_denoiser(path)
     kept = {name: value for name, value in json.loads(header).items() if name not in change}
     save_file(load_file(path), path, metadata={key: json.dumps(kept)})
     with pytest.raises(ValueError, match=f"mine.safetensors: KeyError: '{next(iter(change))}'"):
-        DiffusionDenoiser.load(path)
+        load_denoiser(path)
 
 
 def test_demo_files_are_checked(monkeypatch, tmp_path):
     with pytest.raises(ValueError, match="unknown demo denoiser 'diffusions'; .*; did you mean 'diffusion'"):
         load_demo_denoisers("diffusions")
-    good = DnCNNDenoiser({0.25: random_dncnn()}, "mse").save(tmp_path / denoisers.DEMO_FILES["mse"])
+    good = save_denoiser(DnCNNDenoiser({0.25: random_dncnn()}, "mse"), tmp_path / denoisers.DEMO_FILES["mse"])
     (tmp_path / "SHA256SUMS").write_text(f"{'0' * 64}  {good.name}\n")
     monkeypatch.setattr(denoisers, "DEMO_FOLDER", tmp_path)
     with pytest.raises(DownloadError, match=r"dncnn-mse.safetensors is not the file"):

@@ -13,7 +13,7 @@ from scipy.stats import binomtest, norm
 
 from medrobust_lib.smoothing import bounds
 from medrobust_lib.smoothing.certificate import ABSTAIN, GUARANTEES
-from medrobust_lib.smoothing.certify import FixedPlan, Verdict, certify, make_plan, take_votes
+from medrobust_lib.smoothing.certify import FixedPlan, Rules, Verdict, certify, take_votes
 from medrobust_lib.smoothing.sequential import Proof, operating_characteristics
 
 ALPHA = 0.05  # far larger than in use, so that a few thousand cases can tell a broken bound
@@ -39,7 +39,7 @@ class RememberingPlan(FixedPlan):
 
 
 def plan_of(sampling):
-    plan = make_plan(sampling, sigma=SIGMA, radii=RADII, n=N, alpha=ALPHA)
+    plan = Rules(sampling=sampling, radii=RADII, n=N, alpha=ALPHA).plan(SIGMA)
     return RememberingPlan(**vars(plan)) if type(plan) is FixedPlan else plan
 
 
