@@ -4,7 +4,7 @@ import gc
 import html
 import io
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -96,7 +96,9 @@ class Instrument:
             self.message.value = ""
         except Exception as error:  # whatever it is, a person at the sliders has to read it
             logger.info("the instrument failed at %s", values, exc_info=True)
-            self.message.value = _in_words(error)
+            what = html.escape(f"{type(error).__name__}: {error}")
+            told = f'<span style="color:#a00000">{what}</span>'
+            self.message.value = f"{told}<br><small>The picture shows the last values that worked.</small>"
 
     def _changed(self, change: Mapping[str, Any]) -> None:
         with _young_garbage_only():
@@ -145,22 +147,20 @@ def picture_of(draw: Callable[[], Figure]) -> Shown:
             plt.close(number)
 
 
+def control(kind: str, description: str, **options: Any) -> "Widget":
+    """Widget of ipywidgets by the name of its class; a slider or text tells its value when it is left, not before."""
+    import ipywidgets
+
+    when_left = {} if kind == "Dropdown" else {"continuous_update": False}
+    return getattr(ipywidgets, kind)(description=description, **when_left, **options)
+
+
 def image_slider(length: int, first: int = 0) -> "Widget":
     """Slider over the images of a data set."""
-    import ipywidgets as widgets
-
-    return widgets.IntSlider(first, 0, length - 1, description="image", continuous_update=False)
+    return control("IntSlider", "image", value=first, min=0, max=length - 1)
 
 
-def level_slider(levels: "list[float] | tuple[float, ...]", value: float, description: str = "sigma") -> "Widget":
+def level_slider(levels: Sequence[float], value: float, description: str = "sigma") -> "Widget":
     """Slider over given noise levels, in [0, 1] pixel units; it begins at the one that is nearest to `value`."""
-    import ipywidgets as widgets
-
     nearest = min(levels, key=lambda level: abs(level - value))
-    options = [(f"{level:g}", level) for level in levels]
-    return widgets.SelectionSlider(options=options, value=nearest, description=description, continuous_update=False)
-
-
-def _in_words(error: Exception) -> str:
-    what = html.escape(f"{type(error).__name__}: {error}")
-    return f'<span style="color:#a00000">{what}</span><br><small>The picture shows the last values that worked.</small>'
+    return control("SelectionSlider", description, options=[(f"{level:g}", level) for level in levels], value=nearest)

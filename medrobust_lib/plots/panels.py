@@ -110,11 +110,13 @@ def plot_named_bars(
     total: float,
     truth: int | None = None,
     before: ArrayLike | None = None,
-    counts: bool = False,
     told: Sequence[str] | None = None,
+    shown: Sequence[int] | None = None,
     show_names: bool = True,
 ) -> None:
     """Draw one bar per class from 0 to a total, the true class in another colour.
+
+    Whole numbers (votes) stand at the bars that are not empty, of others (probabilities) percent at the longest one.
 
     Parameters
     ----------
@@ -128,32 +130,29 @@ def plot_named_bars(
         Class whose bar and name are coloured.
     before : float or int [K], optional
         Thin bars above the others.
-    counts : bool
-        Write whole numbers at the bars that are not empty instead of percent at the longest one.
     told : sequence of str, optional
-        K texts at the bars instead, "" for none.
+        Texts at the bars instead, "" for none.
+    shown : sequence of int, optional
+        Classes that get a bar; default: all.
     show_names : bool
         Leave it to another panel of the same classes where False.
     """
-    values = np.asarray(values)
-    rows = np.arange(len(values))
-    colours = [CORRECT if row == truth else OTHER for row in rows]
-    if before is None:
-        ax.barh(rows, values, 0.72, color=colours)
-    else:
+    chosen = list(range(len(values)) if shown is None else shown)
+    values, rows = np.asarray(values)[chosen], np.arange(len(chosen))
+    ends, lift, height = values, 0.0, 0.72
+    if before is not None:
+        before, lift, height = np.asarray(before)[chosen], 0.16, 0.5
+        ends = np.maximum(values, before)
         ax.barh(rows - 0.24, before, 0.3, color=BEFORE, edgecolor="0.5", linewidth=0.5)
-        ax.barh(rows + 0.16, values, 0.5, color=colours)
-    if told is None and counts:
-        told = [f"{value:d}" if value else "" for value in values]
-    elif told is None:
-        told = [f"{value:.0%}" if row == values.argmax() else "" for row, value in enumerate(values)]
-    ends = values if before is None else np.maximum(values, before)
-    for row, (end, text) in enumerate(zip(ends, told, strict=True)):
+    ax.barh(rows + lift, values, height, color=[CORRECT if k == truth else OTHER for k in chosen])
+    counts = np.issubdtype(values.dtype, np.integer)
+    number, told_at = ("{:d}", values > 0) if counts else ("{:.0%}", rows == values.argmax())
+    texts = [number.format(value) if at else "" for value, at in zip(values, told_at, strict=True)]
+    for row, end, text in zip(rows, ends, told or texts, strict=True):
         if text:
-            height = row if before is None else row + 0.16
-            ax.text(end + 0.015 * total, height, text, va="center", fontsize=7, color="0.25", clip_on=False)
+            ax.text(end + 0.015 * total, row + lift, text, va="center", fontsize=7, color="0.25", clip_on=False)
     if show_names:
-        write_names(names, ax, truth=truth)
+        write_names([names[k] for k in chosen], ax, truth=chosen.index(truth) if truth in chosen else None)
     ax.set(yticks=[], ylim=(_last(len(values)), -0.6), xlim=(0, total))
     ticks = (0, total / 2, total)
     ax.set_xticks(ticks, [f"{tick:g}" for tick in ticks] if counts else [f"{tick:.0%}" for tick in ticks])
@@ -198,9 +197,7 @@ def plot_dots(values: ArrayLike, ax: Axes, *, chosen: int, limits: tuple[float, 
     ax.locator_params(axis="x", nbins=4)
 
 
-def plot_proof(
-    p_lower: float, ax: Axes, *, reach: float, radius_of: Sequence[tuple[float, float]], right: bool
-) -> None:
+def plot_proof(p_lower: float, ax: Axes, *, curve: tuple[NDArray, NDArray], right: bool) -> None:
     """Draw the certified radius over the proved probability, and where one certificate stands.
 
     Parameters
@@ -208,19 +205,17 @@ def plot_proof(
     p_lower : float in [0, 1]
         What the votes prove of the class tested.
     ax : Axes
-    reach : float
-        Largest probability that the draws can prove.
-    radius_of : sequence of (float, float)
-        Points of the curve: probability, radius in [0, 1] pixel units.
+    curve : (float [m], float [m])
+        Probabilities from 0.5 to the largest that the draws can prove, and their radii in [0, 1] pixel units.
     right : bool
         Whether the class tested is the true one.
     """
-    probability, radius = np.transpose(np.asarray(radius_of))
-    most = float(radius.max())
+    probability, radius = curve
+    most = float(radius[-1])
     ax.axvspan(0, 0.5, color="0.93", lw=0)
     ax.text(0.25, 0.6 * most, "abstain", ha="center", fontsize=_SMALL, color=REFERENCE)
     ax.plot(probability, radius, color="0.6", lw=1.4)
-    ax.axvline(reach, color=REFERENCE, ls=":", lw=1)
+    ax.axvline(probability[-1], color=REFERENCE, ls=":", lw=1)
     proved = p_lower > 0.5
     height = float(np.interp(p_lower, probability, radius)) if proved else 0.0
     colour, marker = (CORRECT if right else WRONG, "o") if proved else (PALETTE[1], "X")
@@ -231,20 +226,20 @@ def plot_proof(
     ax.locator_params(axis="y", nbins=4)
 
 
-def plot_chosen_curve(curves: Mapping[str, tuple[ArrayLike, ArrayLike]], ax: Axes, *, chosen: str) -> None:
+def plot_chosen_curve(table: pd.DataFrame, ax: Axes, *, chosen: str) -> None:
     """Draw certified accuracy over the radius, one method in colour and the others in grey.
 
     Parameters
     ----------
-    curves : mapping of str to (float [r], float [r])
-        Radii in [0, 1] pixel units and certified accuracies, by method.
+    table : DataFrame
+        Columns method, radius (in [0, 1] pixel units) and certified_accuracy.
     ax : Axes
     chosen : str
     """
-    for name, (radii, shares) in curves.items():
-        if name != chosen:
-            ax.plot(radii, shares, color="0.8", lw=1.2, marker="o", ms=2.5)
-    ax.plot(*curves[chosen], color=CORRECT, lw=2.4, marker="o", ms=5, zorder=4)
+    in_colour = {"color": CORRECT, "lw": 2.4, "ms": 5, "zorder": 4}
+    for name, rows in table.groupby("method", sort=False):
+        style = in_colour if name == chosen else {"color": "0.8", "lw": 1.2, "ms": 2.5}
+        ax.plot(rows.radius, rows.certified_accuracy, marker="o", **style)
     ax.set_yticks((0, 0.5, 1), ("0%", "50%", "100%"))
     ax.set(xlabel="L2 radius ([0, 1] pixel units)", ylabel="certified accuracy", ylim=(-0.02, 1.02))
     ax.locator_params(axis="x", nbins=5)
@@ -274,7 +269,7 @@ def plot_spectra(spectra: Mapping[str, tuple[ArrayLike, ArrayLike]], ax: Axes) -
     ax.legend(fontsize=_SMALL, loc="upper right", frameon=False, handlelength=1.6)
 
 
-def plot_moves(before: ArrayLike, after: ArrayLike, ax: Axes, *, right: Sequence[bool]) -> None:
+def plot_moves(before: NDArray, after: NDArray, ax: Axes, *, right: NDArray[np.bool_]) -> None:
     """Draw where a probability was (hollow) and is (filled), a row each; the filled marker tells right from wrong.
 
     Parameters
@@ -282,15 +277,15 @@ def plot_moves(before: ArrayLike, after: ArrayLike, ax: Axes, *, right: Sequence
     before, after : float [m]
         In [0, 1].
     ax : Axes
-    right : sequence of bool
+    right : bool [m]
         Whether the answer of each row is right now.
     """
-    rows = np.arange(len(np.asarray(before)))
+    rows = np.arange(len(before))
     ax.hlines(rows, before, after, color="0.75", lw=1.5)
     ax.scatter(before, rows, s=42, facecolor="white", edgecolor="0.35", zorder=3)
     for is_right, colour, marker in ((True, CORRECT, MARKERS[0]), (False, WRONG, "X")):
-        chosen = [row for row in rows if bool(right[row]) is is_right]
-        ax.scatter(np.asarray(after)[chosen], chosen, s=46, color=[colour], marker=marker, zorder=4)
+        chosen = right == is_right
+        ax.scatter(after[chosen], rows[chosen], s=46, color=[colour], marker=marker, zorder=4)
     ax.set_xticks((0, 0.5, 1), ("0%", "50%", "100%"))
     ax.set(xlabel="probability of the true class", yticks=[], ylim=(len(rows) - 0.25, -0.5), xlim=(-0.03, 1.03))
 
