@@ -3,9 +3,9 @@
 Features that are looked at again and again are encoded when first asked for, then kept.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache, partial
+from functools import lru_cache, partial
 from typing import Any
 
 import numpy as np
@@ -48,28 +48,41 @@ class EncodedImages:
     dataset: ImageDataset
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        # Caches of this object, not of the class: they go when it goes.
+        for name, most in {"clean": _KEPT, "noisy": _KEPT, "text": _TEXTS_KEPT}.items():
+            object.__setattr__(self, name, lru_cache(most)(getattr(self, name)))
+
     def pixels(self, index: int) -> Tensor:
         """Image as the model takes it, float32 [3, H, W] in [0, 1]."""
         return self.model.prepare(self.dataset.images[index : index + 1])[0].to(self.model.device)
 
-    # Caches of this object, not of the class: they go when it goes.
-    @cached_property
-    def clean(self) -> Callable[[int], Tensor]:
-        """Feature of an image by its index, float32 [d], unit norm."""
-        return lru_cache(_KEPT)(self._encode)
+    # No inference mode: prompts are adapted to these features, and a gradient has to pass.
+    @torch.no_grad()
+    def clean(self, index: int) -> Tensor:
+        """Feature of an image, float32 [d], unit norm."""
+        return self.model.encode_image(self.pixels(index)[None])[0].float()
 
-    @cached_property
-    def noisy(self) -> Callable[..., Tensor]:
-        """Features of the first noisy copies by index, sigma, role and count, float32 [count, d], unit norm."""
-        return lru_cache(_KEPT)(self._encode_noisy)
+    @torch.no_grad()
+    def noisy(self, index: int, *, sigma: float, role: Role, count: int) -> Tensor:
+        """Features of the first noisy copies of an image, float32 [count, d], unit norm."""
+        if sigma == 0:  # all copies are the image
+            return self.clean(index).expand(count, -1)
+        pixels, stream = self.pixels(index), self._stream(index, sigma, role)
 
-    @cached_property
-    def _text(self) -> Callable[[str], Tensor]:
-        return lru_cache(_TEXTS_KEPT)(self._encode_text)
+        def encode(first: int, count: int) -> Tensor:
+            return self.model.encode_image(noisy_copies(pixels, stream, first=first, count=count)).float()
+
+        return torch.cat(list(make_batches(None, pixels.device, tuple(pixels.shape)).map(encode, first=0, count=count)))
+
+    @torch.no_grad()
+    def text(self, sentence: str) -> Tensor:
+        """Feature of a sentence, float32 [d], unit norm."""
+        return self.model.encode_text([sentence])[0].float()
 
     def texts(self, sentences: Sequence[str]) -> Tensor:
         """Features of sentences, float32 [k, d], unit norm."""
-        return torch.stack([self._text(sentence) for sentence in sentences])
+        return torch.stack([self.text(sentence) for sentence in sentences])
 
     def noisy_copy(self, index: int, sigma: float) -> Tensor:
         """First copy that votes in a certificate, float32 [3, H, W]; not clipped."""
@@ -116,26 +129,6 @@ class EncodedImages:
 
     def _stream(self, index: int, sigma: float, role: Role) -> NoiseStream:
         return NoiseStream(self.seed, self.dataset.id, int(self.dataset.indices[index]), sigma, role)
-
-    # No inference mode: prompts are adapted to these features, and a gradient has to pass.
-    @torch.no_grad()
-    def _encode(self, index: int) -> Tensor:
-        return self.model.encode_image(self.pixels(index)[None])[0].float()
-
-    @torch.no_grad()
-    def _encode_text(self, sentence: str) -> Tensor:
-        return self.model.encode_text([sentence])[0].float()
-
-    @torch.no_grad()
-    def _encode_noisy(self, index: int, *, sigma: float, role: Role, count: int) -> Tensor:
-        if sigma == 0:  # all copies are the image
-            return self.clean(index).expand(count, -1)
-        pixels, stream = self.pixels(index), self._stream(index, sigma, role)
-
-        def encode(first: int, count: int) -> Tensor:
-            return self.model.encode_image(noisy_copies(pixels, stream, first=first, count=count)).float()
-
-        return torch.cat(list(make_batches(None, pixels.device, tuple(pixels.shape)).map(encode, first=0, count=count)))
 
 
 SIGMAS = (0.0, 0.02, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.75, 1.0)

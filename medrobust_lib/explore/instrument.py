@@ -4,10 +4,9 @@ import gc
 import html
 import io
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache, partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -26,13 +25,6 @@ _KEPT = 64
 _DPI = 90  # sharp enough on a screen; every dot more is paid for at every move
 _LABELS = "7.5em"
 _MARGIN = 10  # pixels below the lowest panel
-
-
-class Shown(NamedTuple):
-    """PNG of a figure, and its caption as HTML."""
-
-    png: bytes
-    caption: str
 
 
 class Instrument:
@@ -101,32 +93,23 @@ class Instrument:
             self.message.value = f"{told}<br><small>The picture shows the last values that worked.</small>"
 
     def _changed(self, change: Mapping[str, Any]) -> None:
-        with _young_garbage_only():
+        # A figure is full of cycles. They are collected at once, and nothing else is: left alone they grow old, and now
+        # and then a collection of everything, with models and libraries in memory, takes longer than drawing does.
+        enabled = gc.isenabled()
+        gc.disable()
+        try:
             self.redraw()
+        finally:
+            if enabled:
+                gc.enable()
+            gc.collect(1)
 
     def _repr_mimebundle_(self, **options: Any) -> Any:
         return self.widget._repr_mimebundle_(**options)
 
 
-@contextmanager
-def _young_garbage_only() -> Iterator[None]:
-    """Collect what a figure leaves behind at once, and nothing else.
-
-    A figure is full of cycles. Left alone they grow old, and now and then a collection of everything, with models and
-    libraries in memory, takes longer than drawing does.
-    """
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
-        gc.collect(1)
-
-
-def picture_of(draw: Callable[[], Figure]) -> Shown:
-    """Picture of the figure that a function draws; every figure it opened is closed, also when it fails."""
+def picture_of(draw: Callable[[], Figure]) -> tuple[bytes, str]:
+    """PNG of the figure that a function draws, and its caption as HTML; figures it opened are closed, come what may."""
     before = set(plt.get_fignums())
     try:
         figure = draw()
@@ -141,7 +124,7 @@ def picture_of(draw: Callable[[], Figure]) -> Shown:
         png = io.BytesIO()
         # More compression takes longer than sending the bytes to a browser on the same computer.
         Image.fromarray(np.ascontiguousarray(pixels)).save(png, format="png", compress_level=1)
-        return Shown(png.getvalue(), f'<div style="line-height:1.4;font-size:90%">{caption}</div>' if caption else "")
+        return png.getvalue(), f'<div style="line-height:1.4;font-size:90%">{caption}</div>' if caption else ""
     finally:
         for number in set(plt.get_fignums()) - before:
             plt.close(number)

@@ -1,6 +1,6 @@
 """Instruments of notebooks 01 and 03: an image against sentences of one's own, and prompts adapted to an image."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache, partial
 
@@ -150,27 +150,16 @@ class Adaptation:
         # Without a step nothing depends on the image.
         return self._adapted(start, index, float(sigma), steps) if steps else self._adapted(start, 0, 0.0, 0)
 
-    # Caches of this object, not of the class: they go when it goes.
+    def __post_init__(self) -> None:
+        # A cache of this object, not of the class: it goes when it goes.
+        object.__setattr__(self, "_adapted", lru_cache(512)(self._adapted))
+
     @cached_property
     def _frames(self) -> dict[str, PromptFrame]:
         with torch.inference_mode(False):  # a gradient has to pass through them
             return {name: one.frame(self.model) for name, one in self.starts.items()}
 
-    @cached_property
-    def _adapted(self) -> Callable[[str, int, float, int], Tensor]:
-        return lru_cache(512)(self._adapt)
-
-    def verdict(self, class_features: Tensor, index: int, *, sigma: float) -> tuple[Verdict, Tensor]:
-        """Certificate with these prompts, frozen, and the votes; the same fresh noise for every prompt."""
-        return self.encoded.verdict(index, class_features, sigma=sigma, n0=self.n0, n=self.n, alpha=self.alpha)
-
-    def prepare(self, sigmas: Sequence[float]) -> "Adaptation":
-        """Encode all noisy copies of all images ahead."""
-        draws = [("adapt", self.n_adapt), ("select", self.n0), ("estimate", self.n)]
-        self.encoded.prepare(range(len(self.dataset)), sigmas=sigmas, draws=draws)
-        return self
-
-    def _adapt(self, start: str, index: int, sigma: float, steps: int) -> Tensor:
+    def _adapted(self, start: str, index: int, sigma: float, steps: int) -> Tensor:
         frame = self._frames[start]
         context = self.starts[start].context.to(self.model.device)
         if steps:
@@ -233,7 +222,10 @@ def _one_image(
     logits = [scale * copies @ features.T for features in prompts]  # [T, K] each
     before, after = (one.softmax(1).mean(0).cpu().numpy() for one in logits)
     entropies = [float(mean_prediction_entropy(one)) for one in logits]
-    (was, votes_before), (now, votes) = (adaptation.verdict(one, index, sigma=sigma) for one in prompts)
+    # With these prompts, frozen, and the same fresh noise for both.
+    rules = {"n0": adaptation.n0, "n": adaptation.n, "alpha": adaptation.alpha}
+    verdicts = [adaptation.encoded.verdict(index, one, sigma=sigma, **rules) for one in prompts]
+    (was, votes_before), (now, votes) = verdicts
     kept = leading(np.maximum(before, after), keep=[truth])
     rows = {"truth": truth, "shown": kept}
     title = f"image {int(dataset.indices[index])}, sigma = {sigma:g}"
@@ -262,8 +254,9 @@ def explore_methods(table: pd.DataFrame, adaptation: Adaptation) -> Instrument:
     The noisy copies of every image of `adaptation` are encoded first, at all noise levels of the table.
     """
     sigmas = tuple(float(sigma) for sigma in sorted(table.sigma.unique()))
-    adaptation.prepare(sigmas)
     dataset = adaptation.dataset
+    draws = [("adapt", adaptation.n_adapt), ("select", adaptation.n0), ("estimate", adaptation.n)]
+    adaptation.encoded.prepare(range(len(dataset)), sigmas=sigmas, draws=draws)
     named = [shorten(dataset.classes[label], 30) for label in dataset.labels]
     images = [(f"{position}: {name}", position) for position, name in enumerate(named)]
     methods = [str(name) for name in dict.fromkeys(table.method)]

@@ -115,15 +115,10 @@ def legend_beside(ax: Axes, **options: object) -> None:
     ax.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5), **options)
 
 
-def mark_chance(ax: Axes, chance: float | None) -> None:
-    """Draw the accuracy of guessing as a reference line, if there is one."""
-    if chance is not None:
-        ax.axhline(chance, color=REFERENCE, ls=":", label="chance")
-
-
 def accuracy_axis(ax: Axes, chance: float | None = None, **labels: object) -> None:
     """Let an axis of shares read in percent, with the accuracy of guessing, if there is one, as a reference line."""
-    mark_chance(ax, chance)
+    if chance is not None:
+        ax.axhline(chance, color=REFERENCE, ls=":", label="chance")
     ax.set(**labels)
     ax.yaxis.set_major_formatter(PercentFormatter(1))
 
@@ -274,16 +269,15 @@ def plot_severity_curves(
     by : str
         Column that names the lines; they keep the order of the table.
     chance : float in [0, 1], optional
-        Accuracy of guessing, as a reference line.
+        Accuracy of guessing, as a reference line where the value is an accuracy.
     """
     plot_curves(table, ax, x="severity", y=value, by=by, ms=5, lw=1.6)
     ax.set(xlabel="severity (0: clean)", xticks=sorted(table.severity.unique()))
     if value.endswith("accuracy"):
-        accuracy_axis(ax, ylabel=value.replace("_", " "), ylim=(0, 1.02))
+        accuracy_axis(ax, chance, ylabel=value.replace("_", " "), ylim=(0, 1.02))
     else:
         ax.set(ylabel="% of the reference")
         ax.axhline(100, color=REFERENCE, ls=":", lw=1)
-    mark_chance(ax, chance)
 
 
 def plot_robustness(table: pd.DataFrame, ax: Axes) -> None:

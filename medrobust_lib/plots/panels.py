@@ -254,15 +254,13 @@ def plot_spectra(spectra: Mapping[str, tuple[ArrayLike, ArrayLike]], ax: Axes) -
         Frequency (fraction of Nyquist) and mean squared DCT coefficient, by the name in the legend.
     ax : Axes
     """
-    lowest, highest = np.inf, 0.0
     for i, (name, (frequency, power)) in enumerate(spectra.items()):
         style = {"color": "0.7", "lw": 4} if i == 0 else {"color": PALETTE[(i - 1) % 10], "lw": 1.6}
-        power = np.maximum(power, 1e-12)  # a constant image has none, and the axis is logarithmic
-        ax.plot(frequency, np.log10(power), label=name, **style)
-        lowest, highest = min(lowest, np.log10(power).min()), max(highest, np.log10(power).max())
+        # A constant image has no power. Logarithms on a plain axis: the ticks of a logarithmic one take longer than the
+        # rest of the panel.
+        ax.plot(frequency, np.log10(np.maximum(power, 1e-12)), label=name, **style)
+    first, last = int(np.floor(ax.dataLim.y0)), int(np.ceil(max(0.0, ax.dataLim.y1)))
     ax.axvline(1, color=REFERENCE, ls=":", lw=1)
-    # Logarithms on a plain axis: the ticks of a logarithmic one take longer than the rest of the panel.
-    first, last = int(np.floor(lowest)), int(np.ceil(highest))
     ticks = range(first, last + 1, max(1, (last - first) // 3))
     ax.set_yticks(ticks, [f"$10^{{{tick}}}$" for tick in ticks])
     ax.set(xlabel="spatial frequency (1: Nyquist)", xlim=(0, np.sqrt(2)), xticks=(0, 0.5, 1), ylim=(first, last))
@@ -323,9 +321,8 @@ def plot_confusion(labels: NDArray, predictions: NDArray, classes: Sequence[str]
     ax : Axes
     """
     k = len(classes)
-    counts = np.zeros((k, k))
-    answered = predictions >= 0
-    np.add.at(counts, (labels[answered], predictions[answered]), 1)
+    pairs = (k * labels + predictions)[predictions >= 0]
+    counts = np.bincount(pairs, minlength=k * k).reshape(k, k)
     share = counts / np.maximum(np.bincount(labels, minlength=k)[:, None], 1)
     kept = leading(counts.sum(0) + counts.sum(1) - 2 * counts.diagonal())
     short = [shorten(classes[i]) for i in kept]
@@ -336,9 +333,7 @@ def plot_confusion(labels: NDArray, predictions: NDArray, classes: Sequence[str]
     if len(kept) > 10:
         ax.tick_params(labelsize=6.5)
     ax.set(xlabel="predicted class" + shown_of(len(kept), k, "those with most errors"), ylabel="true class")
-    ax.tick_params(axis="x", rotation=60)
-    for label in ax.get_xticklabels():
-        label.set(ha="right", rotation_mode="anchor")
+    plt.setp(ax.get_xticklabels(), rotation=60, ha="right", rotation_mode="anchor")
 
 
 def plot_recall(labels: NDArray, predictions: NDArray, classes: Sequence[str], ax: Axes) -> None:
@@ -433,8 +428,7 @@ def plot_prediction_shares(table: pd.DataFrame, ax: Axes) -> None:
         kept = kept[wide.max().iloc[kept] > 0]
         rest = wide.drop(columns=wide.columns[kept]).sum(axis=1)
         wide = wide.iloc[:, kept].assign(**{f"{wide.shape[1] - len(kept)} more classes": rest})
-    bottom = np.zeros(len(wide))
-    positions = np.arange(len(wide))
+    bottom, positions = np.zeros(len(wide)), np.arange(len(wide))
     for i, name in enumerate(wide.columns):
         colour = CLASS_COLOURS[i % len(CLASS_COLOURS)] if i < len(kept) else "#EEEEEE"
         hatch = ("", "//", "..", "xx")[i // len(CLASS_COLOURS) % 4]

@@ -53,9 +53,6 @@ class _Key(NamedTuple):
     of: str
     seed: int | None
 
-    def __str__(self) -> str:
-        return ", ".join(filter(None, (self.dataset, self.model, self.metric.replace("_", " "), self.what)))
-
     @property
     def what(self) -> str:
         return self.of if self.seed in (None, 0) else ", ".join(filter(None, (self.of, f"seed={self.seed}")))
@@ -200,8 +197,8 @@ def _paired(key: _Key, a: _Result, b: _Result) -> tuple[Any, ...] | None:
     if len(other):
         labels = f"label {other['label_a'].iloc[0]} in A and {other['label_b'].iloc[0]} in B"
         raise ValueError(
-            f"{key}: image {other.index[0]} has {labels}; the runs were made on different images, so they cannot be "
-            "compared"
+            f"{key.dataset}, {key.model}, {key.what}: image {other.index[0]} has {labels}; the runs were made on "
+            "different images, so they cannot be compared"
         )
     value_a, value_b = common["value_a"].to_numpy(), common["value_b"].to_numpy()
     change, p = value_b - value_a, float("nan")

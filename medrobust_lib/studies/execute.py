@@ -139,13 +139,10 @@ def _write_corruption_errors(study: Study, out: Path, cells: list[Cell]) -> Path
         numbers.append(Metric("degradation", row.degradation, row.n, of=averaged, model=row.model))
     number = f"{first.number:02d}-mce"
     compared = {"step": "mce", "models": list(by_model), "reference": reference}
-    run = Run(
-        number=number,
-        title=f"Corruption errors on {first.dataset} relative to {reference}",
-        folder=out / "cells" / f"{number}_{short_id(first.dataset)}_seed{first.seed}",
-        parameters={**compared, "dataset": first.dataset, "seed": first.seed, **first.parameters},
-        started=time.monotonic(),
-    )
+    parameters = {**compared, "dataset": first.dataset, "seed": first.seed, **first.parameters}
+    title = f"Corruption errors on {first.dataset} relative to {reference}"
+    folder = out / "cells" / f"{number}_{short_id(first.dataset)}_seed{first.seed}"
+    run = Run(number, title, folder, parameters, time.monotonic())
     (card,) = read_cards(first.folder(out), nested=False)
     run.save_card(
         metrics=numbers,
@@ -155,8 +152,8 @@ def _write_corruption_errors(study: Study, out: Path, cells: list[Cell]) -> Path
         prompts=card["prompts"],
         notes=[*card["notes"], f"mCE is in percent of {reference}'s errors."],
     )
-    write_report(run.folder)
-    return run.folder
+    write_report(folder)
+    return folder
 
 
 def _right_answers(rows: pd.DataFrame) -> np.ndarray:
