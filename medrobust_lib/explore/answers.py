@@ -117,12 +117,10 @@ def prepare_answers(
             image = vlm.prepare([part.images[position]])[0]
             bank = AnswerBank(vlm, image, part.questions[position], drawn, dataset=part.id, index=index)
         banks[task, position, sigma] = bank
-    wanted = [("select", number) for number in range(n0)] + [("estimate", number) for number in range(n)]
-    empty = [bank for bank in banks.values() if any(address not in bank.kept for address in wanted)]
-    for bank in progress(
-        empty, total=len(banks), done=len(banks) - len(empty), description="answers for the instrument",
-        unit="images x sigmas x questions", resumes=False,
-    ):  # fmt: skip
+    told = {"description": "answers for the instrument", "unit": "images x sigmas x questions"}
+    wanted = {*(("select", number) for number in range(n0)), *(("estimate", number) for number in range(n))}
+    empty = [bank for bank in banks.values() if not wanted <= bank.kept.keys()]
+    for bank in progress(empty, total=len(banks), done=len(banks) - len(empty), resumes=False, **told):
         bank.answers("select", 0, n0)
         bank.answers("estimate", 0, n)
     return AnswerGrid(questions, oracles, banks, n0=n0, n=n, alpha=alpha)

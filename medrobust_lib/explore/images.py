@@ -23,6 +23,7 @@ from medrobust_lib.explore.instrument import Instrument, control, image_slider, 
 from medrobust_lib.models.dual_encoder import DualEncoder
 from medrobust_lib.plots import leading, panels, shorten, shown_of
 from medrobust_lib.smoothing import bounds
+from medrobust_lib.smoothing.bounds import ALPHA, FEW_N, FEW_N0
 from medrobust_lib.smoothing.certificate import ABSTAIN, GUARANTEES
 from medrobust_lib.smoothing.certify import Verdict, make_plan, take_votes
 from medrobust_lib.smoothing.methods import FixedPrompts
@@ -143,13 +144,13 @@ def noise_view(
     *,
     index: int,
     sigma: float,
-    n0: int = bounds.FEW_N0,
-    n: int = bounds.FEW_N,
-    alpha: float = bounds.ALPHA,
+    n: int = FEW_N,
     seed: int = 0,
     encoded: EncodedImages | None = None,
 ) -> Figure:
     """Draw one noisy image and its prediction, the votes over n noisy copies, and the radius that they certify.
+
+    The failure probability of the certificate is `bounds.ALPHA`, and `bounds.FEW_N0` draws choose the class.
 
     Parameters
     ----------
@@ -161,17 +162,14 @@ def noise_view(
         Position in the data set, 0 to n-1.
     sigma : float
         Noise standard deviation in [0, 1] pixel units at the model's input size; at 0 nothing is certified.
-    n0, n : int
-        Draws that choose the class, and draws that count votes for it.
-    alpha : float in (0, 1)
-        Failure probability of the certificate.
+    n : int
+        Draws that count votes for the class.
     seed : int
     encoded : EncodedImages, optional
         Of the same model, data set and seed; keeps features from one call to the next.
     """
     encoded = encoded or EncodedImages(model, dataset, seed)
-    bounds.check_alpha(alpha)
-    verdict, votes = encoded.verdict(index, class_features, sigma=sigma, n0=n0, n=n, alpha=alpha)
+    verdict, votes = encoded.verdict(index, class_features, sigma=sigma, n0=FEW_N0, n=n, alpha=ALPHA)
     one = encoded.noisy(index, sigma=sigma, role="estimate", count=n)[:1]
     probabilities = model.probabilities(one, class_features)[0].cpu()
     truth, names = int(dataset.labels[index]), dataset.classes
@@ -193,12 +191,12 @@ def noise_view(
     title = "abstains" if verdict.predicted == ABSTAIN else title
     proof = panels.add_panel(figure, (8.05, 0.45, 2.0, height), title if sigma else "no noise, no certificate")
     if sigma:
-        provable = np.linspace(0.5, bounds.lower_confidence_bound(n, n, alpha), 40)
+        provable = np.linspace(0.5, bounds.lower_confidence_bound(n, n, ALPHA), 40)
         curve = provable, bounds.certified_radius(provable, sigma)
         panels.plot_proof(verdict.p_lower, proof, curve=curve, right=right)
     else:
         proof.set_axis_off()
-    words = proof_in_words(verdict, names, truth=truth, sigma=sigma, n0=n0, alpha=alpha)
+    words = proof_in_words(verdict, names, truth=truth, sigma=sigma, n0=FEW_N0, alpha=ALPHA)
     panels.add_caption(figure, height + 1.05 + more, words)
     return figure
 
@@ -219,32 +217,21 @@ def proof_in_words(verdict: Verdict, names: tuple[str, ...], *, truth: int, sigm
 
 
 def explore_noise(
-    model: DualEncoder,
-    dataset: ImageDataset,
-    class_features: Tensor,
-    *,
-    sigmas: tuple[float, ...] = SIGMAS,
-    n0: int = bounds.FEW_N0,
-    n: int = bounds.FEW_N,
-    alpha: float = bounds.ALPHA,
-    index: int = 0,
-    seed: int = 0,
+    model: DualEncoder, dataset: ImageDataset, class_features: Tensor, *, n: int = FEW_N, index: int = 0, seed: int = 0
 ) -> Instrument:
     """Build the instrument of notebook 02: move the noise, see picture, votes and certified radius.
 
     Parameters
     ----------
-    model, dataset, class_features, n0, n, alpha, seed
+    model, dataset, class_features, n, seed
         As in `noise_view`.
-    sigmas : tuple of float
-        Levels of the slider.
     index : int
         Image to begin with.
     """
     encoded = EncodedImages(model, dataset, seed)
-    controls = {"index": image_slider(len(dataset), index), "sigma": level_slider(sigmas, 0.1)}
-    options = {"n0": n0, "n": n, "alpha": alpha, "seed": seed, "encoded": encoded}
-    return Instrument(partial(noise_view, model, dataset, class_features, **options), controls)
+    controls = {"index": image_slider(len(dataset), index), "sigma": level_slider(SIGMAS, 0.1)}
+    draw = partial(noise_view, model, dataset, class_features, n=n, seed=seed, encoded=encoded)
+    return Instrument(draw, controls)
 
 
 def adapters_view(

@@ -45,12 +45,7 @@ def set_style() -> None:
 
 
 def image_grid(
-    images: Sequence[NDArray] | NDArray,
-    titles: Sequence[str],
-    *,
-    n_columns: int = 6,
-    side: float = 1.7,
-    rows: Sequence[str] = (),
+    images: ArrayLike, titles: Sequence[str], *, n_columns: int = 6, side: float = 1.7, rows: Sequence[str] = ()
 ) -> Figure:
     """Draw images [H, W, 3] (uint8, or float in [0, 1]) in a grid, each under its title.
 
@@ -108,6 +103,14 @@ def shown_of(shown: int, total: int, which: str = "") -> str:
 def shorten(text: str, width: int = 24) -> str:
     """Cut a label to a width, marking the cut."""
     return text if len(text) <= width else text[: width - 1].rstrip() + "…"
+
+
+def plain_bars(values: NDArray, names: Sequence[str], ax: Axes, *, coloured: Sequence[bool], width: int = 24) -> None:
+    """Draw a bar for each name, the first on top; names are cut to a width, some bars coloured."""
+    # Bars at numbered places: two names that are cut to the same label must not share one.
+    ax.barh(np.arange(len(values)), values, color=[CORRECT if one else "0.7" for one in coloured])
+    name_rows(ax.yaxis, names, width=width)
+    ax.invert_yaxis()
 
 
 def legend_beside(ax: Axes, **options: object) -> None:
@@ -379,7 +382,7 @@ def plot_fractions(
         legend_beside(ax)
 
 
-def plot_before_after(table: pd.DataFrame, ax: Axes, *, legend: bool = True) -> None:
+def plot_before_after(table: pd.DataFrame, ax: Axes) -> None:
     """Draw the clean and the corrupted error of every data set before and after adaptation, joined by a line.
 
     Hollow marks are before, filled ones after; the line of an error that grew has another colour and is broken.
@@ -391,8 +394,6 @@ def plot_before_after(table: pd.DataFrame, ax: Axes, *, legend: bool = True) -> 
         mean over corruptions and severities), fractions in [0, 1]. Data sets keep the order of the table.
     ax : Axes
         About 0.55 inches of height per data set are readable.
-    legend : bool
-        Draw it, right of the axes.
 
     Raises
     ------
@@ -424,8 +425,7 @@ def plot_before_after(table: pd.DataFrame, ax: Axes, *, legend: bool = True) -> 
     ax.set_yticks(np.arange(len(datasets)), [shorten(str(dataset), 28) for dataset in datasets])
     ax.set(xlabel="error (share of images)", xlim=(0, None), ylim=(len(datasets) - 0.5, -0.5))
     ax.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-    if legend:
-        legend_beside(ax, handles=_before_after_handles(models, worse))
+    legend_beside(ax, handles=_before_after_handles(models, worse))
 
 
 def _before_after_handles(models: list[str], worse: bool) -> list[Line2D]:
@@ -449,11 +449,9 @@ def plot_label_votes(votes: Mapping[str, int], ax: Axes, *, answer: str | None =
     answer : str, optional
         The tested label; its bar is coloured.
     """
-    names, counts = list(votes), list(votes.values())
-    colours = [CORRECT if name == answer else REFERENCE for name in names]
-    bars = ax.barh([shorten(name, 34) for name in names], counts, color=colours, height=0.6)
-    ax.bar_label(bars, fontsize=8, padding=3)
-    ax.invert_yaxis()
+    names = list(votes)
+    plain_bars(np.array(list(votes.values())), names, ax, coloured=[name == answer for name in names], width=34)
+    ax.bar_label(ax.containers[0], fontsize=8, padding=3)
     ax.margins(x=0.12)
     ax.set_xlabel("noisy copies")
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))

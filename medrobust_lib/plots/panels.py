@@ -20,22 +20,8 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from medrobust_lib.metrics import per_class_recall
-from medrobust_lib.plots.figures import (
-    CLASS_COLOURS,
-    CORRECT,
-    MARKERS,
-    MOST_CLASSES,
-    PALETTE,
-    REFERENCE,
-    WRONG,
-    accuracy_axis,
-    leading,
-    legend_beside,
-    name_rows,
-    plot_curves,
-    shorten,
-    shown_of,
-)
+from medrobust_lib.plots import figures
+from medrobust_lib.plots.figures import CLASS_COLOURS, CORRECT, MARKERS, PALETTE, REFERENCE, WRONG, leading, shorten
 
 Box = tuple[float, float, float, float]
 """Left, top, width and height of a panel, in inches from the upper left corner of the figure."""
@@ -297,15 +283,8 @@ def plot_similarity(similarities: pd.Series, ax: Axes, *, truth: str | None = No
     kept = leading(similarities, keep=np.flatnonzero(similarities.index == truth))
     similarities = similarities.iloc[kept]
     names = list(similarities.index)
-    _plain_bars(similarities.to_numpy(), names, ax, coloured=[name == truth for name in names], width=52)
-    ax.set(xlabel="cosine similarity" + shown_of(len(kept), total, "the closest"))
-
-
-def _plain_bars(values: NDArray, names: Sequence[str], ax: Axes, *, coloured: Sequence[bool], width: int = 24) -> None:
-    # Bars at numbered places: two names that are cut to the same label must not share one.
-    ax.barh(np.arange(len(values)), values, color=[CORRECT if one else "0.7" for one in coloured])
-    name_rows(ax.yaxis, names, width=width)
-    ax.invert_yaxis()
+    figures.plain_bars(similarities.to_numpy(), names, ax, coloured=[name == truth for name in names], width=52)
+    ax.set(xlabel="cosine similarity" + figures.shown_of(len(kept), total, "the closest"))
 
 
 def plot_confusion(labels: NDArray, predictions: NDArray, classes: Sequence[str], ax: Axes) -> None:
@@ -332,7 +311,7 @@ def plot_confusion(labels: NDArray, predictions: NDArray, classes: Sequence[str]
     )  # fmt: skip
     if len(kept) > 10:
         ax.tick_params(labelsize=6.5)
-    ax.set(xlabel="predicted class" + shown_of(len(kept), k, "those with most errors"), ylabel="true class")
+    ax.set(xlabel="predicted class" + figures.shown_of(len(kept), k, "those with most errors"), ylabel="true class")
     plt.setp(ax.get_xticklabels(), rotation=60, ha="right", rotation_mode="anchor")
 
 
@@ -348,9 +327,9 @@ def plot_recall(labels: NDArray, predictions: NDArray, classes: Sequence[str], a
     ax.barh(rows - 0.2, recall[kept], 0.4, color=PALETTE[0], label="recall")
     ax.barh(rows + 0.2, used[kept], 0.4, color=PALETTE[1], label="share of all predictions")
     ax.axvline(1 / len(classes), color=REFERENCE, ls=":", lw=1, label="chance")
-    name_rows(ax.yaxis, [classes[i] for i in kept])
+    figures.name_rows(ax.yaxis, [classes[i] for i in kept])
     ax.invert_yaxis()
-    told = shown_of(len(kept), len(classes), "found least or answered most")
+    told = figures.shown_of(len(kept), len(classes), "found least or answered most")
     ax.set(xlabel="share of images" + told, xlim=(0, 1))
     ax.xaxis.set_major_formatter(PercentFormatter(1))
     ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.22), ncols=3, fontsize=8)
@@ -379,7 +358,7 @@ def plot_template_accuracy(table: pd.DataFrame, ax: Axes, *, chance: float) -> N
     ax.invert_yaxis()
     ax.set(xlabel="accuracy with 95 % interval", xlim=(0, 1))
     ax.xaxis.set_major_formatter(PercentFormatter(1))
-    legend_beside(ax)
+    figures.legend_beside(ax)
 
 
 def plot_feature_map(table: pd.DataFrame, ax: Axes) -> None:
@@ -404,16 +383,16 @@ def plot_feature_map(table: pd.DataFrame, ax: Axes) -> None:
         ax.scatter(images.x, images.y, s=14, color=colour, marker=marker, alpha=0.7, label=shorten(str(name)), lw=0)
         ax.scatter(texts.x, texts.y, s=170, color=colour, marker=marker, edgecolor="black", linewidth=1.2, zorder=3)
     ax.set(xlabel="first principal direction", ylabel="second principal direction")
-    legend_beside(ax, markerscale=1.7, title="small: image, large: text", title_fontsize=8)
+    figures.legend_beside(ax, markerscale=1.7, title="small: image, large: text", title_fontsize=8)
 
 
 def plot_accuracy_against_sigma(table: pd.DataFrame, ax: Axes, *, chance: float) -> None:
     """Draw accuracy with its interval against noise, a line per model (columns model, sigma, accuracy, low, high)."""
-    plot_curves(table, ax, x="sigma", y="accuracy", by="model")
+    figures.plot_curves(table, ax, x="sigma", y="accuracy", by="model")
     for i, (_, rows) in enumerate(table.groupby("model", sort=False)):
         ax.fill_between(rows.sigma, rows.low, rows.high, color=PALETTE[i % 10], alpha=0.18, lw=0)
     noise = "noise standard deviation sigma ([0, 1] pixel units)"
-    accuracy_axis(ax, chance, xlabel=noise, ylabel="accuracy", ylim=(0, 1.02))
+    figures.accuracy_axis(ax, chance, xlabel=noise, ylabel="accuracy", ylim=(0, 1.02))
     ax.legend(fontsize=8)
 
 
@@ -423,7 +402,7 @@ def plot_prediction_shares(table: pd.DataFrame, ax: Axes) -> None:
     Of many classes the rarer answers are added up.
     """
     wide = table.pivot(index="sigma", columns="class", values="share")[list(table["class"].unique())]
-    kept = leading(wide.max(), most=MOST_CLASSES // 2)  # their names stand above each other beside the bars
+    kept = leading(wide.max(), most=figures.MOST_CLASSES // 2)  # their names stand above each other beside the bars
     if len(kept) < wide.shape[1]:
         kept = kept[wide.max().iloc[kept] > 0]
         rest = wide.drop(columns=wide.columns[kept]).sum(axis=1)
@@ -439,9 +418,9 @@ def plot_prediction_shares(table: pd.DataFrame, ax: Axes) -> None:
         ax.bar_label(bars, labels, label_type="center", fontsize=7, color="black" if luminance > 0.4 else "white")
         bottom += wide[name].to_numpy()
     ax.set_xticks(positions, [f"{sigma:g}" for sigma in wide.index])
-    accuracy_axis(ax, xlabel="noise standard deviation sigma", ylabel="share of the predictions", ylim=(0, 1))
+    figures.accuracy_axis(ax, xlabel="noise standard deviation sigma", ylabel="share of the predictions", ylim=(0, 1))
     handles, names = ax.get_legend_handles_labels()
-    legend_beside(ax, handles=handles[::-1], labels=names[::-1])
+    figures.legend_beside(ax, handles=handles[::-1], labels=names[::-1])
 
 
 def plot_spectrum(table: pd.DataFrame, ax: Axes) -> None:
@@ -477,5 +456,5 @@ def plot_votes(
     """
     votes, keep = np.asarray(votes), [] if truth is None else [truth]
     kept = leading(votes, keep=keep) if shown is None else np.asarray(shown)
-    _plain_bars(votes[kept], [classes[i] for i in kept], ax, coloured=[i == truth for i in kept])
-    ax.set(xlabel=f"votes out of {votes.sum()}{shown_of(len(kept), len(classes))}", xlim=(0, votes.sum()))
+    figures.plain_bars(votes[kept], [classes[i] for i in kept], ax, coloured=[i == truth for i in kept])
+    ax.set(xlabel=f"votes out of {votes.sum()}{figures.shown_of(len(kept), len(classes))}", xlim=(0, votes.sum()))

@@ -180,14 +180,10 @@ class CertifyCell(Cell):
         """Certify every image."""
         run, model, data = self.begin(folder, f"Certificates of {self.model} on {self.dataset}")
         step = self.step
-        rows = certify_dataset(
-            model,
-            data,
-            sigmas=[self.parameters["sigma"]],
-            **{name: self.parameters[name] for name in ("n0", "n", "alpha", "sampling", "mode", "radii")},
-            seed=self.seed or 0,
-            store=folder / "store",
-        ).drop(columns="seconds")  # a table must not depend on the clock
+        rules = {name: self.parameters[name] for name in ("n0", "n", "alpha", "sampling", "mode", "radii")}
+        rules |= {"sigmas": [self.parameters["sigma"]], "seed": self.seed or 0}
+        rows = certify_dataset(model, data, store=folder / "store", **rules)
+        rows = rows.drop(columns="seconds")  # a table must not depend on the clock
         shares = metrics.certified_accuracy(rows, radii=step.radii)
         notes = [f"Guarantee {name}: {GUARANTEES[name]}" for name in rows["guarantee"].unique()]
         if step.mode == "evaluate":
