@@ -181,7 +181,14 @@ def clusters_view(
         text = f"{head}{fill(shorten(group.example, 80), 34)}"
         bars.text(-0.06, row, text, transform=across, ha="right", va="center", fontsize=7.5, color="0.15")
     bars.set_xlabel("blue: tested")
-    _radii(figure, (8.75, 0.75, 1.5, 2.3), radii, refusals, most=maximum_radius(n, grid.alpha, sigma))
+    # Knowing the rate of symmetric errors can prove more than the votes alone.
+    most = max(maximum_radius(n, grid.alpha, sigma), *radii.values())
+    nothing = {name: "refused" if name in refusals else "abstains" for name in radii}
+    told = [f"{radius:.3f}" if radius else nothing[name] for name, radius in radii.items()]
+    proved = panels.add_panel(figure, (8.75, 0.75, 1.5, 2.3), "certified radius")
+    panels.plot_named_bars(list(radii.values()), list(radii), proved, total=most, truth=0, told=told)
+    proved.set_xticks((0, most), ("0", f"{most:.2f}"))
+    proved.set_xlabel("L2, [0, 1] pixels")
     panels.add_caption(figure, height + 1.35, _words(found, oracle, error_rate))
     return figure
 
@@ -237,29 +244,14 @@ def corrected_radii(
     }
     radii, refusals = {"oracle's label": found.composite.radius}, {}
     for name, model in models.items():
-        radii[name] = 0.0
-        if found.answer is None:
-            continue
         try:
             # A known rate takes nothing of alpha, so the bound of the votes is that of the composite certificate.
-            p_lower = model.corrected(found.composite.p_lower, label=label, alpha=alpha)
-        except errors.InconsistentErrorRateError as error:
-            refusals[name] = str(error)
-        else:
+            proved = found.composite.p_lower
+            p_lower = 0.0 if found.answer is None else model.corrected(proved, label=label, alpha=alpha)
             radii[name] = float(certified_radius(p_lower, found.composite.sigma))
+        except errors.InconsistentErrorRateError as error:
+            radii[name], refusals[name] = 0.0, str(error)
     return radii, refusals
-
-
-def _radii(
-    figure: Figure, box: panels.Box, radii: Mapping[str, float], refusals: Mapping[str, str], *, most: float
-) -> None:
-    ax = panels.add_panel(figure, box, "certified radius")
-    most = max(most, *radii.values())  # knowing the rate of symmetric errors can prove more than the votes alone
-    nothing = {name: "refused" if name in refusals else "abstains" for name in radii}
-    told = [f"{radius:.3f}" if radius else nothing[name] for name, radius in radii.items()]
-    panels.plot_named_bars(list(radii.values()), list(radii), ax, total=most, truth=0, told=told)
-    ax.set_xticks((0, most), ("0", f"{most:.2f}"))
-    ax.set_xlabel("L2, [0, 1] pixels")
 
 
 def _words(found: GenerativeCertificate, oracle: str, error_rate: float) -> str:

@@ -30,7 +30,6 @@ from medrobust_lib.smoothing.methods import FixedPrompts
 from medrobust_lib.smoothing.noise import NoiseStream, Role, make_batches, noisy_copies
 
 _KEPT = 256  # feature sets: some tens of megabytes
-_TEXTS_KEPT = 1024
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,7 +50,7 @@ class EncodedImages:
 
     def __post_init__(self) -> None:
         # Caches of this object, not of the class: they go when it goes.
-        for name, most in {"clean": _KEPT, "noisy": _KEPT, "text": _TEXTS_KEPT}.items():
+        for name, most in {"clean": _KEPT, "noisy": _KEPT, "text": 1024}.items():
             object.__setattr__(self, name, lru_cache(most)(getattr(self, name)))
 
     def pixels(self, index: int) -> Tensor:

@@ -23,7 +23,6 @@ logger = logging.getLogger(__name__)
 
 _KEPT = 64
 _DPI = 90  # sharp enough on a screen; every dot more is paid for at every move
-_LABELS = "7.5em"
 _MARGIN = 10  # pixels below the lowest panel
 
 
@@ -72,7 +71,7 @@ class Instrument:
         # Only what worked is kept: an error is none of the cache's results.
         self._shown = lru_cache(kept)(lambda **values: picture_of(partial(draw, **values)))
         for control in self.controls.values():
-            control.style = {"description_width": _LABELS}
+            control.style = {"description_width": "7.5em"}
             control.observe(self._changed, "value")
         help_lines = [widgets.HTML(f"<small>{html.escape(hint)}</small>")] if hint else []
         rows = widgets.Box(list(self.controls.values()), layout=widgets.Layout(flex_flow="row wrap"))

@@ -149,11 +149,9 @@ def write_names(names: Sequence[str], ax: Axes, *, truth: int | None = None, wid
     across = ax.get_yaxis_transform()
     for row, name in enumerate(names):
         style = {"color": CORRECT, "fontweight": "bold"} if row == truth else {"color": "0.15"}
-        lines = wrap(str(name), width) or [""]
-        lines = [lines[0], shorten(" ".join(lines[1:]), width)] if len(lines) > 1 else lines
-        size = _SMALL if len(lines) == 1 else _SMALL - 1
-        text = "\n".join(shorten(line, width) for line in lines)
-        ax.text(-0.02, row, text, transform=across, ha="right", va="center", fontsize=size, linespacing=1.05, **style)
+        lines = wrap(str(name), width, max_lines=2, placeholder="…")
+        style |= {"fontsize": _SMALL if len(lines) == 1 else _SMALL - 1, "linespacing": 1.05}
+        ax.text(-0.02, row, "\n".join(lines), transform=across, ha="right", va="center", **style)
 
 
 def _last(count: int) -> float:

@@ -36,7 +36,6 @@ from medrobust_lib.studies.study_file import Step, Study
 
 CERTIFICATES, ANSWERS = "certificates", "answers"  # ends of the names of the tables with one row an image
 _LONGEST_PART = 32
-_PROBE_SECONDS = 1.0
 _PROBE_DRAWS = minimum_draws(ALPHA)  # the fewest that certify anything
 # Bytes, about: a row of certificates in the journal and in two tables, an answer, and a cell's other files.
 _CERTIFICATE_BYTES, _ANSWER_BYTES, _CELL_BYTES = 1_100, 60, 16_000
@@ -188,12 +187,10 @@ class CertifyCell(Cell):
         notes = [f"Guarantee {name}: {GUARANTEES[name]}" for name in rows["guarantee"].unique()]
         if step.mode == "evaluate":
             notes.append("The known label was tested (mode evaluate): for tables only, no prediction was certified.")
-        run.save_card(
-            metrics=_certificate_metrics(metrics.certification_summary(rows), shares),
-            tables={f"{run.number}_{CERTIFICATES}": rows, f"{run.number}_certified_accuracy": shares},
-            prompts={"templates": list(data.templates), "classes": list(data.classes)},
-            **_described(model, data, notes),
-        )
+        numbers = _certificate_metrics(metrics.certification_summary(rows), shares)
+        tables = {f"{run.number}_{CERTIFICATES}": rows, f"{run.number}_certified_accuracy": shares}
+        prompts = {"templates": list(data.templates), "classes": list(data.classes)}
+        run.save_card(metrics=numbers, tables=tables, prompts=prompts, **_described(model, data, notes))
 
 
 class BenchmarkCell(Cell):
@@ -222,12 +219,11 @@ class BenchmarkCell(Cell):
             for (name, corruption, severity), answer in answers.items()
         )
         table = accuracy_table(answers, data)
-        run.save_card(
-            metrics=_benchmark_metrics(rows, table, suite=suite),
-            tables={f"{run.number}_{ANSWERS}": rows, f"{run.number}_accuracy": table},
-            prompts={"template": data.templates[0], "classes": list(data.classes)},
-            **_described(model, data, [f"Suite {suite}; severities are conventions."]),
-        )
+        numbers = _benchmark_metrics(rows, table, suite=suite)
+        tables = {f"{run.number}_{ANSWERS}": rows, f"{run.number}_accuracy": table}
+        prompts = {"template": data.templates[0], "classes": list(data.classes)}
+        described = _described(model, data, [f"Suite {suite}; severities are conventions."])
+        run.save_card(metrics=numbers, tables=tables, prompts=prompts, **described)
 
 
 class NotebookCell(Cell):
@@ -306,7 +302,7 @@ def encodings_per_second(model_id: str, dataset: str, *, dtype: str = "auto") ->
 
 
 def measured_rate(
-    model: Any, data: Any, *, seconds: float = _PROBE_SECONDS, clock: Callable[[], float] = time.perf_counter
+    model: Any, data: Any, *, seconds: float = 1.0, clock: Callable[[], float] = time.perf_counter
 ) -> float:
     """Draws of `certify_dataset` in a second, with a loaded model: the noisy-feature bank of one image.
 

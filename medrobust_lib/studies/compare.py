@@ -66,12 +66,8 @@ class _Answers(NamedTuple):
     largest: float = 1.0  # how far two images' values can be apart
 
 
-class _Result(NamedTuple):
-    """One result of a card: its row of the leaderboard, the answers behind it if they were kept, and settings."""
-
-    row: Mapping[str, Any]
-    answers: _Answers | None
-    settings: Mapping[str, Any]
+# One result of a card: its row of the leaderboard, "answers", those behind it if they were kept, and "given", settings.
+_Result = Mapping[str, Any]
 
 
 def compare_runs(run_a: Path, run_b: Path) -> Comparison:
@@ -104,7 +100,7 @@ def compare_runs(run_a: Path, run_b: Path) -> Comparison:
         if partner in b:
             partners[key] = partner
             model = key.model if key == partner else f"{key.model} -> {partner.model}"
-            compared = _paired(key, result, b[partner]) or _unpaired(result.row, b[partner].row)
+            compared = _paired(key, result, b[partner]) or _unpaired(result, b[partner])
             rows.append((key.dataset, model, key.metric, key.what, *compared))
             notes += _differences(key, result, b[partner])
     if not rows:
@@ -128,21 +124,21 @@ def _read(folder: Path) -> dict[_Key, _Result]:
     for path, card in zip(paths, read_cards(folder), strict=True):
         tables = [pd.read_csv(path.parent / f"{name}.csv") for name in card["tables"]]
         kept = [table for table in tables if set(table.columns) >= _IMAGE_COLUMNS]
-        settings = {name: card["parameters"][name] for name in _SETTINGS if name in card["parameters"]}
+        given = {name: card["parameters"][name] for name in _SETTINGS if name in card["parameters"]}
         for row in ranked_results([card]):
             answers = next(filter(None, (_answers(row, table) for table in kept)), None)
             key = _Key(row["model"], row["dataset"], row["metric"], row["of"], card["parameters"].get("seed"))
-            found.setdefault(key, []).append(_Result(row, answers, settings))
+            found.setdefault(key, []).append(row | {"answers": answers, "given": given})
     return dict(_told_apart(found))
 
 
 def _told_apart(found: Mapping[_Key, list[_Result]]) -> Iterator[tuple[_Key, _Result]]:
     """Give results of one run that would share a key what differs between them, or else the names of their runs."""
     for key, results in found.items():
-        names = [name for name in _SETTINGS if len({str(result.settings.get(name)) for result in results}) > 1]
-        suffixes = [", ".join(f"{name}={result.settings.get(name)}" for name in names) for result in results]
+        names = [name for name in _SETTINGS if len({str(result["given"].get(name)) for result in results}) > 1]
+        suffixes = [", ".join(f"{name}={result['given'].get(name)}" for name in names) for result in results]
         if len(set(suffixes)) < len(suffixes):
-            suffixes = [result.row["run"] for result in results]
+            suffixes = [result["run"] for result in results]
         for suffix, result in zip(suffixes, results, strict=True):
             yield key._replace(of=", ".join(filter(None, (key.of, suffix)))), result
 
@@ -187,7 +183,7 @@ def _corruptions(rows: pd.DataFrame, settings: Mapping[str, Any]) -> _Answers:
 
 def _paired(key: _Key, a: _Result, b: _Result) -> tuple[Any, ...] | None:
     """The difference over the images of which both runs kept the answers; None if there is none."""
-    first, second = a.answers, b.answers
+    first, second = a["answers"], b["answers"]
     if first is None or second is None:
         return None
     common = first.rows.merge(second.rows, left_index=True, right_index=True, suffixes=("_a", "_b"))
@@ -212,7 +208,7 @@ def _paired(key: _Key, a: _Result, b: _Result) -> tuple[Any, ...] | None:
     return value_a.mean(), value_b.mean(), change.mean(), *interval, n, PAIRED, p
 
 
-def _unpaired(a: Mapping[str, Any], b: Mapping[str, Any]) -> tuple[Any, ...]:
+def _unpaired(a: _Result, b: _Result) -> tuple[Any, ...]:
     limits = [(row["value"], row["low"], row["high"]) for row in (a, b)]
     known = bool(pd.notna(np.array(limits, dtype=float)).all())
     interval = difference_interval(*limits) if known else (float("nan"), float("nan"))
@@ -232,8 +228,8 @@ def _holding(run: Mapping[_Key, _Result]) -> str:
 
 def _differences(key: _Key, a: _Result, b: _Result) -> list[str]:
     """What differs between two partners besides the result: settings, code and versions."""
-    settings = [(f"{key.dataset}: {name}", a.settings.get(name), b.settings.get(name)) for name in _SETTINGS]
-    where = [(name, a.row.get(name), b.row.get(name)) for name in a.row if name in _CIRCUMSTANCES]
+    settings = [(f"{key.dataset}: {name}", a["given"].get(name), b["given"].get(name)) for name in _SETTINGS]
+    where = [(name, a.get(name), b.get(name)) for name in a if name in _CIRCUMSTANCES]
     return [f"{name} is {old} in A and {new} in B" for name, old, new in settings + where if old != new]
 
 

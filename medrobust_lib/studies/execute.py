@@ -90,20 +90,13 @@ def write_results(study: Study, out: Path, finished: Sequence[Cell], failures: M
     cards = [card for folder in folders for card in read_cards(folder, nested=False)]
     table = experiments.leaderboard(cards)
     experiments.write_text_atomically(out / LEADERBOARD, table.to_csv(index=False, lineterminator="\n"))
-    blocks = [
-        {
-            "metric": metric.replace("_", " "),
-            "dataset": dataset,
-            "best": "lowest" if lower_is_better(metric) else "highest",
-            "rows": [{**row._asdict(), "text": interval_text(row)} for row in block.itertuples()],
-        }
-        for (metric, dataset), block in table.groupby(["metric", "dataset"], sort=False)
-    ]
     write_page(
         out / "index.html",
         "study",
         title=study.name,
-        blocks=blocks,
+        blocks=table.groupby(["metric", "dataset"], sort=False),
+        lower_is_better=lower_is_better,
+        interval_text=interval_text,
         cells=[folder.name for folder in folders],
         failures=failures,
         synthetic=any(dataset.startswith("phantom/") for dataset in study.datasets),
@@ -241,8 +234,7 @@ def run_study(
         done = len(cells) - len(missing)
         if cluster is not None and missing:
             _connect(stack, cluster, out)
-        alone = jobs == 1 and cluster is None
-        if not alone:  # bars of several processes would overwrite each other
+        if jobs != 1 or cluster is not None:  # bars of several processes would overwrite each other
             stack.enter_context(environment_variables({"TQDM_DISABLE": "1"}))
         backend = "loky" if cluster is None else "dask"
         results = experiments.map_items(run_cell, missing, context=place, jobs=jobs, backend=backend)
