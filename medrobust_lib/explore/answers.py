@@ -173,7 +173,7 @@ def clusters_view(
     bars = panels.add_panel(figure, (5.9, 0.75, 1.25, height), f"{n} answers, by meaning")
     chosen = next((row for row, group in enumerate(groups) if group.name == found.answer), None)
     sizes = [group.size for group in groups]
-    panels.plot_named_bars(sizes, [], bars, total=n, truth=chosen, show_names=False)
+    panels.plot_named_bars(sizes, [], bars, total=n, truth=chosen)
     across = bars.get_yaxis_transform()
     for row, group in enumerate(groups):
         # The name of a cluster is a text itself; saying it twice would be no help.

@@ -283,8 +283,8 @@ def adapters_view(
         was, now = names[int(before.argmax())], names[int(after.argmax())]
         answer = f"{'right' if int(after.argmax()) == truth else 'wrong'}: {shorten(now, 22)}"
         bars = panels.add_panel(figure, (bars_left, 0.45, 1.9, height), answer)
-        rows = {"before": before, "shown": kept, "show_names": data is clean}
-        panels.plot_named_bars(after, names, bars, total=1, truth=truth, **rows)
+        shown_names = names if data is clean else ()
+        panels.plot_named_bars(after, shown_names, bars, total=1, truth=truth, before=before, shown=kept)
         bars.set_xlabel("probability; thin: before" + left_out)
         told.append(f"{title}: {was} before, {now} after")
     panels.add_caption(figure, height + 0.95 + more, f"{adapter}. {'; '.join(told)}. Truth: {names[truth]}.")

@@ -72,7 +72,7 @@ def similarity_view(
     panels.plot_dots(values, left, chosen=closest, limits=limits or (float(values.min()), float(values.max())))
     panels.write_names(prompts, left, truth=closest, width=48)
     right = panels.add_panel(figure, (8.2, 0.45, 1.6, height), "softmax over these prompts")
-    panels.plot_named_bars(probabilities, prompts, right, total=1, truth=closest, show_names=False)
+    panels.plot_named_bars(probabilities, (), right, total=1, truth=closest)
     left.set_xlabel(f"blue: the closest prompt{left_out}")
     right.set_xlabel("probability")
     return figure
@@ -235,8 +235,7 @@ def _one_image(
     went = f"{steps} step{'s' * (steps != 1)} from the {start}"
     bars.set_xlabel(f"{went}\nentropy {entropies[0]:.2f} to {entropies[1]:.2f} nats")
     counts = panels.add_panel(figure, (7.3, _TOP, 2.2, height), f"votes of {adaptation.n} fresh copies")
-    rows |= {"before": votes_before, "show_names": False}
-    panels.plot_named_bars(votes, dataset.classes, counts, total=adaptation.n, **rows)
+    panels.plot_named_bars(votes, (), counts, total=adaptation.n, before=votes_before, **rows)
     told = [_told(one, dataset.classes) for one in (was, now)]
     left_out = shown_of(len(kept), len(dataset.classes), "the likeliest")
     counts.set_xlabel(f"before: {told[0]}\nafter: {told[1]}{left_out}")

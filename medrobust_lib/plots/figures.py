@@ -204,8 +204,7 @@ def plot_certified_methods(table: pd.DataFrame, ax: Axes, *, chance: float | Non
         levels = ", ".join(f"{sigma:g}" for sigma in table.sigma.unique())
         raise ValueError(f"one noise level per axes; the table holds sigma {levels}")
     groups = list(table.groupby(["method", "guarantee"], sort=False))
-    gaps = np.diff(np.unique(table.radius))
-    apart = 0.06 * (gaps.min() if len(gaps) else 1.0)
+    apart = 0.06 * min(np.diff(np.unique(table.radius)), default=1.0)
     for i, ((method, guarantee), rows) in enumerate(groups):
         rows = rows.dropna(subset="certified_accuracy").sort_values("radius")
         colour, line = CLASS_COLOURS[i % 10], "--" if guarantee == "frozen-prompt" else "-"
@@ -356,8 +355,8 @@ def plot_fractions(
     fractions = np.unique(table.fraction)
     groups = list(table.groupby("method", sort=False))
     # In the logarithm, where the axis is even.
-    gaps = np.diff(np.log(fractions))
-    apart = min(0.1, 0.5 / len(groups)) * (gaps.min() if len(gaps) else 1.0)
+    gap = min(np.diff(np.log(fractions)), default=1.0)
+    apart = min(0.1, 0.5 / len(groups)) * gap
     for i, (method, rows) in enumerate(groups):
         rows = rows.dropna(subset="value").sort_values("fraction")
         beside = rows.fraction * np.exp(apart * _aside(i, len(groups)))
@@ -371,7 +370,7 @@ def plot_fractions(
     ax.set_xscale("log")
     ax.xaxis.set_minor_locator(NullLocator())
     ax.set_xticks(fractions, [f"{100 * fraction:g}%" for fraction in fractions])
-    margin = np.exp(0.35 * (gaps.min() if len(gaps) else 1.0))
+    margin = np.exp(0.35 * gap)
     ax.set(xlabel="share of the train split (log scale)", xlim=(fractions[0] / margin, fractions[-1] * margin))
     if measure.endswith(("accuracy", "error")):
         ax.set(ylabel=measure)

@@ -43,9 +43,8 @@ def fixed_figure(width: float, height: float) -> Figure:
 def add_panel(figure: Figure, box: Box, title: str = "") -> Axes:
     """Axes in a box of the figure."""
     (left, top, width, height), (whole_width, whole_height) = box, figure.get_size_inches()
-    ax = figure.add_axes(
-        (left / whole_width, 1 - (top + height) / whole_height, width / whole_width, height / whole_height)
-    )
+    corner = left / whole_width, 1 - (top + height) / whole_height
+    ax = figure.add_axes((*corner, width / whole_width, height / whole_height))
     ax.spines[["top", "right"]].set_visible(False)
     ax.tick_params(labelsize=_SMALL)
     for axis in (ax.xaxis, ax.yaxis):
@@ -98,7 +97,6 @@ def plot_named_bars(
     before: ArrayLike | None = None,
     told: Sequence[str] | None = None,
     shown: Sequence[int] | None = None,
-    show_names: bool = True,
 ) -> None:
     """Draw one bar per class from 0 to a total, the true class in another colour.
 
@@ -108,7 +106,7 @@ def plot_named_bars(
     ----------
     values : float or int [K]
     names : sequence of str
-        K names, which stand left of the axes.
+        K names, which stand left of the axes; none where they are left to another panel of the same classes.
     ax : Axes
     total : float
         Right end of the axis: 1 for probabilities, the number of draws for votes.
@@ -120,8 +118,6 @@ def plot_named_bars(
         Texts at the bars instead, "" for none.
     shown : sequence of int, optional
         Classes that get a bar; default: all.
-    show_names : bool
-        Leave it to another panel of the same classes where False.
     """
     chosen = list(range(len(values)) if shown is None else shown)
     values, rows = np.asarray(values)[chosen], np.arange(len(chosen))
@@ -137,7 +133,7 @@ def plot_named_bars(
     for row, end, text in zip(rows, ends, told or texts, strict=True):
         if text:
             ax.text(end + 0.015 * total, row + lift, text, va="center", fontsize=7, color="0.25", clip_on=False)
-    if show_names:
+    if names:
         write_names([names[k] for k in chosen], ax, truth=chosen.index(truth) if truth in chosen else None)
     ax.set(yticks=[], ylim=(_last(len(values)), -0.6), xlim=(0, total))
     ticks = (0, total / 2, total)

@@ -137,14 +137,10 @@ def _write_corruption_errors(study: Study, out: Path, cells: list[Cell]) -> Path
     folder = out / "cells" / f"{number}_{short_id(first.dataset)}_seed{first.seed}"
     run = Run(number, title, folder, parameters, time.monotonic())
     (card,) = read_cards(first.folder(out), nested=False)
-    run.save_card(
-        metrics=numbers,
-        tables={f"{number}_errors": errors},
-        model={"id": "", "dtype": card["model"]["dtype"]},
-        dataset=card["dataset"],
-        prompts=card["prompts"],
-        notes=[*card["notes"], f"mCE is in percent of {reference}'s errors."],
-    )
+    notes = [*card["notes"], f"mCE is in percent of {reference}'s errors."]
+    described = {"model": {"id": "", "dtype": card["model"]["dtype"]}, "notes": notes}
+    described |= {"dataset": card["dataset"], "prompts": card["prompts"]}
+    run.save_card(metrics=numbers, tables={f"{number}_errors": errors}, **described)
     write_report(folder)
     return folder
 
