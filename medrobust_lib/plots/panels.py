@@ -128,9 +128,11 @@ def plot_named_bars(
         ax.barh(rows - 0.24, before, 0.3, color=BEFORE, edgecolor="0.5", linewidth=0.5)
     ax.barh(rows + lift, values, height, color=[CORRECT if k == truth else OTHER for k in chosen])
     counts = np.issubdtype(values.dtype, np.integer)
-    number, told_at = ("{:d}", values > 0) if counts else ("{:.0%}", rows == values.argmax())
-    texts = [number.format(value) if at else "" for value, at in zip(values, told_at, strict=True)]
-    for row, end, text in zip(rows, ends, told or texts, strict=True):
+    if told is None and counts:
+        told = [f"{value:d}" if value else "" for value in values]
+    elif told is None:
+        told = [f"{value:.0%}" if row == values.argmax() else "" for row, value in enumerate(values)]
+    for row, end, text in zip(rows, ends, told, strict=True):
         if text:
             ax.text(end + 0.015 * total, row + lift, text, va="center", fontsize=7, color="0.25", clip_on=False)
     if names:
