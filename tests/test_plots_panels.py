@@ -32,7 +32,7 @@ def test_pictures_of_tensors_are_clipped_for_display(figure):
 
 def test_bars_of_votes_tell_their_numbers_and_mark_the_true_class(figure):
     ax = panels.add_panel(figure, (1, 0, 2, 2))
-    panels.plot_named_bars([0, 7, 3], ["a", "b", "c"], ax, total=10, truth=2, counts=True)
+    panels.plot_named_bars([0, 7, 3], ["a", "b", "c"], ax, total=10, truth=2)
     assert [bar.get_width() for bar in ax.patches] == [0, 7, 3]
     assert [text.get_text() for text in ax.texts] == ["7", "3", "a", "b", "c"]
     colours = [bar.get_facecolor() for bar in ax.patches]
@@ -52,7 +52,7 @@ def test_long_names_are_broken_once_and_then_cut(figure):
 @pytest.mark.parametrize(("p_lower", "height"), [(0.4, 0.0), (0.75, 0.5)])
 def test_a_proof_stands_on_its_curve_or_at_zero(figure, p_lower, height):
     ax = panels.add_panel(figure, (1, 0, 2, 2))
-    panels.plot_proof(p_lower, ax, reach=0.9, radius_of=[(0.5, 0.0), (1.0, 1.0)], right=True)
+    panels.plot_proof(p_lower, ax, curve=(np.array([0.5, 1.0]), np.array([0.0, 1.0])), right=True)
     point = ax.lines[-1]
     np.testing.assert_allclose((point.get_xdata()[0], point.get_ydata()[0]), (p_lower, height))
 

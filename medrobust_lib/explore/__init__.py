@@ -5,15 +5,8 @@ The views also serve as static figures in headless runs. ipywidgets is loaded on
 
 # ruff: noqa: F401 -- what is imported here is what the room offers
 
-from medrobust_lib.explore.answers import (
-    AnswerGrid,
-    answer_view,
-    clusters_view,
-    explore_answers,
-    prepare_answers,
-)
+from medrobust_lib.explore.answers import answer_view, clusters_view, explore_answers, prepare_answers
 from medrobust_lib.explore.images import (
-    EncodedImages,
     adapters_view,
     corruption_view,
     explore_adapters,

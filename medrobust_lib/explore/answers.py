@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import product
 from textwrap import fill
 from typing import Any, NamedTuple
 
@@ -12,18 +13,10 @@ from matplotlib.figure import Figure
 
 from medrobust_lib.data.questions import QuestionSet
 from medrobust_lib.experiments import progress
-from medrobust_lib.explore.instrument import Instrument, level_slider
+from medrobust_lib.explore.instrument import Instrument, control, level_slider
+from medrobust_lib.generative import errors
 from medrobust_lib.generative.answers import AnswerBank, Drawing
 from medrobust_lib.generative.certify import GenerativeCertificate, certify_answers
-from medrobust_lib.generative.errors import (
-    SAME,
-    ErrorModel,
-    ErrorRate,
-    FalsePositives,
-    InconsistentErrorRateError,
-    SymmetricErrors,
-    TotalErrors,
-)
 from medrobust_lib.generative.oracles import Equivalence, Oracle, judged
 from medrobust_lib.plots import panels, plot_label_votes, shorten
 from medrobust_lib.smoothing.bounds import ALPHA, FEW_N, FEW_N0, certified_radius, maximum_radius
@@ -114,26 +107,20 @@ def prepare_answers(
         Banks of `collect_answers` with the same draws, by task: their answers are not drawn again.
     """
     how = how or Drawing(sigma=sigmas[0], max_new_tokens=24)
+    there = {(task, bank.index, bank.how): bank for task, given in (known or {}).items() for bank in given}
+    places = [place for place in positions if place < min(map(len, questions.values()))]
     banks = {}
-    length = min(map(len, questions.values()))
-    for task, part in questions.items():
-        for sigma in map(float, sigmas):
-            drawn = replace(how, sigma=sigma)
-            for position in (place for place in positions if place < length):
-                index = int(part.indices[position])
-                there = [bank for bank in (known or {}).get(task, ()) if bank.index == index and bank.how == drawn]
-                if there:
-                    banks[task, position, sigma] = there[0]
-                else:
-                    image = vlm.prepare([part.images[position]])[0]
-                    prompt, where = part.questions[position], {"dataset": part.id, "index": index}
-                    banks[task, position, sigma] = AnswerBank(vlm, image, prompt, drawn, **where)
-    wanted = [("select", number) for number in range(n0)] + [("estimate", number) for number in range(n)]
-    empty = [bank for bank in banks.values() if any(address not in bank.kept for address in wanted)]
-    for bank in progress(
-        empty, total=len(banks), done=len(banks) - len(empty), description="answers for the instrument",
-        unit="images x sigmas x questions", resumes=False,
-    ):  # fmt: skip
+    for (task, part), sigma, position in product(questions.items(), map(float, sigmas), places):
+        drawn, index = replace(how, sigma=sigma), int(part.indices[position])
+        bank = there.get((task, index, drawn))
+        if bank is None:
+            image = vlm.prepare([part.images[position]])[0]
+            bank = AnswerBank(vlm, image, part.questions[position], drawn, dataset=part.id, index=index)
+        banks[task, position, sigma] = bank
+    told = {"description": "answers for the instrument", "unit": "images x sigmas x questions"}
+    wanted = {*(("select", number) for number in range(n0)), *(("estimate", number) for number in range(n))}
+    empty = [bank for bank in banks.values() if not wanted <= bank.kept.keys()]
+    for bank in progress(empty, total=len(banks), done=len(banks) - len(empty), resumes=False, **told):
         bank.answers("select", 0, n0)
         bank.answers("estimate", 0, n)
     return AnswerGrid(questions, oracles, banks, n0=n0, n=n, alpha=alpha)
@@ -185,18 +172,23 @@ def clusters_view(
     panels.add_picture(figure, (2.3, 0.75, 1.1, 1.1), copy, f"sigma {sigma:g}")
     bars = panels.add_panel(figure, (5.9, 0.75, 1.25, height), f"{n} answers, by meaning")
     chosen = next((row for row, group in enumerate(groups) if group.name == found.answer), None)
-    panels.plot_named_bars(
-        [group.size for group in groups], [""] * len(groups), bars, total=n, truth=chosen, counts=True
-    )
+    sizes = [group.size for group in groups]
+    panels.plot_named_bars(sizes, [], bars, total=n, truth=chosen)
     across = bars.get_yaxis_transform()
     for row, group in enumerate(groups):
         # The name of a cluster is a text itself; saying it twice would be no help.
         head = "" if group.example == group.name else f"{shorten(group.name, 38)}\n"
         text = f"{head}{fill(shorten(group.example, 80), 34)}"
-        bars.text(-0.06, row, text, transform=across, ha="right", va="center", fontsize=7.5,
-                  color="0.15")  # fmt: skip
-    bars.set_xlabel("blue: tested", fontsize=8)
-    _radii(figure, (8.75, 0.75, 1.5, 2.3), radii, refusals, most=maximum_radius(n, grid.alpha, sigma))
+        bars.text(-0.06, row, text, transform=across, ha="right", va="center", fontsize=7.5, color="0.15")
+    bars.set_xlabel("blue: tested")
+    # Knowing the rate of symmetric errors can prove more than the votes alone.
+    most = max(maximum_radius(n, grid.alpha, sigma), *radii.values())
+    nothing = {name: "refused" if name in refusals else "abstains" for name in radii}
+    told = [f"{radius:.3f}" if radius else nothing[name] for name, radius in radii.items()]
+    proved = panels.add_panel(figure, (8.75, 0.75, 1.5, 2.3), "certified radius")
+    panels.plot_named_bars(list(radii.values()), list(radii), proved, total=most, truth=0, told=told)
+    proved.set_xticks((0, most), ("0", f"{most:.2f}"))
+    proved.set_xlabel("L2, [0, 1] pixels")
     panels.add_caption(figure, height + 1.35, _words(found, oracle, error_rate))
     return figure
 
@@ -244,37 +236,22 @@ def corrected_radii(
         Why an error model cannot be true.
     """
     labelled = callable(getattr(reader, "label", None))
-    label, rate = (found.answer if labelled else SAME), ErrorRate(error_rate)
-    models: dict[str, ErrorModel] = {
-        "symmetric errors": SymmetricErrors(rate, n_labels=len(reader.labels) if labelled else 2),
-        "false positives": FalsePositives({label: rate}),
-        "any errors": TotalErrors(rate),
+    label, rate = (found.answer if labelled else errors.SAME), errors.ErrorRate(error_rate)
+    models: dict[str, errors.ErrorModel] = {
+        "symmetric errors": errors.SymmetricErrors(rate, n_labels=len(reader.labels) if labelled else 2),
+        "false positives": errors.FalsePositives({label: rate}),
+        "any errors": errors.TotalErrors(rate),
     }
     radii, refusals = {"oracle's label": found.composite.radius}, {}
     for name, model in models.items():
-        radii[name] = 0.0
-        if found.answer is None:
-            continue
         try:
             # A known rate takes nothing of alpha, so the bound of the votes is that of the composite certificate.
-            p_lower = model.corrected(found.composite.p_lower, label=label, alpha=alpha)
-        except InconsistentErrorRateError as error:
-            refusals[name] = str(error)
-        else:
+            proved = found.composite.p_lower
+            p_lower = 0.0 if found.answer is None else model.corrected(proved, label=label, alpha=alpha)
             radii[name] = float(certified_radius(p_lower, found.composite.sigma))
+        except errors.InconsistentErrorRateError as error:
+            radii[name], refusals[name] = 0.0, str(error)
     return radii, refusals
-
-
-def _radii(
-    figure: Figure, box: panels.Box, radii: Mapping[str, float], refusals: Mapping[str, str], *, most: float
-) -> None:
-    ax = panels.add_panel(figure, box, "certified radius")
-    most = max(most, *radii.values())  # knowing the rate of symmetric errors can prove more than the votes alone
-    nothing = {name: "refused" if name in refusals else "abstains" for name in radii}
-    told = [f"{radius:.3f}" if radius else nothing[name] for name, radius in radii.items()]
-    panels.plot_named_bars(list(radii.values()), list(radii), ax, total=most, truth=0, told=told)
-    ax.set_xticks((0, most), ("0", f"{most:.2f}"))
-    ax.set_xlabel("L2, [0, 1] pixels", fontsize=8)
 
 
 def _words(found: GenerativeCertificate, oracle: str, error_rate: float) -> str:
@@ -296,17 +273,15 @@ def explore_answers(grid: AnswerGrid) -> Instrument:
     grid : AnswerGrid
         From `prepare_answers`; only what is in it can be chosen.
     """
-    import ipywidgets as widgets
-
     first = grid.questions[grid.tasks[0]]
     images = [(f"image {int(first.indices[position])}", position) for position in grid.positions]
     counts = sorted({max(10, grid.n // 4), max(10, grid.n // 2), grid.n})
     controls = {
-        "task": widgets.Dropdown(options=grid.tasks, description="question"),
-        "index": widgets.Dropdown(options=images, description="image"),
+        "task": control("Dropdown", "question", options=grid.tasks),
+        "index": control("Dropdown", "image", options=images),
         "sigma": level_slider(grid.sigmas, grid.sigmas[len(grid.sigmas) // 2]),
-        "n": widgets.SelectionSlider(options=counts, value=grid.n, description="draws n", continuous_update=False),
-        "oracle": widgets.Dropdown(options=list(grid.oracles[grid.tasks[0]]), description="oracle"),
+        "n": control("SelectionSlider", "draws n", options=counts, value=grid.n),
+        "oracle": control("Dropdown", "oracle", options=list(grid.oracles[grid.tasks[0]])),
         "error_rate": level_slider(RATES, 0.05, description="error rate"),
     }
 
@@ -318,7 +293,6 @@ def explore_answers(grid: AnswerGrid) -> Instrument:
 
     # Before the instrument looks at the controls, so that it never meets a question with another one's reader.
     controls["task"].observe(follow, "value")
-
     hint = "All answers shown were drawn before: moving a control asks the model nothing."
     return Instrument(partial(clusters_view, grid), controls, hint=hint)
 
@@ -342,12 +316,11 @@ def answer_view(
     seed : int
     """
     pixels = vlm.prepare([questions.images[index]])[0].to(vlm.device)
-    how = Drawing(sigma=sigma, seed=seed)
-    address = {"dataset": questions.id, "index": int(questions.indices[index])}
-    bank = AnswerBank(vlm, pixels, questions.questions[index], how, **address)
+    how, place = Drawing(sigma=sigma, seed=seed), int(questions.indices[index])
+    bank = AnswerBank(vlm, pixels, questions.questions[index], how, dataset=questions.id, index=place)
     texts = bank.texts("select", 0, n)
     labels = judged(oracle, texts).labels
-    copies = noisy_copies(pixels, NoiseStream(seed, questions.id, address["index"], sigma, "select"), count=3).cpu()
+    copies = noisy_copies(pixels, NoiseStream(seed, questions.id, place, sigma, "select"), count=3).cpu()
     figure, axes = plt.subplots(1, 5, figsize=(11.5, 2.6), width_ratios=(1, 1, 1, 1, 1.4), layout="constrained")
     truth = questions.truths[index]
     shown = [(pixels.cpu(), f"clean\n{'' if truth is None else 'truth: ' + truth}")]

@@ -3,9 +3,9 @@
 Features that are looked at again and again are encoded when first asked for, then kept.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache, partial
+from functools import lru_cache, partial
 from typing import Any
 
 import numpy as np
@@ -19,25 +19,17 @@ from medrobust_lib.corruptions.suites import corrupted, find_suite
 from medrobust_lib.data.dataset import ImageDataset
 from medrobust_lib.evaluation import Candidate
 from medrobust_lib.experiments import progress
-from medrobust_lib.explore.instrument import Instrument, image_slider, level_slider
+from medrobust_lib.explore.instrument import Instrument, control, image_slider, level_slider
 from medrobust_lib.models.dual_encoder import DualEncoder
 from medrobust_lib.plots import leading, panels, shorten, shown_of
-from medrobust_lib.smoothing.bounds import (
-    ALPHA,
-    FEW_N,
-    FEW_N0,
-    certified_radius,
-    check_alpha,
-    lower_confidence_bound,
-    minimum_count,
-)
+from medrobust_lib.smoothing import bounds
+from medrobust_lib.smoothing.bounds import ALPHA, FEW_N, FEW_N0
 from medrobust_lib.smoothing.certificate import ABSTAIN, GUARANTEES
 from medrobust_lib.smoothing.certify import FixedPlan, Verdict, take_votes
 from medrobust_lib.smoothing.methods import FixedPrompts
 from medrobust_lib.smoothing.noise import NoiseStream, Role, make_batches, noisy_copies
 
 _KEPT = 256  # feature sets: some tens of megabytes
-_TEXTS_KEPT = 1024
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,28 +48,41 @@ class EncodedImages:
     dataset: ImageDataset
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        # Caches of this object, not of the class: they go when it goes.
+        for name, most in {"clean": _KEPT, "noisy": _KEPT, "text": 1024}.items():
+            object.__setattr__(self, name, lru_cache(most)(getattr(self, name)))
+
     def pixels(self, index: int) -> Tensor:
         """Image as the model takes it, float32 [3, H, W] in [0, 1]."""
         return self.model.prepare(self.dataset.images[index : index + 1])[0].to(self.model.device)
 
-    # Caches of this object, not of the class: they go when it goes.
-    @cached_property
-    def clean(self) -> Callable[[int], Tensor]:
-        """Feature of an image by its index, float32 [d], unit norm."""
-        return lru_cache(_KEPT)(self._encode)
+    # No inference mode: prompts are adapted to these features, and a gradient has to pass.
+    @torch.no_grad()
+    def clean(self, index: int) -> Tensor:
+        """Feature of an image, float32 [d], unit norm."""
+        return self.model.encode_image(self.pixels(index)[None])[0].float()
 
-    @cached_property
-    def noisy(self) -> Callable[..., Tensor]:
-        """Features of the first noisy copies by index, sigma, role and count, float32 [count, d], unit norm."""
-        return lru_cache(_KEPT)(self._encode_noisy)
+    @torch.no_grad()
+    def noisy(self, index: int, *, sigma: float, role: Role, count: int) -> Tensor:
+        """Features of the first noisy copies of an image, float32 [count, d], unit norm."""
+        if sigma == 0:  # all copies are the image
+            return self.clean(index).expand(count, -1)
+        pixels, stream = self.pixels(index), self._stream(index, sigma, role)
 
-    @cached_property
-    def _text(self) -> Callable[[str], Tensor]:
-        return lru_cache(_TEXTS_KEPT)(self._encode_text)
+        def encode(first: int, count: int) -> Tensor:
+            return self.model.encode_image(noisy_copies(pixels, stream, first=first, count=count)).float()
+
+        return torch.cat(list(make_batches(None, pixels.device, tuple(pixels.shape)).map(encode, first=0, count=count)))
+
+    @torch.no_grad()
+    def text(self, sentence: str) -> Tensor:
+        """Feature of a sentence, float32 [d], unit norm."""
+        return self.model.encode_text([sentence])[0].float()
 
     def texts(self, sentences: Sequence[str]) -> Tensor:
         """Features of sentences, float32 [k, d], unit norm."""
-        return torch.stack([self._text(sentence) for sentence in sentences])
+        return torch.stack([self.text(sentence) for sentence in sentences])
 
     def noisy_copy(self, index: int, sigma: float) -> Tensor:
         """First copy that votes in a certificate, float32 [3, H, W]; not clipped."""
@@ -125,28 +130,6 @@ class EncodedImages:
     def _stream(self, index: int, sigma: float, role: Role) -> NoiseStream:
         return NoiseStream(self.seed, self.dataset.id, int(self.dataset.indices[index]), sigma, role)
 
-    # No inference mode: prompts are adapted to these features, and a gradient has to pass.
-    @torch.no_grad()
-    def _encode(self, index: int) -> Tensor:
-        return self.model.encode_image(self.pixels(index)[None])[0].float()
-
-    @torch.no_grad()
-    def _encode_text(self, sentence: str) -> Tensor:
-        return self.model.encode_text([sentence])[0].float()
-
-    @torch.no_grad()
-    def _encode_noisy(self, index: int, *, sigma: float, role: Role, count: int) -> Tensor:
-        if sigma == 0:  # all copies are the image
-            return self.clean(index).expand(count, -1)
-        pixels, stream = self.pixels(index), self._stream(index, sigma, role)
-
-        def encode(first: int, count: int) -> Tensor:
-            return self.model.encode_image(noisy_copies(pixels, stream, first=first, count=count)).float()
-
-        return torch.cat(list(make_batches(None, pixels.device, tuple(pixels.shape)).map(encode, first=0, count=count)))
-
-
-"""Selection draws, estimation draws and failure probability of the certificates that instruments show."""
 
 SIGMAS = (0.0, 0.02, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.75, 1.0)
 """Noise levels of the slider, in [0, 1] pixel units."""
@@ -160,13 +143,13 @@ def noise_view(
     *,
     index: int,
     sigma: float,
-    n0: int = FEW_N0,
     n: int = FEW_N,
-    alpha: float = ALPHA,
     seed: int = 0,
     encoded: EncodedImages | None = None,
 ) -> Figure:
     """Draw one noisy image and its prediction, the votes over n noisy copies, and the radius that they certify.
+
+    The failure probability of the certificate is `bounds.ALPHA`, and `bounds.FEW_N0` draws choose the class.
 
     Parameters
     ----------
@@ -178,57 +161,43 @@ def noise_view(
         Position in the data set, 0 to n-1.
     sigma : float
         Noise standard deviation in [0, 1] pixel units at the model's input size; at 0 nothing is certified.
-    n0, n : int
-        Draws that choose the class, and draws that count votes for it.
-    alpha : float in (0, 1)
-        Failure probability of the certificate.
+    n : int
+        Draws that count votes for the class.
     seed : int
     encoded : EncodedImages, optional
         Of the same model, data set and seed; keeps features from one call to the next.
     """
     encoded = encoded or EncodedImages(model, dataset, seed)
-    check_alpha(alpha)
-    verdict, votes = encoded.verdict(index, class_features, sigma=sigma, n0=n0, n=n, alpha=alpha)
+    verdict, votes = encoded.verdict(index, class_features, sigma=sigma, n0=FEW_N0, n=n, alpha=ALPHA)
     one = encoded.noisy(index, sigma=sigma, role="estimate", count=n)[:1]
     probabilities = model.probabilities(one, class_features)[0].cpu()
-    truth = int(dataset.labels[index])
-    names = dataset.classes
+    truth, names = int(dataset.labels[index]), dataset.classes
     kept = leading(votes, keep=[truth])
-    height = max(2.5, 0.27 * len(kept))
-    figure = panels.fixed_figure(10.2, height + 1.75 + 0.15 * (len(kept) < len(names)))
-    answer, chance = shorten(names[int(probabilities.argmax())], 30), float(probabilities.max())
-    panels.add_picture(
-        figure, (0.1, 0.45, 2.4, 2.4), encoded.noisy_copy(index, sigma), f"truth: {shorten(names[truth], 28)}"
-    )
-    panels.add_words(
-        figure, 0.1, 2.95, f"one copy at sigma = {sigma:g}; the model says\n{answer} ({chance:.0%})", width=60,
-        color="0.15",
-    )  # fmt: skip
+    left_out = shown_of(len(kept), len(names), "those with most votes")
+    height, more = max(2.5, 0.27 * len(kept)), 0.15 * bool(left_out)
+    figure = panels.fixed_figure(10.2, height + 1.75 + more)
+    title = f"truth: {shorten(names[truth], 28)}"
+    panels.add_picture(figure, (0.1, 0.45, 2.4, 2.4), encoded.noisy_copy(index, sigma), title)
+    answer = f"{shorten(names[int(probabilities.argmax())], 30)} ({float(probabilities.max()):.0%})"
+    words = f"one copy at sigma = {sigma:g}; the model says\n{answer}"
+    panels.add_words(figure, 0.1, 2.95, words, width=60, color="0.15")
     bars = panels.add_panel(figure, (4.7, 0.45, 2.3, height), f"votes of {n} noisy copies")
-    place = int(np.searchsorted(kept, truth))
-    panels.plot_named_bars(votes[kept], [names[k] for k in kept], bars, total=n, truth=place, counts=True)
+    panels.plot_named_bars(votes, names, bars, total=n, truth=truth, shown=kept)
     bars.axvline(n / 2, color="0.5", ls=":", lw=1)
-    told = shown_of(len(kept), len(names), "those with most votes")
-    bars.set_xlabel("votes; blue: the true class, dotted: half" + told, fontsize=8)
-    _proof(figure, (8.05, 0.45, 2.0, height), verdict, truth=truth, sigma=sigma, n=n, alpha=alpha)
-    words = proof_in_words(verdict, names, truth=truth, sigma=sigma, n0=n0, alpha=alpha)
-    panels.add_caption(figure, height + 1.05 + 0.15 * (len(kept) < len(names)), words)
+    bars.set_xlabel("votes; blue: the true class, dotted: half" + left_out)
+    right = verdict.predicted == truth
+    title = f"{'certified' if right else 'wrong class,'} radius {verdict.radius:.3f}"
+    title = "abstains" if verdict.predicted == ABSTAIN else title
+    proof = panels.add_panel(figure, (8.05, 0.45, 2.0, height), title if sigma else "no noise, no certificate")
+    if sigma:
+        provable = np.linspace(0.5, bounds.lower_confidence_bound(n, n, ALPHA), 40)
+        curve = provable, bounds.certified_radius(provable, sigma)
+        panels.plot_proof(verdict.p_lower, proof, curve=curve, right=right)
+    else:
+        proof.set_axis_off()
+    words = proof_in_words(verdict, names, truth=truth, sigma=sigma, n0=FEW_N0, alpha=ALPHA)
+    panels.add_caption(figure, height + 1.05 + more, words)
     return figure
-
-
-def _proof(
-    figure: Figure, box: panels.Box, verdict: Verdict, *, truth: int, sigma: float, n: int, alpha: float
-) -> None:
-    if sigma == 0:
-        panels.add_panel(figure, box, "no noise, no certificate").set_axis_off()
-        return
-    told = "abstains" if verdict.predicted == ABSTAIN else f"certified radius {verdict.radius:.3f}"
-    if verdict.predicted not in (ABSTAIN, truth):
-        told = f"wrong class, radius {verdict.radius:.3f}"
-    reach = lower_confidence_bound(n, n, alpha)
-    grid = np.linspace(0.5, reach, 40)
-    curve = {"reach": reach, "radius_of": list(zip(grid, certified_radius(grid, sigma), strict=True))}
-    panels.plot_proof(verdict.p_lower, panels.add_panel(figure, box, told), right=verdict.predicted == truth, **curve)
 
 
 def proof_in_words(verdict: Verdict, names: tuple[str, ...], *, truth: int, sigma: float, n0: int, alpha: float) -> str:
@@ -239,7 +208,7 @@ def proof_in_words(verdict: Verdict, names: tuple[str, ...], *, truth: int, sigm
     draws = f"{n0} draws choose the class, of {verdict.n} fresh ones {verdict.k} vote for it"
     proved = f"p > {verdict.p_lower:.3f} with confidence {1 - alpha:g}"
     if verdict.predicted == ABSTAIN:
-        least = minimum_count(verdict.n, alpha) if verdict.n else 0
+        least = bounds.minimum_count(verdict.n, alpha) if verdict.n else 0
         return f"{draws}: {proved}. Abstains: {least} votes are the fewest that prove a majority. {guarantee}"
     wrong = "wrong: a certificate says that the answer stays, not that it is right"
     right = "right" if verdict.predicted == truth else wrong
@@ -247,33 +216,21 @@ def proof_in_words(verdict: Verdict, names: tuple[str, ...], *, truth: int, sigm
 
 
 def explore_noise(
-    model: DualEncoder,
-    dataset: ImageDataset,
-    class_features: Tensor,
-    *,
-    sigmas: tuple[float, ...] = SIGMAS,
-    n0: int = FEW_N0,
-    n: int = FEW_N,
-    alpha: float = ALPHA,
-    index: int = 0,
-    seed: int = 0,
+    model: DualEncoder, dataset: ImageDataset, class_features: Tensor, *, n: int = FEW_N, index: int = 0, seed: int = 0
 ) -> Instrument:
     """Build the instrument of notebook 02: move the noise, see picture, votes and certified radius.
 
     Parameters
     ----------
-    model, dataset, class_features, n0, n, alpha, seed
+    model, dataset, class_features, n, seed
         As in `noise_view`.
-    sigmas : tuple of float
-        Levels of the slider.
     index : int
         Image to begin with.
     """
     encoded = EncodedImages(model, dataset, seed)
-    controls = {"index": image_slider(len(dataset), index), "sigma": level_slider(sigmas, 0.1)}
-
-    options = {"n0": n0, "n": n, "alpha": alpha, "seed": seed, "encoded": encoded}
-    return Instrument(partial(noise_view, model, dataset, class_features, **options), controls)
+    controls = {"index": image_slider(len(dataset), index), "sigma": level_slider(SIGMAS, 0.1)}
+    draw = partial(noise_view, model, dataset, class_features, n=n, seed=seed, encoded=encoded)
+    return Instrument(draw, controls)
 
 
 def adapters_view(
@@ -316,23 +273,21 @@ def adapters_view(
     towers = [Candidate(tower, class_features) for tower in (base, adapted[adapter])]
     pairs = [[_probabilities(tower, data) for tower in towers] for data in (clean, worse)]
     kept = leading(np.max(pairs, axis=(0, 1)), keep=[truth])
-    place, left_out = int(np.searchsorted(kept, truth)), shown_of(len(kept), len(names), "the likeliest")
-    height = max(2.1, 0.25 * len(kept))
-    figure = panels.fixed_figure(10.8, height + 1.25 + 0.15 * bool(left_out))
+    left_out = shown_of(len(kept), len(names), "the likeliest")
+    height, more = max(2.1, 0.25 * len(kept)), 0.15 * bool(left_out)
+    figure = panels.fixed_figure(10.8, height + 1.25 + more)
     shown = [(clean, "clean", 0.1, 4.0), (worse, f"{corruption.replace('_', ' ')}, severity {severity}", 6.45, 8.6)]
     told = []
     for (data, title, left, bars_left), (before, after) in zip(shown, pairs, strict=True):
         panels.add_picture(figure, (left, 0.45, 2.0, 2.0), data.images[0], title)
-        bars = panels.add_panel(figure, (bars_left, 0.45, 1.9, height), _answer(after, names, truth))
-        panels.plot_named_bars(
-            after[kept], [names[k] for k in kept], bars, total=1, truth=place, before=before[kept],
-            show_names=data is clean,
-        )  # fmt: skip
-        bars.set_xlabel("probability; thin: before" + left_out, fontsize=8)
-        told.append(f"{title}: {names[int(before.argmax())]} before, {names[int(after.argmax())]} after")
-    panels.add_caption(
-        figure, height + 0.95 + 0.15 * bool(left_out), f"{adapter}. {'; '.join(told)}. Truth: {names[truth]}."
-    )
+        was, now = names[int(before.argmax())], names[int(after.argmax())]
+        answer = f"{'right' if int(after.argmax()) == truth else 'wrong'}: {shorten(now, 22)}"
+        bars = panels.add_panel(figure, (bars_left, 0.45, 1.9, height), answer)
+        shown_names = names if data is clean else ()
+        panels.plot_named_bars(after, shown_names, bars, total=1, truth=truth, before=before, shown=kept)
+        bars.set_xlabel("probability; thin: before" + left_out)
+        told.append(f"{title}: {was} before, {now} after")
+    panels.add_caption(figure, height + 0.95 + more, f"{adapter}. {'; '.join(told)}. Truth: {names[truth]}.")
     return figure
 
 
@@ -373,13 +328,13 @@ def corruption_view(
     panels.add_picture(figure, (2.5, 0.45, 2.0, 2.0), worse.images[0], title)
     spectra = panels.add_panel(figure, (5.3, 0.45, 5.2, 1.75), "power of the gray image (log scale)")
     panels.plot_spectra({"clean": _spectrum(clean.images), "corrupted": _spectrum(worse.images)}, spectra)
-    found = {who: [_probabilities(candidate, part) for part in (clean, worse)] for who, candidate in candidates.items()}
+    found = [[_probabilities(candidate, part) for part in (clean, worse)] for candidate in candidates.values()]
     moves = panels.add_panel(figure, (1.9, 3.15, 4.6, height), "hollow: clean image; filled: corrupted")
-    before, after = (np.array([pair[which][truth] for pair in found.values()]) for which in (0, 1))
-    panels.plot_moves(before, after, moves, right=[bool(pair[1].argmax() == truth) for pair in found.values()])
-    panels.write_names(list(found), moves, width=24)
+    before, after = np.array(found).transpose(1, 0, 2)  # [C, K] each
+    panels.plot_moves(before[:, truth], after[:, truth], moves, right=after.argmax(1) == truth)
+    panels.write_names(list(candidates), moves, width=24)
     across = moves.get_yaxis_transform()
-    for row, pair in enumerate(found.values()):
+    for row, pair in enumerate(found):
         words = [f"{shorten(names[int(one.argmax())], 36)} ({one.max():.0%})" for one in pair]
         moves.text(1.04, row, f"clean: {words[0]}\nnow: {words[1]}", transform=across, va="center", fontsize=8)
     words = "dot: the corrupted image is classified correctly; cross: it is not"
@@ -397,9 +352,7 @@ def explore_adapters(
     seed: int = 0,
 ) -> Instrument:
     """Build the instrument of notebook 04: choose an adapter, see one image before and after, clean and corrupted."""
-    import ipywidgets as widgets
-
-    adapter = widgets.Dropdown(options=list(adapted), description="adapter", layout=widgets.Layout(width="27em"))
+    adapter = control("Dropdown", "adapter", options=list(adapted), layout={"width": "27em"})
     controls = {"adapter": adapter, **_corruption_controls(dataset, suite)}
     draw = partial(adapters_view, base, adapted, dataset, class_features, suite=suite, seed=seed)
     return Instrument(draw, controls)
@@ -414,12 +367,10 @@ def explore_corruptions(
 
 
 def _corruption_controls(dataset: ImageDataset, suite: str) -> dict[str, Any]:
-    import ipywidgets as widgets
-
     return {
         "index": image_slider(len(dataset)),
-        "corruption": widgets.Dropdown(options=find_suite(suite).names(dataset.id), description="corruption"),
-        "severity": widgets.IntSlider(3, min=0, max=5, description="severity", continuous_update=False),
+        "corruption": control("Dropdown", "corruption", options=find_suite(suite).names(dataset.id)),
+        "severity": control("IntSlider", "severity", value=3, min=0, max=5),
     }
 
 
@@ -435,8 +386,3 @@ def _spectrum(images: NDArray[np.uint8]) -> tuple[NDArray, NDArray]:
     """Frequency (fraction of Nyquist) and mean power of gray images without their mean."""
     gray = images.mean(3) / 255
     return radial_profile(dct_power(gray - gray.mean((1, 2), keepdims=True)))
-
-
-def _answer(probabilities: NDArray, names: Sequence[str], truth: int) -> str:
-    answer = int(probabilities.argmax())
-    return f"{'right' if answer == truth else 'wrong'}: {shorten(names[answer], 22)}"

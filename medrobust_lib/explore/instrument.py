@@ -4,10 +4,9 @@ import gc
 import html
 import io
 import logging
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache, partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -24,15 +23,7 @@ logger = logging.getLogger(__name__)
 
 _KEPT = 64
 _DPI = 90  # sharp enough on a screen; every dot more is paid for at every move
-_LABELS = "7.5em"
 _MARGIN = 10  # pixels below the lowest panel
-
-
-class Shown(NamedTuple):
-    """PNG of a figure, and its caption as HTML."""
-
-    png: bytes
-    caption: str
 
 
 class Instrument:
@@ -80,7 +71,7 @@ class Instrument:
         # Only what worked is kept: an error is none of the cache's results.
         self._shown = lru_cache(kept)(lambda **values: picture_of(partial(draw, **values)))
         for control in self.controls.values():
-            control.style = {"description_width": _LABELS}
+            control.style = {"description_width": "7.5em"}
             control.observe(self._changed, "value")
         help_lines = [widgets.HTML(f"<small>{html.escape(hint)}</small>")] if hint else []
         rows = widgets.Box(list(self.controls.values()), layout=widgets.Layout(flex_flow="row wrap"))
@@ -96,35 +87,28 @@ class Instrument:
             self.message.value = ""
         except Exception as error:  # whatever it is, a person at the sliders has to read it
             logger.info("the instrument failed at %s", values, exc_info=True)
-            self.message.value = _in_words(error)
+            what = html.escape(f"{type(error).__name__}: {error}")
+            told = f'<span style="color:#a00000">{what}</span>'
+            self.message.value = f"{told}<br><small>The picture shows the last values that worked.</small>"
 
     def _changed(self, change: Mapping[str, Any]) -> None:
-        with _young_garbage_only():
+        # A figure is full of cycles. They are collected at once, and nothing else is: left alone they grow old, and now
+        # and then a collection of everything, with models and libraries in memory, takes longer than drawing does.
+        enabled = gc.isenabled()
+        gc.disable()
+        try:
             self.redraw()
+        finally:
+            if enabled:
+                gc.enable()
+            gc.collect(1)
 
     def _repr_mimebundle_(self, **options: Any) -> Any:
         return self.widget._repr_mimebundle_(**options)
 
 
-@contextmanager
-def _young_garbage_only() -> Iterator[None]:
-    """Collect what a figure leaves behind at once, and nothing else.
-
-    A figure is full of cycles. Left alone they grow old, and now and then a collection of everything, with models and
-    libraries in memory, takes longer than drawing does.
-    """
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
-        gc.collect(1)
-
-
-def picture_of(draw: Callable[[], Figure]) -> Shown:
-    """Picture of the figure that a function draws; every figure it opened is closed, also when it fails."""
+def picture_of(draw: Callable[[], Figure]) -> tuple[bytes, str]:
+    """PNG of the figure that a function draws, and its caption as HTML; figures it opened are closed, come what may."""
     before = set(plt.get_fignums())
     try:
         figure = draw()
@@ -139,28 +123,26 @@ def picture_of(draw: Callable[[], Figure]) -> Shown:
         png = io.BytesIO()
         # More compression takes longer than sending the bytes to a browser on the same computer.
         Image.fromarray(np.ascontiguousarray(pixels)).save(png, format="png", compress_level=1)
-        return Shown(png.getvalue(), f'<div style="line-height:1.4;font-size:90%">{caption}</div>' if caption else "")
+        return png.getvalue(), f'<div style="line-height:1.4;font-size:90%">{caption}</div>' if caption else ""
     finally:
         for number in set(plt.get_fignums()) - before:
             plt.close(number)
 
 
+def control(kind: str, description: str, **options: Any) -> "Widget":
+    """Widget of ipywidgets by the name of its class; a slider or text tells its value when it is left, not before."""
+    import ipywidgets
+
+    when_left = {} if kind == "Dropdown" else {"continuous_update": False}
+    return getattr(ipywidgets, kind)(description=description, **when_left, **options)
+
+
 def image_slider(length: int, first: int = 0) -> "Widget":
     """Slider over the images of a data set."""
-    import ipywidgets as widgets
-
-    return widgets.IntSlider(first, 0, length - 1, description="image", continuous_update=False)
+    return control("IntSlider", "image", value=first, min=0, max=length - 1)
 
 
-def level_slider(levels: "list[float] | tuple[float, ...]", value: float, description: str = "sigma") -> "Widget":
+def level_slider(levels: Sequence[float], value: float, description: str = "sigma") -> "Widget":
     """Slider over given noise levels, in [0, 1] pixel units; it begins at the one that is nearest to `value`."""
-    import ipywidgets as widgets
-
     nearest = min(levels, key=lambda level: abs(level - value))
-    options = [(f"{level:g}", level) for level in levels]
-    return widgets.SelectionSlider(options=options, value=nearest, description=description, continuous_update=False)
-
-
-def _in_words(error: Exception) -> str:
-    what = html.escape(f"{type(error).__name__}: {error}")
-    return f'<span style="color:#a00000">{what}</span><br><small>The picture shows the last values that worked.</small>'
+    return control("SelectionSlider", description, options=[(f"{level:g}", level) for level in levels], value=nearest)

@@ -1,6 +1,6 @@
 """Instruments of notebooks 01 and 03: an image against sentences of one's own, and prompts adapted to an image."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache, partial
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from medrobust_lib.data.dataset import ImageDataset, stratified_positions
 from medrobust_lib.explore.images import EncodedImages
-from medrobust_lib.explore.instrument import Instrument, image_slider, level_slider
+from medrobust_lib.explore.instrument import Instrument, control, image_slider, level_slider
 from medrobust_lib.models.dual_encoder import DualEncoder
 from medrobust_lib.plots import MOST_CLASSES, leading, panels, shorten, shown_of
 from medrobust_lib.smoothing.bounds import ALPHA, FEW_N, FEW_N0
@@ -72,9 +72,9 @@ def similarity_view(
     panels.plot_dots(values, left, chosen=closest, limits=limits or (float(values.min()), float(values.max())))
     panels.write_names(prompts, left, truth=closest, width=48)
     right = panels.add_panel(figure, (8.2, 0.45, 1.6, height), "softmax over these prompts")
-    panels.plot_named_bars(probabilities, prompts, right, total=1, truth=closest, show_names=False)
-    left.set_xlabel(f"blue: the closest prompt{left_out}", fontsize=8)
-    right.set_xlabel("probability", fontsize=8)
+    panels.plot_named_bars(probabilities, (), right, total=1, truth=closest)
+    left.set_xlabel(f"blue: the closest prompt{left_out}")
+    right.set_xlabel("probability")
     return figure
 
 
@@ -89,31 +89,21 @@ def explore_similarity(model: DualEncoder, dataset: ImageDataset, *, template: s
     template : str
         Of the prompts to begin with, with ``{}`` for the class; default: the data set's first.
     """
-    import ipywidgets as widgets
-
     encoded = EncodedImages(model, dataset)
     first = [(template or dataset.templates[0]).replace("{}", name) for name in dataset.classes]
     # One scale for all images, so that a dot that moves is a similarity that moves.
     some = torch.stack([encoded.clean(index) for index in range(min(len(dataset), 2 * min(len(first), MOST_CLASSES)))])
     cosines = some @ encoded.texts(first).T
     limits = float(cosines.min()), float(cosines.max())
-    controls = {
-        "index": image_slider(len(dataset)),
-        "prompts": widgets.Textarea(
-            "\n".join(first),
-            description="prompts",
-            rows=min(12, len(first) + 1),
-            layout=widgets.Layout(width="95%"),
-            continuous_update=False,
-        ),
-    }
+    rows = {"rows": min(12, len(first) + 1), "layout": {"width": "95%"}}
+    text = control("Textarea", "prompts", value="\n".join(first), **rows)
 
     def draw(index: int, prompts: str) -> Figure:
         lines = [line.strip() for line in prompts.splitlines() if line.strip()]
         return similarity_view(model, dataset, index=index, prompts=lines or first, limits=limits, encoded=encoded)
 
     hint = "One prompt a line. Leave the box (Tab, or a click beside it) to see the effect; empty it to begin again."
-    return Instrument(draw, controls, hint=hint)
+    return Instrument(draw, {"index": image_slider(len(dataset)), "prompts": text}, hint=hint)
 
 
 MOST_STEPS = 5
@@ -160,27 +150,16 @@ class Adaptation:
         # Without a step nothing depends on the image.
         return self._adapted(start, index, float(sigma), steps) if steps else self._adapted(start, 0, 0.0, 0)
 
-    # Caches of this object, not of the class: they go when it goes.
+    def __post_init__(self) -> None:
+        # A cache of this object, not of the class: it goes when it goes.
+        object.__setattr__(self, "_adapted", lru_cache(512)(self._adapted))
+
     @cached_property
     def _frames(self) -> dict[str, PromptFrame]:
         with torch.inference_mode(False):  # a gradient has to pass through them
             return {name: one.frame(self.model) for name, one in self.starts.items()}
 
-    @cached_property
-    def _adapted(self) -> Callable[[str, int, float, int], Tensor]:
-        return lru_cache(512)(self._adapt)
-
-    def verdict(self, class_features: Tensor, index: int, *, sigma: float) -> tuple[Verdict, Tensor]:
-        """Certificate with these prompts, frozen, and the votes; the same fresh noise for every prompt."""
-        return self.encoded.verdict(index, class_features, sigma=sigma, n0=self.n0, n=self.n, alpha=self.alpha)
-
-    def prepare(self, sigmas: Sequence[float]) -> "Adaptation":
-        """Encode all noisy copies of all images ahead."""
-        draws = [("adapt", self.n_adapt), ("select", self.n0), ("estimate", self.n)]
-        self.encoded.prepare(range(len(self.dataset)), sigmas=sigmas, draws=draws)
-        return self
-
-    def _adapt(self, start: str, index: int, sigma: float, steps: int) -> Tensor:
+    def _adapted(self, start: str, index: int, sigma: float, steps: int) -> Tensor:
         frame = self._frames[start]
         context = self.starts[start].context.to(self.model.device)
         if steps:
@@ -211,24 +190,18 @@ def methods_view(
     steps : int
         Steps on the entropy of the mean prediction, 0 or more; the method of the paper takes one.
     """
-    at_sigma = table[table.sigma == sigma]
-    curves = {
-        str(name): (rows.radius.to_numpy(), rows.certified_accuracy.to_numpy())
-        for name, rows in at_sigma.dropna(subset="certified_accuracy").groupby("method", sort=False)
-    }
-    dataset, truth = adaptation.dataset, int(adaptation.dataset.labels[index])
-    names, height = dataset.classes, max(1.9, 0.23 * min(len(dataset.classes), MOST_CLASSES))
+    curves = table[table.sigma == sigma].dropna(subset="certified_accuracy")
+    names, truth = adaptation.dataset.classes, int(adaptation.dataset.labels[index])
+    height = max(1.9, 0.23 * min(len(names), MOST_CLASSES))
     figure = panels.fixed_figure(10.6, 2.75 + height + 1.75)
-    curve = panels.add_panel(
-        figure, (0.75, 0.5, 5.6, 1.85), f"{shorten(method, 44)}, sigma = {sigma:g}; grey: other methods"
-    )
-    guarantee = str(table[table.method == method].guarantee.iloc[0]) if method in set(table.method) else ""
-    if method in curves:
+    title = f"{shorten(method, 44)}, sigma = {sigma:g}; grey: other methods"
+    curve = panels.add_panel(figure, (0.75, 0.5, 5.6, 1.85), title)
+    if method in set(curves.method):
         panels.plot_chosen_curve(curves, curve, chosen=method)
     else:
         curve.text(0.5, 0.5, f"the table has no {method!r} at sigma = {sigma:g}", ha="center", va="center", fontsize=9)
         curve.set_axis_off()
-    if guarantee:
+    for guarantee in table[table.method == method].guarantee[:1]:  # none of a method that the table lacks
         words = f"Guarantee ({guarantee}): {GUARANTEES[guarantee]}."
         panels.add_words(figure, 6.7, 0.6, words, width=62, fontsize=8.5)
     _one_image(figure, adaptation, height=height, index=index, sigma=sigma, start=start, steps=steps)
@@ -249,25 +222,23 @@ def _one_image(
     logits = [scale * copies @ features.T for features in prompts]  # [T, K] each
     before, after = (one.softmax(1).mean(0).cpu().numpy() for one in logits)
     entropies = [float(mean_prediction_entropy(one)) for one in logits]
-    (was, votes_before), (now, votes) = (adaptation.verdict(one, index, sigma=sigma) for one in prompts)
+    # With these prompts, frozen, and the same fresh noise for both.
+    rules = {"n0": adaptation.n0, "n": adaptation.n, "alpha": adaptation.alpha}
+    verdicts = [adaptation.encoded.verdict(index, one, sigma=sigma, **rules) for one in prompts]
+    (was, votes_before), (now, votes) = verdicts
     kept = leading(np.maximum(before, after), keep=[truth])
-    names, place = [dataset.classes[k] for k in kept], int(np.searchsorted(kept, truth))
-    panels.add_picture(
-        figure, (0.1, _TOP, 1.9, 1.9), adaptation.encoded.noisy_copy(index, sigma),
-        f"image {int(dataset.indices[index])}, sigma = {sigma:g}",
-    )  # fmt: skip
+    rows = {"truth": truth, "shown": kept}
+    title = f"image {int(dataset.indices[index])}, sigma = {sigma:g}"
+    panels.add_picture(figure, (0.1, _TOP, 1.9, 1.9), adaptation.encoded.noisy_copy(index, sigma), title)
     bars = panels.add_panel(figure, (4.1, _TOP, 2.2, height), f"mean probability, {adaptation.n_adapt} copies")
-    panels.plot_named_bars(after[kept], names, bars, total=1, truth=place, before=before[kept])
+    panels.plot_named_bars(after, dataset.classes, bars, total=1, before=before, **rows)
     went = f"{steps} step{'s' * (steps != 1)} from the {start}"
-    bars.set_xlabel(f"{went}\nentropy {entropies[0]:.2f} to {entropies[1]:.2f} nats", fontsize=8)
+    bars.set_xlabel(f"{went}\nentropy {entropies[0]:.2f} to {entropies[1]:.2f} nats")
     counts = panels.add_panel(figure, (7.3, _TOP, 2.2, height), f"votes of {adaptation.n} fresh copies")
-    panels.plot_named_bars(
-        votes[kept], names, counts, total=adaptation.n, truth=place, before=votes_before[kept], counts=True,
-        show_names=False,
-    )  # fmt: skip
+    panels.plot_named_bars(votes, (), counts, total=adaptation.n, before=votes_before, **rows)
     told = [_told(one, dataset.classes) for one in (was, now)]
     left_out = shown_of(len(kept), len(dataset.classes), "the likeliest")
-    counts.set_xlabel(f"before: {told[0]}\nafter: {told[1]}{left_out}", fontsize=8)
+    counts.set_xlabel(f"before: {told[0]}\nafter: {told[1]}{left_out}")
 
 
 def _told(verdict: Verdict, names: Sequence[str]) -> str:
@@ -281,20 +252,19 @@ def explore_methods(table: pd.DataFrame, adaptation: Adaptation) -> Instrument:
 
     The noisy copies of every image of `adaptation` are encoded first, at all noise levels of the table.
     """
-    import ipywidgets as widgets
-
     sigmas = tuple(float(sigma) for sigma in sorted(table.sigma.unique()))
-    adaptation.prepare(sigmas)
     dataset = adaptation.dataset
+    draws = [("adapt", adaptation.n_adapt), ("select", adaptation.n0), ("estimate", adaptation.n)]
+    adaptation.encoded.prepare(range(len(dataset)), sigmas=sigmas, draws=draws)
     named = [shorten(dataset.classes[label], 30) for label in dataset.labels]
     images = [(f"{position}: {name}", position) for position, name in enumerate(named)]
     methods = [str(name) for name in dict.fromkeys(table.method)]
     controls = {
-        "method": widgets.Dropdown(options=methods, value=methods[-1], description="method"),
+        "method": control("Dropdown", "method", options=methods, value=methods[-1]),
         "sigma": level_slider(sigmas, sigmas[0]),
-        "index": widgets.Dropdown(options=images, description="image"),
-        "start": widgets.Dropdown(options=list(adaptation.starts), description="start from"),
-        "steps": widgets.IntSlider(1, 0, MOST_STEPS, description="steps", continuous_update=False),
+        "index": control("Dropdown", "image", options=images),
+        "start": control("Dropdown", "start from", options=list(adaptation.starts)),
+        "steps": control("IntSlider", "steps", value=1, min=0, max=MOST_STEPS),
     }
     return Instrument(partial(methods_view, table, adaptation), controls)
 

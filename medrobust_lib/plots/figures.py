@@ -45,12 +45,7 @@ def set_style() -> None:
 
 
 def image_grid(
-    images: Sequence[NDArray] | NDArray,
-    titles: Sequence[str],
-    *,
-    n_columns: int = 6,
-    side: float = 1.7,
-    rows: Sequence[str] = (),
+    images: ArrayLike, titles: Sequence[str], *, n_columns: int = 6, side: float = 1.7, rows: Sequence[str] = ()
 ) -> Figure:
     """Draw images [H, W, 3] (uint8, or float in [0, 1]) in a grid, each under its title.
 
@@ -110,20 +105,23 @@ def shorten(text: str, width: int = 24) -> str:
     return text if len(text) <= width else text[: width - 1].rstrip() + "…"
 
 
+def plain_bars(values: NDArray, names: Sequence[str], ax: Axes, *, coloured: Sequence[bool], width: int = 24) -> None:
+    """Draw a bar for each name, the first on top; names are cut to a width, some bars coloured."""
+    # Bars at numbered places: two names that are cut to the same label must not share one.
+    ax.barh(np.arange(len(values)), values, color=[CORRECT if one else "0.7" for one in coloured])
+    name_rows(ax.yaxis, names, width=width)
+    ax.invert_yaxis()
+
+
 def legend_beside(ax: Axes, **options: object) -> None:
     """Draw the legend right of the axes, where it covers no data."""
     ax.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5), **options)
 
 
-def mark_chance(ax: Axes, chance: float | None) -> None:
-    """Draw the accuracy of guessing as a reference line, if there is one."""
-    if chance is not None:
-        ax.axhline(chance, color=REFERENCE, ls=":", label="chance")
-
-
 def accuracy_axis(ax: Axes, chance: float | None = None, **labels: object) -> None:
     """Let an axis of shares read in percent, with the accuracy of guessing, if there is one, as a reference line."""
-    mark_chance(ax, chance)
+    if chance is not None:
+        ax.axhline(chance, color=REFERENCE, ls=":", label="chance")
     ax.set(**labels)
     ax.yaxis.set_major_formatter(PercentFormatter(1))
 
@@ -206,8 +204,7 @@ def plot_certified_methods(table: pd.DataFrame, ax: Axes, *, chance: float | Non
         levels = ", ".join(f"{sigma:g}" for sigma in table.sigma.unique())
         raise ValueError(f"one noise level per axes; the table holds sigma {levels}")
     groups = list(table.groupby(["method", "guarantee"], sort=False))
-    gaps = np.diff(np.unique(table.radius))
-    apart = 0.06 * (gaps.min() if len(gaps) else 1.0)
+    apart = 0.06 * min(np.diff(np.unique(table.radius)), default=1.0)
     for i, ((method, guarantee), rows) in enumerate(groups):
         rows = rows.dropna(subset="certified_accuracy").sort_values("radius")
         colour, line = CLASS_COLOURS[i % 10], "--" if guarantee == "frozen-prompt" else "-"
@@ -274,16 +271,15 @@ def plot_severity_curves(
     by : str
         Column that names the lines; they keep the order of the table.
     chance : float in [0, 1], optional
-        Accuracy of guessing, as a reference line.
+        Accuracy of guessing, as a reference line where the value is an accuracy.
     """
     plot_curves(table, ax, x="severity", y=value, by=by, ms=5, lw=1.6)
     ax.set(xlabel="severity (0: clean)", xticks=sorted(table.severity.unique()))
     if value.endswith("accuracy"):
-        accuracy_axis(ax, ylabel=value.replace("_", " "), ylim=(0, 1.02))
+        accuracy_axis(ax, chance, ylabel=value.replace("_", " "), ylim=(0, 1.02))
     else:
         ax.set(ylabel="% of the reference")
         ax.axhline(100, color=REFERENCE, ls=":", lw=1)
-    mark_chance(ax, chance)
 
 
 def plot_robustness(table: pd.DataFrame, ax: Axes) -> None:
@@ -359,8 +355,8 @@ def plot_fractions(
     fractions = np.unique(table.fraction)
     groups = list(table.groupby("method", sort=False))
     # In the logarithm, where the axis is even.
-    gaps = np.diff(np.log(fractions))
-    apart = min(0.1, 0.5 / len(groups)) * (gaps.min() if len(gaps) else 1.0)
+    gap = min(np.diff(np.log(fractions)), default=1.0)
+    apart = min(0.1, 0.5 / len(groups)) * gap
     for i, (method, rows) in enumerate(groups):
         rows = rows.dropna(subset="value").sort_values("fraction")
         beside = rows.fraction * np.exp(apart * _aside(i, len(groups)))
@@ -374,7 +370,7 @@ def plot_fractions(
     ax.set_xscale("log")
     ax.xaxis.set_minor_locator(NullLocator())
     ax.set_xticks(fractions, [f"{100 * fraction:g}%" for fraction in fractions])
-    margin = np.exp(0.35 * (gaps.min() if len(gaps) else 1.0))
+    margin = np.exp(0.35 * gap)
     ax.set(xlabel="share of the train split (log scale)", xlim=(fractions[0] / margin, fractions[-1] * margin))
     if measure.endswith(("accuracy", "error")):
         ax.set(ylabel=measure)
@@ -385,7 +381,7 @@ def plot_fractions(
         legend_beside(ax)
 
 
-def plot_before_after(table: pd.DataFrame, ax: Axes, *, legend: bool = True) -> None:
+def plot_before_after(table: pd.DataFrame, ax: Axes) -> None:
     """Draw the clean and the corrupted error of every data set before and after adaptation, joined by a line.
 
     Hollow marks are before, filled ones after; the line of an error that grew has another colour and is broken.
@@ -397,8 +393,6 @@ def plot_before_after(table: pd.DataFrame, ax: Axes, *, legend: bool = True) -> 
         mean over corruptions and severities), fractions in [0, 1]. Data sets keep the order of the table.
     ax : Axes
         About 0.55 inches of height per data set are readable.
-    legend : bool
-        Draw it, right of the axes.
 
     Raises
     ------
@@ -430,8 +424,7 @@ def plot_before_after(table: pd.DataFrame, ax: Axes, *, legend: bool = True) -> 
     ax.set_yticks(np.arange(len(datasets)), [shorten(str(dataset), 28) for dataset in datasets])
     ax.set(xlabel="error (share of images)", xlim=(0, None), ylim=(len(datasets) - 0.5, -0.5))
     ax.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-    if legend:
-        legend_beside(ax, handles=_before_after_handles(models, worse))
+    legend_beside(ax, handles=_before_after_handles(models, worse))
 
 
 def _before_after_handles(models: list[str], worse: bool) -> list[Line2D]:
@@ -455,11 +448,9 @@ def plot_label_votes(votes: Mapping[str, int], ax: Axes, *, answer: str | None =
     answer : str, optional
         The tested label; its bar is coloured.
     """
-    names, counts = list(votes), list(votes.values())
-    colours = [CORRECT if name == answer else REFERENCE for name in names]
-    bars = ax.barh([shorten(name, 34) for name in names], counts, color=colours, height=0.6)
-    ax.bar_label(bars, fontsize=8, padding=3)
-    ax.invert_yaxis()
+    names = list(votes)
+    plain_bars(np.array(list(votes.values())), names, ax, coloured=[name == answer for name in names], width=34)
+    ax.bar_label(ax.containers[0], fontsize=8, padding=3)
     ax.margins(x=0.12)
     ax.set_xlabel("noisy copies")
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))

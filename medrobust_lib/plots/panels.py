@@ -20,22 +20,8 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from medrobust_lib.metrics import per_class_recall
-from medrobust_lib.plots.figures import (
-    CLASS_COLOURS,
-    CORRECT,
-    MARKERS,
-    MOST_CLASSES,
-    PALETTE,
-    REFERENCE,
-    WRONG,
-    accuracy_axis,
-    leading,
-    legend_beside,
-    name_rows,
-    plot_curves,
-    shorten,
-    shown_of,
-)
+from medrobust_lib.plots import figures
+from medrobust_lib.plots.figures import CLASS_COLOURS, CORRECT, MARKERS, PALETTE, REFERENCE, WRONG, leading, shorten
 
 Box = tuple[float, float, float, float]
 """Left, top, width and height of a panel, in inches from the upper left corner of the figure."""
@@ -57,9 +43,8 @@ def fixed_figure(width: float, height: float) -> Figure:
 def add_panel(figure: Figure, box: Box, title: str = "") -> Axes:
     """Axes in a box of the figure."""
     (left, top, width, height), (whole_width, whole_height) = box, figure.get_size_inches()
-    ax = figure.add_axes(
-        (left / whole_width, 1 - (top + height) / whole_height, width / whole_width, height / whole_height)
-    )
+    corner = left / whole_width, 1 - (top + height) / whole_height
+    ax = figure.add_axes((*corner, width / whole_width, height / whole_height))
     ax.spines[["top", "right"]].set_visible(False)
     ax.tick_params(labelsize=_SMALL)
     for axis in (ax.xaxis, ax.yaxis):
@@ -110,17 +95,18 @@ def plot_named_bars(
     total: float,
     truth: int | None = None,
     before: ArrayLike | None = None,
-    counts: bool = False,
     told: Sequence[str] | None = None,
-    show_names: bool = True,
+    shown: Sequence[int] | None = None,
 ) -> None:
     """Draw one bar per class from 0 to a total, the true class in another colour.
+
+    Whole numbers (votes) stand at the bars that are not empty, of others (probabilities) percent at the longest one.
 
     Parameters
     ----------
     values : float or int [K]
     names : sequence of str
-        K names, which stand left of the axes.
+        K names, which stand left of the axes; none where they are left to another panel of the same classes.
     ax : Axes
     total : float
         Right end of the axis: 1 for probabilities, the number of draws for votes.
@@ -128,32 +114,29 @@ def plot_named_bars(
         Class whose bar and name are coloured.
     before : float or int [K], optional
         Thin bars above the others.
-    counts : bool
-        Write whole numbers at the bars that are not empty instead of percent at the longest one.
     told : sequence of str, optional
-        K texts at the bars instead, "" for none.
-    show_names : bool
-        Leave it to another panel of the same classes where False.
+        Texts at the bars instead, "" for none.
+    shown : sequence of int, optional
+        Classes that get a bar; default: all.
     """
-    values = np.asarray(values)
-    rows = np.arange(len(values))
-    colours = [CORRECT if row == truth else OTHER for row in rows]
-    if before is None:
-        ax.barh(rows, values, 0.72, color=colours)
-    else:
+    chosen = list(range(len(values)) if shown is None else shown)
+    values, rows = np.asarray(values)[chosen], np.arange(len(chosen))
+    ends, lift, height = values, 0.0, 0.72
+    if before is not None:
+        before, lift, height = np.asarray(before)[chosen], 0.16, 0.5
+        ends = np.maximum(values, before)
         ax.barh(rows - 0.24, before, 0.3, color=BEFORE, edgecolor="0.5", linewidth=0.5)
-        ax.barh(rows + 0.16, values, 0.5, color=colours)
+    ax.barh(rows + lift, values, height, color=[CORRECT if k == truth else OTHER for k in chosen])
+    counts = np.issubdtype(values.dtype, np.integer)
     if told is None and counts:
         told = [f"{value:d}" if value else "" for value in values]
     elif told is None:
         told = [f"{value:.0%}" if row == values.argmax() else "" for row, value in enumerate(values)]
-    ends = values if before is None else np.maximum(values, before)
-    for row, (end, text) in enumerate(zip(ends, told, strict=True)):
+    for row, end, text in zip(rows, ends, told, strict=True):
         if text:
-            height = row if before is None else row + 0.16
-            ax.text(end + 0.015 * total, height, text, va="center", fontsize=7, color="0.25", clip_on=False)
-    if show_names:
-        write_names(names, ax, truth=truth)
+            ax.text(end + 0.015 * total, row + lift, text, va="center", fontsize=7, color="0.25", clip_on=False)
+    if names:
+        write_names([names[k] for k in chosen], ax, truth=chosen.index(truth) if truth in chosen else None)
     ax.set(yticks=[], ylim=(_last(len(values)), -0.6), xlim=(0, total))
     ticks = (0, total / 2, total)
     ax.set_xticks(ticks, [f"{tick:g}" for tick in ticks] if counts else [f"{tick:.0%}" for tick in ticks])
@@ -164,11 +147,9 @@ def write_names(names: Sequence[str], ax: Axes, *, truth: int | None = None, wid
     across = ax.get_yaxis_transform()
     for row, name in enumerate(names):
         style = {"color": CORRECT, "fontweight": "bold"} if row == truth else {"color": "0.15"}
-        lines = wrap(str(name), width) or [""]
-        lines = [lines[0], shorten(" ".join(lines[1:]), width)] if len(lines) > 1 else lines
-        size = _SMALL if len(lines) == 1 else _SMALL - 1
-        text = "\n".join(shorten(line, width) for line in lines)
-        ax.text(-0.02, row, text, transform=across, ha="right", va="center", fontsize=size, linespacing=1.05, **style)
+        lines = wrap(str(name), width, max_lines=2, placeholder="…")
+        style |= {"fontsize": _SMALL if len(lines) == 1 else _SMALL - 1, "linespacing": 1.05}
+        ax.text(-0.02, row, "\n".join(lines), transform=across, ha="right", va="center", **style)
 
 
 def _last(count: int) -> float:
@@ -198,9 +179,7 @@ def plot_dots(values: ArrayLike, ax: Axes, *, chosen: int, limits: tuple[float, 
     ax.locator_params(axis="x", nbins=4)
 
 
-def plot_proof(
-    p_lower: float, ax: Axes, *, reach: float, radius_of: Sequence[tuple[float, float]], right: bool
-) -> None:
+def plot_proof(p_lower: float, ax: Axes, *, curve: tuple[NDArray, NDArray], right: bool) -> None:
     """Draw the certified radius over the proved probability, and where one certificate stands.
 
     Parameters
@@ -208,19 +187,17 @@ def plot_proof(
     p_lower : float in [0, 1]
         What the votes prove of the class tested.
     ax : Axes
-    reach : float
-        Largest probability that the draws can prove.
-    radius_of : sequence of (float, float)
-        Points of the curve: probability, radius in [0, 1] pixel units.
+    curve : (float [m], float [m])
+        Probabilities from 0.5 to the largest that the draws can prove, and their radii in [0, 1] pixel units.
     right : bool
         Whether the class tested is the true one.
     """
-    probability, radius = np.transpose(np.asarray(radius_of))
-    most = float(radius.max())
+    probability, radius = curve
+    most = float(radius[-1])
     ax.axvspan(0, 0.5, color="0.93", lw=0)
     ax.text(0.25, 0.6 * most, "abstain", ha="center", fontsize=_SMALL, color=REFERENCE)
     ax.plot(probability, radius, color="0.6", lw=1.4)
-    ax.axvline(reach, color=REFERENCE, ls=":", lw=1)
+    ax.axvline(probability[-1], color=REFERENCE, ls=":", lw=1)
     proved = p_lower > 0.5
     height = float(np.interp(p_lower, probability, radius)) if proved else 0.0
     colour, marker = (CORRECT if right else WRONG, "o") if proved else (PALETTE[1], "X")
@@ -231,20 +208,20 @@ def plot_proof(
     ax.locator_params(axis="y", nbins=4)
 
 
-def plot_chosen_curve(curves: Mapping[str, tuple[ArrayLike, ArrayLike]], ax: Axes, *, chosen: str) -> None:
+def plot_chosen_curve(table: pd.DataFrame, ax: Axes, *, chosen: str) -> None:
     """Draw certified accuracy over the radius, one method in colour and the others in grey.
 
     Parameters
     ----------
-    curves : mapping of str to (float [r], float [r])
-        Radii in [0, 1] pixel units and certified accuracies, by method.
+    table : DataFrame
+        Columns method, radius (in [0, 1] pixel units) and certified_accuracy.
     ax : Axes
     chosen : str
     """
-    for name, (radii, shares) in curves.items():
-        if name != chosen:
-            ax.plot(radii, shares, color="0.8", lw=1.2, marker="o", ms=2.5)
-    ax.plot(*curves[chosen], color=CORRECT, lw=2.4, marker="o", ms=5, zorder=4)
+    in_colour = {"color": CORRECT, "lw": 2.4, "ms": 5, "zorder": 4}
+    for name, rows in table.groupby("method", sort=False):
+        style = in_colour if name == chosen else {"color": "0.8", "lw": 1.2, "ms": 2.5}
+        ax.plot(rows.radius, rows.certified_accuracy, marker="o", **style)
     ax.set_yticks((0, 0.5, 1), ("0%", "50%", "100%"))
     ax.set(xlabel="L2 radius ([0, 1] pixel units)", ylabel="certified accuracy", ylim=(-0.02, 1.02))
     ax.locator_params(axis="x", nbins=5)
@@ -259,22 +236,20 @@ def plot_spectra(spectra: Mapping[str, tuple[ArrayLike, ArrayLike]], ax: Axes) -
         Frequency (fraction of Nyquist) and mean squared DCT coefficient, by the name in the legend.
     ax : Axes
     """
-    lowest, highest = np.inf, 0.0
     for i, (name, (frequency, power)) in enumerate(spectra.items()):
         style = {"color": "0.7", "lw": 4} if i == 0 else {"color": PALETTE[(i - 1) % 10], "lw": 1.6}
-        power = np.maximum(power, 1e-12)  # a constant image has none, and the axis is logarithmic
-        ax.plot(frequency, np.log10(power), label=name, **style)
-        lowest, highest = min(lowest, np.log10(power).min()), max(highest, np.log10(power).max())
+        # A constant image has no power. Logarithms on a plain axis: the ticks of a logarithmic one take longer than the
+        # rest of the panel.
+        ax.plot(frequency, np.log10(np.maximum(power, 1e-12)), label=name, **style)
+    first, last = int(np.floor(ax.dataLim.y0)), int(np.ceil(max(0.0, ax.dataLim.y1)))
     ax.axvline(1, color=REFERENCE, ls=":", lw=1)
-    # Logarithms on a plain axis: the ticks of a logarithmic one take longer than the rest of the panel.
-    first, last = int(np.floor(lowest)), int(np.ceil(highest))
     ticks = range(first, last + 1, max(1, (last - first) // 3))
     ax.set_yticks(ticks, [f"$10^{{{tick}}}$" for tick in ticks])
     ax.set(xlabel="spatial frequency (1: Nyquist)", xlim=(0, np.sqrt(2)), xticks=(0, 0.5, 1), ylim=(first, last))
     ax.legend(fontsize=_SMALL, loc="upper right", frameon=False, handlelength=1.6)
 
 
-def plot_moves(before: ArrayLike, after: ArrayLike, ax: Axes, *, right: Sequence[bool]) -> None:
+def plot_moves(before: NDArray, after: NDArray, ax: Axes, *, right: NDArray[np.bool_]) -> None:
     """Draw where a probability was (hollow) and is (filled), a row each; the filled marker tells right from wrong.
 
     Parameters
@@ -282,15 +257,15 @@ def plot_moves(before: ArrayLike, after: ArrayLike, ax: Axes, *, right: Sequence
     before, after : float [m]
         In [0, 1].
     ax : Axes
-    right : sequence of bool
+    right : bool [m]
         Whether the answer of each row is right now.
     """
-    rows = np.arange(len(np.asarray(before)))
+    rows = np.arange(len(before))
     ax.hlines(rows, before, after, color="0.75", lw=1.5)
     ax.scatter(before, rows, s=42, facecolor="white", edgecolor="0.35", zorder=3)
     for is_right, colour, marker in ((True, CORRECT, MARKERS[0]), (False, WRONG, "X")):
-        chosen = [row for row in rows if bool(right[row]) is is_right]
-        ax.scatter(np.asarray(after)[chosen], chosen, s=46, color=[colour], marker=marker, zorder=4)
+        chosen = right == is_right
+        ax.scatter(after[chosen], rows[chosen], s=46, color=[colour], marker=marker, zorder=4)
     ax.set_xticks((0, 0.5, 1), ("0%", "50%", "100%"))
     ax.set(xlabel="probability of the true class", yticks=[], ylim=(len(rows) - 0.25, -0.5), xlim=(-0.03, 1.03))
 
@@ -304,15 +279,8 @@ def plot_similarity(similarities: pd.Series, ax: Axes, *, truth: str | None = No
     kept = leading(similarities, keep=np.flatnonzero(similarities.index == truth))
     similarities = similarities.iloc[kept]
     names = list(similarities.index)
-    _plain_bars(similarities.to_numpy(), names, ax, coloured=[name == truth for name in names], width=52)
-    ax.set(xlabel="cosine similarity" + shown_of(len(kept), total, "the closest"))
-
-
-def _plain_bars(values: NDArray, names: Sequence[str], ax: Axes, *, coloured: Sequence[bool], width: int = 24) -> None:
-    # Bars at numbered places: two names that are cut to the same label must not share one.
-    ax.barh(np.arange(len(values)), values, color=[CORRECT if one else "0.7" for one in coloured])
-    name_rows(ax.yaxis, names, width=width)
-    ax.invert_yaxis()
+    figures.plain_bars(similarities.to_numpy(), names, ax, coloured=[name == truth for name in names], width=52)
+    ax.set(xlabel="cosine similarity" + figures.shown_of(len(kept), total, "the closest"))
 
 
 def plot_confusion(labels: NDArray, predictions: NDArray, classes: Sequence[str], ax: Axes) -> None:
@@ -328,9 +296,8 @@ def plot_confusion(labels: NDArray, predictions: NDArray, classes: Sequence[str]
     ax : Axes
     """
     k = len(classes)
-    counts = np.zeros((k, k))
-    answered = predictions >= 0
-    np.add.at(counts, (labels[answered], predictions[answered]), 1)
+    pairs = (k * labels + predictions)[predictions >= 0]
+    counts = np.bincount(pairs, minlength=k * k).reshape(k, k)
     share = counts / np.maximum(np.bincount(labels, minlength=k)[:, None], 1)
     kept = leading(counts.sum(0) + counts.sum(1) - 2 * counts.diagonal())
     short = [shorten(classes[i]) for i in kept]
@@ -340,10 +307,8 @@ def plot_confusion(labels: NDArray, predictions: NDArray, classes: Sequence[str]
     )  # fmt: skip
     if len(kept) > 10:
         ax.tick_params(labelsize=6.5)
-    ax.set(xlabel="predicted class" + shown_of(len(kept), k, "those with most errors"), ylabel="true class")
-    ax.tick_params(axis="x", rotation=60)
-    for label in ax.get_xticklabels():
-        label.set(ha="right", rotation_mode="anchor")
+    ax.set(xlabel="predicted class" + figures.shown_of(len(kept), k, "those with most errors"), ylabel="true class")
+    plt.setp(ax.get_xticklabels(), rotation=60, ha="right", rotation_mode="anchor")
 
 
 def plot_recall(labels: NDArray, predictions: NDArray, classes: Sequence[str], ax: Axes) -> None:
@@ -358,9 +323,9 @@ def plot_recall(labels: NDArray, predictions: NDArray, classes: Sequence[str], a
     ax.barh(rows - 0.2, recall[kept], 0.4, color=PALETTE[0], label="recall")
     ax.barh(rows + 0.2, used[kept], 0.4, color=PALETTE[1], label="share of all predictions")
     ax.axvline(1 / len(classes), color=REFERENCE, ls=":", lw=1, label="chance")
-    name_rows(ax.yaxis, [classes[i] for i in kept])
+    figures.name_rows(ax.yaxis, [classes[i] for i in kept])
     ax.invert_yaxis()
-    told = shown_of(len(kept), len(classes), "found least or answered most")
+    told = figures.shown_of(len(kept), len(classes), "found least or answered most")
     ax.set(xlabel="share of images" + told, xlim=(0, 1))
     ax.xaxis.set_major_formatter(PercentFormatter(1))
     ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.22), ncols=3, fontsize=8)
@@ -389,7 +354,7 @@ def plot_template_accuracy(table: pd.DataFrame, ax: Axes, *, chance: float) -> N
     ax.invert_yaxis()
     ax.set(xlabel="accuracy with 95 % interval", xlim=(0, 1))
     ax.xaxis.set_major_formatter(PercentFormatter(1))
-    legend_beside(ax)
+    figures.legend_beside(ax)
 
 
 def plot_feature_map(table: pd.DataFrame, ax: Axes) -> None:
@@ -414,16 +379,16 @@ def plot_feature_map(table: pd.DataFrame, ax: Axes) -> None:
         ax.scatter(images.x, images.y, s=14, color=colour, marker=marker, alpha=0.7, label=shorten(str(name)), lw=0)
         ax.scatter(texts.x, texts.y, s=170, color=colour, marker=marker, edgecolor="black", linewidth=1.2, zorder=3)
     ax.set(xlabel="first principal direction", ylabel="second principal direction")
-    legend_beside(ax, markerscale=1.7, title="small: image, large: text", title_fontsize=8)
+    figures.legend_beside(ax, markerscale=1.7, title="small: image, large: text", title_fontsize=8)
 
 
 def plot_accuracy_against_sigma(table: pd.DataFrame, ax: Axes, *, chance: float) -> None:
     """Draw accuracy with its interval against noise, a line per model (columns model, sigma, accuracy, low, high)."""
-    plot_curves(table, ax, x="sigma", y="accuracy", by="model")
+    figures.plot_curves(table, ax, x="sigma", y="accuracy", by="model")
     for i, (_, rows) in enumerate(table.groupby("model", sort=False)):
         ax.fill_between(rows.sigma, rows.low, rows.high, color=PALETTE[i % 10], alpha=0.18, lw=0)
     noise = "noise standard deviation sigma ([0, 1] pixel units)"
-    accuracy_axis(ax, chance, xlabel=noise, ylabel="accuracy", ylim=(0, 1.02))
+    figures.accuracy_axis(ax, chance, xlabel=noise, ylabel="accuracy", ylim=(0, 1.02))
     ax.legend(fontsize=8)
 
 
@@ -433,13 +398,12 @@ def plot_prediction_shares(table: pd.DataFrame, ax: Axes) -> None:
     Of many classes the rarer answers are added up.
     """
     wide = table.pivot(index="sigma", columns="class", values="share")[list(table["class"].unique())]
-    kept = leading(wide.max(), most=MOST_CLASSES // 2)  # their names stand above each other beside the bars
+    kept = leading(wide.max(), most=figures.MOST_CLASSES // 2)  # their names stand above each other beside the bars
     if len(kept) < wide.shape[1]:
         kept = kept[wide.max().iloc[kept] > 0]
         rest = wide.drop(columns=wide.columns[kept]).sum(axis=1)
         wide = wide.iloc[:, kept].assign(**{f"{wide.shape[1] - len(kept)} more classes": rest})
-    bottom = np.zeros(len(wide))
-    positions = np.arange(len(wide))
+    bottom, positions = np.zeros(len(wide)), np.arange(len(wide))
     for i, name in enumerate(wide.columns):
         colour = CLASS_COLOURS[i % len(CLASS_COLOURS)] if i < len(kept) else "#EEEEEE"
         hatch = ("", "//", "..", "xx")[i // len(CLASS_COLOURS) % 4]
@@ -450,9 +414,9 @@ def plot_prediction_shares(table: pd.DataFrame, ax: Axes) -> None:
         ax.bar_label(bars, labels, label_type="center", fontsize=7, color="black" if luminance > 0.4 else "white")
         bottom += wide[name].to_numpy()
     ax.set_xticks(positions, [f"{sigma:g}" for sigma in wide.index])
-    accuracy_axis(ax, xlabel="noise standard deviation sigma", ylabel="share of the predictions", ylim=(0, 1))
+    figures.accuracy_axis(ax, xlabel="noise standard deviation sigma", ylabel="share of the predictions", ylim=(0, 1))
     handles, names = ax.get_legend_handles_labels()
-    legend_beside(ax, handles=handles[::-1], labels=names[::-1])
+    figures.legend_beside(ax, handles=handles[::-1], labels=names[::-1])
 
 
 def plot_spectrum(table: pd.DataFrame, ax: Axes) -> None:
@@ -488,5 +452,5 @@ def plot_votes(
     """
     votes, keep = np.asarray(votes), [] if truth is None else [truth]
     kept = leading(votes, keep=keep) if shown is None else np.asarray(shown)
-    _plain_bars(votes[kept], [classes[i] for i in kept], ax, coloured=[i == truth for i in kept])
-    ax.set(xlabel=f"votes out of {votes.sum()}{shown_of(len(kept), len(classes))}", xlim=(0, votes.sum()))
+    figures.plain_bars(votes[kept], [classes[i] for i in kept], ax, coloured=[i == truth for i in kept])
+    ax.set(xlabel=f"votes out of {votes.sum()}{figures.shown_of(len(kept), len(classes))}", xlim=(0, votes.sum()))

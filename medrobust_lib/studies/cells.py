@@ -6,10 +6,9 @@ import io
 import re
 import statistics
 import time
-import traceback
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -19,13 +18,11 @@ import numpy as np
 import pandas as pd
 
 from medrobust_lib import metrics
-from medrobust_lib.corruptions.suites import SEVERITIES, find_suite
+from medrobust_lib.corruptions.suites import SEVERITIES, corrupted, find_suite
 from medrobust_lib.data.dataset import ImageDataset
 from medrobust_lib.data.registry import load_dataset, open_split
 from medrobust_lib.evaluation import CLEAN, Candidate, accuracy_table, corruption_answers
 from medrobust_lib.experiments import Metric, Run, read_cards
-from medrobust_lib.experiments.report import write_report
-from medrobust_lib.files import named_when_full, told
 from medrobust_lib.metrics.classification import share_interval
 from medrobust_lib.models.dual_encoder import DualEncoder
 from medrobust_lib.models.loading import load_model
@@ -38,9 +35,7 @@ from medrobust_lib.smoothing.table import certify_dataset
 from medrobust_lib.studies.study_file import Step, Study
 
 CERTIFICATES, ANSWERS = "certificates", "answers"  # ends of the names of the tables with one row an image
-LOG = "log.txt"
 _LONGEST_PART = 32
-_PROBE_SECONDS = 1.0
 _PROBE_DRAWS = minimum_draws(ALPHA)  # the fewest that certify anything
 # Bytes, about: a row of certificates in the journal and in two tables, an answer, and a cell's other files.
 _CERTIFICATE_BYTES, _ANSWER_BYTES, _CELL_BYTES = 1_100, 60, 16_000
@@ -133,6 +128,10 @@ class Cell(ABC):
         parts += [self.variant.replace(" ", ""), "" if self.seed is None else f"seed{self.seed}"]
         return "_".join(filter(None, parts))
 
+    def folder(self, study: Path) -> Path:
+        """Its run folder, below the folder of its study."""
+        return study / "cells" / self.name
+
     @abstractmethod
     def estimate(self, prices: Prices) -> Estimate:
         """What it costs."""
@@ -180,24 +179,18 @@ class CertifyCell(Cell):
         """Certify every image."""
         run, model, data = self.begin(folder, f"Certificates of {self.model} on {self.dataset}")
         step = self.step
-        rows = certify_dataset(
-            model,
-            data,
-            sigmas=[self.parameters["sigma"]],
-            **{name: self.parameters[name] for name in ("n0", "n", "alpha", "sampling", "mode", "radii")},
-            seed=self.seed or 0,
-            store=folder / "store",
-        ).drop(columns="seconds")  # a table must not depend on the clock
+        rules = {name: self.parameters[name] for name in ("n0", "n", "alpha", "sampling", "mode", "radii")}
+        rules |= {"sigmas": [self.parameters["sigma"]], "seed": self.seed or 0}
+        rows = certify_dataset(model, data, store=folder / "store", **rules)
+        rows = rows.drop(columns="seconds")  # a table must not depend on the clock
         shares = metrics.certified_accuracy(rows, radii=step.radii)
         notes = [f"Guarantee {name}: {GUARANTEES[name]}" for name in rows["guarantee"].unique()]
         if step.mode == "evaluate":
             notes.append("The known label was tested (mode evaluate): for tables only, no prediction was certified.")
-        run.save_card(
-            metrics=_certificate_metrics(metrics.certification_summary(rows), shares),
-            tables={f"{run.number}_{CERTIFICATES}": rows, f"{run.number}_certified_accuracy": shares},
-            prompts={"templates": list(data.templates), "classes": list(data.classes)},
-            **_described(model, data, notes),
-        )
+        numbers = _certificate_metrics(metrics.certification_summary(rows), shares)
+        tables = {f"{run.number}_{CERTIFICATES}": rows, f"{run.number}_certified_accuracy": shares}
+        prompts = {"templates": list(data.templates), "classes": list(data.classes)}
+        run.save_card(metrics=numbers, tables=tables, prompts=prompts, **_described(model, data, notes))
 
 
 class BenchmarkCell(Cell):
@@ -218,20 +211,19 @@ class BenchmarkCell(Cell):
         answers = corruption_answers(
             {self.model: candidate}, data, suite=suite, severities=self.step.severities, seed=seed
         )
-        columns = {"dataset": data.id, "image": data.indices, "label": data.labels, "seed": self.seed}
         rows = pd.concat(
             pd.DataFrame(
-                {**columns, "model": name, "corruption": corruption, "severity": severity, "predicted": answer}
+                {"dataset": data.id, "model": name, "corruption": corruption, "severity": severity}
+                | {"image": data.indices, "label": data.labels, "predicted": answer, "seed": self.seed}
             )
             for (name, corruption, severity), answer in answers.items()
-        )[["dataset", "model", "corruption", "severity", "image", "label", "predicted", "seed"]]
-        table = accuracy_table(answers, data)
-        run.save_card(
-            metrics=_benchmark_metrics(rows, table, suite=suite),
-            tables={f"{run.number}_{ANSWERS}": rows, f"{run.number}_accuracy": table},
-            prompts={"template": data.templates[0], "classes": list(data.classes)},
-            **_described(model, data, [f"Suite {suite}; severities are conventions."]),
         )
+        table = accuracy_table(answers, data)
+        numbers = _benchmark_metrics(rows, table, suite=suite)
+        tables = {f"{run.number}_{ANSWERS}": rows, f"{run.number}_accuracy": table}
+        prompts = {"template": data.templates[0], "classes": list(data.classes)}
+        described = _described(model, data, [f"Suite {suite}; severities are conventions."])
+        run.save_card(metrics=numbers, tables=tables, prompts=prompts, **described)
 
 
 class NotebookCell(Cell):
@@ -310,7 +302,7 @@ def encodings_per_second(model_id: str, dataset: str, *, dtype: str = "auto") ->
 
 
 def measured_rate(
-    model: Any, data: Any, *, seconds: float = _PROBE_SECONDS, clock: Callable[[], float] = time.perf_counter
+    model: Any, data: Any, *, seconds: float = 1.0, clock: Callable[[], float] = time.perf_counter
 ) -> float:
     """Draws of `certify_dataset` in a second, with a loaded model: the noisy-feature bank of one image.
 
@@ -353,8 +345,6 @@ def _probed(dataset: str) -> ImageDataset:
 
 def _seconds_to_corrupt(dataset: str, suite: str) -> float:
     """Seconds a corrupted image takes, the mean over the corruptions of a suite at their middle severity."""
-    from medrobust_lib.corruptions.suites import corrupted
-
     data = _probed(dataset).subset([0])
     names = find_suite(suite).names(dataset)
     started = time.perf_counter()
@@ -370,51 +360,6 @@ def _seconds_of_notebooks(runs: Path | None) -> dict[tuple[str, str], float]:
         for card in read_cards(runs) if runs is not None else ():
             taken.setdefault((card["notebook"], card["parameters"].get("model", "")), []).append(card["seconds"])
     return {key: statistics.median(seconds) for key, seconds in taken.items()}
-
-
-@dataclass(frozen=True)
-class Site:
-    """Where cells work.
-
-    Attributes
-    ----------
-    folder : Path
-        Of the study; every worker must see it under this path.
-    notebooks : Path or None
-        Folder of the notebooks; None: the project's.
-    """
-
-    folder: Path
-    notebooks: Path | None = None
-
-    def cell_folder(self, cell: Cell) -> Path:
-        """Run folder of a cell."""
-        return self.folder / "cells" / cell.name
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What became of a cell: seconds, and the reason where it failed."""
-
-    seconds: float
-    error: str = ""
-
-
-def run_cell(site: Site, cell: Cell) -> Outcome:
-    """Run one cell in its folder; what fails is told, not raised, so that other cells go on.
-
-    What the cell prints goes to ``log.txt`` in its folder.
-    """
-    folder = site.cell_folder(cell)
-    started, reason = time.perf_counter(), ""
-    try:
-        with _log(folder):
-            cell.run(folder, notebooks=site.notebooks)
-            write_report(folder)
-    except Exception as error:
-        of_the_system = isinstance(error, OSError) and error.errno is not None
-        reason = told(error) if of_the_system else f"{type(error).__name__}: {error}"
-    return Outcome(time.perf_counter() - started, reason)
 
 
 def _certificate_metrics(summary: pd.DataFrame, shares: pd.DataFrame) -> list[Metric]:
@@ -480,18 +425,3 @@ def _described(model: DualEncoder, data: ImageDataset, notes: list[str]) -> dict
         "dataset": about | {"wording": data.provenance["wording"]},
         "notes": notes,
     }
-
-
-@contextlib.contextmanager
-def _log(folder: Path) -> Iterator[None]:
-    """Send what is printed, and the traceback of an error, to the log of a cell."""
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / LOG
-    full = named_when_full(path, "the cell's words were lost")
-    with full, path.open("w", encoding="utf-8", buffering=1) as log, contextlib.redirect_stdout(log):
-        try:
-            yield
-        except Exception:
-            with contextlib.suppress(OSError):  # a disk that takes no traceback: the error itself is told
-                traceback.print_exc(file=log)
-            raise

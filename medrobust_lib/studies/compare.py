@@ -53,9 +53,6 @@ class _Key(NamedTuple):
     of: str
     seed: int | None
 
-    def __str__(self) -> str:
-        return ", ".join(filter(None, (self.dataset, self.model, self.metric.replace("_", " "), self.what)))
-
     @property
     def what(self) -> str:
         return self.of if self.seed in (None, 0) else ", ".join(filter(None, (self.of, f"seed={self.seed}")))
@@ -64,18 +61,13 @@ class _Key(NamedTuple):
 class _Answers(NamedTuple):
     """Values of one metric, one for each image."""
 
-    values: pd.Series  # by index of the image
-    labels: pd.Series
+    rows: pd.DataFrame  # columns value and label, by index of the image
     binary: bool = False  # every value is 0 or 1: right or wrong
     largest: float = 1.0  # how far two images' values can be apart
 
 
-class _Result(NamedTuple):
-    """One result of a card: its row of the leaderboard, the answers behind it if they were kept, and settings."""
-
-    row: Mapping[str, Any]
-    answers: _Answers | None
-    settings: Mapping[str, Any]
+# One result of a card: its row of the leaderboard, "answers", those behind it if they were kept, and "given", settings.
+_Result = Mapping[str, Any]
 
 
 def compare_runs(run_a: Path, run_b: Path) -> Comparison:
@@ -102,15 +94,15 @@ def compare_runs(run_a: Path, run_b: Path) -> Comparison:
     a, b = _read(Path(run_a)), _read(Path(run_b))
     models_a, models_b = _models(a), _models(b)
     renamed = dict(zip(models_a, models_b, strict=True)) if len(models_a) == len(models_b) == 1 else {}
-    rows, partners, notes = [], set(), []
+    rows, notes, partners = [], [], {}
     for key, result in a.items():
-        partner = _partner(key, b, renamed)
-        if partner is None:
-            continue
-        partners |= {("a", key), ("b", partner)}
-        compared = _paired(key, result, b[partner]) or _unpaired(result.row, b[partner].row)
-        rows.append((*_subject(key, partner), *compared))
-        notes += _differences(key, result, b[partner])
+        partner = key if key in b else key._replace(model=renamed.get(key.model, key.model))
+        if partner in b:
+            partners[key] = partner
+            model = key.model if key == partner else f"{key.model} -> {partner.model}"
+            compared = _paired(key, result, b[partner]) or _unpaired(result, b[partner])
+            rows.append((key.dataset, model, key.metric, key.what, *compared))
+            notes += _differences(key, result, b[partner])
     if not rows:
         raise ValueError(
             f"{run_a} and {run_b} have no result in common: {_holding(a)} against {_holding(b)}; runs are matched by "
@@ -118,10 +110,10 @@ def compare_runs(run_a: Path, run_b: Path) -> Comparison:
         )
     if renamed and models_a != models_b:
         notes.append(f"the models differ: {models_a[0]} in A, {models_b[0]} in B")
-    only = [_summary([key for key in run if (side, key) not in partners]) for side, run in (("a", a), ("b", b))]
+    only = [_summary(key for key in run if key not in known) for run, known in ((a, partners), (b, partners.values()))]
     table = pd.DataFrame(rows, columns=list(COLUMNS))
     blocks = table.groupby(["dataset", "model", "metric"], sort=False).ngroup()
-    table = table.iloc[np.argsort(blocks.to_numpy(), kind="stable")].reset_index(drop=True)
+    table = table.loc[blocks.sort_values(kind="stable").index].reset_index(drop=True)
     return Comparison(table, *only, list(dict.fromkeys(notes)))
 
 
@@ -132,24 +124,21 @@ def _read(folder: Path) -> dict[_Key, _Result]:
     for path, card in zip(paths, read_cards(folder), strict=True):
         tables = [pd.read_csv(path.parent / f"{name}.csv") for name in card["tables"]]
         kept = [table for table in tables if set(table.columns) >= _IMAGE_COLUMNS]
-        settings = {name: card["parameters"][name] for name in _SETTINGS if name in card["parameters"]}
+        given = {name: card["parameters"][name] for name in _SETTINGS if name in card["parameters"]}
         for row in ranked_results([card]):
             answers = next(filter(None, (_answers(row, table) for table in kept)), None)
             key = _Key(row["model"], row["dataset"], row["metric"], row["of"], card["parameters"].get("seed"))
-            found.setdefault(key, []).append(_Result(row, answers, settings))
+            found.setdefault(key, []).append(row | {"answers": answers, "given": given})
     return dict(_told_apart(found))
 
 
 def _told_apart(found: Mapping[_Key, list[_Result]]) -> Iterator[tuple[_Key, _Result]]:
     """Give results of one run that would share a key what differs between them, or else the names of their runs."""
     for key, results in found.items():
-        if len(results) == 1:
-            yield key, results[0]
-            continue
-        names = [name for name in _SETTINGS if len({str(result.settings.get(name)) for result in results}) > 1]
-        suffixes = [", ".join(f"{name}={result.settings.get(name)}" for name in names) for result in results]
+        names = [name for name in _SETTINGS if len({str(result["given"].get(name)) for result in results}) > 1]
+        suffixes = [", ".join(f"{name}={result['given'].get(name)}" for name in names) for result in results]
         if len(set(suffixes)) < len(suffixes):
-            suffixes = [result.row["run"] for result in results]
+            suffixes = [result["run"] for result in results]
         for suffix, result in zip(suffixes, results, strict=True):
             yield key._replace(of=", ".join(filter(None, (key.of, suffix)))), result
 
@@ -176,68 +165,55 @@ def _certificates(metric: str, rows: pd.DataFrame, settings: Mapping[str, Any]) 
     correct = rows["predicted"] == rows["label"]
     if metric == "average_certified_radius":
         largest = float(rows["radius_tested" if "radius_tested" in rows else "radius"].max())
-        return _Answers(rows["radius"].where(correct, 0.0), rows["label"], largest=largest)
+        return _Answers(rows[["label"]].assign(value=rows["radius"].where(correct, 0.0)), largest=largest)
     if metric == "abstain_rate":
         correct = rows["predicted"] < 0
     elif metric == "certified_accuracy":
         correct &= rows["radius"] >= settings["radius"]
-    return _Answers(correct.astype(float), rows["label"], binary=True)
+    return _Answers(rows[["label"]].assign(value=correct.astype(float)), binary=True)
 
 
 def _corruptions(rows: pd.DataFrame, settings: Mapping[str, Any]) -> _Answers:
-    labels = rows.drop_duplicates("image").set_index("image")["label"].sort_index()
+    labels = rows.drop_duplicates("image").set_index("image")[["label"]].sort_index()
     shares = correct_shares(rows)
+    meant = [settings["corruption"]] if "corruption" in settings else shares.columns.drop(CLEAN, errors="ignore")
     once = settings.get("corruption") == CLEAN or len(settings["severities"]) == 1
-    if "corruption" in settings:
-        return _Answers(shares[settings["corruption"]], labels, binary=once)
-    corrupted = shares.drop(columns=CLEAN, errors="ignore")
-    return _Answers(corrupted.mean(axis="columns"), labels, binary=once and len(corrupted.columns) == 1)
-
-
-def _partner(key: _Key, others: Mapping[_Key, _Result], renamed: Mapping[str, str]) -> _Key | None:
-    for model in (key.model, renamed.get(key.model, key.model)):
-        if key._replace(model=model) in others:
-            return key._replace(model=model)
-    return None
+    return _Answers(labels.assign(value=shares[meant].mean(axis="columns")), binary=once and len(meant) == 1)
 
 
 def _paired(key: _Key, a: _Result, b: _Result) -> tuple[Any, ...] | None:
     """The difference over the images of which both runs kept the answers; None if there is none."""
-    first, second = a.answers, b.answers
+    first, second = a["answers"], b["answers"]
     if first is None or second is None:
         return None
-    common = first.values.index.intersection(second.values.index)
+    common = first.rows.merge(second.rows, left_index=True, right_index=True, suffixes=("_a", "_b"))
     if common.empty:
         return None
-    other = common[(first.labels.loc[common] != second.labels.loc[common]).to_numpy()]
+    other = common[common["label_a"] != common["label_b"]]
     if len(other):
+        labels = f"label {other['label_a'].iloc[0]} in A and {other['label_b'].iloc[0]} in B"
         raise ValueError(
-            f"{key}: image {other[0]} has label {first.labels[other[0]]} in A and {second.labels[other[0]]} in B; the "
-            "runs were made on different images, so they cannot be compared"
+            f"{key.dataset}, {key.model}, {key.what}: image {other.index[0]} has {labels}; the runs were made on "
+            "different images, so they cannot be compared"
         )
-    value_a, value_b = (one.values.loc[common].to_numpy() for one in (first, second))
+    value_a, value_b = common["value_a"].to_numpy(), common["value_b"].to_numpy()
     change, p = value_b - value_a, float("nan")
     if first.binary and second.binary:
         gained, lost = int((change > 0).sum()), int((change < 0).sum())
         interval, p = paired_interval(gained, lost, len(change)), mcnemar_p(gained, lost)
     else:
         interval = mean_interval(change, largest=max(first.largest, second.largest))
-    everything = len(common) == len(first.values) == len(second.values)
+    everything = len(common) == len(first.rows) == len(second.rows)
     n = str(len(common)) if everything else f"{len(common)} common"
     return value_a.mean(), value_b.mean(), change.mean(), *interval, n, PAIRED, p
 
 
-def _unpaired(a: Mapping[str, Any], b: Mapping[str, Any]) -> tuple[Any, ...]:
+def _unpaired(a: _Result, b: _Result) -> tuple[Any, ...]:
     limits = [(row["value"], row["low"], row["high"]) for row in (a, b)]
     known = bool(pd.notna(np.array(limits, dtype=float)).all())
     interval = difference_interval(*limits) if known else (float("nan"), float("nan"))
     n = str(a["n"]) if a["n"] == b["n"] else f"{a['n']} | {b['n']}"
     return a["value"], b["value"], b["value"] - a["value"], *interval, n, UNPAIRED, float("nan")
-
-
-def _subject(key: _Key, partner: _Key) -> tuple[str, ...]:
-    models = key.model if key.model == partner.model else f"{key.model} -> {partner.model}"
-    return key.dataset, models, key.metric, key.what
 
 
 def _models(run: Mapping[_Key, _Result]) -> list[str]:
@@ -252,8 +228,8 @@ def _holding(run: Mapping[_Key, _Result]) -> str:
 
 def _differences(key: _Key, a: _Result, b: _Result) -> list[str]:
     """What differs between two partners besides the result: settings, code and versions."""
-    settings = [(f"{key.dataset}: {name}", a.settings.get(name), b.settings.get(name)) for name in _SETTINGS]
-    where = [(name, a.row.get(name), b.row.get(name)) for name in a.row if name in _CIRCUMSTANCES]
+    settings = [(f"{key.dataset}: {name}", a["given"].get(name), b["given"].get(name)) for name in _SETTINGS]
+    where = [(name, a.get(name), b.get(name)) for name in a if name in _CIRCUMSTANCES]
     return [f"{name} is {old} in A and {new} in B" for name, old, new in settings + where if old != new]
 
 

@@ -2,48 +2,71 @@
 
 import sys
 import time
+import traceback
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, redirect_stdout, suppress
 from dataclasses import dataclass
+from itertools import groupby
+from operator import attrgetter
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from medrobust_lib import metrics
+from medrobust_lib import experiments, metrics
 from medrobust_lib.evaluation import CLEAN
-from medrobust_lib.experiments import (
-    Metric,
-    Run,
-    is_headless,
-    leaderboard,
-    map_items,
-    open_store,
-    progress,
-    read_cards,
-    write_text_atomically,
-)
+from medrobust_lib.experiments import Metric, Run, read_cards
 from medrobust_lib.experiments.cards import lower_is_better
 from medrobust_lib.experiments.report import interval_text, write_page, write_report
+from medrobust_lib.files import named_when_full, told
 from medrobust_lib.places import VERSION
 from medrobust_lib.runner import environment_variables
-from medrobust_lib.studies.cells import (
-    ANSWERS,
-    BenchmarkCell,
-    Cell,
-    Site,
-    averaged_over,
-    plan_cells,
-    run_cell,
-    short_id,
-)
+from medrobust_lib.studies.cells import ANSWERS, BenchmarkCell, Cell, averaged_over, plan_cells, short_id
 from medrobust_lib.studies.study_file import Study
 
 LEADERBOARD = "leaderboard.csv"
 CLUSTER_TIMEOUT = 30.0  # seconds to wait for a scheduler's answer
 
 
-def write_results(study: Study, site: Site, finished: Sequence[Cell], failures: Mapping[str, str]) -> pd.DataFrame:
+def run_cell(place: tuple[Path, Path | None], cell: Cell) -> tuple[float, str]:
+    """Run one cell in its folder; what fails is told, not raised, so that other cells go on.
+
+    What the cell prints, and the traceback of an error, goes to ``log.txt`` in its folder.
+
+    Parameters
+    ----------
+    place : (Path, Path or None)
+        Folder of the study, which every worker must see under this path, and of the notebooks (None: the project's).
+    cell : Cell
+
+    Returns
+    -------
+    seconds : float
+    error : str
+        The reason where it failed, else empty.
+    """
+    study, notebooks = place
+    folder = cell.folder(study)
+    started, reason = time.perf_counter(), ""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / "log.txt"
+        full = named_when_full(path, "the cell's words were lost")
+        with full, path.open("w", encoding="utf-8", buffering=1) as log, redirect_stdout(log):
+            try:
+                cell.run(folder, notebooks=notebooks)
+                write_report(folder)
+            except Exception:
+                with suppress(OSError):  # a disk that takes no traceback: the error itself is told
+                    traceback.print_exc(file=log)
+                raise
+    except Exception as error:
+        of_the_system = isinstance(error, OSError) and error.errno is not None
+        reason = told(error) if of_the_system else f"{type(error).__name__}: {error}"
+    return time.perf_counter() - started, reason
+
+
+def write_results(study: Study, out: Path, finished: Sequence[Cell], failures: Mapping[str, str]) -> pd.DataFrame:
     """Write ``leaderboard.csv`` and ``index.html`` of a study and return the leaderboard.
 
     Both come from the cards of the finished cells alone, so they do not depend on how often the study was
@@ -52,28 +75,36 @@ def write_results(study: Study, site: Site, finished: Sequence[Cell], failures: 
     Parameters
     ----------
     study : Study
-    site : Site
+    out : Path
+        Its folder.
     finished : sequence of Cell
     failures : mapping of str to str
         Cells that failed, for the page.
     """
-    folders = [site.cell_folder(cell) for cell in finished]
-    benchmarks: dict[tuple[int, str, int], list[Cell]] = {}
-    for cell in finished:
-        if isinstance(cell, BenchmarkCell):
-            benchmarks.setdefault((cell.number, cell.dataset, cell.seed or 0), []).append(cell)
-    for _, group in sorted(benchmarks.items()):
-        folder = _write_corruption_errors(study, site, group)
+    folders, same_images = [cell.folder(out) for cell in finished], attrgetter("number", "dataset", "seed")
+    benchmarks = sorted((cell for cell in finished if isinstance(cell, BenchmarkCell)), key=same_images)
+    for _, group in groupby(benchmarks, key=same_images):
+        folder = _write_corruption_errors(study, out, list(group))
         if folder is not None:
             folders.append(folder)
     cards = [card for folder in folders for card in read_cards(folder, nested=False)]
-    table = leaderboard(cards)
-    write_text_atomically(site.folder / LEADERBOARD, table.to_csv(index=False, lineterminator="\n"))
-    _write_page(study, site, table, folders, failures)
+    table = experiments.leaderboard(cards)
+    experiments.write_text_atomically(out / LEADERBOARD, table.to_csv(index=False, lineterminator="\n"))
+    write_page(
+        out / "index.html",
+        "study",
+        title=study.name,
+        blocks=table.groupby(["metric", "dataset"], sort=False),
+        lower_is_better=lower_is_better,
+        interval_text=interval_text,
+        cells=[folder.name for folder in folders],
+        failures=failures,
+        synthetic=any(dataset.startswith("phantom/") for dataset in study.datasets),
+    )
     return table
 
 
-def _write_corruption_errors(study: Study, site: Site, cells: list[Cell]) -> Path | None:
+def _write_corruption_errors(study: Study, out: Path, cells: list[Cell]) -> Path | None:
     """A card with mCE and its kin relative to the study's first model; None where there is nothing to compare."""
     reference = study.models[0]
     by_model = {cell.model: cell for cell in cells}
@@ -82,7 +113,7 @@ def _write_corruption_errors(study: Study, site: Site, cells: list[Cell]) -> Pat
     first = by_model[reference]
     tables, right = [], {}
     for model, cell in by_model.items():
-        cards = site.cell_folder(cell) / "cards"
+        cards = cell.folder(out) / "cards"
         tables.append(pd.read_csv(cards / f"{cell.number:02d}-benchmark_accuracy.csv"))
         right[model] = _right_answers(pd.read_csv(cards / f"{cell.number:02d}-benchmark_{ANSWERS}.csv"))
     errors = metrics.corruption_error_table(pd.concat(tables), reference=reference)
@@ -101,24 +132,17 @@ def _write_corruption_errors(study: Study, site: Site, cells: list[Cell]) -> Pat
         numbers.append(Metric("degradation", row.degradation, row.n, of=averaged, model=row.model))
     number = f"{first.number:02d}-mce"
     compared = {"step": "mce", "models": list(by_model), "reference": reference}
-    run = Run(
-        number=number,
-        title=f"Corruption errors on {first.dataset} relative to {reference}",
-        folder=site.folder / "cells" / f"{number}_{short_id(first.dataset)}_seed{first.seed}",
-        parameters={**compared, "dataset": first.dataset, "seed": first.seed, **first.parameters},
-        started=time.monotonic(),
-    )
-    (card,) = read_cards(site.cell_folder(first), nested=False)
-    run.save_card(
-        metrics=numbers,
-        tables={f"{number}_errors": errors},
-        model={"id": "", "dtype": card["model"]["dtype"]},
-        dataset=card["dataset"],
-        prompts=card["prompts"],
-        notes=[*card["notes"], f"mCE is in percent of {reference}'s errors."],
-    )
-    write_report(run.folder)
-    return run.folder
+    parameters = {**compared, "dataset": first.dataset, "seed": first.seed, **first.parameters}
+    title = f"Corruption errors on {first.dataset} relative to {reference}"
+    folder = out / "cells" / f"{number}_{short_id(first.dataset)}_seed{first.seed}"
+    run = Run(number, title, folder, parameters, time.monotonic())
+    (card,) = read_cards(first.folder(out), nested=False)
+    notes = [*card["notes"], f"mCE is in percent of {reference}'s errors."]
+    described = {"model": {"id": "", "dtype": card["model"]["dtype"]}, "notes": notes}
+    described |= {"dataset": card["dataset"], "prompts": card["prompts"]}
+    run.save_card(metrics=numbers, tables={f"{number}_errors": errors}, **described)
+    write_report(folder)
+    return folder
 
 
 def _right_answers(rows: pd.DataFrame) -> np.ndarray:
@@ -128,29 +152,6 @@ def _right_answers(rows: pd.DataFrame) -> np.ndarray:
     right = rows.assign(right=rows["predicted"] == rows["label"])
     right = right.pivot(index=["corruption", "severity"], columns="image", values="right").loc[order]
     return right.to_numpy().reshape(*order.levshape, -1)
-
-
-def _write_page(
-    study: Study, site: Site, table: pd.DataFrame, folders: Sequence[Path], failures: Mapping[str, str]
-) -> None:
-    blocks = [
-        {
-            "metric": metric.replace("_", " "),
-            "dataset": dataset,
-            "best": "lowest" if lower_is_better(metric) else "highest",
-            "rows": [{**row._asdict(), "text": interval_text(row)} for row in block.itertuples()],
-        }
-        for (metric, dataset), block in table.groupby(["metric", "dataset"], sort=False)
-    ]
-    write_page(
-        site.folder / "index.html",
-        "study",
-        title=study.name,
-        blocks=blocks,
-        cells=[folder.name for folder in folders],
-        failures=failures,
-        synthetic=any(dataset.startswith("phantom/") for dataset in study.datasets),
-    )
 
 
 @dataclass(frozen=True)
@@ -219,45 +220,45 @@ def run_study(
     """
     out = Path(out).expanduser().resolve()
     cells = plan_cells(study, notebooks=notebooks)
-    site = Site(out, None if notebooks is None else Path(notebooks).resolve())
+    place = out, None if notebooks is None else Path(notebooks).resolve()
     manifest = {"study": study.record(), "medrobust_lib": VERSION}
     failures: dict[str, str] = {}
     with ExitStack() as stack:
-        store = stack.enter_context(open_store(out, parameters=manifest))
+        store = stack.enter_context(experiments.open_store(out, parameters=manifest))
         # A card that somebody deleted is made again.
-        missing = [cell for cell in cells if cell.name not in store.done or not _has_card(site, cell)]
+        missing = [cell for cell in cells if cell.name not in store.done or not _has_card(out, cell)]
         done = len(cells) - len(missing)
         if cluster is not None and missing:
             _connect(stack, cluster, out)
-        alone = jobs == 1 and cluster is None
-        if not alone:  # bars of several processes would overwrite each other
+        if jobs != 1 or cluster is not None:  # bars of several processes would overwrite each other
             stack.enter_context(environment_variables({"TQDM_DISABLE": "1"}))
-        results = map_items(run_cell, missing, context=site, jobs=jobs, backend="loky" if cluster is None else "dask")
-        shown = progress(results, total=len(cells), done=done, description=f"study {study.name}", unit="cells")
+        backend = "loky" if cluster is None else "dask"
+        results = experiments.map_items(run_cell, missing, context=place, jobs=jobs, backend=backend)
+        told = {"description": f"study {study.name}", "unit": "cells"}
         try:
-            for position, outcome in shown:
+            for position, (seconds, error) in experiments.progress(results, total=len(cells), done=done, **told):
                 cell = missing[position]
-                if outcome.error:
-                    failures[cell.label] = outcome.error
+                if error:
+                    failures[cell.label] = error
                     announce(f"FAILED {cell.label}; the other cells go on")
                     continue
                 if cell.name not in store.done:
                     what = {"cell": cell.name, "step": cell.number, "kind": cell.step.kind}
                     where = {"model": cell.model, "dataset": cell.dataset, "seed": cell.seed}
-                    store.append(cell.name, [what | where], seconds=outcome.seconds)
-                if is_headless() or not sys.stderr.isatty():
-                    announce(f"{cell.label}: done in {outcome.seconds:.1f} s")
-        except RuntimeError as error:
+                    store.append(cell.name, [what | where], seconds=seconds)
+                if experiments.is_headless() or not sys.stderr.isatty():
+                    announce(f"{cell.label}: done in {seconds:.1f} s")
+        except RuntimeError as stopped:
             # Workers that are killed again and again: what was finished stays, the rest is told.
-            failures["cells without a result"] = str(error)
-        finished = [cell for cell in cells if cell.name in store.done and _has_card(site, cell)]
+            failures["cells without a result"] = str(stopped)
+        finished = [cell for cell in cells if cell.name in store.done and _has_card(out, cell)]
         store.finish([cell.name for cell in finished])
-        leaderboard = write_results(study, site, finished, failures)
+        leaderboard = write_results(study, out, finished, failures)
     return Finished(out, leaderboard, len(cells), len(finished), failures)
 
 
-def _has_card(site: Site, cell: Cell) -> bool:
-    return any((site.cell_folder(cell) / "cards").glob("[0-9]*.json"))
+def _has_card(out: Path, cell: Cell) -> bool:
+    return any((cell.folder(out) / "cards").glob("[0-9]*.json"))
 
 
 def _connect(stack: ExitStack, address: str, folder: Path) -> None:

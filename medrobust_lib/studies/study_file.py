@@ -216,10 +216,8 @@ def read_study(path: Path, *, notebooks: Path | None = None) -> Study:
     if not isinstance(steps, list) or not steps:
         raise StudyError(f"{path}: steps is {_TAKES}")
     # Workers and notebooks work in other folders: paths in ids become absolute.
-    values = {
-        name: notebook_parameters.absolute_ids(name, value)
-        for name, value in _values(given, Study, where=str(path)).items()
-    }
+    values = _values(given, Study, where=str(path))
+    values = {name: notebook_parameters.absolute_ids(name, value) for name, value in values.items()}
     steps = [_step(step, notebooks, where=f"{path}, step {place}") for place, step in enumerate(steps, start=1)]
     study = Study(**values, steps=tuple(steps))
     with _located(str(path)):
@@ -245,9 +243,8 @@ def _step(given: Any, notebooks: Path | None, *, where: str) -> Step:
     kind = next((key for key in given if key in STEPS), None)
     if kind is None:
         first = str(next(iter(given)))
-        raise StudyError(
-            f"{where}: unknown step {first!r}; there are {notebook_parameters.closest_first(first, STEPS)}"
-        )
+        valid = notebook_parameters.closest_first(first, STEPS)
+        raise StudyError(f"{where}: unknown step {first!r}; there are {valid}")
     if kind == "notebook":
         return _notebook_step(given, notebooks, where=where)
     if len(given) > 1:
@@ -278,9 +275,8 @@ def _check_keys(given: Mapping[Any, Any], kind: type, *, where: str) -> None:
     names = [f.name for f in fields(kind)]
     for key in given:
         if key not in names:
-            raise StudyError(
-                f"{where}: unknown key {key!r}; valid: {notebook_parameters.closest_first(str(key), names)}"
-            )
+            valid = notebook_parameters.closest_first(str(key), names)
+            raise StudyError(f"{where}: unknown key {key!r}; valid: {valid}")
     for f in fields(kind):
         if f.name not in given and f.default is MISSING and f.default_factory is MISSING:
             takes = f.metadata.get("takes") or notebook_parameters.wanted(f.type)

@@ -74,7 +74,7 @@ def test_draws_that_can_never_certify_are_told_in_the_instrument(model, data, te
 
 
 def test_image_and_sigma_change_the_picture(model, data, texts):
-    instrument = explore.explore_noise(model, data, texts, sigmas=(0.0, 0.1, 0.5), n=12, n0=2)
+    instrument = explore.explore_noise(model, data, texts, n=12)
     seen = [instrument.picture.value]
     for name, value in (("sigma", 0.5), ("index", 3), ("sigma", 0.0)):
         instrument.controls[name].value = value
