@@ -3,8 +3,8 @@
 Commands import what they need when they are called, so that ``--help`` answers at once.
 """
 
+import inspect
 import shlex
-import sys
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -47,9 +47,7 @@ def run(
         list[str] | None, typer.Option("-p", "--parameter", help="NAME=VALUE; 'NAME=[ONE, TWO]', 'NAME={KEY: VALUE}'.")
     ] = None,
     file: Annotated[Path | None, typer.Option("-f", "--file", help="YAML file of parameters.")] = None,
-    out: Annotated[
-        Path | None, typer.Option(help="Run folder; default: a new one, runs/DATE_TIME.", show_default=False)
-    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Run folder; default: a new one, runs/DATE_TIME.")] = None,
     folder: Annotated[Path | None, typer.Option("--notebooks", help="Folder of the notebooks.")] = None,
     describe: Annotated[bool, typer.Option("--describe", help="List the parameters and stop.")] = False,
     jobs: Annotated[int, typer.Option(help="Notebooks at a time; -1: one per core.")] = 1,
@@ -96,15 +94,11 @@ def run(
 @app.command()
 def study(
     file: Annotated[Path, typer.Argument(help="YAML file: models, datasets, steps; see docs/studies.md.")],
-    out: Annotated[
-        Path | None, typer.Option(help="Folder of the study; default: runs/NAME.", show_default=False)
-    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder of the study; default: runs/NAME.")] = None,
     jobs: Annotated[int, typer.Option(help="Cells at a time on this machine; -1: one per core.")] = 1,
-    cluster: Annotated[
-        str | None, typer.Option(help="Scheduler of dask.distributed, tcp://HOST:PORT.", show_default=False)
-    ] = None,
+    cluster: Annotated[str | None, typer.Option(help="Scheduler of dask.distributed, tcp://HOST:PORT.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would run and what it costs, and stop.")] = False,
-    notebooks: Annotated[Path | None, typer.Option(help="Folder of the notebooks.", show_default=False)] = None,
+    notebooks: Annotated[Path | None, typer.Option(help="Folder of the notebooks.")] = None,
 ) -> None:
     """Run a grid of models, data sets and steps; the same command goes on after an interruption."""
     from medrobust_lib.experiments.report import show_ranking
@@ -178,9 +172,7 @@ def datasets(
 
 @app.command()
 def leaderboard(
-    runs: Annotated[
-        Path | None, typer.Argument(help="Folder that holds runs; default: runs.", show_default=False)
-    ] = None,
+    runs: Annotated[Path | None, typer.Argument(help="Folder that holds runs; default: runs.")] = None,
     metric: Annotated[str | None, typer.Option(help="Only this metric.")] = None,
     by_hand: Annotated[
         bool, typer.Option("--by-hand", help="Also notebooks run by hand, without `medrobust run`.")
@@ -220,7 +212,7 @@ def leaderboard(
 def compare(
     run_a: Annotated[Path, typer.Argument(help="Folder of a study or a run.")],
     run_b: Annotated[Path, typer.Argument(help="Folder of another; differences are B minus A.")],
-    csv: Annotated[Path | None, typer.Option(help="Also write the table as CSV.", show_default=False)] = None,
+    csv: Annotated[Path | None, typer.Option(help="Also write the table as CSV.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="JSON instead of tables.")] = False,
 ) -> None:
     """Compare two runs image by image where both kept their answers, and by their cards elsewhere."""
@@ -262,12 +254,9 @@ def _noted(show: Callable[..., None]) -> Callable[..., None]:
     noted: set[str] = set()
 
     def show_or_note(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
-        frame = sys._getframe(1)
-        while frame.f_back and frame.f_globals.get("__name__") == "warnings":
-            frame = frame.f_back
-        if not issubclass(category, UserWarning) or not frame.f_globals.get("__name__", "").startswith(
-            "medrobust_lib."
-        ):
+        callers = (caller.frame.f_globals.get("__name__", "") for caller in inspect.stack(0)[1:])
+        warner = next(name for name in callers if name != "warnings")
+        if not issubclass(category, UserWarning) or not warner.startswith("medrobust_lib."):
             show(message, category, *place, **more)
         elif str(message) not in noted:
             noted.add(str(message))
