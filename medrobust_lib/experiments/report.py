@@ -202,9 +202,8 @@ def show_ranking(table: pd.DataFrame) -> None:
             (rank, interval_text(row), row.n, row.model, row.of, _first_of(names))
             for rank, names, row in zip(ranks, runs, results.itertuples(), strict=True)
         ]
-        _show_block(
-            metric.replace("_", " "), f" on {dataset}, {'lowest' if lowest else 'highest'} first", columns, rows
-        )
+        place = f" on {dataset}, {'lowest' if lowest else 'highest'} first"
+        _show_block(metric.replace("_", " "), place, columns, rows)
 
 
 def show_comparison(table: pd.DataFrame) -> None:

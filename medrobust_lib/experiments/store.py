@@ -13,13 +13,12 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 import pandas as pd
 
 from medrobust_lib.experiments.cards import write_text_atomically
-from medrobust_lib.files import lock, named_when_full, read_json_object
+from medrobust_lib.files import lock, named_when_full, parsed, read_json_object
 
 STORE_FORMAT = 1
 SECONDS_COLUMN = "seconds"
@@ -52,9 +51,7 @@ class RowStore:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     def __repr__(self) -> str:
@@ -109,9 +106,7 @@ class RowStore:
         if not (math.isfinite(item.seconds) and item.seconds >= 0):
             raise ValueError(f"seconds={seconds} of item {key!r}; expected a finite number >= 0")
         columns = next((list(earlier.rows[0]) for earlier in self._items.values() if earlier.rows), None)
-        for row in item.rows:
-            columns = columns or list(row)
-            _check_row(key, row, columns)
+        _check_rows(key, item.rows, columns)
         line = json.dumps({"key": key, "rows": item.rows, "seconds": item.seconds}, allow_nan=False) + "\n"
         _write_whole(self._descriptor, line.encode("ascii"), self.folder / "journal.jsonl")
         self._items[key] = item
@@ -256,12 +251,10 @@ def _check_manifest(path: Path, wanted: dict[str, Any], *, is_new: bool) -> None
         manifest = {"format": STORE_FORMAT, "parameters": wanted, "hash": digest}
         write_text_atomically(path, json.dumps(manifest, indent=2, allow_nan=False) + "\n")
         return
-    try:
+    with parsed(f"{path} is no manifest of a store", "Restore it or use another folder."):
         manifest = json.loads(path.read_text(encoding="utf-8"))
         version, stored = manifest["format"], dict(manifest["parameters"])
         _canonical(stored)
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ValueError(f"{path} is no manifest of a store ({error!r}); restore it or use another folder") from error
     if version != STORE_FORMAT:
         raise ValueError(f"{path} has store format {version}, this version reads {STORE_FORMAT}; use another folder")
     differences = list(parameter_differences(stored, wanted, holder="the store"))
@@ -304,36 +297,33 @@ def _read_items(content: bytes, path: Path) -> dict[str, _Item]:
     items: dict[str, _Item] = {}
     columns: list[str] | None = None
     for number, line in enumerate(content.splitlines(), start=1):
-        try:
+        where = f"{path}, line {number} is corrupt ({line[:60]!r})"
+        with parsed(f"{where}; delete that line, and its item is computed again"):
             entry = json.loads(line)
             key, item = entry["key"], _Item(tuple(entry["rows"]), float(entry["seconds"]))
             if not isinstance(key, str) or key in items or not all(isinstance(row, dict) for row in item.rows):
                 raise ValueError(f"key {key!r} is no text, or here twice, or its rows are no rows")
-            for row in item.rows:
-                columns = columns or list(row)
-                _check_row(key, row, columns)
-        except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
-            raise ValueError(
-                f"{path}, line {number} is corrupt ({error}): {line[:60]!r}; "
-                "delete that line, and its item is computed again"
-            ) from error
+            columns = _check_rows(key, item.rows, columns)
         items[key] = item
     return items
 
 
-def _check_row(key: str, row: Row, columns: list[str]) -> None:
-    if set(row) != set(columns):
-        raise ValueError(f"item {key!r} has columns {', '.join(row)}; the store's rows have {', '.join(columns)}")
-    for column, value in row.items():
-        where = f"column {column!r} of item {key!r}"
-        if not isinstance(column, str) or not isinstance(value, str | int | float | bool | None):
-            raise TypeError(
-                f"{where} holds {value!r} ({type(value).__name__}); rows hold str, int, float, bool or None"
-            )
-        if isinstance(value, float) and not math.isfinite(value):
-            raise ValueError(f"{where} is {value}; rows hold finite numbers, or None where there is none")
-        if column == SECONDS_COLUMN:
-            raise ValueError(f"{where}: times would make the table differ from run to run; give them as seconds=")
+def _check_rows(key: str, rows: Sequence[Row], columns: list[str] | None) -> list[str] | None:
+    """Return the columns of the store, which those of its first row become; raise where rows do not fit its table."""
+    for row in rows:
+        columns = columns or list(row)
+        if set(row) != set(columns):
+            raise ValueError(f"item {key!r} has columns {', '.join(row)}; the store's rows have {', '.join(columns)}")
+        for column, value in row.items():
+            where = f"column {column!r} of item {key!r}"
+            if not isinstance(column, str) or not isinstance(value, str | int | float | bool | None):
+                kinds = "rows hold str, int, float, bool or None"
+                raise TypeError(f"{where} holds {value!r} ({type(value).__name__}); {kinds}")
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"{where} is {value}; rows hold finite numbers, or None where there is none")
+            if column == SECONDS_COLUMN:
+                raise ValueError(f"{where}: times make the table differ from run to run; give them as seconds=")
+    return columns
 
 
 def _write_whole(descriptor: int, line: bytes, path: Path) -> None:
