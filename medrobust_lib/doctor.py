@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 
 from medrobust_lib import _torchvision, runner
-from medrobust_lib.experiments import write_text_atomically
 from medrobust_lib.files import told
 from medrobust_lib.places import project_root
 
@@ -57,12 +56,6 @@ def reference_prediction() -> dict[str, object]:
         "template": data.templates[0],
         "probabilities": [[round(p, 6) for p in row] for row in probabilities.tolist()],
     }
-
-
-def write_reference(path: Path = REFERENCE_FILE) -> Path:
-    """Store the present prediction as the reference; done once after training demo-clip."""
-    write_text_atomically(path, json.dumps(reference_prediction(), indent=1) + "\n")
-    return path
 
 
 def _python() -> str:
