@@ -8,11 +8,12 @@ changed. `torchvision.ops.nms` and `torchvision.io` stay unusable in the repaire
 """
 
 import functools
-import importlib.abc
-import importlib.machinery
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
+from typing import Any
 
 _SYMPTOM = "operator torchvision::nms does not exist"
 _OPERATORS = (
@@ -21,16 +22,14 @@ _OPERATORS = (
 )
 
 
-class TorchvisionGuard(importlib.abc.MetaPathFinder):
+class TorchvisionGuard(MetaPathFinder):
     """Import hook that repairs the first import of torchvision, and only that."""
 
-    def find_spec(
-        self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
-    ) -> importlib.machinery.ModuleSpec | None:
+    def find_spec(self, fullname: str, *place: Any) -> ModuleSpec | None:
         """Let torchvision's own loader try twice; leave every other module alone."""
         if fullname != "torchvision":
             return None
-        spec = importlib.machinery.PathFinder.find_spec(fullname, path, target)
+        spec = PathFinder.find_spec(fullname, *place)
         if spec is not None and spec.loader is not None:
             spec.loader.exec_module = functools.partial(_execute, spec.loader.exec_module)
         return spec

@@ -15,6 +15,7 @@ import typer
 
 from medrobust_lib.checks import closest
 from medrobust_lib.files import reported_errors, told
+from medrobust_lib.places import default_runs_dir
 
 if TYPE_CHECKING:
     from medrobust_lib.studies.study_file import Study
@@ -102,7 +103,6 @@ def study(
 ) -> None:
     """Run a grid of models, data sets and steps; the same command goes on after an interruption."""
     from medrobust_lib.experiments.report import show_ranking
-    from medrobust_lib.places import default_runs_dir
     from medrobust_lib.studies.study_file import read_study
 
     read = read_study(file, notebooks=notebooks)
@@ -184,7 +184,6 @@ def leaderboard(
     from medrobust_lib import experiments
     from medrobust_lib.experiments.cards import BY_HAND
     from medrobust_lib.experiments.report import show_json, show_ranking
-    from medrobust_lib.places import default_runs_dir
 
     folder = default_runs_dir() if runs is None else runs
     cards = experiments.read_cards(folder)
@@ -288,7 +287,6 @@ def _show_plan(read: "Study", notebooks: Path | None) -> None:
 
     from medrobust_lib.experiments.report import duration, show
     from medrobust_lib.files import size_text
-    from medrobust_lib.places import default_runs_dir
     from medrobust_lib.studies.cells import CertifyCell, estimate_cells, plan_cells
 
     cells = plan_cells(read, notebooks=notebooks)
