@@ -19,7 +19,8 @@ from joblib import cpu_count
 from jupyter_client import AsyncKernelManager
 from traitlets.config import Config
 
-from medrobust_lib.experiments import HEADLESS_VARIABLE, RUN_DIR_VARIABLE, map_items
+from medrobust_lib.experiments import map_items
+from medrobust_lib.experiments.cards import HEADLESS_VARIABLE, RUN_DIR_VARIABLE
 from medrobust_lib.files import named_when_full, told
 from medrobust_lib.parameters import assign_parameters
 from medrobust_lib.places import default_runs_dir, project_root
