@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer import Argument, Option
 
 from medrobust_lib.checks import closest
 from medrobust_lib.files import reported_errors, told
@@ -43,15 +44,15 @@ def main() -> None:
 
 @app.command()
 def run(
-    notebooks: Annotated[list[str] | None, typer.Argument(help="Numbers, for example 01 02; default: all.")] = None,
+    notebooks: Annotated[list[str] | None, Argument(help="Numbers, for example 01 02; default: all.")] = None,
     parameter: Annotated[
-        list[str] | None, typer.Option("-p", "--parameter", help="NAME=VALUE; 'NAME=[ONE, TWO]', 'NAME={KEY: VALUE}'.")
+        list[str] | None, Option("-p", "--parameter", help="NAME=VALUE; 'NAME=[ONE, TWO]', 'NAME={KEY: VALUE}'.")
     ] = None,
-    file: Annotated[Path | None, typer.Option("-f", "--file", help="YAML file of parameters.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Run folder; default: a new one, runs/DATE_TIME.")] = None,
-    folder: Annotated[Path | None, typer.Option("--notebooks", help="Folder of the notebooks.")] = None,
-    describe: Annotated[bool, typer.Option("--describe", help="List the parameters and stop.")] = False,
-    jobs: Annotated[int, typer.Option(help="Notebooks at a time; -1: one per core.")] = 1,
+    file: Annotated[Path | None, Option("-f", "--file", help="YAML file of parameters.")] = None,
+    out: Annotated[Path | None, Option(help="Run folder; default: a new one, runs/DATE_TIME.")] = None,
+    folder: Annotated[Path | None, Option("--notebooks", help="Folder of the notebooks.")] = None,
+    describe: Annotated[bool, Option("--describe", help="List the parameters and stop.")] = False,
+    jobs: Annotated[int, Option(help="Notebooks at a time; -1: one per core.")] = 1,
 ) -> None:
     """Execute notebooks headlessly and write a report.
 
@@ -65,7 +66,10 @@ def run(
     started = time.monotonic()
     chosen = runner.find_notebooks(notebooks or (), folder=folder)
     if describe:
-        _describe(chosen)
+        for number, path in chosen.items():
+            typer.echo(f"{number}  {path.stem}")
+            for name, spec in notebook_parameters(path).items():
+                typer.echo(f"    {name}: {spec['inferred_type_name']} = {spec['default']}  # {spec['help']}")
         return
     parameters = parse_parameters(parameter or (), file)
     try:
@@ -94,12 +98,12 @@ def run(
 
 @app.command()
 def study(
-    file: Annotated[Path, typer.Argument(help="YAML file: models, datasets, steps; see docs/studies.md.")],
-    out: Annotated[Path | None, typer.Option(help="Folder of the study; default: runs/NAME.")] = None,
-    jobs: Annotated[int, typer.Option(help="Cells at a time on this machine; -1: one per core.")] = 1,
-    cluster: Annotated[str | None, typer.Option(help="Scheduler of dask.distributed, tcp://HOST:PORT.")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would run and what it costs, and stop.")] = False,
-    notebooks: Annotated[Path | None, typer.Option(help="Folder of the notebooks.")] = None,
+    file: Annotated[Path, Argument(help="YAML file: models, datasets, steps; see docs/studies.md.")],
+    out: Annotated[Path | None, Option(help="Folder of the study; default: runs/NAME.")] = None,
+    jobs: Annotated[int, Option(help="Cells at a time on this machine; -1: one per core.")] = 1,
+    cluster: Annotated[str | None, Option(help="Scheduler of dask.distributed, tcp://HOST:PORT.")] = None,
+    dry_run: Annotated[bool, Option("--dry-run", help="Say what would run and what it costs, and stop.")] = False,
+    notebooks: Annotated[Path | None, Option(help="Folder of the notebooks.")] = None,
 ) -> None:
     """Run a grid of models, data sets and steps; the same command goes on after an interruption."""
     from medrobust_lib.experiments.report import show_ranking
@@ -131,9 +135,7 @@ def study(
 
 
 @app.command()
-def models(
-    as_json: Annotated[bool, typer.Option("--json", help="JSON instead of a table.")] = False,
-) -> None:
+def models(as_json: Annotated[bool, Option("--json", help="JSON instead of a table.")] = False) -> None:
     """List the models that `load_model` knows, and the generative ones of `load_vlm`."""
     import pandas as pd
 
@@ -150,8 +152,8 @@ def models(
 
 @app.command()
 def datasets(
-    root: Annotated[Path | None, typer.Option(help="Folder of downloaded data.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="JSON instead of a table.")] = False,
+    root: Annotated[Path | None, Option(help="Folder of downloaded data.")] = None,
+    as_json: Annotated[bool, Option("--json", help="JSON instead of a table.")] = False,
 ) -> None:
     """List the data sets that `load_dataset` knows, and the scenarios of MM-SafetyBench for notebook 06."""
     from medrobust_lib.data.questions import list_scenarios
@@ -172,13 +174,11 @@ def datasets(
 
 @app.command()
 def leaderboard(
-    runs: Annotated[Path | None, typer.Argument(help="Folder that holds runs; default: runs.")] = None,
-    metric: Annotated[str | None, typer.Option(help="Only this metric.")] = None,
-    by_hand: Annotated[
-        bool, typer.Option("--by-hand", help="Also notebooks run by hand, without `medrobust run`.")
-    ] = False,
-    csv: Annotated[Path | None, typer.Option(help="Also write all rows and columns as CSV.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="All rows and columns as JSON instead of tables.")] = False,
+    runs: Annotated[Path | None, Argument(help="Folder that holds runs; default: runs.")] = None,
+    metric: Annotated[str | None, Option(help="Only this metric.")] = None,
+    by_hand: Annotated[bool, Option("--by-hand", help="Also notebooks run by hand, without `medrobust run`.")] = False,
+    csv: Annotated[Path | None, Option(help="Also write all rows and columns as CSV.")] = None,
+    as_json: Annotated[bool, Option("--json", help="All rows and columns as JSON instead of tables.")] = False,
 ) -> None:
     """Rank the results of all runs by metric and data set, from their result cards only."""
     from medrobust_lib import experiments
@@ -209,10 +209,10 @@ def leaderboard(
 
 @app.command()
 def compare(
-    run_a: Annotated[Path, typer.Argument(help="Folder of a study or a run.")],
-    run_b: Annotated[Path, typer.Argument(help="Folder of another; differences are B minus A.")],
-    csv: Annotated[Path | None, typer.Option(help="Also write the table as CSV.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="JSON instead of tables.")] = False,
+    run_a: Annotated[Path, Argument(help="Folder of a study or a run.")],
+    run_b: Annotated[Path, Argument(help="Folder of another; differences are B minus A.")],
+    csv: Annotated[Path | None, Option(help="Also write the table as CSV.")] = None,
+    as_json: Annotated[bool, Option("--json", help="JSON instead of tables.")] = False,
 ) -> None:
     """Compare two runs image by image where both kept their answers, and by their cards elsewhere."""
     from medrobust_lib.experiments import write_text_atomically
@@ -271,15 +271,6 @@ def _report_what_there_is(run_dir: Path) -> None:
         typer.echo(f"report of what was executed: {write_report(run_dir)}")
     except (OSError, ValueError) as error:  # the disk that the notebook has filled
         typer.echo(f"no report of what was executed: {told(error)}", err=True)
-
-
-def _describe(notebooks: dict[str, Path]) -> None:
-    from medrobust_lib.parameters import notebook_parameters
-
-    for number, path in notebooks.items():
-        typer.echo(f"{number}  {path.stem}")
-        for name, spec in notebook_parameters(path).items():
-            typer.echo(f"    {name}: {spec['inferred_type_name']} = {spec['default']}  # {spec['help']}")
 
 
 def _show_plan(read: "Study", notebooks: Path | None) -> None:

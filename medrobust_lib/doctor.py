@@ -1,12 +1,11 @@
 """Is this installation sound? Every check says what it found and how to mend it."""
 
-import importlib
 import json
 import platform
 from collections.abc import Iterator
-from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -21,8 +20,7 @@ REFERENCE_IMAGES = 8
 REFERENCE_TOLERANCE = 1e-3
 
 
-@dataclass(frozen=True)
-class Finding:
+class Finding(NamedTuple):
     """One check: its name, whether it passed, and what was found (with the fix if it did not)."""
 
     check: str
@@ -84,7 +82,8 @@ def _packages() -> str:
 
 
 def _torchvision_import() -> str:
-    torchvision = importlib.import_module("torchvision")
+    import torchvision
+
     how = "repaired by the guard (CPU-only torch)" if _torchvision.was_repaired() else "imports by itself"
     return f"torchvision {torchvision.__version__} {how}"
 

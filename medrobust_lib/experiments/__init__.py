@@ -3,6 +3,8 @@
 This floor knows nothing of data or models; everything above may use it.
 """
 
+# ruff: noqa: F401 -- what is imported here is what the room offers
+
 from medrobust_lib.experiments.cards import (
     Metric,
     Run,
@@ -15,19 +17,3 @@ from medrobust_lib.experiments.cards import (
 )
 from medrobust_lib.experiments.store import RowStore, open_store, parameter_differences
 from medrobust_lib.experiments.work import map_items, progress
-
-__all__ = [
-    "Metric",
-    "RowStore",
-    "Run",
-    "is_headless",
-    "leaderboard",
-    "map_items",
-    "open_store",
-    "parameter_differences",
-    "progress",
-    "read_cards",
-    "show_source",
-    "start_run",
-    "write_text_atomically",
-]

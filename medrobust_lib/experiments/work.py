@@ -144,10 +144,6 @@ def _work(numbered_item: tuple[int, Any], content: np.ndarray, digest: str, thre
     return position, _call(function, context, position, item)
 
 
-def _unchanged(content: np.ndarray) -> np.ndarray:
-    return content
-
-
 def _call(function: Function, context: Any, position: int, item: Any) -> Any:
     try:
         return function(context, item)
@@ -213,7 +209,7 @@ def _dask_rounds(function: Function, context: Any) -> Callable[[Sequence[tuple[i
     # A task, unlike scattered data, can be repeated when every worker that had its result is lost, and it
     # makes a cluster that grows by need grow.
     with dask.config.set({"distributed.admin.large-graph-warning-threshold": "1 TiB"}):
-        there = client.submit(_unchanged, content, pure=False)
+        there = client.submit(np.asarray, content, pure=False)
     return partial(_dask_round, client, there, digest)
 
 
@@ -307,22 +303,19 @@ def progress(
     element
         Closing this iterator early closes the iterable, too.
     """
+    from tqdm.auto import tqdm
+
     started = time.monotonic()
     count = done
     # tqdm itself heeds this variable in a terminal only.
     unwanted = os.environ.get("TQDM_DISABLE", "") not in ("", "0")
     headless = is_headless() or unwanted or not (sys.stderr.isatty() or _in_notebook())
-    bar = None
-    if not headless:
-        from tqdm.auto import tqdm
-
-        bar = tqdm(total=total, initial=done, desc=description, unit=f" {unit}")
+    bar = tqdm(total=total, initial=done, desc=description, unit=f" {unit}", disable=headless)
     outcome = "stopped at "
     try:
         for element in iterable:
             count += 1
-            if bar is not None:
-                bar.update()
+            bar.update()
             yield element
         outcome = ""
     except KeyboardInterrupt:
@@ -331,8 +324,7 @@ def progress(
     finally:
         if hasattr(iterable, "close"):
             iterable.close()
-        if bar is not None:
-            bar.close()
+        bar.close()
         if count == total:
             outcome = ""
         if headless or outcome:
