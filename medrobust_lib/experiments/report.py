@@ -29,10 +29,6 @@ _MATH = re.compile(r"(?P<code>```.*?```|`[^`\n]*`)|\$\$(?P<block>.+?)\$\$|\$(?P<
 _REFUSALS = tuple(kind for kind in vars(exceptions).values() if isinstance(kind, type))
 _HEADING = re.compile(r"^#+ +(.+)", re.MULTILINE)
 WIDE = 1.9  # width over height from which a figure gets the whole row
-# Raw HTML in a notebook is its author's and stays, but no page of a report runs scripts or asks a network.
-POLICY = (
-    "default-src 'none'; img-src 'self' file: data:; style-src 'unsafe-inline'; form-action 'none'; base-uri 'none'"
-)
 _PLAIN_NAME = re.compile(r"\w[\w.-]*")
 # Options of rich's columns: numbers are never broken over lines, long names are.
 _NUMBER = {"justify": "right", "no_wrap": True}
@@ -84,7 +80,7 @@ def write_page(path: Path, template: str, **values: Any) -> Path:
     # A style of code whose text reaches a contrast of at least 4.5 on a near-white background.
     colours = HtmlFormatter(style="xcode").get_style_defs(".highlight")
     style = Markup(_filled("style.css") + colours)
-    write_text_atomically(path, _filled(f"{template}.html.j2", **values, style=style, notice=NOTICE, policy=POLICY))
+    write_text_atomically(path, _filled(f"{template}.html.j2", **values, style=style, notice=NOTICE))
     return path
 
 
