@@ -305,12 +305,9 @@ def _show_plan(read: "Study", notebooks: Path | None) -> None:
         "second for each model; for notebooks the median of earlier cards, where there are any. disk: from the number\n"
         "of rows. ?: unknown. Nothing was run or written."
     )
-    sequential = {
-        (cell.parameters["sigma"], cell.most_draws): cell.unanimous_draws()
-        for cell in cells
-        if isinstance(cell, CertifyCell) and cell.step.sampling == "sequential"
-    }
+    sequential = [cell for cell in cells if isinstance(cell, CertifyCell) and cell.step.sampling == "sequential"]
+    stops = {(cell.parameters["sigma"], cell.most_draws): cell.unanimous_draws() for cell in sequential}
     if sequential:
         typer.echo("Sequential sampling stops earlier than the table says; an image whose copies all agree takes")
-    for (sigma, most), expected in sequential.items():
+    for (sigma, most), expected in stops.items():
         typer.echo(f"  {expected:,.0f} of {most:,} draws at sigma {sigma:g}")

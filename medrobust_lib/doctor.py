@@ -14,8 +14,6 @@ from medrobust_lib.files import told
 from medrobust_lib.places import project_root
 
 REFERENCE_FILE = Path(__file__).parent / "models" / "demo" / "clip" / "reference_prediction.json"
-REFERENCE_DATASET = "phantom/blood"
-REFERENCE_IMAGES = 8
 # Different processors sum in a different order; a wrong preprocessing or weight moves far more.
 REFERENCE_TOLERANCE = 1e-3
 
@@ -44,13 +42,13 @@ def reference_prediction() -> dict[str, object]:
     from medrobust_lib.models.loading import load_model
 
     model = load_model("demo-clip", device="cpu", dtype="float32")
-    data = load_dataset(REFERENCE_DATASET, n=REFERENCE_IMAGES)
+    data = load_dataset("phantom/blood", n=8)
     classes = model.class_features(data.classes, data.templates[:1])
     probabilities = model.probabilities(model.encode_image(model.prepare(data.images)), classes)
     return {
         "model": "demo-clip",
-        "dataset": REFERENCE_DATASET,
-        "images": REFERENCE_IMAGES,
+        "dataset": "phantom/blood",
+        "images": len(data.images),
         "template": data.templates[0],
         "probabilities": [[round(p, 6) for p in row] for row in probabilities.tolist()],
     }

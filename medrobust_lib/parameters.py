@@ -311,7 +311,8 @@ def assign_parameters(notebooks: Mapping[str, Path], parameters: Mapping[str, An
         if set(VLM_PARAMETERS) & specification.keys() and given.get("n", needed) < needed:
             few = f"parameter n={given['n']}: so few draws certify nothing"
             raise ParameterError(f"{few} at alpha {ALPHA:g}; give {needed} or more")
-        _check_judge(given.get("judge"))
+        if given.get("judge"):
+            _check_judge(given["judge"])
         assigned[number] = given
     for kinds in (MODEL_PARAMETERS, VLM_PARAMETERS):
         ids = {id for given in assigned.values() for id in _ids(given, kinds)}
@@ -348,10 +349,8 @@ def _in_range(name: str, value: Any) -> Any:
     return value
 
 
-def _check_judge(judge: str | None) -> None:
-    """Raise unless a language model can be asked at this address; an empty one asks none."""
-    if not judge:
-        return
+def _check_judge(judge: str) -> None:
+    """Raise unless a language model can be asked at this address."""
     from medrobust_lib.generative.judges import chat_endpoint
 
     url, _, model = judge.partition("#")

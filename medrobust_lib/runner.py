@@ -25,6 +25,8 @@ from medrobust_lib.files import named_when_full, told
 from medrobust_lib.parameters import assign_parameters
 from medrobust_lib.places import default_runs_dir, project_root
 
+_Notebook = tuple[str, Path]  # its number and file
+_Place = tuple[Path, dict[str, dict[str, Any]], dict[str, str]]  # run folder, parameters by number, variables
 KERNEL = "python3"
 THREADS_VARIABLE = "OMP_NUM_THREADS"
 # An error of the system as Python writes it: number, words, and the last of its paths.
@@ -187,19 +189,19 @@ def run_notebooks(
     out = new_run_dir() if out is None else _cleared(Path(out).expanduser().resolve(), notebooks)
     (out / "notebooks").mkdir(parents=True, exist_ok=True)
     announce(f"run folder: {out}")
-    tasks = [_Task(number, path, assigned[number], out) for number, path in notebooks.items()]
-    jobs = min(cpu_count() if jobs == -1 else jobs, len(tasks))
+    jobs = min(cpu_count() if jobs == -1 else jobs, len(notebooks))
+    tasks = list(notebooks.items())
     if jobs > 1:
-        announce(f"{len(tasks)} notebooks, {jobs} at a time: {', '.join(task.path.stem for task in tasks)} ...")
+        announce(f"{len(tasks)} notebooks, {jobs} at a time: {', '.join(path.stem for _, path in tasks)} ...")
         threads = os.environ.get(THREADS_VARIABLE) or str(max(1, cpu_count() // jobs))
-        results = map_items(_executed, tasks, context=threads, jobs=jobs)
+        results = map_items(_executed, tasks, context=(out, assigned, {THREADS_VARIABLE: threads}), jobs=jobs)
     else:
-        results = _one_by_one(tasks, announce)
+        results = _one_by_one((out, assigned, {}), tasks, announce)
     executed: dict[int, Executed] = {}
     failures: dict[int, str] = {}
     try:
         for position, result in results:
-            name = tasks[position].path.stem
+            name = tasks[position][1].stem
             if isinstance(result, Executed):
                 executed[position] = result
                 announce(f"{name} done in {result.seconds:.1f} s")
@@ -209,7 +211,7 @@ def run_notebooks(
                     break
                 announce(f"{name} FAILED; the other notebooks go on")
     except KeyboardInterrupt as error:
-        left = [task.number for position, task in enumerate(tasks) if position not in executed]
+        left = [number for position, (number, _) in enumerate(tasks) if position not in executed]
         done = ", ".join(one.number for one in executed.values()) or "none"
         message = f"finished notebooks, with their results, are kept in {out}: {done}"
         raise RunStopped(message, out, left) from error
@@ -218,31 +220,20 @@ def run_notebooks(
     return [executed[position] for position in sorted(executed)]
 
 
-@dataclass(frozen=True)
-class _Task:
-    """One notebook to execute; it travels to a worker process."""
-
-    number: str
-    path: Path
-    parameters: dict[str, Any]
-    out: Path
+def _one_by_one(place: _Place, notebooks: Sequence[_Notebook], announce: Callable[[str], None]) -> Iterator[Any]:
+    for position, (number, path) in enumerate(notebooks):
+        announce(f"{path.stem} ...")
+        yield position, _executed(place, (number, path))
 
 
-def _one_by_one(tasks: Sequence[_Task], announce: Callable[[str], None]) -> Iterator[tuple[int, Any]]:
-    for position, task in enumerate(tasks):
-        announce(f"{task.path.stem} ...")
-        yield position, _executed(None, task)
-
-
-def _executed(threads: str | None, task: _Task) -> Executed | NotebookError:
-    """Execute one notebook; ``threads`` is what its kernel finds in ``OMP_NUM_THREADS``."""
+def _executed(place: _Place, notebook: _Notebook) -> Executed | NotebookError:
+    """Execute one notebook, in a worker process where there are several."""
     from papermill import execute_notebook
     from papermill.exceptions import PapermillExecutionError
 
-    target = task.out / "notebooks" / task.path.name
-    variables = {RUN_DIR_VARIABLE: str(task.out), HEADLESS_VARIABLE: "1", "TQDM_DISABLE": "1"}
-    if threads is not None:
-        variables[THREADS_VARIABLE] = threads
+    (out, assigned, threads), (number, path) = place, notebook
+    target = out / "notebooks" / path.name
+    variables = {RUN_DIR_VARIABLE: str(out), HEADLESS_VARIABLE: "1", "TQDM_DISABLE": "1", **threads}
     # Encrypt the talk with the kernel where the installed libraries can, instead of warning about it.
     encryption = "auto" if zmq.has("curve") else "disabled"
     started = time.monotonic()
@@ -250,23 +241,23 @@ def _executed(threads: str | None, task: _Task) -> Executed | NotebookError:
         kept = named_when_full(target, f"{target.name} could not be written and nothing of it was kept")
         with environment_variables(variables), kept:
             execute_notebook(
-                task.path,
+                path,
                 target,
-                task.parameters,
+                assigned[number],
                 kernel_name=KERNEL,
                 progress_bar=False,
-                cwd=task.path.parent,
+                cwd=path.parent,
                 config=Config({"KernelManager": {"transport_encryption": encryption}}),
                 kernel_manager_class=AskingKernelManager,
             )
     except PapermillExecutionError as error:
-        return NotebookError(_readable(error, task.path, target), task.out)
+        return NotebookError(_readable(error, path, target), out)
     except OSError as error:
         if error.errno == errno.ENOSPC:  # papermill writes in place: what there is of it is no notebook
             with contextlib.suppress(OSError):
                 target.unlink()
-        return NotebookError(f"{task.path.name} failed: {told(error)}", task.out)
-    return Executed(task.number, target, time.monotonic() - started)
+        return NotebookError(f"{path.name} failed: {told(error)}", out)
+    return Executed(number, target, time.monotonic() - started)
 
 
 def new_run_dir() -> Path:

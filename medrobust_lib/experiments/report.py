@@ -76,7 +76,7 @@ def write_report(run_dir: Path) -> Path:
 
 
 def write_page(path: Path, template: str, **values: Any) -> Path:
-    """Fill one of the package's templates, with style, notice and security policy, and return the page's path."""
+    """Fill one of the package's templates, with style and notice, and return the page's path."""
     # A style of code whose text reaches a contrast of at least 4.5 on a near-white background.
     colours = HtmlFormatter(style="xcode").get_style_defs(".highlight")
     style = Markup(_filled("style.css") + colours)
