@@ -129,9 +129,8 @@ def study(
     typer.echo(f"page: {finished.folder / 'index.html'}")
     if finished.failures:
         reasons = "\n".join(f"  {label}: {reason}" for label, reason in finished.failures.items())
-        raise RuntimeError(
-            f"{len(finished.failures)} of {finished.cells} cells failed; the same command tries them again\n{reasons}"
-        )
+        failed = f"{len(finished.failures)} of {finished.cells} cells failed"
+        raise RuntimeError(f"{failed}; the same command tries them again\n{reasons}")
 
 
 @app.command()
@@ -147,7 +146,7 @@ def models(as_json: Annotated[bool, Option("--json", help="JSON instead of a tab
         show_json(pd.concat(tables.values()))
         return
     for title, table in tables.items():
-        show(table, title=title, columns=MODEL_COLUMNS)
+        show(table[list(MODEL_COLUMNS)], title=title)
 
 
 @app.command()
@@ -165,7 +164,7 @@ def datasets(
     if as_json:
         show_json(list_datasets(root=root))
         return
-    show(list_datasets(root=root), title="data sets", columns=DATASET_COLUMNS)
+    show(list_datasets(root=root)[list(DATASET_COLUMNS)], title="data sets")
     scenarios = list_scenarios(root=root).groupby("scenario", sort=False)
     table = scenarios.agg(questions=("questions", "first"), available=("available", "all")).reset_index()
     table.insert(0, "id", QUESTIONS_PREFIX + table["scenario"].str[:2])

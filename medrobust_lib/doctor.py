@@ -73,9 +73,8 @@ def _packages() -> str:
         if installed.split("+")[0] != pin:
             differ.append(f"{name} {installed} (tested: {pin})")
     if differ:
-        raise RuntimeError(
-            f"not as tested: {'; '.join(differ)}. `pip install -c constraints.txt -e .[dev,cluster,dicom]` mends it"
-        )
+        mend = "`pip install -c constraints.txt -e .[dev,cluster,dicom]`"
+        raise RuntimeError(f"not as tested: {'; '.join(differ)}. {mend} mends it")
     return f"{len(pins)} packages at their tested versions"
 
 

@@ -357,10 +357,8 @@ def _check_judge(judge: str) -> None:
     try:
         chat_endpoint(url, model=model)
     except ValueError as error:
-        raise ParameterError(
-            f"parameter judge: {error}. Its form is http(s)://ADDRESS#MODEL, such as "
-            "http://localhost:8000/v1/chat/completions#MODEL; empty: no judge"
-        ) from error
+        form = "http(s)://ADDRESS#MODEL, such as http://localhost:8000/v1/chat/completions#MODEL; empty: no judge"
+        raise ParameterError(f"parameter judge: {error}. Its form is {form}") from error
 
 
 def _ids(given: Mapping[str, Any], names: Collection[str]) -> list[str]:
@@ -389,10 +387,8 @@ def check_models(ids: Collection[str], *, generative: bool = False) -> None:
         # Sources that are web pages are fetched by the script only, never by the loader.
         fetched_by_loader = not constants.HF_HUB_OFFLINE and not entry.source.startswith("https://")
         if not available_offline(entry, weights_dir=weights_dir) and not fetched_by_loader:
-            raise FileNotFoundError(
-                f"the weights of {id!r} are not on this computer; fetch them where there is a network with\n"
-                f"    {fetch_command(id)}"
-            )
+            fetch = f"fetch them where there is a network with\n    {fetch_command(id)}"
+            raise FileNotFoundError(f"the weights of {id!r} are not on this computer; {fetch}")
 
 
 def _smallest_dataset(parameters: Mapping[str, Any], *, wanted: int | None) -> float:

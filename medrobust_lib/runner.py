@@ -9,10 +9,9 @@ import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import zmq
 from joblib import cpu_count
@@ -71,8 +70,7 @@ class RunStopped(KeyboardInterrupt):
         return self.args[0]
 
 
-@dataclass(frozen=True)
-class Executed:
+class Executed(NamedTuple):
     """One executed notebook: its number, output file and wall-clock seconds."""
 
     number: str
@@ -331,10 +329,7 @@ def _readable(error: Any, source: Path, target: Path) -> str:
         reason = told(OSError(int(refused[1]), refused[2], place))
         return f"{source.name} failed in cell {error.exec_count}: {reason}; {kept}"
     traceback = re.sub(r"\x1b\[[0-9;]*m", "", "\n".join(error.traceback or []))
-    cell = "\n".join(f"    {line}" for line in str(error.source).strip().splitlines())
-    return (
-        f"{source.name} failed in cell {error.exec_count} with {error.ename}: {error.evalue}\n"
-        f"the cell:\n{cell}\n"
-        f"end of its traceback:\n" + "\n".join(traceback.splitlines()[-12:]) + f"\n"
-        f"{kept}"
-    )
+    cell = [f"    {line}" for line in str(error.source).strip().splitlines()]
+    head = f"{source.name} failed in cell {error.exec_count} with {error.ename}: {error.evalue}"
+    end = traceback.splitlines()[-12:]
+    return "\n".join([head, "the cell:", *cell, "end of its traceback:", *end, kept])

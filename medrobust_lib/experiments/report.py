@@ -9,7 +9,7 @@ from typing import Any
 import nbformat
 import pandas as pd
 import typer
-from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
+from jinja2 import Environment, PackageLoader, StrictUndefined
 from latex2mathml import exceptions
 from latex2mathml.converter import convert as latex_to_mathml
 from markupsafe import Markup
@@ -65,7 +65,12 @@ def write_report(run_dir: Path) -> Path:
     for number, path in pages.items():
         with parsed(f"{path} is not a readable notebook", "Delete it, or run it again."):
             notebook = nbformat.read(path, as_version=4)
-            title, body = _title(notebook, path), Markup(notebook_body(notebook))
+            # Papermill puts a note before the title of a notebook that failed.
+            lines = (
+                line for cell in notebook.cells if cell.cell_type == "markdown" for line in cell.source.splitlines()
+            )
+            title = next((line.removeprefix("# ") for line in lines if line.startswith("# ")), path.stem)
+            body = Markup(notebook_body(notebook))
         if number not in finished:
             unfinished.append({"number": number, "title": title, "path": path})
         write_page(run_dir / "html" / f"{path.stem}.html", "notebook", title=title, body=body)
@@ -86,13 +91,9 @@ def write_page(path: Path, template: str, **values: Any) -> Path:
 
 def _filled(template: str, **values: Any) -> str:
     """Text of a template of the package; a value that it lacks is an error."""
-    templates = Environment(
-        loader=PackageLoader("medrobust_lib", "templates"),
-        autoescape=select_autoescape(["html", "j2"]),
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=StrictUndefined,
-    )
+    loader = PackageLoader("medrobust_lib", "templates")
+    spaces = {"trim_blocks": True, "lstrip_blocks": True}
+    templates = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, **spaces)
     return templates.get_template(template).render(**values)
 
 
@@ -138,13 +139,6 @@ def math_to_mathml(markdown: str) -> str:
     return _MATH.sub(replace, markdown)
 
 
-def _title(notebook: nbformat.NotebookNode, path: Path) -> str:
-    """First heading of a notebook, or its file's name."""
-    # Papermill puts a note before the title of a notebook that failed.
-    lines = (line for cell in notebook.cells if cell.cell_type == "markdown" for line in cell.source.splitlines())
-    return next((line.removeprefix("# ") for line in lines if line.startswith("# ")), path.stem)
-
-
 def _section(card: Mapping[str, Any], run_dir: Path, pages: Mapping[str, Path]) -> Markup:
     """What the index shows of one card; links are relative to the index."""
     with parsed(f"{run_dir / 'cards'}: the card of notebook {card.get('notebook')!r} is damaged", "Run it again."):
@@ -166,9 +160,8 @@ def _described(figure: Path) -> dict[str, Any]:
         return {"path": figure, "alt": name, "caption": caption, "wide": picture.width / picture.height > WIDE}
 
 
-def show(table: pd.DataFrame, *, title: str, columns: Sequence[str] | None = None, right: Sequence[str] = ()) -> None:
-    """Print a table, or some of its columns; ``right`` are set as numbers, which are never broken over lines."""
-    table = table[list(columns)] if columns else table
+def show(table: pd.DataFrame, *, title: str, right: Sequence[str] = ()) -> None:
+    """Print a table; the columns ``right`` are set as numbers, which are never broken over lines."""
     shown = {}
     for position, column in enumerate(table.columns):
         number = column in right or (pd.api.types.is_numeric_dtype(table[column]) and table[column].dtype != bool)

@@ -11,9 +11,8 @@ import json
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import pandas as pd
 
@@ -28,8 +27,7 @@ _ABSENT = "no such parameter"
 _SHOWN_CHARACTERS = 120
 
 
-@dataclass(frozen=True)
-class _Item:
+class _Item(NamedTuple):
     rows: tuple[Row, ...]
     seconds: float
 
@@ -230,9 +228,8 @@ def _json_values(parameters: Mapping[str, Any]) -> dict[str, Any]:
         try:
             json.dumps(value, allow_nan=False)
         except (TypeError, ValueError) as error:
-            raise TypeError(
-                f"parameter {name}={value!r} is no JSON value ({error}); give plain numbers, text, lists"
-            ) from error
+            fault = f"parameter {name}={value!r} is no JSON value ({error})"
+            raise TypeError(f"{fault}; give plain numbers, text, lists") from error
     return json.loads(json.dumps(dict(parameters)))
 
 
@@ -281,15 +278,16 @@ def parameter_differences(
         In front of every name.
     """
     for name in sorted({*stored, *wanted}):
-        old, new = stored.get(name, _ABSENT), wanted.get(name, _ABSENT)
+        old, new = stored.get(name), wanted.get(name)
         if isinstance(old, dict) and isinstance(new, dict):
             yield from parameter_differences(old, new, holder=holder, prefix=f"{prefix}{name}.")
-        elif (name in stored) != (name in wanted) or _canonical(old) != _canonical(new):
-            yield f"{prefix}{name}: {holder} has {_shown(old)}, this run asks {_shown(new)}"
+            continue
+        has, asks = (_canonical(values[name]) if name in values else _ABSENT for values in (stored, wanted))
+        if has != asks:
+            yield f"{prefix}{name}: {holder} has {_shown(has)}, this run asks {_shown(asks)}"
 
 
-def _shown(value: object) -> str:
-    text = value if value is _ABSENT else _canonical(value)
+def _shown(text: str) -> str:
     return text if len(text) <= _SHOWN_CHARACTERS else f"{text[:_SHOWN_CHARACTERS]}... ({len(text)} characters)"
 
 

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 Backend = Literal["loky", "dask"]
 Function = Callable[[Any, Any], Any]
 Results = Generator[tuple[int, Any], None, None]
+Round = Callable[[Sequence[tuple[int, Any]]], Results]  # of items with their positions
 Element = TypeVar("Element")
 
 _SECONDS_WITHOUT_WORKERS = 20.0
@@ -185,7 +186,7 @@ def _loky_round(content: np.ndarray, digest: str, jobs: int, items: Sequence[tup
             results.close()
 
 
-def _dask_rounds(function: Function, context: Any) -> Callable[[Sequence[tuple[int, Any]]], Results]:
+def _dask_rounds(function: Function, context: Any) -> Round:
     """Bring function and context onto the cluster of the active client; the result does a round of items there.
 
     joblib's dask backend would do, but it waits for ever once dask gives an item up with KilledWorker.
@@ -249,9 +250,7 @@ def _wait_for_one(client: "Client", finished: Any) -> None:
                 deadline = math.inf
 
 
-def _until_done(
-    run: Callable[[Sequence[tuple[int, Any]]], Results], items: tuple[Any, ...], *, retries: int, in_flight: int
-) -> Results:
+def _until_done(run: Round, items: tuple[Any, ...], *, retries: int, in_flight: int) -> Results:
     """Run rounds until every item has its result; items that may have killed a worker go last, one by one."""
     waiting = dict(enumerate(items))
     suspects: set[int] = set()
@@ -307,9 +306,12 @@ def progress(
 
     started = time.monotonic()
     count = done
+    ipython = sys.modules.get("IPython")
+    shell = ipython.get_ipython() if ipython else None
+    watched = sys.stderr.isatty() or (shell is not None and "IPKernelApp" in shell.config)
     # tqdm itself heeds this variable in a terminal only.
     unwanted = os.environ.get("TQDM_DISABLE", "") not in ("", "0")
-    headless = is_headless() or unwanted or not (sys.stderr.isatty() or _in_notebook())
+    headless = is_headless() or unwanted or not watched
     bar = tqdm(total=total, initial=done, desc=description, unit=f" {unit}", disable=headless)
     outcome = "stopped at "
     try:
@@ -333,9 +335,3 @@ def progress(
             resumed = f" ({done} resumed)" if done else ""
             promise = "; the same call goes on from here" if outcome and resumes else ""
             print(f"{description}: {outcome}{count} of {total} {unit} in {spent} s{resumed}{promise}")
-
-
-def _in_notebook() -> bool:
-    ipython = sys.modules.get("IPython")
-    shell = ipython.get_ipython() if ipython else None
-    return shell is not None and "IPKernelApp" in shell.config
