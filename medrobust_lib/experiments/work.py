@@ -255,14 +255,14 @@ def _until_done(run: Round, items: tuple[Any, ...], *, retries: int, in_flight: 
     waiting = dict(enumerate(items))
     suspects: set[int] = set()
     deaths: Counter[int] = Counter()
-    cause = None
+    killer, cause = 0, None  # the last item that was alone with a worker when that was killed, and how
     while waiting:
         fresh = [position for position in waiting if position not in suspects]
         first = min(waiting, key=lambda position: deaths[position])
-        if not fresh and deaths[first] >= retries:
+        if not fresh and deaths[first] >= max(retries, 1):
             raise RuntimeError(
                 "worker processes are killed again and again, the last one when it was alone with "
-                f"{_named(first, items[first])}; {len(waiting)} of {len(items)} items are left, all other results "
+                f"{_named(killer, items[killer])}; {len(waiting)} of {len(items)} items are left, all other results "
                 "were returned. The usual cause is too little memory: use fewer jobs or a smaller batch size."
             ) from cause
         results = run([(position, items[position]) for position in fresh or [first]])
@@ -271,11 +271,11 @@ def _until_done(run: Round, items: tuple[Any, ...], *, retries: int, in_flight: 
                 del waiting[position]
                 yield position, result
         except _WorkerLostError as error:
-            cause = error.__cause__
             if fresh:
                 suspects.update([position for position in fresh if position in waiting][:in_flight])
             else:
-                deaths[first] += 1
+                killer, cause = first, error.__cause__
+                deaths[killer] += 1
             _logger.warning("a worker process was killed; submitting the %d missing items again", len(waiting))
         finally:
             results.close()
