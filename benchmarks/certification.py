@@ -25,7 +25,8 @@ import pandas as pd
 import torch
 import typer
 
-from medrobust_lib.experiments import environment, write_text_atomically
+from medrobust_lib.experiments import write_text_atomically
+from medrobust_lib.experiments.cards import environment
 from medrobust_lib.models.loading import resolve_device
 from medrobust_lib.smoothing.bounds import probability_of_radius
 from medrobust_lib.smoothing.certify import RADII

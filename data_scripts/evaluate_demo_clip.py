@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 import medrobust_lib as mr
 from medrobust_lib import metrics
-from medrobust_lib.doctor import write_reference
+from medrobust_lib.doctor import REFERENCE_FILE, reference_prediction
 from medrobust_lib.experiments import write_text_atomically
 from medrobust_lib.files import reported_errors
 from medrobust_lib.models.dual_encoder import DualEncoder
@@ -92,7 +92,7 @@ def main(
         noise=markdown(pd.DataFrame(noise)),
     )
     write_text_atomically(FOLDER / "MODEL_CARD.md", card)
-    write_reference()
+    write_text_atomically(REFERENCE_FILE, json.dumps(reference_prediction(), indent=1) + "\n")
     typer.echo(card)
 
 

@@ -7,11 +7,13 @@ here. Declaring the two missing operators is enough; where torchvision imports b
 changed. `torchvision.ops.nms` and `torchvision.io` stay unusable in the repaired case.
 """
 
-import importlib.abc
-import importlib.machinery
+import functools
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
+from typing import Any
 
 _SYMPTOM = "operator torchvision::nms does not exist"
 _OPERATORS = (
@@ -20,59 +22,37 @@ _OPERATORS = (
 )
 
 
-class TorchvisionGuard(importlib.abc.MetaPathFinder):
+class TorchvisionGuard(MetaPathFinder):
     """Import hook that repairs the first import of torchvision, and only that."""
 
-    def find_spec(
-        self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
-    ) -> importlib.machinery.ModuleSpec | None:
-        """Wrap torchvision's own loader; leave every other module alone."""
+    def find_spec(self, fullname: str, *place: Any) -> ModuleSpec | None:
+        """Let torchvision's own loader try twice; leave every other module alone."""
         if fullname != "torchvision":
             return None
-        spec = importlib.machinery.PathFinder.find_spec(fullname, path, target)
+        spec = PathFinder.find_spec(fullname, *place)
         if spec is not None and spec.loader is not None:
-            spec.loader = _RepairingLoader(spec.loader)
+            spec.loader.exec_module = functools.partial(_execute, spec.loader.exec_module)
         return spec
 
 
-class _RepairingLoader(importlib.abc.Loader):
-    def __init__(self, loader: importlib.abc.Loader) -> None:
-        self._loader = loader
+def _execute(execute: Callable[[ModuleType], None], module: ModuleType) -> None:
+    """Run the module's code; where it stops for want of the operators, declare them and run it again."""
+    try:
+        execute(module)
+    except RuntimeError as error:
+        if _SYMPTOM not in str(error):
+            raise
+        import torch  # deferred: importing medrobust_lib must not cost a torch import
 
-    def __getattr__(self, name: str) -> object:
-        # Resource readers and inspect ask the loader for its source and data files.
-        return getattr(self._loader, name)
-
-    def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType | None:
-        return self._loader.create_module(spec)
-
-    def exec_module(self, module: ModuleType) -> None:
-        try:
-            self._loader.exec_module(module)
-        except RuntimeError as error:
-            if _SYMPTOM not in str(error):
-                raise
-            forget_half_imported()
-            library = declare_missing_operators()
-            self._loader.exec_module(module)
-            # The declaration lives only as long as this object.
-            module.medrobust_operator_library = library
-
-
-def forget_half_imported() -> None:
-    """Drop the submodules that a failed import of torchvision left behind."""
-    for name in [name for name in sys.modules if name.startswith("torchvision.")]:
-        del sys.modules[name]
-
-
-def declare_missing_operators() -> object:
-    """Declare the operators whose absence stops the import; returns the owning torch library."""
-    import torch  # deferred: importing medrobust_lib must not cost a torch import
-
-    library = torch.library.Library("torchvision", "FRAGMENT")
-    for schema in _OPERATORS:
-        library.define(schema)
-    return library
+        # The submodules that the failed import has left behind.
+        for name in [name for name in sys.modules if name.startswith("torchvision.")]:
+            del sys.modules[name]
+        library = torch.library.Library("torchvision", "FRAGMENT")
+        for schema in _OPERATORS:
+            library.define(schema)
+        execute(module)
+        # The declaration lives only as long as this object.
+        module.medrobust_operator_library = library
 
 
 def install_guard() -> None:

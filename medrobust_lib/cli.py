@@ -3,8 +3,8 @@
 Commands import what they need when they are called, so that ``--help`` answers at once.
 """
 
+import inspect
 import shlex
-import sys
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer import Argument, Option
 
 from medrobust_lib.checks import closest
 from medrobust_lib.files import reported_errors, told
+from medrobust_lib.places import default_runs_dir
 
 if TYPE_CHECKING:
     from medrobust_lib.studies.study_file import Study
@@ -42,17 +44,15 @@ def main() -> None:
 
 @app.command()
 def run(
-    notebooks: Annotated[list[str] | None, typer.Argument(help="Numbers, for example 01 02; default: all.")] = None,
+    notebooks: Annotated[list[str] | None, Argument(help="Numbers, for example 01 02; default: all.")] = None,
     parameter: Annotated[
-        list[str] | None, typer.Option("-p", "--parameter", help="NAME=VALUE; 'NAME=[ONE, TWO]', 'NAME={KEY: VALUE}'.")
+        list[str] | None, Option("-p", "--parameter", help="NAME=VALUE; 'NAME=[ONE, TWO]', 'NAME={KEY: VALUE}'.")
     ] = None,
-    file: Annotated[Path | None, typer.Option("-f", "--file", help="YAML file of parameters.")] = None,
-    out: Annotated[
-        Path | None, typer.Option(help="Run folder; default: a new one, runs/DATE_TIME.", show_default=False)
-    ] = None,
-    folder: Annotated[Path | None, typer.Option("--notebooks", help="Folder of the notebooks.")] = None,
-    describe: Annotated[bool, typer.Option("--describe", help="List the parameters and stop.")] = False,
-    jobs: Annotated[int, typer.Option(help="Notebooks at a time; -1: one per core.")] = 1,
+    file: Annotated[Path | None, Option("-f", "--file", help="YAML file of parameters.")] = None,
+    out: Annotated[Path | None, Option(help="Run folder; default: a new one, runs/DATE_TIME.")] = None,
+    folder: Annotated[Path | None, Option("--notebooks", help="Folder of the notebooks.")] = None,
+    describe: Annotated[bool, Option("--describe", help="List the parameters and stop.")] = False,
+    jobs: Annotated[int, Option(help="Notebooks at a time; -1: one per core.")] = 1,
 ) -> None:
     """Execute notebooks headlessly and write a report.
 
@@ -66,7 +66,10 @@ def run(
     started = time.monotonic()
     chosen = runner.find_notebooks(notebooks or (), folder=folder)
     if describe:
-        _describe(chosen)
+        for number, path in chosen.items():
+            typer.echo(f"{number}  {path.stem}")
+            for name, spec in notebook_parameters(path).items():
+                typer.echo(f"    {name}: {spec['inferred_type_name']} = {spec['default']}  # {spec['help']}")
         return
     parameters = parse_parameters(parameter or (), file)
     try:
@@ -95,20 +98,15 @@ def run(
 
 @app.command()
 def study(
-    file: Annotated[Path, typer.Argument(help="YAML file: models, datasets, steps; see docs/studies.md.")],
-    out: Annotated[
-        Path | None, typer.Option(help="Folder of the study; default: runs/NAME.", show_default=False)
-    ] = None,
-    jobs: Annotated[int, typer.Option(help="Cells at a time on this machine; -1: one per core.")] = 1,
-    cluster: Annotated[
-        str | None, typer.Option(help="Scheduler of dask.distributed, tcp://HOST:PORT.", show_default=False)
-    ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would run and what it costs, and stop.")] = False,
-    notebooks: Annotated[Path | None, typer.Option(help="Folder of the notebooks.", show_default=False)] = None,
+    file: Annotated[Path, Argument(help="YAML file: models, datasets, steps; see docs/studies.md.")],
+    out: Annotated[Path | None, Option(help="Folder of the study; default: runs/NAME.")] = None,
+    jobs: Annotated[int, Option(help="Cells at a time on this machine; -1: one per core.")] = 1,
+    cluster: Annotated[str | None, Option(help="Scheduler of dask.distributed, tcp://HOST:PORT.")] = None,
+    dry_run: Annotated[bool, Option("--dry-run", help="Say what would run and what it costs, and stop.")] = False,
+    notebooks: Annotated[Path | None, Option(help="Folder of the notebooks.")] = None,
 ) -> None:
     """Run a grid of models, data sets and steps; the same command goes on after an interruption."""
     from medrobust_lib.experiments.report import show_ranking
-    from medrobust_lib.places import default_runs_dir
     from medrobust_lib.studies.study_file import read_study
 
     read = read_study(file, notebooks=notebooks)
@@ -131,15 +129,12 @@ def study(
     typer.echo(f"page: {finished.folder / 'index.html'}")
     if finished.failures:
         reasons = "\n".join(f"  {label}: {reason}" for label, reason in finished.failures.items())
-        raise RuntimeError(
-            f"{len(finished.failures)} of {finished.cells} cells failed; the same command tries them again\n{reasons}"
-        )
+        failed = f"{len(finished.failures)} of {finished.cells} cells failed"
+        raise RuntimeError(f"{failed}; the same command tries them again\n{reasons}")
 
 
 @app.command()
-def models(
-    as_json: Annotated[bool, typer.Option("--json", help="JSON instead of a table.")] = False,
-) -> None:
+def models(as_json: Annotated[bool, Option("--json", help="JSON instead of a table.")] = False) -> None:
     """List the models that `load_model` knows, and the generative ones of `load_vlm`."""
     import pandas as pd
 
@@ -151,13 +146,13 @@ def models(
         show_json(pd.concat(tables.values()))
         return
     for title, table in tables.items():
-        show(table, title=title, columns=MODEL_COLUMNS)
+        show(table[list(MODEL_COLUMNS)], title=title)
 
 
 @app.command()
 def datasets(
-    root: Annotated[Path | None, typer.Option(help="Folder of downloaded data.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="JSON instead of a table.")] = False,
+    root: Annotated[Path | None, Option(help="Folder of downloaded data.")] = None,
+    as_json: Annotated[bool, Option("--json", help="JSON instead of a table.")] = False,
 ) -> None:
     """List the data sets that `load_dataset` knows, and the scenarios of MM-SafetyBench for notebook 06."""
     from medrobust_lib.data.questions import list_scenarios
@@ -169,7 +164,7 @@ def datasets(
     if as_json:
         show_json(list_datasets(root=root))
         return
-    show(list_datasets(root=root), title="data sets", columns=DATASET_COLUMNS)
+    show(list_datasets(root=root)[list(DATASET_COLUMNS)], title="data sets")
     scenarios = list_scenarios(root=root).groupby("scenario", sort=False)
     table = scenarios.agg(questions=("questions", "first"), available=("available", "all")).reset_index()
     table.insert(0, "id", QUESTIONS_PREFIX + table["scenario"].str[:2])
@@ -178,21 +173,16 @@ def datasets(
 
 @app.command()
 def leaderboard(
-    runs: Annotated[
-        Path | None, typer.Argument(help="Folder that holds runs; default: runs.", show_default=False)
-    ] = None,
-    metric: Annotated[str | None, typer.Option(help="Only this metric.")] = None,
-    by_hand: Annotated[
-        bool, typer.Option("--by-hand", help="Also notebooks run by hand, without `medrobust run`.")
-    ] = False,
-    csv: Annotated[Path | None, typer.Option(help="Also write all rows and columns as CSV.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="All rows and columns as JSON instead of tables.")] = False,
+    runs: Annotated[Path | None, Argument(help="Folder that holds runs; default: runs.")] = None,
+    metric: Annotated[str | None, Option(help="Only this metric.")] = None,
+    by_hand: Annotated[bool, Option("--by-hand", help="Also notebooks run by hand, without `medrobust run`.")] = False,
+    csv: Annotated[Path | None, Option(help="Also write all rows and columns as CSV.")] = None,
+    as_json: Annotated[bool, Option("--json", help="All rows and columns as JSON instead of tables.")] = False,
 ) -> None:
     """Rank the results of all runs by metric and data set, from their result cards only."""
     from medrobust_lib import experiments
     from medrobust_lib.experiments.cards import BY_HAND
     from medrobust_lib.experiments.report import show_json, show_ranking
-    from medrobust_lib.places import default_runs_dir
 
     folder = default_runs_dir() if runs is None else runs
     cards = experiments.read_cards(folder)
@@ -218,10 +208,10 @@ def leaderboard(
 
 @app.command()
 def compare(
-    run_a: Annotated[Path, typer.Argument(help="Folder of a study or a run.")],
-    run_b: Annotated[Path, typer.Argument(help="Folder of another; differences are B minus A.")],
-    csv: Annotated[Path | None, typer.Option(help="Also write the table as CSV.", show_default=False)] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="JSON instead of tables.")] = False,
+    run_a: Annotated[Path, Argument(help="Folder of a study or a run.")],
+    run_b: Annotated[Path, Argument(help="Folder of another; differences are B minus A.")],
+    csv: Annotated[Path | None, Option(help="Also write the table as CSV.")] = None,
+    as_json: Annotated[bool, Option("--json", help="JSON instead of tables.")] = False,
 ) -> None:
     """Compare two runs image by image where both kept their answers, and by their cards elsewhere."""
     from medrobust_lib.experiments import write_text_atomically
@@ -262,12 +252,9 @@ def _noted(show: Callable[..., None]) -> Callable[..., None]:
     noted: set[str] = set()
 
     def show_or_note(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
-        frame = sys._getframe(1)
-        while frame.f_back and frame.f_globals.get("__name__") == "warnings":
-            frame = frame.f_back
-        if not issubclass(category, UserWarning) or not frame.f_globals.get("__name__", "").startswith(
-            "medrobust_lib."
-        ):
+        callers = (caller.frame.f_globals.get("__name__", "") for caller in inspect.stack(0)[1:])
+        warner = next(name for name in callers if name != "warnings")
+        if not issubclass(category, UserWarning) or not warner.startswith("medrobust_lib."):
             show(message, category, *place, **more)
         elif str(message) not in noted:
             noted.add(str(message))
@@ -285,21 +272,11 @@ def _report_what_there_is(run_dir: Path) -> None:
         typer.echo(f"no report of what was executed: {told(error)}", err=True)
 
 
-def _describe(notebooks: dict[str, Path]) -> None:
-    from medrobust_lib.parameters import notebook_parameters
-
-    for number, path in notebooks.items():
-        typer.echo(f"{number}  {path.stem}")
-        for name, spec in notebook_parameters(path).items():
-            typer.echo(f"    {name}: {spec['inferred_type_name']} = {spec['default']}  # {spec['help']}")
-
-
 def _show_plan(read: "Study", notebooks: Path | None) -> None:
     import pandas as pd
 
     from medrobust_lib.experiments.report import duration, show
     from medrobust_lib.files import size_text
-    from medrobust_lib.places import default_runs_dir
     from medrobust_lib.studies.cells import CertifyCell, estimate_cells, plan_cells
 
     cells = plan_cells(read, notebooks=notebooks)
@@ -327,12 +304,9 @@ def _show_plan(read: "Study", notebooks: Path | None) -> None:
         "second for each model; for notebooks the median of earlier cards, where there are any. disk: from the number\n"
         "of rows. ?: unknown. Nothing was run or written."
     )
-    sequential = {
-        (cell.parameters["sigma"], cell.most_draws): cell.unanimous_draws()
-        for cell in cells
-        if isinstance(cell, CertifyCell) and cell.step.sampling == "sequential"
-    }
+    sequential = [cell for cell in cells if isinstance(cell, CertifyCell) and cell.step.sampling == "sequential"]
+    stops = {(cell.parameters["sigma"], cell.most_draws): cell.unanimous_draws() for cell in sequential}
     if sequential:
         typer.echo("Sequential sampling stops earlier than the table says; an image whose copies all agree takes")
-    for (sigma, most), expected in sequential.items():
+    for (sigma, most), expected in stops.items():
         typer.echo(f"  {expected:,.0f} of {most:,} draws at sigma {sigma:g}")

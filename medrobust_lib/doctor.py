@@ -1,29 +1,24 @@
 """Is this installation sound? Every check says what it found and how to mend it."""
 
-import importlib
 import json
 import platform
 from collections.abc import Iterator
-from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from medrobust_lib import _torchvision, runner
-from medrobust_lib.experiments import write_text_atomically
 from medrobust_lib.files import told
 from medrobust_lib.places import project_root
 
 REFERENCE_FILE = Path(__file__).parent / "models" / "demo" / "clip" / "reference_prediction.json"
-REFERENCE_DATASET = "phantom/blood"
-REFERENCE_IMAGES = 8
 # Different processors sum in a different order; a wrong preprocessing or weight moves far more.
 REFERENCE_TOLERANCE = 1e-3
 
 
-@dataclass(frozen=True)
-class Finding:
+class Finding(NamedTuple):
     """One check: its name, whether it passed, and what was found (with the fix if it did not)."""
 
     check: str
@@ -47,22 +42,16 @@ def reference_prediction() -> dict[str, object]:
     from medrobust_lib.models.loading import load_model
 
     model = load_model("demo-clip", device="cpu", dtype="float32")
-    data = load_dataset(REFERENCE_DATASET, n=REFERENCE_IMAGES)
+    data = load_dataset("phantom/blood", n=8)
     classes = model.class_features(data.classes, data.templates[:1])
     probabilities = model.probabilities(model.encode_image(model.prepare(data.images)), classes)
     return {
         "model": "demo-clip",
-        "dataset": REFERENCE_DATASET,
-        "images": REFERENCE_IMAGES,
+        "dataset": "phantom/blood",
+        "images": len(data.images),
         "template": data.templates[0],
         "probabilities": [[round(p, 6) for p in row] for row in probabilities.tolist()],
     }
-
-
-def write_reference(path: Path = REFERENCE_FILE) -> Path:
-    """Store the present prediction as the reference; done once after training demo-clip."""
-    write_text_atomically(path, json.dumps(reference_prediction(), indent=1) + "\n")
-    return path
 
 
 def _python() -> str:
@@ -84,14 +73,14 @@ def _packages() -> str:
         if installed.split("+")[0] != pin:
             differ.append(f"{name} {installed} (tested: {pin})")
     if differ:
-        raise RuntimeError(
-            f"not as tested: {'; '.join(differ)}. `pip install -c constraints.txt -e .[dev,cluster,dicom]` mends it"
-        )
+        mend = "`pip install -c constraints.txt -e .[dev,cluster,dicom]`"
+        raise RuntimeError(f"not as tested: {'; '.join(differ)}. {mend} mends it")
     return f"{len(pins)} packages at their tested versions"
 
 
 def _torchvision_import() -> str:
-    torchvision = importlib.import_module("torchvision")
+    import torchvision
+
     how = "repaired by the guard (CPU-only torch)" if _torchvision.was_repaired() else "imports by itself"
     return f"torchvision {torchvision.__version__} {how}"
 

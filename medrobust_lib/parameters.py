@@ -1,22 +1,25 @@
 """Parameters of notebooks: read, matched by name, checked before a kernel starts."""
 
 import ast
-import contextlib
 import math
 import re
 import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
+from decimal import Decimal
 from inspect import formatannotation
 from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, Optional, Union, get_args, get_origin
 
 import yaml
+from huggingface_hub import constants
 
 from medrobust_lib import checks
 from medrobust_lib.data.questions import scenario_size
 from medrobust_lib.data.registry import QUESTIONS_PREFIX, load_dataset
 from medrobust_lib.files import parsed
+from medrobust_lib.models.catalogue import fetch_command
+from medrobust_lib.models.loading import available_offline, check_kind, find_model
 from medrobust_lib.places import default_weights_dir
 from medrobust_lib.smoothing.bounds import ALPHA, minimum_draws
 
@@ -192,17 +195,15 @@ def typed(value: Any, kind: Any, name: str) -> Any:
         }
     if origin in (list, tuple):
         items = read_yaml(value, says=f"{name}={value}") if _is_flow(value, "[") else value
+        items = [] if items == "" else items
         if isinstance(items, list | tuple):
             items = [typed(item, inner[0], f"{name}[{place}]") for place, item in enumerate(items)]
             return items if origin is list else tuple(dict.fromkeys(items))
-        try:
-            return origin([] if items == "" else [typed(items, inner[0], name)])
-        except ParameterError:
-            raise ParameterError(f"{name}={value!r}: give {wanted(kind)}") from None
-    found = _scalar(value, kind)
+    one = inner[0] if origin in (list, tuple) else kind
+    found = _scalar(value, one)
     if found is None:
         raise ParameterError(f"{name}={value!r}: give {wanted(kind)}")
-    return found
+    return found if one is kind else origin([found])
 
 
 def wanted(kind: Any) -> str:
@@ -229,16 +230,14 @@ def _scalar(value: Any, kind: type) -> str | int | float | bool | None:
         return value if kind is bool else None
     if kind is bool:
         return _SWITCHES.get(value.strip().lower()) if isinstance(value, str) else None
-    number = None
-    with contextlib.suppress(ValueError):
-        number = float(str(value))
-    if number is None or not math.isfinite(number):
+    try:
+        exact = Decimal(str(value))  # a float holds 16 digits
+        number = float(exact)
+    except (ArithmeticError, ValueError):
         return None
-    if kind is float:
-        return number
-    with contextlib.suppress(ValueError):
-        return int(str(value))  # a float holds 16 digits
-    return int(number) if number.is_integer() else None
+    if not math.isfinite(number) or (kind is int and exact != int(exact)):
+        return None
+    return kind(exact)
 
 
 def _undeclared(value: Any) -> Any:
@@ -305,15 +304,19 @@ def assign_parameters(notebooks: Mapping[str, Path], parameters: Mapping[str, An
             valid = closest_first(name, names)
             raise ParameterError(f"unknown parameter {name!r} for notebook {', '.join(notebooks)}; valid: {valid}")
     assigned: dict[str, dict[str, Any]] = {}
+    needed = minimum_draws(ALPHA)  # of a generative model's answers
     for number, specification in known.items():
         given = declared(parameters, specification)
         given = {name: _in_range(name, absolute_ids(name, value)) for name, value in given.items()}
-        if set(VLM_PARAMETERS) & specification.keys():
-            _check_draws(given.get("n"))
-        _check_judge(given.get("judge"))
+        if set(VLM_PARAMETERS) & specification.keys() and given.get("n", needed) < needed:
+            few = f"parameter n={given['n']}: so few draws certify nothing"
+            raise ParameterError(f"{few} at alpha {ALPHA:g}; give {needed} or more")
+        if given.get("judge"):
+            _check_judge(given["judge"])
         assigned[number] = given
-    for kinds, check in ((MODEL_PARAMETERS, check_models), (VLM_PARAMETERS, _check_vlms)):
-        check({id for given in assigned.values() for id in _ids(given, kinds)})
+    for kinds in (MODEL_PARAMETERS, VLM_PARAMETERS):
+        ids = {id for given in assigned.values() for id in _ids(given, kinds)}
+        check_models(ids, generative=kinds is VLM_PARAMETERS)
     for number, given in assigned.items():
         if given.keys() & {*DATASET_PARAMETERS, "n_images", "wording_of", "prompts"}:
             defaults = {name: _default(spec) for name, spec in known[number].items()}
@@ -346,27 +349,16 @@ def _in_range(name: str, value: Any) -> Any:
     return value
 
 
-def _check_draws(n: int | None) -> None:
-    """Raise if so few draws of a generative model's answers can certify nothing."""
-    needed = minimum_draws(ALPHA)
-    if n is not None and n < needed:
-        raise ParameterError(f"parameter n={n}: so few draws certify nothing at alpha {ALPHA:g}; give {needed} or more")
-
-
-def _check_judge(judge: str | None) -> None:
-    """Raise unless a language model can be asked at this address; an empty one asks none."""
-    if not judge:
-        return
+def _check_judge(judge: str) -> None:
+    """Raise unless a language model can be asked at this address."""
     from medrobust_lib.generative.judges import chat_endpoint
 
     url, _, model = judge.partition("#")
     try:
         chat_endpoint(url, model=model)
     except ValueError as error:
-        raise ParameterError(
-            f"parameter judge: {error}. Its form is http(s)://ADDRESS#MODEL, such as "
-            "http://localhost:8000/v1/chat/completions#MODEL; empty: no judge"
-        ) from error
+        form = "http(s)://ADDRESS#MODEL, such as http://localhost:8000/v1/chat/completions#MODEL; empty: no judge"
+        raise ParameterError(f"parameter judge: {error}. Its form is {form}") from error
 
 
 def _ids(given: Mapping[str, Any], names: Collection[str]) -> list[str]:
@@ -386,46 +378,17 @@ def absolute_ids(name: str, value: Any) -> Any:
     return f"{scheme}:{Path(path).expanduser().resolve()}" if scheme in _PATH_SCHEMES and path else value
 
 
-def check_models(ids: Collection[str]) -> None:
-    """Raise unless every model is known and its weights are here or can be downloaded."""
-    if not ids:
-        return
-    from huggingface_hub import constants
-
-    from medrobust_lib.models.loading import available_offline, check_kind, find_model
-
+def check_models(ids: Collection[str], *, generative: bool = False) -> None:
+    """Raise unless every model, or generative model, is known and its weights are here or can be downloaded."""
+    weights_dir = default_weights_dir()
     for id in sorted(ids):
-        entry = find_model(id)
-        check_kind(entry)
+        entry = find_model(id, generative=generative)
+        check_kind(entry, weights_dir=weights_dir)
         # Sources that are web pages are fetched by the script only, never by the loader.
         fetched_by_loader = not constants.HF_HUB_OFFLINE and not entry.source.startswith("https://")
-        if not available_offline(entry, weights_dir=default_weights_dir()) and not fetched_by_loader:
-            raise _not_here(id)
-
-
-def _check_vlms(ids: Collection[str]) -> None:
-    """Raise unless every generative model is known and its weights are here or can be downloaded."""
-    if not ids:
-        return
-    from huggingface_hub import constants
-
-    from medrobust_lib.models.loading import available_offline, check_kind, find_model
-
-    for id in sorted(ids):
-        entry = find_model(id, generative=True)
-        weights_dir = default_weights_dir()
-        check_kind(entry, weights_dir=weights_dir)
-        if constants.HF_HUB_OFFLINE and not available_offline(entry, weights_dir=weights_dir):
-            raise _not_here(id)
-
-
-def _not_here(id: str) -> FileNotFoundError:
-    from medrobust_lib.models.catalogue import fetch_command
-
-    return FileNotFoundError(
-        f"the weights of {id!r} are not on this computer; fetch them where there is a network with\n"
-        f"    {fetch_command(id)}"
-    )
+        if not available_offline(entry, weights_dir=weights_dir) and not fetched_by_loader:
+            fetch = f"fetch them where there is a network with\n    {fetch_command(id)}"
+            raise FileNotFoundError(f"the weights of {id!r} are not on this computer; {fetch}")
 
 
 def _smallest_dataset(parameters: Mapping[str, Any], *, wanted: int | None) -> float:

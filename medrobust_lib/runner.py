@@ -9,18 +9,23 @@ import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import zmq
+from joblib import cpu_count
 from jupyter_client import AsyncKernelManager
+from traitlets.config import Config
 
-from medrobust_lib.experiments import HEADLESS_VARIABLE, RUN_DIR_VARIABLE, map_items
+from medrobust_lib.experiments import map_items
+from medrobust_lib.experiments.cards import HEADLESS_VARIABLE, RUN_DIR_VARIABLE
 from medrobust_lib.files import named_when_full, told
 from medrobust_lib.parameters import assign_parameters
 from medrobust_lib.places import default_runs_dir, project_root
 
+_Notebook = tuple[str, Path]  # its number and file
+_Place = tuple[Path, dict[str, dict[str, Any]], dict[str, str]]  # run folder, parameters by number, variables
 KERNEL = "python3"
 THREADS_VARIABLE = "OMP_NUM_THREADS"
 # An error of the system as Python writes it: number, words, and the last of its paths.
@@ -38,12 +43,11 @@ class NotebookError(RuntimeError):
     """
 
     def __init__(self, message: str, run_dir: Path) -> None:
-        super().__init__(message)
+        super().__init__(message, run_dir)  # both, for the way back from a worker process
         self.run_dir = run_dir
 
-    def __reduce__(self) -> tuple[type, tuple[str, Path]]:
-        # The way back from a worker process; the default would call the class with the message alone.
-        return type(self), (str(self), self.run_dir)
+    def __str__(self) -> str:
+        return self.args[0]
 
 
 class RunStopped(KeyboardInterrupt):
@@ -63,11 +67,10 @@ class RunStopped(KeyboardInterrupt):
         self.left = tuple(left)
 
     def __str__(self) -> str:
-        return str(self.args[0])
+        return self.args[0]
 
 
-@dataclass(frozen=True)
-class Executed:
+class Executed(NamedTuple):
     """One executed notebook: its number, output file and wall-clock seconds."""
 
     number: str
@@ -184,95 +187,75 @@ def run_notebooks(
     out = new_run_dir() if out is None else _cleared(Path(out).expanduser().resolve(), notebooks)
     (out / "notebooks").mkdir(parents=True, exist_ok=True)
     announce(f"run folder: {out}")
-    tasks = [_Task(number, path, assigned[number], out) for number, path in notebooks.items()]
+    jobs = min(cpu_count() if jobs == -1 else jobs, len(notebooks))
+    tasks = list(notebooks.items())
+    if jobs > 1:
+        announce(f"{len(tasks)} notebooks, {jobs} at a time: {', '.join(path.stem for _, path in tasks)} ...")
+        threads = os.environ.get(THREADS_VARIABLE) or str(max(1, cpu_count() // jobs))
+        results = map_items(_executed, tasks, context=(out, assigned, {THREADS_VARIABLE: threads}), jobs=jobs)
+    else:
+        results = _one_by_one((out, assigned, {}), tasks, announce)
     executed: dict[int, Executed] = {}
+    failures: dict[int, str] = {}
     try:
-        if jobs == 1 or len(tasks) < 2:
-            for position, task in enumerate(tasks):
-                announce(f"{task.path.stem} ...")
-                executed[position] = _executed(None, task)
-                announce(f"{task.path.stem} done in {executed[position].seconds:.1f} s")
-        else:
-            _run_in_parallel(tasks, executed, out, jobs=jobs, announce=announce)
+        for position, result in results:
+            name = tasks[position][1].stem
+            if isinstance(result, Executed):
+                executed[position] = result
+                announce(f"{name} done in {result.seconds:.1f} s")
+            else:
+                failures[position] = str(result)
+                if jobs == 1:
+                    break
+                announce(f"{name} FAILED; the other notebooks go on")
     except KeyboardInterrupt as error:
-        left = [task.number for position, task in enumerate(tasks) if position not in executed]
+        left = [number for position, (number, _) in enumerate(tasks) if position not in executed]
         done = ", ".join(one.number for one in executed.values()) or "none"
         message = f"finished notebooks, with their results, are kept in {out}: {done}"
         raise RunStopped(message, out, left) from error
+    if failures:
+        raise NotebookError("\n\n".join(failures[position] for position in sorted(failures)), out)
     return [executed[position] for position in sorted(executed)]
 
 
-@dataclass(frozen=True)
-class _Task:
-    """One notebook to execute; it travels to a worker process."""
-
-    number: str
-    path: Path
-    parameters: dict[str, Any]
-    out: Path
+def _one_by_one(place: _Place, notebooks: Sequence[_Notebook], announce: Callable[[str], None]) -> Iterator[Any]:
+    for position, (number, path) in enumerate(notebooks):
+        announce(f"{path.stem} ...")
+        yield position, _executed(place, (number, path))
 
 
-def _run_in_parallel(
-    tasks: list[_Task], executed: dict[int, Executed], out: Path, *, jobs: int, announce: Callable[[str], None]
-) -> None:
-    """Fill `executed`, by the position of the task."""
-    from joblib import cpu_count
-
-    jobs = min(cpu_count() if jobs == -1 else jobs, len(tasks))
-    threads = os.environ.get(THREADS_VARIABLE) or str(max(1, cpu_count() // jobs))
-    announce(f"{len(tasks)} notebooks, {jobs} at a time: {', '.join(task.path.stem for task in tasks)} ...")
-    failures: dict[int, NotebookError] = {}
-    for position, result in map_items(_executed_or_error, tasks, context=threads, jobs=jobs):
-        name = tasks[position].path.stem
-        if isinstance(result, NotebookError):
-            failures[position] = result
-            announce(f"{name} FAILED; the other notebooks go on")
-        else:
-            executed[position] = result
-            announce(f"{name} done in {result.seconds:.1f} s")
-    if failures:
-        messages = [str(failures[position]) for position in sorted(failures)]
-        raise NotebookError("\n\n".join(messages), out)
-
-
-def _executed_or_error(threads: str, task: _Task) -> Executed | NotebookError:
-    try:
-        return _executed(threads, task)
-    except NotebookError as error:
-        return error
-
-
-def _executed(threads: str | None, task: _Task) -> Executed:
-    """Execute one notebook; ``threads`` is what its kernel finds in ``OMP_NUM_THREADS``."""
+def _executed(place: _Place, notebook: _Notebook) -> Executed | NotebookError:
+    """Execute one notebook, in a worker process where there are several."""
     from papermill import execute_notebook
     from papermill.exceptions import PapermillExecutionError
 
-    target = task.out / "notebooks" / task.path.name
-    variables = {RUN_DIR_VARIABLE: str(task.out), HEADLESS_VARIABLE: "1", "TQDM_DISABLE": "1"}
-    if threads is not None:
-        variables[THREADS_VARIABLE] = threads
+    (out, assigned, threads), (number, path) = place, notebook
+    target = out / "notebooks" / path.name
+    variables = {RUN_DIR_VARIABLE: str(out), HEADLESS_VARIABLE: "1", "TQDM_DISABLE": "1", **threads}
+    # Encrypt the talk with the kernel where the installed libraries can, instead of warning about it.
+    encryption = "auto" if zmq.has("curve") else "disabled"
     started = time.monotonic()
     try:
         kept = named_when_full(target, f"{target.name} could not be written and nothing of it was kept")
         with environment_variables(variables), kept:
             execute_notebook(
-                task.path,
+                path,
                 target,
-                task.parameters,
+                assigned[number],
                 kernel_name=KERNEL,
                 progress_bar=False,
-                cwd=task.path.parent,
-                config=_kernel_configuration(),
+                cwd=path.parent,
+                config=Config({"KernelManager": {"transport_encryption": encryption}}),
                 kernel_manager_class=AskingKernelManager,
             )
     except PapermillExecutionError as error:
-        raise NotebookError(_readable(error, task.path, target), task.out) from error
+        return NotebookError(_readable(error, path, target), out)
     except OSError as error:
         if error.errno == errno.ENOSPC:  # papermill writes in place: what there is of it is no notebook
             with contextlib.suppress(OSError):
                 target.unlink()
-        raise NotebookError(f"{task.path.name} failed: {told(error)}", task.out) from error
-    return Executed(task.number, target, time.monotonic() - started)
+        return NotebookError(f"{path.name} failed: {told(error)}", out)
+    return Executed(number, target, time.monotonic() - started)
 
 
 def new_run_dir() -> Path:
@@ -325,27 +308,17 @@ def _cleared(out: Path, notebooks: Mapping[str, Path]) -> Path:
     return out
 
 
-def _kernel_configuration() -> Any:
-    """Encrypt the talk with the kernel where the installed libraries can, instead of warning about it."""
-    import zmq
-    from traitlets.config import Config
-
-    return Config({"KernelManager": {"transport_encryption": "auto" if zmq.has("curve") else "disabled"}})
-
-
 @contextlib.contextmanager
 def environment_variables(variables: Mapping[str, str]) -> Iterator[None]:
     """Set environment variables for a while; processes started meanwhile inherit them."""
-    before = {name: os.environ.get(name) for name in variables}
+    before = {name: os.environ[name] for name in variables if name in os.environ}
     os.environ.update(variables)
     try:
         yield
     finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
+        for name in variables:
+            os.environ.pop(name, None)
+        os.environ.update(before)
 
 
 def _readable(error: Any, source: Path, target: Path) -> str:
@@ -356,10 +329,7 @@ def _readable(error: Any, source: Path, target: Path) -> str:
         reason = told(OSError(int(refused[1]), refused[2], place))
         return f"{source.name} failed in cell {error.exec_count}: {reason}; {kept}"
     traceback = re.sub(r"\x1b\[[0-9;]*m", "", "\n".join(error.traceback or []))
-    cell = "\n".join(f"    {line}" for line in str(error.source).strip().splitlines())
-    return (
-        f"{source.name} failed in cell {error.exec_count} with {error.ename}: {error.evalue}\n"
-        f"the cell:\n{cell}\n"
-        f"end of its traceback:\n" + "\n".join(traceback.splitlines()[-12:]) + f"\n"
-        f"{kept}"
-    )
+    cell = [f"    {line}" for line in str(error.source).strip().splitlines()]
+    head = f"{source.name} failed in cell {error.exec_count} with {error.ename}: {error.evalue}"
+    end = traceback.splitlines()[-12:]
+    return "\n".join([head, "the cell:", *cell, "end of its traceback:", *end, kept])

@@ -11,9 +11,10 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from medrobust_lib import cli, doctor, experiments, runner
+from medrobust_lib import cli, doctor, runner
 from medrobust_lib.data import inspection
 from medrobust_lib.experiments import Metric, start_run
+from medrobust_lib.experiments.cards import RUN_DIR_VARIABLE
 
 NOTEBOOK = """
 from medrobust_lib.experiments import Metric, start_run
@@ -59,11 +60,11 @@ def save_run(tmp_path, monkeypatch):
     """Write a run with one card on phantom/blood; returns the folder of all runs."""
 
     def save(name: str, *metrics: Metric, model: str = "demo-clip", **parameters: object):
-        monkeypatch.setenv(experiments.RUN_DIR_VARIABLE, str(tmp_path / "runs" / name))
+        monkeypatch.setenv(RUN_DIR_VARIABLE, str(tmp_path / "runs" / name))
         start_run("01", "Title", model=model, **parameters).save_card(
             metrics=metrics, tables={}, model={"id": model}, dataset={"id": "phantom/blood"}, prompts={}
         )
-        monkeypatch.delenv(experiments.RUN_DIR_VARIABLE)
+        monkeypatch.delenv(RUN_DIR_VARIABLE)
         return tmp_path / "runs"
 
     return save

@@ -7,15 +7,15 @@ import pandas as pd
 import pytest
 from matplotlib.figure import Figure
 
-from medrobust_lib import experiments
 from medrobust_lib.experiments import Metric, report, start_run
+from medrobust_lib.experiments.cards import RUN_DIR_VARIABLE
 from medrobust_lib.runner import find_notebooks
 
 
 @pytest.fixture
 def run_dir(tmp_path, monkeypatch):
     folder = tmp_path / "demo"
-    monkeypatch.setenv(experiments.RUN_DIR_VARIABLE, str(folder))
+    monkeypatch.setenv(RUN_DIR_VARIABLE, str(folder))
     run = start_run("01", "A <b>title</b>", model="demo-clip")
     run.save_figure(Figure(figsize=(2, 1)), "some_curve")
     run.save_figure(Figure(figsize=(2, 1)), "headline", caption="Accuracy <falls> with noise")

@@ -6,7 +6,7 @@ import pytest
 from papermill.exceptions import PapermillExecutionError
 
 from medrobust_lib import runner
-from medrobust_lib.experiments import HEADLESS_VARIABLE, RUN_DIR_VARIABLE
+from medrobust_lib.experiments.cards import HEADLESS_VARIABLE, RUN_DIR_VARIABLE
 
 
 @pytest.fixture

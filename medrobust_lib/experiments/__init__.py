@@ -3,16 +3,13 @@
 This floor knows nothing of data or models; everything above may use it.
 """
 
+# ruff: noqa: F401 -- what is imported here is what the room offers
+
 from medrobust_lib.experiments.cards import (
-    HEADLESS_VARIABLE,
-    RUN_DIR_VARIABLE,
     Metric,
     Run,
-    environment,
-    git_state,
     is_headless,
     leaderboard,
-    peak_memory_mb,
     read_cards,
     show_source,
     start_run,
@@ -20,24 +17,3 @@ from medrobust_lib.experiments.cards import (
 )
 from medrobust_lib.experiments.store import RowStore, open_store, parameter_differences
 from medrobust_lib.experiments.work import map_items, progress
-
-__all__ = [
-    "HEADLESS_VARIABLE",
-    "RUN_DIR_VARIABLE",
-    "Metric",
-    "RowStore",
-    "Run",
-    "environment",
-    "git_state",
-    "is_headless",
-    "leaderboard",
-    "map_items",
-    "open_store",
-    "parameter_differences",
-    "peak_memory_mb",
-    "progress",
-    "read_cards",
-    "show_source",
-    "start_run",
-    "write_text_atomically",
-]

@@ -31,6 +31,10 @@ _PARTS = {
     "notebook": str, "title": str, "parameters": dict, "parameters_hash": str, "model": dict, "dataset": dict,
     "metrics": list, "tables": list, "environment": dict, "git": dict,
 }  # fmt: skip
+_METRIC_PARTS = {
+    "name": str, "of": str, "n": int | float, "value": int | float | None, "low": int | float | None,
+    "high": int | float | None, "settings": dict,
+}  # fmt: skip
 _AGAIN = "Delete it and run the notebook again."
 RUN_DIR_VARIABLE = "MEDROBUST_RUN_DIR"
 HEADLESS_VARIABLE = "MEDROBUST_HEADLESS"
@@ -212,14 +216,8 @@ def start_run(number: str, title: str, **parameters: Any) -> Run:
         A parameter is no JSON value.
     """
     json.dumps(parameters)
-    folder = os.environ.get(RUN_DIR_VARIABLE)
-    run = Run(
-        number=number,
-        title=title,
-        folder=Path(folder) if folder else default_runs_dir() / BY_HAND,
-        parameters=parameters,
-        started=time.monotonic(),
-    )
+    folder = Path(os.environ.get(RUN_DIR_VARIABLE) or default_runs_dir() / BY_HAND)
+    run = Run(number, title, folder, parameters, started=time.monotonic())
     for name, value in parameters.items():
         print(f"{name:<12} {value}")
     return run
@@ -258,7 +256,9 @@ def read_cards(runs_dir: Path, *, nested: bool = True) -> list[dict[str, Any]]:
         if card.get("format") not in _READ_FORMATS:
             raise ValueError(f"{path} has card format {card.get('format')}, this version reads 1 to {CARD_FORMAT}")
         with parsed(f"{path} is a damaged result card", _AGAIN):
-            _check_parts(card)
+            _check_parts(card, _PARTS)
+            for metric in card["metrics"]:
+                _check_parts({"settings": {}, **metric}, _METRIC_PARTS)
         cards.append({**card, "run": path.parent.parent.name})
     if not cards:
         raise FileNotFoundError(f"no result cards below {runs_dir}; `medrobust run 01` writes one")
@@ -273,19 +273,11 @@ def _record(metric: Metric) -> dict[str, Any]:
     return record
 
 
-def _check_parts(card: Mapping[str, Any]) -> None:
-    """Raise an error where a card lacks something that a leaderboard or a report counts on."""
-    for name, kind in _PARTS.items():
-        if not isinstance(card[name], kind):
-            raise TypeError(f"{name!r} is a {type(card[name]).__name__}")
-    for metric in card["metrics"]:
-        numbers = (metric["n"], *(metric[name] for name in ("value", "low", "high") if metric[name] is not None))
-        if not all(isinstance(metric[name], str) for name in ("name", "of")):
-            raise TypeError(f"the name of a metric is {metric['name']!r}, of {metric['of']!r}")
-        if not all(isinstance(number, int | float) for number in numbers):
-            raise TypeError(f"the metric {metric['name']!r} has no numbers")
-        if not isinstance(metric.get("settings", {}), dict):
-            raise TypeError(f"the settings of the metric {metric['name']!r} are {metric['settings']!r}")
+def _check_parts(record: Mapping[str, Any], parts: Mapping[str, Any]) -> None:
+    """Raise an error where a card or a metric lacks something that a leaderboard or a report counts on."""
+    for name, kind in parts.items():
+        if not isinstance(record[name], kind):
+            raise TypeError(f"{name!r} is a {type(record[name]).__name__}")
 
 
 def leaderboard(cards: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
@@ -369,11 +361,12 @@ def git_state() -> dict[str, Any]:
     root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
         return {}
+    command = ["git", "-C", str(root), "status", "--porcelain=v2", "--branch", "--untracked-files=no"]
     try:
-        commit = _git(root, "rev-parse", "HEAD")
-        return {"commit": commit, "changed": bool(_git(root, "status", "--porcelain", "--untracked-files=no"))}
+        told = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.splitlines()
     except (FileNotFoundError, subprocess.CalledProcessError):
         return {}
+    return {"commit": told[0].removeprefix("# branch.oid "), "changed": any(line[0] != "#" for line in told)}
 
 
 def peak_memory_mb() -> float | None:
@@ -392,15 +385,8 @@ def write_text_atomically(path: Path, text: str) -> None:
         partial.write_text(text, encoding="utf-8")
 
 
-def _git(root: Path, *arguments: str) -> str:
-    command = ["git", "-C", str(root), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
-
-
 class Source(str):
     """Python code that a notebook displays in colours, and as it is where there are none."""
-
-    __slots__ = ()
 
     __repr__ = str.__str__
 

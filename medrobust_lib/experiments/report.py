@@ -5,12 +5,11 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
 import nbformat
 import pandas as pd
 import typer
-from jinja2 import Environment, PackageLoader, select_autoescape
+from jinja2 import Environment, PackageLoader, StrictUndefined
 from latex2mathml import exceptions
 from latex2mathml.converter import convert as latex_to_mathml
 from markupsafe import Markup
@@ -30,10 +29,6 @@ _MATH = re.compile(r"(?P<code>```.*?```|`[^`\n]*`)|\$\$(?P<block>.+?)\$\$|\$(?P<
 _REFUSALS = tuple(kind for kind in vars(exceptions).values() if isinstance(kind, type))
 _HEADING = re.compile(r"^#+ +(.+)", re.MULTILINE)
 WIDE = 1.9  # width over height from which a figure gets the whole row
-# Raw HTML in a notebook is its author's and stays, but no page of a report runs scripts or asks a network.
-POLICY = (
-    "default-src 'none'; img-src 'self' file: data:; style-src 'unsafe-inline'; form-action 'none'; base-uri 'none'"
-)
 _PLAIN_NAME = re.compile(r"\w[\w.-]*")
 # Options of rich's columns: numbers are never broken over lines, long names are.
 _NUMBER = {"justify": "right", "no_wrap": True}
@@ -70,29 +65,36 @@ def write_report(run_dir: Path) -> Path:
     for number, path in pages.items():
         with parsed(f"{path} is not a readable notebook", "Delete it, or run it again."):
             notebook = nbformat.read(path, as_version=4)
-            title, body = _title(notebook, path), Markup(notebook_body(notebook))
+            # Papermill puts a note before the title of a notebook that failed.
+            lines = (
+                line for cell in notebook.cells if cell.cell_type == "markdown" for line in cell.source.splitlines()
+            )
+            title = next((line.removeprefix("# ") for line in lines if line.startswith("# ")), path.stem)
+            body = Markup(notebook_body(notebook))
         if number not in finished:
-            unfinished.append({"number": number, "title": title, "html": quote(f"html/{path.stem}.html")})
+            unfinished.append({"number": number, "title": title, "path": path})
         write_page(run_dir / "html" / f"{path.stem}.html", "notebook", title=title, body=body)
     sections = [_section(card, run_dir, pages) for card in cards]
-    title = run_dir.resolve().name
-    return write_page(run_dir / "index.html", "index", title=title, sections=sections, unfinished=unfinished)
+    shown = {"title": run_dir.resolve().name, "sections": sections, "unfinished": unfinished}
+    synthetic = any(card["dataset"].get("synthetic") for card in cards)
+    return write_page(run_dir / "index.html", "index", synthetic=synthetic, **shown)
 
 
 def write_page(path: Path, template: str, **values: Any) -> Path:
-    """Fill one of the package's templates, with style, notice and security policy, and return the page's path."""
-    templates = Environment(
-        loader=PackageLoader("medrobust_lib", "templates"),
-        autoescape=select_autoescape(["html", "j2"]),
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    """Fill one of the package's templates, with style and notice, and return the page's path."""
     # A style of code whose text reaches a contrast of at least 4.5 on a near-white background.
     colours = HtmlFormatter(style="xcode").get_style_defs(".highlight")
-    style = Markup(templates.get_template("style.css").render() + colours)
-    page = templates.get_template(f"{template}.html.j2").render(**values, style=style, notice=NOTICE, policy=POLICY)
-    write_text_atomically(path, page)
+    style = Markup(_filled("style.css") + colours)
+    write_text_atomically(path, _filled(f"{template}.html.j2", **values, style=style, notice=NOTICE))
     return path
+
+
+def _filled(template: str, **values: Any) -> str:
+    """Text of a template of the package; a value that it lacks is an error."""
+    loader = PackageLoader("medrobust_lib", "templates")
+    spaces = {"trim_blocks": True, "lstrip_blocks": True}
+    templates = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, **spaces)
+    return templates.get_template(template).render(**values)
 
 
 def notebook_body(notebook: nbformat.NotebookNode) -> str:
@@ -137,16 +139,8 @@ def math_to_mathml(markdown: str) -> str:
     return _MATH.sub(replace, markdown)
 
 
-def _title(notebook: nbformat.NotebookNode, path: Path) -> str:
-    """First heading of a notebook, or its file's name."""
-    # Papermill puts a note before the title of a notebook that failed.
-    lines = (line for cell in notebook.cells if cell.cell_type == "markdown" for line in cell.source.splitlines())
-    return next((line.removeprefix("# ") for line in lines if line.startswith("# ")), path.stem)
-
-
-def _section(card: Mapping[str, Any], run_dir: Path, pages: Mapping[str, Path]) -> dict[str, Any]:
-    """Everything that the index template shows of one card; links are relative to the index."""
-    notebook = pages.get(card.get("notebook"))
+def _section(card: Mapping[str, Any], run_dir: Path, pages: Mapping[str, Path]) -> Markup:
+    """What the index shows of one card; links are relative to the index."""
     with parsed(f"{run_dir / 'cards'}: the card of notebook {card.get('notebook')!r} is damaged", "Run it again."):
         for name in (card["notebook"], *card["tables"]):
             if not _PLAIN_NAME.fullmatch(name):
@@ -154,15 +148,8 @@ def _section(card: Mapping[str, Any], run_dir: Path, pages: Mapping[str, Path]) 
         figures = (run_dir / "figures").glob(f"{card['notebook']}_*.png")
         # The headline first, then as the notebook drew them.
         figures = sorted(figures, key=lambda path: (not path.stem.endswith("_headline"), path.stat().st_mtime_ns))
-        return {
-            "card": card,
-            "metrics": [_row(metric) for metric in card["metrics"]],
-            "facts": _facts(card),
-            "figures": [{"src": quote(f"figures/{path.name}"), **_described(path)} for path in figures],
-            "html": quote(f"html/{notebook.stem}.html") if notebook else "",
-            "notebook": quote(f"notebooks/{notebook.name}") if notebook else "",
-            "tables": [f"cards/{name}.csv" for name in card["tables"]],
-        }
+        described = [_described(path) for path in figures]
+        return Markup(_filled("card.html.j2", card=card, figures=described, notebook=pages.get(card["notebook"])))
 
 
 def _described(figure: Path) -> dict[str, Any]:
@@ -170,47 +157,18 @@ def _described(figure: Path) -> dict[str, Any]:
     name = figure.stem.partition("_")[2].replace("_", " ")
     with Image.open(figure) as picture:
         caption = picture.info.get(CAPTION_KEY) or name[:1].upper() + name[1:]
-        return {"alt": name, "caption": caption, "wide": picture.width / picture.height > WIDE}
+        return {"path": figure, "alt": name, "caption": caption, "wide": picture.width / picture.height > WIDE}
 
 
-def _row(metric: Mapping[str, Any]) -> dict[str, Any]:
-    """A metric with what it was measured on, where the card holds several such things, and its value as text."""
-    of = ", ".join(filter(None, (metric.get("model"), metric.get("dataset"), metric["of"])))
-    if metric["value"] is None:
-        text = "– (beyond the reach of the draws)"
-    else:
-        interval = "" if metric["low"] is None else f" [{metric['low']:.3f}, {metric['high']:.3f}]"
-        text = f"{metric['value']:.3f}{interval}"
-    return {**metric, "of": of, "text": text}
-
-
-def _facts(card: Mapping[str, Any]) -> list[tuple[str, str]]:
-    git = card["git"]
-    commit = git.get("commit", "")[:10] + (" (changed)" if git.get("changed") else "")
-    return [
-        ("model", str(card["model"].get("id", ""))),
-        ("data set", f"{card['dataset'].get('id', '')}, {card['dataset'].get('n', '?')} images"),
-        ("seconds", f"{card['seconds']:.1f}"),
-        ("peak memory", f"{card['peak_memory_mb']:.0f} MB" if card["peak_memory_mb"] else "unknown"),
-        ("parameters", card["parameters_hash"]),
-        ("commit", commit or "no checkout"),
-        ("torch", card["environment"]["torch"]),
-        ("created", card["created"].replace("T", " ").removesuffix("+00:00") + " UTC"),
-    ]
-
-
-def show(table: pd.DataFrame, *, title: str, columns: Sequence[str] | None = None, right: Sequence[str] = ()) -> None:
-    """Print a table, or some of its columns; ``right`` are set as numbers, which are never broken over lines."""
-    table = table[list(columns)] if columns else table
-    shown = Table(title=title, title_justify="left", header_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+def show(table: pd.DataFrame, *, title: str, right: Sequence[str] = ()) -> None:
+    """Print a table; the columns ``right`` are set as numbers, which are never broken over lines."""
+    shown = {}
     for position, column in enumerate(table.columns):
         number = column in right or (pd.api.types.is_numeric_dtype(table[column]) and table[column].dtype != bool)
-        name, justify = str(column).replace("_", " "), "right" if number else "left"
         # A number that is broken over lines cannot be read; where it gets narrow, the names are folded.
-        shown.add_column(name, justify=justify, overflow="fold", no_wrap=number or (position == 0 and not right))
-    for row in table.itertuples(index=False):
-        shown.add_row(*(_cell(value) for value in row))
-    Console(highlight=False).print(shown)
+        whole = {"no_wrap": number or (position == 0 and not right)}
+        shown[str(column).replace("_", " ")] = {"justify": "right" if number else "left", "overflow": "fold", **whole}
+    _show_block(title, "", shown, [[_cell(value) for value in row] for row in table.itertuples(index=False)])
 
 
 def show_json(table: pd.DataFrame) -> None:
@@ -233,7 +191,8 @@ def show_ranking(table: pd.DataFrame) -> None:
             (rank, interval_text(row), row.n, row.model, row.of, _first_of(names))
             for rank, names, row in zip(ranks, runs, results.itertuples(), strict=True)
         ]
-        _show_block(metric, f"{dataset}, {'lowest' if lowest else 'highest'} first", columns, rows)
+        place = f" on {dataset}, {'lowest' if lowest else 'highest'} first"
+        _show_block(metric.replace("_", " "), place, columns, rows)
 
 
 def show_comparison(table: pd.DataFrame) -> None:
@@ -246,19 +205,20 @@ def show_comparison(table: pd.DataFrame) -> None:
             values = short_number(row.value_a, 3), short_number(row.value_b, 3), _signed(row.difference, 3) + interval
             rows.append((*values, row.n, row.kind, "" if pd.isna(row.p) else f"{row.p:.2g}", row.of))
         Console().print()
-        _show_block(metric, f"{dataset}, {models}", {**columns, "of": _FOLDED}, rows)
+        _show_block(metric.replace("_", " "), f" on {dataset}, {models}", {**columns, "of": _FOLDED}, rows)
 
 
 def _first_of(names: Sequence[str]) -> str:
     return f"{names[0]} (+{len(names) - 1} more)" if len(names) > 1 else names[0]
 
 
-def _show_block(
-    metric: str, rest: str, columns: Mapping[str, Mapping[str, Any]], rows: Sequence[Sequence[Any]]
-) -> None:
-    """Print a heading and a table without a frame; ``columns`` are names with the options of rich's columns."""
+def _show_block(title: str, rest: str, columns: Mapping[str, Mapping[str, Any]], rows: Sequence[Sequence[Any]]) -> None:
+    """Print a heading, its title in bold, and a table without a frame.
+
+    ``columns`` are names with the options of rich's columns.
+    """
     console = Console(highlight=False)
-    console.print(f"[bold]{escape(metric.replace('_', ' '))}[/] on {escape(rest)}")
+    console.print(f"[bold]{escape(title)}[/]{escape(rest)}")
     shown = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for name, options in columns.items():
         shown.add_column(name, **options)
@@ -301,4 +261,4 @@ def _cell(value: object) -> str:
         return "yes" if value else "no"
     if isinstance(value, float):
         return "" if pd.isna(value) else f"{value:.4g}"
-    return "" if value is None else escape(str(value))
+    return "" if value is None else str(value)

@@ -11,15 +11,13 @@ import json
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import pandas as pd
 
 from medrobust_lib.experiments.cards import write_text_atomically
-from medrobust_lib.files import lock, named_when_full, read_json_object
+from medrobust_lib.files import lock, named_when_full, parsed, read_json_object
 
 STORE_FORMAT = 1
 SECONDS_COLUMN = "seconds"
@@ -29,8 +27,7 @@ _ABSENT = "no such parameter"
 _SHOWN_CHARACTERS = 120
 
 
-@dataclass(frozen=True)
-class _Item:
+class _Item(NamedTuple):
     rows: tuple[Row, ...]
     seconds: float
 
@@ -52,9 +49,7 @@ class RowStore:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     def __repr__(self) -> str:
@@ -109,9 +104,7 @@ class RowStore:
         if not (math.isfinite(item.seconds) and item.seconds >= 0):
             raise ValueError(f"seconds={seconds} of item {key!r}; expected a finite number >= 0")
         columns = next((list(earlier.rows[0]) for earlier in self._items.values() if earlier.rows), None)
-        for row in item.rows:
-            columns = columns or list(row)
-            _check_row(key, row, columns)
+        _check_rows(key, item.rows, columns)
         line = json.dumps({"key": key, "rows": item.rows, "seconds": item.seconds}, allow_nan=False) + "\n"
         _write_whole(self._descriptor, line.encode("ascii"), self.folder / "journal.jsonl")
         self._items[key] = item
@@ -235,9 +228,8 @@ def _json_values(parameters: Mapping[str, Any]) -> dict[str, Any]:
         try:
             json.dumps(value, allow_nan=False)
         except (TypeError, ValueError) as error:
-            raise TypeError(
-                f"parameter {name}={value!r} is no JSON value ({error}); give plain numbers, text, lists"
-            ) from error
+            fault = f"parameter {name}={value!r} is no JSON value ({error})"
+            raise TypeError(f"{fault}; give plain numbers, text, lists") from error
     return json.loads(json.dumps(dict(parameters)))
 
 
@@ -256,12 +248,10 @@ def _check_manifest(path: Path, wanted: dict[str, Any], *, is_new: bool) -> None
         manifest = {"format": STORE_FORMAT, "parameters": wanted, "hash": digest}
         write_text_atomically(path, json.dumps(manifest, indent=2, allow_nan=False) + "\n")
         return
-    try:
+    with parsed(f"{path} is no manifest of a store", "Restore it or use another folder."):
         manifest = json.loads(path.read_text(encoding="utf-8"))
         version, stored = manifest["format"], dict(manifest["parameters"])
         _canonical(stored)
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ValueError(f"{path} is no manifest of a store ({error!r}); restore it or use another folder") from error
     if version != STORE_FORMAT:
         raise ValueError(f"{path} has store format {version}, this version reads {STORE_FORMAT}; use another folder")
     differences = list(parameter_differences(stored, wanted, holder="the store"))
@@ -288,15 +278,16 @@ def parameter_differences(
         In front of every name.
     """
     for name in sorted({*stored, *wanted}):
-        old, new = stored.get(name, _ABSENT), wanted.get(name, _ABSENT)
+        old, new = stored.get(name), wanted.get(name)
         if isinstance(old, dict) and isinstance(new, dict):
             yield from parameter_differences(old, new, holder=holder, prefix=f"{prefix}{name}.")
-        elif (name in stored) != (name in wanted) or _canonical(old) != _canonical(new):
-            yield f"{prefix}{name}: {holder} has {_shown(old)}, this run asks {_shown(new)}"
+            continue
+        has, asks = (_canonical(values[name]) if name in values else _ABSENT for values in (stored, wanted))
+        if has != asks:
+            yield f"{prefix}{name}: {holder} has {_shown(has)}, this run asks {_shown(asks)}"
 
 
-def _shown(value: object) -> str:
-    text = value if value is _ABSENT else _canonical(value)
+def _shown(text: str) -> str:
     return text if len(text) <= _SHOWN_CHARACTERS else f"{text[:_SHOWN_CHARACTERS]}... ({len(text)} characters)"
 
 
@@ -304,36 +295,33 @@ def _read_items(content: bytes, path: Path) -> dict[str, _Item]:
     items: dict[str, _Item] = {}
     columns: list[str] | None = None
     for number, line in enumerate(content.splitlines(), start=1):
-        try:
+        where = f"{path}, line {number} is corrupt ({line[:60]!r})"
+        with parsed(f"{where}; delete that line, and its item is computed again"):
             entry = json.loads(line)
             key, item = entry["key"], _Item(tuple(entry["rows"]), float(entry["seconds"]))
             if not isinstance(key, str) or key in items or not all(isinstance(row, dict) for row in item.rows):
                 raise ValueError(f"key {key!r} is no text, or here twice, or its rows are no rows")
-            for row in item.rows:
-                columns = columns or list(row)
-                _check_row(key, row, columns)
-        except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
-            raise ValueError(
-                f"{path}, line {number} is corrupt ({error}): {line[:60]!r}; "
-                "delete that line, and its item is computed again"
-            ) from error
+            columns = _check_rows(key, item.rows, columns)
         items[key] = item
     return items
 
 
-def _check_row(key: str, row: Row, columns: list[str]) -> None:
-    if set(row) != set(columns):
-        raise ValueError(f"item {key!r} has columns {', '.join(row)}; the store's rows have {', '.join(columns)}")
-    for column, value in row.items():
-        where = f"column {column!r} of item {key!r}"
-        if not isinstance(column, str) or not isinstance(value, str | int | float | bool | None):
-            raise TypeError(
-                f"{where} holds {value!r} ({type(value).__name__}); rows hold str, int, float, bool or None"
-            )
-        if isinstance(value, float) and not math.isfinite(value):
-            raise ValueError(f"{where} is {value}; rows hold finite numbers, or None where there is none")
-        if column == SECONDS_COLUMN:
-            raise ValueError(f"{where}: times would make the table differ from run to run; give them as seconds=")
+def _check_rows(key: str, rows: Sequence[Row], columns: list[str] | None) -> list[str] | None:
+    """Return the columns of the store, which those of its first row become; raise where rows do not fit its table."""
+    for row in rows:
+        columns = columns or list(row)
+        if set(row) != set(columns):
+            raise ValueError(f"item {key!r} has columns {', '.join(row)}; the store's rows have {', '.join(columns)}")
+        for column, value in row.items():
+            where = f"column {column!r} of item {key!r}"
+            if not isinstance(column, str) or not isinstance(value, str | int | float | bool | None):
+                kinds = "rows hold str, int, float, bool or None"
+                raise TypeError(f"{where} holds {value!r} ({type(value).__name__}); {kinds}")
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"{where} is {value}; rows hold finite numbers, or None where there is none")
+            if column == SECONDS_COLUMN:
+                raise ValueError(f"{where}: times make the table differ from run to run; give them as seconds=")
+    return columns
 
 
 def _write_whole(descriptor: int, line: bytes, path: Path) -> None:

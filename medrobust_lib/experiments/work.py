@@ -2,13 +2,15 @@
 
 import hashlib
 import logging
+import math
 import os
 import sys
 import threading
 import time
+import warnings
 from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from functools import partial
 from reprlib import Repr
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
 
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
 Backend = Literal["loky", "dask"]
 Function = Callable[[Any, Any], Any]
 Results = Generator[tuple[int, Any], None, None]
+Round = Callable[[Sequence[tuple[int, Any]]], Results]  # of items with their positions
 Element = TypeVar("Element")
 
 _SECONDS_WITHOUT_WORKERS = 20.0
@@ -84,51 +87,44 @@ def map_items(
         raise ValueError(f"jobs={jobs}; give the number of worker processes, or -1 for one per core")
     items = tuple(items)
     if backend == "dask":
-        client = _dask_client()
-        # dask itself gives an item several workers before it gives it up.
-        return _until_done(_DaskRounds(client, _pack(function, context), items), min(retries, 1))
+        run = _dask_rounds(function, context)
+        # dask itself gives an item several workers before it gives it up, and a round goes on without those it loses.
+        return _until_done(run, items, retries=min(retries, 1), in_flight=len(items))
     if jobs == -1:
         import joblib
 
         jobs = joblib.cpu_count()
     if jobs == 1:
         return ((position, _call(function, context, position, item)) for position, item in enumerate(items))
-    return _until_done(_LokyRounds(jobs, _pack(function, context), items), retries)
+    run = partial(_loky_round, *_pack(function, context), jobs)
+    # How many of the first missing items may have been with a worker that was killed.
+    return _until_done(run, items, retries=retries, in_flight=2 * jobs)
 
 
-@dataclass(frozen=True, eq=False)
-class _Packed:
-    """Function and context as bytes, in an array because joblib memory-maps arrays."""
-
-    content: np.ndarray
-    digest: str
-
-
-def _pack(function: Function, context: Any) -> _Packed:
+def _pack(function: Function, context: Any) -> tuple[np.ndarray, str]:
+    """Function and context as bytes, in an array because joblib memory-maps arrays, and their digest."""
     import cloudpickle
 
     # The function comes first: unpacking it imports its module before those of the model.
     content = np.frombuffer(cloudpickle.dumps((function, context)), dtype=np.uint8)
-    return _Packed(content, hashlib.sha256(content).hexdigest())
+    return content, hashlib.sha256(content).hexdigest()
 
 
 class _WorkerMemory:
-    """What a worker process keeps from one item to the next: the last function and context."""
+    """What a worker process keeps from one item to the next: the last function and context, by their digest."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()  # a dask worker may have several threads
-        self._digest = ""
-        self._unpacked: tuple[Function, Any] | None = None
+        self._unpacked: dict[str, tuple[Function, Any]] = {}
 
     def unpack(self, content: np.ndarray, digest: str) -> tuple[Function, Any]:
         with self._lock:
-            if self._unpacked is None or digest != self._digest:
+            if digest not in self._unpacked:
                 import cloudpickle
 
-                self._unpacked = None  # two models may not fit
-                self._unpacked = cloudpickle.loads(content)
-                self._digest = digest
-            return self._unpacked
+                self._unpacked.clear()  # two models may not fit
+                self._unpacked[digest] = cloudpickle.loads(content)
+            return self._unpacked[digest]
 
 
 _WORKER_MEMORY = _WorkerMemory()
@@ -149,10 +145,6 @@ def _work(numbered_item: tuple[int, Any], content: np.ndarray, digest: str, thre
     return position, _call(function, context, position, item)
 
 
-def _unchanged(content: np.ndarray) -> np.ndarray:
-    return content
-
-
 def _call(function: Function, context: Any, position: int, item: Any) -> Any:
     try:
         return function(context, item)
@@ -171,174 +163,36 @@ class _WorkerLostError(Exception):
     """A worker process was killed; its cause is the engine's own exception."""
 
 
-@dataclass(frozen=True, eq=False)
-class _LokyRounds:
-    """Rounds of work on processes of this machine, through joblib."""
+def _loky_round(content: np.ndarray, digest: str, jobs: int, items: Sequence[tuple[int, Any]]) -> Results:
+    """Yield results of processes of this machine, through joblib."""
+    from joblib import Parallel, cpu_count, delayed, parallel_config
+    from joblib.externals.loky.process_executor import TerminatedWorkerError
 
-    jobs: int
-    packed: _Packed
-    items: tuple[Any, ...]
-
-    def run(self, positions: Sequence[int], *, alone: bool) -> Results:
-        """Yield results; one item at a time if `alone`, so that the first one missing is the one that killed."""
-        # Within one call joblib hands out the next item before a result is taken, and loses both with the worker.
-        for block in ([position] for position in positions) if alone else [positions]:
-            yield from self._run_block(block)
-
-    def _run_block(self, positions: Sequence[int]) -> Results:
-        from joblib import Parallel, cpu_count, delayed, parallel_config
-        from joblib.externals.loky.process_executor import TerminatedWorkerError
-
+    threads = max(1, cpu_count() // jobs)
+    # The threads are set twice: by the environment for libraries that are loaded later, and by `_work`.
+    with parallel_config("loky", inner_max_num_threads=threads):
         # A killed single worker would be this process itself, hence two even if one item is left.
-        jobs = max(2, min(self.jobs, len(positions)))
-        threads = max(1, cpu_count() // self.jobs)
-        arguments = (self.packed.content, self.packed.digest, threads)
-        # The threads are set twice: by the environment for libraries that are loaded later, and by `_work`.
-        with parallel_config("loky", inner_max_num_threads=threads):
-            parallel = Parallel(
-                n_jobs=jobs,
-                return_as="generator_unordered",
-                batch_size=1,
-                pre_dispatch=self.in_flight,
-            )
-            results = parallel(delayed(_work)((position, self.items[position]), *arguments) for position in positions)
-        try:
-            for numbered_result in results:  # noqa: UP028 - `yield from` would close joblib's generator, loudly
-                yield numbered_result
-        except TerminatedWorkerError as error:
-            raise _WorkerLostError from error
-        finally:
-            _close_quietly(results)
-
-    @property
-    def in_flight(self) -> int:
-        """How many of the first missing items may have been with a worker that was killed."""
-        return 2 * self.jobs
-
-
-@dataclass(frozen=True, eq=False)
-class _DaskRounds:
-    """Rounds of work on the workers of a dask cluster.
-
-    joblib's dask backend would do, but it waits for ever once dask gives an item up with KilledWorker.
-    """
-
-    client: "Client"
-    packed: _Packed
-    items: tuple[Any, ...]
-
-    def run(self, positions: Sequence[int], *, alone: bool) -> Results:
-        import dask
-
-        # A task, unlike scattered data, can be repeated when every worker that had its result is lost, and it
-        # makes a cluster that grows by need grow.
-        with dask.config.set({"distributed.admin.large-graph-warning-threshold": "1 TiB"}):
-            content = self.client.submit(_unchanged, self.packed.content, pure=False)
-        lost = None
-        for block in ([position] for position in positions) if alone else [positions]:
-            try:
-                yield from self._run_block(block, content)
-            except _WorkerLostError as error:
-                lost = error
-        if lost is not None:
-            raise lost
-
-    @property
-    def in_flight(self) -> int:
-        """A round goes on without the items it loses, so all that are missing at its end were lost."""
-        return len(self.items)
-
-    def _run_block(self, positions: Sequence[int], content: Any) -> Results:
-        from distributed import CancelledError, KilledWorker, as_completed
-
-        futures = self.client.map(
-            _work,
-            [(position, self.items[position]) for position in positions],
-            content=content,
-            digest=self.packed.digest,
-            threads=None,
-            pure=False,
-        )
-        lost = None
-        try:
-            finished = as_completed(futures, with_results=True, raise_errors=False)
-            while not finished.is_empty():
-                self._wait_for_one(finished)
-                future, numbered_result = next(finished)
-                if future.status == "finished":
-                    future.release()
-                    yield numbered_result
-                    continue
-                try:
-                    future.result()
-                except (KilledWorker, CancelledError) as error:
-                    lost = error
-        finally:
-            self.client.cancel(futures)
-        if lost is not None:
-            raise _WorkerLostError from lost
-
-    def _wait_for_one(self, finished: Any) -> None:
-        """Wait for the next result and say so when nobody is there to compute it."""
-        told = False
-        seen = time.monotonic()
-        while not finished.has_ready():
-            time.sleep(0.005)
-            now = time.monotonic()
-            if told or now - seen < _SECONDS_WITHOUT_WORKERS:
-                continue
-            if self.client.ncores():
-                seen = now
-            else:
-                _logger.warning("the dask cluster has no worker; waiting for one (interrupt to give up)")
-                told = True
-
-
-def _until_done(rounds: _LokyRounds | _DaskRounds, retries: int) -> Results:
-    """Run rounds until every item has its result; items that may have killed a worker go last, one by one."""
-    waiting = dict.fromkeys(range(len(rounds.items)))
-    suspects: set[int] = set()
-    deaths: Counter[int] = Counter()
-    while waiting:
-        fresh = [position for position in waiting if position not in suspects]
-        results = rounds.run(fresh or tuple(waiting), alone=not fresh)
-        try:
-            for position, result in results:
-                del waiting[position]
-                yield position, result
-        except _WorkerLostError as error:
-            if fresh:
-                suspects.update([position for position in fresh if position in waiting][: rounds.in_flight])
-            else:
-                killer = next(iter(waiting))
-                deaths[killer] += 1
-                if deaths[killer] >= retries:
-                    message = _loss_message(killer, rounds.items[killer], len(waiting), len(rounds.items))
-                    raise RuntimeError(message) from error.__cause__
-                waiting[killer] = waiting.pop(killer)
-            _logger.warning("a worker process was killed; submitting the %d missing items again", len(waiting))
-        finally:
+        workers = max(2, min(jobs, len(items)))
+        parallel = Parallel(workers, return_as="generator_unordered", batch_size=1, pre_dispatch=2 * jobs)
+        results = parallel(delayed(_work)(item, content, digest, threads) for item in items)
+    try:
+        for numbered_result in results:  # noqa: UP028 - `yield from` would close joblib's generator, loudly
+            yield numbered_result
+    except TerminatedWorkerError as error:
+        raise _WorkerLostError from error
+    finally:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # joblib's "tasks have been cancelled", which is wanted
             results.close()
 
 
-def _loss_message(position: int, item: Any, left: int, total: int) -> str:
-    return (
-        f"worker processes are killed again and again, the last one when it was alone with {_named(position, item)}; "
-        f"{left} of {total} items are left, all other results were returned. "
-        "The usual cause is too little memory: use fewer jobs or a smaller batch size."
-    )
+def _dask_rounds(function: Function, context: Any) -> Round:
+    """Bring function and context onto the cluster of the active client; the result does a round of items there.
 
-
-def _close_quietly(results: Generator[Any, None, None]) -> None:
-    import warnings
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # joblib's: "tasks have been cancelled", which is what is wanted
-        results.close()
-
-
-def _dask_client() -> "Client":
+    joblib's dask backend would do, but it waits for ever once dask gives an item up with KilledWorker.
+    """
     try:
+        import dask
         from distributed import get_client
     except ImportError as error:
         raise ImportError(
@@ -346,12 +200,85 @@ def _dask_client() -> "Client":
             "pip install -c constraints.txt -e '.[cluster]'"
         ) from error
     try:
-        return get_client()
+        client = get_client()
     except ValueError as error:
         raise ValueError(
             "backend='dask' found no active client; make one first, for example: from dask.distributed import Client; "
             "client = Client(n_workers=4, threads_per_worker=1), or Client('tcp://scheduler:8786') for a cluster"
         ) from error
+    content, digest = _pack(function, context)
+    # A task, unlike scattered data, can be repeated when every worker that had its result is lost, and it
+    # makes a cluster that grows by need grow.
+    with dask.config.set({"distributed.admin.large-graph-warning-threshold": "1 TiB"}):
+        there = client.submit(np.asarray, content, pure=False)
+    return partial(_dask_round, client, there, digest)
+
+
+def _dask_round(client: "Client", content: Any, digest: str, items: Sequence[tuple[int, Any]]) -> Results:
+    from distributed import CancelledError, KilledWorker, as_completed
+
+    futures = client.map(_work, items, content=content, digest=digest, threads=None, pure=False)
+    lost = None
+    try:
+        finished = as_completed(futures, with_results=True, raise_errors=False)
+        while not finished.is_empty():
+            _wait_for_one(client, finished)
+            future, numbered_result = next(finished)
+            if future.status == "finished":
+                future.release()
+                yield numbered_result
+                continue
+            try:
+                future.result()
+            except (KilledWorker, CancelledError) as error:
+                lost = error
+    finally:
+        client.cancel(futures)
+    if lost is not None:
+        raise _WorkerLostError from lost
+
+
+def _wait_for_one(client: "Client", finished: Any) -> None:
+    """Wait for the next result and say so, once, when nobody is there to compute it."""
+    deadline = time.monotonic() + _SECONDS_WITHOUT_WORKERS
+    while not finished.has_ready():
+        time.sleep(0.005)
+        if time.monotonic() > deadline:
+            deadline += _SECONDS_WITHOUT_WORKERS
+            if not client.ncores():
+                _logger.warning("the dask cluster has no worker; waiting for one (interrupt to give up)")
+                deadline = math.inf
+
+
+def _until_done(run: Round, items: tuple[Any, ...], *, retries: int, in_flight: int) -> Results:
+    """Run rounds until every item has its result; items that may have killed a worker go last, one by one."""
+    waiting = dict(enumerate(items))
+    suspects: set[int] = set()
+    deaths: Counter[int] = Counter()
+    killer, cause = 0, None  # the last item that was alone with a worker when that was killed, and how
+    while waiting:
+        fresh = [position for position in waiting if position not in suspects]
+        first = min(waiting, key=lambda position: deaths[position])
+        if not fresh and deaths[first] >= max(retries, 1):
+            raise RuntimeError(
+                "worker processes are killed again and again, the last one when it was alone with "
+                f"{_named(killer, items[killer])}; {len(waiting)} of {len(items)} items are left, all other results "
+                "were returned. The usual cause is too little memory: use fewer jobs or a smaller batch size."
+            ) from cause
+        results = run([(position, items[position]) for position in fresh or [first]])
+        try:
+            for position, result in results:
+                del waiting[position]
+                yield position, result
+        except _WorkerLostError as error:
+            if fresh:
+                suspects.update([position for position in fresh if position in waiting][:in_flight])
+            else:
+                killer, cause = first, error.__cause__
+                deaths[killer] += 1
+            _logger.warning("a worker process was killed; submitting the %d missing items again", len(waiting))
+        finally:
+            results.close()
 
 
 def progress(
@@ -375,22 +302,22 @@ def progress(
     element
         Closing this iterator early closes the iterable, too.
     """
+    from tqdm.auto import tqdm
+
     started = time.monotonic()
     count = done
+    ipython = sys.modules.get("IPython")
+    shell = ipython.get_ipython() if ipython else None
+    watched = sys.stderr.isatty() or (shell is not None and "IPKernelApp" in shell.config)
     # tqdm itself heeds this variable in a terminal only.
     unwanted = os.environ.get("TQDM_DISABLE", "") not in ("", "0")
-    headless = is_headless() or unwanted or not (sys.stderr.isatty() or _in_notebook())
-    bar = None
-    if not headless:
-        from tqdm.auto import tqdm
-
-        bar = tqdm(total=total, initial=done, desc=description, unit=f" {unit}")
+    headless = is_headless() or unwanted or not watched
+    bar = tqdm(total=total, initial=done, desc=description, unit=f" {unit}", disable=headless)
     outcome = "stopped at "
     try:
         for element in iterable:
             count += 1
-            if bar is not None:
-                bar.update()
+            bar.update()
             yield element
         outcome = ""
     except KeyboardInterrupt:
@@ -399,24 +326,12 @@ def progress(
     finally:
         if hasattr(iterable, "close"):
             iterable.close()
-        if bar is not None:
-            bar.close()
+        bar.close()
         if count == total:
             outcome = ""
         if headless or outcome:
-            print(_summary(description, outcome, count, total, unit, time.monotonic() - started, done, resumes))
-
-
-def _summary(
-    description: str, outcome: str, count: int, total: int, unit: str, seconds: float, done: int, resumes: bool
-) -> str:
-    spent = f"{seconds:.1f}" if seconds < 10 else f"{seconds:,.0f}"
-    resumed = f" ({done} resumed)" if done else ""
-    promise = "; the same call goes on from here" if outcome and resumes else ""
-    return f"{description}: {outcome}{count} of {total} {unit} in {spent} s{resumed}{promise}"
-
-
-def _in_notebook() -> bool:
-    ipython = sys.modules.get("IPython")
-    shell = ipython.get_ipython() if ipython else None
-    return shell is not None and "IPKernelApp" in shell.config
+            seconds = time.monotonic() - started
+            spent = f"{seconds:.1f}" if seconds < 10 else f"{seconds:,.0f}"
+            resumed = f" ({done} resumed)" if done else ""
+            promise = "; the same call goes on from here" if outcome and resumes else ""
+            print(f"{description}: {outcome}{count} of {total} {unit} in {spent} s{resumed}{promise}")

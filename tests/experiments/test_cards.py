@@ -11,13 +11,13 @@ from PIL import Image
 
 from medrobust_lib import experiments, places
 from medrobust_lib.experiments import Metric, start_run
-from medrobust_lib.experiments.cards import CAPTION_KEY, lower_is_better
+from medrobust_lib.experiments.cards import CAPTION_KEY, RUN_DIR_VARIABLE, lower_is_better
 from medrobust_lib.experiments.report import show_ranking, write_report
 
 
 @pytest.fixture
 def run(tmp_path, monkeypatch):
-    monkeypatch.setenv(experiments.RUN_DIR_VARIABLE, str(tmp_path / "demo"))
+    monkeypatch.setenv(RUN_DIR_VARIABLE, str(tmp_path / "demo"))
     return start_run("01", "Title", model="demo-clip", sigmas=[0.0, 0.25])
 
 
@@ -54,7 +54,7 @@ def test_card_and_tables_lie_in_the_runs_folder_and_no_part_files_stay(run, tmp_
 
 
 def test_hash_depends_on_parameters_only(run, monkeypatch, tmp_path):
-    monkeypatch.setenv(experiments.RUN_DIR_VARIABLE, str(tmp_path / "elsewhere"))
+    monkeypatch.setenv(RUN_DIR_VARIABLE, str(tmp_path / "elsewhere"))
     same = start_run("02", "Other", sigmas=[0.0, 0.25], model="demo-clip")
     other = start_run("01", "Title", model="demo-clip", sigmas=[0.0, 0.5])
     assert run.parameters_hash == same.parameters_hash != other.parameters_hash
@@ -92,7 +92,7 @@ def test_resolved_parameters_are_printed(capsys):
 
 
 def test_by_hand_the_folder_does_not_depend_on_the_working_folder(monkeypatch, tmp_path):
-    monkeypatch.delenv(experiments.RUN_DIR_VARIABLE, raising=False)
+    monkeypatch.delenv(RUN_DIR_VARIABLE, raising=False)
     here = start_run("01", "Title").folder
     monkeypatch.chdir(tmp_path)
     assert start_run("01", "Title").folder == here == places.project_root() / "runs" / "by-hand"
@@ -177,7 +177,7 @@ def test_direction_of_a_metric_and_best_comes_first(run, tmp_path, metric, lower
 
 def test_cards_of_runs_inside_a_run_are_read_only_when_wanted(run, tmp_path, monkeypatch):
     save(run)
-    monkeypatch.setenv(experiments.RUN_DIR_VARIABLE, str(run.folder / "inner"))
+    monkeypatch.setenv(RUN_DIR_VARIABLE, str(run.folder / "inner"))
     save(start_run("01", "Title"))
     assert [card["run"] for card in experiments.read_cards(run.folder)] == ["demo", "inner"]
     assert [card["run"] for card in experiments.read_cards(run.folder, nested=False)] == ["demo"]

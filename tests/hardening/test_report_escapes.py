@@ -9,8 +9,8 @@ import pandas as pd
 import pytest
 from matplotlib.figure import Figure
 
-from medrobust_lib import experiments
 from medrobust_lib.experiments import Metric, report, start_run
+from medrobust_lib.experiments.cards import RUN_DIR_VARIABLE
 
 HOSTILE = [
     "<script>alert(1)</script>",
@@ -52,7 +52,7 @@ def parsed(path):
 def run_dir(tmp_path, monkeypatch, request):
     hostile = request.param
     folder = tmp_path / hostile.replace("/", "_").replace("\0", "")
-    monkeypatch.setenv(experiments.RUN_DIR_VARIABLE, str(folder))
+    monkeypatch.setenv(RUN_DIR_VARIABLE, str(folder))
     run = start_run("01", hostile, model=hostile)
     run.save_figure(Figure(figsize=(2, 1)), hostile.replace("/", "_"), caption=hostile)
     run.save_card(

@@ -14,7 +14,7 @@ from torch.nn import functional
 import medrobust_lib as mr
 from medrobust_lib import metrics
 from medrobust_lib.data.dataset import ImageDataset
-from medrobust_lib.experiments import HEADLESS_VARIABLE
+from medrobust_lib.experiments.cards import HEADLESS_VARIABLE
 from medrobust_lib.models.dual_encoder import DualEncoder, Preprocessing
 from medrobust_lib.smoothing.certificate import ABSTAIN
 from medrobust_lib.smoothing.certify import certify
