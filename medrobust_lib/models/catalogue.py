@@ -7,7 +7,7 @@ The rows are data, in ``models.toml``. Ids with a prefix make rows of their own:
 import importlib
 import json
 import tomllib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
@@ -36,25 +36,6 @@ _OWN_VLM_SIZE = 336  # of the image tower of LLaVA
 
 
 @dataclass(frozen=True)
-class WeightFile:
-    """One file of a model.
-
-    Attributes
-    ----------
-    name : str
-        Name under ``weights_dir/<model id>/``.
-    url : str
-        Where the file is published.
-    sha256 : str or None
-        Checked at load where it is known.
-    """
-
-    name: str
-    url: str
-    sha256: str | None = None
-
-
-@dataclass(frozen=True)
 class ModelEntry:
     """One row of the model table.
 
@@ -76,8 +57,9 @@ class ModelEntry:
         Paper to cite.
     parameters : int or None
         Number of parameters, computed from the architecture; None if not known.
-    files : tuple of WeightFile
-        What ``data_scripts/fetch_weights.py`` puts under ``weights_dir/<id>/``; all of the repository if empty.
+    files : sequence of str
+        Addresses of what ``data_scripts/fetch_weights.py`` puts under ``weights_dir/<id>/``, each by the last part of
+        its address; all of the repository if empty.
     loader : str or callable
         Of a dual encoder: ``"module:function"`` of this room or a function, called as
         ``loader(entry, weights_dir=..., offline=...)``; it returns a float32 model on the CPU.
@@ -92,7 +74,7 @@ class ModelEntry:
     source: str
     citation: str
     parameters: int | None = None
-    files: tuple[WeightFile, ...] = ()
+    files: Sequence[str] = ()
     loader: str | Loader = ""
     image_options: Mapping[str, Any] = field(default_factory=dict)
 
@@ -102,17 +84,14 @@ class ModelEntry:
         return not self.loader
 
 
-def _rows(kind: str) -> tuple[ModelEntry, ...]:
-    """Rows of one kind of ``models.toml``; a file is named as the last part of its address."""
-    table = tomllib.loads(files(BACKENDS).joinpath("models.toml").read_text(encoding="utf-8"))
-    return tuple(
-        ModelEntry(**{**row, "files": tuple(WeightFile(url.rpartition("/")[2], url) for url in row.get("files", ()))})
-        for row in table[kind]
-    )
+def read_table(name: str) -> dict[str, Any]:
+    """Content of a TOML file that lies beside this one."""
+    return tomllib.loads(files(BACKENDS).joinpath(name).read_text(encoding="utf-8"))
 
 
-DUAL_ENCODERS = _rows("dual_encoders")
-GENERATIVE = _rows("generative")
+DUAL_ENCODERS, GENERATIVE = (
+    tuple(ModelEntry(**row) for row in read_table("models.toml")[kind]) for kind in ("dual_encoders", "generative")
+)
 
 
 def own_entry(id: str, *, generative: bool = False) -> ModelEntry | None:

@@ -234,7 +234,7 @@ def _table(entries: Iterable[ModelEntry], weights_dir: Path) -> pd.DataFrame:
     rows = [
         {
             **vars(entry),
-            "sha256": _known_hashes(entry),
+            "sha256": read_sums(weights.DEMO_FOLDER) if entry.id == catalogue.DEMO_MODEL else {},
             "available_offline": available_offline(entry, weights_dir=weights_dir),
         }
         for entry in entries
@@ -295,7 +295,7 @@ def available_offline(entry: ModelEntry, *, weights_dir: Path) -> bool:
         return False  # its loader reads that folder only
     if not entry.files:
         return any(weights.has_checkpoint(folder) for folder in _cached_folders(entry))
-    places = [hub_location(file.url) for file in entry.files]
+    places = [hub_location(url) for url in entry.files]
     return all(place is not None and _in_hub_cache(*place) for place in places)
 
 
@@ -405,9 +405,3 @@ def _in_hub_cache(repository: str, name: str) -> bool:
     return any(
         weights.hub_snapshot(repository, other) for other in (weights.HUB_CHECKPOINTS if is_checkpoint else (name,))
     )
-
-
-def _known_hashes(entry: ModelEntry) -> dict[str, str]:
-    if entry.id == catalogue.DEMO_MODEL:
-        return read_sums(weights.DEMO_FOLDER)
-    return {file.name: file.sha256 for file in entry.files if file.sha256 is not None}

@@ -17,9 +17,9 @@ from open_clip.transformer import TextTransformer, text_global_pool
 from torch import Tensor
 from torch.nn import functional
 
-from medrobust_lib.files import parsed, read_json_object, read_sums
+from medrobust_lib.files import parsed, read_json_object
 from medrobust_lib.models import weights
-from medrobust_lib.models.catalogue import CONFIG_NAME, DEMO_MODEL, OPEN_CLIP_CONFIG_NAME
+from medrobust_lib.models.catalogue import CONFIG_NAME, DEMO_MODEL, OPEN_CLIP_CONFIG_NAME, read_table
 from medrobust_lib.models.dual_encoder import DualEncoder, Tokens, check_text_lengths, check_text_path
 from medrobust_lib.models.geometry import Preprocessing, per_channel
 
@@ -30,25 +30,11 @@ _GEOMETRIES = {"shortest": "shortest-edge-crop", "squash": "squash"}
 # open_clip's own inference transform reads "random" as bicubic.
 _INTERPOLATIONS = {"bicubic": "bicubic", "bilinear": "bilinear", "random": "bicubic"}
 # open_clip_config.json. open_clip builds the towers by it, but passes over what it does not know of the images.
-_MODEL_SETTINGS: dict[str, weights.Settings] = {
-    "model_cfg": dict.fromkeys((*inspect.signature(open_clip.CLIP).parameters, "custom_text"), weights.HONOURED),
-    # A tower gives a feature alone; a text gets no class token (CoCa), and is not cut in another way.
-    "vision_cfg": {
-        **dict.fromkeys((field.name for field in fields(CLIPVisionCfg)), weights.HONOURED),
-        "output_tokens": (False,),
-    },
-    "text_cfg": {
-        **dict.fromkeys((field.name for field in fields(CLIPTextCfg)), weights.HONOURED),
-        "output_tokens": (False,),
-        "embed_cls": (False,),
-        "tokenizer_mode": ("",),
-    },
-}
-_IMAGE_SETTINGS: weights.Settings = {
-    **dict.fromkeys(("size", "mean", "std", "fill_color"), weights.HONOURED),  # nothing is filled in these geometries
-    "mode": ("RGB",),
-    "interpolation": tuple(_INTERPOLATIONS),
-    "resize_mode": tuple(_GEOMETRIES),
+_SETTINGS: dict[str, weights.Settings] = read_table("settings.toml")["open_clip"]
+_KNOWN_TO_OPEN_CLIP = {
+    "model_cfg": (*inspect.signature(open_clip.CLIP).parameters, "custom_text"),
+    "vision_cfg": [field.name for field in fields(CLIPVisionCfg)],
+    "text_cfg": [field.name for field in fields(CLIPTextCfg)],
 }
 
 
@@ -190,7 +176,7 @@ def read_preprocessing(settings: Mapping[str, Any], *, source: str) -> Preproces
     ValueError
         A setting that would have to be passed over, or an image that is not square.
     """
-    weights.check_settings(settings, _IMAGE_SETTINGS, source=source)
+    weights.check_settings(settings, _SETTINGS["preprocess_cfg"], source=source)
     given = {name: value for name, value in settings.items() if value is not None}
     cfg = {**asdict(PreprocessCfg()), **given}
     with parsed(source):
@@ -261,7 +247,7 @@ def check_folder(folder: Path, *, id: str, published: Collection[str] = ()) -> P
     id : str
         Named in errors.
     published : collection of str
-        Names of the checkpoints that the model is published with; any other is then no part of it.
+        Addresses of the files that the model is published with; any other checkpoint is then no part of it.
 
     Returns
     -------
@@ -296,7 +282,7 @@ def check_folder(folder: Path, *, id: str, published: Collection[str] = ()) -> P
 def _checkpoint(folder: Path, published: Collection[str]) -> Path:
     """The only checkpoint of a folder, or the preferred one among names that stand for the same weights."""
     found = sorted(path for path in folder.iterdir() if path.suffix in weights.CHECKPOINT_SUFFIXES)
-    found = [path for path in found if path.name in published] or found
+    found = [path for path in found if any(url.endswith(f"/{path.name}") for url in published)] or found
     if not found:
         raise FileNotFoundError(f"{folder} holds no weights ({', '.join(weights.CHECKPOINT_SUFFIXES)})")
     if len(found) > 1 and not {path.name for path in found} <= set(weights.HUB_CHECKPOINTS):
@@ -311,12 +297,13 @@ def _read_config(folder: Path) -> dict[str, Any]:
     """Content of ``open_clip_config.json`` whose settings of images are all supported; open_clip refuses the others."""
     config = read_json_object(folder / OPEN_CLIP_CONFIG_NAME, "a configuration of open_clip")
     source = str(folder / OPEN_CLIP_CONFIG_NAME)
-    weights.check_settings(config, dict.fromkeys(("model_cfg", "preprocess_cfg"), weights.HONOURED), source=source)
+    weights.check_settings(config, dict.fromkeys(("model_cfg", "preprocess_cfg"), weights.ANY), source=source)
     with parsed(f"{source} is not a configuration of open_clip"):
         parts = {"model_cfg": dict(config["model_cfg"]), "preprocess_cfg": dict(config.get("preprocess_cfg") or {})}
         parts |= {name: dict(parts["model_cfg"][name]) for name in ("vision_cfg", "text_cfg")}
-    for name, settings in _MODEL_SETTINGS.items():
-        weights.check_settings(parts[name], settings, source=f"{source}, {name}")
+    for part, names in _KNOWN_TO_OPEN_CLIP.items():
+        supported = dict.fromkeys(names, weights.ANY) | _SETTINGS[part]
+        weights.check_settings(parts[part], supported, source=f"{source}, {part}")
     images = parts["preprocess_cfg"]
     read = read_preprocessing(images, source=f"{source}, preprocess_cfg")
     size = parts["vision_cfg"].get("image_size", CLIPVisionCfg.image_size)
@@ -330,8 +317,8 @@ def _load_named(entry: "ModelEntry", folder: Path | None, architecture: str, tag
     if folder is None:
         pretrained = tag
     else:
-        hashes = weights.check_hashes(folder, read_sums(folder))
-        pretrained = str(_checkpoint(folder, [file.name for file in entry.files]))
+        hashes = weights.check_hashes(folder)
+        pretrained = str(_checkpoint(folder, entry.files))
     with weights.explained_errors(pretrained):
         model = open_clip.create_model_from_pretrained(architecture, pretrained=pretrained, return_transform=False)
     if folder is None:
@@ -341,8 +328,8 @@ def _load_named(entry: "ModelEntry", folder: Path | None, architecture: str, tag
 
 def _load_folder(entry: "ModelEntry", folder: Path) -> OpenClipEncoder:
     """A folder in open_clip's format; nothing is looked up elsewhere if it is complete."""
-    checkpoint = check_folder(folder, id=entry.id, published=[file.name for file in entry.files])
-    hashes = weights.check_hashes(folder, read_sums(folder))
+    checkpoint = check_folder(folder, id=entry.id, published=entry.files)
+    hashes = weights.check_hashes(folder)
     name = f"local-dir:{folder}"
     with weights.explained_errors(str(checkpoint)):
         with _no_warning_of_missing_weights():  # open_clip finds only some of the names that its training gives

@@ -18,9 +18,9 @@ from transformers.utils import (
     WEIGHTS_NAME,
 )
 
-from medrobust_lib.files import parsed, read_sums
+from medrobust_lib.files import parsed
 from medrobust_lib.models import weights
-from medrobust_lib.models.catalogue import CONFIG_NAME, HUB_PREFIX, OPEN_CLIP_CONFIG_NAME
+from medrobust_lib.models.catalogue import CONFIG_NAME, HUB_PREFIX, OPEN_CLIP_CONFIG_NAME, read_table
 from medrobust_lib.models.dual_encoder import DualEncoder, Tokens, check_text_lengths, check_text_path
 from medrobust_lib.models.geometry import Preprocessing, per_channel
 
@@ -33,24 +33,7 @@ _FILTERS = {2: "bilinear", 3: "bicubic"}
 # Old configurations, PLIP's among them, name this end token by mistake: there it is the token of the largest id.
 _UNKNOWN_END = 2
 _TOKENIZER_SOURCE = "openai/clip-vit-base-patch32"  # the vocabulary that nearly every CLIP shares
-_CLIP_PROCESSORS = ("CLIPImageProcessor", "CLIPImageProcessorFast", "CLIPImageProcessorPil", "CLIPFeatureExtractor")
-# preprocessor_config.json
-_PROCESSOR_SETTINGS: weights.Settings = {
-    **dict.fromkeys(("size", "crop_size", "default_to_square", "use_square_size"), weights.HONOURED),
-    **dict.fromkeys(("do_center_crop", "do_normalize", "image_mean", "image_std"), weights.HONOURED),
-    **dict.fromkeys(("do_rescale", "rescale_factor"), weights.HONOURED),
-    "do_resize": (True,),
-    "resample": tuple(_FILTERS),
-    "do_pad": (False,),
-    "do_convert_rgb": weights.HONOURED,  # what comes here is RGB
-    "image_processor_type": _CLIP_PROCESSORS,
-    "feature_extractor_type": _CLIP_PROCESSORS,
-    # What holds and moves arrays, not what is in them.
-    **dict.fromkeys(("processor_class", "_processor_class", "_valid_processor_keys"), weights.HONOURED),
-    **dict.fromkeys(
-        ("data_format", "input_data_format", "return_tensors", "device", "disable_grouping"), weights.HONOURED
-    ),
-}
+_PROCESSOR_SETTINGS: weights.Settings = read_table("settings.toml")["transformers"]  # preprocessor_config.json
 
 
 class TransformersClipEncoder(DualEncoder):
@@ -248,7 +231,7 @@ def load_transformers_clip(entry: "ModelEntry", *, weights_dir: Path | None, off
     if folder is not None:
         place = str(folder)
         parts = check_folder(folder, id=entry.id)
-        weights.check_hashes(folder, read_sums(folder))
+        weights.check_hashes(folder)
     try:
         with weights.hub_access(offline=offline or folder is not None), weights.explained_errors(place):
             tokenizer, preprocessing = parts or _read_parts(place, id=entry.id)

@@ -30,7 +30,6 @@ from transformers import (
 from transformers.utils import logging
 
 from medrobust_lib.checks import check_whole
-from medrobust_lib.files import read_sums
 from medrobust_lib.models import weights
 from medrobust_lib.models.catalogue import CONFIG_NAME, HUB_PREFIX
 from medrobust_lib.models.dual_encoder import SOUND_TYPES, BrokenFeaturesError
@@ -428,7 +427,7 @@ def load_vlm(
     check_kind(entry, weights_dir=weights_dir)
     folder = weights.model_folder(entry, weights_dir)
     place = entry.source.removeprefix(HUB_PREFIX) if folder is None else str(folder)
-    files = {} if folder is None else weights.check_hashes(folder, read_sums(folder))
+    files = {} if folder is None else weights.check_hashes(folder)
     pinned = {"revision": revision} if folder is None else {}
     # Code may also lie in another repository than the weights: it is pinned, too.
     code = {"trust_remote_code": trust_remote_code, **({"code_revision": revision} if trust_remote_code else {})}

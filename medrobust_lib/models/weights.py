@@ -174,10 +174,8 @@ def check_vocabulary(n_tokens: int, vocab_size: int, padding_side: str, *, id: s
 
 def _model_type(folder: Path) -> str | None:
     """``model_type`` of the ``config.json`` in a folder."""
-    try:
+    with parsed(f"{folder / CONFIG_NAME} is no valid JSON", "Fetch it again."):
         return json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8")).get("model_type")
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{folder / CONFIG_NAME} is no valid JSON ({error}); fetch it again") from error
 
 
 def fingerprint(tensors: Sequence["Tensor"]) -> str:
@@ -200,18 +198,26 @@ def file_hashes(folder: Path) -> dict[str, str]:
     }
 
 
-def check_hashes(folder: Path, expected: Mapping[str, str]) -> dict[str, str]:
-    """SHA-256 of the files of ``folder`` after comparing them with the expected ones.
+def check_hashes(folder: Path, names: Collection[str] | None = None) -> dict[str, str]:
+    """SHA-256 of the files of ``folder`` after comparing them with its ``SHA256SUMS``.
+
+    Parameters
+    ----------
+    folder : Path
+    names : collection of str, optional
+        The only files to look at, as another may be large, or gone.
 
     Raises
     ------
     FileNotFoundError
-        If a file with an expected hash is not there.
+        If a file with a recorded hash is not there.
     ValueError
         If a file's hash differs; file and both hashes are named.
     """
-    found = file_hashes(folder)
-    for name, digest in expected.items():
+    found = file_hashes(folder) if names is None else {}
+    for name, digest in read_sums(folder).items():
+        if names is not None and name not in names:
+            continue
         path = folder / name
         if not path.is_file():
             raise FileNotFoundError(f"{path} is missing although its SHA-256 is known ({digest})")
@@ -294,12 +300,9 @@ def _key_error(source: str, message: str) -> ValueError:
         found = re.search(rf'{title} key\(s\) in state_dict: ((?:"[^"]*"(?:, )?)*)', message)
         return re.findall(r'"([^"]*)"', found[1]) if found else []
 
-    return mismatch_error(
-        source,
-        missing=quoted("Missing"),
-        unexpected=quoted("Unexpected"),
-        misshapen=re.findall(r"size mismatch for ([^:]+):", message),
-    )
+    shapes = r"size mismatch for ([^:]+):.*?torch\.Size\((.*?)\) from checkpoint.*?torch\.Size\((.*?)\)"
+    misshapen = [f"{key} is {found}, not {wanted}" for key, found, wanted in re.findall(shapes, message)]
+    return mismatch_error(source, missing=quoted("Missing"), unexpected=quoted("Unexpected"), misshapen=misshapen)
 
 
 def _listed(title: str, keys: Collection[str]) -> str:
@@ -335,11 +338,7 @@ def find_weights(entry: ModelEntry, names: Sequence[str], *, weights_dir: Path |
     places = [] if weights_dir is None else [weights_dir / entry.id / name for name in names]
     for place in places:
         if place.is_file():
-            known = read_sums(place.parent)
-            # Only what is read here: a fetched archive beside it may be large, or gone.
-            read = {name: known[name] for name in (place.name, VOCABULARY_NAME) if name in known}
-            if read:
-                check_hashes(place.parent, read)
+            check_hashes(place.parent, (place.name, VOCABULARY_NAME))
             return place
     looked = ", ".join(map(str, places)) or "nowhere, as there is no weights folder"
     raise FileNotFoundError(
@@ -388,17 +387,8 @@ def load_strictly(module: "nn.Module", state_dict: Mapping[str, "Tensor"], *, so
     ValueError
         Counting missing keys, unexpected keys and wrong shapes, and listing the first ten of each.
     """
-    expected = module.state_dict()
-    missing = expected.keys() - state_dict.keys()
-    unexpected = state_dict.keys() - expected.keys()
-    misshapen = [
-        f"{key} is {tuple(state_dict[key].shape)}, not {tuple(tensor.shape)}"
-        for key, tensor in expected.items()
-        if key in state_dict and state_dict[key].shape != tensor.shape
-    ]
-    if missing or unexpected or misshapen:
-        raise mismatch_error(str(source), missing=missing, unexpected=unexpected, misshapen=misshapen)
-    module.load_state_dict(state_dict)
+    with explained_errors(str(source)):
+        module.load_state_dict(state_dict)
 
 
 def provenance(entry: ModelEntry, hashes: Mapping[str, str]) -> dict[str, Any]:
@@ -457,10 +447,10 @@ def read_pretrained(kind: Any, place: str, **options: Any) -> Any:
     return network
 
 
-HONOURED = None
+ANY = "any"
 """In a table of settings: any value is followed, or can change nothing."""
 
-Settings = Mapping[str, Collection[Any] | None]
+Settings = Mapping[str, Collection[Any]]
 
 
 def check_settings(found: Mapping[str, Any], supported: Settings, *, source: str) -> None:
@@ -471,7 +461,7 @@ def check_settings(found: Mapping[str, Any], supported: Settings, *, source: str
     found : mapping
         Names and values in the file; None stands for a setting that is left out.
     supported : mapping
-        The values of each setting that are supported, or `HONOURED`.
+        The values of each setting that are supported, or `ANY`.
     source : str
         The file, for the message.
 
@@ -486,7 +476,6 @@ def check_settings(found: Mapping[str, Any], supported: Settings, *, source: str
         if name not in supported:
             known = ", ".join(supported)
             raise ValueError(f"{source}: the setting {name}={value!r} is not supported; supported are {known}")
-        values = supported[name]
-        if values is not HONOURED and value not in values:
-            known = " or ".join(map(repr, values))
+        if supported[name] != ANY and value not in supported[name]:
+            known = " or ".join(map(repr, supported[name]))
             raise ValueError(f"{source}: {name}={value!r} is not supported; supported is {known}")
