@@ -31,7 +31,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from medrobust_lib.adaptation.training import Recipe, check_apart, check_learnable, templates_of, train_jointly
+from medrobust_lib.adaptation.training import Recipe, Training, check_apart, check_learnable, templates_of
 from medrobust_lib.adaptation.training_images import PAPER_AUGMENTATION, Augmentation
 from medrobust_lib.checks import check_keywords
 from medrobust_lib.data.dataset import ImageDataset
@@ -295,12 +295,10 @@ class _Job:
     def train_in_place(self, model: DualEncoder, parameters: Mapping[str, nn.Parameter]) -> dict[str, Any]:
         """Train parameters of a model; returns the plan and what came out, as JSON values."""
         base, recipe = self.plan["base"]["id"], self.recipe
-        outcome = train_jointly(
-            model, parameters, self.train, validation=self.validation, templates=self.templates, recipe=recipe,
-            folder=self._state, identity={name: value for name, value in self.plan.items() if name != "recipe"},
-            description=f"{self.plan['method']} of {base}",
-        )  # fmt: skip
-        if recipe.epochs and outcome.best_epoch == 0:
+        described = f"{self.plan['method']} of {base}"
+        training = Training(model, parameters, self.train, self.validation, self.templates, recipe, described)
+        training.run(self._state, identity={name: value for name, value in self.plan.items() if name != "recipe"})
+        if recipe.epochs and training.best_epoch == 0:
             warnings.warn(
                 f"no epoch of {recipe.epochs} is better on the validation images than {base} as it was, so nothing was "
                 f"changed: try another learning_rate than {recipe.learning_rate:g}, more epochs, or more validation "
@@ -308,13 +306,13 @@ class _Job:
                 UserWarning,
                 stacklevel=3,
             )
-        history = outcome.history.astype(object)
+        history = training.history
         return {
             **self.plan,
-            "history": history.where(history.notna(), None).to_dict("records"),
-            "best_epoch": outcome.best_epoch,
+            "history": history.astype(object).where(history.notna(), None).to_dict("records"),
+            "best_epoch": training.best_epoch,
             "trainable": sum(parameter.numel() for parameter in parameters.values()),
-            "seconds": round(float(outcome.history.groupby("epoch")["seconds"].first().sum()), 1),
+            "seconds": round(float(history.groupby("epoch")["seconds"].first().sum()), 1),
             "device": model.device.type,
             "threads": torch.get_num_threads(),
         }

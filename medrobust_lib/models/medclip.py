@@ -9,12 +9,14 @@ The sizes are the defaults of the libraries' configurations, so that no network 
 scaling: here each is added to its third of the layer's weight.
 """
 
+import itertools
 import json
 import math
 import re
 import shutil
 import tempfile
 import warnings
+from collections import OrderedDict
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -56,6 +58,12 @@ _SWIN_RENAMES = (
     (r"\.intermediate\.dense\.", ".mlp.fc1."),
     (r"\.output\.dense\.", ".mlp.fc2."),
 )
+# UniMed-CLIP's fork of open_clip, and RobustMedCLIP's model.pth: a vision tower with wrapped qkv layers beside a BERT.
+_FORK_RENAMES = (
+    (r"^text_encoder\.", "text."),
+    (r"^lora_vit\.lora_vit\.", "visual."),
+    (r"\.attn\.qkv\.qkv\.", ".attn.qkv."),
+)
 # Index tables that older versions stored; they follow from the configuration.
 _DERIVED_KEYS = ("position_ids", "relative_position_index")
 
@@ -70,14 +78,10 @@ class _SwinTower(nn.Module):
         return self.projection_head(self.model(pixels).pooler_output)
 
 
-class _ResNetTower(nn.Module):
-    def __init__(self, blocks: Sequence[int], embed_dim: int) -> None:
-        super().__init__()
-        self.model = ResNet(Bottleneck, list(blocks))
-        self.model.fc = nn.Linear(self.model.fc.in_features, embed_dim, bias=False)
-
-    def forward(self, pixels: Tensor) -> Tensor:
-        return self.model(pixels)
+def _resnet_tower(blocks: Sequence[int], embed_dim: int) -> nn.Sequential:
+    network = ResNet(Bottleneck, list(blocks))
+    network.fc = nn.Linear(network.fc.in_features, embed_dim, bias=False)
+    return nn.Sequential(OrderedDict(model=network))
 
 
 class _TextTower(nn.Module):
@@ -105,7 +109,7 @@ class MedCLIPNetwork(nn.Module):
         self, vision: SwinConfig | tuple[int, int, int, int], text: BertConfig, embed_dim: int = EMBED_DIM
     ) -> None:
         super().__init__()
-        tower = _SwinTower if isinstance(vision, SwinConfig) else _ResNetTower
+        tower = _SwinTower if isinstance(vision, SwinConfig) else _resnet_tower
         self.vision_model = tower(vision, embed_dim)
         self.text_model = _TextTower(text, embed_dim)
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
@@ -185,15 +189,17 @@ class MedCLIPEncoder(DualEncoder):
 def convert_state_dict(state_dict: Mapping[str, Tensor], *, expected: Collection[str]) -> dict[str, Tensor]:
     """Checkpoint tensors under the names of the installed libraries.
 
-    Derived index tables are left out and the parts of the Swin blocks renamed where transformers did so; a key among
-    the `expected` ones, those of the network, keeps its name.
+    Derived index tables are left out, the parts of the Swin blocks renamed where transformers did so, and the towers of
+    UniMed-CLIP and of RobustMedCLIP's ``model.pth`` as upstream's open_clip calls them; a key among the `expected`
+    ones, those of the network, keeps its name.
     """
     converted = {}
     for key, tensor in state_dict.items():
         if key.endswith(_DERIVED_KEYS):
             continue
-        if key not in expected and key.startswith("vision_model.model.encoder."):
-            for pattern, replacement in _SWIN_RENAMES:
+        if key not in expected:
+            renames = _SWIN_RENAMES if key.startswith("vision_model.model.encoder.") else _FORK_RENAMES
+            for pattern, replacement in renames:
                 key = re.sub(pattern, replacement, key)
         converted[key] = tensor
     return converted
@@ -245,6 +251,11 @@ def _find_vocabulary(entry: ModelEntry, repository: str, *, weights_dir: Path | 
         ) from error
 
 
+def _fill(network: nn.Module, checkpoint: Path) -> None:
+    state_dict = convert_state_dict(weights.read_state_dict(checkpoint), expected=network.state_dict())
+    weights.load_strictly(network, state_dict, source=checkpoint)
+
+
 def load_medclip(entry: ModelEntry, *, weights_dir: Path | None, offline: bool) -> MedCLIPEncoder:
     """MedCLIP from ``weights_dir/<id>/pytorch_model.bin`` (or ``model.safetensors`` with the same keys).
 
@@ -273,8 +284,7 @@ def load_medclip(entry: ModelEntry, *, weights_dir: Path | None, offline: bool) 
     vocabulary = _find_vocabulary(entry, "emilyalsentzer/Bio_ClinicalBERT", weights_dir=weights_dir, offline=offline)
     network = published_network(entry.id)
     tokenizer = read_tokenizer(vocabulary, vocab_size=network.text_model.model.config.vocab_size)
-    state_dict = convert_state_dict(weights.read_state_dict(checkpoint), expected=network.state_dict().keys())
-    weights.load_strictly(network, state_dict, source=checkpoint)
+    _fill(network, checkpoint)
     provenance = weights.describe_files(entry, checkpoint, vocabulary)
     encoder = MedCLIPEncoder(network, tokenizer, id=entry.id, image_size=entry.image_size, provenance=provenance)
     return encoder.eval().requires_grad_(False)
@@ -309,15 +319,6 @@ def build_unimed_network(
     return network
 
 
-def convert_fork_keys(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors of the text tower of UniMed-CLIP or RobustMedCLIP under upstream's names, without ``position_ids``."""
-    return {
-        re.sub(r"^text_encoder\.", "text.", key): tensor
-        for key, tensor in state_dict.items()
-        if not key.endswith("position_ids")
-    }
-
-
 def load_unimedclip(entry: ModelEntry, *, weights_dir: Path | None, offline: bool) -> OpenClipEncoder:
     """UniMed-CLIP from ``weights_dir/<id>/unimed_clip_vit_b16.pt`` (or ``.safetensors`` with the same keys).
 
@@ -335,7 +336,7 @@ def load_unimedclip(entry: ModelEntry, *, weights_dir: Path | None, offline: boo
         (folder / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
         tokenizer = HFTokenizer(str(folder), context_length=UNIMED_CONTEXT_LENGTH)
     _check_size(vocabulary, len(tokenizer.tokenizer), network.text.vocab_size)
-    weights.load_strictly(network, convert_fork_keys(weights.read_state_dict(checkpoint)), source=checkpoint)
+    _fill(network, checkpoint)
     encoder = OpenClipEncoder(
         network, tokenizer, id=entry.id, provenance=weights.describe_files(entry, checkpoint, vocabulary)
     )
@@ -345,15 +346,11 @@ def load_unimedclip(entry: ModelEntry, *, weights_dir: Path | None, offline: boo
 # A [r, d] and B [d, r] by block and part (q, k or v) of its layer, whose weight gains B @ A in that third.
 Adapters = dict[tuple[int, str], tuple[Tensor, Tensor]]
 
-_SHORT_KEY = re.compile(r"w_(?P<side>[ab])_(?P<number>\d+)")
-_HEAD_KEY = re.compile(r"fc_\d+in_\d+out")
-_LONG_KEY = re.compile(
-    r"lora_vit\.lora_vit\.trunk\.blocks\.(?P<block>\d+)\.attn\.qkv\.linear_(?P<side>[ab])_(?P<part>[qkv])\.weight"
-)
+_ADAPTER_KEY = "visual.trunk.blocks.{}.attn.qkv.linear_{}_{}.weight"  # of a block, of A or B, of q, k or v
 
 
-def short_adapters(tensors: Mapping[str, Tensor], *, blocks: int, source: str | Path) -> Adapters:
-    """Adapters of the authors' ``lora_weights.safetensors``, for a vision tower of so many blocks.
+def short_file_keys(tensors: Mapping[str, Tensor], *, blocks: int, source: str | Path) -> dict[str, Tensor]:
+    """Tensors of the authors' ``lora_weights.safetensors`` under open_clip's names, for a tower of so many blocks.
 
     The file numbers its pairs ``w_a_000``, ``w_b_000``, ... block by block. The authors' code collects q and v
     only, so that k, although trained, is not in the file; a file with three pairs a block holds q, k, v.
@@ -363,55 +360,45 @@ def short_adapters(tensors: Mapping[str, Tensor], *, blocks: int, source: str | 
     ValueError
         If the pairs are incomplete, or are neither two nor three a block; names the `source`.
     """
-    sides: dict[str, dict[int, Tensor]] = {"a": {}, "b": {}}
-    for key, tensor in tensors.items():
-        match = _SHORT_KEY.fullmatch(key)
-        if match:
-            sides[match["side"]][int(match["number"])] = tensor
-    numbers = sorted(sides["a"])
-    if numbers != sorted(sides["b"]) or numbers != list(range(len(numbers))):
-        raise ValueError(
-            f"{source}: the adapters must come in pairs numbered from 0; found w_a {numbers}, w_b {sorted(sides['b'])}"
-        )
-    parts = {2 * blocks: "qv", 3 * blocks: "qkv"}.get(len(numbers))
+    a, b = (sorted(int(key[4:]) for key in tensors if re.fullmatch(rf"w_{side}_\d{{3}}", key)) for side in "ab")
+    if a != b or a != list(range(len(a))):
+        raise ValueError(f"{source}: the adapters must come in pairs numbered from 0; found w_a {a}, w_b {b}")
+    parts = {2 * blocks: "qv", 3 * blocks: "qkv"}.get(len(a))
     if parts is None:
         raise ValueError(
-            f"{source} holds {len(numbers)} adapter pairs; a vision tower of {blocks} blocks needs "
+            f"{source} holds {len(a)} adapter pairs; a vision tower of {blocks} blocks needs "
             f"{2 * blocks} (q, v) or {3 * blocks} (q, k, v)"
         )
-    places = [(block, part) for block in range(blocks) for part in parts]
-    return {place: (sides["a"][number], sides["b"][number]) for number, place in enumerate(places)}
+    names = {
+        f"w_{side}_{number:03d}": _ADAPTER_KEY.format(block, side, part)
+        for number, (block, part) in enumerate(itertools.product(range(blocks), parts))
+        for side in "ab"
+    }
+    return {
+        re.sub(r"^fc_\d+in_\d+out$", "visual.head.proj.weight", names.get(key, key)): tensor
+        for key, tensor in tensors.items()
+    }
 
 
-def split_full_checkpoint(
-    state_dict: Mapping[str, Tensor], *, blocks: int, source: str | Path
-) -> tuple[Adapters, dict[str, Tensor]]:
-    """Adapters and backbone of the authors' ``model.pth``, for a vision tower of so many blocks.
-
-    The file holds ``lora_vit.lora_vit.*`` (vision tower with wrapped ``qkv`` layers) and ``text_encoder.*``; the
-    backbone comes under open_clip's names. The logit scale is not in it: the authors trained without a temperature.
+def take_adapters(state_dict: dict[str, Tensor], *, blocks: int, source: str | Path) -> Adapters:
+    """Take the adapters out of tensors under open_clip's names, for a vision tower of so many blocks; k may lack.
 
     Raises
     ------
     ValueError
         If a block has no q or v adapter, or a factor lacks its partner; names the `source`.
     """
-    found: dict[tuple[int, str], dict[str, Tensor]] = {}
-    backbone = {}
-    for key, tensor in state_dict.items():
-        match = _LONG_KEY.fullmatch(key)
-        if match:
-            found.setdefault((int(match["block"]), match["part"]), {})[match["side"]] = tensor
-        else:
-            key = key.replace("lora_vit.lora_vit.", "visual.", 1).replace(".attn.qkv.qkv.", ".attn.qkv.")
-            backbone[key] = tensor
-    needed = {(block, part) for block in range(blocks) for part in "qv"}
-    incomplete = [place for place in needed | set(found) if set(found.get(place, ())) != {"a", "b"}]
-    outside = [place for place in found if place[0] >= blocks]
-    if incomplete or outside:
-        named = ", ".join(f"block {block} {part}" for block, part in sorted(incomplete + outside)[:10])
-        raise ValueError(f"{source}: adapters missing, incomplete or beyond the {blocks} blocks: {named}")
-    return {place: (pair["a"], pair["b"]) for place, pair in found.items()}, convert_fork_keys(backbone)
+    adapters, incomplete = {}, []
+    for block, part in itertools.product(range(blocks), "qkv"):
+        keys = [_ADAPTER_KEY.format(block, side, part) for side in "ab"]
+        pair = [state_dict.pop(key) for key in keys if key in state_dict]
+        if len(pair) == 2:
+            adapters[block, part] = tuple(pair)
+        elif pair or part != "k":
+            incomplete.append(f"block {block} {part}")
+    if incomplete:
+        raise ValueError(f"{source}: adapters missing or incomplete: {', '.join(incomplete[:10])}")
+    return adapters
 
 
 def add_products(visual: nn.Module, adapters: Adapters, *, source: str | Path) -> None:
@@ -450,18 +437,13 @@ def apply_checkpoint(clip: nn.Module, tensors: Mapping[str, Tensor], *, source: 
     ValueError
         If keys or shapes do not fit; names the `source`.
     """
-    blocks = len(clip.visual.trunk.blocks)
-    if any(_SHORT_KEY.fullmatch(key) for key in tensors):
-        adapters = short_adapters(tensors, blocks=blocks, source=source)
-        backbone = clip.state_dict() | {
-            "visual.head.proj.weight" if _HEAD_KEY.fullmatch(key) else key: tensor
-            for key, tensor in tensors.items()
-            if not _SHORT_KEY.fullmatch(key)
-        }
-    else:
-        adapters, backbone = split_full_checkpoint(tensors, blocks=blocks, source=source)
-        backbone.setdefault("logit_scale", clip.state_dict()["logit_scale"])
-    weights.load_strictly(clip, backbone, source=source)
+    blocks, own = len(clip.visual.trunk.blocks), clip.state_dict()
+    if any(key.startswith("w_a_") for key in tensors):
+        state_dict = own | short_file_keys(tensors, blocks=blocks, source=source)
+    else:  # the logit scale is not in the file: the authors trained without a temperature
+        state_dict = {"logit_scale": own["logit_scale"]} | convert_state_dict(tensors, expected=own)
+    adapters = take_adapters(state_dict, blocks=blocks, source=source)
+    weights.load_strictly(clip, state_dict, source=source)
     without_keys = blocks - sum(part == "k" for _, part in adapters)
     if without_keys:
         warnings.warn(

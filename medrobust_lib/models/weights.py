@@ -230,15 +230,13 @@ def check_hashes(folder: Path, names: Collection[str] | None = None) -> dict[str
     return found
 
 
-def mismatch_error(
-    source: str, *, missing: Collection[str], unexpected: Collection[str], misshapen: Collection[str] = ()
-) -> ValueError:
-    """Error listing the keys by which a checkpoint and an architecture differ."""
-    parts = [
-        _listed(name, keys)
-        for name, keys in (("missing keys", missing), ("unexpected keys", unexpected), ("wrong shapes", misshapen))
-        if keys
-    ]
+def mismatch_error(source: str, differences: Mapping[str, Collection[str]]) -> ValueError:
+    """Error listing the keys by which a checkpoint and an architecture differ, under what they differ in."""
+    parts = []
+    for title, keys in differences.items():
+        if keys:
+            more = f" and {len(keys) - _LISTED_KEYS} more" if len(keys) > _LISTED_KEYS else ""
+            parts.append(f"{len(keys)} {title}: {', '.join(sorted(keys)[:_LISTED_KEYS])}{more}")
     return ValueError(f"{source} does not fit the model; {'; '.join(parts)}")
 
 
@@ -247,9 +245,7 @@ def explained_errors(source: str) -> Iterator[None]:
     """Turn the libraries' errors about a model's files into a ValueError that names ``source`` and the keys."""
     try:
         yield
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"cannot read the files of {source}, one is no valid JSON: {error}; fetch it again") from error
-    except (OSError, ValueError, ImportError, MemoryError):
+    except (OSError, ImportError, MemoryError):
         raise
     except RuntimeError as error:
         message = str(error)
@@ -266,6 +262,8 @@ def explained_errors(source: str) -> Iterator[None]:
             f"{reason.rstrip('.')}. Fetch it again, or save model.state_dict() alone where it comes from"
         ) from error
     except Exception as error:  # A damaged tokenizer raises KeyError, TypeError, or the bare class.
+        if isinstance(error, ValueError) and not isinstance(error, (json.JSONDecodeError, UnicodeDecodeError)):
+            raise
         raise ValueError(
             f"cannot read the files of {source}: {type(error).__name__}: {error}; fetch them again"
         ) from error
@@ -300,15 +298,10 @@ def _key_error(source: str, message: str) -> ValueError:
         found = re.search(rf'{title} key\(s\) in state_dict: ((?:"[^"]*"(?:, )?)*)', message)
         return re.findall(r'"([^"]*)"', found[1]) if found else []
 
-    shapes = r"size mismatch for ([^:]+):.*?torch\.Size\((.*?)\) from checkpoint.*?torch\.Size\((.*?)\)"
-    misshapen = [f"{key} is {found}, not {wanted}" for key, found, wanted in re.findall(shapes, message)]
-    return mismatch_error(source, missing=quoted("Missing"), unexpected=quoted("Unexpected"), misshapen=misshapen)
-
-
-def _listed(title: str, keys: Collection[str]) -> str:
-    names = sorted(keys)
-    more = f" and {len(names) - _LISTED_KEYS} more" if len(names) > _LISTED_KEYS else ""
-    return f"{len(names)} {title}: {', '.join(names[:_LISTED_KEYS])}{more}"
+    shapes = r"size mismatch for ([^:]+):.*?torch\.Size\(\[(.*?)\]\) from checkpoint.*?torch\.Size\(\[(.*?)\]\)"
+    misshapen = [f"{key} is ({found}), not ({wanted})" for key, found, wanted in re.findall(shapes, message)]
+    differences = {"missing keys": quoted("Missing"), "unexpected keys": quoted("Unexpected")}
+    return mismatch_error(source, differences | {"wrong shapes": misshapen})
 
 
 def find_weights(entry: ModelEntry, names: Sequence[str], *, weights_dir: Path | None) -> Path:
@@ -440,10 +433,10 @@ def read_pretrained(kind: Any, place: str, **options: Any) -> Any:
         network, report = kind.from_pretrained(place, output_loading_info=True, ignore_mismatched_sizes=True, **options)
     if getattr(network, "peft_config", None):
         raise ValueError(f"{place} holds no model of its own but an adapter of peft; merge it into its base first")
-    missing, unexpected = report["missing_keys"], report["unexpected_keys"]
-    misshapen = [key for key, *_ in report["mismatched_keys"]]
-    if missing or unexpected or misshapen:
-        raise mismatch_error(place, missing=missing, unexpected=unexpected, misshapen=misshapen)
+    differences = {name: report[name.replace(" ", "_")] for name in ("missing keys", "unexpected keys")}
+    differences["wrong shapes"] = [key for key, *_ in report["mismatched_keys"]]
+    if any(differences.values()):
+        raise mismatch_error(place, differences)
     return network
 
 

@@ -11,7 +11,7 @@ from transformers import BertConfig, BertModel
 
 from medrobust_lib.models import medclip
 from medrobust_lib.models.loading import find_model
-from medrobust_lib.models.medclip import build_unimed_network, convert_fork_keys, load_unimedclip
+from medrobust_lib.models.medclip import build_unimed_network, convert_state_dict, load_unimedclip
 
 WORDS = [
     *("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "fundus", "photo", "of", "retina", "with", "drus"),
@@ -185,8 +185,8 @@ def test_full_size_layout(tmp_path):
     fork_shapes["logit_scale"] = ()
     file = {key: torch.empty(shape, device="meta") for key, shape in fork_shapes.items()}
     file["text_encoder.transformer.embeddings.position_ids"] = torch.empty(1, 512, device="meta")
-    converted = convert_fork_keys(file)
     expected = network.state_dict()
+    converted = convert_state_dict(file, expected=expected)
     assert {key: t.shape for key, t in converted.items()} == {key: t.shape for key, t in expected.items()}
     assert sum(p.numel() for p in network.visual.parameters()) == 86_192_640
     assert sum(p.numel() for p in network.parameters()) == 86_192_640 + 108_891_648 + 819_200 + 1
