@@ -287,25 +287,22 @@ def linear_probe(
         with threadpool_limits(limits=1):
             regression.fit(features, train.labels)
         answers = regression.predict(shown)
-        rows.append((
-            strength,
-            metrics.accuracy(validation.labels, answers),
-            metrics.balanced_accuracy(validation.labels, answers),
-        ))  # fmt: skip
+        rows.append({
+            "strength": strength,
+            "val_accuracy": metrics.accuracy(validation.labels, answers),
+            "val_balanced_accuracy": metrics.balanced_accuracy(validation.labels, answers),
+        })  # fmt: skip
         rows_of = regression.coef_ if scale == 1 else np.concatenate([-regression.coef_ / 2, regression.coef_ / 2])
         fitted[strength] = np.ascontiguousarray(rows_of)
-    table = pd.DataFrame(rows, columns=["strength", "val_accuracy", "val_balanced_accuracy"])
-    best = table.iloc[table.val_balanced_accuracy.argmax()]  # the first of equals
+    best = max(rows, key=lambda row: row["val_balanced_accuracy"])  # the first of equals
     return LinearProbe(
-        weights=torch.from_numpy(fitted[best.strength] / model.logit_scale).float(),
-        strength=float(best.strength),
-        val_accuracy=float(best.val_accuracy),
-        val_balanced_accuracy=float(best.val_balanced_accuracy),
-        choices=table.iloc[::-1].reset_index(drop=True),
+        weights=torch.from_numpy(fitted[best["strength"]] / model.logit_scale).float(),
+        **best,
+        choices=pd.DataFrame(rows[::-1]),
         provenance={
             "method": "linear probe", "model": model.id, "dataset": train.id, "split": train.split,
             "images": [int(index) for index in train.indices],
             "validation": {"split": validation.split, "images": [int(index) for index in validation.indices]},
-            "strength": float(best.strength), "strengths": [float(strength) for strength in strengths],
+            "strength": best["strength"], "strengths": [float(strength) for strength in strengths],
         },
     )  # fmt: skip

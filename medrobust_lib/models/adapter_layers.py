@@ -8,7 +8,7 @@ first be three layers.
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -128,9 +128,7 @@ def is_plain(attention: nn.MultiheadAttention) -> bool:
 
 def open_attention(tower: nn.Module) -> None:
     """Turn every ``nn.MultiheadAttention`` below `tower` into `SelfAttention`, in place."""
-    for name, layer in list(tower.named_modules()):
-        if name and isinstance(layer, nn.MultiheadAttention):
-            tower.set_submodule(name, _like(SelfAttention(layer), layer))
+    _replace(tower, lambda _, layer: isinstance(layer, nn.MultiheadAttention), SelfAttention)
 
 
 def split_qkv(tower: nn.Module) -> None:
@@ -150,9 +148,7 @@ def split_qkv(tower: nn.Module) -> None:
         An ``nn.MultiheadAttention`` has dropout, added keys or another layout than [b, L, d].
     """
     open_attention(tower)
-    for name, layer in list(tower.named_modules()):
-        if name and is_fused(name, layer):
-            tower.set_submodule(name, _like(SplitProjection(layer), layer))
+    _replace(tower, is_fused, SplitProjection)
 
 
 def fuse_qkv(tower: nn.Module) -> None:
@@ -161,9 +157,7 @@ def fuse_qkv(tower: nn.Module) -> None:
     Adapters must have been merged or taken off.
     """
     for kind in (SelfAttention, SplitProjection):
-        for name, layer in list(tower.named_modules()):
-            if name and isinstance(layer, kind):
-                tower.set_submodule(name, _like(layer.fused(), layer))
+        _replace(tower, lambda _, layer, kind=kind: isinstance(layer, kind), kind.fused)
 
 
 def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
@@ -175,9 +169,14 @@ def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
     return layer
 
 
-def _like(new: nn.Module, old: nn.Module) -> nn.Module:
-    """`new` in the mode of `old`, requiring gradients as it does."""
-    return new.train(old.training).requires_grad_(any(parameter.requires_grad for parameter in old.parameters()))
+def _replace(
+    tower: nn.Module, chosen: Callable[[str, nn.Module], bool], make: Callable[[nn.Module], nn.Module]
+) -> None:
+    """Put what is made of a layer in its place, in its mode and requiring gradients as it does."""
+    for name, layer in list(tower.named_modules()):
+        if name and chosen(name, layer):
+            learns = any(parameter.requires_grad for parameter in layer.parameters())
+            tower.set_submodule(name, make(layer).train(layer.training).requires_grad_(learns))
 
 
 ADAPTER = "default"
@@ -204,13 +203,8 @@ def inject_adapters(module: nn.Module, names: Sequence[str], *, rank: int, seed:
 
 def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """A and B of every adapter by their names in the model; empty if there are none."""
-    names = {
-        f"{name}.{side}.{ADAPTER}.weight"
-        for name, layer in model.named_modules()
-        if isinstance(layer, LoraLayer)
-        for side in ("lora_A", "lora_B")
-    }
-    return {name: parameter for name, parameter in model.named_parameters() if name in names}
+    ends = (f".lora_A.{ADAPTER}.weight", f".lora_B.{ADAPTER}.weight")
+    return {name: parameter for name, parameter in model.named_parameters() if name.endswith(ends)}
 
 
 def remove_adapters(module: nn.Module) -> None:

@@ -156,16 +156,7 @@ def fetch_command(id: str) -> str:
 # From here on the model sees either blown-up pixels or a thumbnail of what a reader of the images saw.
 _SIZE_FACTOR = 3.0
 
-NOT_CLINICAL = "For teaching and research, not for clinical use."
-SYNTHETIC = "The images are synthetic phantoms, not patients' images: no number here says anything about patients."
-_OTHER_MODELS_ON_PHANTOMS = "Which model is best on synthetic phantoms says nothing about which is best on real images."
-OWN_SITE = f"{DEMO_MODEL} was trained on phantoms of this very site, so its numbers here are flattering."
-_DEMO_ON_REAL = (
-    f"{DEMO_MODEL} was trained on synthetic phantoms only: its numbers on real images test the plumbing and say "
-    "nothing about medical models."
-)
-UNSEEN_MODALITY = f"{DEMO_VLM} never saw this modality: its answers here are guesses."
-MADE_UP_ANSWERS = "What is called safe, and which action follows a finding, is made up and no medical advice."
+CAVEATS: dict[str, str] = read_table("caveats.toml")
 
 
 def caveats(model: Any, dataset: "ImageDataset") -> list[str]:
@@ -188,17 +179,17 @@ def caveats(model: Any, dataset: "ImageDataset") -> list[str]:
     base = model.provenance.get("base")  # a re-trained copy has seen what its base saw
     origin = base.get("id", model.id) if isinstance(base, Mapping) else base or model.id
     if dataset.synthetic:
-        found.append(SYNTHETIC)
+        found.append(CAVEATS["synthetic"])
         if origin != DEMO_MODEL:
-            found.append(_OTHER_MODELS_ON_PHANTOMS)
+            found.append(CAVEATS["other_models_on_phantoms"])
         elif dataset.id.endswith(SITE_A):
-            found.append(OWN_SITE)
+            found.append(CAVEATS["own_site"])
     elif origin == DEMO_MODEL:
-        found.append(_DEMO_ON_REAL)
+        found.append(CAVEATS["demo_on_real"].format(DEMO_MODEL))
     absent = [name for name, count in dataset.class_counts().items() if not count]
     if absent:
         found.append(f"No image of {len(absent)} of {len(dataset.classes)} classes was measured: {first_of(absent)}.")
-    return [*found, *dataset.caveats, *_size_caveats(model, dataset), NOT_CLINICAL]
+    return [*found, *dataset.caveats, *_size_caveats(model, dataset), CAVEATS["not_clinical"]]
 
 
 def vlm_caveats(vlm: Any, questions: "QuestionSet") -> list[str]:
@@ -208,14 +199,14 @@ def vlm_caveats(vlm: Any, questions: "QuestionSet") -> list[str]:
     found = []
     if not questions.synthetic:
         if vlm.id == DEMO_VLM:
-            found.append(_DEMO_ON_REAL.replace(DEMO_MODEL, DEMO_VLM))
+            found.append(CAVEATS["demo_on_real"].format(DEMO_VLM))
     elif vlm.id == DEMO_VLM:
         recipe = json.loads(files(BACKENDS).joinpath("demo", "vlm", "recipe.json").read_text(encoding="utf-8"))
         unseen = questions.id.removeprefix("phantom/").removesuffix(SITE_A) in {*MODALITIES} - {*recipe["modalities"]}
-        found += [*([UNSEEN_MODALITY] if unseen else []), SYNTHETIC, MADE_UP_ANSWERS]
+        found += [*([CAVEATS["unseen_modality"]] if unseen else []), CAVEATS["synthetic"], CAVEATS["made_up_answers"]]
     else:
-        found += [SYNTHETIC, MADE_UP_ANSWERS, _OTHER_MODELS_ON_PHANTOMS]
-    return [*found, *questions.provenance.get("caveats", ()), NOT_CLINICAL]
+        found += [CAVEATS["synthetic"], CAVEATS["made_up_answers"], CAVEATS["other_models_on_phantoms"]]
+    return [*found, *questions.provenance.get("caveats", ()), CAVEATS["not_clinical"]]
 
 
 def _size_caveats(model: Any, dataset: "ImageDataset") -> list[str]:

@@ -4,13 +4,12 @@ MedCLIP (Wang et al. 2022, arXiv:2210.10163) is Swin-T or ResNet-50 beside Bio_C
 transformers and torchvision. UniMed-CLIP (Khattak et al. 2024, arXiv:2412.10372) is ViT-B/16 beside BiomedBERT,
 trained with a fork of open_clip whose ``CLIP`` class holds a BERT as ``text_encoder`` and takes an argument that
 upstream does not know; upstream's ``CustomTextCLIP`` computes the same with other names, so the keys are renamed.
-The sizes are the defaults of the libraries' configurations, so that no network is needed. RobustMedCLIP (Imam et al.
-2025, arXiv:2505.15425) is BiomedCLIP whose fused ``qkv`` layers gain three separate low-rank products, without any
-scaling: here each is added to its third of the layer's weight.
+The sizes come with the package or are the defaults of the libraries, so that no network is needed. RobustMedCLIP
+(Imam et al. 2025, arXiv:2505.15425) is BiomedCLIP whose fused ``qkv`` layers gain three separate low-rank products,
+without any scaling: here each is added to its third of the layer's weight.
 """
 
 import itertools
-import json
 import math
 import re
 import shutil
@@ -18,15 +17,11 @@ import tempfile
 import warnings
 from collections import OrderedDict
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from huggingface_hub import hf_hub_download
-from open_clip import CLIPTextCfg, CLIPVisionCfg, CustomTextCLIP
-from open_clip.model import set_model_preprocess_cfg
-from open_clip.tokenizer import HFTokenizer
-from open_clip.transform import PreprocessCfg
 from tokenizers import BertWordPieceTokenizer
 from torch import Tensor, nn
 from torch.nn import functional
@@ -38,10 +33,10 @@ from medrobust_lib.models.catalogue import OPEN_CLIP_CONFIG_NAME, ModelEntry
 from medrobust_lib.models.dual_encoder import DualEncoder, Tokens, check_text_lengths
 from medrobust_lib.models.geometry import Preprocessing
 from medrobust_lib.models.loading import find_model
-from medrobust_lib.models.open_clip import OpenClipEncoder, load_open_clip
+from medrobust_lib.models.open_clip import OpenClipEncoder, build_folder, load_open_clip
 
 CONTEXT_LENGTH = 77
-UNIMED_CONTEXT_LENGTH = 256
+UNIMED_FOLDER = Path(__file__).with_name("unimedclip")
 EMBED_DIM = 512
 IMAGE_MEAN, IMAGE_STD = 0.5862785803043838, 0.27950088968644304
 LARGEST_LOG_SCALE = 4.6052
@@ -229,7 +224,7 @@ def _check_size(vocabulary: Path, known: int, expected: int) -> None:
         )
 
 
-def _find_vocabulary(entry: ModelEntry, repository: str, *, weights_dir: Path | None, offline: bool) -> Path:
+def _find_vocabulary(entry: ModelEntry, repository: str, *, weights_dir: Path, offline: bool) -> Path:
     """The ``vocab.txt`` in ``weights_dir/<id>/``, else that of a hub repository.
 
     Raises
@@ -237,16 +232,16 @@ def _find_vocabulary(entry: ModelEntry, repository: str, *, weights_dir: Path | 
     FileNotFoundError
         Naming both places and the command that fetches the file.
     """
-    places = [] if weights_dir is None else [weights_dir / entry.id / weights.VOCABULARY_NAME]
-    if places and places[0].is_file():
-        return places[0]
+    place = weights_dir / entry.id / weights.VOCABULARY_NAME
+    if place.is_file():
+        return place
     try:
         with weights.hub_access(offline=offline):
             return Path(hf_hub_download(repository, weights.VOCABULARY_NAME, local_files_only=offline))
     except OSError as error:
-        looked = ", ".join([*map(str, places), f"{repository} on the hub" + (" (cache only)" if offline else "")])
         raise FileNotFoundError(
-            f"no vocab.txt for the tokenizer of {entry.id}; looked at: {looked}. "
+            f"no vocab.txt for the tokenizer of {entry.id}; looked at: {place}, {repository} on the hub"
+            f"{' (cache only)' if offline else ''}. "
             f"Run `python data_scripts/fetch_weights.py {entry.id}`"
         ) from error
 
@@ -256,14 +251,14 @@ def _fill(network: nn.Module, checkpoint: Path) -> None:
     weights.load_strictly(network, state_dict, source=checkpoint)
 
 
-def load_medclip(entry: ModelEntry, *, weights_dir: Path | None, offline: bool) -> MedCLIPEncoder:
+def load_medclip(entry: ModelEntry, *, weights_dir: Path, offline: bool) -> MedCLIPEncoder:
     """MedCLIP from ``weights_dir/<id>/pytorch_model.bin`` (or ``model.safetensors`` with the same keys).
 
     Parameters
     ----------
     entry : ModelEntry
         Row of ``medclip-vit`` or ``medclip-rn50``.
-    weights_dir : Path or None
+    weights_dir : Path
         Folder of all weights. ``vocab.txt`` is looked for beside the weights, then on the hub.
     offline : bool
         Whether to leave the network alone.
@@ -290,38 +285,11 @@ def load_medclip(entry: ModelEntry, *, weights_dir: Path | None, offline: bool) 
     return encoder.eval().requires_grad_(False)
 
 
-def build_unimed_network(
-    text_folder: Path,
-    *,
-    vision: CLIPVisionCfg | None = None,
-    text: BertConfig | None = None,
-    embed_dim: int = EMBED_DIM,
-) -> CustomTextCLIP:
-    """Upstream's network with random weights, CLIP's own image preprocessing noted on it.
-
-    The sizes are by default those of ``unimed_clip_vit_b16.pt``: ViT-B/16, uncased BERT base. The folder receives the
-    text tower's ``config.json``, which open_clip reads from a folder or the hub only.
-    """
-    vision = vision or CLIPVisionCfg()
-    (text or BertConfig()).save_pretrained(text_folder)
-    network = CustomTextCLIP(
-        embed_dim=embed_dim,
-        vision_cfg=vision,
-        text_cfg=CLIPTextCfg(
-            hf_model_name=str(text_folder),
-            hf_model_pretrained=False,
-            hf_proj_type="mlp",
-            hf_pooler_type="cls_last_hidden_state_pooler",
-        ),
-        quick_gelu=True,
-    )
-    set_model_preprocess_cfg(network, asdict(PreprocessCfg(size=vision.image_size)))
-    return network
-
-
-def load_unimedclip(entry: ModelEntry, *, weights_dir: Path | None, offline: bool) -> OpenClipEncoder:
+def load_unimedclip(entry: ModelEntry, *, weights_dir: Path, offline: bool) -> OpenClipEncoder:
     """UniMed-CLIP from ``weights_dir/<id>/unimed_clip_vit_b16.pt`` (or ``.safetensors`` with the same keys).
 
+    Its sizes, ViT-B/16 and uncased BERT base, stand in ``models/unimedclip`` in open_clip's format, CLIP's own image
+    preprocessing with them.
     Parameters, result and errors are those of `load_medclip`.
     """
     names = ("unimed_clip_vit_b16.pt", "unimed_clip_vit_b16.safetensors")
@@ -329,12 +297,9 @@ def load_unimedclip(entry: ModelEntry, *, weights_dir: Path | None, offline: boo
     bert = "microsoft/BiomedNLP-BiomedBERT-base-uncased-abstract"
     vocabulary = _find_vocabulary(entry, bert, weights_dir=weights_dir, offline=offline)
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        network = build_unimed_network(folder)
-        shutil.copyfile(vocabulary, folder / "vocab.txt")
-        settings = {"tokenizer_class": "BertTokenizer", "do_lower_case": True}
-        (folder / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
-        tokenizer = HFTokenizer(str(folder), context_length=UNIMED_CONTEXT_LENGTH)
+        folder = Path(shutil.copytree(UNIMED_FOLDER, name, dirs_exist_ok=True))
+        shutil.copyfile(vocabulary, folder / weights.VOCABULARY_NAME)
+        network, tokenizer = build_folder(folder)
     _check_size(vocabulary, len(tokenizer.tokenizer), network.text.vocab_size)
     _fill(network, checkpoint)
     encoder = OpenClipEncoder(
@@ -456,7 +421,7 @@ def apply_checkpoint(clip: nn.Module, tensors: Mapping[str, Tensor], *, source: 
     add_products(clip.visual, adapters, source=source)
 
 
-def load_robustmedclip(entry: ModelEntry, *, weights_dir: Path | None, offline: bool) -> OpenClipEncoder:
+def load_robustmedclip(entry: ModelEntry, *, weights_dir: Path, offline: bool) -> OpenClipEncoder:
     """RobustMedCLIP: BiomedCLIP with the adapters in ``weights_dir/<id>/`` merged into its weights.
 
     ``model.pth`` is preferred, since ``lora_weights.safetensors`` lacks the k adapters, of which a warning tells.

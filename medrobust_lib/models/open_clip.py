@@ -2,8 +2,8 @@
 
 import inspect
 import logging
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -192,14 +192,14 @@ def read_preprocessing(settings: Mapping[str, Any], *, source: str) -> Preproces
         )
 
 
-def load_open_clip(entry: "ModelEntry", *, weights_dir: Path | None, offline: bool) -> OpenClipEncoder:
+def load_open_clip(entry: "ModelEntry", *, weights_dir: Path, offline: bool) -> OpenClipEncoder:
     """Load a model in open_clip's format, from a folder or through open_clip's own call to the hub.
 
     Parameters
     ----------
     entry : ModelEntry
         Its ``source`` is ``local-dir:PATH``, ``hf-hub:OWNER/NAME``, ``open_clip:ARCHITECTURE/TAG``, or what is shipped.
-    weights_dir : Path or None
+    weights_dir : Path
         ``weights_dir/<id>/`` comes before the hub. It holds ``open_clip_config.json`` and a checkpoint, plus the
         tokenizer's files and the text tower's ``config.json`` if that is a Hugging Face model; for
         ``open_clip:`` sources the checkpoint alone.
@@ -314,11 +314,8 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
 def _load_named(entry: "ModelEntry", folder: Path | None, architecture: str, tag: str) -> OpenClipEncoder:
     """A built-in architecture with a published tag, or with the checkpoint in ``folder``."""
-    if folder is None:
-        pretrained = tag
-    else:
-        hashes = weights.check_hashes(folder)
-        pretrained = str(_checkpoint(folder, entry.files))
+    hashes = {} if folder is None else weights.check_hashes(folder)
+    pretrained = tag if folder is None else str(_checkpoint(folder, entry.files))
     with weights.explained_errors(pretrained):
         model = open_clip.create_model_from_pretrained(architecture, pretrained=pretrained, return_transform=False)
     if folder is None:
@@ -330,22 +327,20 @@ def _load_folder(entry: "ModelEntry", folder: Path) -> OpenClipEncoder:
     """A folder in open_clip's format; nothing is looked up elsewhere if it is complete."""
     checkpoint = check_folder(folder, id=entry.id, published=entry.files)
     hashes = weights.check_hashes(folder)
-    name = f"local-dir:{folder}"
     with weights.explained_errors(str(checkpoint)):
-        with _no_warning_of_missing_weights():  # open_clip finds only some of the names that its training gives
-            model = open_clip.create_model(name, load_weights=False, pretrained_text=False, **_own_text_config(folder))
+        model, tokenizer = build_folder(folder)
         open_clip.load_checkpoint(model, str(checkpoint))
-    return _encoder(entry, model, open_clip.get_tokenizer(name), hashes)
+    return _encoder(entry, model, tokenizer, hashes)
 
 
-@contextmanager
-def _no_warning_of_missing_weights() -> Iterator[None]:
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        yield
-    finally:
-        logging.disable(before)
+def build_folder(folder: Path) -> tuple[torch.nn.Module, Any]:
+    """Network with random weights, and tokenizer, of a folder in open_clip's format."""
+    name = f"local-dir:{folder}"
+    with ExitStack() as afterwards:  # no warning: open_clip finds only some of the names that its training gives
+        afterwards.callback(logging.disable, logging.root.manager.disable)
+        logging.disable(logging.WARNING)
+        model = open_clip.create_model(name, load_weights=False, pretrained_text=False, **_own_text_config(folder))
+    return model, open_clip.get_tokenizer(name)
 
 
 def _encoder(entry: "ModelEntry", model: torch.nn.Module, tokenizer: Any, hashes: dict[str, str]) -> OpenClipEncoder:

@@ -178,36 +178,32 @@ def read_preprocessing(settings: Mapping[str, Any], *, source: str) -> Preproces
         )
 
 
-def load_hub_clip(entry: "ModelEntry", *, weights_dir: Path | None, offline: bool) -> DualEncoder:
+def load_hub_clip(entry: "ModelEntry", *, weights_dir: Path, offline: bool) -> DualEncoder:
     """Load ``hf:OWNER/NAME``: with transformers, or with open_clip where the repository has its format only.
 
     Parameters and errors are those of `load_transformers_clip`.
     """
     repository = entry.source.removeprefix(HUB_PREFIX)
     folder = weights.model_folder(entry, weights_dir) or _hub_folder(repository, CONFIG_NAME, offline=offline)
-    try:
-        if folder is not None and (folder / CONFIG_NAME).is_file():
-            weights.check_clip_type(folder, id=entry.id)
-    except ValueError:
-        # Beside open_clip's own configuration lies that of a text tower or of a timm model.
-        if _hub_folder(repository, OPEN_CLIP_CONFIG_NAME, offline=offline) is None:
-            raise
-    else:
-        if folder is not None or _hub_folder(repository, OPEN_CLIP_CONFIG_NAME, offline=offline) is None:
-            return load_transformers_clip(entry, weights_dir=weights_dir, offline=offline)
-    from medrobust_lib.models.open_clip import load_open_clip
+    # Beside open_clip's own configuration may lie that of a text tower or of a timm model.
+    is_clip = folder is not None and weights.is_clip(folder)
+    if not is_clip and _hub_folder(repository, OPEN_CLIP_CONFIG_NAME, offline=offline) is not None:
+        from medrobust_lib.models.open_clip import load_open_clip
 
-    return load_open_clip(replace(entry, source=f"hf-hub:{repository}"), weights_dir=weights_dir, offline=offline)
+        return load_open_clip(replace(entry, source=f"hf-hub:{repository}"), weights_dir=weights_dir, offline=offline)
+    if folder is not None and (folder / CONFIG_NAME).is_file():
+        weights.check_clip_type(folder, id=entry.id)
+    return load_transformers_clip(entry, weights_dir=weights_dir, offline=offline)
 
 
-def load_transformers_clip(entry: "ModelEntry", *, weights_dir: Path | None, offline: bool) -> TransformersClipEncoder:
+def load_transformers_clip(entry: "ModelEntry", *, weights_dir: Path, offline: bool) -> TransformersClipEncoder:
     """Load a ``CLIPModel`` from a folder or through transformers' own call to the hub.
 
     Parameters
     ----------
     entry : ModelEntry
         Its ``source`` is ``hf:OWNER/NAME`` or ``local-dir:PATH``.
-    weights_dir : Path or None
+    weights_dir : Path
         ``weights_dir/<id>/`` comes before the hub; it holds the files of the repository.
     offline : bool
         Never download.

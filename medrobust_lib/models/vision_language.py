@@ -474,13 +474,12 @@ def _no_progress_bar() -> Iterator[None]:
     """Keep transformers from drawing a progress bar over what a notebook or a command shows, for a while."""
     shown, of_hub = logging.is_progress_bar_enabled(), not are_progress_bars_disabled()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the hub's own environment variable has the last word, and it says so
+        # The hub's own environment variable has the last word, and it says so.
+        warnings.filterwarnings("ignore", "Cannot (en|dis)able progress bars")
         logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        try:
+            yield
+        finally:
             if shown:
                 logging.enable_progress_bar()  # and that of the hub
             (enable_progress_bars if of_hub else disable_progress_bars)()

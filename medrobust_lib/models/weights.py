@@ -51,15 +51,15 @@ _LISTED_KEYS = 10
 _HASHED_SUFFIXES = (*CHECKPOINT_SUFFIXES, ".json", ".txt")
 
 
-def model_folder(entry: ModelEntry, weights_dir: Path | None) -> Path | None:
+def model_folder(entry: ModelEntry, weights_dir: Path) -> Path | None:
     """Folder on this computer for the files of a model; None if no checkpoint lies in ``weights_dir/<model id>``."""
     shipped = {DEMO_MODEL: DEMO_FOLDER, DEMO_VLM: DEMO_VLM_FOLDER}
     if entry.id in shipped:
         return shipped[entry.id]
     if entry.source.startswith(LOCAL_DIR_PREFIX):
         return Path(entry.source.removeprefix(LOCAL_DIR_PREFIX)).expanduser()
-    folder = None if weights_dir is None else weights_dir / entry.id
-    return folder if folder is not None and has_checkpoint(folder) else None
+    folder = weights_dir / entry.id
+    return folder if has_checkpoint(folder) else None
 
 
 def has_checkpoint(folder: Path) -> bool:
@@ -304,7 +304,7 @@ def _key_error(source: str, message: str) -> ValueError:
     return mismatch_error(source, differences | {"wrong shapes": misshapen})
 
 
-def find_weights(entry: ModelEntry, names: Sequence[str], *, weights_dir: Path | None) -> Path:
+def find_weights(entry: ModelEntry, names: Sequence[str], *, weights_dir: Path) -> Path:
     """First of several file names that exists in ``weights_dir/<id>/``, compared with its known hash.
 
     Parameters
@@ -313,7 +313,7 @@ def find_weights(entry: ModelEntry, names: Sequence[str], *, weights_dir: Path |
         Row of the model table.
     names : sequence of str
         Accepted file names, preferred one first.
-    weights_dir : Path or None
+    weights_dir : Path
         Folder of all weights.
 
     Returns
@@ -328,14 +328,13 @@ def find_weights(entry: ModelEntry, names: Sequence[str], *, weights_dir: Path |
     ValueError
         If a file has another SHA-256 than ``SHA256SUMS`` says.
     """
-    places = [] if weights_dir is None else [weights_dir / entry.id / name for name in names]
+    places = [weights_dir / entry.id / name for name in names]
     for place in places:
         if place.is_file():
             check_hashes(place.parent, (place.name, VOCABULARY_NAME))
             return place
-    looked = ", ".join(map(str, places)) or "nowhere, as there is no weights folder"
     raise FileNotFoundError(
-        f"no weights of {entry.id}; looked at: {looked}. "
+        f"no weights of {entry.id}; looked at: {', '.join(map(str, places))}. "
         f"Run `python data_scripts/fetch_weights.py {entry.id}`; source: {entry.source}"
     )
 
@@ -394,21 +393,18 @@ def describe_files(entry: ModelEntry, *paths: Path) -> dict[str, Any]:
     return provenance(entry, {path.name: file_sha256(path) for path in paths})
 
 
-def missing_weights(
-    entry: ModelEntry, *, weights_dir: Path | None, offline: bool, reason: Exception
-) -> FileNotFoundError:
+def missing_weights(entry: ModelEntry, *, weights_dir: Path, offline: bool, reason: Exception) -> FileNotFoundError:
     """Error for weights that are neither here nor to be had; names the places and the remedy."""
     why = str(reason).splitlines()[0].partition(" Last error:")[0]
     if entry.source.startswith(LOCAL_DIR_PREFIX):
         folder = entry.source.removeprefix(LOCAL_DIR_PREFIX)
         return FileNotFoundError(f"cannot load {entry.id!r} from {folder}: {FOLDER_CONTENT}. Reason: {why}")
-    folder = f"{weights_dir / entry.id}" if weights_dir is not None else "no weights folder"
     tried = "offline, so no download was tried" if offline else "the download failed"
     later = ", after which it loads offline, too, from the hub cache" if entry.id.startswith(HUB_PREFIX) else ""
     return FileNotFoundError(
-        f"the weights of {entry.id!r} are not here: looked in {folder} and the hub cache {constants.HF_HUB_CACHE} "
-        f"({tried}). Run `{fetch_command(entry.id)}` where there is a network{later}; source: {entry.source}. "
-        f"Reason: {why}"
+        f"the weights of {entry.id!r} are not here: looked in {weights_dir / entry.id} and the hub cache "
+        f"{constants.HF_HUB_CACHE} ({tried}). Run `{fetch_command(entry.id)}` where there is a network{later}; source: "
+        f"{entry.source}. Reason: {why}"
     )
 
 
