@@ -25,16 +25,8 @@ from torch import nn
 
 from medrobust_lib.checks import check_choice, check_whole
 from medrobust_lib.files import file_sha256, parsed, save_tensors
-from medrobust_lib.models.adapter_layers import (
-    ADAPTER,
-    AdapterLayout,
-    adapter_layout,
-    adapter_parameters,
-    inject_adapters,
-    open_attention,
-    remove_adapters,
-    split_qkv,
-)
+from medrobust_lib.models import adapter_layers
+from medrobust_lib.models.adapter_layers import AdapterLayout, adapter_layout, adapter_parameters, inject_adapters
 from medrobust_lib.models.dual_encoder import DualEncoder, find_image_tower
 from medrobust_lib.models.weights import explained_errors, fingerprint, foreign_adapter
 from medrobust_lib.places import VERSION
@@ -160,7 +152,7 @@ def merge_adapters(model: DualEncoder) -> DualEncoder:
     _required(model)
     with torch.inference_mode(False):
         merged = copy.deepcopy(model)
-        remove_adapters(merged)
+        adapter_layers.remove_adapters(merged)
     del merged.attached
     return merged.eval().requires_grad_(False)
 
@@ -201,7 +193,7 @@ def save_adapter(
     tensors = {f"{_PEFT_PREFIX}{name}": tensor.to(dtype) for name, tensor in adapters.items()}
     with whole_folder(folder) as partial:
         save_tensors(partial / _TENSORS, tensors)
-        config = copy.copy(model.peft_config[ADAPTER])
+        config = copy.copy(model.peft_config[adapter_layers.ADAPTER])
         config.inference_mode = True
         config.save_pretrained(str(partial))
         adapter = {
@@ -310,7 +302,7 @@ def load_adapter(model: DualEncoder, folder: Path | str, *, merged: bool = True)
             raise ValueError(f"the adapter {folder} does not fit the layers of {model.id!r}; train it again")
         set_peft_model_state_dict(adapted, tensors)
         if merged:
-            remove_adapters(adapted)
+            adapter_layers.remove_adapters(adapted)
             del adapted.attached
         adapted = adapted.requires_grad_(False).to(model.dtype)
     adapted.id = f"{model.id} + {folder.resolve().name}"
@@ -352,9 +344,9 @@ def _open_layers(model: DualEncoder, layout: AdapterLayout, qkv: QKV) -> list[st
         block = model.get_submodule(name.rpartition(".")[0])
         projection = f"{name}.qkv" if isinstance(model.get_submodule(name), nn.MultiheadAttention) else name
         if qkv == "separate":
-            split_qkv(block)
+            adapter_layers.split_qkv(block)
             names += [f"{projection}.{part}" for part in "qkv"]
         else:
-            open_attention(block)
+            adapter_layers.open_attention(block)
             names.append(projection)
     return names

@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import open_clip
 import torch
@@ -19,12 +19,9 @@ from torch.nn import functional
 
 from medrobust_lib.files import parsed, read_json_object
 from medrobust_lib.models import weights
-from medrobust_lib.models.catalogue import CONFIG_NAME, DEMO_MODEL, OPEN_CLIP_CONFIG_NAME, read_table
+from medrobust_lib.models.catalogue import CONFIG_NAME, DEMO_MODEL, OPEN_CLIP_CONFIG_NAME, ModelEntry, read_table
 from medrobust_lib.models.dual_encoder import DualEncoder, Tokens, check_text_lengths, check_text_path
 from medrobust_lib.models.geometry import Preprocessing, per_channel
-
-if TYPE_CHECKING:
-    from medrobust_lib.models.catalogue import ModelEntry
 
 _GEOMETRIES = {"shortest": "shortest-edge-crop", "squash": "squash"}
 # open_clip's own inference transform reads "random" as bicubic.
@@ -192,7 +189,7 @@ def read_preprocessing(settings: Mapping[str, Any], *, source: str) -> Preproces
         )
 
 
-def load_open_clip(entry: "ModelEntry", *, weights_dir: Path, offline: bool) -> OpenClipEncoder:
+def load_open_clip(entry: ModelEntry, *, weights_dir: Path, offline: bool) -> OpenClipEncoder:
     """Load a model in open_clip's format, from a folder or through open_clip's own call to the hub.
 
     Parameters
@@ -312,7 +309,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def _load_named(entry: "ModelEntry", folder: Path | None, architecture: str, tag: str) -> OpenClipEncoder:
+def _load_named(entry: ModelEntry, folder: Path | None, architecture: str, tag: str) -> OpenClipEncoder:
     """A built-in architecture with a published tag, or with the checkpoint in ``folder``."""
     hashes = {} if folder is None else weights.check_hashes(folder)
     pretrained = tag if folder is None else str(_checkpoint(folder, entry.files))
@@ -323,7 +320,7 @@ def _load_named(entry: "ModelEntry", folder: Path | None, architecture: str, tag
     return _encoder(entry, model, open_clip.get_tokenizer(architecture), hashes)
 
 
-def _load_folder(entry: "ModelEntry", folder: Path) -> OpenClipEncoder:
+def _load_folder(entry: ModelEntry, folder: Path) -> OpenClipEncoder:
     """A folder in open_clip's format; nothing is looked up elsewhere if it is complete."""
     checkpoint = check_folder(folder, id=entry.id, published=entry.files)
     hashes = weights.check_hashes(folder)
@@ -343,7 +340,7 @@ def build_folder(folder: Path) -> tuple[torch.nn.Module, Any]:
     return model, open_clip.get_tokenizer(name)
 
 
-def _encoder(entry: "ModelEntry", model: torch.nn.Module, tokenizer: Any, hashes: dict[str, str]) -> OpenClipEncoder:
+def _encoder(entry: ModelEntry, model: torch.nn.Module, tokenizer: Any, hashes: dict[str, str]) -> OpenClipEncoder:
     return OpenClipEncoder(model, tokenizer, id=entry.id, provenance=weights.provenance(entry, hashes))
 
 

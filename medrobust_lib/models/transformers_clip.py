@@ -3,31 +3,20 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from huggingface_hub import hf_hub_download
 from torch import Tensor
-from transformers import AutoTokenizer, CLIPConfig, CLIPImageProcessor, CLIPModel
-from transformers.utils import (
-    IMAGE_PROCESSOR_NAME,
-    PROCESSOR_NAME,
-    SAFE_WEIGHTS_INDEX_NAME,
-    SAFE_WEIGHTS_NAME,
-    WEIGHTS_INDEX_NAME,
-    WEIGHTS_NAME,
-)
+from transformers import AutoTokenizer, CLIPConfig, CLIPImageProcessor, CLIPModel, utils
 
 from medrobust_lib.files import parsed
 from medrobust_lib.models import weights
-from medrobust_lib.models.catalogue import CONFIG_NAME, HUB_PREFIX, OPEN_CLIP_CONFIG_NAME, read_table
+from medrobust_lib.models.catalogue import CONFIG_NAME, HUB_PREFIX, OPEN_CLIP_CONFIG_NAME, ModelEntry, read_table
 from medrobust_lib.models.dual_encoder import DualEncoder, Tokens, check_text_lengths, check_text_path
 from medrobust_lib.models.geometry import Preprocessing, per_channel
 
-if TYPE_CHECKING:
-    from medrobust_lib.models.catalogue import ModelEntry
-
-_WEIGHT_NAMES = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME)
+_WEIGHT_NAMES = (utils.SAFE_WEIGHTS_NAME, utils.SAFE_WEIGHTS_INDEX_NAME, utils.WEIGHTS_NAME, utils.WEIGHTS_INDEX_NAME)
 # Pillow's number of the filter in preprocessor_config.json.
 _FILTERS = {2: "bilinear", 3: "bicubic"}
 # Old configurations, PLIP's among them, name this end token by mistake: there it is the token of the largest id.
@@ -178,7 +167,7 @@ def read_preprocessing(settings: Mapping[str, Any], *, source: str) -> Preproces
         )
 
 
-def load_hub_clip(entry: "ModelEntry", *, weights_dir: Path, offline: bool) -> DualEncoder:
+def load_hub_clip(entry: ModelEntry, *, weights_dir: Path, offline: bool) -> DualEncoder:
     """Load ``hf:OWNER/NAME``: with transformers, or with open_clip where the repository has its format only.
 
     Parameters and errors are those of `load_transformers_clip`.
@@ -196,7 +185,7 @@ def load_hub_clip(entry: "ModelEntry", *, weights_dir: Path, offline: bool) -> D
     return load_transformers_clip(entry, weights_dir=weights_dir, offline=offline)
 
 
-def load_transformers_clip(entry: "ModelEntry", *, weights_dir: Path, offline: bool) -> TransformersClipEncoder:
+def load_transformers_clip(entry: ModelEntry, *, weights_dir: Path, offline: bool) -> TransformersClipEncoder:
     """Load a ``CLIPModel`` from a folder or through transformers' own call to the hub.
 
     Parameters
@@ -223,14 +212,13 @@ def load_transformers_clip(entry: "ModelEntry", *, weights_dir: Path, offline: b
     """
     place = entry.source.removeprefix(HUB_PREFIX)
     folder = weights.model_folder(entry, weights_dir)
-    parts = None
     if folder is not None:
         place = str(folder)
-        parts = check_folder(folder, id=entry.id)
+        check_folder(folder, id=entry.id)
         weights.check_hashes(folder)
     try:
         with weights.hub_access(offline=offline or folder is not None), weights.explained_errors(place):
-            tokenizer, preprocessing = parts or _read_parts(place, id=entry.id)
+            tokenizer, preprocessing = _read_parts(place, id=entry.id)
             model = weights.read_pretrained(CLIPModel, place, dtype=torch.float32)
     except OSError as error:
         raise weights.missing_weights(entry, weights_dir=weights_dir, offline=offline, reason=error) from error
@@ -244,12 +232,8 @@ def load_transformers_clip(entry: "ModelEntry", *, weights_dir: Path, offline: b
     )
 
 
-def check_folder(folder: Path, *, id: str) -> tuple[Any, Preprocessing]:
+def check_folder(folder: Path, *, id: str) -> None:
     """Raise unless a folder holds a CLIP that can be loaded, as far as this is known without reading its weights.
-
-    Returns
-    -------
-    (tokenizer, Preprocessing)
 
     Raises
     ------
@@ -262,7 +246,7 @@ def check_folder(folder: Path, *, id: str) -> tuple[Any, Preprocessing]:
     if (folder / CONFIG_NAME).is_file():
         weights.check_clip_type(folder, id=id)
     # Newer processors keep the settings of images among their own.
-    processor = PROCESSOR_NAME if (folder / PROCESSOR_NAME).is_file() else IMAGE_PROCESSOR_NAME
+    processor = utils.PROCESSOR_NAME if (folder / utils.PROCESSOR_NAME).is_file() else utils.IMAGE_PROCESSOR_NAME
     missing = [name for name in (CONFIG_NAME, processor) if not (folder / name).is_file()]
     if not any((folder / name).is_file() for name in _WEIGHT_NAMES):
         missing.append(" or ".join(_WEIGHT_NAMES))
@@ -270,9 +254,7 @@ def check_folder(folder: Path, *, id: str) -> tuple[Any, Preprocessing]:
         raise weights.incomplete(folder, missing, id=id)
     weights.check_tokenizer(folder, id=id, published=_TOKENIZER_SOURCE)
     with weights.hub_access(offline=True), weights.explained_errors(str(folder)):
-        parts = _read_parts(str(folder), id=id)
-        _check_parts(CLIPConfig.from_pretrained(str(folder)), *parts, id=id)
-    return parts
+        _check_parts(CLIPConfig.from_pretrained(str(folder)), *_read_parts(str(folder), id=id), id=id)
 
 
 def _read_parts(place: str, *, id: str) -> tuple[Any, Preprocessing]:

@@ -19,14 +19,7 @@ from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 from torch import Tensor
 from torch.nn import functional
-from transformers import (
-    AutoModelForImageTextToText,
-    AutoProcessor,
-    GenerationConfig,
-    LogitsProcessor,
-    LogitsProcessorList,
-    ProcessorMixin,
-)
+from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationConfig, LogitsProcessor, ProcessorMixin
 from transformers.utils import logging
 
 from medrobust_lib.checks import check_whole
@@ -193,7 +186,7 @@ class VisionLanguageModel(torch.nn.Module):
         inputs = self._inputs(pixels, [self._chat(prompt)] * len(pixels))
         watch = ScoreWatch(len(pixels), self.device)
         sampler = [RowSampler(temperature, seeds, self.device)] if temperature > 0 else []
-        processors = LogitsProcessorList([watch, *sampler])
+        processors = [watch, *sampler]
         ids = self.model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, logits_processor=processors)
         broken = int(watch.broken.sum())
         if broken:

@@ -14,16 +14,8 @@ from huggingface_hub import constants, try_to_load_from_cache
 from safetensors import SafetensorError
 
 from medrobust_lib.files import file_sha256, parsed, read_json_object, read_sums
-from medrobust_lib.models.catalogue import (
-    CONFIG_NAME,
-    DEMO_MODEL,
-    DEMO_VLM,
-    HUB_PREFIX,
-    LOCAL_DIR_PREFIX,
-    OPEN_CLIP_CONFIG_NAME,
-    ModelEntry,
-    fetch_command,
-)
+from medrobust_lib.models import catalogue
+from medrobust_lib.models.catalogue import CONFIG_NAME, HUB_PREFIX, OPEN_CLIP_CONFIG_NAME, ModelEntry, fetch_command
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -53,11 +45,11 @@ _HASHED_SUFFIXES = (*CHECKPOINT_SUFFIXES, ".json", ".txt")
 
 def model_folder(entry: ModelEntry, weights_dir: Path) -> Path | None:
     """Folder on this computer for the files of a model; None if no checkpoint lies in ``weights_dir/<model id>``."""
-    shipped = {DEMO_MODEL: DEMO_FOLDER, DEMO_VLM: DEMO_VLM_FOLDER}
+    shipped = {catalogue.DEMO_MODEL: DEMO_FOLDER, catalogue.DEMO_VLM: DEMO_VLM_FOLDER}
     if entry.id in shipped:
         return shipped[entry.id]
-    if entry.source.startswith(LOCAL_DIR_PREFIX):
-        return Path(entry.source.removeprefix(LOCAL_DIR_PREFIX)).expanduser()
+    if entry.source.startswith(catalogue.LOCAL_DIR_PREFIX):
+        return Path(entry.source.removeprefix(catalogue.LOCAL_DIR_PREFIX)).expanduser()
     folder = weights_dir / entry.id
     return folder if has_checkpoint(folder) else None
 
@@ -247,16 +239,14 @@ def explained_errors(source: str) -> Iterator[None]:
         yield
     except (OSError, ImportError, MemoryError):
         raise
-    except RuntimeError as error:
+    except (RuntimeError, SafetensorError, UnpicklingError, EOFError) as error:
         message = str(error)
         if "loading state_dict" in message:
             raise _key_error(source, message) from error
-        if "PytorchStreamReader" in message or "Invalid magic number" in message:
-            raise ValueError(f"cannot read the weights of {source}, the file is damaged: {message}") from error
-        raise
-    except (SafetensorError, UnpicklingError, EOFError) as error:
-        refused = re.search(r"GLOBAL (\S+)", str(error))  # torch names what it did not unpickle far below
-        reason = refused[1] if refused else (str(error).splitlines() or [type(error).__name__])[0]
+        if isinstance(error, RuntimeError) and not re.search("PytorchStreamReader|Invalid magic number", message):
+            raise
+        refused = re.search(r"GLOBAL (\S+)", message)  # torch names what it did not unpickle far below
+        reason = refused[1] if refused else (message.splitlines() or [type(error).__name__])[0]
         raise ValueError(
             f"cannot read the weights of {source}, the file is damaged or holds more than tensors, which may run code: "
             f"{reason.rstrip('.')}. Fetch it again, or save model.state_dict() alone where it comes from"
@@ -396,8 +386,8 @@ def describe_files(entry: ModelEntry, *paths: Path) -> dict[str, Any]:
 def missing_weights(entry: ModelEntry, *, weights_dir: Path, offline: bool, reason: Exception) -> FileNotFoundError:
     """Error for weights that are neither here nor to be had; names the places and the remedy."""
     why = str(reason).splitlines()[0].partition(" Last error:")[0]
-    if entry.source.startswith(LOCAL_DIR_PREFIX):
-        folder = entry.source.removeprefix(LOCAL_DIR_PREFIX)
+    if entry.source.startswith(catalogue.LOCAL_DIR_PREFIX):
+        folder = entry.source.removeprefix(catalogue.LOCAL_DIR_PREFIX)
         return FileNotFoundError(f"cannot load {entry.id!r} from {folder}: {FOLDER_CONTENT}. Reason: {why}")
     tried = "offline, so no download was tried" if offline else "the download failed"
     later = ", after which it loads offline, too, from the hub cache" if entry.id.startswith(HUB_PREFIX) else ""
