@@ -370,19 +370,17 @@ class Training:
         for number, (data, texts) in enumerate(zip(self.validation, self._judged, strict=True)):
             rows = np.flatnonzero(self._shown.set_of == number)
             answers = self._batches.until_it_fits(functools.partial(self._answers, rows, texts, epoch))
-            scores.append((metrics.accuracy(data.labels, answers), metrics.balanced_accuracy(data.labels, answers)))
-        mean = float(np.mean([balanced for _, balanced in scores]))
+            scores.append({
+                "dataset": data.id, "n": len(data), "val_accuracy": metrics.accuracy(data.labels, answers),
+                "val_balanced_accuracy": metrics.balanced_accuracy(data.labels, answers),
+            })  # fmt: skip
+        mean = float(np.mean([score["val_balanced_accuracy"] for score in scores]))
         if not self._rows or mean > max(row["val_mean"] for row in self._rows):
             self.best_epoch = epoch
             self._best = {name: parameter.detach().cpu().clone() for name, parameter in self.parameters.items()}
         seconds = round(time.monotonic() - started, 3)
-        self._rows += [
-            {
-                "epoch": epoch, "loss": loss, "seconds": seconds, "dataset": data.id, "n": len(data),
-                "val_accuracy": accuracy, "val_balanced_accuracy": balanced, "val_mean": mean,
-            }
-            for data, (accuracy, balanced) in zip(self.validation, scores, strict=True)
-        ]  # fmt: skip
+        of_epoch = {"epoch": epoch, "loss": loss, "seconds": seconds}
+        self._rows += [{**of_epoch, **score, "val_mean": mean} for score in scores]
 
     def _answers(self, rows: NDArray[np.int64], texts: Tensor, epoch: int, size: int) -> NDArray[np.int64]:
         parts = [rows[start : start + size] for start in range(0, len(rows), size)]

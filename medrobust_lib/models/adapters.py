@@ -13,7 +13,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -129,11 +129,8 @@ def trainable_share(model: DualEncoder) -> TrainableShare:
     """Parameters of the adapters, of the whole image tower and of the whole model, which is in evaluation mode."""
     with torch.inference_mode(False), torch.enable_grad():
         tower = find_image_tower(copy.deepcopy(model)).parameters
-    counts = (
-        sum(parameter.numel() for parameter in group)
-        for group in (adapter_parameters(model).values(), tower.values(), model.parameters())
-    )
-    return TrainableShare(*counts)
+    groups = adapter_parameters(model).values(), tower.values(), model.parameters()
+    return TrainableShare(*(sum(parameter.numel() for parameter in group) for group in groups))
 
 
 def merge_adapters(model: DualEncoder) -> DualEncoder:
@@ -193,8 +190,7 @@ def save_adapter(
     tensors = {f"{_PEFT_PREFIX}{name}": tensor.to(dtype) for name, tensor in adapters.items()}
     with whole_folder(folder) as partial:
         save_tensors(partial / _TENSORS, tensors)
-        config = copy.copy(model.peft_config[adapter_layers.ADAPTER])
-        config.inference_mode = True
+        config = replace(model.peft_config[adapter_layers.ADAPTER], inference_mode=True)
         config.save_pretrained(str(partial))
         adapter = {
             "format": _FORMAT,

@@ -156,7 +156,7 @@ def fetch_command(id: str) -> str:
 # From here on the model sees either blown-up pixels or a thumbnail of what a reader of the images saw.
 _SIZE_FACTOR = 3.0
 
-CAVEATS: dict[str, str] = read_table("caveats.toml")
+CAVEATS: dict[str, str] = read_table("texts.toml")["caveats"]
 
 
 def caveats(model: Any, dataset: "ImageDataset") -> list[str]:

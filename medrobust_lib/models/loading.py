@@ -392,7 +392,5 @@ def _cached_folders(entry: ModelEntry) -> list[Path]:
 
 def _in_hub_cache(repository: str, name: str) -> bool:
     """Whether a file is in the hub cache; a checkpoint counts in any of its formats."""
-    is_checkpoint = name.endswith(weights.CHECKPOINT_SUFFIXES)
-    return any(
-        weights.hub_snapshot(repository, other) for other in (weights.HUB_CHECKPOINTS if is_checkpoint else (name,))
-    )
+    names = weights.HUB_CHECKPOINTS if name.endswith(weights.CHECKPOINT_SUFFIXES) else (name,)
+    return weights.hub_snapshot(repository, *names) is not None

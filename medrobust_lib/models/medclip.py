@@ -120,13 +120,7 @@ class MedCLIPEncoder(DualEncoder):
     """MedCLIP behind the common interface; its tokenizer lower-cases over Bio_ClinicalBERT's vocabulary."""
 
     def __init__(
-        self,
-        network: MedCLIPNetwork,
-        tokenizer: BertWordPieceTokenizer,
-        *,
-        id: str,
-        image_size: int,
-        provenance: dict,
+        self, network: MedCLIPNetwork, tokenizer: BertWordPieceTokenizer, *, id: str, image_size: int, provenance: dict
     ) -> None:
         log_scale = min(max(float(network.logit_scale.detach()), 0.0), LARGEST_LOG_SCALE)
         super().__init__(
@@ -157,13 +151,13 @@ class MedCLIPEncoder(DualEncoder):
         Text is lower-cased although the vocabulary is cased, as the tokenizer of the hub id does.
         """
         texts = [texts] if isinstance(texts, str) else list(texts)
-        encoded = [encoding.ids for encoding in self._tokenizer.encode_batch(texts)]
-        counts = [len(ids) for ids in encoded]
+        encoded = self._tokenizer.encode_batch(texts)
+        counts = [len(encoding) for encoding in encoded]
         check_text_lengths(texts, counts, context_length=self.context_length, model_id=self.id)
-        ids = torch.full((len(texts), max(PAD_LENGTH, *counts)), self._pad_id)
-        for row, tokens in zip(ids, encoded, strict=True):
-            row[: len(tokens)] = torch.tensor(tokens)
-        return Tokens(ids, torch.arange(ids.shape[1]) < torch.tensor(counts)[:, None])
+        for encoding in encoded:
+            encoding.pad(max(PAD_LENGTH, *counts), pad_id=self._pad_id)
+        masks = torch.tensor([encoding.attention_mask for encoding in encoded])
+        return Tokens(torch.tensor([encoding.ids for encoding in encoded]), masks.bool())
 
     def embed_tokens(self, tokens: Tokens) -> Tensor:
         """Word embeddings [k, L, 768] of the tokens, without positions, on the model's device."""
@@ -389,38 +383,6 @@ def add_products(visual: nn.Module, adapters: Adapters, *, source: str | Path) -
             layer.weight[width * "qkv".index(part) :][:width] += product
 
 
-def apply_checkpoint(clip: nn.Module, tensors: Mapping[str, Tensor], *, source: str | Path) -> None:
-    """Turn BiomedCLIP, of open_clip with a timm tower, into RobustMedCLIP with either of the authors' two files.
-
-    Warns
-    -----
-    UserWarning
-        If the file lacks the k adapters: they are then zero, and the model is not the one that was published.
-
-    Raises
-    ------
-    ValueError
-        If keys or shapes do not fit; names the `source`.
-    """
-    blocks, own = len(clip.visual.trunk.blocks), clip.state_dict()
-    if any(key.startswith("w_a_") for key in tensors):
-        state_dict = own | short_file_keys(tensors, blocks=blocks, source=source)
-    else:  # the logit scale is not in the file: the authors trained without a temperature
-        state_dict = {"logit_scale": own["logit_scale"]} | convert_state_dict(tensors, expected=own)
-    adapters = take_adapters(state_dict, blocks=blocks, source=source)
-    weights.load_strictly(clip, state_dict, source=source)
-    without_keys = blocks - sum(part == "k" for _, part in adapters)
-    if without_keys:
-        warnings.warn(
-            f"{source} holds no k adapters for {without_keys} of {blocks} blocks (the authors' code trains "
-            "them but does not save them in lora_weights.safetensors); they are set to zero, so the features "
-            "differ from the published model's; use the full model.pth where you can",
-            UserWarning,
-            stacklevel=2,
-        )
-    add_products(clip.visual, adapters, source=source)
-
-
 def load_robustmedclip(entry: ModelEntry, *, weights_dir: Path, offline: bool) -> OpenClipEncoder:
     """RobustMedCLIP: BiomedCLIP with the adapters in ``weights_dir/<id>/`` merged into its weights.
 
@@ -428,13 +390,35 @@ def load_robustmedclip(entry: ModelEntry, *, weights_dir: Path, offline: bool) -
     BiomedCLIP is taken from ``weights_dir/<id>/`` if its configuration lies there, else loaded as the model
     ``biomedclip``. The logit scale is BiomedCLIP's: the authors trained and scored without one.
     Parameters and errors are those of `load_medclip`.
+
+    Warns
+    -----
+    UserWarning
+        If the file lacks the k adapters: they are then zero, and the model is not the one that was published.
     """
     checkpoint = weights.find_weights(entry, ("model.pth", "lora_weights.safetensors"), weights_dir=weights_dir)
     base_entry = find_model("biomedclip")
     if (checkpoint.parent / OPEN_CLIP_CONFIG_NAME).is_file():
         base_entry = replace(base_entry, id=entry.id)
     encoder = load_open_clip(base_entry, weights_dir=weights_dir, offline=offline)
-    apply_checkpoint(encoder.model, weights.read_state_dict(checkpoint), source=checkpoint)
+    tensors, own = weights.read_state_dict(checkpoint), encoder.model.state_dict()
+    blocks = len(encoder.model.visual.trunk.blocks)
+    if any(key.startswith("w_a_") for key in tensors):
+        state_dict = own | short_file_keys(tensors, blocks=blocks, source=checkpoint)
+    else:  # the logit scale is not in the file: the authors trained without a temperature
+        state_dict = {"logit_scale": own["logit_scale"]} | convert_state_dict(tensors, expected=own)
+    adapters = take_adapters(state_dict, blocks=blocks, source=checkpoint)
+    weights.load_strictly(encoder.model, state_dict, source=checkpoint)
+    without_keys = blocks - sum(part == "k" for _, part in adapters)
+    if without_keys:
+        warnings.warn(
+            f"{checkpoint} holds no k adapters for {without_keys} of {blocks} blocks (the authors' code trains "
+            "them but does not save them in lora_weights.safetensors); they are set to zero, so the features "
+            "differ from the published model's; use the full model.pth where you can",
+            UserWarning,
+            stacklevel=2,
+        )
+    add_products(encoder.model.visual, adapters, source=checkpoint)
     encoder.id = entry.id
     encoder.provenance = {
         **weights.describe_files(entry, checkpoint),

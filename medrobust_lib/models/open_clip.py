@@ -232,7 +232,8 @@ def load_open_clip(entry: ModelEntry, *, weights_dir: Path, offline: bool) -> Op
     snapshot = weights.hub_snapshot(place, OPEN_CLIP_CONFIG_NAME)
     if snapshot is not None:
         _read_config(snapshot)
-    return _encoder(entry, model, tokenizer, _hub_hashes(place))
+    provenance = weights.provenance(entry, _hub_hashes(place))
+    return OpenClipEncoder(model, tokenizer, id=entry.id, provenance=provenance)
 
 
 def check_folder(folder: Path, *, id: str, published: Collection[str] = ()) -> Path:
@@ -317,7 +318,8 @@ def _load_named(entry: ModelEntry, folder: Path | None, architecture: str, tag: 
         model = open_clip.create_model_from_pretrained(architecture, pretrained=pretrained, return_transform=False)
     if folder is None:
         hashes = _hub_hashes(open_clip.get_pretrained_cfg(architecture, tag)["hf_hub"].rstrip("/"))
-    return _encoder(entry, model, open_clip.get_tokenizer(architecture), hashes)
+    tokenizer = open_clip.get_tokenizer(architecture)
+    return OpenClipEncoder(model, tokenizer, id=entry.id, provenance=weights.provenance(entry, hashes))
 
 
 def _load_folder(entry: ModelEntry, folder: Path) -> OpenClipEncoder:
@@ -327,35 +329,25 @@ def _load_folder(entry: ModelEntry, folder: Path) -> OpenClipEncoder:
     with weights.explained_errors(str(checkpoint)):
         model, tokenizer = build_folder(folder)
         open_clip.load_checkpoint(model, str(checkpoint))
-    return _encoder(entry, model, tokenizer, hashes)
+    return OpenClipEncoder(model, tokenizer, id=entry.id, provenance=weights.provenance(entry, hashes))
 
 
 def build_folder(folder: Path) -> tuple[torch.nn.Module, Any]:
     """Network with random weights, and tokenizer, of a folder in open_clip's format."""
-    name = f"local-dir:{folder}"
+    name, own = f"local-dir:{folder}", {}
+    text = _read_config(folder)["model_cfg"]["text_cfg"]
+    if "hf_model_name" in text and (folder / CONFIG_NAME).is_file():  # instead of the one on the hub
+        own["text_cfg"] = {**text, "hf_model_name": str(folder), "hf_model_pretrained": False}
     with ExitStack() as afterwards:  # no warning: open_clip finds only some of the names that its training gives
         afterwards.callback(logging.disable, logging.root.manager.disable)
         logging.disable(logging.WARNING)
-        model = open_clip.create_model(name, load_weights=False, pretrained_text=False, **_own_text_config(folder))
+        model = open_clip.create_model(name, load_weights=False, pretrained_text=False, **own)
     return model, open_clip.get_tokenizer(name)
-
-
-def _encoder(entry: ModelEntry, model: torch.nn.Module, tokenizer: Any, hashes: dict[str, str]) -> OpenClipEncoder:
-    return OpenClipEncoder(model, tokenizer, id=entry.id, provenance=weights.provenance(entry, hashes))
-
-
-def _own_text_config(folder: Path) -> dict[str, Any]:
-    """Point a Hugging Face text tower at the ``config.json`` in the folder instead of at the hub."""
-    text = _read_config(folder)["model_cfg"]["text_cfg"]
-    if "hf_model_name" not in text or not (folder / CONFIG_NAME).is_file():
-        return {}
-    return {"text_cfg": {**text, "hf_model_name": str(folder), "hf_model_pretrained": False}}
 
 
 def _hub_hashes(repository: str) -> dict[str, str]:
     """SHA-256 of the cached files of the revision that was just loaded."""
-    names = (OPEN_CLIP_CONFIG_NAME, *weights.HUB_CHECKPOINTS)
-    folder = next((found for name in names if (found := weights.hub_snapshot(repository, name))), None)
+    folder = weights.hub_snapshot(repository, OPEN_CLIP_CONFIG_NAME, *weights.HUB_CHECKPOINTS)
     return {} if folder is None else weights.file_hashes(folder)
 
 

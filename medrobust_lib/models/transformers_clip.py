@@ -51,13 +51,7 @@ class TransformersClipEncoder(DualEncoder):
     """
 
     def __init__(
-        self,
-        model: CLIPModel,
-        tokenizer: Any,
-        *,
-        preprocessing: Preprocessing,
-        id: str,
-        provenance: dict[str, Any],
+        self, model: CLIPModel, tokenizer: Any, *, preprocessing: Preprocessing, id: str, provenance: dict[str, Any]
     ) -> None:
         super().__init__(
             id=id,
@@ -223,13 +217,8 @@ def load_transformers_clip(entry: ModelEntry, *, weights_dir: Path, offline: boo
     except OSError as error:
         raise weights.missing_weights(entry, weights_dir=weights_dir, offline=offline, reason=error) from error
     folder = folder or weights.hub_snapshot(place, CONFIG_NAME)
-    return TransformersClipEncoder(
-        model,
-        tokenizer,
-        preprocessing=preprocessing,
-        id=entry.id,
-        provenance=weights.provenance(entry, {} if folder is None else weights.file_hashes(folder)),
-    )
+    provenance = weights.provenance(entry, {} if folder is None else weights.file_hashes(folder))
+    return TransformersClipEncoder(model, tokenizer, preprocessing=preprocessing, id=entry.id, provenance=provenance)
 
 
 def check_folder(folder: Path, *, id: str) -> None:

@@ -59,10 +59,10 @@ def has_checkpoint(folder: Path) -> bool:
     return folder.is_dir() and any(path.suffix in CHECKPOINT_SUFFIXES for path in folder.iterdir())
 
 
-def hub_snapshot(repository: str, filename: str) -> Path | None:
-    """Folder of a hub repository's cached main revision, if ``filename`` is in it."""
-    path = try_to_load_from_cache(repository, filename)
-    return Path(path).parent if isinstance(path, str) else None
+def hub_snapshot(repository: str, *names: str) -> Path | None:
+    """Folder of a hub repository's cached main revision, if one of these files is in it."""
+    paths = (try_to_load_from_cache(repository, name) for name in names)
+    return next((Path(path).parent for path in paths if isinstance(path, str)), None)
 
 
 def check_clip_type(folder: Path, *, id: str) -> None:
@@ -104,15 +104,8 @@ def foreign_adapter(folder: Path) -> str:
     config = read_json_object(folder / ADAPTER_CONFIG_NAME, "the configuration of an adapter")
     base = config.get("base_model_name_or_path") or "BASE"
     kind = (config.get("auto_mapping") or {}).get("base_model_class") or "CLIPModel"
-    return (
-        f"{folder} holds an adapter that peft wrote ({config.get('peft_type')}, trained on {base}); merge it into its "
-        "base with peft, which knows all its settings, and load the result:\n"
-        "    from peft import PeftModel\n"
-        f"    from transformers import {kind}\n"
-        f"    base = {kind}.from_pretrained({str(base)!r})\n"
-        f"    PeftModel.from_pretrained(base, {str(folder)!r}).merge_and_unload().save_pretrained('merged')\n"
-        "Then copy the base's preprocessor_config.json and tokenizer's files into 'merged', which is local-dir:merged"
-    )
+    text = catalogue.read_table("texts.toml")["foreign_adapter"]
+    return text.format(folder=str(folder), type=config.get("peft_type"), base=str(base), kind=kind)
 
 
 def check_writes_text(folder: Path, *, id: str) -> None:
@@ -275,9 +268,8 @@ def hub_access(*, offline: bool) -> Iterator[None]:
         yield
     finally:
         constants.HF_HUB_OFFLINE = offline_before
-        if switch_before is None:
-            del os.environ[switch]
-        else:
+        del os.environ[switch]
+        if switch_before is not None:
             os.environ[switch] = switch_before
 
 
