@@ -85,7 +85,6 @@ def _forward(layer: nn.Module, pixels: Tensor) -> Tensor:
     return torch.func.functional_call(convolution, {"weight": weight}, (pixels,))
 
 
-_LOW_RANK, _FINE_TUNING = "low-rank adaptation", "fine-tuning of the image tower"
 _PROVENANCE, _TOWER = "provenance.json", "image_tower.safetensors"
 
 
@@ -178,7 +177,7 @@ def adapt_lora(
     from medrobust_lib.models import adapters  # peft takes seconds to import
 
     check_keywords(adapt_lora, recipe, Recipe.__dataclass_fields__)
-    method = {"method": _LOW_RANK, "rank": rank, "qkv": qkv}
+    method = {"method": "low-rank adaptation", "rank": rank, "qkv": qkv}
     job = _Job(model, train, validation, templates, Recipe(**recipe), out, method)
     if not job.is_done:
         adapted = adapters.attach_adapters(model, rank=rank, qkv=qkv, seed=job.recipe.seed)
@@ -231,7 +230,7 @@ def fine_tune(
     from medrobust_lib.models import adapters  # peft takes seconds to import
 
     check_keywords(fine_tune, recipe, Recipe.__dataclass_fields__)
-    job = _Job(model, train, validation, templates, Recipe(**recipe), out, {"method": _FINE_TUNING})
+    job = _Job(model, train, validation, templates, Recipe(**recipe), out, {"method": "fine-tuning of the image tower"})
     with torch.inference_mode(False), torch.enable_grad():
         tuned = model.trainable_copy()
         parameters = find_image_tower(tuned).parameters
@@ -248,7 +247,7 @@ def fine_tune(
     return job.outcome(_finished(tuned, model, record, job.out.name), record)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class _Job:
     """What is trained on what, and where it is kept."""
 
@@ -276,15 +275,14 @@ class _Job:
             check_learnable(data)
             if data.id in shown:
                 check_apart(data, shown[data.id])
-        plan = {
+        self.plan = {
             **self.method,
             "base": self.model.identity(),
             "train": {data.id: _described(data, self.templates) for data in self.train},
             "validation": {id: _described(data, self.templates) for id, data in shown.items()},
             "recipe": self.recipe.as_json(),
         }
-        object.__setattr__(self, "plan", plan)
-        object.__setattr__(self, "out", None if self.out is None else Path(self.out).expanduser())
+        self.out = None if self.out is None else Path(self.out).expanduser()
 
     @property
     def is_done(self) -> bool:

@@ -187,8 +187,6 @@ def _fit(
 STRENGTHS = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
 """Weights of the L2 penalty that `linear_probe` chooses from."""
 
-_MOST_STEPS = 1000
-
 
 @dataclass(frozen=True, eq=False)
 class LinearProbe:
@@ -276,7 +274,7 @@ def linear_probe(
         # Features of one model differ little, so the loss is flat: L-BFGS takes thousands of steps, and at the default
         # tolerance it stops far from the minimum.
         regression = LogisticRegression(
-            C=scale / strength, fit_intercept=False, solver="newton-cg", tol=1e-6, max_iter=_MOST_STEPS
+            C=scale / strength, fit_intercept=False, solver="newton-cg", tol=1e-6, max_iter=1000
         )
         # Products this small gain nothing from threads, and lose much where the cores are busy otherwise.
         with threadpool_limits(limits=1):

@@ -5,6 +5,7 @@ import json
 import math
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -297,11 +298,9 @@ class Training:
         RuntimeError
             Not even one image fits into memory, or `folder` is in use.
         """
-        if folder is None:
-            self._train(None)
-        else:
-            with open_store(folder, parameters={**(identity or {}), "recipe": self.recipe.as_json()}):
-                self._train(folder)
+        identity = {**(identity or {}), "recipe": self.recipe.as_json()}
+        with nullcontext() if folder is None else open_store(folder, parameters=identity):
+            self._train(folder)
 
     def _train(self, folder: Path | None) -> None:
         recipe = self.recipe

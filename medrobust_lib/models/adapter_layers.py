@@ -9,8 +9,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
@@ -223,14 +222,11 @@ def remove_adapters(module: nn.Module) -> None:
     del module.peft_config
 
 
-Kind = Literal["query, key, value", "convolutions"]
-
 # How the libraries call three projections that are layers of their own: CLIP and Swin of transformers 5, and its ViT.
 _TRIPLES = (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"))
 
 
-@dataclass(frozen=True)
-class AdapterLayout:
+class AdapterLayout(NamedTuple):
     """Where the adapters of a model go.
 
     Attributes
@@ -245,7 +241,7 @@ class AdapterLayout:
         Whether one layer of the model computes queries, keys and values.
     """
 
-    kind: Kind
+    kind: Literal["query, key, value", "convolutions"]
     names: tuple[str, ...]
     blocks: int
     fused: bool

@@ -13,7 +13,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -38,8 +38,7 @@ _PEFT_PREFIX = "base_model.model."
 _FORMAT = 1
 
 
-@dataclass(frozen=True)
-class AttachedAdapters:
+class AttachedAdapters(NamedTuple):
     """What an adapted model keeps about its adapters.
 
     Attributes

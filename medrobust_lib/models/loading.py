@@ -284,7 +284,8 @@ def available_offline(entry: ModelEntry, *, weights_dir: Path) -> bool:
     if entry.source.startswith("https://"):
         return False  # its loader reads that folder only
     if not entry.files:
-        return any(weights.has_checkpoint(folder) for folder in _cached_folders(entry))
+        cached = _cached_folder(entry)
+        return cached is not None and weights.has_checkpoint(cached)
     places = [hub_location(url) for url in entry.files]
     return all(place is not None and _in_hub_cache(*place) for place in places)
 
@@ -306,14 +307,14 @@ def check_kind(entry: ModelEntry, *, weights_dir: Path | None = None) -> None:
         _check_loader(entry.loader, id=entry.id)
         return
     folder = weights.model_folder(entry, _weights_dir(weights_dir))
+    cached = _cached_folder(entry) if entry.source.startswith(catalogue.HUB_PREFIX) else None
     if entry.generative:
-        for found in _cached_folders(entry) if folder is None else [folder]:
-            _check_vlm_folder(found, id=entry.id)
+        if folder is not None or cached is not None:
+            _check_vlm_folder(folder or cached, id=entry.id)
     elif entry.id.startswith(catalogue.LOCAL_DIR_PREFIX):
         _from_room(f"{entry.loader.partition(':')[0]}:check_folder")(folder, id=entry.id)
-    elif entry.id.startswith(catalogue.HUB_PREFIX):
-        for found in _cached_folders(entry):
-            _check_snapshot(found, id=entry.id)
+    elif entry.id.startswith(catalogue.HUB_PREFIX) and cached is not None:
+        _check_snapshot(cached, id=entry.id)
 
 
 def _check_vlm_folder(folder: Path, *, id: str) -> None:
@@ -321,10 +322,9 @@ def _check_vlm_folder(folder: Path, *, id: str) -> None:
     weights.check_no_adapter(folder, id=id)
     weights.check_writes_text(folder, id=id)
     if id.startswith(catalogue.LOCAL_DIR_PREFIX):
-        missing = [] if (folder / catalogue.CONFIG_NAME).is_file() else [catalogue.CONFIG_NAME]
-        missing += [] if weights.has_checkpoint(folder) else ["model weights"]
-        if missing:
-            raise weights.incomplete(folder, missing, id=id)
+        checkpoints = [path.name for path in folder.glob("*") if path.suffix in weights.CHECKPOINT_SUFFIXES]
+        wanted = {catalogue.CONFIG_NAME: [catalogue.CONFIG_NAME], "model weights": checkpoints}
+        weights.check_complete(folder, wanted, id=id)
         weights.check_tokenizer(folder, id=id)
 
 
@@ -381,13 +381,10 @@ def _weights_dir(given: str | Path | None) -> Path:
     return default_weights_dir() if given is None else Path(given).expanduser()
 
 
-def _cached_folders(entry: ModelEntry) -> list[Path]:
+def _cached_folder(entry: ModelEntry) -> Path | None:
     """The snapshot of an ``hf:`` source in the hub cache, if one of its configurations is in it."""
     repository = entry.source.removeprefix(catalogue.HUB_PREFIX)
-    found = [
-        weights.hub_snapshot(repository, name) for name in (catalogue.CONFIG_NAME, catalogue.OPEN_CLIP_CONFIG_NAME)
-    ]
-    return [folder for folder in dict.fromkeys(found) if folder is not None]
+    return weights.hub_snapshot(repository, catalogue.CONFIG_NAME, catalogue.OPEN_CLIP_CONFIG_NAME)
 
 
 def _in_hub_cache(repository: str, name: str) -> bool:

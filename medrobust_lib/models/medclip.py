@@ -235,14 +235,14 @@ def _find_vocabulary(entry: ModelEntry, repository: str, *, weights_dir: Path, o
     except OSError as error:
         raise FileNotFoundError(
             f"no vocab.txt for the tokenizer of {entry.id}; looked at: {place}, {repository} on the hub"
-            f"{' (cache only)' if offline else ''}. "
-            f"Run `python data_scripts/fetch_weights.py {entry.id}`"
+            f"{' (cache only)' if offline else ''}. Run `python data_scripts/fetch_weights.py {entry.id}`"
         ) from error
 
 
 def _fill(network: nn.Module, checkpoint: Path) -> None:
     state_dict = convert_state_dict(weights.read_state_dict(checkpoint), expected=network.state_dict())
-    weights.load_strictly(network, state_dict, source=checkpoint)
+    with weights.explained_errors(str(checkpoint)):
+        network.load_state_dict(state_dict)
 
 
 def load_medclip(entry: ModelEntry, *, weights_dir: Path, offline: bool) -> MedCLIPEncoder:
@@ -347,16 +347,14 @@ def take_adapters(state_dict: dict[str, Tensor], *, blocks: int, source: str | P
     ValueError
         If a block has no q or v adapter, or a factor lacks its partner; names the `source`.
     """
-    adapters, incomplete = {}, []
+    adapters = {}
     for block, part in itertools.product(range(blocks), "qkv"):
         keys = [_ADAPTER_KEY.format(block, side, part) for side in "ab"]
         pair = [state_dict.pop(key) for key in keys if key in state_dict]
         if len(pair) == 2:
             adapters[block, part] = tuple(pair)
         elif pair or part != "k":
-            incomplete.append(f"block {block} {part}")
-    if incomplete:
-        raise ValueError(f"{source}: adapters missing or incomplete: {', '.join(incomplete[:10])}")
+            raise ValueError(f"{source}: adapter missing or incomplete: block {block} {part}")
     return adapters
 
 
@@ -408,7 +406,8 @@ def load_robustmedclip(entry: ModelEntry, *, weights_dir: Path, offline: bool) -
     else:  # the logit scale is not in the file: the authors trained without a temperature
         state_dict = {"logit_scale": own["logit_scale"]} | convert_state_dict(tensors, expected=own)
     adapters = take_adapters(state_dict, blocks=blocks, source=checkpoint)
-    weights.load_strictly(encoder.model, state_dict, source=checkpoint)
+    with weights.explained_errors(str(checkpoint)):
+        encoder.model.load_state_dict(state_dict)
     without_keys = blocks - sum(part == "k" for _, part in adapters)
     if without_keys:
         warnings.warn(
@@ -419,9 +418,6 @@ def load_robustmedclip(entry: ModelEntry, *, weights_dir: Path, offline: bool) -
             stacklevel=2,
         )
     add_products(encoder.model.visual, adapters, source=checkpoint)
-    encoder.id = entry.id
-    encoder.provenance = {
-        **weights.describe_files(entry, checkpoint),
-        "base": {"id": "biomedclip", **encoder.provenance},
-    }
+    base = {"id": "biomedclip", **encoder.provenance}
+    encoder.id, encoder.provenance = entry.id, {**weights.describe_files(entry, checkpoint), "base": base}
     return encoder.eval().requires_grad_(False)

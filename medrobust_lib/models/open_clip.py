@@ -4,7 +4,7 @@ import inspect
 import logging
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import open_clip
 import torch
 from open_clip import CLIPTextCfg, CLIPVisionCfg
 from open_clip.hf_model import HFTextEncoder
-from open_clip.transform import PreprocessCfg
+from open_clip.transform import PreprocessCfg, merge_preprocess_dict
 from open_clip.transformer import TextTransformer, text_global_pool
 from torch import Tensor
 from torch.nn import functional
@@ -70,7 +70,10 @@ class OpenClipEncoder(DualEncoder):
         )
         self.model = model
         self._tokenizer = tokenizer
-        self._check_text_side()
+        tower = self._text_tower
+        if not isinstance(tower, (open_clip.CLIP, TextTransformer, HFTextEncoder)):
+            raise ValueError(f"{self.id}: a text tower of type {type(tower).__name__} is not supported")
+        _check_tokenizer(tokenizer, tower.vocab_size, id=id)
         check_text_path(self, lambda texts: self.model.encode_text(self._tokenizer(texts).to(self.device)))
 
     @property
@@ -84,16 +87,6 @@ class OpenClipEncoder(DualEncoder):
         tower = self._text_tower
         plain = isinstance(tower, open_clip.CLIP)
         return (tower.text_pool_type, tower.text_eos_id) if plain else (tower.pool_type, tower.eos_id)
-
-    def _check_text_side(self) -> None:
-        tower = self._text_tower
-        if not isinstance(tower, (open_clip.CLIP, TextTransformer, HFTextEncoder)):
-            raise ValueError(f"{self.id}: a text tower of type {type(tower).__name__} is not supported")
-        if getattr(tower, "cls_emb", None) is not None:
-            raise ValueError(f"{self.id}: a text tower with an appended class token (CoCa) is not supported")
-        if getattr(self._tokenizer, "tokenizer_mode", None):
-            raise ValueError(f"{self.id}: the tokenizer mode {self._tokenizer.tokenizer_mode!r} is not supported")
-        _check_tokenizer(self._tokenizer, tower.vocab_size, id=self.id)
 
     def _image_features(self, pixels: Tensor) -> Tensor:
         return self.model.encode_image(pixels)
@@ -115,7 +108,7 @@ class OpenClipEncoder(DualEncoder):
 
     def _real_tokens(self, ids: Tensor) -> Tensor:
         """True up to the last token that is not padding; CLIP's padding id 0 is also the id of "!"."""
-        inner = _inner_tokenizer(self._tokenizer)
+        inner = getattr(self._tokenizer, "tokenizer", None)  # of Hugging Face; None for CLIP's own
         real = (ids != (0 if inner is None else inner.pad_token_id)).flip(1).cummax(dim=1).values.flip(1)
         if inner is not None and inner.pad_token_id == inner.eos_token_id:
             # Padded with end tokens: the first of them belongs to the text.
@@ -153,14 +146,9 @@ class OpenClipEncoder(DualEncoder):
         return projection(pooled) if isinstance(projection, torch.nn.Linear) else pooled @ projection
 
 
-def _inner_tokenizer(tokenizer: Any) -> Any:
-    """The Hugging Face tokenizer inside open_clip's wrapper; None for CLIP's own."""
-    return getattr(tokenizer, "tokenizer", None)
-
-
 def _check_tokenizer(tokenizer: Any, vocab_size: int | None, *, id: str) -> None:
     """`check_vocabulary` of open_clip's wrapper, for a text tower of this many tokens if they are known."""
-    inner = _inner_tokenizer(tokenizer)
+    inner = getattr(tokenizer, "tokenizer", None)
     known = tokenizer.vocab_size if inner is None else len(inner)
     weights.check_vocabulary(known, vocab_size or known, "right" if inner is None else inner.padding_side, id=id)
 
@@ -174,8 +162,7 @@ def read_preprocessing(settings: Mapping[str, Any], *, source: str) -> Preproces
         A setting that would have to be passed over, or an image that is not square.
     """
     weights.check_settings(settings, _SETTINGS["preprocess_cfg"], source=source)
-    given = {name: value for name, value in settings.items() if value is not None}
-    cfg = {**asdict(PreprocessCfg()), **given}
+    cfg = merge_preprocess_dict(PreprocessCfg(), settings)
     with parsed(source):
         sides = set(per_channel(cfg["size"]))
         if len(sides) != 1:

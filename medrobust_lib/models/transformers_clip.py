@@ -234,13 +234,13 @@ def check_folder(folder: Path, *, id: str) -> None:
     weights.check_no_adapter(folder, id=id)
     if (folder / CONFIG_NAME).is_file():
         weights.check_clip_type(folder, id=id)
-    # Newer processors keep the settings of images among their own.
-    processor = utils.PROCESSOR_NAME if (folder / utils.PROCESSOR_NAME).is_file() else utils.IMAGE_PROCESSOR_NAME
-    missing = [name for name in (CONFIG_NAME, processor) if not (folder / name).is_file()]
-    if not any((folder / name).is_file() for name in _WEIGHT_NAMES):
-        missing.append(" or ".join(_WEIGHT_NAMES))
-    if missing:
-        raise weights.incomplete(folder, missing, id=id)
+    wanted = {
+        CONFIG_NAME: [CONFIG_NAME],
+        # Newer processors keep the settings of images among their own.
+        utils.IMAGE_PROCESSOR_NAME: [utils.PROCESSOR_NAME, utils.IMAGE_PROCESSOR_NAME],
+        " or ".join(_WEIGHT_NAMES): _WEIGHT_NAMES,
+    }
+    weights.check_complete(folder, wanted, id=id)
     weights.check_tokenizer(folder, id=id, published=_TOKENIZER_SOURCE)
     with weights.hub_access(offline=True), weights.explained_errors(str(folder)):
         _check_parts(CLIPConfig.from_pretrained(str(folder)), *_read_parts(str(folder), id=id), id=id)

@@ -29,7 +29,6 @@ from medrobust_lib.models.dual_encoder import SOUND_TYPES, BrokenFeaturesError
 from medrobust_lib.models.geometry import ImageInput, Preprocessing, check_pixels, prepare_images
 from medrobust_lib.models.loading import check_kind, find_model, settled
 
-_COMMIT_DIGITS = 40
 _RESCALING: weights.Settings = {"do_rescale": (True,), "rescale_factor": (1 / 255,)}
 _IGNORED_LABEL = -100  # of tokens that the loss of transformers' models leaves out
 _TOWER_WORKING_SET = 64  # activations of an image tower, in float32 copies of its input, with a margin
@@ -184,11 +183,16 @@ class VisionLanguageModel(torch.nn.Module):
         if len(seeds) != len(pixels):
             raise ValueError(f"{len(seeds)} seeds for {len(pixels)} images; give one integer, or one for each image")
         inputs = self._inputs(pixels, [self._chat(prompt)] * len(pixels))
-        watch = ScoreWatch(len(pixels), self.device)
-        sampler = [RowSampler(temperature, seeds, self.device)] if temperature > 0 else []
-        processors = [watch, *sampler]
+        rows_without_best = torch.zeros(len(pixels), dtype=torch.bool, device=self.device)
+
+        def watch(input_ids: Tensor, scores: Tensor) -> Tensor:
+            """Scores, unchanged; the largest of NaN would be token 0."""
+            rows_without_best.logical_or_(~scores.amax(dim=-1).isfinite())
+            return scores
+
+        processors = [watch, *([RowSampler(temperature, seeds, self.device)] if temperature > 0 else [])]
         ids = self.model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, logits_processor=processors)
-        broken = int(watch.broken.sum())
+        broken = int(rows_without_best.sum())
         if broken:
             raise BrokenFeaturesError(
                 f"{self.id} in {str(self.dtype).removeprefix('torch.')}: the scores of the next token are not finite "
@@ -327,18 +331,6 @@ def _rebuilt(network: tuple[Any, ...], processor: Any, facts: dict[str, Any]) ->
     return VisionLanguageModel(model.requires_grad_(False).eval(), processor, **facts).eval()
 
 
-class ScoreWatch(LogitsProcessor):
-    """Remembers, on the device, which of n rows ever had no finite best score; the largest of NaN would be token 0."""
-
-    def __init__(self, n: int, device: torch.device) -> None:
-        self.broken = torch.zeros(n, dtype=torch.bool, device=device)
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """Logits [n, vocabulary], unchanged."""
-        self.broken |= ~scores.amax(dim=-1).isfinite()
-        return scores
-
-
 class RowSampler(LogitsProcessor):
     """Makes greedy decoding draw from the softmax: the largest of logits plus Gumbel noise is such a draw.
 
@@ -409,10 +401,10 @@ def load_vlm(
         If transformers needs another package for this model (num2words for SmolVLM2); names it.
     """
     entry = find_model(id, generative=True)
-    if trust_remote_code and not re.fullmatch(f"[0-9a-f]{{{_COMMIT_DIGITS}}}", revision or ""):
+    if trust_remote_code and not re.fullmatch("[0-9a-f]{40}", revision or ""):
         raise ValueError(
             f"trust_remote_code=True runs code from the repository of {id!r}: pin it with revision=COMMIT "
-            f"({_COMMIT_DIGITS} hexadecimal digits, not {revision!r}), and read it first"
+            f"(40 hexadecimal digits, not {revision!r}), and read it first"
         )
     if image_size is not None:
         check_whole("image_size", image_size, hint=f" pixels, nor None for {entry.image_size}")

@@ -18,7 +18,7 @@ from medrobust_lib.models import catalogue
 from medrobust_lib.models.catalogue import CONFIG_NAME, HUB_PREFIX, OPEN_CLIP_CONFIG_NAME, ModelEntry, fetch_command
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import Tensor
 
 DEMO_FOLDER = Path(__file__).parent / "demo" / "clip"
 DEMO_VLM_FOLDER = DEMO_FOLDER.with_name("vlm")
@@ -227,7 +227,11 @@ def mismatch_error(source: str, differences: Mapping[str, Collection[str]]) -> V
 
 @contextmanager
 def explained_errors(source: str) -> Iterator[None]:
-    """Turn the libraries' errors about a model's files into a ValueError that names ``source`` and the keys."""
+    """Turn the libraries' errors about a model's files into a ValueError that names ``source`` and the keys.
+
+    Of a state dict that does not fit it counts missing keys, unexpected keys and wrong shapes, and lists the first ten
+    of each.
+    """
     try:
         yield
     except (OSError, ImportError, MemoryError):
@@ -353,18 +357,6 @@ def read_state_dict(path: Path) -> dict[str, "Tensor"]:
     return dict(content)
 
 
-def load_strictly(module: "nn.Module", state_dict: Mapping[str, "Tensor"], *, source: str | Path) -> None:
-    """Load a state dict whose keys and shapes must agree with the module.
-
-    Raises
-    ------
-    ValueError
-        Counting missing keys, unexpected keys and wrong shapes, and listing the first ten of each.
-    """
-    with explained_errors(str(source)):
-        module.load_state_dict(state_dict)
-
-
 def provenance(entry: ModelEntry, hashes: Mapping[str, str]) -> dict[str, Any]:
     """Where a model comes from: source, licence, and SHA-256 by name of the files that were read."""
     return {"source": entry.source, "licence": entry.licence, "files": dict(hashes)}
@@ -390,12 +382,20 @@ def missing_weights(entry: ModelEntry, *, weights_dir: Path, offline: bool, reas
     )
 
 
-def incomplete(folder: Path, missing: Sequence[str], *, id: str) -> FileNotFoundError:
-    """Error for a folder that lacks files of a model; says what it holds and what it must hold."""
-    held = ", ".join(sorted(path.name for path in folder.glob("*"))) or "nothing, or is not there"
-    return FileNotFoundError(
-        f"cannot load {id!r}: {folder} lacks {' and '.join(missing)}; it holds {held}; {FOLDER_CONTENT}"
-    )
+def check_complete(folder: Path, wanted: Mapping[str, Collection[str]], *, id: str) -> None:
+    """Raise unless a folder holds a model's files: under what each is called, the names of which one must be there.
+
+    Raises
+    ------
+    FileNotFoundError
+        Says what is missing, what the folder holds and what it must hold.
+    """
+    missing = [what for what, names in wanted.items() if not any((folder / name).is_file() for name in names)]
+    if missing:
+        held = ", ".join(sorted(path.name for path in folder.glob("*"))) or "nothing, or is not there"
+        raise FileNotFoundError(
+            f"cannot load {id!r}: {folder} lacks {' and '.join(missing)}; it holds {held}; {FOLDER_CONTENT}"
+        )
 
 
 def read_pretrained(kind: Any, place: str, **options: Any) -> Any:
