@@ -287,15 +287,14 @@ class _Job:
     @property
     def is_done(self) -> bool:
         """Whether there is something in the folder already."""
-        out = self.out
-        return out is not None and (out.is_file() or (out.is_dir() and any(out.iterdir())))
+        return self.out is not None and (self.out.is_file() or (self.out.is_dir() and any(self.out.iterdir())))
 
     def train_in_place(self, model: DualEncoder, parameters: Mapping[str, nn.Parameter]) -> dict[str, Any]:
         """Train parameters of a model; returns the plan and what came out, as JSON values."""
         base, recipe = self.plan["base"]["id"], self.recipe
         described = f"{self.plan['method']} of {base}"
         training = Training(model, parameters, self.train, self.validation, self.templates, recipe, described)
-        training.run(self._state, identity={name: value for name, value in self.plan.items() if name != "recipe"})
+        training.run(self._state, identity=self.plan)
         if recipe.epochs and training.best_epoch == 0:
             warnings.warn(
                 f"no epoch of {recipe.epochs} is better on the validation images than {base} as it was, so nothing was "

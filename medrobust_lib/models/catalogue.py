@@ -32,8 +32,6 @@ OWN_PREFIXES = (LOCAL_DIR_PREFIX, HUB_PREFIX, PYTHON_PREFIX)
 DEMO_MODEL = "demo-clip"
 DEMO_VLM = "demo-vlm"
 
-_OWN_VLM_SIZE = 336  # of the image tower of LLaVA
-
 
 @dataclass(frozen=True)
 class ModelEntry:
@@ -119,7 +117,7 @@ def own_entry(id: str, *, generative: bool = False) -> ModelEntry | None:
         loader = _own_loader(id, *place.partition(":")[::2])
     else:
         return None
-    size = _OWN_VLM_SIZE if generative else 0  # the files of a dual encoder say it
+    size = 336 if generative else 0  # of the image tower of LLaVA; the files of a dual encoder say it
     return ModelEntry(id, "own model", size, "not stated", id, citation="", loader="" if generative else loader)
 
 
@@ -156,7 +154,8 @@ def fetch_command(id: str) -> str:
 # From here on the model sees either blown-up pixels or a thumbnail of what a reader of the images saw.
 _SIZE_FACTOR = 3.0
 
-CAVEATS: dict[str, str] = read_table("texts.toml")["caveats"]
+TEXTS = read_table("texts.toml")
+CAVEATS: dict[str, str] = TEXTS["caveats"]
 
 
 def caveats(model: Any, dataset: "ImageDataset") -> list[str]:

@@ -94,12 +94,10 @@ class TransformersClipEncoder(DualEncoder):
         hidden = tower.encoder(inputs_embeds=hidden, attention_mask=causal.to(hidden.dtype)[None, None])
         hidden = tower.final_layer_norm(hidden.last_hidden_state)
         rows = torch.arange(len(hidden), device=hidden.device)
-        return self.model.text_projection(hidden[rows, self._end_positions(tokens.ids)])
-
-    def _end_positions(self, ids: Tensor) -> Tensor:
-        """Where a text is pooled: its first end token."""
         end = self.model.config.text_config.eos_token_id
-        return ids.argmax(dim=1) if end == _UNKNOWN_END else (ids == end).int().argmax(dim=1)
+        # A text is pooled at its first end token.
+        places = (tokens.ids if end == _UNKNOWN_END else (tokens.ids == end).int()).argmax(dim=1)
+        return self.model.text_projection(hidden[rows, places])
 
 
 def _check_parts(config: CLIPConfig, tokenizer: Any, preprocessing: Preprocessing, *, id: str) -> None:

@@ -34,10 +34,7 @@ ADAPTER_CONFIG_NAME = "adapter_config.json"  # of peft
 TOKENIZER_FILES = (("tokenizer.json",), ("vocab.json", "merges.txt"), ("vocab.txt",), ("tokenizer.model",))
 VOCABULARY_NAME = "vocab.txt"
 CLIP_TYPE = "clip"  # of the configuration of a transformers CLIPModel
-FOLDER_CONTENT = (
-    "the folder must hold config.json, model.safetensors, preprocessor_config.json or processor_config.json, and the "
-    "tokenizer's files"
-)
+FOLDER_CONTENT: str = catalogue.TEXTS["folder_content"]
 
 _LISTED_KEYS = 10
 _HASHED_SUFFIXES = (*CHECKPOINT_SUFFIXES, ".json", ".txt")
@@ -104,7 +101,7 @@ def foreign_adapter(folder: Path) -> str:
     config = read_json_object(folder / ADAPTER_CONFIG_NAME, "the configuration of an adapter")
     base = config.get("base_model_name_or_path") or "BASE"
     kind = (config.get("auto_mapping") or {}).get("base_model_class") or "CLIPModel"
-    text = catalogue.read_table("texts.toml")["foreign_adapter"]
+    text = catalogue.TEXTS["foreign_adapter"]
     return text.format(folder=str(folder), type=config.get("peft_type"), base=str(base), kind=kind)
 
 
