@@ -85,10 +85,8 @@ def load_state(
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(tensors[f"parameter.{name}"])
-            optimiser.state[parameter] = {
-                "step": steps[name],
-                **{moment: tensors[f"{moment}.{name}"].to(parameter.device) for moment in _MOMENTS},
-            }
+            moments = {moment: tensors[f"{moment}.{name}"].to(parameter.device) for moment in _MOMENTS}
+            optimiser.state[parameter] = {"step": steps[name], **moments}
     return {name: tensors[f"best.{name}"] for name in parameters}, record
 
 

@@ -19,12 +19,9 @@ from torch.nn import functional
 
 from medrobust_lib.models.dual_encoder import DualEncoder, layers_run, probes
 
-PARTS = ("q", "k", "v")
-"""Names of the layers that take the place of a fused projection."""
-
 
 class SplitProjection(nn.Module):
-    """Three layers in the place of one ``nn.Linear`` that gave queries, keys and values side by side.
+    """Three layers, q, k and v, in the place of one ``nn.Linear`` that gave queries, keys and values side by side.
 
     On the CPU the output is bit for bit the same if the width is a multiple of 16, else the same up to rounding.
     """
@@ -32,7 +29,7 @@ class SplitProjection(nn.Module):
     def __init__(self, fused: nn.Linear) -> None:
         super().__init__()
         biases = (None,) * 3 if fused.bias is None else fused.bias.chunk(3)
-        for part, weight, bias in zip(PARTS, fused.weight.chunk(3), biases, strict=True):
+        for part, weight, bias in zip("qkv", fused.weight.chunk(3), biases, strict=True):
             self.add_module(part, _linear(weight, bias))
 
     def forward(self, x: Tensor) -> Tensor:

@@ -454,9 +454,8 @@ def find_image_tower(model: DualEncoder) -> ImageTower:
         )
     for parameter in parameters.values():
         parameter.requires_grad_(True)
-    return ImageTower(
-        parameters, {name: norm for name, norm in model.named_modules() if name in own and isinstance(norm, _BatchNorm)}
-    )
+    norms = {name: norm for name, norm in model.named_modules() if name in own and isinstance(norm, _BatchNorm)}
+    return ImageTower(parameters, norms)
 
 
 def probes(model: DualEncoder) -> tuple[Callable[[], Tensor], Callable[[], Tensor]]:

@@ -86,9 +86,8 @@ class _TextTower(nn.Module):
         self.projection_head = nn.Linear(config.hidden_size, embed_dim, bias=False)
 
     def forward(self, embeddings: Tensor, mask: Tensor, pooled: Tensor) -> Tensor:
-        hidden = self.model(
-            inputs_embeds=embeddings, attention_mask=mask.long(), output_hidden_states=True
-        ).hidden_states
+        encoded = self.model(inputs_embeds=embeddings, attention_mask=mask.long(), output_hidden_states=True)
+        hidden = encoded.hidden_states
         layers = (hidden[1] + hidden[2] + hidden[-1]) / 3
         counted = pooled.to(layers.dtype)
         return self.projection_head((counted[:, :, None] * layers).sum(dim=1) / counted.sum(dim=1, keepdim=True))
@@ -296,10 +295,8 @@ def load_unimedclip(entry: ModelEntry, *, weights_dir: Path, offline: bool) -> O
         network, tokenizer = build_folder(folder)
     _check_size(vocabulary, len(tokenizer.tokenizer), network.text.vocab_size)
     _fill(network, checkpoint)
-    encoder = OpenClipEncoder(
-        network, tokenizer, id=entry.id, provenance=weights.describe_files(entry, checkpoint, vocabulary)
-    )
-    return encoder.eval().requires_grad_(False)
+    provenance = weights.describe_files(entry, checkpoint, vocabulary)
+    return OpenClipEncoder(network, tokenizer, id=entry.id, provenance=provenance).eval().requires_grad_(False)
 
 
 # A [r, d] and B [d, r] by block and part (q, k or v) of its layer, whose weight gains B @ A in that third.

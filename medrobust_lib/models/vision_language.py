@@ -121,9 +121,8 @@ class VisionLanguageModel(torch.nn.Module):
         Tensor
             float32 [n, 3, S, S] in [0, 1], on the CPU.
         """
-        return prepare_images(
-            images, Preprocessing(self.image_size, "letterbox", "bicubic", mean=(0.0,) * 3, std=(1.0,) * 3)
-        )
+        letterbox = Preprocessing(self.image_size, "letterbox", "bicubic", mean=(0.0,) * 3, std=(1.0,) * 3)
+        return prepare_images(images, letterbox)
 
     def generate(
         self,
