@@ -73,6 +73,10 @@ class OpenClipEncoder(DualEncoder):
         tower = self._text_tower
         if not isinstance(tower, (open_clip.CLIP, TextTransformer, HFTextEncoder)):
             raise ValueError(f"{self.id}: a text tower of type {type(tower).__name__} is not supported")
+        if getattr(tower, "cls_emb", None) is not None:
+            raise ValueError(f"{self.id}: a text tower with an appended class token (CoCa) is not supported")
+        if getattr(tokenizer, "tokenizer_mode", None):
+            raise ValueError(f"{self.id}: the tokenizer mode {tokenizer.tokenizer_mode!r} is not supported")
         _check_tokenizer(tokenizer, tower.vocab_size, id=id)
         check_text_path(self, lambda texts: self.model.encode_text(self._tokenizer(texts).to(self.device)))
 
