@@ -35,7 +35,6 @@ from medrobust_lib.models.geometry import Preprocessing
 from medrobust_lib.models.loading import find_model
 from medrobust_lib.models.open_clip import OpenClipEncoder, build_folder, load_open_clip
 
-CONTEXT_LENGTH = 77
 UNIMED_FOLDER = Path(__file__).with_name("unimedclip")
 EMBED_DIM = 512
 IMAGE_MEAN, IMAGE_STD = 0.5862785803043838, 0.27950088968644304
@@ -133,7 +132,7 @@ class MedCLIPEncoder(DualEncoder):
                 grayscale=True,
             ),
             embed_dim=network.text_model.projection_head.out_features,
-            context_length=CONTEXT_LENGTH,
+            context_length=77,
             logit_scale=math.exp(log_scale),
             provenance={**provenance, "pad_length": PAD_LENGTH},
         )

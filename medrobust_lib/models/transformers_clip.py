@@ -21,7 +21,6 @@ _WEIGHT_NAMES = (utils.SAFE_WEIGHTS_NAME, utils.SAFE_WEIGHTS_INDEX_NAME, utils.W
 _FILTERS = {2: "bilinear", 3: "bicubic"}
 # Old configurations, PLIP's among them, name this end token by mistake: there it is the token of the largest id.
 _UNKNOWN_END = 2
-_TOKENIZER_SOURCE = "openai/clip-vit-base-patch32"  # the vocabulary that nearly every CLIP shares
 _PROCESSOR_SETTINGS: weights.Settings = read_table("settings.toml")["transformers"]  # preprocessor_config.json
 
 
@@ -239,7 +238,8 @@ def check_folder(folder: Path, *, id: str) -> None:
         " or ".join(_WEIGHT_NAMES): _WEIGHT_NAMES,
     }
     weights.check_complete(folder, wanted, id=id)
-    weights.check_tokenizer(folder, id=id, published=_TOKENIZER_SOURCE)
+    # Nearly every CLIP shares this vocabulary.
+    weights.check_tokenizer(folder, id=id, published="openai/clip-vit-base-patch32")
     with weights.hub_access(offline=True), weights.explained_errors(str(folder)):
         _check_parts(CLIPConfig.from_pretrained(str(folder)), *_read_parts(str(folder), id=id), id=id)
 

@@ -37,7 +37,6 @@ CLIP_TYPE = "clip"  # of the configuration of a transformers CLIPModel
 FOLDER_CONTENT: str = catalogue.TEXTS["folder_content"]
 
 _LISTED_KEYS = 10
-_HASHED_SUFFIXES = (*CHECKPOINT_SUFFIXES, ".json", ".txt")
 
 
 def model_folder(entry: ModelEntry, weights_dir: Path) -> Path | None:
@@ -176,7 +175,7 @@ def file_hashes(folder: Path) -> dict[str, str]:
     return {
         path.name: file_sha256(path)
         for path in sorted(folder.iterdir())
-        if path.is_file() and path.suffix in _HASHED_SUFFIXES
+        if path.is_file() and path.suffix in (*CHECKPOINT_SUFFIXES, ".json", ".txt")
     }
 
 
