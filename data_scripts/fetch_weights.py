@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 import typer
 from huggingface_hub import HfApi, hf_hub_download, snapshot_download
@@ -18,7 +18,7 @@ from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, Offl
 
 from medrobust_lib.files import DownloadError, check_sums, file_sha256, named_when_full, read_sums, reported_errors
 from medrobust_lib.models.catalogue import GENERATIVE as VLMS
-from medrobust_lib.models.catalogue import HUB_PREFIX, HUB_URL, ModelEntry, WeightFile, fetch_command
+from medrobust_lib.models.catalogue import HUB_PREFIX, HUB_URL, ModelEntry, fetch_command
 from medrobust_lib.models.loading import find_model, list_models
 from medrobust_lib.places import default_weights_dir
 from preparing.archives import OF_THE_DISK, extract
@@ -34,6 +34,15 @@ HUB_PATTERNS = {
 REPOSITORY_SUFFIXES = (".json", ".jinja", ".model", ".safetensors", ".txt")
 REPOSITORY_FILES = [f"*{suffix}" for suffix in REPOSITORY_SUFFIXES]
 HUB_ERRORS = (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError)
+
+
+class WeightFile(NamedTuple):
+    """One file of a model: its name in the model's folder, where it is published, and its hash where that is known."""
+
+    name: str
+    url: str
+    sha256: str | None = None
+
 
 app = typer.Typer(add_completion=False, rich_markup_mode="markdown")
 
@@ -80,7 +89,7 @@ def fetch_repository(entry: ModelEntry, folder: Path) -> None:
 
 def published_files(entry: ModelEntry) -> list[WeightFile]:
     """What to fetch for a model: the table's files, and those found by pattern on the hub."""
-    files = [file for file in entry.files if file.url]
+    files = [WeightFile(url.rpartition("/")[2], url) for url in entry.files]
     if entry.id in HUB_PATTERNS and not any(file.url.startswith(f"{HUB_URL}{AUTHORS_HUB}") for file in files):
         repository, patterns = HUB_PATTERNS[entry.id]
         with from_hub(f"the list of files of {HUB_URL}{repository}"):

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from medrobust_lib import cli
 from medrobust_lib.data.registry import load_dataset
 from medrobust_lib.models.adapters import load_adapter
-from medrobust_lib.models.catalogue import OWN_SITE, caveats
+from medrobust_lib.models.catalogue import CAVEATS, caveats
 from medrobust_lib.models.loading import load_model
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -145,7 +145,7 @@ def test_the_examples_of_the_page_about_own_images_and_models_run(tmp_path, monk
     features = [found.encode_image(found.prepare(shown)) for shown in (image, image[:, :, ::-1].copy())]
     assert found.id == "mirrored"
     # It has seen what the model it wraps has seen.
-    assert caveats(found, load_dataset("phantom/blood-site-a", n=8))[1] == OWN_SITE
+    assert caveats(found, load_dataset("phantom/blood-site-a", n=8))[1] == CAVEATS["own_site"]
     np.testing.assert_allclose(*features, atol=1e-5)
 
 

@@ -31,7 +31,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from medrobust_lib.adaptation.training import Recipe, check_apart, check_learnable, templates_of, train_jointly
+from medrobust_lib.adaptation.training import Recipe, Training, check_apart, check_learnable, templates_of
 from medrobust_lib.adaptation.training_images import PAPER_AUGMENTATION, Augmentation
 from medrobust_lib.checks import check_keywords
 from medrobust_lib.data.dataset import ImageDataset
@@ -85,7 +85,6 @@ def _forward(layer: nn.Module, pixels: Tensor) -> Tensor:
     return torch.func.functional_call(convolution, {"weight": weight}, (pixels,))
 
 
-_LOW_RANK, _FINE_TUNING = "low-rank adaptation", "fine-tuning of the image tower"
 _PROVENANCE, _TOWER = "provenance.json", "image_tower.safetensors"
 
 
@@ -178,7 +177,7 @@ def adapt_lora(
     from medrobust_lib.models import adapters  # peft takes seconds to import
 
     check_keywords(adapt_lora, recipe, Recipe.__dataclass_fields__)
-    method = {"method": _LOW_RANK, "rank": rank, "qkv": qkv}
+    method = {"method": "low-rank adaptation", "rank": rank, "qkv": qkv}
     job = _Job(model, train, validation, templates, Recipe(**recipe), out, method)
     if not job.is_done:
         adapted = adapters.attach_adapters(model, rank=rank, qkv=qkv, seed=job.recipe.seed)
@@ -231,7 +230,7 @@ def fine_tune(
     from medrobust_lib.models import adapters  # peft takes seconds to import
 
     check_keywords(fine_tune, recipe, Recipe.__dataclass_fields__)
-    job = _Job(model, train, validation, templates, Recipe(**recipe), out, {"method": _FINE_TUNING})
+    job = _Job(model, train, validation, templates, Recipe(**recipe), out, {"method": "fine-tuning of the image tower"})
     with torch.inference_mode(False), torch.enable_grad():
         tuned = model.trainable_copy()
         parameters = find_image_tower(tuned).parameters
@@ -248,7 +247,7 @@ def fine_tune(
     return job.outcome(_finished(tuned, model, record, job.out.name), record)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class _Job:
     """What is trained on what, and where it is kept."""
 
@@ -276,31 +275,27 @@ class _Job:
             check_learnable(data)
             if data.id in shown:
                 check_apart(data, shown[data.id])
-        plan = {
+        self.plan = {
             **self.method,
             "base": self.model.identity(),
             "train": {data.id: _described(data, self.templates) for data in self.train},
             "validation": {id: _described(data, self.templates) for id, data in shown.items()},
             "recipe": self.recipe.as_json(),
         }
-        object.__setattr__(self, "plan", plan)
-        object.__setattr__(self, "out", None if self.out is None else Path(self.out).expanduser())
+        self.out = None if self.out is None else Path(self.out).expanduser()
 
     @property
     def is_done(self) -> bool:
         """Whether there is something in the folder already."""
-        out = self.out
-        return out is not None and (out.is_file() or (out.is_dir() and any(out.iterdir())))
+        return self.out is not None and (self.out.is_file() or (self.out.is_dir() and any(self.out.iterdir())))
 
     def train_in_place(self, model: DualEncoder, parameters: Mapping[str, nn.Parameter]) -> dict[str, Any]:
         """Train parameters of a model; returns the plan and what came out, as JSON values."""
         base, recipe = self.plan["base"]["id"], self.recipe
-        outcome = train_jointly(
-            model, parameters, self.train, validation=self.validation, templates=self.templates, recipe=recipe,
-            folder=self._state, identity={name: value for name, value in self.plan.items() if name != "recipe"},
-            description=f"{self.plan['method']} of {base}",
-        )  # fmt: skip
-        if recipe.epochs and outcome.best_epoch == 0:
+        described = f"{self.plan['method']} of {base}"
+        training = Training(model, parameters, self.train, self.validation, self.templates, recipe, described)
+        training.run(self._state, identity=self.plan)
+        if recipe.epochs and training.best_epoch == 0:
             warnings.warn(
                 f"no epoch of {recipe.epochs} is better on the validation images than {base} as it was, so nothing was "
                 f"changed: try another learning_rate than {recipe.learning_rate:g}, more epochs, or more validation "
@@ -308,13 +303,13 @@ class _Job:
                 UserWarning,
                 stacklevel=3,
             )
-        history = outcome.history.astype(object)
+        history = training.history
         return {
             **self.plan,
-            "history": history.where(history.notna(), None).to_dict("records"),
-            "best_epoch": outcome.best_epoch,
+            "history": history.astype(object).where(history.notna(), None).to_dict("records"),
+            "best_epoch": training.best_epoch,
             "trainable": sum(parameter.numel() for parameter in parameters.values()),
-            "seconds": round(float(outcome.history.groupby("epoch")["seconds"].first().sum()), 1),
+            "seconds": round(float(history.groupby("epoch")["seconds"].first().sum()), 1),
             "device": model.device.type,
             "threads": torch.get_num_threads(),
         }

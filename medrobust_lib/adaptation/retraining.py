@@ -25,7 +25,7 @@ from medrobust_lib.adaptation.training import Recipe, check_apart, check_learnab
 from medrobust_lib.checks import check_positive, check_whole
 from medrobust_lib.data.dataset import ImageDataset
 from medrobust_lib.experiments import progress
-from medrobust_lib.models.dual_encoder import DualEncoder, ImageTower, find_image_tower
+from medrobust_lib.models.dual_encoder import DualEncoder, find_image_tower
 from medrobust_lib.smoothing.certify import check_not_training
 from medrobust_lib.smoothing.noise import NoiseStream, noisy_copies, noisy_features
 from medrobust_lib.smoothing.prompts import draw_shots
@@ -109,13 +109,7 @@ def retrain_on_noise(
     with torch.inference_mode(False), torch.enable_grad():
         texts = model.class_features(data.classes, templates).detach()
         retrained = model.trainable_copy()
-        tower = find_image_tower(retrained)
-        if tower.norms and len(chosen) // math.ceil(len(chosen) / batch_size) < 2:
-            raise ValueError(
-                f"batch_size={batch_size}: {len(chosen)} images would be split into steps of one image, too few for "
-                "the batch normalisation of this image tower; give a batch_size of 3 or more"
-            )
-        fitted = _fit(retrained, tower, chosen, streams, texts, recipe)
+        fitted = _fit(retrained, chosen, streams, texts, recipe)
         retrained = retrained.eval().requires_grad_(False).to(model.dtype)
     guessing = math.log(len(data.classes))
     if fitted["last_loss"] >= guessing:
@@ -138,19 +132,20 @@ def retrain_on_noise(
 
 
 def _fit(
-    model: DualEncoder,
-    tower: ImageTower,
-    chosen: ImageDataset,
-    streams: Sequence[NoiseStream],
-    texts: Tensor,
-    recipe: Recipe,
+    model: DualEncoder, chosen: ImageDataset, streams: Sequence[NoiseStream], texts: Tensor, recipe: Recipe
 ) -> dict[str, Any]:
-    """Train the tower in place; returns the mean loss of the first and the last epoch, and time."""
+    """Train the image tower in place; returns the mean loss of the first and the last epoch, and time."""
     started = time.monotonic()
+    tower = find_image_tower(model)
+    per_epoch = math.ceil(len(chosen) / recipe.batch_size)
+    if tower.norms and len(chosen) // per_epoch < 2:
+        raise ValueError(
+            f"batch_size={recipe.batch_size}: {len(chosen)} images would be split into steps of one image, too few for "
+            "the batch normalisation of this image tower; give a batch_size of 3 or more"
+        )
     generator = torch.Generator().manual_seed(recipe.seed)
     labels = torch.from_numpy(chosen.labels).to(model.device)
     optimiser = torch.optim.AdamW(tower.parameters.values(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
-    per_epoch = math.ceil(len(chosen) / recipe.batch_size)
     total = recipe.epochs * per_epoch
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, total)
     momenta = {name: norm.momentum for name, norm in tower.norms.items()}
@@ -191,8 +186,6 @@ def _fit(
 
 STRENGTHS = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
 """Weights of the L2 penalty that `linear_probe` chooses from."""
-
-_MOST_STEPS = 1000
 
 
 @dataclass(frozen=True, eq=False)
@@ -281,31 +274,28 @@ def linear_probe(
         # Features of one model differ little, so the loss is flat: L-BFGS takes thousands of steps, and at the default
         # tolerance it stops far from the minimum.
         regression = LogisticRegression(
-            C=scale / strength, fit_intercept=False, solver="newton-cg", tol=1e-6, max_iter=_MOST_STEPS
+            C=scale / strength, fit_intercept=False, solver="newton-cg", tol=1e-6, max_iter=1000
         )
         # Products this small gain nothing from threads, and lose much where the cores are busy otherwise.
         with threadpool_limits(limits=1):
             regression.fit(features, train.labels)
         answers = regression.predict(shown)
-        rows.append((
-            strength,
-            metrics.accuracy(validation.labels, answers),
-            metrics.balanced_accuracy(validation.labels, answers),
-        ))  # fmt: skip
+        rows.append({
+            "strength": strength,
+            "val_accuracy": metrics.accuracy(validation.labels, answers),
+            "val_balanced_accuracy": metrics.balanced_accuracy(validation.labels, answers),
+        })  # fmt: skip
         rows_of = regression.coef_ if scale == 1 else np.concatenate([-regression.coef_ / 2, regression.coef_ / 2])
         fitted[strength] = np.ascontiguousarray(rows_of)
-    table = pd.DataFrame(rows, columns=["strength", "val_accuracy", "val_balanced_accuracy"])
-    best = table.iloc[table.val_balanced_accuracy.argmax()]  # the first of equals
+    best = max(rows, key=lambda row: row["val_balanced_accuracy"])  # the first of equals
     return LinearProbe(
-        weights=torch.from_numpy(fitted[best.strength] / model.logit_scale).float(),
-        strength=float(best.strength),
-        val_accuracy=float(best.val_accuracy),
-        val_balanced_accuracy=float(best.val_balanced_accuracy),
-        choices=table.iloc[::-1].reset_index(drop=True),
+        weights=torch.from_numpy(fitted[best["strength"]] / model.logit_scale).float(),
+        **best,
+        choices=pd.DataFrame(rows[::-1]),
         provenance={
             "method": "linear probe", "model": model.id, "dataset": train.id, "split": train.split,
             "images": [int(index) for index in train.indices],
             "validation": {"split": validation.split, "images": [int(index) for index in validation.indices]},
-            "strength": float(best.strength), "strengths": [float(strength) for strength in strengths],
+            "strength": best["strength"], "strengths": [float(strength) for strength in strengths],
         },
     )  # fmt: skip

@@ -1,10 +1,12 @@
 """Joint training of parameters of a model on several data sets: the recipe, the run, and the state it goes on from."""
 
+import functools
 import json
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -13,7 +15,7 @@ import pandas as pd
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.nn import functional
+from torch.nn.functional import cross_entropy
 
 from medrobust_lib import metrics
 from medrobust_lib.adaptation.training_images import PAPER_AUGMENTATION, Augmentation, TrainingImages, cache_budget
@@ -83,10 +85,8 @@ def load_state(
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(tensors[f"parameter.{name}"])
-            optimiser.state[parameter] = {
-                "step": steps[name],
-                **{moment: tensors[f"{moment}.{name}"].to(parameter.device) for moment in _MOMENTS},
-            }
+            moments = {moment: tensors[f"{moment}.{name}"].to(parameter.device) for moment in _MOMENTS}
+            optimiser.state[parameter] = {"step": steps[name], **moments}
     return {name: tensors[f"best.{name}"] for name in parameters}, record
 
 
@@ -161,24 +161,6 @@ class Recipe:
         return json.loads(json.dumps(asdict(self)))
 
 
-@dataclass(frozen=True, eq=False)
-class Outcome:
-    """What `train_jointly` found; the trained parameters are those of the best epoch.
-
-    Attributes
-    ----------
-    history : DataFrame
-        One row for each epoch (0 is before training) and validation set: epoch, loss (mean over the epoch; NaN in
-        epoch 0), seconds (of the epoch, validation included), dataset, n, val_accuracy, val_balanced_accuracy,
-        val_mean (mean balanced accuracy over the sets).
-    best_epoch : int
-        Epoch with the highest `val_mean`, the earliest of equals.
-    """
-
-    history: pd.DataFrame
-    best_epoch: int
-
-
 def templates_of(data: ImageDataset, templates: Sequence[str] | None) -> list[str]:
     """Prompt templates to use with a data set: those given, or its first."""
     return list(data.templates[:1] if templates is None else templates)
@@ -213,63 +195,7 @@ def check_apart(data: ImageDataset, shown: ImageDataset) -> None:
         )
 
 
-def train_jointly(
-    model: DualEncoder,
-    parameters: Mapping[str, nn.Parameter],
-    train: Sequence[ImageDataset],
-    *,
-    validation: Sequence[ImageDataset],
-    templates: Sequence[str] | None = None,
-    recipe: Recipe,
-    folder: Path | None = None,
-    identity: Mapping[str, Any] | None = None,
-    description: str = "train",
-) -> Outcome:
-    """Train some parameters of a model in place, and leave those of the best epoch in it.
-
-    Minimises the cross-entropy of ``logit_scale`` times the cosine between image features and class features, which
-    are computed once, before training. Batch normalisation keeps its statistics and dropout stays off.
-
-    Parameters
-    ----------
-    model : DualEncoder
-        Is brought to evaluation mode.
-    parameters : mapping of str to Parameter
-        What is trained, by names that are the same in the next process; they require a gradient.
-    train, validation : sequence of ImageDataset
-        Every set once. The best epoch is chosen on `validation`, which is never trained on.
-    templates : sequence of str, optional
-        Of the class features of all sets; default: the first of each set.
-    recipe : Recipe
-    folder : Path, optional
-        Where the state is kept after each epoch. An interrupted run goes on from the last of them, and gives the same
-        parameters as an uninterrupted one on the same kind of device.
-    identity : mapping, optional
-        JSON values: everything that the result depends on, beside the recipe. A folder of another run is refused.
-    description : str
-        For the progress bar.
-
-    Returns
-    -------
-    Outcome
-
-    Raises
-    ------
-    ValueError
-        Training diverges, or `folder` belongs to other parameters (the differences are named).
-    RuntimeError
-        Not even one image fits into memory, or `folder` is in use.
-    """
-    model.eval()
-    with torch.inference_mode(False), torch.enable_grad():
-        run = _Run(model, parameters, train, validation, templates, recipe, description)
-        if folder is None:
-            return run.finish(None)
-        with open_store(folder, parameters={**(identity or {}), "recipe": recipe.as_json()}):
-            return run.finish(folder)
-
-
-def summed_loss(logits: Tensor, targets: Tensor, allowed: Tensor | None) -> Tensor:
+def summed_loss(logits: Tensor, targets: Tensor, allowed: Tensor) -> Tensor:
     """Cross-entropy summed over images.
 
     Parameters
@@ -277,60 +203,113 @@ def summed_loss(logits: Tensor, targets: Tensor, allowed: Tensor | None) -> Tens
     logits : float [b, K]
         Over all classes of all data sets.
     targets : int64 [b]
-    allowed : bool [b, K] or None
-        Classes that an image is judged among; None stands for all.
+    allowed : bool [b, K]
+        Classes that an image is judged among.
 
     Returns
     -------
     float []
     """
-    if allowed is not None:
-        logits = logits.masked_fill(~allowed, -math.inf)
-    return functional.cross_entropy(logits, targets, reduction="sum")
+    return cross_entropy(logits.masked_fill(~allowed, -math.inf), targets, reduction="sum")
 
 
-class _Run:
-    """A training run: what stays the same in it, and how far it is."""
+@dataclass(eq=False)
+class Training:
+    """Training of some parameters of a model, in place and on several data sets; those of the best epoch stay in it.
 
-    def __init__(
-        self,
-        model: DualEncoder,
-        parameters: Mapping[str, nn.Parameter],
-        train: Sequence[ImageDataset],
-        validation: Sequence[ImageDataset],
-        templates: Sequence[str] | None,
-        recipe: Recipe,
-        description: str,
-    ) -> None:
-        self.model, self.parameters, self.recipe, self.description = model, parameters, recipe, description
-        self.validation = validation
+    Minimises the cross-entropy of ``logit_scale`` times the cosine between image features and class features, which
+    are computed once, before training. Batch normalisation keeps its statistics and dropout stays off.
+
+    Attributes
+    ----------
+    model : DualEncoder
+        Is brought to evaluation mode.
+    parameters : mapping of str to Parameter
+        What is trained, by names that are the same in the next process; they require a gradient.
+    train, validation : sequence of ImageDataset
+        Every set once. The best epoch is chosen on `validation`, which is never trained on.
+    templates : sequence of str or None
+        Of the class features of all sets; None stands for the first of each set.
+    recipe : Recipe
+    description : str
+        For the progress bar.
+    best_epoch : int
+        Epoch with the highest mean balanced accuracy on the validation sets so far, the earliest of equals.
+    """
+
+    model: DualEncoder
+    parameters: Mapping[str, nn.Parameter]
+    train: Sequence[ImageDataset]
+    validation: Sequence[ImageDataset]
+    templates: Sequence[str] | None
+    recipe: Recipe
+    description: str = "train"
+    best_epoch: int = field(default=0, init=False)
+
+    @torch.inference_mode(False)
+    def __post_init__(self) -> None:
+        self.model.eval()
         with torch.no_grad():
-            texts = [model.class_features(data.classes, templates_of(data, templates)) for data in train]
-            self.judged = [model.class_features(data.classes, templates_of(data, templates)) for data in validation]
-        self.texts = torch.cat(texts)
+            texts, self._judged = (
+                [self.model.class_features(data.classes, templates_of(data, self.templates)) for data in sets]
+                for sets in (self.train, self.validation)
+            )
+        self._texts = torch.cat(texts)
         counts = [len(features) for features in texts]
-        self.first_class = np.cumsum([0, *counts])[:-1]
-        self.own = torch.block_diag(*(torch.ones(1, count) for count in counts)).bool().to(model.device)
+        self._first_class = np.cumsum([0, *counts])[:-1]
+        masked = torch.block_diag(*(torch.ones(1, count) for count in counts)).bool()
+        self._allowed = (masked if self.recipe.softmax == "masked" else torch.ones_like(masked)).to(self.model.device)
         budget = cache_budget()
-        self.images = TrainingImages(model, train, budget=budget)
-        self.shown = TrainingImages(model, validation, budget=budget - self.images.bytes)
-        self.batches = Batches(recipe.batch_size)
-        self.optimiser = torch.optim.AdamW(parameters.values(), weight_decay=recipe.weight_decay)
-        self.rows: list[dict[str, Any]] = []
-        self.best_epoch = 0
-        self.best: dict[str, Tensor] = {}
+        self._images = TrainingImages(self.model, self.train, budget=budget)
+        self._shown = TrainingImages(self.model, self.validation, budget=budget - self._images.bytes)
+        self._batches = Batches(self.recipe.batch_size)
+        self._optimiser = torch.optim.AdamW(self.parameters.values(), weight_decay=self.recipe.weight_decay)
+        self._rows: list[dict[str, Any]] = []
+        self._best: dict[str, Tensor] = {}
 
-    def finish(self, folder: Path | None) -> Outcome:
-        """Train what is left to train."""
+    @property
+    def history(self) -> pd.DataFrame:
+        """One row for each epoch (0 is before training) and validation set.
+
+        Columns: epoch, loss (mean over the epoch; NaN in epoch 0), seconds (of the epoch, validation included),
+        dataset, n, val_accuracy, val_balanced_accuracy, val_mean (mean balanced accuracy over the sets).
+        """
+        return pd.DataFrame(self._rows).astype({"loss": float})
+
+    @torch.inference_mode(False)
+    @torch.enable_grad()
+    def run(self, folder: Path | None = None, *, identity: Mapping[str, Any] | None = None) -> None:
+        """Train what is left to train.
+
+        Parameters
+        ----------
+        folder : Path, optional
+            Where the state is kept after each epoch. An interrupted run goes on from the last of them, and gives the
+            same parameters as an uninterrupted one on the same kind of device.
+        identity : mapping, optional
+            JSON values: everything that the result depends on, beside the recipe. A folder of another run is refused.
+
+        Raises
+        ------
+        ValueError
+            Training diverges, or `folder` belongs to other parameters (the differences are named).
+        RuntimeError
+            Not even one image fits into memory, or `folder` is in use.
+        """
+        identity = {**(identity or {}), "recipe": self.recipe.as_json()}
+        with nullcontext() if folder is None else open_store(folder, parameters=identity):
+            self._train(folder)
+
+    def _train(self, folder: Path | None) -> None:
         recipe = self.recipe
-        resumed = None if folder is None else load_state(folder, self.parameters, self.optimiser)
+        resumed = None if folder is None else load_state(folder, self.parameters, self._optimiser)
         if resumed is None:
             self._judge(0, None, time.monotonic())
         else:
-            self.best, record = resumed
-            self.rows, self.best_epoch = record["rows"], record["best_epoch"]
-        done = self.rows[-1]["epoch"]
-        per_epoch = math.ceil(len(self.images) / recipe.batch_size)
+            self._best, record = resumed
+            self._rows, self.best_epoch = record["rows"], record["best_epoch"]
+        done = self._rows[-1]["epoch"]
+        per_epoch = math.ceil(len(self._images) / recipe.batch_size)
         if done < recipe.epochs:
             bar = progress(
                 range(done * per_epoch, recipe.epochs * per_epoch), total=recipe.epochs * per_epoch,
@@ -343,72 +322,67 @@ class _Run:
                     # Keyed by the epoch: a resumed run draws what an uninterrupted one does.
                     rng = np.random.default_rng([recipe.seed, epoch])
                     generator = torch.Generator(self.model.device).manual_seed(int(rng.integers(2**63)))
-                    batches = np.array_split(rng.permutation(len(self.images)), per_epoch)
-                pixels = self.images.augmented(batches[place], recipe.augmentation, rng=rng, generator=generator)
+                    batches = np.array_split(rng.permutation(len(self._images)), per_epoch)
+                pixels = self._images.augmented(batches[place], recipe.augmentation, rng=rng, generator=generator)
                 losses.append(self._step(pixels, batches[place], recipe.rate(step, recipe.epochs * per_epoch), epoch))
                 if place == per_epoch - 1:
                     self._judge(epoch + 1, float(np.mean(losses)), started)
                     if folder is not None:
-                        record = {"rows": self.rows, "best_epoch": self.best_epoch}
-                        save_state(folder, self.parameters, self.optimiser, self.best, record)
-        self.optimiser.zero_grad()
+                        record = {"rows": self._rows, "best_epoch": self.best_epoch}
+                        save_state(folder, self.parameters, self._optimiser, self._best, record)
+        self._optimiser.zero_grad()
         with torch.no_grad():
             for name, parameter in self.parameters.items():
-                parameter.copy_(self.best[name])
-        return Outcome(pd.DataFrame(self.rows).astype({"loss": float}), self.best_epoch)
+                parameter.copy_(self._best[name])
 
     def _step(self, pixels: Tensor, rows: NDArray[np.int64], rate: float, epoch: int) -> float:
         """One step of the optimiser; returns the mean loss of its images."""
-        sets = self.images.set_of[rows]
-        targets = torch.from_numpy(self.images.label_of[rows] + self.first_class[sets]).to(self.model.device)
-        allowed = self.own[torch.from_numpy(sets)] if self.recipe.softmax == "masked" else None
+        sets = self._images.set_of[rows]
+        targets = torch.from_numpy(self._images.label_of[rows] + self._first_class[sets]).to(self.model.device)
+        allowed = self._allowed[torch.from_numpy(sets)]
 
         def accumulate(size: int) -> float:
-            self.optimiser.zero_grad()
+            self._optimiser.zero_grad()
             total = 0.0
             for start in range(0, len(rows), size):
                 part = slice(start, start + size)
-                logits = self.model.logit_scale * self.model.encode_image(pixels[part]) @ self.texts.T
-                loss = summed_loss(logits, targets[part], None if allowed is None else allowed[part]) / len(rows)
+                logits = self.model.logit_scale * self.model.encode_image(pixels[part]) @ self._texts.T
+                loss = summed_loss(logits, targets[part], allowed[part]) / len(rows)
                 loss.backward()
                 total += loss.item()
             return total
 
-        loss = self.batches.until_it_fits(accumulate)
+        loss = self._batches.until_it_fits(accumulate)
         if not math.isfinite(loss):
             raise self._diverged(epoch + 1)
-        for group in self.optimiser.param_groups:
+        for group in self._optimiser.param_groups:
             group["lr"] = rate
-        self.optimiser.step()
+        self._optimiser.step()
         return loss
 
     @torch.no_grad()
     def _judge(self, epoch: int, loss: float | None, started: float) -> None:
         """Add the rows of an epoch, and keep its parameters if it is the best so far."""
         scores = []
-        for number, (data, texts) in enumerate(zip(self.validation, self.judged, strict=True)):
-            rows = np.flatnonzero(self.shown.set_of == number)
-            answers = self.batches.until_it_fits(
-                lambda size, rows=rows, texts=texts: self._answers(rows, texts, size, epoch)
-            )
-            scores.append((metrics.accuracy(data.labels, answers), metrics.balanced_accuracy(data.labels, answers)))
-        mean = float(np.mean([balanced for _, balanced in scores]))
-        if not self.rows or mean > max(row["val_mean"] for row in self.rows):
+        for number, (data, texts) in enumerate(zip(self.validation, self._judged, strict=True)):
+            rows = np.flatnonzero(self._shown.set_of == number)
+            answers = self._batches.until_it_fits(functools.partial(self._answers, rows, texts, epoch))
+            scores.append({
+                "dataset": data.id, "n": len(data), "val_accuracy": metrics.accuracy(data.labels, answers),
+                "val_balanced_accuracy": metrics.balanced_accuracy(data.labels, answers),
+            })  # fmt: skip
+        mean = float(np.mean([score["val_balanced_accuracy"] for score in scores]))
+        if not self._rows or mean > max(row["val_mean"] for row in self._rows):
             self.best_epoch = epoch
-            self.best = {name: parameter.detach().cpu().clone() for name, parameter in self.parameters.items()}
+            self._best = {name: parameter.detach().cpu().clone() for name, parameter in self.parameters.items()}
         seconds = round(time.monotonic() - started, 3)
-        self.rows += [
-            {
-                "epoch": epoch, "loss": loss, "seconds": seconds, "dataset": data.id, "n": len(data),
-                "val_accuracy": accuracy, "val_balanced_accuracy": balanced, "val_mean": mean,
-            }
-            for data, (accuracy, balanced) in zip(self.validation, scores, strict=True)
-        ]  # fmt: skip
+        of_epoch = {"epoch": epoch, "loss": loss, "seconds": seconds}
+        self._rows += [{**of_epoch, **score, "val_mean": mean} for score in scores]
 
-    def _answers(self, rows: NDArray[np.int64], texts: Tensor, size: int, epoch: int) -> NDArray[np.int64]:
+    def _answers(self, rows: NDArray[np.int64], texts: Tensor, epoch: int, size: int) -> NDArray[np.int64]:
         parts = [rows[start : start + size] for start in range(0, len(rows), size)]
         try:
-            features = torch.cat([self.model.encode_image(self.shown.pixels(part)) for part in parts])
+            features = torch.cat([self.model.encode_image(self._shown.pixels(part)) for part in parts])
         except BrokenFeaturesError as error:
             if epoch == 0:  # nothing was trained yet: the model is to blame
                 raise

@@ -8,9 +8,8 @@ first be three layers.
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Callable, Iterable, Sequence
+from typing import Literal, NamedTuple
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
@@ -20,12 +19,9 @@ from torch.nn import functional
 
 from medrobust_lib.models.dual_encoder import DualEncoder, layers_run, probes
 
-PARTS = ("q", "k", "v")
-"""Names of the layers that take the place of a fused projection."""
-
 
 class SplitProjection(nn.Module):
-    """Three layers in the place of one ``nn.Linear`` that gave queries, keys and values side by side.
+    """Three layers, q, k and v, in the place of one ``nn.Linear`` that gave queries, keys and values side by side.
 
     On the CPU the output is bit for bit the same if the width is a multiple of 16, else the same up to rounding.
     """
@@ -33,7 +29,7 @@ class SplitProjection(nn.Module):
     def __init__(self, fused: nn.Linear) -> None:
         super().__init__()
         biases = (None,) * 3 if fused.bias is None else fused.bias.chunk(3)
-        for part, weight, bias in zip(PARTS, fused.weight.chunk(3), biases, strict=True):
+        for part, weight, bias in zip("qkv", fused.weight.chunk(3), biases, strict=True):
             self.add_module(part, _linear(weight, bias))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -128,9 +124,7 @@ def is_plain(attention: nn.MultiheadAttention) -> bool:
 
 def open_attention(tower: nn.Module) -> None:
     """Turn every ``nn.MultiheadAttention`` below `tower` into `SelfAttention`, in place."""
-    for name, layer in list(tower.named_modules()):
-        if name and isinstance(layer, nn.MultiheadAttention):
-            tower.set_submodule(name, _like(SelfAttention(layer), layer))
+    _replace(tower, lambda _, layer: isinstance(layer, nn.MultiheadAttention), SelfAttention)
 
 
 def split_qkv(tower: nn.Module) -> None:
@@ -150,9 +144,7 @@ def split_qkv(tower: nn.Module) -> None:
         An ``nn.MultiheadAttention`` has dropout, added keys or another layout than [b, L, d].
     """
     open_attention(tower)
-    for name, layer in list(tower.named_modules()):
-        if name and is_fused(name, layer):
-            tower.set_submodule(name, _like(SplitProjection(layer), layer))
+    _replace(tower, is_fused, SplitProjection)
 
 
 def fuse_qkv(tower: nn.Module) -> None:
@@ -161,9 +153,7 @@ def fuse_qkv(tower: nn.Module) -> None:
     Adapters must have been merged or taken off.
     """
     for kind in (SelfAttention, SplitProjection):
-        for name, layer in list(tower.named_modules()):
-            if name and isinstance(layer, kind):
-                tower.set_submodule(name, _like(layer.fused(), layer))
+        _replace(tower, lambda _, layer, kind=kind: isinstance(layer, kind), kind.fused)
 
 
 def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
@@ -175,9 +165,14 @@ def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
     return layer
 
 
-def _like(new: nn.Module, old: nn.Module) -> nn.Module:
-    """`new` in the mode of `old`, requiring gradients as it does."""
-    return new.train(old.training).requires_grad_(any(parameter.requires_grad for parameter in old.parameters()))
+def _replace(
+    tower: nn.Module, chosen: Callable[[str, nn.Module], bool], make: Callable[[nn.Module], nn.Module]
+) -> None:
+    """Put what is made of a layer in its place, in its mode and requiring gradients as it does."""
+    for name, layer in list(tower.named_modules()):
+        if name and chosen(name, layer):
+            learns = any(parameter.requires_grad for parameter in layer.parameters())
+            tower.set_submodule(name, make(layer).train(layer.training).requires_grad_(learns))
 
 
 ADAPTER = "default"
@@ -204,13 +199,8 @@ def inject_adapters(module: nn.Module, names: Sequence[str], *, rank: int, seed:
 
 def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """A and B of every adapter by their names in the model; empty if there are none."""
-    names = {
-        f"{name}.{side}.{ADAPTER}.weight"
-        for name, layer in model.named_modules()
-        if isinstance(layer, LoraLayer)
-        for side in ("lora_A", "lora_B")
-    }
-    return {name: parameter for name, parameter in model.named_parameters() if name in names}
+    ends = (f".lora_A.{ADAPTER}.weight", f".lora_B.{ADAPTER}.weight")
+    return {name: parameter for name, parameter in model.named_parameters() if name.endswith(ends)}
 
 
 def remove_adapters(module: nn.Module) -> None:
@@ -229,14 +219,11 @@ def remove_adapters(module: nn.Module) -> None:
     del module.peft_config
 
 
-Kind = Literal["query, key, value", "convolutions"]
-
 # How the libraries call three projections that are layers of their own: CLIP and Swin of transformers 5, and its ViT.
 _TRIPLES = (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"))
 
 
-@dataclass(frozen=True)
-class AdapterLayout:
+class AdapterLayout(NamedTuple):
     """Where the adapters of a model go.
 
     Attributes
@@ -251,7 +238,7 @@ class AdapterLayout:
         Whether one layer of the model computes queries, keys and values.
     """
 
-    kind: Kind
+    kind: Literal["query, key, value", "convolutions"]
     names: tuple[str, ...]
     blocks: int
     fused: bool

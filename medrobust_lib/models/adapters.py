@@ -13,7 +13,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -25,16 +25,8 @@ from torch import nn
 
 from medrobust_lib.checks import check_choice, check_whole
 from medrobust_lib.files import file_sha256, parsed, save_tensors
-from medrobust_lib.models.adapter_layers import (
-    ADAPTER,
-    AdapterLayout,
-    adapter_layout,
-    adapter_parameters,
-    inject_adapters,
-    open_attention,
-    remove_adapters,
-    split_qkv,
-)
+from medrobust_lib.models import adapter_layers
+from medrobust_lib.models.adapter_layers import AdapterLayout, adapter_layout, adapter_parameters, inject_adapters
 from medrobust_lib.models.dual_encoder import DualEncoder, find_image_tower
 from medrobust_lib.models.weights import explained_errors, fingerprint, foreign_adapter
 from medrobust_lib.places import VERSION
@@ -46,8 +38,7 @@ _PEFT_PREFIX = "base_model.model."
 _FORMAT = 1
 
 
-@dataclass(frozen=True)
-class AttachedAdapters:
+class AttachedAdapters(NamedTuple):
     """What an adapted model keeps about its adapters.
 
     Attributes
@@ -137,11 +128,8 @@ def trainable_share(model: DualEncoder) -> TrainableShare:
     """Parameters of the adapters, of the whole image tower and of the whole model, which is in evaluation mode."""
     with torch.inference_mode(False), torch.enable_grad():
         tower = find_image_tower(copy.deepcopy(model)).parameters
-    counts = (
-        sum(parameter.numel() for parameter in group)
-        for group in (adapter_parameters(model).values(), tower.values(), model.parameters())
-    )
-    return TrainableShare(*counts)
+    groups = adapter_parameters(model).values(), tower.values(), model.parameters()
+    return TrainableShare(*(sum(parameter.numel() for parameter in group) for group in groups))
 
 
 def merge_adapters(model: DualEncoder) -> DualEncoder:
@@ -160,7 +148,7 @@ def merge_adapters(model: DualEncoder) -> DualEncoder:
     _required(model)
     with torch.inference_mode(False):
         merged = copy.deepcopy(model)
-        remove_adapters(merged)
+        adapter_layers.remove_adapters(merged)
     del merged.attached
     return merged.eval().requires_grad_(False)
 
@@ -199,14 +187,9 @@ def save_adapter(
         raise ValueError("provenance has an entry 'adapter', which is kept for the adapter itself; rename it")
     adapters = get_peft_model_state_dict(model, save_embedding_layers=False)
     tensors = {f"{_PEFT_PREFIX}{name}": tensor.to(dtype) for name, tensor in adapters.items()}
-    try:
-        given = json.dumps(dict(provenance), allow_nan=False)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"provenance holds more than JSON values: {error}") from error
     with whole_folder(folder) as partial:
         save_tensors(partial / _TENSORS, tensors)
-        config = copy.copy(model.peft_config[ADAPTER])
-        config.inference_mode = True
+        config = replace(model.peft_config[adapter_layers.ADAPTER], inference_mode=True)
         config.save_pretrained(str(partial))
         adapter = {
             "format": _FORMAT,
@@ -219,7 +202,10 @@ def save_adapter(
             "files": {name: file_sha256(partial / name) for name in (_TENSORS, _CONFIG)},
             "versions": {"medrobust_lib": VERSION, "peft": peft_version, "torch": torch.__version__},
         }
-        text = json.dumps({**json.loads(given), "adapter": adapter}, indent=1)
+        try:
+            text = json.dumps({**provenance, "adapter": adapter}, indent=1, allow_nan=False)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"provenance holds more than JSON values: {error}") from error
         (partial / _PROVENANCE).write_text(text + "\n", encoding="utf-8")
     return folder
 
@@ -311,7 +297,7 @@ def load_adapter(model: DualEncoder, folder: Path | str, *, merged: bool = True)
             raise ValueError(f"the adapter {folder} does not fit the layers of {model.id!r}; train it again")
         set_peft_model_state_dict(adapted, tensors)
         if merged:
-            remove_adapters(adapted)
+            adapter_layers.remove_adapters(adapted)
             del adapted.attached
         adapted = adapted.requires_grad_(False).to(model.dtype)
     adapted.id = f"{model.id} + {folder.resolve().name}"
@@ -353,9 +339,9 @@ def _open_layers(model: DualEncoder, layout: AdapterLayout, qkv: QKV) -> list[st
         block = model.get_submodule(name.rpartition(".")[0])
         projection = f"{name}.qkv" if isinstance(model.get_submodule(name), nn.MultiheadAttention) else name
         if qkv == "separate":
-            split_qkv(block)
+            adapter_layers.split_qkv(block)
             names += [f"{projection}.{part}" for part in "qkv"]
         else:
-            open_attention(block)
+            adapter_layers.open_attention(block)
             names.append(projection)
     return names

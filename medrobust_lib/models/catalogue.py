@@ -7,7 +7,7 @@ The rows are data, in ``models.toml``. Ids with a prefix make rows of their own:
 import importlib
 import json
 import tomllib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
@@ -32,27 +32,6 @@ OWN_PREFIXES = (LOCAL_DIR_PREFIX, HUB_PREFIX, PYTHON_PREFIX)
 DEMO_MODEL = "demo-clip"
 DEMO_VLM = "demo-vlm"
 
-_OWN_VLM_SIZE = 336  # of the image tower of LLaVA
-
-
-@dataclass(frozen=True)
-class WeightFile:
-    """One file of a model.
-
-    Attributes
-    ----------
-    name : str
-        Name under ``weights_dir/<model id>/``.
-    url : str
-        Where the file is published.
-    sha256 : str or None
-        Checked at load where it is known.
-    """
-
-    name: str
-    url: str
-    sha256: str | None = None
-
 
 @dataclass(frozen=True)
 class ModelEntry:
@@ -76,8 +55,9 @@ class ModelEntry:
         Paper to cite.
     parameters : int or None
         Number of parameters, computed from the architecture; None if not known.
-    files : tuple of WeightFile
-        What ``data_scripts/fetch_weights.py`` puts under ``weights_dir/<id>/``; all of the repository if empty.
+    files : sequence of str
+        Addresses of what ``data_scripts/fetch_weights.py`` puts under ``weights_dir/<id>/``, each by the last part of
+        its address; all of the repository if empty.
     loader : str or callable
         Of a dual encoder: ``"module:function"`` of this room or a function, called as
         ``loader(entry, weights_dir=..., offline=...)``; it returns a float32 model on the CPU.
@@ -92,7 +72,7 @@ class ModelEntry:
     source: str
     citation: str
     parameters: int | None = None
-    files: tuple[WeightFile, ...] = ()
+    files: Sequence[str] = ()
     loader: str | Loader = ""
     image_options: Mapping[str, Any] = field(default_factory=dict)
 
@@ -102,17 +82,14 @@ class ModelEntry:
         return not self.loader
 
 
-def _rows(kind: str) -> tuple[ModelEntry, ...]:
-    """Rows of one kind of ``models.toml``; a file is named as the last part of its address."""
-    table = tomllib.loads(files(BACKENDS).joinpath("models.toml").read_text(encoding="utf-8"))
-    return tuple(
-        ModelEntry(**{**row, "files": tuple(WeightFile(url.rpartition("/")[2], url) for url in row.get("files", ()))})
-        for row in table[kind]
-    )
+def read_table(name: str) -> dict[str, Any]:
+    """Content of a TOML file that lies beside this one."""
+    return tomllib.loads(files(BACKENDS).joinpath(name).read_text(encoding="utf-8"))
 
 
-DUAL_ENCODERS = _rows("dual_encoders")
-GENERATIVE = _rows("generative")
+DUAL_ENCODERS, GENERATIVE = (
+    tuple(ModelEntry(**row) for row in read_table("models.toml")[kind]) for kind in ("dual_encoders", "generative")
+)
 
 
 def own_entry(id: str, *, generative: bool = False) -> ModelEntry | None:
@@ -140,7 +117,7 @@ def own_entry(id: str, *, generative: bool = False) -> ModelEntry | None:
         loader = _own_loader(id, *place.partition(":")[::2])
     else:
         return None
-    size = _OWN_VLM_SIZE if generative else 0  # the files of a dual encoder say it
+    size = 336 if generative else 0  # of the image tower of LLaVA; the files of a dual encoder say it
     return ModelEntry(id, "own model", size, "not stated", id, citation="", loader="" if generative else loader)
 
 
@@ -177,16 +154,8 @@ def fetch_command(id: str) -> str:
 # From here on the model sees either blown-up pixels or a thumbnail of what a reader of the images saw.
 _SIZE_FACTOR = 3.0
 
-NOT_CLINICAL = "For teaching and research, not for clinical use."
-SYNTHETIC = "The images are synthetic phantoms, not patients' images: no number here says anything about patients."
-_OTHER_MODELS_ON_PHANTOMS = "Which model is best on synthetic phantoms says nothing about which is best on real images."
-OWN_SITE = f"{DEMO_MODEL} was trained on phantoms of this very site, so its numbers here are flattering."
-_DEMO_ON_REAL = (
-    f"{DEMO_MODEL} was trained on synthetic phantoms only: its numbers on real images test the plumbing and say "
-    "nothing about medical models."
-)
-UNSEEN_MODALITY = f"{DEMO_VLM} never saw this modality: its answers here are guesses."
-MADE_UP_ANSWERS = "What is called safe, and which action follows a finding, is made up and no medical advice."
+TEXTS = read_table("texts.toml")
+CAVEATS: dict[str, str] = TEXTS["caveats"]
 
 
 def caveats(model: Any, dataset: "ImageDataset") -> list[str]:
@@ -209,17 +178,17 @@ def caveats(model: Any, dataset: "ImageDataset") -> list[str]:
     base = model.provenance.get("base")  # a re-trained copy has seen what its base saw
     origin = base.get("id", model.id) if isinstance(base, Mapping) else base or model.id
     if dataset.synthetic:
-        found.append(SYNTHETIC)
+        found.append(CAVEATS["synthetic"])
         if origin != DEMO_MODEL:
-            found.append(_OTHER_MODELS_ON_PHANTOMS)
+            found.append(CAVEATS["other_models_on_phantoms"])
         elif dataset.id.endswith(SITE_A):
-            found.append(OWN_SITE)
+            found.append(CAVEATS["own_site"])
     elif origin == DEMO_MODEL:
-        found.append(_DEMO_ON_REAL)
+        found.append(CAVEATS["demo_on_real"].format(DEMO_MODEL))
     absent = [name for name, count in dataset.class_counts().items() if not count]
     if absent:
         found.append(f"No image of {len(absent)} of {len(dataset.classes)} classes was measured: {first_of(absent)}.")
-    return [*found, *dataset.caveats, *_size_caveats(model, dataset), NOT_CLINICAL]
+    return [*found, *dataset.caveats, *_size_caveats(model, dataset), CAVEATS["not_clinical"]]
 
 
 def vlm_caveats(vlm: Any, questions: "QuestionSet") -> list[str]:
@@ -229,14 +198,14 @@ def vlm_caveats(vlm: Any, questions: "QuestionSet") -> list[str]:
     found = []
     if not questions.synthetic:
         if vlm.id == DEMO_VLM:
-            found.append(_DEMO_ON_REAL.replace(DEMO_MODEL, DEMO_VLM))
+            found.append(CAVEATS["demo_on_real"].format(DEMO_VLM))
     elif vlm.id == DEMO_VLM:
         recipe = json.loads(files(BACKENDS).joinpath("demo", "vlm", "recipe.json").read_text(encoding="utf-8"))
         unseen = questions.id.removeprefix("phantom/").removesuffix(SITE_A) in {*MODALITIES} - {*recipe["modalities"]}
-        found += [*([UNSEEN_MODALITY] if unseen else []), SYNTHETIC, MADE_UP_ANSWERS]
+        found += [*([CAVEATS["unseen_modality"]] if unseen else []), CAVEATS["synthetic"], CAVEATS["made_up_answers"]]
     else:
-        found += [SYNTHETIC, MADE_UP_ANSWERS, _OTHER_MODELS_ON_PHANTOMS]
-    return [*found, *questions.provenance.get("caveats", ()), NOT_CLINICAL]
+        found += [CAVEATS["synthetic"], CAVEATS["made_up_answers"], CAVEATS["other_models_on_phantoms"]]
+    return [*found, *questions.provenance.get("caveats", ()), CAVEATS["not_clinical"]]
 
 
 def _size_caveats(model: Any, dataset: "ImageDataset") -> list[str]:

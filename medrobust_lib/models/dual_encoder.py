@@ -6,7 +6,7 @@ import copy
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -430,8 +430,7 @@ def _text_list(texts: Sequence[str]) -> list[str]:
     return texts
 
 
-@dataclass(frozen=True, eq=False)
-class ImageTower:
+class ImageTower(NamedTuple):
     """What only image features depend on: parameters and batch normalisation layers, by their names in the model."""
 
     parameters: dict[str, nn.Parameter]
@@ -455,9 +454,8 @@ def find_image_tower(model: DualEncoder) -> ImageTower:
         )
     for parameter in parameters.values():
         parameter.requires_grad_(True)
-    return ImageTower(
-        parameters, {name: norm for name, norm in model.named_modules() if name in own and isinstance(norm, _BatchNorm)}
-    )
+    norms = {name: norm for name, norm in model.named_modules() if name in own and isinstance(norm, _BatchNorm)}
+    return ImageTower(parameters, norms)
 
 
 def probes(model: DualEncoder) -> tuple[Callable[[], Tensor], Callable[[], Tensor]]:

@@ -20,7 +20,6 @@ ImageInput = np.ndarray | Sequence[Image.Image | np.ndarray | str | Path]
 
 PIXEL_LIMIT = 32.0  # largest magnitude taken for a noisy pixel; values in 0 to 255 were never scaled
 
-_RESAMPLING = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 _EIGHT_BIT_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr")
 
 
@@ -61,7 +60,7 @@ class Preprocessing:
     def __post_init__(self) -> None:
         check_whole("image_size", self.image_size)
         check_choice("geometry", self.geometry, get_args(Geometry))
-        check_choice("interpolation", self.interpolation, _RESAMPLING)
+        check_choice("interpolation", self.interpolation, get_args(Interpolation))
         if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
             raise ValueError(f"mean and std need 3 values each, std above 0: {self.mean}, {self.std}")
 
@@ -152,7 +151,7 @@ def _check_array(array: np.ndarray, name: str) -> None:
 
 def _square(image: Image.Image, preprocessing: Preprocessing) -> Image.Image:
     """RGB image of S x S pixels after the model's geometry."""
-    size, resampling = preprocessing.image_size, _RESAMPLING[preprocessing.interpolation]
+    size, resampling = preprocessing.image_size, Image.Resampling[preprocessing.interpolation.upper()]
     image = image.convert("L" if preprocessing.grayscale else "RGB")
     width, height = image.size
     if preprocessing.geometry in ("pad-square", "letterbox"):

@@ -1,12 +1,11 @@
 """Models by name: which there are, whether their weights are here, and where and in which precision they compute."""
 
-import importlib
 import inspect
 import os
+import pkgutil
 from collections.abc import Iterable
 from pathlib import Path
-from types import ModuleType
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
@@ -68,23 +67,14 @@ def resolve_dtype(dtype: "str | torch.dtype", device: "torch.device") -> "torch.
     raise ValueError(f"dtype must be 'auto', {', '.join(map(repr, _DTYPES))}, not {dtype!r}")
 
 
-class Placement(NamedTuple):
-    """Where and how a model is loaded, settled."""
-
-    device: "torch.device"
-    dtype: "torch.dtype"
-    weights_dir: Path
-    offline: bool
-
-
 def settled(
     device: "str | torch.device", dtype: "str | torch.dtype", weights_dir: str | Path | None, offline: bool | None
-) -> Placement:
+) -> tuple["torch.device", "torch.dtype", Path, bool]:
     """What `load_model` and `load_vlm` are asked for, with defaults filled in; raises as `resolve_device` does."""
     target = resolve_device(device)
     if offline is None:
         offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
-    return Placement(target, resolve_dtype(dtype, target), _weights_dir(weights_dir), offline)
+    return target, resolve_dtype(dtype, target), _weights_dir(weights_dir), offline
 
 
 def find_model(id: str, *, generative: bool = False) -> ModelEntry:
@@ -183,11 +173,11 @@ def load_model(
     from medrobust_lib.models.dual_encoder import DualEncoder
 
     entry = find_model(id)
-    place = settled(device, dtype, weights_dir, offline)
+    target, precision, folder, offline = settled(device, dtype, weights_dir, offline)
     loader = _resolve_loader(entry)
     # Building a network draws its first weights from torch's global stream; a load must not move the caller's.
     with torch.random.fork_rng(devices=[]):
-        model = loader(entry, weights_dir=place.weights_dir, offline=place.offline)
+        model = loader(entry, weights_dir=folder, offline=offline)
     if not isinstance(model, DualEncoder):
         raise ValueError(
             f"the loader of {id!r} must return a DualEncoder, not {type(model).__name__} ({model!r:.60}); its form is "
@@ -198,7 +188,7 @@ def load_model(
 
         model = load_adapter(model.eval(), adapter)
     # Convolutions run up to twice as fast with the channels innermost; other layers do not mind.
-    model.to(device=place.device, dtype=place.dtype, memory_format=torch.channels_last)
+    model.to(device=target, dtype=precision, memory_format=torch.channels_last)
     return model.requires_grad_(False).eval()
 
 
@@ -234,7 +224,7 @@ def _table(entries: Iterable[ModelEntry], weights_dir: Path) -> pd.DataFrame:
     rows = [
         {
             **vars(entry),
-            "sha256": _known_hashes(entry),
+            "sha256": read_sums(weights.DEMO_FOLDER) if entry.id == catalogue.DEMO_MODEL else {},
             "available_offline": available_offline(entry, weights_dir=weights_dir),
         }
         for entry in entries
@@ -294,8 +284,9 @@ def available_offline(entry: ModelEntry, *, weights_dir: Path) -> bool:
     if entry.source.startswith("https://"):
         return False  # its loader reads that folder only
     if not entry.files:
-        return any(weights.has_checkpoint(folder) for folder in _cached_folders(entry))
-    places = [hub_location(file.url) for file in entry.files]
+        cached = _cached_folder(entry)
+        return cached is not None and weights.has_checkpoint(cached)
+    places = [hub_location(url) for url in entry.files]
     return all(place is not None and _in_hub_cache(*place) for place in places)
 
 
@@ -315,15 +306,15 @@ def check_kind(entry: ModelEntry, *, weights_dir: Path | None = None) -> None:
     if callable(entry.loader):
         _check_loader(entry.loader, id=entry.id)
         return
-    folder = weights.model_folder(entry, weights_dir)
+    folder = weights.model_folder(entry, _weights_dir(weights_dir))
+    cached = _cached_folder(entry) if entry.source.startswith(catalogue.HUB_PREFIX) else None
     if entry.generative:
-        for found in _cached_folders(entry) if folder is None else [folder]:
-            _check_vlm_folder(found, id=entry.id)
+        if folder is not None or cached is not None:
+            _check_vlm_folder(folder or cached, id=entry.id)
     elif entry.id.startswith(catalogue.LOCAL_DIR_PREFIX):
-        _module(entry).check_folder(folder, id=entry.id)
-    elif entry.id.startswith(catalogue.HUB_PREFIX):
-        for found in _cached_folders(entry):
-            _check_snapshot(found, id=entry.id)
+        _from_room(f"{entry.loader.partition(':')[0]}:check_folder")(folder, id=entry.id)
+    elif entry.id.startswith(catalogue.HUB_PREFIX) and cached is not None:
+        _check_snapshot(cached, id=entry.id)
 
 
 def _check_vlm_folder(folder: Path, *, id: str) -> None:
@@ -331,10 +322,9 @@ def _check_vlm_folder(folder: Path, *, id: str) -> None:
     weights.check_no_adapter(folder, id=id)
     weights.check_writes_text(folder, id=id)
     if id.startswith(catalogue.LOCAL_DIR_PREFIX):
-        missing = [] if (folder / catalogue.CONFIG_NAME).is_file() else [catalogue.CONFIG_NAME]
-        missing += [] if weights.has_checkpoint(folder) else ["model weights"]
-        if missing:
-            raise weights.incomplete(folder, missing, id=id)
+        checkpoints = [path.name for path in folder.glob("*") if path.suffix in weights.CHECKPOINT_SUFFIXES]
+        wanted = {catalogue.CONFIG_NAME: [catalogue.CONFIG_NAME], "model weights": checkpoints}
+        weights.check_complete(folder, wanted, id=id)
         weights.check_tokenizer(folder, id=id)
 
 
@@ -346,7 +336,7 @@ def _check_snapshot(folder: Path, *, id: str) -> None:
         weights.check_clip_type(folder, id=id)
         back_end = "transformers_clip"
     if weights.has_checkpoint(folder):  # else the rest is still to be fetched
-        importlib.import_module(f"{catalogue.BACKENDS}.{back_end}").check_folder(folder, id=id)
+        _from_room(f"{back_end}:check_folder")(folder, id=id)
 
 
 def _check_loader(loader: Loader, *, id: str) -> None:
@@ -375,11 +365,12 @@ def _resolve_loader(entry: ModelEntry) -> Loader:
     if callable(entry.loader):
         _check_loader(entry.loader, id=entry.id)
         return entry.loader
-    return getattr(_module(entry), entry.loader.partition(":")[2])
+    return _from_room(entry.loader)
 
 
-def _module(entry: ModelEntry) -> ModuleType:
-    return importlib.import_module(f"{catalogue.BACKENDS}.{entry.loader.partition(':')[0]}")
+def _from_room(place: str) -> Any:
+    """The ``"module:function"`` of this room."""
+    return pkgutil.resolve_name(f"{catalogue.BACKENDS}.{place}")
 
 
 def _dual_encoders() -> tuple[ModelEntry, ...]:
@@ -390,24 +381,13 @@ def _weights_dir(given: str | Path | None) -> Path:
     return default_weights_dir() if given is None else Path(given).expanduser()
 
 
-def _cached_folders(entry: ModelEntry) -> list[Path]:
+def _cached_folder(entry: ModelEntry) -> Path | None:
     """The snapshot of an ``hf:`` source in the hub cache, if one of its configurations is in it."""
     repository = entry.source.removeprefix(catalogue.HUB_PREFIX)
-    found = [
-        weights.hub_snapshot(repository, name) for name in (catalogue.CONFIG_NAME, catalogue.OPEN_CLIP_CONFIG_NAME)
-    ]
-    return [folder for folder in dict.fromkeys(found) if folder is not None]
+    return weights.hub_snapshot(repository, catalogue.CONFIG_NAME, catalogue.OPEN_CLIP_CONFIG_NAME)
 
 
 def _in_hub_cache(repository: str, name: str) -> bool:
     """Whether a file is in the hub cache; a checkpoint counts in any of its formats."""
-    is_checkpoint = name.endswith(weights.CHECKPOINT_SUFFIXES)
-    return any(
-        weights.hub_snapshot(repository, other) for other in (weights.HUB_CHECKPOINTS if is_checkpoint else (name,))
-    )
-
-
-def _known_hashes(entry: ModelEntry) -> dict[str, str]:
-    if entry.id == catalogue.DEMO_MODEL:
-        return read_sums(weights.DEMO_FOLDER)
-    return {file.name: file.sha256 for file in entry.files if file.sha256 is not None}
+    names = weights.HUB_CHECKPOINTS if name.endswith(weights.CHECKPOINT_SUFFIXES) else (name,)
+    return weights.hub_snapshot(repository, *names) is not None

@@ -4,27 +4,24 @@ MedCLIP (Wang et al. 2022, arXiv:2210.10163) is Swin-T or ResNet-50 beside Bio_C
 transformers and torchvision. UniMed-CLIP (Khattak et al. 2024, arXiv:2412.10372) is ViT-B/16 beside BiomedBERT,
 trained with a fork of open_clip whose ``CLIP`` class holds a BERT as ``text_encoder`` and takes an argument that
 upstream does not know; upstream's ``CustomTextCLIP`` computes the same with other names, so the keys are renamed.
-The sizes are the defaults of the libraries' configurations, so that no network is needed. RobustMedCLIP (Imam et al.
-2025, arXiv:2505.15425) is BiomedCLIP whose fused ``qkv`` layers gain three separate low-rank products, without any
-scaling: here each is added to its third of the layer's weight.
+The sizes come with the package or are the defaults of the libraries, so that no network is needed. RobustMedCLIP
+(Imam et al. 2025, arXiv:2505.15425) is BiomedCLIP whose fused ``qkv`` layers gain three separate low-rank products,
+without any scaling: here each is added to its third of the layer's weight.
 """
 
-import json
+import itertools
 import math
 import re
 import shutil
 import tempfile
 import warnings
+from collections import OrderedDict
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from huggingface_hub import hf_hub_download
-from open_clip import CLIPTextCfg, CLIPVisionCfg, CustomTextCLIP
-from open_clip.model import set_model_preprocess_cfg
-from open_clip.tokenizer import HFTokenizer
-from open_clip.transform import PreprocessCfg
 from tokenizers import BertWordPieceTokenizer
 from torch import Tensor, nn
 from torch.nn import functional
@@ -36,10 +33,9 @@ from medrobust_lib.models.catalogue import OPEN_CLIP_CONFIG_NAME, ModelEntry
 from medrobust_lib.models.dual_encoder import DualEncoder, Tokens, check_text_lengths
 from medrobust_lib.models.geometry import Preprocessing
 from medrobust_lib.models.loading import find_model
-from medrobust_lib.models.open_clip import OpenClipEncoder, load_open_clip
+from medrobust_lib.models.open_clip import OpenClipEncoder, build_folder, load_open_clip
 
-CONTEXT_LENGTH = 77
-UNIMED_CONTEXT_LENGTH = 256
+UNIMED_FOLDER = Path(__file__).with_name("unimedclip")
 EMBED_DIM = 512
 IMAGE_MEAN, IMAGE_STD = 0.5862785803043838, 0.27950088968644304
 LARGEST_LOG_SCALE = 4.6052
@@ -56,6 +52,12 @@ _SWIN_RENAMES = (
     (r"\.intermediate\.dense\.", ".mlp.fc1."),
     (r"\.output\.dense\.", ".mlp.fc2."),
 )
+# UniMed-CLIP's fork of open_clip, and RobustMedCLIP's model.pth: a vision tower with wrapped qkv layers beside a BERT.
+_FORK_RENAMES = (
+    (r"^text_encoder\.", "text."),
+    (r"^lora_vit\.lora_vit\.", "visual."),
+    (r"\.attn\.qkv\.qkv\.", ".attn.qkv."),
+)
 # Index tables that older versions stored; they follow from the configuration.
 _DERIVED_KEYS = ("position_ids", "relative_position_index")
 
@@ -70,14 +72,10 @@ class _SwinTower(nn.Module):
         return self.projection_head(self.model(pixels).pooler_output)
 
 
-class _ResNetTower(nn.Module):
-    def __init__(self, blocks: Sequence[int], embed_dim: int) -> None:
-        super().__init__()
-        self.model = ResNet(Bottleneck, list(blocks))
-        self.model.fc = nn.Linear(self.model.fc.in_features, embed_dim, bias=False)
-
-    def forward(self, pixels: Tensor) -> Tensor:
-        return self.model(pixels)
+def _resnet_tower(blocks: Sequence[int], embed_dim: int) -> nn.Sequential:
+    network = ResNet(Bottleneck, list(blocks))
+    network.fc = nn.Linear(network.fc.in_features, embed_dim, bias=False)
+    return nn.Sequential(OrderedDict(model=network))
 
 
 class _TextTower(nn.Module):
@@ -87,9 +85,8 @@ class _TextTower(nn.Module):
         self.projection_head = nn.Linear(config.hidden_size, embed_dim, bias=False)
 
     def forward(self, embeddings: Tensor, mask: Tensor, pooled: Tensor) -> Tensor:
-        hidden = self.model(
-            inputs_embeds=embeddings, attention_mask=mask.long(), output_hidden_states=True
-        ).hidden_states
+        encoded = self.model(inputs_embeds=embeddings, attention_mask=mask.long(), output_hidden_states=True)
+        hidden = encoded.hidden_states
         layers = (hidden[1] + hidden[2] + hidden[-1]) / 3
         counted = pooled.to(layers.dtype)
         return self.projection_head((counted[:, :, None] * layers).sum(dim=1) / counted.sum(dim=1, keepdim=True))
@@ -105,7 +102,7 @@ class MedCLIPNetwork(nn.Module):
         self, vision: SwinConfig | tuple[int, int, int, int], text: BertConfig, embed_dim: int = EMBED_DIM
     ) -> None:
         super().__init__()
-        tower = _SwinTower if isinstance(vision, SwinConfig) else _ResNetTower
+        tower = _SwinTower if isinstance(vision, SwinConfig) else _resnet_tower
         self.vision_model = tower(vision, embed_dim)
         self.text_model = _TextTower(text, embed_dim)
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
@@ -121,13 +118,7 @@ class MedCLIPEncoder(DualEncoder):
     """MedCLIP behind the common interface; its tokenizer lower-cases over Bio_ClinicalBERT's vocabulary."""
 
     def __init__(
-        self,
-        network: MedCLIPNetwork,
-        tokenizer: BertWordPieceTokenizer,
-        *,
-        id: str,
-        image_size: int,
-        provenance: dict,
+        self, network: MedCLIPNetwork, tokenizer: BertWordPieceTokenizer, *, id: str, image_size: int, provenance: dict
     ) -> None:
         log_scale = min(max(float(network.logit_scale.detach()), 0.0), LARGEST_LOG_SCALE)
         super().__init__(
@@ -141,7 +132,7 @@ class MedCLIPEncoder(DualEncoder):
                 grayscale=True,
             ),
             embed_dim=network.text_model.projection_head.out_features,
-            context_length=CONTEXT_LENGTH,
+            context_length=77,
             logit_scale=math.exp(log_scale),
             provenance={**provenance, "pad_length": PAD_LENGTH},
         )
@@ -158,13 +149,13 @@ class MedCLIPEncoder(DualEncoder):
         Text is lower-cased although the vocabulary is cased, as the tokenizer of the hub id does.
         """
         texts = [texts] if isinstance(texts, str) else list(texts)
-        encoded = [encoding.ids for encoding in self._tokenizer.encode_batch(texts)]
-        counts = [len(ids) for ids in encoded]
+        encoded = self._tokenizer.encode_batch(texts)
+        counts = [len(encoding) for encoding in encoded]
         check_text_lengths(texts, counts, context_length=self.context_length, model_id=self.id)
-        ids = torch.full((len(texts), max(PAD_LENGTH, *counts)), self._pad_id)
-        for row, tokens in zip(ids, encoded, strict=True):
-            row[: len(tokens)] = torch.tensor(tokens)
-        return Tokens(ids, torch.arange(ids.shape[1]) < torch.tensor(counts)[:, None])
+        for encoding in encoded:
+            encoding.pad(max(PAD_LENGTH, *counts), pad_id=self._pad_id)
+        masks = torch.tensor([encoding.attention_mask for encoding in encoded])
+        return Tokens(torch.tensor([encoding.ids for encoding in encoded]), masks.bool())
 
     def embed_tokens(self, tokens: Tokens) -> Tensor:
         """Word embeddings [k, L, 768] of the tokens, without positions, on the model's device."""
@@ -185,15 +176,17 @@ class MedCLIPEncoder(DualEncoder):
 def convert_state_dict(state_dict: Mapping[str, Tensor], *, expected: Collection[str]) -> dict[str, Tensor]:
     """Checkpoint tensors under the names of the installed libraries.
 
-    Derived index tables are left out and the parts of the Swin blocks renamed where transformers did so; a key among
-    the `expected` ones, those of the network, keeps its name.
+    Derived index tables are left out, the parts of the Swin blocks renamed where transformers did so, and the towers of
+    UniMed-CLIP and of RobustMedCLIP's ``model.pth`` as upstream's open_clip calls them; a key among the `expected`
+    ones, those of the network, keeps its name.
     """
     converted = {}
     for key, tensor in state_dict.items():
         if key.endswith(_DERIVED_KEYS):
             continue
-        if key not in expected and key.startswith("vision_model.model.encoder."):
-            for pattern, replacement in _SWIN_RENAMES:
+        if key not in expected:
+            renames = _SWIN_RENAMES if key.startswith("vision_model.model.encoder.") else _FORK_RENAMES
+            for pattern, replacement in renames:
                 key = re.sub(pattern, replacement, key)
         converted[key] = tensor
     return converted
@@ -223,7 +216,7 @@ def _check_size(vocabulary: Path, known: int, expected: int) -> None:
         )
 
 
-def _find_vocabulary(entry: ModelEntry, repository: str, *, weights_dir: Path | None, offline: bool) -> Path:
+def _find_vocabulary(entry: ModelEntry, repository: str, *, weights_dir: Path, offline: bool) -> Path:
     """The ``vocab.txt`` in ``weights_dir/<id>/``, else that of a hub repository.
 
     Raises
@@ -231,28 +224,33 @@ def _find_vocabulary(entry: ModelEntry, repository: str, *, weights_dir: Path | 
     FileNotFoundError
         Naming both places and the command that fetches the file.
     """
-    places = [] if weights_dir is None else [weights_dir / entry.id / weights.VOCABULARY_NAME]
-    if places and places[0].is_file():
-        return places[0]
+    place = weights_dir / entry.id / weights.VOCABULARY_NAME
+    if place.is_file():
+        return place
     try:
         with weights.hub_access(offline=offline):
             return Path(hf_hub_download(repository, weights.VOCABULARY_NAME, local_files_only=offline))
     except OSError as error:
-        looked = ", ".join([*map(str, places), f"{repository} on the hub" + (" (cache only)" if offline else "")])
         raise FileNotFoundError(
-            f"no vocab.txt for the tokenizer of {entry.id}; looked at: {looked}. "
-            f"Run `python data_scripts/fetch_weights.py {entry.id}`"
+            f"no vocab.txt for the tokenizer of {entry.id}; looked at: {place}, {repository} on the hub"
+            f"{' (cache only)' if offline else ''}. Run `python data_scripts/fetch_weights.py {entry.id}`"
         ) from error
 
 
-def load_medclip(entry: ModelEntry, *, weights_dir: Path | None, offline: bool) -> MedCLIPEncoder:
+def _fill(network: nn.Module, checkpoint: Path) -> None:
+    state_dict = convert_state_dict(weights.read_state_dict(checkpoint), expected=network.state_dict())
+    with weights.explained_errors(str(checkpoint)):
+        network.load_state_dict(state_dict)
+
+
+def load_medclip(entry: ModelEntry, *, weights_dir: Path, offline: bool) -> MedCLIPEncoder:
     """MedCLIP from ``weights_dir/<id>/pytorch_model.bin`` (or ``model.safetensors`` with the same keys).
 
     Parameters
     ----------
     entry : ModelEntry
         Row of ``medclip-vit`` or ``medclip-rn50``.
-    weights_dir : Path or None
+    weights_dir : Path
         Folder of all weights. ``vocab.txt`` is looked for beside the weights, then on the hub.
     offline : bool
         Whether to leave the network alone.
@@ -273,54 +271,17 @@ def load_medclip(entry: ModelEntry, *, weights_dir: Path | None, offline: bool) 
     vocabulary = _find_vocabulary(entry, "emilyalsentzer/Bio_ClinicalBERT", weights_dir=weights_dir, offline=offline)
     network = published_network(entry.id)
     tokenizer = read_tokenizer(vocabulary, vocab_size=network.text_model.model.config.vocab_size)
-    state_dict = convert_state_dict(weights.read_state_dict(checkpoint), expected=network.state_dict().keys())
-    weights.load_strictly(network, state_dict, source=checkpoint)
+    _fill(network, checkpoint)
     provenance = weights.describe_files(entry, checkpoint, vocabulary)
     encoder = MedCLIPEncoder(network, tokenizer, id=entry.id, image_size=entry.image_size, provenance=provenance)
     return encoder.eval().requires_grad_(False)
 
 
-def build_unimed_network(
-    text_folder: Path,
-    *,
-    vision: CLIPVisionCfg | None = None,
-    text: BertConfig | None = None,
-    embed_dim: int = EMBED_DIM,
-) -> CustomTextCLIP:
-    """Upstream's network with random weights, CLIP's own image preprocessing noted on it.
-
-    The sizes are by default those of ``unimed_clip_vit_b16.pt``: ViT-B/16, uncased BERT base. The folder receives the
-    text tower's ``config.json``, which open_clip reads from a folder or the hub only.
-    """
-    vision = vision or CLIPVisionCfg()
-    (text or BertConfig()).save_pretrained(text_folder)
-    network = CustomTextCLIP(
-        embed_dim=embed_dim,
-        vision_cfg=vision,
-        text_cfg=CLIPTextCfg(
-            hf_model_name=str(text_folder),
-            hf_model_pretrained=False,
-            hf_proj_type="mlp",
-            hf_pooler_type="cls_last_hidden_state_pooler",
-        ),
-        quick_gelu=True,
-    )
-    set_model_preprocess_cfg(network, asdict(PreprocessCfg(size=vision.image_size)))
-    return network
-
-
-def convert_fork_keys(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors of the text tower of UniMed-CLIP or RobustMedCLIP under upstream's names, without ``position_ids``."""
-    return {
-        re.sub(r"^text_encoder\.", "text.", key): tensor
-        for key, tensor in state_dict.items()
-        if not key.endswith("position_ids")
-    }
-
-
-def load_unimedclip(entry: ModelEntry, *, weights_dir: Path | None, offline: bool) -> OpenClipEncoder:
+def load_unimedclip(entry: ModelEntry, *, weights_dir: Path, offline: bool) -> OpenClipEncoder:
     """UniMed-CLIP from ``weights_dir/<id>/unimed_clip_vit_b16.pt`` (or ``.safetensors`` with the same keys).
 
+    Its sizes, ViT-B/16 and uncased BERT base, stand in ``models/unimedclip`` in open_clip's format, CLIP's own image
+    preprocessing with them.
     Parameters, result and errors are those of `load_medclip`.
     """
     names = ("unimed_clip_vit_b16.pt", "unimed_clip_vit_b16.safetensors")
@@ -328,32 +289,23 @@ def load_unimedclip(entry: ModelEntry, *, weights_dir: Path | None, offline: boo
     bert = "microsoft/BiomedNLP-BiomedBERT-base-uncased-abstract"
     vocabulary = _find_vocabulary(entry, bert, weights_dir=weights_dir, offline=offline)
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        network = build_unimed_network(folder)
-        shutil.copyfile(vocabulary, folder / "vocab.txt")
-        settings = {"tokenizer_class": "BertTokenizer", "do_lower_case": True}
-        (folder / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
-        tokenizer = HFTokenizer(str(folder), context_length=UNIMED_CONTEXT_LENGTH)
+        folder = Path(shutil.copytree(UNIMED_FOLDER, name, dirs_exist_ok=True))
+        shutil.copyfile(vocabulary, folder / weights.VOCABULARY_NAME)
+        network, tokenizer = build_folder(folder)
     _check_size(vocabulary, len(tokenizer.tokenizer), network.text.vocab_size)
-    weights.load_strictly(network, convert_fork_keys(weights.read_state_dict(checkpoint)), source=checkpoint)
-    encoder = OpenClipEncoder(
-        network, tokenizer, id=entry.id, provenance=weights.describe_files(entry, checkpoint, vocabulary)
-    )
-    return encoder.eval().requires_grad_(False)
+    _fill(network, checkpoint)
+    provenance = weights.describe_files(entry, checkpoint, vocabulary)
+    return OpenClipEncoder(network, tokenizer, id=entry.id, provenance=provenance).eval().requires_grad_(False)
 
 
 # A [r, d] and B [d, r] by block and part (q, k or v) of its layer, whose weight gains B @ A in that third.
 Adapters = dict[tuple[int, str], tuple[Tensor, Tensor]]
 
-_SHORT_KEY = re.compile(r"w_(?P<side>[ab])_(?P<number>\d+)")
-_HEAD_KEY = re.compile(r"fc_\d+in_\d+out")
-_LONG_KEY = re.compile(
-    r"lora_vit\.lora_vit\.trunk\.blocks\.(?P<block>\d+)\.attn\.qkv\.linear_(?P<side>[ab])_(?P<part>[qkv])\.weight"
-)
+_ADAPTER_KEY = "visual.trunk.blocks.{}.attn.qkv.linear_{}_{}.weight"  # of a block, of A or B, of q, k or v
 
 
-def short_adapters(tensors: Mapping[str, Tensor], *, blocks: int, source: str | Path) -> Adapters:
-    """Adapters of the authors' ``lora_weights.safetensors``, for a vision tower of so many blocks.
+def short_file_keys(tensors: Mapping[str, Tensor], *, blocks: int, source: str | Path) -> dict[str, Tensor]:
+    """Tensors of the authors' ``lora_weights.safetensors`` under open_clip's names, for a tower of so many blocks.
 
     The file numbers its pairs ``w_a_000``, ``w_b_000``, ... block by block. The authors' code collects q and v
     only, so that k, although trained, is not in the file; a file with three pairs a block holds q, k, v.
@@ -363,55 +315,43 @@ def short_adapters(tensors: Mapping[str, Tensor], *, blocks: int, source: str | 
     ValueError
         If the pairs are incomplete, or are neither two nor three a block; names the `source`.
     """
-    sides: dict[str, dict[int, Tensor]] = {"a": {}, "b": {}}
-    for key, tensor in tensors.items():
-        match = _SHORT_KEY.fullmatch(key)
-        if match:
-            sides[match["side"]][int(match["number"])] = tensor
-    numbers = sorted(sides["a"])
-    if numbers != sorted(sides["b"]) or numbers != list(range(len(numbers))):
-        raise ValueError(
-            f"{source}: the adapters must come in pairs numbered from 0; found w_a {numbers}, w_b {sorted(sides['b'])}"
-        )
-    parts = {2 * blocks: "qv", 3 * blocks: "qkv"}.get(len(numbers))
+    a, b = (sorted(int(key[4:]) for key in tensors if re.fullmatch(rf"w_{side}_\d{{3}}", key)) for side in "ab")
+    if a != b or a != list(range(len(a))):
+        raise ValueError(f"{source}: the adapters must come in pairs numbered from 0; found w_a {a}, w_b {b}")
+    parts = {2 * blocks: "qv", 3 * blocks: "qkv"}.get(len(a))
     if parts is None:
         raise ValueError(
-            f"{source} holds {len(numbers)} adapter pairs; a vision tower of {blocks} blocks needs "
+            f"{source} holds {len(a)} adapter pairs; a vision tower of {blocks} blocks needs "
             f"{2 * blocks} (q, v) or {3 * blocks} (q, k, v)"
         )
-    places = [(block, part) for block in range(blocks) for part in parts]
-    return {place: (sides["a"][number], sides["b"][number]) for number, place in enumerate(places)}
+    names = {
+        f"w_{side}_{number:03d}": _ADAPTER_KEY.format(block, side, part)
+        for number, (block, part) in enumerate(itertools.product(range(blocks), parts))
+        for side in "ab"
+    }
+    return {
+        re.sub(r"^fc_\d+in_\d+out$", "visual.head.proj.weight", names.get(key, key)): tensor
+        for key, tensor in tensors.items()
+    }
 
 
-def split_full_checkpoint(
-    state_dict: Mapping[str, Tensor], *, blocks: int, source: str | Path
-) -> tuple[Adapters, dict[str, Tensor]]:
-    """Adapters and backbone of the authors' ``model.pth``, for a vision tower of so many blocks.
-
-    The file holds ``lora_vit.lora_vit.*`` (vision tower with wrapped ``qkv`` layers) and ``text_encoder.*``; the
-    backbone comes under open_clip's names. The logit scale is not in it: the authors trained without a temperature.
+def take_adapters(state_dict: dict[str, Tensor], *, blocks: int, source: str | Path) -> Adapters:
+    """Take the adapters out of tensors under open_clip's names, for a vision tower of so many blocks; k may lack.
 
     Raises
     ------
     ValueError
         If a block has no q or v adapter, or a factor lacks its partner; names the `source`.
     """
-    found: dict[tuple[int, str], dict[str, Tensor]] = {}
-    backbone = {}
-    for key, tensor in state_dict.items():
-        match = _LONG_KEY.fullmatch(key)
-        if match:
-            found.setdefault((int(match["block"]), match["part"]), {})[match["side"]] = tensor
-        else:
-            key = key.replace("lora_vit.lora_vit.", "visual.", 1).replace(".attn.qkv.qkv.", ".attn.qkv.")
-            backbone[key] = tensor
-    needed = {(block, part) for block in range(blocks) for part in "qv"}
-    incomplete = [place for place in needed | set(found) if set(found.get(place, ())) != {"a", "b"}]
-    outside = [place for place in found if place[0] >= blocks]
-    if incomplete or outside:
-        named = ", ".join(f"block {block} {part}" for block, part in sorted(incomplete + outside)[:10])
-        raise ValueError(f"{source}: adapters missing, incomplete or beyond the {blocks} blocks: {named}")
-    return {place: (pair["a"], pair["b"]) for place, pair in found.items()}, convert_fork_keys(backbone)
+    adapters = {}
+    for block, part in itertools.product(range(blocks), "qkv"):
+        keys = [_ADAPTER_KEY.format(block, side, part) for side in "ab"]
+        pair = [state_dict.pop(key) for key in keys if key in state_dict]
+        if len(pair) == 2:
+            adapters[block, part] = tuple(pair)
+        elif pair or part != "k":
+            raise ValueError(f"{source}: adapter missing or incomplete: block {block} {part}")
+    return adapters
 
 
 def add_products(visual: nn.Module, adapters: Adapters, *, source: str | Path) -> None:
@@ -437,60 +377,43 @@ def add_products(visual: nn.Module, adapters: Adapters, *, source: str | Path) -
             layer.weight[width * "qkv".index(part) :][:width] += product
 
 
-def apply_checkpoint(clip: nn.Module, tensors: Mapping[str, Tensor], *, source: str | Path) -> None:
-    """Turn BiomedCLIP, of open_clip with a timm tower, into RobustMedCLIP with either of the authors' two files.
-
-    Warns
-    -----
-    UserWarning
-        If the file lacks the k adapters: they are then zero, and the model is not the one that was published.
-
-    Raises
-    ------
-    ValueError
-        If keys or shapes do not fit; names the `source`.
-    """
-    blocks = len(clip.visual.trunk.blocks)
-    if any(_SHORT_KEY.fullmatch(key) for key in tensors):
-        adapters = short_adapters(tensors, blocks=blocks, source=source)
-        backbone = clip.state_dict() | {
-            "visual.head.proj.weight" if _HEAD_KEY.fullmatch(key) else key: tensor
-            for key, tensor in tensors.items()
-            if not _SHORT_KEY.fullmatch(key)
-        }
-    else:
-        adapters, backbone = split_full_checkpoint(tensors, blocks=blocks, source=source)
-        backbone.setdefault("logit_scale", clip.state_dict()["logit_scale"])
-    weights.load_strictly(clip, backbone, source=source)
-    without_keys = blocks - sum(part == "k" for _, part in adapters)
-    if without_keys:
-        warnings.warn(
-            f"{source} holds no k adapters for {without_keys} of {blocks} blocks (the authors' code trains "
-            "them but does not save them in lora_weights.safetensors); they are set to zero, so the features "
-            "differ from the published model's; use the full model.pth where you can",
-            UserWarning,
-            stacklevel=2,
-        )
-    add_products(clip.visual, adapters, source=source)
-
-
-def load_robustmedclip(entry: ModelEntry, *, weights_dir: Path | None, offline: bool) -> OpenClipEncoder:
+def load_robustmedclip(entry: ModelEntry, *, weights_dir: Path, offline: bool) -> OpenClipEncoder:
     """RobustMedCLIP: BiomedCLIP with the adapters in ``weights_dir/<id>/`` merged into its weights.
 
     ``model.pth`` is preferred, since ``lora_weights.safetensors`` lacks the k adapters, of which a warning tells.
     BiomedCLIP is taken from ``weights_dir/<id>/`` if its configuration lies there, else loaded as the model
     ``biomedclip``. The logit scale is BiomedCLIP's: the authors trained and scored without one.
     Parameters and errors are those of `load_medclip`.
+
+    Warns
+    -----
+    UserWarning
+        If the file lacks the k adapters: they are then zero, and the model is not the one that was published.
     """
     checkpoint = weights.find_weights(entry, ("model.pth", "lora_weights.safetensors"), weights_dir=weights_dir)
     base_entry = find_model("biomedclip")
     if (checkpoint.parent / OPEN_CLIP_CONFIG_NAME).is_file():
         base_entry = replace(base_entry, id=entry.id)
     encoder = load_open_clip(base_entry, weights_dir=weights_dir, offline=offline)
-    apply_checkpoint(encoder.model, weights.read_state_dict(checkpoint), source=checkpoint)
-    encoder.id = entry.id
-    encoder.provenance = {
-        **weights.describe_files(entry, checkpoint),
-        "base": {"id": "biomedclip", **encoder.provenance},
-    }
+    tensors, own = weights.read_state_dict(checkpoint), encoder.model.state_dict()
+    blocks = len(encoder.model.visual.trunk.blocks)
+    if any(key.startswith("w_a_") for key in tensors):
+        state_dict = own | short_file_keys(tensors, blocks=blocks, source=checkpoint)
+    else:  # the logit scale is not in the file: the authors trained without a temperature
+        state_dict = {"logit_scale": own["logit_scale"]} | convert_state_dict(tensors, expected=own)
+    adapters = take_adapters(state_dict, blocks=blocks, source=checkpoint)
+    with weights.explained_errors(str(checkpoint)):
+        encoder.model.load_state_dict(state_dict)
+    without_keys = blocks - sum(part == "k" for _, part in adapters)
+    if without_keys:
+        warnings.warn(
+            f"{checkpoint} holds no k adapters for {without_keys} of {blocks} blocks (the authors' code trains "
+            "them but does not save them in lora_weights.safetensors); they are set to zero, so the features "
+            "differ from the published model's; use the full model.pth where you can",
+            UserWarning,
+            stacklevel=2,
+        )
+    add_products(encoder.model.visual, adapters, source=checkpoint)
+    base = {"id": "biomedclip", **encoder.provenance}
+    encoder.id, encoder.provenance = entry.id, {**weights.describe_files(entry, checkpoint), "base": base}
     return encoder.eval().requires_grad_(False)

@@ -2,53 +2,36 @@
 
 import inspect
 import logging
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, fields
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import open_clip
 import torch
 from open_clip import CLIPTextCfg, CLIPVisionCfg
 from open_clip.hf_model import HFTextEncoder
-from open_clip.transform import PreprocessCfg
+from open_clip.transform import PreprocessCfg, merge_preprocess_dict
 from open_clip.transformer import TextTransformer, text_global_pool
 from torch import Tensor
 from torch.nn import functional
 
-from medrobust_lib.files import parsed, read_json_object, read_sums
+from medrobust_lib.files import parsed, read_json_object
 from medrobust_lib.models import weights
-from medrobust_lib.models.catalogue import CONFIG_NAME, DEMO_MODEL, OPEN_CLIP_CONFIG_NAME
+from medrobust_lib.models.catalogue import CONFIG_NAME, DEMO_MODEL, OPEN_CLIP_CONFIG_NAME, ModelEntry, read_table
 from medrobust_lib.models.dual_encoder import DualEncoder, Tokens, check_text_lengths, check_text_path
 from medrobust_lib.models.geometry import Preprocessing, per_channel
-
-if TYPE_CHECKING:
-    from medrobust_lib.models.catalogue import ModelEntry
 
 _GEOMETRIES = {"shortest": "shortest-edge-crop", "squash": "squash"}
 # open_clip's own inference transform reads "random" as bicubic.
 _INTERPOLATIONS = {"bicubic": "bicubic", "bilinear": "bilinear", "random": "bicubic"}
 # open_clip_config.json. open_clip builds the towers by it, but passes over what it does not know of the images.
-_MODEL_SETTINGS: dict[str, weights.Settings] = {
-    "model_cfg": dict.fromkeys((*inspect.signature(open_clip.CLIP).parameters, "custom_text"), weights.HONOURED),
-    # A tower gives a feature alone; a text gets no class token (CoCa), and is not cut in another way.
-    "vision_cfg": {
-        **dict.fromkeys((field.name for field in fields(CLIPVisionCfg)), weights.HONOURED),
-        "output_tokens": (False,),
-    },
-    "text_cfg": {
-        **dict.fromkeys((field.name for field in fields(CLIPTextCfg)), weights.HONOURED),
-        "output_tokens": (False,),
-        "embed_cls": (False,),
-        "tokenizer_mode": ("",),
-    },
-}
-_IMAGE_SETTINGS: weights.Settings = {
-    **dict.fromkeys(("size", "mean", "std", "fill_color"), weights.HONOURED),  # nothing is filled in these geometries
-    "mode": ("RGB",),
-    "interpolation": tuple(_INTERPOLATIONS),
-    "resize_mode": tuple(_GEOMETRIES),
+_SETTINGS: dict[str, weights.Settings] = read_table("settings.toml")["open_clip"]
+_KNOWN_TO_OPEN_CLIP = {
+    "model_cfg": (*inspect.signature(open_clip.CLIP).parameters, "custom_text"),
+    "vision_cfg": [field.name for field in fields(CLIPVisionCfg)],
+    "text_cfg": [field.name for field in fields(CLIPTextCfg)],
 }
 
 
@@ -87,7 +70,14 @@ class OpenClipEncoder(DualEncoder):
         )
         self.model = model
         self._tokenizer = tokenizer
-        self._check_text_side()
+        tower = self._text_tower
+        if not isinstance(tower, (open_clip.CLIP, TextTransformer, HFTextEncoder)):
+            raise ValueError(f"{self.id}: a text tower of type {type(tower).__name__} is not supported")
+        if getattr(tower, "cls_emb", None) is not None:
+            raise ValueError(f"{self.id}: a text tower with an appended class token (CoCa) is not supported")
+        if getattr(tokenizer, "tokenizer_mode", None):
+            raise ValueError(f"{self.id}: the tokenizer mode {tokenizer.tokenizer_mode!r} is not supported")
+        _check_tokenizer(tokenizer, tower.vocab_size, id=id)
         check_text_path(self, lambda texts: self.model.encode_text(self._tokenizer(texts).to(self.device)))
 
     @property
@@ -101,16 +91,6 @@ class OpenClipEncoder(DualEncoder):
         tower = self._text_tower
         plain = isinstance(tower, open_clip.CLIP)
         return (tower.text_pool_type, tower.text_eos_id) if plain else (tower.pool_type, tower.eos_id)
-
-    def _check_text_side(self) -> None:
-        tower = self._text_tower
-        if not isinstance(tower, (open_clip.CLIP, TextTransformer, HFTextEncoder)):
-            raise ValueError(f"{self.id}: a text tower of type {type(tower).__name__} is not supported")
-        if getattr(tower, "cls_emb", None) is not None:
-            raise ValueError(f"{self.id}: a text tower with an appended class token (CoCa) is not supported")
-        if getattr(self._tokenizer, "tokenizer_mode", None):
-            raise ValueError(f"{self.id}: the tokenizer mode {self._tokenizer.tokenizer_mode!r} is not supported")
-        _check_tokenizer(self._tokenizer, tower.vocab_size, id=self.id)
 
     def _image_features(self, pixels: Tensor) -> Tensor:
         return self.model.encode_image(pixels)
@@ -132,7 +112,7 @@ class OpenClipEncoder(DualEncoder):
 
     def _real_tokens(self, ids: Tensor) -> Tensor:
         """True up to the last token that is not padding; CLIP's padding id 0 is also the id of "!"."""
-        inner = _inner_tokenizer(self._tokenizer)
+        inner = getattr(self._tokenizer, "tokenizer", None)  # of Hugging Face; None for CLIP's own
         real = (ids != (0 if inner is None else inner.pad_token_id)).flip(1).cummax(dim=1).values.flip(1)
         if inner is not None and inner.pad_token_id == inner.eos_token_id:
             # Padded with end tokens: the first of them belongs to the text.
@@ -170,14 +150,9 @@ class OpenClipEncoder(DualEncoder):
         return projection(pooled) if isinstance(projection, torch.nn.Linear) else pooled @ projection
 
 
-def _inner_tokenizer(tokenizer: Any) -> Any:
-    """The Hugging Face tokenizer inside open_clip's wrapper; None for CLIP's own."""
-    return getattr(tokenizer, "tokenizer", None)
-
-
 def _check_tokenizer(tokenizer: Any, vocab_size: int | None, *, id: str) -> None:
     """`check_vocabulary` of open_clip's wrapper, for a text tower of this many tokens if they are known."""
-    inner = _inner_tokenizer(tokenizer)
+    inner = getattr(tokenizer, "tokenizer", None)
     known = tokenizer.vocab_size if inner is None else len(inner)
     weights.check_vocabulary(known, vocab_size or known, "right" if inner is None else inner.padding_side, id=id)
 
@@ -190,9 +165,8 @@ def read_preprocessing(settings: Mapping[str, Any], *, source: str) -> Preproces
     ValueError
         A setting that would have to be passed over, or an image that is not square.
     """
-    weights.check_settings(settings, _IMAGE_SETTINGS, source=source)
-    given = {name: value for name, value in settings.items() if value is not None}
-    cfg = {**asdict(PreprocessCfg()), **given}
+    weights.check_settings(settings, _SETTINGS["preprocess_cfg"], source=source)
+    cfg = merge_preprocess_dict(PreprocessCfg(), settings)
     with parsed(source):
         sides = set(per_channel(cfg["size"]))
         if len(sides) != 1:
@@ -206,14 +180,14 @@ def read_preprocessing(settings: Mapping[str, Any], *, source: str) -> Preproces
         )
 
 
-def load_open_clip(entry: "ModelEntry", *, weights_dir: Path | None, offline: bool) -> OpenClipEncoder:
+def load_open_clip(entry: ModelEntry, *, weights_dir: Path, offline: bool) -> OpenClipEncoder:
     """Load a model in open_clip's format, from a folder or through open_clip's own call to the hub.
 
     Parameters
     ----------
     entry : ModelEntry
         Its ``source`` is ``local-dir:PATH``, ``hf-hub:OWNER/NAME``, ``open_clip:ARCHITECTURE/TAG``, or what is shipped.
-    weights_dir : Path or None
+    weights_dir : Path
         ``weights_dir/<id>/`` comes before the hub. It holds ``open_clip_config.json`` and a checkpoint, plus the
         tokenizer's files and the text tower's ``config.json`` if that is a Hugging Face model; for
         ``open_clip:`` sources the checkpoint alone.
@@ -249,7 +223,8 @@ def load_open_clip(entry: "ModelEntry", *, weights_dir: Path | None, offline: bo
     snapshot = weights.hub_snapshot(place, OPEN_CLIP_CONFIG_NAME)
     if snapshot is not None:
         _read_config(snapshot)
-    return _encoder(entry, model, tokenizer, _hub_hashes(place))
+    provenance = weights.provenance(entry, _hub_hashes(place))
+    return OpenClipEncoder(model, tokenizer, id=entry.id, provenance=provenance)
 
 
 def check_folder(folder: Path, *, id: str, published: Collection[str] = ()) -> Path:
@@ -261,7 +236,7 @@ def check_folder(folder: Path, *, id: str, published: Collection[str] = ()) -> P
     id : str
         Named in errors.
     published : collection of str
-        Names of the checkpoints that the model is published with; any other is then no part of it.
+        Addresses of the files that the model is published with; any other checkpoint is then no part of it.
 
     Returns
     -------
@@ -296,7 +271,7 @@ def check_folder(folder: Path, *, id: str, published: Collection[str] = ()) -> P
 def _checkpoint(folder: Path, published: Collection[str]) -> Path:
     """The only checkpoint of a folder, or the preferred one among names that stand for the same weights."""
     found = sorted(path for path in folder.iterdir() if path.suffix in weights.CHECKPOINT_SUFFIXES)
-    found = [path for path in found if path.name in published] or found
+    found = [path for path in found if any(url.endswith(f"/{path.name}") for url in published)] or found
     if not found:
         raise FileNotFoundError(f"{folder} holds no weights ({', '.join(weights.CHECKPOINT_SUFFIXES)})")
     if len(found) > 1 and not {path.name for path in found} <= set(weights.HUB_CHECKPOINTS):
@@ -311,12 +286,13 @@ def _read_config(folder: Path) -> dict[str, Any]:
     """Content of ``open_clip_config.json`` whose settings of images are all supported; open_clip refuses the others."""
     config = read_json_object(folder / OPEN_CLIP_CONFIG_NAME, "a configuration of open_clip")
     source = str(folder / OPEN_CLIP_CONFIG_NAME)
-    weights.check_settings(config, dict.fromkeys(("model_cfg", "preprocess_cfg"), weights.HONOURED), source=source)
+    weights.check_settings(config, dict.fromkeys(("model_cfg", "preprocess_cfg"), weights.ANY), source=source)
     with parsed(f"{source} is not a configuration of open_clip"):
         parts = {"model_cfg": dict(config["model_cfg"]), "preprocess_cfg": dict(config.get("preprocess_cfg") or {})}
         parts |= {name: dict(parts["model_cfg"][name]) for name in ("vision_cfg", "text_cfg")}
-    for name, settings in _MODEL_SETTINGS.items():
-        weights.check_settings(parts[name], settings, source=f"{source}, {name}")
+    for part, names in _KNOWN_TO_OPEN_CLIP.items():
+        supported = dict.fromkeys(names, weights.ANY) | _SETTINGS[part]
+        weights.check_settings(parts[part], supported, source=f"{source}, {part}")
     images = parts["preprocess_cfg"]
     read = read_preprocessing(images, source=f"{source}, preprocess_cfg")
     size = parts["vision_cfg"].get("image_size", CLIPVisionCfg.image_size)
@@ -325,58 +301,44 @@ def _read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def _load_named(entry: "ModelEntry", folder: Path | None, architecture: str, tag: str) -> OpenClipEncoder:
+def _load_named(entry: ModelEntry, folder: Path | None, architecture: str, tag: str) -> OpenClipEncoder:
     """A built-in architecture with a published tag, or with the checkpoint in ``folder``."""
-    if folder is None:
-        pretrained = tag
-    else:
-        hashes = weights.check_hashes(folder, read_sums(folder))
-        pretrained = str(_checkpoint(folder, [file.name for file in entry.files]))
+    hashes = {} if folder is None else weights.check_hashes(folder)
+    pretrained = tag if folder is None else str(_checkpoint(folder, entry.files))
     with weights.explained_errors(pretrained):
         model = open_clip.create_model_from_pretrained(architecture, pretrained=pretrained, return_transform=False)
     if folder is None:
         hashes = _hub_hashes(open_clip.get_pretrained_cfg(architecture, tag)["hf_hub"].rstrip("/"))
-    return _encoder(entry, model, open_clip.get_tokenizer(architecture), hashes)
-
-
-def _load_folder(entry: "ModelEntry", folder: Path) -> OpenClipEncoder:
-    """A folder in open_clip's format; nothing is looked up elsewhere if it is complete."""
-    checkpoint = check_folder(folder, id=entry.id, published=[file.name for file in entry.files])
-    hashes = weights.check_hashes(folder, read_sums(folder))
-    name = f"local-dir:{folder}"
-    with weights.explained_errors(str(checkpoint)):
-        with _no_warning_of_missing_weights():  # open_clip finds only some of the names that its training gives
-            model = open_clip.create_model(name, load_weights=False, pretrained_text=False, **_own_text_config(folder))
-        open_clip.load_checkpoint(model, str(checkpoint))
-    return _encoder(entry, model, open_clip.get_tokenizer(name), hashes)
-
-
-@contextmanager
-def _no_warning_of_missing_weights() -> Iterator[None]:
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        yield
-    finally:
-        logging.disable(before)
-
-
-def _encoder(entry: "ModelEntry", model: torch.nn.Module, tokenizer: Any, hashes: dict[str, str]) -> OpenClipEncoder:
+    tokenizer = open_clip.get_tokenizer(architecture)
     return OpenClipEncoder(model, tokenizer, id=entry.id, provenance=weights.provenance(entry, hashes))
 
 
-def _own_text_config(folder: Path) -> dict[str, Any]:
-    """Point a Hugging Face text tower at the ``config.json`` in the folder instead of at the hub."""
+def _load_folder(entry: ModelEntry, folder: Path) -> OpenClipEncoder:
+    """A folder in open_clip's format; nothing is looked up elsewhere if it is complete."""
+    checkpoint = check_folder(folder, id=entry.id, published=entry.files)
+    hashes = weights.check_hashes(folder)
+    with weights.explained_errors(str(checkpoint)):
+        model, tokenizer = build_folder(folder)
+        open_clip.load_checkpoint(model, str(checkpoint))
+    return OpenClipEncoder(model, tokenizer, id=entry.id, provenance=weights.provenance(entry, hashes))
+
+
+def build_folder(folder: Path) -> tuple[torch.nn.Module, Any]:
+    """Network with random weights, and tokenizer, of a folder in open_clip's format."""
+    name, own = f"local-dir:{folder}", {}
     text = _read_config(folder)["model_cfg"]["text_cfg"]
-    if "hf_model_name" not in text or not (folder / CONFIG_NAME).is_file():
-        return {}
-    return {"text_cfg": {**text, "hf_model_name": str(folder), "hf_model_pretrained": False}}
+    if "hf_model_name" in text and (folder / CONFIG_NAME).is_file():  # instead of the one on the hub
+        own["text_cfg"] = {**text, "hf_model_name": str(folder), "hf_model_pretrained": False}
+    with ExitStack() as afterwards:  # no warning: open_clip finds only some of the names that its training gives
+        afterwards.callback(logging.disable, logging.root.manager.disable)
+        logging.disable(logging.WARNING)
+        model = open_clip.create_model(name, load_weights=False, pretrained_text=False, **own)
+    return model, open_clip.get_tokenizer(name)
 
 
 def _hub_hashes(repository: str) -> dict[str, str]:
     """SHA-256 of the cached files of the revision that was just loaded."""
-    names = (OPEN_CLIP_CONFIG_NAME, *weights.HUB_CHECKPOINTS)
-    folder = next((found for name in names if (found := weights.hub_snapshot(repository, name))), None)
+    folder = weights.hub_snapshot(repository, OPEN_CLIP_CONFIG_NAME, *weights.HUB_CHECKPOINTS)
     return {} if folder is None else weights.file_hashes(folder)
 
 

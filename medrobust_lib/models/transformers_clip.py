@@ -3,54 +3,25 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from huggingface_hub import hf_hub_download
 from torch import Tensor
-from transformers import AutoTokenizer, CLIPConfig, CLIPImageProcessor, CLIPModel
-from transformers.utils import (
-    IMAGE_PROCESSOR_NAME,
-    PROCESSOR_NAME,
-    SAFE_WEIGHTS_INDEX_NAME,
-    SAFE_WEIGHTS_NAME,
-    WEIGHTS_INDEX_NAME,
-    WEIGHTS_NAME,
-)
+from transformers import AutoTokenizer, CLIPConfig, CLIPImageProcessor, CLIPModel, utils
 
-from medrobust_lib.files import parsed, read_sums
+from medrobust_lib.files import parsed
 from medrobust_lib.models import weights
-from medrobust_lib.models.catalogue import CONFIG_NAME, HUB_PREFIX, OPEN_CLIP_CONFIG_NAME
+from medrobust_lib.models.catalogue import CONFIG_NAME, HUB_PREFIX, OPEN_CLIP_CONFIG_NAME, ModelEntry, read_table
 from medrobust_lib.models.dual_encoder import DualEncoder, Tokens, check_text_lengths, check_text_path
 from medrobust_lib.models.geometry import Preprocessing, per_channel
 
-if TYPE_CHECKING:
-    from medrobust_lib.models.catalogue import ModelEntry
-
-_WEIGHT_NAMES = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME)
+_WEIGHT_NAMES = (utils.SAFE_WEIGHTS_NAME, utils.SAFE_WEIGHTS_INDEX_NAME, utils.WEIGHTS_NAME, utils.WEIGHTS_INDEX_NAME)
 # Pillow's number of the filter in preprocessor_config.json.
 _FILTERS = {2: "bilinear", 3: "bicubic"}
 # Old configurations, PLIP's among them, name this end token by mistake: there it is the token of the largest id.
 _UNKNOWN_END = 2
-_TOKENIZER_SOURCE = "openai/clip-vit-base-patch32"  # the vocabulary that nearly every CLIP shares
-_CLIP_PROCESSORS = ("CLIPImageProcessor", "CLIPImageProcessorFast", "CLIPImageProcessorPil", "CLIPFeatureExtractor")
-# preprocessor_config.json
-_PROCESSOR_SETTINGS: weights.Settings = {
-    **dict.fromkeys(("size", "crop_size", "default_to_square", "use_square_size"), weights.HONOURED),
-    **dict.fromkeys(("do_center_crop", "do_normalize", "image_mean", "image_std"), weights.HONOURED),
-    **dict.fromkeys(("do_rescale", "rescale_factor"), weights.HONOURED),
-    "do_resize": (True,),
-    "resample": tuple(_FILTERS),
-    "do_pad": (False,),
-    "do_convert_rgb": weights.HONOURED,  # what comes here is RGB
-    "image_processor_type": _CLIP_PROCESSORS,
-    "feature_extractor_type": _CLIP_PROCESSORS,
-    # What holds and moves arrays, not what is in them.
-    **dict.fromkeys(("processor_class", "_processor_class", "_valid_processor_keys"), weights.HONOURED),
-    **dict.fromkeys(
-        ("data_format", "input_data_format", "return_tensors", "device", "disable_grouping"), weights.HONOURED
-    ),
-}
+_PROCESSOR_SETTINGS: weights.Settings = read_table("settings.toml")["transformers"]  # preprocessor_config.json
 
 
 class TransformersClipEncoder(DualEncoder):
@@ -79,13 +50,7 @@ class TransformersClipEncoder(DualEncoder):
     """
 
     def __init__(
-        self,
-        model: CLIPModel,
-        tokenizer: Any,
-        *,
-        preprocessing: Preprocessing,
-        id: str,
-        provenance: dict[str, Any],
+        self, model: CLIPModel, tokenizer: Any, *, preprocessing: Preprocessing, id: str, provenance: dict[str, Any]
     ) -> None:
         super().__init__(
             id=id,
@@ -128,12 +93,10 @@ class TransformersClipEncoder(DualEncoder):
         hidden = tower.encoder(inputs_embeds=hidden, attention_mask=causal.to(hidden.dtype)[None, None])
         hidden = tower.final_layer_norm(hidden.last_hidden_state)
         rows = torch.arange(len(hidden), device=hidden.device)
-        return self.model.text_projection(hidden[rows, self._end_positions(tokens.ids)])
-
-    def _end_positions(self, ids: Tensor) -> Tensor:
-        """Where a text is pooled: its first end token."""
         end = self.model.config.text_config.eos_token_id
-        return ids.argmax(dim=1) if end == _UNKNOWN_END else (ids == end).int().argmax(dim=1)
+        # A text is pooled at its first end token.
+        places = (tokens.ids if end == _UNKNOWN_END else (tokens.ids == end).int()).argmax(dim=1)
+        return self.model.text_projection(hidden[rows, places])
 
 
 def _check_parts(config: CLIPConfig, tokenizer: Any, preprocessing: Preprocessing, *, id: str) -> None:
@@ -195,36 +158,32 @@ def read_preprocessing(settings: Mapping[str, Any], *, source: str) -> Preproces
         )
 
 
-def load_hub_clip(entry: "ModelEntry", *, weights_dir: Path | None, offline: bool) -> DualEncoder:
+def load_hub_clip(entry: ModelEntry, *, weights_dir: Path, offline: bool) -> DualEncoder:
     """Load ``hf:OWNER/NAME``: with transformers, or with open_clip where the repository has its format only.
 
     Parameters and errors are those of `load_transformers_clip`.
     """
     repository = entry.source.removeprefix(HUB_PREFIX)
     folder = weights.model_folder(entry, weights_dir) or _hub_folder(repository, CONFIG_NAME, offline=offline)
-    try:
-        if folder is not None and (folder / CONFIG_NAME).is_file():
-            weights.check_clip_type(folder, id=entry.id)
-    except ValueError:
-        # Beside open_clip's own configuration lies that of a text tower or of a timm model.
-        if _hub_folder(repository, OPEN_CLIP_CONFIG_NAME, offline=offline) is None:
-            raise
-    else:
-        if folder is not None or _hub_folder(repository, OPEN_CLIP_CONFIG_NAME, offline=offline) is None:
-            return load_transformers_clip(entry, weights_dir=weights_dir, offline=offline)
-    from medrobust_lib.models.open_clip import load_open_clip
+    # Beside open_clip's own configuration may lie that of a text tower or of a timm model.
+    is_clip = folder is not None and weights.is_clip(folder)
+    if not is_clip and _hub_folder(repository, OPEN_CLIP_CONFIG_NAME, offline=offline) is not None:
+        from medrobust_lib.models.open_clip import load_open_clip
 
-    return load_open_clip(replace(entry, source=f"hf-hub:{repository}"), weights_dir=weights_dir, offline=offline)
+        return load_open_clip(replace(entry, source=f"hf-hub:{repository}"), weights_dir=weights_dir, offline=offline)
+    if folder is not None and (folder / CONFIG_NAME).is_file():
+        weights.check_clip_type(folder, id=entry.id)
+    return load_transformers_clip(entry, weights_dir=weights_dir, offline=offline)
 
 
-def load_transformers_clip(entry: "ModelEntry", *, weights_dir: Path | None, offline: bool) -> TransformersClipEncoder:
+def load_transformers_clip(entry: ModelEntry, *, weights_dir: Path, offline: bool) -> TransformersClipEncoder:
     """Load a ``CLIPModel`` from a folder or through transformers' own call to the hub.
 
     Parameters
     ----------
     entry : ModelEntry
         Its ``source`` is ``hf:OWNER/NAME`` or ``local-dir:PATH``.
-    weights_dir : Path or None
+    weights_dir : Path
         ``weights_dir/<id>/`` comes before the hub; it holds the files of the repository.
     offline : bool
         Never download.
@@ -244,33 +203,23 @@ def load_transformers_clip(entry: "ModelEntry", *, weights_dir: Path | None, off
     """
     place = entry.source.removeprefix(HUB_PREFIX)
     folder = weights.model_folder(entry, weights_dir)
-    parts = None
     if folder is not None:
         place = str(folder)
-        parts = check_folder(folder, id=entry.id)
-        weights.check_hashes(folder, read_sums(folder))
+        check_folder(folder, id=entry.id)
+        weights.check_hashes(folder)
     try:
         with weights.hub_access(offline=offline or folder is not None), weights.explained_errors(place):
-            tokenizer, preprocessing = parts or _read_parts(place, id=entry.id)
+            tokenizer, preprocessing = _read_parts(place, id=entry.id)
             model = weights.read_pretrained(CLIPModel, place, dtype=torch.float32)
     except OSError as error:
         raise weights.missing_weights(entry, weights_dir=weights_dir, offline=offline, reason=error) from error
     folder = folder or weights.hub_snapshot(place, CONFIG_NAME)
-    return TransformersClipEncoder(
-        model,
-        tokenizer,
-        preprocessing=preprocessing,
-        id=entry.id,
-        provenance=weights.provenance(entry, {} if folder is None else weights.file_hashes(folder)),
-    )
+    provenance = weights.provenance(entry, {} if folder is None else weights.file_hashes(folder))
+    return TransformersClipEncoder(model, tokenizer, preprocessing=preprocessing, id=entry.id, provenance=provenance)
 
 
-def check_folder(folder: Path, *, id: str) -> tuple[Any, Preprocessing]:
+def check_folder(folder: Path, *, id: str) -> None:
     """Raise unless a folder holds a CLIP that can be loaded, as far as this is known without reading its weights.
-
-    Returns
-    -------
-    (tokenizer, Preprocessing)
 
     Raises
     ------
@@ -282,18 +231,17 @@ def check_folder(folder: Path, *, id: str) -> tuple[Any, Preprocessing]:
     weights.check_no_adapter(folder, id=id)
     if (folder / CONFIG_NAME).is_file():
         weights.check_clip_type(folder, id=id)
-    # Newer processors keep the settings of images among their own.
-    processor = PROCESSOR_NAME if (folder / PROCESSOR_NAME).is_file() else IMAGE_PROCESSOR_NAME
-    missing = [name for name in (CONFIG_NAME, processor) if not (folder / name).is_file()]
-    if not any((folder / name).is_file() for name in _WEIGHT_NAMES):
-        missing.append(" or ".join(_WEIGHT_NAMES))
-    if missing:
-        raise weights.incomplete(folder, missing, id=id)
-    weights.check_tokenizer(folder, id=id, published=_TOKENIZER_SOURCE)
+    wanted = {
+        CONFIG_NAME: [CONFIG_NAME],
+        # Newer processors keep the settings of images among their own.
+        utils.IMAGE_PROCESSOR_NAME: [utils.PROCESSOR_NAME, utils.IMAGE_PROCESSOR_NAME],
+        " or ".join(_WEIGHT_NAMES): _WEIGHT_NAMES,
+    }
+    weights.check_complete(folder, wanted, id=id)
+    # Nearly every CLIP shares this vocabulary.
+    weights.check_tokenizer(folder, id=id, published="openai/clip-vit-base-patch32")
     with weights.hub_access(offline=True), weights.explained_errors(str(folder)):
-        parts = _read_parts(str(folder), id=id)
-        _check_parts(CLIPConfig.from_pretrained(str(folder)), *parts, id=id)
-    return parts
+        _check_parts(CLIPConfig.from_pretrained(str(folder)), *_read_parts(str(folder), id=id), id=id)
 
 
 def _read_parts(place: str, *, id: str) -> tuple[Any, Preprocessing]:

@@ -19,25 +19,16 @@ from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 from torch import Tensor
 from torch.nn import functional
-from transformers import (
-    AutoModelForImageTextToText,
-    AutoProcessor,
-    GenerationConfig,
-    LogitsProcessor,
-    LogitsProcessorList,
-    ProcessorMixin,
-)
+from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationConfig, LogitsProcessor, ProcessorMixin
 from transformers.utils import logging
 
 from medrobust_lib.checks import check_whole
-from medrobust_lib.files import read_sums
 from medrobust_lib.models import weights
 from medrobust_lib.models.catalogue import CONFIG_NAME, HUB_PREFIX
 from medrobust_lib.models.dual_encoder import SOUND_TYPES, BrokenFeaturesError
 from medrobust_lib.models.geometry import ImageInput, Preprocessing, check_pixels, prepare_images
 from medrobust_lib.models.loading import check_kind, find_model, settled
 
-_COMMIT_DIGITS = 40
 _RESCALING: weights.Settings = {"do_rescale": (True,), "rescale_factor": (1 / 255,)}
 _IGNORED_LABEL = -100  # of tokens that the loss of transformers' models leaves out
 _TOWER_WORKING_SET = 64  # activations of an image tower, in float32 copies of its input, with a margin
@@ -130,9 +121,8 @@ class VisionLanguageModel(torch.nn.Module):
         Tensor
             float32 [n, 3, S, S] in [0, 1], on the CPU.
         """
-        return prepare_images(
-            images, Preprocessing(self.image_size, "letterbox", "bicubic", mean=(0.0,) * 3, std=(1.0,) * 3)
-        )
+        letterbox = Preprocessing(self.image_size, "letterbox", "bicubic", mean=(0.0,) * 3, std=(1.0,) * 3)
+        return prepare_images(images, letterbox)
 
     def generate(
         self,
@@ -192,11 +182,16 @@ class VisionLanguageModel(torch.nn.Module):
         if len(seeds) != len(pixels):
             raise ValueError(f"{len(seeds)} seeds for {len(pixels)} images; give one integer, or one for each image")
         inputs = self._inputs(pixels, [self._chat(prompt)] * len(pixels))
-        watch = ScoreWatch(len(pixels), self.device)
-        sampler = [RowSampler(temperature, seeds, self.device)] if temperature > 0 else []
-        processors = LogitsProcessorList([watch, *sampler])
+        rows_without_best = torch.zeros(len(pixels), dtype=torch.bool, device=self.device)
+
+        def watch(input_ids: Tensor, scores: Tensor) -> Tensor:
+            """Scores, unchanged; the largest of NaN would be token 0."""
+            rows_without_best.logical_or_(~scores.amax(dim=-1).isfinite())
+            return scores
+
+        processors = [watch, *([RowSampler(temperature, seeds, self.device)] if temperature > 0 else [])]
         ids = self.model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, logits_processor=processors)
-        broken = int(watch.broken.sum())
+        broken = int(rows_without_best.sum())
         if broken:
             raise BrokenFeaturesError(
                 f"{self.id} in {str(self.dtype).removeprefix('torch.')}: the scores of the next token are not finite "
@@ -335,18 +330,6 @@ def _rebuilt(network: tuple[Any, ...], processor: Any, facts: dict[str, Any]) ->
     return VisionLanguageModel(model.requires_grad_(False).eval(), processor, **facts).eval()
 
 
-class ScoreWatch(LogitsProcessor):
-    """Remembers, on the device, which of n rows ever had no finite best score; the largest of NaN would be token 0."""
-
-    def __init__(self, n: int, device: torch.device) -> None:
-        self.broken = torch.zeros(n, dtype=torch.bool, device=device)
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """Logits [n, vocabulary], unchanged."""
-        self.broken |= ~scores.amax(dim=-1).isfinite()
-        return scores
-
-
 class RowSampler(LogitsProcessor):
     """Makes greedy decoding draw from the softmax: the largest of logits plus Gumbel noise is such a draw.
 
@@ -417,10 +400,10 @@ def load_vlm(
         If transformers needs another package for this model (num2words for SmolVLM2); names it.
     """
     entry = find_model(id, generative=True)
-    if trust_remote_code and not re.fullmatch(f"[0-9a-f]{{{_COMMIT_DIGITS}}}", revision or ""):
+    if trust_remote_code and not re.fullmatch("[0-9a-f]{40}", revision or ""):
         raise ValueError(
             f"trust_remote_code=True runs code from the repository of {id!r}: pin it with revision=COMMIT "
-            f"({_COMMIT_DIGITS} hexadecimal digits, not {revision!r}), and read it first"
+            f"(40 hexadecimal digits, not {revision!r}), and read it first"
         )
     if image_size is not None:
         check_whole("image_size", image_size, hint=f" pixels, nor None for {entry.image_size}")
@@ -428,7 +411,7 @@ def load_vlm(
     check_kind(entry, weights_dir=weights_dir)
     folder = weights.model_folder(entry, weights_dir)
     place = entry.source.removeprefix(HUB_PREFIX) if folder is None else str(folder)
-    files = {} if folder is None else weights.check_hashes(folder, read_sums(folder))
+    files = {} if folder is None else weights.check_hashes(folder)
     pinned = {"revision": revision} if folder is None else {}
     # Code may also lie in another repository than the weights: it is pinned, too.
     code = {"trust_remote_code": trust_remote_code, **({"code_revision": revision} if trust_remote_code else {})}
@@ -475,13 +458,12 @@ def _no_progress_bar() -> Iterator[None]:
     """Keep transformers from drawing a progress bar over what a notebook or a command shows, for a while."""
     shown, of_hub = logging.is_progress_bar_enabled(), not are_progress_bars_disabled()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the hub's own environment variable has the last word, and it says so
+        # The hub's own environment variable has the last word, and it says so.
+        warnings.filterwarnings("ignore", "Cannot (en|dis)able progress bars")
         logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        try:
+            yield
+        finally:
             if shown:
                 logging.enable_progress_bar()  # and that of the hub
             (enable_progress_bars if of_hub else disable_progress_bars)()

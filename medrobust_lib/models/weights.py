@@ -14,19 +14,11 @@ from huggingface_hub import constants, try_to_load_from_cache
 from safetensors import SafetensorError
 
 from medrobust_lib.files import file_sha256, parsed, read_json_object, read_sums
-from medrobust_lib.models.catalogue import (
-    CONFIG_NAME,
-    DEMO_MODEL,
-    DEMO_VLM,
-    HUB_PREFIX,
-    LOCAL_DIR_PREFIX,
-    OPEN_CLIP_CONFIG_NAME,
-    ModelEntry,
-    fetch_command,
-)
+from medrobust_lib.models import catalogue
+from medrobust_lib.models.catalogue import CONFIG_NAME, HUB_PREFIX, OPEN_CLIP_CONFIG_NAME, ModelEntry, fetch_command
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import Tensor
 
 DEMO_FOLDER = Path(__file__).parent / "demo" / "clip"
 DEMO_VLM_FOLDER = DEMO_FOLDER.with_name("vlm")
@@ -42,24 +34,20 @@ ADAPTER_CONFIG_NAME = "adapter_config.json"  # of peft
 TOKENIZER_FILES = (("tokenizer.json",), ("vocab.json", "merges.txt"), ("vocab.txt",), ("tokenizer.model",))
 VOCABULARY_NAME = "vocab.txt"
 CLIP_TYPE = "clip"  # of the configuration of a transformers CLIPModel
-FOLDER_CONTENT = (
-    "the folder must hold config.json, model.safetensors, preprocessor_config.json or processor_config.json, and the "
-    "tokenizer's files"
-)
+FOLDER_CONTENT: str = catalogue.TEXTS["folder_content"]
 
 _LISTED_KEYS = 10
-_HASHED_SUFFIXES = (*CHECKPOINT_SUFFIXES, ".json", ".txt")
 
 
-def model_folder(entry: ModelEntry, weights_dir: Path | None) -> Path | None:
+def model_folder(entry: ModelEntry, weights_dir: Path) -> Path | None:
     """Folder on this computer for the files of a model; None if no checkpoint lies in ``weights_dir/<model id>``."""
-    shipped = {DEMO_MODEL: DEMO_FOLDER, DEMO_VLM: DEMO_VLM_FOLDER}
+    shipped = {catalogue.DEMO_MODEL: DEMO_FOLDER, catalogue.DEMO_VLM: DEMO_VLM_FOLDER}
     if entry.id in shipped:
         return shipped[entry.id]
-    if entry.source.startswith(LOCAL_DIR_PREFIX):
-        return Path(entry.source.removeprefix(LOCAL_DIR_PREFIX)).expanduser()
-    folder = None if weights_dir is None else weights_dir / entry.id
-    return folder if folder is not None and has_checkpoint(folder) else None
+    if entry.source.startswith(catalogue.LOCAL_DIR_PREFIX):
+        return Path(entry.source.removeprefix(catalogue.LOCAL_DIR_PREFIX)).expanduser()
+    folder = weights_dir / entry.id
+    return folder if has_checkpoint(folder) else None
 
 
 def has_checkpoint(folder: Path) -> bool:
@@ -67,10 +55,10 @@ def has_checkpoint(folder: Path) -> bool:
     return folder.is_dir() and any(path.suffix in CHECKPOINT_SUFFIXES for path in folder.iterdir())
 
 
-def hub_snapshot(repository: str, filename: str) -> Path | None:
-    """Folder of a hub repository's cached main revision, if ``filename`` is in it."""
-    path = try_to_load_from_cache(repository, filename)
-    return Path(path).parent if isinstance(path, str) else None
+def hub_snapshot(repository: str, *names: str) -> Path | None:
+    """Folder of a hub repository's cached main revision, if one of these files is in it."""
+    paths = (try_to_load_from_cache(repository, name) for name in names)
+    return next((Path(path).parent for path in paths if isinstance(path, str)), None)
 
 
 def check_clip_type(folder: Path, *, id: str) -> None:
@@ -112,15 +100,8 @@ def foreign_adapter(folder: Path) -> str:
     config = read_json_object(folder / ADAPTER_CONFIG_NAME, "the configuration of an adapter")
     base = config.get("base_model_name_or_path") or "BASE"
     kind = (config.get("auto_mapping") or {}).get("base_model_class") or "CLIPModel"
-    return (
-        f"{folder} holds an adapter that peft wrote ({config.get('peft_type')}, trained on {base}); merge it into its "
-        "base with peft, which knows all its settings, and load the result:\n"
-        "    from peft import PeftModel\n"
-        f"    from transformers import {kind}\n"
-        f"    base = {kind}.from_pretrained({str(base)!r})\n"
-        f"    PeftModel.from_pretrained(base, {str(folder)!r}).merge_and_unload().save_pretrained('merged')\n"
-        "Then copy the base's preprocessor_config.json and tokenizer's files into 'merged', which is local-dir:merged"
-    )
+    text = catalogue.TEXTS["foreign_adapter"]
+    return text.format(folder=str(folder), type=config.get("peft_type"), base=str(base), kind=kind)
 
 
 def check_writes_text(folder: Path, *, id: str) -> None:
@@ -174,10 +155,8 @@ def check_vocabulary(n_tokens: int, vocab_size: int, padding_side: str, *, id: s
 
 def _model_type(folder: Path) -> str | None:
     """``model_type`` of the ``config.json`` in a folder."""
-    try:
+    with parsed(f"{folder / CONFIG_NAME} is no valid JSON", "Fetch it again."):
         return json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8")).get("model_type")
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{folder / CONFIG_NAME} is no valid JSON ({error}); fetch it again") from error
 
 
 def fingerprint(tensors: Sequence["Tensor"]) -> str:
@@ -196,22 +175,30 @@ def file_hashes(folder: Path) -> dict[str, str]:
     return {
         path.name: file_sha256(path)
         for path in sorted(folder.iterdir())
-        if path.is_file() and path.suffix in _HASHED_SUFFIXES
+        if path.is_file() and path.suffix in (*CHECKPOINT_SUFFIXES, ".json", ".txt")
     }
 
 
-def check_hashes(folder: Path, expected: Mapping[str, str]) -> dict[str, str]:
-    """SHA-256 of the files of ``folder`` after comparing them with the expected ones.
+def check_hashes(folder: Path, names: Collection[str] | None = None) -> dict[str, str]:
+    """SHA-256 of the files of ``folder`` after comparing them with its ``SHA256SUMS``.
+
+    Parameters
+    ----------
+    folder : Path
+    names : collection of str, optional
+        The only files to look at, as another may be large, or gone.
 
     Raises
     ------
     FileNotFoundError
-        If a file with an expected hash is not there.
+        If a file with a recorded hash is not there.
     ValueError
         If a file's hash differs; file and both hashes are named.
     """
-    found = file_hashes(folder)
-    for name, digest in expected.items():
+    found = file_hashes(folder) if names is None else {}
+    for name, digest in read_sums(folder).items():
+        if names is not None and name not in names:
+            continue
         path = folder / name
         if not path.is_file():
             raise FileNotFoundError(f"{path} is missing although its SHA-256 is known ({digest})")
@@ -224,42 +211,42 @@ def check_hashes(folder: Path, expected: Mapping[str, str]) -> dict[str, str]:
     return found
 
 
-def mismatch_error(
-    source: str, *, missing: Collection[str], unexpected: Collection[str], misshapen: Collection[str] = ()
-) -> ValueError:
-    """Error listing the keys by which a checkpoint and an architecture differ."""
-    parts = [
-        _listed(name, keys)
-        for name, keys in (("missing keys", missing), ("unexpected keys", unexpected), ("wrong shapes", misshapen))
-        if keys
-    ]
+def mismatch_error(source: str, differences: Mapping[str, Collection[str]]) -> ValueError:
+    """Error listing the keys by which a checkpoint and an architecture differ, under what they differ in."""
+    parts = []
+    for title, keys in differences.items():
+        if keys:
+            more = f" and {len(keys) - _LISTED_KEYS} more" if len(keys) > _LISTED_KEYS else ""
+            parts.append(f"{len(keys)} {title}: {', '.join(sorted(keys)[:_LISTED_KEYS])}{more}")
     return ValueError(f"{source} does not fit the model; {'; '.join(parts)}")
 
 
 @contextmanager
 def explained_errors(source: str) -> Iterator[None]:
-    """Turn the libraries' errors about a model's files into a ValueError that names ``source`` and the keys."""
+    """Turn the libraries' errors about a model's files into a ValueError that names ``source`` and the keys.
+
+    Of a state dict that does not fit it counts missing keys, unexpected keys and wrong shapes, and lists the first ten
+    of each.
+    """
     try:
         yield
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"cannot read the files of {source}, one is no valid JSON: {error}; fetch it again") from error
-    except (OSError, ValueError, ImportError, MemoryError):
+    except (OSError, ImportError, MemoryError):
         raise
-    except RuntimeError as error:
+    except (RuntimeError, SafetensorError, UnpicklingError, EOFError) as error:
         message = str(error)
         if "loading state_dict" in message:
             raise _key_error(source, message) from error
-        if "PytorchStreamReader" in message or "Invalid magic number" in message:
-            raise ValueError(f"cannot read the weights of {source}, the file is damaged: {message}") from error
-        raise
-    except (SafetensorError, UnpicklingError, EOFError) as error:
-        refused = re.search(r"GLOBAL (\S+)", str(error))  # torch names what it did not unpickle far below
-        reason = refused[1] if refused else (str(error).splitlines() or [type(error).__name__])[0]
+        if isinstance(error, RuntimeError) and not re.search("PytorchStreamReader|Invalid magic number", message):
+            raise
+        refused = re.search(r"GLOBAL (\S+)", message)  # torch names what it did not unpickle far below
+        reason = refused[1] if refused else (message.splitlines() or [type(error).__name__])[0]
         raise ValueError(
             f"cannot read the weights of {source}, the file is damaged or holds more than tensors, which may run code: "
             f"{reason.rstrip('.')}. Fetch it again, or save model.state_dict() alone where it comes from"
         ) from error
     except Exception as error:  # A damaged tokenizer raises KeyError, TypeError, or the bare class.
+        if isinstance(error, ValueError) and not isinstance(error, (json.JSONDecodeError, UnicodeDecodeError)):
+            raise
         raise ValueError(
             f"cannot read the files of {source}: {type(error).__name__}: {error}; fetch them again"
         ) from error
@@ -281,9 +268,8 @@ def hub_access(*, offline: bool) -> Iterator[None]:
         yield
     finally:
         constants.HF_HUB_OFFLINE = offline_before
-        if switch_before is None:
-            del os.environ[switch]
-        else:
+        del os.environ[switch]
+        if switch_before is not None:
             os.environ[switch] = switch_before
 
 
@@ -294,21 +280,13 @@ def _key_error(source: str, message: str) -> ValueError:
         found = re.search(rf'{title} key\(s\) in state_dict: ((?:"[^"]*"(?:, )?)*)', message)
         return re.findall(r'"([^"]*)"', found[1]) if found else []
 
-    return mismatch_error(
-        source,
-        missing=quoted("Missing"),
-        unexpected=quoted("Unexpected"),
-        misshapen=re.findall(r"size mismatch for ([^:]+):", message),
-    )
+    shapes = r"size mismatch for ([^:]+):.*?torch\.Size\(\[(.*?)\]\) from checkpoint.*?torch\.Size\(\[(.*?)\]\)"
+    misshapen = [f"{key} is ({found}), not ({wanted})" for key, found, wanted in re.findall(shapes, message)]
+    differences = {"missing keys": quoted("Missing"), "unexpected keys": quoted("Unexpected")}
+    return mismatch_error(source, differences | {"wrong shapes": misshapen})
 
 
-def _listed(title: str, keys: Collection[str]) -> str:
-    names = sorted(keys)
-    more = f" and {len(names) - _LISTED_KEYS} more" if len(names) > _LISTED_KEYS else ""
-    return f"{len(names)} {title}: {', '.join(names[:_LISTED_KEYS])}{more}"
-
-
-def find_weights(entry: ModelEntry, names: Sequence[str], *, weights_dir: Path | None) -> Path:
+def find_weights(entry: ModelEntry, names: Sequence[str], *, weights_dir: Path) -> Path:
     """First of several file names that exists in ``weights_dir/<id>/``, compared with its known hash.
 
     Parameters
@@ -317,7 +295,7 @@ def find_weights(entry: ModelEntry, names: Sequence[str], *, weights_dir: Path |
         Row of the model table.
     names : sequence of str
         Accepted file names, preferred one first.
-    weights_dir : Path or None
+    weights_dir : Path
         Folder of all weights.
 
     Returns
@@ -332,18 +310,13 @@ def find_weights(entry: ModelEntry, names: Sequence[str], *, weights_dir: Path |
     ValueError
         If a file has another SHA-256 than ``SHA256SUMS`` says.
     """
-    places = [] if weights_dir is None else [weights_dir / entry.id / name for name in names]
+    places = [weights_dir / entry.id / name for name in names]
     for place in places:
         if place.is_file():
-            known = read_sums(place.parent)
-            # Only what is read here: a fetched archive beside it may be large, or gone.
-            read = {name: known[name] for name in (place.name, VOCABULARY_NAME) if name in known}
-            if read:
-                check_hashes(place.parent, read)
+            check_hashes(place.parent, (place.name, VOCABULARY_NAME))
             return place
-    looked = ", ".join(map(str, places)) or "nowhere, as there is no weights folder"
     raise FileNotFoundError(
-        f"no weights of {entry.id}; looked at: {looked}. "
+        f"no weights of {entry.id}; looked at: {', '.join(map(str, places))}. "
         f"Run `python data_scripts/fetch_weights.py {entry.id}`; source: {entry.source}"
     )
 
@@ -380,27 +353,6 @@ def read_state_dict(path: Path) -> dict[str, "Tensor"]:
     return dict(content)
 
 
-def load_strictly(module: "nn.Module", state_dict: Mapping[str, "Tensor"], *, source: str | Path) -> None:
-    """Load a state dict whose keys and shapes must agree with the module.
-
-    Raises
-    ------
-    ValueError
-        Counting missing keys, unexpected keys and wrong shapes, and listing the first ten of each.
-    """
-    expected = module.state_dict()
-    missing = expected.keys() - state_dict.keys()
-    unexpected = state_dict.keys() - expected.keys()
-    misshapen = [
-        f"{key} is {tuple(state_dict[key].shape)}, not {tuple(tensor.shape)}"
-        for key, tensor in expected.items()
-        if key in state_dict and state_dict[key].shape != tensor.shape
-    ]
-    if missing or unexpected or misshapen:
-        raise mismatch_error(str(source), missing=missing, unexpected=unexpected, misshapen=misshapen)
-    module.load_state_dict(state_dict)
-
-
 def provenance(entry: ModelEntry, hashes: Mapping[str, str]) -> dict[str, Any]:
     """Where a model comes from: source, licence, and SHA-256 by name of the files that were read."""
     return {"source": entry.source, "licence": entry.licence, "files": dict(hashes)}
@@ -411,30 +363,35 @@ def describe_files(entry: ModelEntry, *paths: Path) -> dict[str, Any]:
     return provenance(entry, {path.name: file_sha256(path) for path in paths})
 
 
-def missing_weights(
-    entry: ModelEntry, *, weights_dir: Path | None, offline: bool, reason: Exception
-) -> FileNotFoundError:
+def missing_weights(entry: ModelEntry, *, weights_dir: Path, offline: bool, reason: Exception) -> FileNotFoundError:
     """Error for weights that are neither here nor to be had; names the places and the remedy."""
     why = str(reason).splitlines()[0].partition(" Last error:")[0]
-    if entry.source.startswith(LOCAL_DIR_PREFIX):
-        folder = entry.source.removeprefix(LOCAL_DIR_PREFIX)
+    if entry.source.startswith(catalogue.LOCAL_DIR_PREFIX):
+        folder = entry.source.removeprefix(catalogue.LOCAL_DIR_PREFIX)
         return FileNotFoundError(f"cannot load {entry.id!r} from {folder}: {FOLDER_CONTENT}. Reason: {why}")
-    folder = f"{weights_dir / entry.id}" if weights_dir is not None else "no weights folder"
     tried = "offline, so no download was tried" if offline else "the download failed"
     later = ", after which it loads offline, too, from the hub cache" if entry.id.startswith(HUB_PREFIX) else ""
     return FileNotFoundError(
-        f"the weights of {entry.id!r} are not here: looked in {folder} and the hub cache {constants.HF_HUB_CACHE} "
-        f"({tried}). Run `{fetch_command(entry.id)}` where there is a network{later}; source: {entry.source}. "
-        f"Reason: {why}"
+        f"the weights of {entry.id!r} are not here: looked in {weights_dir / entry.id} and the hub cache "
+        f"{constants.HF_HUB_CACHE} ({tried}). Run `{fetch_command(entry.id)}` where there is a network{later}; source: "
+        f"{entry.source}. Reason: {why}"
     )
 
 
-def incomplete(folder: Path, missing: Sequence[str], *, id: str) -> FileNotFoundError:
-    """Error for a folder that lacks files of a model; says what it holds and what it must hold."""
-    held = ", ".join(sorted(path.name for path in folder.glob("*"))) or "nothing, or is not there"
-    return FileNotFoundError(
-        f"cannot load {id!r}: {folder} lacks {' and '.join(missing)}; it holds {held}; {FOLDER_CONTENT}"
-    )
+def check_complete(folder: Path, wanted: Mapping[str, Collection[str]], *, id: str) -> None:
+    """Raise unless a folder holds a model's files: under what each is called, the names of which one must be there.
+
+    Raises
+    ------
+    FileNotFoundError
+        Says what is missing, what the folder holds and what it must hold.
+    """
+    missing = [what for what, names in wanted.items() if not any((folder / name).is_file() for name in names)]
+    if missing:
+        held = ", ".join(sorted(path.name for path in folder.glob("*"))) or "nothing, or is not there"
+        raise FileNotFoundError(
+            f"cannot load {id!r}: {folder} lacks {' and '.join(missing)}; it holds {held}; {FOLDER_CONTENT}"
+        )
 
 
 def read_pretrained(kind: Any, place: str, **options: Any) -> Any:
@@ -450,17 +407,17 @@ def read_pretrained(kind: Any, place: str, **options: Any) -> Any:
         network, report = kind.from_pretrained(place, output_loading_info=True, ignore_mismatched_sizes=True, **options)
     if getattr(network, "peft_config", None):
         raise ValueError(f"{place} holds no model of its own but an adapter of peft; merge it into its base first")
-    missing, unexpected = report["missing_keys"], report["unexpected_keys"]
-    misshapen = [key for key, *_ in report["mismatched_keys"]]
-    if missing or unexpected or misshapen:
-        raise mismatch_error(place, missing=missing, unexpected=unexpected, misshapen=misshapen)
+    differences = {name: report[name.replace(" ", "_")] for name in ("missing keys", "unexpected keys")}
+    differences["wrong shapes"] = [key for key, *_ in report["mismatched_keys"]]
+    if any(differences.values()):
+        raise mismatch_error(place, differences)
     return network
 
 
-HONOURED = None
+ANY = "any"
 """In a table of settings: any value is followed, or can change nothing."""
 
-Settings = Mapping[str, Collection[Any] | None]
+Settings = Mapping[str, Collection[Any]]
 
 
 def check_settings(found: Mapping[str, Any], supported: Settings, *, source: str) -> None:
@@ -471,7 +428,7 @@ def check_settings(found: Mapping[str, Any], supported: Settings, *, source: str
     found : mapping
         Names and values in the file; None stands for a setting that is left out.
     supported : mapping
-        The values of each setting that are supported, or `HONOURED`.
+        The values of each setting that are supported, or `ANY`.
     source : str
         The file, for the message.
 
@@ -486,7 +443,6 @@ def check_settings(found: Mapping[str, Any], supported: Settings, *, source: str
         if name not in supported:
             known = ", ".join(supported)
             raise ValueError(f"{source}: the setting {name}={value!r} is not supported; supported are {known}")
-        values = supported[name]
-        if values is not HONOURED and value not in values:
-            known = " or ".join(map(repr, values))
+        if supported[name] != ANY and value not in supported[name]:
+            known = " or ".join(map(repr, supported[name]))
             raise ValueError(f"{source}: {name}={value!r} is not supported; supported is {known}")

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from medrobust_lib import metrics
-from medrobust_lib.adaptation.training import Recipe, summed_loss, train_jointly
+from medrobust_lib.adaptation.training import Recipe, Training, summed_loss
 from medrobust_lib.adaptation.training_images import Augmentation, TrainingImages
 from medrobust_lib.data.dataset import ImageDataset
 from medrobust_lib.models.dual_encoder import DualEncoder, Preprocessing, Tokens
@@ -74,13 +74,12 @@ VALIDATION = (
 )
 
 
-def fit(recipe=RECIPE, *, model=None, train=TRAIN, validation=VALIDATION, folder=None, **more):
-    """Train the matrix of a model; returns its weights and the outcome."""
+def fit(recipe=RECIPE, *, model=None, train=TRAIN, validation=VALIDATION, folder=None, templates=None, identity=None):
+    """Train the matrix of a model; returns its weights and the training."""
     model = TinyEncoder() if model is None else model
     parameters = dict(model.matrix.requires_grad_(True).named_parameters())
-    outcome = train_jointly(
-        model, parameters, train, validation=validation, recipe=recipe, folder=folder, **more
-    )  # fmt: skip
+    outcome = Training(model, parameters, train, validation, templates, recipe)
+    outcome.run(folder, identity=identity)
     return {name: parameter.detach().clone() for name, parameter in parameters.items()}, outcome
 
 
@@ -96,7 +95,9 @@ def test_masked_and_global_softmax_by_hand():
     targets = torch.tensor([1, 2])
     allowed = torch.tensor([[True, True, False, False], [False, False, True, True]])
     assert summed_loss(logits, targets, allowed).item() == pytest.approx(-math.log(3 / 4) - math.log(5 / 6))
-    assert summed_loss(logits, targets, None).item() == pytest.approx(-math.log(3 / 16) - math.log(5 / 10))
+    assert summed_loss(logits, targets, torch.ones_like(allowed)).item() == pytest.approx(
+        -math.log(3 / 16) - math.log(5 / 10)
+    )
 
 
 @pytest.mark.parametrize("softmax", ["masked", "global"])
@@ -373,10 +374,8 @@ def test_a_damaged_state_is_explained(tmp_path):
     path.write_bytes(whole)
     model = TinyEncoder()
     with pytest.raises(ValueError, match="state.safetensors is no state of this training; delete"):
-        train_jointly(
-            model, {"other": model.matrix.weight.requires_grad_(True)}, TRAIN, validation=VALIDATION, recipe=RECIPE,
-            folder=tmp_path / "state",
-        )  # fmt: skip
+        other = {"other": model.matrix.weight.requires_grad_(True)}
+        Training(model, other, TRAIN, VALIDATION, None, RECIPE).run(tmp_path / "state")
     json.dumps(RECIPE.as_json())
 
 

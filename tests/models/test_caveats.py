@@ -7,10 +7,7 @@ from medrobust_lib import load_dataset, load_questions
 from medrobust_lib.data.dataset import ImageDataset
 from medrobust_lib.data.questions import ask
 from medrobust_lib.models.catalogue import (
-    MADE_UP_ANSWERS,
-    NOT_CLINICAL,
-    SYNTHETIC,
-    UNSEEN_MODALITY,
+    CAVEATS,
     caveats,
     vlm_caveats,
 )
@@ -39,7 +36,7 @@ def test_demo_clip_on_phantoms_says_synthetic_and_nothing_of_real_images(model, 
     found = caveats(model, data)
     assert found == [
         "The images are synthetic phantoms, not patients' images: no number here says anything about patients.",
-        NOT_CLINICAL,
+        CAVEATS["not_clinical"],
     ]
 
 
@@ -79,9 +76,9 @@ def test_classes_without_an_image_are_named():
 
 def test_what_was_found_in_the_images_is_on_the_card():
     said = ["2 of 9 files are left out: a/notes.txt."]
-    assert caveats(encoder("biomedclip", 224), images(side=224, said=said)) == [*said, NOT_CLINICAL]
+    assert caveats(encoder("biomedclip", 224), images(side=224, said=said)) == [*said, CAVEATS["not_clinical"]]
     asked = ask(images(said=said), "finding")
-    assert vlm_caveats(SimpleNamespace(id="smolvlm-256m"), asked) == [*said, NOT_CLINICAL]
+    assert vlm_caveats(SimpleNamespace(id="smolvlm-256m"), asked) == [*said, CAVEATS["not_clinical"]]
 
 
 @pytest.mark.parametrize(
@@ -101,7 +98,11 @@ def test_sizes_far_apart_are_named_by_the_shorter_edge(side, input_size, said):
 
 def test_generative_models_on_phantoms_say_that_answers_are_made_up():
     asked = load_questions("phantom/blood", n=8)
-    assert vlm_caveats(SimpleNamespace(id="demo-vlm"), asked) == [SYNTHETIC, MADE_UP_ANSWERS, NOT_CLINICAL]
+    assert vlm_caveats(SimpleNamespace(id="demo-vlm"), asked) == [
+        CAVEATS["synthetic"],
+        CAVEATS["made_up_answers"],
+        CAVEATS["not_clinical"],
+    ]
     assert (
         "says nothing about which is best on real images" in vlm_caveats(SimpleNamespace(id="smolvlm-256m"), asked)[2]
     )
@@ -115,12 +116,12 @@ def test_generative_models_on_phantoms_say_that_answers_are_made_up():
 def test_the_generative_demo_says_which_modalities_it_never_saw(modality, seen, site):
     asked = load_questions(f"phantom/{modality}{site}", n=6)
     found = vlm_caveats(SimpleNamespace(id="demo-vlm"), asked)
-    assert UNSEEN_MODALITY == "demo-vlm never saw this modality: its answers here are guesses."
-    assert (UNSEEN_MODALITY in found) != seen
-    assert UNSEEN_MODALITY not in vlm_caveats(SimpleNamespace(id="smolvlm-256m"), asked)
+    assert CAVEATS["unseen_modality"] == "demo-vlm never saw this modality: its answers here are guesses."
+    assert (CAVEATS["unseen_modality"] in found) != seen
+    assert CAVEATS["unseen_modality"] not in vlm_caveats(SimpleNamespace(id="smolvlm-256m"), asked)
 
 
 def test_generative_models_on_real_images():
     real = ask(images(), "finding")
-    assert vlm_caveats(SimpleNamespace(id="smolvlm-256m"), real) == [NOT_CLINICAL]
+    assert vlm_caveats(SimpleNamespace(id="smolvlm-256m"), real) == [CAVEATS["not_clinical"]]
     assert vlm_caveats(SimpleNamespace(id="demo-vlm"), real)[0].startswith("demo-vlm was trained on synthetic phantoms")

@@ -127,12 +127,11 @@ def test_weights_in_the_hub_cache_count_once_all_repositories_are_there(tmp_path
 
 def test_every_published_file_has_an_address_and_a_plain_name():
     for entry in loading.DUAL_ENCODERS:
-        names = [file.name for file in entry.files]
+        names = [url.rpartition("/")[2] for url in entry.files]
         assert len(set(names)) == len(names)
-        for file in entry.files:
-            assert "/" not in file.name
-            assert file.url.startswith("https://") or entry.id == "demo-clip"
-            assert file.sha256 is None or len(file.sha256) == 64
+        assert all(names)
+        for url in entry.files:
+            assert url.startswith("https://") or entry.id == "demo-clip"
 
 
 def test_every_loader_exists():

@@ -15,7 +15,7 @@ from medrobust_lib.models.loading import find_model
 from medrobust_lib.models.medclip import (
     add_products,
     load_robustmedclip,
-    short_adapters,
+    short_file_keys,
 )
 from medrobust_lib.models.open_clip import load_open_clip
 
@@ -273,9 +273,9 @@ def test_full_checkpoint_without_keys_warns(authors, weights_dir):
 def test_wrong_number_of_pairs_is_refused():
     tensors = {f"w_{side}_{n:03d}": torch.zeros(2, 2) for side in "ab" for n in range(5)}
     with pytest.raises(ValueError, match=r"5 adapter pairs.*12 blocks needs 24 \(q, v\) or 36 \(q, k, v\)"):
-        short_adapters(tensors, blocks=12, source="file")
+        short_file_keys(tensors, blocks=12, source="file")
     with pytest.raises(ValueError, match=r"pairs numbered from 0; found w_a \[0, 1, 2, 3, 4\], w_b \[0, 1, 2, 3\]"):
-        short_adapters({k: v for k, v in tensors.items() if k != "w_b_004"}, blocks=12, source="file")
+        short_file_keys({k: v for k, v in tensors.items() if k != "w_b_004"}, blocks=12, source="file")
 
 
 def test_unknown_entries_of_a_short_file_are_refused(authors, weights_dir):

@@ -1,17 +1,18 @@
 """UniMed-CLIP: a checkpoint in the layout of the authors' fork against a forward pass written out here."""
 
-from functools import partial
+import json
+import shutil
 from unittest.mock import patch
 
 import pytest
 import torch
-from open_clip import CLIPVisionCfg
 from torch.nn import functional
 from transformers import BertConfig, BertModel
 
 from medrobust_lib.models import medclip
 from medrobust_lib.models.loading import find_model
-from medrobust_lib.models.medclip import build_unimed_network, convert_fork_keys, load_unimedclip
+from medrobust_lib.models.medclip import convert_state_dict, load_unimedclip
+from medrobust_lib.models.open_clip import build_folder
 
 WORDS = [
     *("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "fundus", "photo", "of", "retina", "with", "drus"),
@@ -20,18 +21,15 @@ WORDS = [
 TEXTS = ["a fundus photo of retina with drusen", "Normal", "retina, normal"]
 WIDTH, LAYERS, PATCH, SIZE, DIM = 64, 2, 8, 32, 24
 CONTEXT = 20
-TINY = {
-    "vision": CLIPVisionCfg(image_size=SIZE, layers=LAYERS, width=WIDTH, head_width=16, patch_size=PATCH),
-    "text": BertConfig(
-        vocab_size=len(WORDS),
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        intermediate_size=48,
-        max_position_embeddings=64,
-    ),
-    "embed_dim": DIM,
-}
+VISION = {"image_size": SIZE, "layers": LAYERS, "width": WIDTH, "head_width": 16, "patch_size": PATCH}
+TEXT = BertConfig(
+    vocab_size=len(WORDS),
+    hidden_size=32,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    intermediate_size=48,
+    max_position_embeddings=64,
+)
 
 
 def visual_shapes(width, layers, patch, size, dim):
@@ -107,7 +105,7 @@ def fork():
     shapes = visual_shapes(WIDTH, LAYERS, PATCH, SIZE, DIM)
     shapes |= {"text_encoder.proj.0.weight": (28, 32), "text_encoder.proj.2.weight": (DIM, 28)}
     tensors = {key: 0.2 * torch.randn(shape, generator=generator) for key, shape in shapes.items()}
-    bert = BertModel(TINY["text"], add_pooling_layer=False).eval().requires_grad_(False)
+    bert = BertModel(TEXT, add_pooling_layer=False).eval().requires_grad_(False)
     for tensor in bert.parameters():
         tensor.copy_(0.3 * torch.randn(tensor.shape, generator=generator))
     tensors |= {f"text_encoder.transformer.{key}": value for key, value in bert.state_dict().items()}
@@ -126,8 +124,14 @@ def write_weights(root, content, words=WORDS):
 
 def load(root):
     """The model at a fraction of its size."""
-    tiny = {"build_unimed_network": partial(build_unimed_network, **TINY), "UNIMED_CONTEXT_LENGTH": CONTEXT}
-    with patch.multiple(medclip, **tiny):
+    folder = root / "tiny"
+    shutil.copytree(medclip.UNIMED_FOLDER, folder, dirs_exist_ok=True)
+    TEXT.save_pretrained(folder)
+    config = json.loads((folder / "open_clip_config.json").read_text())
+    config["model_cfg"] |= {"embed_dim": DIM, "vision_cfg": VISION}
+    config["model_cfg"]["text_cfg"]["context_length"] = CONTEXT
+    (folder / "open_clip_config.json").write_text(json.dumps(config))
+    with patch.object(medclip, "UNIMED_FOLDER", folder):
         return load_unimedclip(find_model("unimedclip"), weights_dir=root, offline=True)
 
 
@@ -176,8 +180,10 @@ def test_facts(model):
 
 
 def test_full_size_layout(tmp_path):
+    folder = shutil.copytree(medclip.UNIMED_FOLDER, tmp_path / "full")
+    (folder / "vocab.txt").write_text("\n".join(WORDS) + "\n", encoding="utf-8")
+    network, tokenizer = build_folder(folder)
     with torch.device("meta"):
-        network = build_unimed_network(tmp_path)
         bert = BertModel(BertConfig(vocab_size=30_522), add_pooling_layer=False)
     fork_shapes = visual_shapes(768, 12, 16, 224, 512)
     fork_shapes |= {f"text_encoder.transformer.{key}": t.shape for key, t in bert.state_dict().items()}
@@ -185,12 +191,12 @@ def test_full_size_layout(tmp_path):
     fork_shapes["logit_scale"] = ()
     file = {key: torch.empty(shape, device="meta") for key, shape in fork_shapes.items()}
     file["text_encoder.transformer.embeddings.position_ids"] = torch.empty(1, 512, device="meta")
-    converted = convert_fork_keys(file)
     expected = network.state_dict()
+    converted = convert_state_dict(file, expected=expected)
     assert {key: t.shape for key, t in converted.items()} == {key: t.shape for key, t in expected.items()}
     assert sum(p.numel() for p in network.visual.parameters()) == 86_192_640
     assert sum(p.numel() for p in network.parameters()) == 86_192_640 + 108_891_648 + 819_200 + 1
-    assert medclip.UNIMED_CONTEXT_LENGTH == 256
+    assert tokenizer.context_length == 256
 
 
 def test_unknown_and_missing_keys_are_listed(fork, tmp_path):
