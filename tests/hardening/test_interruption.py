@@ -20,7 +20,7 @@ from preparing.downloads import CHUNK_BYTES, download
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="other signals there")
 ROOT = Path(__file__).parents[2]
-STUDY = ROOT / "tests" / "smoothing" / "test_study.py"
+STUDY = ROOT / "tests" / "smoothing" / "test_table.py"
 SMALL = {"n": 4, "image_size": 28, "corruptions": ["contrast", "gaussian_noise"], "severities": (1, 4)}
 
 # The child stops itself, so that no clock decides when.
