@@ -154,8 +154,7 @@ def fetch_command(id: str) -> str:
 # From here on the model sees either blown-up pixels or a thumbnail of what a reader of the images saw.
 _SIZE_FACTOR = 3.0
 
-TEXTS = read_table("texts.toml")
-CAVEATS: dict[str, str] = TEXTS["caveats"]
+CAVEATS: dict[str, str] = read_table("caveats.toml")
 
 
 def caveats(model: Any, dataset: "ImageDataset") -> list[str]:

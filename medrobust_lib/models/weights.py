@@ -34,7 +34,10 @@ ADAPTER_CONFIG_NAME = "adapter_config.json"  # of peft
 TOKENIZER_FILES = (("tokenizer.json",), ("vocab.json", "merges.txt"), ("vocab.txt",), ("tokenizer.model",))
 VOCABULARY_NAME = "vocab.txt"
 CLIP_TYPE = "clip"  # of the configuration of a transformers CLIPModel
-FOLDER_CONTENT: str = catalogue.TEXTS["folder_content"]
+FOLDER_CONTENT = (
+    "the folder must hold config.json, model.safetensors, preprocessor_config.json or processor_config.json, and the "
+    "tokenizer's files"
+)
 
 _LISTED_KEYS = 10
 
@@ -100,8 +103,15 @@ def foreign_adapter(folder: Path) -> str:
     config = read_json_object(folder / ADAPTER_CONFIG_NAME, "the configuration of an adapter")
     base = config.get("base_model_name_or_path") or "BASE"
     kind = (config.get("auto_mapping") or {}).get("base_model_class") or "CLIPModel"
-    text = catalogue.TEXTS["foreign_adapter"]
-    return text.format(folder=str(folder), type=config.get("peft_type"), base=str(base), kind=kind)
+    return (
+        f"{folder} holds an adapter that peft wrote ({config.get('peft_type')}, trained on {base}); merge it into its "
+        "base with peft, which knows all its settings, and load the result:\n"
+        "    from peft import PeftModel\n"
+        f"    from transformers import {kind}\n"
+        f"    base = {kind}.from_pretrained({str(base)!r})\n"
+        f"    PeftModel.from_pretrained(base, {str(folder)!r}).merge_and_unload().save_pretrained('merged')\n"
+        "Then copy the base's preprocessor_config.json and tokenizer's files into 'merged', which is local-dir:merged"
+    )
 
 
 def check_writes_text(folder: Path, *, id: str) -> None:
