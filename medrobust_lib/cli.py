@@ -111,7 +111,7 @@ def study(
 
     read = read_study(file, notebooks=notebooks)
     if dry_run:
-        _show_plan(read, notebooks)
+        _show_estimates(read, notebooks)
         return
     from medrobust_lib.studies.execute import run_study
 
@@ -272,14 +272,14 @@ def _report_what_there_is(run_dir: Path) -> None:
         typer.echo(f"no report of what was executed: {told(error)}", err=True)
 
 
-def _show_plan(read: "Study", notebooks: Path | None) -> None:
+def _show_estimates(read: "Study", notebooks: Path | None) -> None:
     import pandas as pd
 
     from medrobust_lib.experiments.report import duration, show
     from medrobust_lib.files import size_text
-    from medrobust_lib.studies.cells import CertifyCell, estimate_cells, plan_cells
+    from medrobust_lib.studies.cells import CertifyCell, estimate_cells, study_cells
 
-    cells = plan_cells(read, notebooks=notebooks)
+    cells = study_cells(read, notebooks=notebooks)
     estimates = estimate_cells(read, cells, earlier=default_runs_dir())
 
     def count(value: int | None) -> str:

@@ -21,7 +21,7 @@ from medrobust_lib.files import parsed
 from medrobust_lib.models.catalogue import fetch_command
 from medrobust_lib.models.loading import available_offline, check_kind, find_model
 from medrobust_lib.places import default_weights_dir
-from medrobust_lib.smoothing.bounds import ALPHA, minimum_draws
+from medrobust_lib.smoothing.bounds import ALPHA, LARGEST_SIGMA, minimum_draws
 
 MODEL_PARAMETERS = ("model", "models", "compare_with")
 VLM_PARAMETERS = ("vlm",)
@@ -34,8 +34,8 @@ _RULES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
     (r"sigmas?", lambda value: value >= 0, "0 or more (noise std in [0, 1] pixel units)"),
     (
         r"sigmas?",
-        lambda value: value <= 10,  # as in bounds.check_sigma
-        "10 or less (noise std in [0, 1] pixel units): divide a level in 0 to 255 units by 255",
+        lambda value: value <= LARGEST_SIGMA,
+        f"{LARGEST_SIGMA:g} or less (noise std in [0, 1] pixel units): divide a level in 0 to 255 units by 255",
     ),
     (r"seeds?", lambda value: value >= 0, "0 or more"),
     (r"alpha", lambda value: 0 < value < 1, "a number between 0 and 1"),

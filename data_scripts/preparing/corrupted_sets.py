@@ -9,7 +9,7 @@ import typer
 
 from medrobust_lib.corruptions.stored import Layout, read_ledger
 from medrobust_lib.corruptions.suites import SEVERITIES
-from medrobust_lib.corruptions.writing import BenchmarkPlan, write_benchmark
+from medrobust_lib.corruptions.writing import CorruptedSets, write_benchmark
 from medrobust_lib.files import reported_errors
 
 LayoutName = StrEnum("LayoutName", {name.replace("-", "_"): name for name in get_args(Layout)})
@@ -60,7 +60,7 @@ def run_command(folder: Path, datasets: list[str], *, dry_run: bool, check: bool
         options["severities"] = tuple(map(_severity, _listed(options["severities"])))
         options["corruptions"] = _listed(options["corruptions"]) or None
         if dry_run:
-            typer.echo(BenchmarkPlan(folder, names, **options))
+            typer.echo(CorruptedSets(folder, names, **options))
             return
         table = write_benchmark(folder, names, jobs=jobs, **options)
         typer.echo(f"{folder}  ready, {len(table)} files with their SHA-256 in table.csv")

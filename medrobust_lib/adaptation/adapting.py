@@ -258,7 +258,7 @@ class _Job:
     recipe: Recipe
     out: Path | None
     method: Mapping[str, Any]
-    plan: dict[str, Any] = field(init=False)  # all that the result depends on, as JSON values
+    identity: dict[str, Any] = field(init=False)  # all that the result depends on, as JSON values
 
     def __post_init__(self) -> None:
         check_not_training(self.model)
@@ -275,7 +275,7 @@ class _Job:
             check_learnable(data)
             if data.id in shown:
                 check_apart(data, shown[data.id])
-        self.plan = {
+        self.identity = {
             **self.method,
             "base": self.model.identity(),
             "train": {data.id: _described(data, self.templates) for data in self.train},
@@ -290,11 +290,11 @@ class _Job:
         return self.out is not None and (self.out.is_file() or (self.out.is_dir() and any(self.out.iterdir())))
 
     def train_in_place(self, model: DualEncoder, parameters: Mapping[str, nn.Parameter]) -> dict[str, Any]:
-        """Train parameters of a model; returns the plan and what came out, as JSON values."""
-        base, recipe = self.plan["base"]["id"], self.recipe
-        described = f"{self.plan['method']} of {base}"
+        """Train parameters of a model; returns its identity and what came out, as JSON values."""
+        base, recipe = self.identity["base"]["id"], self.recipe
+        described = f"{self.identity['method']} of {base}"
         training = Training(model, parameters, self.train, self.validation, self.templates, recipe, described)
-        training.run(self._state, identity=self.plan)
+        training.run(self._state, identity=self.identity)
         if recipe.epochs and training.best_epoch == 0:
             warnings.warn(
                 f"no epoch of {recipe.epochs} is better on the validation images than {base} as it was, so nothing was "
@@ -305,7 +305,7 @@ class _Job:
             )
         history = training.history
         return {
-            **self.plan,
+            **self.identity,
             "history": history.astype(object).where(history.notna(), None).to_dict("records"),
             "best_epoch": training.best_epoch,
             "trainable": sum(parameter.numel() for parameter in parameters.values()),
@@ -315,14 +315,14 @@ class _Job:
         }
 
     def stored(self) -> dict[str, Any]:
-        """Record in the finished folder, if it is that of the plan; what its training kept is removed."""
+        """Record in the finished folder, if it is that of this job; what its training kept is removed."""
         path = self.out / _PROVENANCE
         if not path.is_file():
             raise ValueError(f"{self.out} holds something else than a finished adaptation; give another folder")
         with parsed(f"{path} is damaged", f"Delete {self.out} and train anew."):
             record = dict(json.loads(path.read_text(encoding="utf-8")))
-        stored = {name: record[name] for name in self.plan if name in record}
-        differences = "\n  ".join(parameter_differences(stored, self.plan, holder="the folder"))
+        stored = {name: record[name] for name in self.identity if name in record}
+        differences = "\n  ".join(parameter_differences(stored, self.identity, holder="the folder"))
         if differences:
             raise ValueError(f"{self.out} was trained with other parameters; give another folder:\n  {differences}")
         shutil.rmtree(self._state, ignore_errors=True)

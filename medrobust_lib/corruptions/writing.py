@@ -1,4 +1,4 @@
-"""Corrupted sets on disk: a plan says which files come and how large they are; what is missing is written.
+"""Corrupted sets on disk: `CorruptedSets` says which files come and how large they are; what is missing is written.
 
 The folder of a collection is a row store (`medrobust_lib.experiments.open_store`): ``manifest.json`` holds the
 parameters with all constants of the suite, ``table.csv`` every file with its number of images and SHA-256.
@@ -31,7 +31,7 @@ from medrobust_lib.places import VERSION
 
 
 @dataclass(frozen=True)
-class PlannedFile:
+class CorruptedFile:
     """One file to come.
 
     Attributes
@@ -61,7 +61,7 @@ class PlannedFile:
 
 
 @dataclass(frozen=True)
-class BenchmarkPlan:
+class CorruptedSets:
     """What `write_benchmark` is going to write, worked out from one image of each data set; ``str`` says it.
 
     Attributes
@@ -88,7 +88,7 @@ class BenchmarkPlan:
         Of the corruptions and of the subset.
     root : path, optional
         Folder of the clean data sets.
-    files : dict of str to tuple of PlannedFile
+    files : dict of str to tuple of CorruptedFile
         Worked out: by data set; the first is the description, the second the clean images.
 
     Raises
@@ -111,7 +111,7 @@ class BenchmarkPlan:
     image_size: int | None = None
     seed: int = 0
     root: str | Path | None = None
-    files: dict[str, tuple[PlannedFile, ...]] = field(init=False)
+    files: dict[str, tuple[CorruptedFile, ...]] = field(init=False)
 
     def __post_init__(self) -> None:
         find_suite(self.suite)
@@ -146,7 +146,7 @@ class BenchmarkPlan:
         return len(self.all_files)
 
     @property
-    def all_files(self) -> list[PlannedFile]:
+    def all_files(self) -> list[CorruptedFile]:
         """Files of all data sets, in the order of writing."""
         return [file for files in self.files.values() for file in files]
 
@@ -181,7 +181,7 @@ class BenchmarkPlan:
             f"{self.folder}{written}"
         )
 
-    def _files_of(self, name: str) -> tuple[PlannedFile, ...]:
+    def _files_of(self, name: str) -> tuple[CorruptedFile, ...]:
         """Files of one data set."""
         sample = load_dataset(name, split=self.split, n=1, root=self.root, image_size=self.image_size)
         available = sample.provenance["split_size"]
@@ -197,13 +197,13 @@ class BenchmarkPlan:
         images = self.n or available
         size = sample.images[0, ..., : 1 if keeps_gray(suite, sample.id) else 3].size
         together = [self.severities] if self.layout == "concatenated" else [(s,) for s in self.severities]
-        planned = []
+        files = []
         for corruption, severities in [(stored.CLEAN, (0,)), *product(corruptions, together)]:
             file = stored.set_file(self.layout, sample.id, self.split, corruption, severities[0])
             count = images * len(severities)
-            planned.append(PlannedFile(file, sample.id, self.split, corruption, severities, count, count * size))
-        description = str(PurePosixPath(planned[0].file).with_name(f"{stored.DESCRIPTION}.json"))
-        return PlannedFile(description, sample.id, self.split, stored.DESCRIPTION, (0,), images, 0), *planned
+            files.append(CorruptedFile(file, sample.id, self.split, corruption, severities, count, count * size))
+        description = str(PurePosixPath(files[0].file).with_name(f"{stored.DESCRIPTION}.json"))
+        return CorruptedFile(description, sample.id, self.split, stored.DESCRIPTION, (0,), images, 0), *files
 
 
 def write_benchmark(folder: str | Path, datasets: Iterable[str], *, jobs: int = 1, **options: Any) -> pd.DataFrame:
@@ -215,7 +215,7 @@ def write_benchmark(folder: str | Path, datasets: Iterable[str], *, jobs: int = 
     Parameters
     ----------
     folder, datasets, **options
-        As in `BenchmarkPlan`: suite, layout, corruptions, severities, split, n, image_size, seed and root.
+        As in `CorruptedSets`: suite, layout, corruptions, severities, split, n, image_size, seed and root.
     jobs : int
         Worker processes; -1 for one per core. The bytes do not depend on it.
 
@@ -228,31 +228,31 @@ def write_benchmark(folder: str | Path, datasets: Iterable[str], *, jobs: int = 
     Raises
     ------
     FileNotFoundError, ValueError
-        As from `BenchmarkPlan`; a folder that holds other things or sets made with other parameters (each
+        As from `CorruptedSets`; a folder that holds other things or sets made with other parameters (each
         difference is named); a lost file that came out with other bytes than recorded.
     OSError
         Too little space on the disk (`errno.ENOSPC`), before the start or on the way; the half-written file
         is removed, the others stay.
     """
-    check_keywords(write_benchmark, options, inspect.signature(BenchmarkPlan).parameters)
-    plan = BenchmarkPlan(folder, datasets, **options)
-    print(plan)
-    with open_store(plan.folder, parameters=plan.parameters) as store:
-        stored.remove_leftovers(plan.folder / file.file for file in plan.all_files)
-        if plan.missing_bytes > shutil.disk_usage(plan.folder).free:
-            raise disk_full(plan.folder, f"{size_text(plan.missing_bytes)} are to be written")
+    check_keywords(write_benchmark, options, inspect.signature(CorruptedSets).parameters)
+    sets = CorruptedSets(folder, datasets, **options)
+    print(sets)
+    with open_store(sets.folder, parameters=sets.parameters) as store:
+        stored.remove_leftovers(sets.folder / file.file for file in sets.all_files)
+        if sets.missing_bytes > shutil.disk_usage(sets.folder).free:
+            raise disk_full(sets.folder, f"{size_text(sets.missing_bytes)} are to be written")
         recorded = {file: store.rows(file)[0] for file in store.done}
-        ledger = stored.Ledger(plan.folder, plan.parameters, recorded)
-        done = {file.file for file in plan.all_files if ledger.state(file.file, verify=False) == "whole"}
-        written = _written(plan, store, ledger, done, jobs)
-        said = f"write {plan.folder.name}"
-        for row, seconds in progress(written, total=len(plan), done=len(done), description=said, unit="files"):
+        ledger = stored.Ledger(sets.folder, sets.parameters, recorded)
+        done = {file.file for file in sets.all_files if ledger.state(file.file, verify=False) == "whole"}
+        written = _written(sets, store, ledger, done, jobs)
+        said = f"write {sets.folder.name}"
+        for row, seconds in progress(written, total=len(sets), done=len(done), description=said, unit="files"):
             earlier = recorded.get(row["file"])
             if earlier is None:
                 store.append(row["file"], [row], seconds=seconds)
             elif earlier["sha256"] != row["sha256"]:
                 raise ValueError(
-                    f"{plan.folder / row['file']} had to be written again and has SHA-256 {row['sha256']}, recorded is "
+                    f"{sets.folder / row['file']} had to be written again and has SHA-256 {row['sha256']}, recorded is "
                     f"{earlier['sha256']} (made with {earlier['made_with']}; now {row['made_with']}). Use the earlier "
                     "versions, or write everything to another folder."
                 )
@@ -260,22 +260,22 @@ def write_benchmark(folder: str | Path, datasets: Iterable[str], *, jobs: int = 
 
 
 def _written(
-    plan: BenchmarkPlan, store: RowStore, ledger: stored.Ledger, done: set[str], jobs: int
+    sets: CorruptedSets, store: RowStore, ledger: stored.Ledger, done: set[str], jobs: int
 ) -> Iterator[tuple[dict[str, Any], float]]:
     """Write what is missing, data set by data set; yields the row and the seconds of each new file."""
-    for name, files in plan.files.items():
+    for name, files in sets.files.items():
         description, clean, *others = files
         missing = [file for file in others if file.file not in done]
         for source in (description, clean) if missing else ():
             # Its size may be right and its content wrong, and everything else is made of it.
             if source.file in done and ledger.state(source.file) == "changed":
-                (plan.folder / source.file).unlink()
+                (sets.folder / source.file).unlink()
                 done.discard(source.file)
         if not {description.file, clean.file} <= done:
-            yield from _write_clean(plan, name, [file for file in (description, clean) if file.file not in done])
+            yield from _write_clean(sets, name, [file for file in (description, clean) if file.file not in done])
         if missing:
-            facts = json.loads((plan.folder / description.file).read_text(encoding="utf-8"))
-            context = (plan, plan.folder / clean.file, np.array(facts["indices"], dtype=np.int64))
+            facts = json.loads((sets.folder / description.file).read_text(encoding="utf-8"))
+            context = (sets, sets.folder / clean.file, np.array(facts["indices"], dtype=np.int64))
             with closing(map_items(_write_corrupted, missing, context=context, jobs=jobs)) as results:
                 for _, result in results:
                     yield result
@@ -284,16 +284,16 @@ def _written(
 
 
 def _write_corrupted(
-    context: tuple[BenchmarkPlan, Path, NDArray[np.int64]], file: PlannedFile
+    context: tuple[CorruptedSets, Path, NDArray[np.int64]], file: CorruptedFile
 ) -> tuple[dict[str, Any], float]:
     """Write one file, in a worker process: a few clean images at a time."""
     started = time.perf_counter()
-    plan, clean, indices = context
-    members = stored.member_names(plan.layout)
+    sets, clean, indices = context
+    members = stored.member_names(sets.layout)
     shape, labels = stored.read_labels(clean, members=members)
 
     def chunks() -> Iterator[Pixels]:
-        options = {"seed": plan.seed, "dataset": file.dataset, "suite": plan.suite}
+        options = {"seed": sets.seed, "dataset": file.dataset, "suite": sets.suite}
         for severity in file.severities:
             first = 0
             for images in stored.image_chunks(clean, members[0], len(labels)):
@@ -301,37 +301,41 @@ def _write_corrupted(
                 yield corrupt(images, file.corruption, severity=severity, indices=where, **options)
                 first += len(images)
 
-    _write_set(plan, file, chunks(), shape[1:], np.tile(labels, len(file.severities)))
-    return _row(plan, file), time.perf_counter() - started
+    _write_set(sets, file, chunks(), shape[1:], np.tile(labels, len(file.severities)))
+    return _row(sets, file), time.perf_counter() - started
 
 
 def _write_clean(
-    plan: BenchmarkPlan, name: str, wanted: Sequence[PlannedFile]
+    sets: CorruptedSets, name: str, wanted: Sequence[CorruptedFile]
 ) -> Iterator[tuple[dict[str, Any], float]]:
     started = time.perf_counter()
-    options = {"split": plan.split, "n": plan.n, "seed": plan.seed, "image_size": plan.image_size, "root": plan.root}
+    options = {"split": sets.split, "n": sets.n, "seed": sets.seed, "image_size": sets.image_size, "root": sets.root}
     data = load_dataset(name, **options)
     for file in wanted:
         if file.corruption == stored.DESCRIPTION:
-            with whole_file(plan.folder / file.file) as part:
+            with whole_file(sets.folder / file.file) as part:
                 part.write_text(stored.described(data), encoding="utf-8")
         else:
-            images = luma(data.images) if keeps_gray(plan.suite, data.id) else data.images
-            _write_set(plan, file, [images], images.shape[1:], data.labels)
-        yield _row(plan, file), time.perf_counter() - started
+            images = luma(data.images) if keeps_gray(sets.suite, data.id) else data.images
+            _write_set(sets, file, [images], images.shape[1:], data.labels)
+        yield _row(sets, file), time.perf_counter() - started
 
 
 def _write_set(
-    plan: BenchmarkPlan, file: PlannedFile, chunks: Iterable[Pixels], shape: tuple[int, ...], labels: NDArray[np.int64]
+    sets: CorruptedSets,
+    file: CorruptedFile,
+    chunks: Iterable[Pixels],
+    shape: tuple[int, ...],
+    labels: NDArray[np.int64],
 ) -> None:
-    """Write images of a shape and their labels in the plan's layout."""
-    column = labels[:, None] if plan.layout == "concatenated" else labels  # MedMNIST's tools expect a column
-    members = stored.member_names(plan.layout)
-    stored.write_npz(plan.folder / file.file, chunks, shape=(len(labels), *shape), labels=column, members=members)
+    """Write images of a shape and their labels in the layout of the sets."""
+    column = labels[:, None] if sets.layout == "concatenated" else labels  # MedMNIST's tools expect a column
+    members = stored.member_names(sets.layout)
+    stored.write_npz(sets.folder / file.file, chunks, shape=(len(labels), *shape), labels=column, members=members)
 
 
-def _row(plan: BenchmarkPlan, file: PlannedFile) -> dict[str, Any]:
-    path = plan.folder / file.file
+def _row(sets: CorruptedSets, file: CorruptedFile) -> dict[str, Any]:
+    path = sets.folder / file.file
     facts = {name: value for name, value in asdict(file).items() if name != "size"}
     facts["severities"] = " ".join(map(str, file.severities))
     # The bytes may depend on these versions.

@@ -13,7 +13,7 @@ from scipy.stats import beta, binom, norm
 # The defaults of every certificate: the failure probability, the draws that choose a class, the draws that count.
 ALPHA, N0, N = 0.001, 100, 10_000
 FEW_N0, FEW_N = 20, 100  # where a draw is a generated answer, or a person waits for the picture
-_LARGEST_SIGMA = 10.0  # no image survives this; 0 to 255 units begin here
+LARGEST_SIGMA = 10.0  # no image survives this; 0 to 255 units begin here
 
 
 def lower_confidence_bound(k: ArrayLike, n: ArrayLike, alpha: float) -> float | NDArray[np.float64]:
@@ -253,7 +253,7 @@ def check_sigma(sigma: float) -> None:
         raise ValueError(
             f"sigma={sigma}: smoothing needs noise, a standard deviation > 0 in [0, 1] pixel units such as 0.25"
         )
-    if sigma > _LARGEST_SIGMA:
+    if sigma > LARGEST_SIGMA:
         raise ValueError(
             f"sigma={sigma}: noise levels are in [0, 1] pixel units; divide a level in 0 to 255 units by 255 "
             f"({sigma / 255:.4g})"

@@ -247,7 +247,7 @@ class NotebookCell(Cell):
 _CELLS: dict[str, type[Cell]] = {"certify": CertifyCell, "benchmark": BenchmarkCell, "notebook": NotebookCell}
 
 
-def plan_cells(study: Study, *, notebooks: Path | None = None) -> list[Cell]:
+def study_cells(study: Study, *, notebooks: Path | None = None) -> list[Cell]:
     """Cells of a study, in the order of its file.
 
     Parameters
@@ -270,7 +270,7 @@ def estimate_cells(study: Study, cells: Sequence[Cell], *, earlier: Path | None 
     ----------
     study : Study
     cells : sequence of Cell
-        From `plan_cells`.
+        From `study_cells`.
     earlier : Path, optional
         Folder of earlier runs, whose cards tell what notebooks took; default: none.
 

@@ -21,7 +21,7 @@ from medrobust_lib.experiments.report import interval_text, write_page, write_re
 from medrobust_lib.files import named_when_full, told
 from medrobust_lib.places import VERSION
 from medrobust_lib.runner import environment_variables
-from medrobust_lib.studies.cells import ANSWERS, BenchmarkCell, Cell, averaged_over, plan_cells, short_id
+from medrobust_lib.studies.cells import ANSWERS, BenchmarkCell, Cell, averaged_over, short_id, study_cells
 from medrobust_lib.studies.study_file import Study
 
 LEADERBOARD = "leaderboard.csv"
@@ -219,7 +219,7 @@ def run_study(
         Another process runs this study, or no scheduler answers at the address.
     """
     out = Path(out).expanduser().resolve()
-    cells = plan_cells(study, notebooks=notebooks)
+    cells = study_cells(study, notebooks=notebooks)
     place = out, None if notebooks is None else Path(notebooks).resolve()
     manifest = {"study": study.record(), "medrobust_lib": VERSION}
     failures: dict[str, str] = {}

@@ -11,7 +11,7 @@ from PIL import Image
 from medrobust_lib.corruptions import stored, writing
 from medrobust_lib.corruptions.stored import read_corrupted
 from medrobust_lib.corruptions.suites import corrupt, corrupted
-from medrobust_lib.corruptions.writing import BenchmarkPlan, write_benchmark
+from medrobust_lib.corruptions.writing import CorruptedSets, write_benchmark
 from medrobust_lib.data.registry import load_dataset
 from preparing.corrupted_sets import check_benchmark
 
@@ -302,7 +302,7 @@ def test_two_sets_of_one_folder_are_refused(tmp_path):
             Image.fromarray(np.full((32, 32, 3), 90, np.uint8)).save(picture)
     ids = [f"folder:{tmp_path / parent / 'mine'}" for parent in "ab"]
     with pytest.raises(ValueError, match=r"would both be written to folder_mine.test.clean\.npz; use a folder"):
-        BenchmarkPlan(tmp_path / "C", ids)
+        CorruptedSets(tmp_path / "C", ids)
     table = write_benchmark(tmp_path / "C", ids[:1], corruptions=["contrast"], severities=(2,))
     assert set(table["dataset"]) == {"folder:mine"}
     texts = [path.read_text() for path in (tmp_path / "C").rglob("*") if path.suffix in {".json", ".csv", ".jsonl"}]
@@ -316,13 +316,13 @@ def test_two_sets_of_one_folder_are_refused(tmp_path):
 
 
 def test_the_plan_says_what_comes(tmp_path, whole):
-    assert len(BenchmarkPlan(tmp_path, CHEST, **SMALL)) == 6
-    plan = BenchmarkPlan(tmp_path, [CHEST, OCT], **SMALL)
-    assert len(plan) == 12
-    assert plan.missing_bytes == 10 * 5 * 28 * 28 * 3
-    assert str(plan) == (f"8 corrupted sets of phantom/chest, phantom/oct and the clean images: 118 kB in {tmp_path}")
+    assert len(CorruptedSets(tmp_path, CHEST, **SMALL)) == 6
+    sets = CorruptedSets(tmp_path, [CHEST, OCT], **SMALL)
+    assert len(sets) == 12
+    assert sets.missing_bytes == 10 * 5 * 28 * 28 * 3
+    assert str(sets) == (f"8 corrupted sets of phantom/chest, phantom/oct and the clean images: 118 kB in {tmp_path}")
     assert list(tmp_path.iterdir()) == []
-    again = BenchmarkPlan(whole.folder, [CHEST, OCT], **SMALL)
+    again = CorruptedSets(whole.folder, [CHEST, OCT], **SMALL)
     assert str(again).endswith(", 118 kB of it is there already")
 
 

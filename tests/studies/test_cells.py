@@ -4,7 +4,7 @@ import pytest
 
 from medrobust_lib.corruptions.suites import find_suite
 from medrobust_lib.smoothing.sequential import operating_characteristics, sequential_plan
-from medrobust_lib.studies.cells import estimate_cells, measured_rate, plan_cells, short_id
+from medrobust_lib.studies.cells import estimate_cells, measured_rate, short_id, study_cells
 from medrobust_lib.studies.study_file import read_study
 
 TEXT = """
@@ -22,7 +22,7 @@ steps:
 @pytest.fixture
 def cells(study_file):
     study = read_study(study_file(TEXT))
-    return study, plan_cells(study)
+    return study, study_cells(study)
 
 
 def test_a_cell_for_every_combination_with_a_name_of_its_own(cells):
@@ -60,7 +60,7 @@ def test_notebooks_are_priced_by_earlier_cards_or_not_at_all(study_file, noteboo
     study = read_study(
         study_file("models: [demo-clip]\ndatasets: [phantom/chest]\nsteps: [{notebook: '1'}]\n"), notebooks=notebooks
     )
-    found = plan_cells(study, notebooks=notebooks)
+    found = study_cells(study, notebooks=notebooks)
     assert estimate_cells(study, found, earlier=tmp_path / "runs")[0].seconds is None
     for run, seconds in (("a", 10.0), ("b", 30.0), ("c", 14.0)):
         card = tmp_path / "runs" / run / "cards" / "01.json"

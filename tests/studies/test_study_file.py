@@ -1,7 +1,7 @@
 import pytest
 
 from medrobust_lib.parameters import ParameterError
-from medrobust_lib.studies.cells import plan_cells
+from medrobust_lib.studies.cells import study_cells
 from medrobust_lib.studies.study_file import BenchmarkStep, CertifyStep, NotebookStep, StudyError, read_study
 
 HEAD = "models: [demo-clip]\ndatasets: [phantom/chest]\nn_images: 4\n"
@@ -28,7 +28,7 @@ def test_a_notebook_may_be_written_as_a_number_and_repeats_only_over_what_it_has
     text = "models: [demo-clip]\ndatasets: [phantom/chest, phantom/blood]\nseeds: [0, 1]\nsteps:\n  - notebook: 01\n"
     study = read_study(study_file(text + "    parameters: {sigma: 0.5}\n"), notebooks=notebooks)
     assert study.steps == (NotebookStep("01", {"sigma": 0.5}),)
-    (cell,) = plan_cells(study, notebooks=notebooks)  # it has a model, and neither data set nor seed
+    (cell,) = study_cells(study, notebooks=notebooks)  # it has a model, and neither data set nor seed
     assert cell.parameters == {"model": "demo-clip", "sigma": 0.5}
     assert (cell.model, cell.dataset, cell.seed) == ("demo-clip", "", None)
 
