@@ -67,7 +67,14 @@ _QUESTION_MARK = "\U0010ffff"
 
 
 class _TextDumper(yaml.SafeDumper):
-    """Writes every key without the "? " that YAML puts before long ones."""
+    """Writes every key without the "? " that YAML puts before long ones, and escapes the ends of lines in a text."""
+
+    def analyze_scalar(self, scalar: str) -> yaml.emitter.ScalarAnalysis:
+        # Elsewhere than between double quotes YAML folds them, and an end of line that is not "\n" becomes a blank.
+        analysis = super().analyze_scalar(scalar)
+        if analysis.multiline:
+            analysis.allow_flow_plain = analysis.allow_single_quoted = False
+        return analysis
 
     def check_simple_key(self) -> bool:
         return True

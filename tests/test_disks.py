@@ -272,55 +272,52 @@ def test_a_disk_that_is_read_only_ends_in_one_line(invoke, places, mounted, line
 # Ctrl-C
 
 
-@pytest.mark.parametrize("jobs", [1, 2])
-def test_ctrl_c_says_what_is_kept_and_the_command_that_goes_on(places, write_notebook, jobs):
-    write_notebook(places / "notebooks", "01_first", START, CARD)
-    code = CTRL_C.replace("GENERATION", str(jobs - 1))  # with several jobs a worker stands in between
-    write_notebook(places / "notebooks", "02_second", START.replace('"01"', '"02"'), CARD, code)
-    given = ["-p", "model=demo-clip", "--notebooks", "notebooks"]
-    words = ["run", "01", "02", *given, "--out", "out", "--jobs", str(jobs)]
+def stopped_by_ctrl_c(places: Path, given: list[str], *, jobs: int) -> list[str]:
+    """Run 01 and 02, which sends itself Ctrl-C; what the printed command that goes on says behind medrobust."""
+    words = ["run", "01", "02", *given, "--notebooks", "notebooks", "--out", "out", "--jobs", str(jobs)]
     stopped = subprocess.run([*PROGRAM, *words], capture_output=True, text=True, check=False, timeout=300)
     assert stopped.returncode == 130, stopped.stderr
     said, command = stopped.stderr.splitlines()
     out = places / "out"
     assert f"report of what was executed: {out / 'index.html'}\n" in stopped.stdout and (out / "index.html").exists()
     assert said.startswith(f"stopped; finished notebooks, with their results, are kept in {out}: ")
-    first, *words = shlex.split(command)
-    assert (first, words[0]) == ("medrobust", "run")
-    left = ["02"] if said.split(": ")[1].startswith("01. ") else ["01", "02"]
-    assert words == ["run", *left, *given, "--out", str(out), "--jobs", str(jobs)]
     kernel = int((places / "notebooks" / "kernel").read_text())
     deadline = time.monotonic() + 20
     while psutil.pid_exists(kernel) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert not psutil.pid_exists(kernel)
-    if jobs == 1:
-        assert left == ["02"]
-        made = (out / "cards" / "01.json").stat().st_mtime_ns
-        done = CliRunner().invoke(cli.app, words)
-        assert done.exit_code == 0, done.output
-        assert sorted(path.name for path in (out / "cards").iterdir()) == ["01.json", "02.json"]
-        assert (out / "cards" / "01.json").stat().st_mtime_ns == made
+    first, *words = shlex.split(command)
+    left = ["02"] if said.split(": ")[1].startswith("01. ") else ["01", "02"]
+    assert [first, *words[: 1 + len(left)]] == ["medrobust", "run", *left]
+    assert words[-6:] == ["--notebooks", "notebooks", "--out", str(out), "--jobs", str(jobs)]
+    return words
 
 
-def test_the_command_that_goes_on_gives_the_rest_what_it_knows_and_nothing_else(places, write_notebook):
+def test_ctrl_c_says_what_is_kept_and_the_command_that_gives_the_rest_what_it_knows(places, write_notebook):
     write_notebook(places / "notebooks", "01_first", START, CARD)
     rest = 'model: str = "demo-clip"  # id\nprompts: dict[str, str] = {}  # texts\nn: int = 1  # draws\n'
     (places / "params.yaml").write_text("sigma: 0.5\nmodel: plip\nprompts: {A: is it a?, B: 'b: c'}\nn: 7\n")
     code = CTRL_C.replace("GENERATION", "0") + 'pathlib.Path("got").write_text(repr((model, prompts, n)))'
-    write_notebook(places / "notebooks", "02_second", code, parameters=rest)
-    words = ["run", "01", "02", "-f", "params.yaml", "-p", "model=demo-clip", "-p", "fast=yes"]
-    words += ["--notebooks", "notebooks", "--out", "out"]
-    stopped = subprocess.run([*PROGRAM, *words], capture_output=True, text=True, check=False, timeout=300)
-    assert stopped.returncode == 130, stopped.stderr
-    _, *words = shlex.split(stopped.stderr.splitlines()[-1])
+    write_notebook(places / "notebooks", "02_second", START.replace('"01"', '"02"'), CARD, code, parameters=rest)
+    words = stopped_by_ctrl_c(places, ["-f", "params.yaml", "-p", "model=demo-clip", "-p", "fast=yes"], jobs=1)
     prompts = "prompts={A: 'is it a?', B: 'b: c'}"
-    left = ["-p", "model=demo-clip", "-p", prompts, "-p", "n=7", "--notebooks", "notebooks"]
-    assert words == ["run", "02", *left, "--out", str(places / "out"), "--jobs", "1"]
+    assert words[1:-6] == ["02", "-p", "model=demo-clip", "-p", prompts, "-p", "n=7"]
+    cards = places / "out" / "cards"
+    made = (cards / "01.json").stat().st_mtime_ns
     done = CliRunner().invoke(cli.app, words)
     assert done.exit_code == 0, done.output
+    assert sorted(path.name for path in cards.iterdir()) == ["01.json", "02.json"]
+    assert (cards / "01.json").stat().st_mtime_ns == made
     got = (places / "notebooks" / "got").read_text()
     assert got == repr(("demo-clip", {"A": "is it a?", "B": "b: c"}, 7))
+
+
+def test_ctrl_c_reaches_notebooks_that_run_side_by_side(places, write_notebook):
+    write_notebook(places / "notebooks", "01_first", START, CARD)
+    code = CTRL_C.replace("GENERATION", "1")  # a worker stands in between
+    write_notebook(places / "notebooks", "02_second", START.replace('"01"', '"02"'), CARD, code)
+    words = stopped_by_ctrl_c(places, ["-p", "model=demo-clip"], jobs=2)
+    assert words[-8:-6] == ["-p", "model=demo-clip"]
 
 
 def test_ctrl_c_in_a_study_says_that_the_same_command_goes_on(invoke, places, monkeypatch):

@@ -40,7 +40,7 @@ def builders():
 
 @pytest.fixture(scope="module")
 def weights(builders, tmp_path_factory):
-    """BiomedCLIP's files: a timm vision transformer of six blocks at 64 px, and a BERT that spells every word."""
+    """BiomedCLIP's files: a timm vision transformer of six blocks at 32 px, and a BERT that spells every word."""
     folder = tmp_path_factory.mktemp("weights") / "biomedclip"
     folder.mkdir()
     vocabulary = [*PIECES, *(f"##{letter}" for letter in PIECES[5:])]
@@ -48,7 +48,7 @@ def weights(builders, tmp_path_factory):
     (folder / "tokenizer_config.json").write_text(json.dumps({"do_lower_case": True, "model_max_length": 512}))
     small = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
     BertConfig(vocab_size=len(vocabulary), **small).save_pretrained(folder)
-    builders.write_weights(folder, builders.biomedclip_configuration(str(folder), image_size=64))
+    builders.write_weights(folder, builders.biomedclip_configuration(str(folder), image_size=32))
     return folder.parent
 
 

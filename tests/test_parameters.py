@@ -142,6 +142,12 @@ def test_a_plain_question_mark_is_text_wherever_a_plain_text_may_stand():
     check()
 
 
+@pytest.mark.parametrize("end", ["\n", "\r", "\x85", "\u2028", "\u2029"])
+def test_the_end_of_a_line_in_a_text_is_written_as_it_is_read(end):
+    written = parameters.as_written([f"a{end}b", end])
+    assert end not in written and parameters.read_yaml(written) == [f"a{end}b", end]
+
+
 def test_a_long_key_is_written_as_it_is_read():
     names = {"k" * 200: "v?", "a\nb" * 60: "", "": "e", "? c": "d"}
     assert parameters.read_yaml(parameters.as_written(names)) == names
