@@ -14,7 +14,7 @@ JOBS   ?= 2
 DEMO_ENV := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE PYTHONHASHSEED=0 PYTHONDONTWRITEBYTECODE=
 
 .DEFAULT_GOAL := help
-.PHONY: help install run test unit notebooks browser hardening lab lint format nb-refresh coverage bench clean
+.PHONY: help install run test unit variants notebooks browser hardening lab lint format nb-refresh coverage bench clean
 
 help:  ## show this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -33,11 +33,16 @@ run: $(STAMP)  ## execute every notebook on the embedded demo and write runs/dem
 	@echo "==> executing the notebooks on synthetic phantoms with demo-clip (no network, no GPU needed) ..."
 	@$(DEMO_ENV) $(BIN)/medrobust run --jobs $(JOBS) --out $(OUT)
 
-test: unit notebooks  ## unit tests, structure tests, and every checked output of the notebooks
+test: unit variants notebooks  ## unit tests, the notebooks with other models and images, and every checked output of theirs
 
 unit: $(STAMP)
 	@echo "==> unit and structure tests ..."
-	@$(DEMO_ENV) $(BIN)/python -m pytest tests --ignore=tests/browser -p no:nbval -n $(JOBS) --dist loadfile
+	@$(DEMO_ENV) $(BIN)/python -m pytest tests --ignore=tests/browser --ignore=tests/notebooks \
+		-p no:nbval -n $(JOBS) --dist loadfile
+
+variants: $(STAMP)  ## the notebooks with other models, classes and images
+	@echo "==> running the notebooks with other models, classes and images ..."
+	@$(DEMO_ENV) $(BIN)/python -m pytest tests/notebooks -p no:nbval -n $(JOBS)
 
 notebooks: $(STAMP)
 	@echo "==> running the notebooks again and comparing their checked outputs (nbval) ..."

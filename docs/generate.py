@@ -150,7 +150,7 @@ def title_and_question(path: Path) -> tuple[str, str]:
 
 def output_part(snapshot: Snapshot) -> str:
     """What the two commands print, shortened: the Makefile's own lines, the runner's, and the times of the snapshot."""
-    run, unit, again = (_echoed(target) for target in ("run", "unit", "notebooks"))
+    run, *tests = (_echoed(target) for target in ("run", "unit", "variants", "notebooks"))
     known = find_notebooks()
     lines = []
     for number, entry in snapshot["notebooks"].items():
@@ -166,10 +166,7 @@ def output_part(snapshot: Snapshot) -> str:
         "report: .../runs/demo/index.html",
         "",
         "$ make test",
-        unit,
-        "=== ... passed in ... s ===",
-        again,
-        "=== ... passed in ... s ===",
+        *(line for lane in tests for line in (lane, "=== ... passed in ... s ===")),
     ]
     minutes, gigabytes = round(snapshot["run_seconds"] / 60), snapshot["peak_memory_mb"] / 1000
     told = f"On {snapshot['cores']} CPU cores `make run` took about {minutes} minutes"

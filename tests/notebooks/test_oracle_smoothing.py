@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from medrobust_lib import cli
 
-spec = importlib.util.spec_from_file_location("tiny_vlms", Path(__file__).parent / "models" / "tiny_vlms.py")
+spec = importlib.util.spec_from_file_location("tiny_vlms", Path(__file__).parents[1] / "models" / "tiny_vlms.py")
 tiny_vlms = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(tiny_vlms)
 

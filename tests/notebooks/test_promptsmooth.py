@@ -22,7 +22,7 @@ from medrobust_lib.models.loading import load_model
 TISSUES = ("ADI", "BACK", "DEB", "LYM", "MUC", "MUS", "NORM", "STR", "TUM")
 TEN_TILES = dict.fromkeys(TISSUES, 1) | {"NORM": 2}
 pytestmark = pytest.mark.filterwarnings("ignore")
-REAL = Path(os.environ.get("MEDROBUST_REAL_DATA") or Path(__file__).parents[2] / "shared" / "data" / "real")
+REAL = Path(os.environ.get("MEDROBUST_REAL_DATA") or Path(__file__).parents[3] / "shared" / "data" / "real")
 REAL_TILES = REAL / "folders" / "colon_tiles"
 
 

@@ -23,7 +23,7 @@ from medrobust_lib.models.adapters import adapter_layout, load_adapter
 from medrobust_lib.models.loading import load_model
 
 pytestmark = pytest.mark.filterwarnings("ignore")
-REAL = Path(os.environ.get("MEDROBUST_REAL_DATA") or Path(__file__).parents[2] / "shared" / "data" / "real")
+REAL = Path(os.environ.get("MEDROBUST_REAL_DATA") or Path(__file__).parents[3] / "shared" / "data" / "real")
 PIECES = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefghijklmnopqrstuvwxyz.-&,'"]
 N_IMAGES = 12
 
@@ -31,7 +31,7 @@ N_IMAGES = 12
 @pytest.fixture(scope="module")
 def builders():
     """What the tests of the models build their tiny models with."""
-    path = Path(__file__).parent / "models" / "conftest.py"
+    path = Path(__file__).parents[1] / "models" / "conftest.py"
     spec = importlib.util.spec_from_file_location("model_builders", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
