@@ -25,11 +25,11 @@ _OPERATORS = (
 class TorchvisionGuard(MetaPathFinder):
     """Import hook that repairs the first import of torchvision, and only that."""
 
-    def find_spec(self, fullname: str, *place: Any) -> ModuleSpec | None:
+    def find_spec(self, fullname: str, path: Any = None, target: ModuleType | None = None) -> ModuleSpec | None:
         """Let torchvision's own loader try twice; leave every other module alone."""
         if fullname != "torchvision":
             return None
-        spec = PathFinder.find_spec(fullname, *place)
+        spec = PathFinder.find_spec(fullname, path, target)
         if spec is not None and spec.loader is not None:
             spec.loader.exec_module = functools.partial(_execute, spec.loader.exec_module)
         return spec

@@ -83,6 +83,14 @@ def test_confusion_rows_are_shares_of_the_true_class(ax):
     assert [text.get_text() for text in ax.texts] == ["0.50", "0.50", "0.00", "1.00"]
 
 
+def test_a_class_that_does_not_exist_is_no_other_class_of_the_confusion_matrix(ax):
+    with pytest.raises(IndexError):
+        plots.plot_confusion(np.array([0, 0, 1]), np.array([0, 2, 1]), ["a", "b"], ax)
+    many = [f"class {k}" for k in range(17)]
+    plots.plot_confusion(np.array([16, 16], np.uint8), np.array([16, 16], np.uint8), many, ax)
+    assert ax.collections[0].get_array().reshape(17, 17)[16, 16] == 1
+
+
 def test_an_abstention_stays_in_the_confusion_matrix_denominator(ax):
     plots.plot_confusion(np.array([0, 0, 1, 1]), np.array([0, -1, 1, 1]), ["a", "b"], ax)
     assert [text.get_text() for text in ax.texts] == ["0.50", "0.00", "0.00", "1.00"]

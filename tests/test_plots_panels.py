@@ -1,5 +1,6 @@
 import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
@@ -47,6 +48,19 @@ def test_long_names_are_broken_once_and_then_cut(figure):
     assert len(lines[1]) == 2
     assert all(len(line) <= 26 for line in lines[1])
     assert lines[1][1].endswith("…")
+
+
+def test_names_without_blanks_keep_the_begin_of_their_second_line(figure):
+    ax = panels.add_panel(figure, (1, 0, 2, 2))
+    panels.write_names([f"local-dir:/models/finetuned_on_{name}_2026" for name in ("kather", "pannuke")], ax, width=24)
+    first, second = (text.get_text().split("\n") for text in ax.texts)
+    assert len(first) == len(second) == 2 and first[1] != second[1]
+
+
+def test_bars_take_names_of_an_index(figure):
+    ax = panels.add_panel(figure, (1, 0, 2, 2))
+    panels.plot_named_bars(np.array([0.2, 0.8]), pd.Index(["a", "b"]), ax, total=1, truth=0)
+    assert {"a", "b"} <= {text.get_text() for text in ax.texts}
 
 
 @pytest.mark.parametrize(("p_lower", "height"), [(0.4, 0.0), (0.75, 0.5)])

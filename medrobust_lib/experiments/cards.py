@@ -258,7 +258,7 @@ def read_cards(runs_dir: Path, *, nested: bool = True) -> list[dict[str, Any]]:
         with parsed(f"{path} is a damaged result card", _AGAIN):
             _check_parts(card, _PARTS)
             for metric in card["metrics"]:
-                _check_parts({"settings": {}, **metric}, _METRIC_PARTS)
+                _check_parts({"settings": {}, **metric}, _METRIC_PARTS, where=f"metric {metric.get('name')!r}: ")
         cards.append({**card, "run": path.parent.parent.name})
     if not cards:
         raise FileNotFoundError(f"no result cards below {runs_dir}; `medrobust run 01` writes one")
@@ -273,11 +273,11 @@ def _record(metric: Metric) -> dict[str, Any]:
     return record
 
 
-def _check_parts(record: Mapping[str, Any], parts: Mapping[str, Any]) -> None:
+def _check_parts(record: Mapping[str, Any], parts: Mapping[str, Any], *, where: str = "") -> None:
     """Raise an error where a card or a metric lacks something that a leaderboard or a report counts on."""
     for name, kind in parts.items():
         if not isinstance(record[name], kind):
-            raise TypeError(f"{name!r} is a {type(record[name]).__name__}")
+            raise TypeError(f"{where}{name!r} is {record[name]!r}, a {type(record[name]).__name__}")
 
 
 def leaderboard(cards: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
@@ -366,7 +366,8 @@ def git_state() -> dict[str, Any]:
         told = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.splitlines()
     except (FileNotFoundError, subprocess.CalledProcessError):
         return {}
-    return {"commit": told[0].removeprefix("# branch.oid "), "changed": any(line[0] != "#" for line in told)}
+    commit = told[0].removeprefix("# branch.oid ")
+    return {} if commit == "(initial)" else {"commit": commit, "changed": any(line[0] != "#" for line in told)}
 
 
 def peak_memory_mb() -> float | None:

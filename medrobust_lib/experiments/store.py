@@ -295,8 +295,9 @@ def _read_items(content: bytes, path: Path) -> dict[str, _Item]:
     items: dict[str, _Item] = {}
     columns: list[str] | None = None
     for number, line in enumerate(content.splitlines(), start=1):
-        where = f"{path}, line {number} is corrupt ({line[:60]!r})"
-        with parsed(f"{where}; delete that line, and its item is computed again"):
+        with parsed(
+            f"{path}, line {number} is corrupt, {line[:60]!r}", "Delete that line: its item is computed again."
+        ):
             entry = json.loads(line)
             key, item = entry["key"], _Item(tuple(entry["rows"]), float(entry["seconds"]))
             if not isinstance(key, str) or key in items or not all(isinstance(row, dict) for row in item.rows):

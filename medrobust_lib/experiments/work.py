@@ -192,7 +192,6 @@ def _dask_rounds(function: Function, context: Any) -> Round:
     joblib's dask backend would do, but it waits for ever once dask gives an item up with KilledWorker.
     """
     try:
-        import dask
         from distributed import get_client
     except ImportError as error:
         raise ImportError(
@@ -206,18 +205,18 @@ def _dask_rounds(function: Function, context: Any) -> Round:
             "backend='dask' found no active client; make one first, for example: from dask.distributed import Client; "
             "client = Client(n_workers=4, threads_per_worker=1), or Client('tcp://scheduler:8786') for a cluster"
         ) from error
-    content, digest = _pack(function, context)
-    # A task, unlike scattered data, can be repeated when every worker that had its result is lost, and it
-    # makes a cluster that grows by need grow.
-    with dask.config.set({"distributed.admin.large-graph-warning-threshold": "1 TiB"}):
-        there = client.submit(np.asarray, content, pure=False)
-    return partial(_dask_round, client, there, digest)
+    return partial(_dask_round, client, *_pack(function, context))
 
 
-def _dask_round(client: "Client", content: Any, digest: str, items: Sequence[tuple[int, Any]]) -> Results:
+def _dask_round(client: "Client", content: np.ndarray, digest: str, items: Sequence[tuple[int, Any]]) -> Results:
+    import dask
     from distributed import CancelledError, KilledWorker, as_completed
 
-    futures = client.map(_work, items, content=content, digest=digest, threads=None, pure=False)
+    # A task, unlike scattered data, can be repeated when every worker that had its result is lost, and it makes a
+    # cluster that grows by need grow. Each round has its own: a cluster that is started anew has lost the others.
+    with dask.config.set({"distributed.admin.large-graph-warning-threshold": "1 TiB"}):
+        there = client.submit(np.asarray, content, pure=False)
+    futures = client.map(_work, items, content=there, digest=digest, threads=None, pure=False)
     lost = None
     try:
         finished = as_completed(futures, with_results=True, raise_errors=False)
@@ -265,6 +264,8 @@ def _until_done(run: Round, items: tuple[Any, ...], *, retries: int, in_flight: 
                 f"{_named(killer, items[killer])}; {len(waiting)} of {len(items)} items are left, all other results "
                 "were returned. The usual cause is too little memory: use fewer jobs or a smaller batch size."
             ) from cause
+        # Suspects get a call of their own: within one, joblib hands out the next item before a result is taken, and
+        # loses both with the worker.
         results = run([(position, items[position]) for position in fresh or [first]])
         try:
             for position, result in results:

@@ -187,7 +187,7 @@ class AnswerBank:
     dataset: str = field(default="", kw_only=True)
     index: int = field(default=0, kw_only=True)
     batch_size: InitVar[int | None] = field(default=None, kw_only=True)
-    kept: MutableMapping[Address, Completion | None] = field(default_factory=dict, kw_only=True)
+    kept: MutableMapping[Address, Completion | None] | None = field(default=None, kw_only=True)
     seconds: float = field(default=0.0, init=False)
 
     def __post_init__(self, batch_size: int | None) -> None:
@@ -196,6 +196,7 @@ class AnswerBank:
         check_not_training(self.vlm)
         if not isinstance(self.prompt, str) or not self.prompt.strip():
             raise ValueError(f"prompt={self.prompt!r}: give the question as text")
+        self.kept = {} if self.kept is None else self.kept
         self.image = self.image.to(getattr(self.vlm, "device", self.image.device))
         each = None
         if batch_size is None and hasattr(self.vlm, "bytes_per_copy"):

@@ -135,7 +135,7 @@ def plot_named_bars(
     for row, end, text in zip(rows, ends, told, strict=True):
         if text:
             ax.text(end + 0.015 * total, row + lift, text, va="center", fontsize=7, color="0.25", clip_on=False)
-    if names:
+    if len(names):
         write_names([names[k] for k in chosen], ax, truth=chosen.index(truth) if truth in chosen else None)
     ax.set(yticks=[], ylim=(_last(len(values)), -0.6), xlim=(0, total))
     ticks = (0, total / 2, total)
@@ -147,7 +147,8 @@ def write_names(names: Sequence[str], ax: Axes, *, truth: int | None = None, wid
     across = ax.get_yaxis_transform()
     for row, name in enumerate(names):
         style = {"color": CORRECT, "fontweight": "bold"} if row == truth else {"color": "0.15"}
-        lines = wrap(str(name), width, max_lines=2, placeholder="…")
+        lines = wrap(str(name), width) or [""]
+        lines = [lines[0], shorten(" ".join(lines[1:]), width)] if len(lines) > 1 else lines
         style |= {"fontsize": _SMALL if len(lines) == 1 else _SMALL - 1, "linespacing": 1.05}
         ax.text(-0.02, row, "\n".join(lines), transform=across, ha="right", va="center", **style)
 
@@ -260,7 +261,7 @@ def plot_moves(before: NDArray, after: NDArray, ax: Axes, *, right: NDArray[np.b
     right : bool [m]
         Whether the answer of each row is right now.
     """
-    rows = np.arange(len(before))
+    rows, after, right = np.arange(len(before)), np.asarray(after), np.asarray(right)
     ax.hlines(rows, before, after, color="0.75", lw=1.5)
     ax.scatter(before, rows, s=42, facecolor="white", edgecolor="0.35", zorder=3)
     for is_right, colour, marker in ((True, CORRECT, MARKERS[0]), (False, WRONG, "X")):
@@ -296,8 +297,9 @@ def plot_confusion(labels: NDArray, predictions: NDArray, classes: Sequence[str]
     ax : Axes
     """
     k = len(classes)
-    pairs = (k * labels + predictions)[predictions >= 0]
-    counts = np.bincount(pairs, minlength=k * k).reshape(k, k)
+    counts = np.zeros((k, k))
+    answered = predictions >= 0
+    np.add.at(counts, (labels[answered], predictions[answered]), 1)
     share = counts / np.maximum(np.bincount(labels, minlength=k)[:, None], 1)
     kept = leading(counts.sum(0) + counts.sum(1) - 2 * counts.diagonal())
     short = [shorten(classes[i]) for i in kept]

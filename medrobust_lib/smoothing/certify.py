@@ -131,9 +131,10 @@ class Rules:
         ValueError
             sigma, alpha or radii out of range, n too small to ever certify.
         """
+        alpha = self.alpha if share == 1 else self.alpha / share
         if self.sampling == "fixed":
-            return FixedPlan(sigma=sigma, n=self.n, alpha=self.alpha / share)
-        return sequential_plan(sigma=sigma, radii=self.radii, n=self.n, alpha=self.alpha / share)
+            return FixedPlan(sigma=sigma, n=self.n, alpha=alpha)
+        return sequential_plan(sigma=sigma, radii=self.radii, n=self.n, alpha=alpha)
 
 
 def take_votes(answers: Answers, plans: Sequence[Plan], *, n0: int, label: int | None) -> list[Verdict]:
@@ -401,13 +402,12 @@ def certify(
     Cohen et al. 2019, arXiv:1902.02918, section 3.2.2 and Proposition 2; `medrobust_lib.smoothing.sequential`.
     """
     check_keywords(certify, address, _ADDRESS)
+    answers, stream = _answers(classifier, image, sigma, address)
     mode = "predict" if label is None else "evaluate"
     rules = Rules(n0=n0, n=n, alpha=alpha, sampling=sampling, mode=mode, radii=radii)
     if label is not None and label < 0:
         raise ValueError(f"label={label}: the known label is a class, 0 or higher; None lets selection draws choose")
-    plan = rules.plan(sigma)
-    answers, stream = _answers(classifier, image, sigma, address)
-    (verdict,) = take_votes(answers, [plan], n0=n0, label=label)
+    (verdict,) = take_votes(answers, [rules.plan(sigma)], n0=n0, label=label)
     return make_certificate(verdict, rules, stream, guarantee="standard", classifier=classifier, image=image)
 
 

@@ -192,8 +192,9 @@ def _paired(key: _Key, a: _Result, b: _Result) -> tuple[Any, ...] | None:
     other = common[common["label_a"] != common["label_b"]]
     if len(other):
         labels = f"label {other['label_a'].iloc[0]} in A and {other['label_b'].iloc[0]} in B"
+        subject = ", ".join(filter(None, (key.dataset, key.model, key.metric.replace("_", " "), key.what)))
         raise ValueError(
-            f"{key.dataset}, {key.model}, {key.what}: image {other.index[0]} has {labels}; the runs were made on "
+            f"{subject}: image {other.index[0]} has {labels}; the runs were made on "
             "different images, so they cannot be compared"
         )
     value_a, value_b = common["value_a"].to_numpy(), common["value_b"].to_numpy()

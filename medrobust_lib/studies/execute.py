@@ -232,11 +232,11 @@ def run_study(
             _connect(stack, cluster, out)
         if jobs != 1 or cluster is not None:  # bars of several processes would overwrite each other
             stack.enter_context(environment_variables({"TQDM_DISABLE": "1"}))
-        backend = "loky" if cluster is None else "dask"
+        backend = "dask" if cluster is not None and missing else "loky"
         results = experiments.map_items(run_cell, missing, context=place, jobs=jobs, backend=backend)
-        told = {"description": f"study {study.name}", "unit": "cells"}
+        words = {"description": f"study {study.name}", "unit": "cells"}
         try:
-            for position, (seconds, error) in experiments.progress(results, total=len(cells), done=done, **told):
+            for position, (seconds, error) in experiments.progress(results, total=len(cells), done=done, **words):
                 cell = missing[position]
                 if error:
                     failures[cell.label] = error

@@ -2,6 +2,7 @@ import errno
 import json
 import os
 import re
+import subprocess
 from pathlib import Path
 
 import pandas as pd
@@ -10,7 +11,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from medrobust_lib import experiments, places
-from medrobust_lib.experiments import Metric, start_run
+from medrobust_lib.experiments import Metric, cards, start_run
 from medrobust_lib.experiments.cards import CAPTION_KEY, RUN_DIR_VARIABLE, lower_is_better
 from medrobust_lib.experiments.report import show_ranking, write_report
 
@@ -252,3 +253,28 @@ def test_what_is_left_out_is_told_in_one_line_and_on_the_card(run, capsys):
     assert capsys.readouterr().out.splitlines()[-1] == "Left out: learned prompts: no word embeddings"
     card = json.loads(save(run, notes=["synthetic"]).read_text())
     assert card["notes"] == ["synthetic", "Left out: learned prompts: no word embeddings"]
+
+
+def test_a_damaged_metric_is_named_with_its_value(run, tmp_path):
+    save(run)
+    path = run.folder / "cards" / "01.json"
+    card = json.loads(path.read_text())
+    card["metrics"][1] |= {"name": "average_accuracy", "value": "much"}
+    path.write_text(json.dumps(card))
+    with pytest.raises(ValueError, match=r"metric 'average_accuracy': 'value' is 'much', a str"):
+        experiments.read_cards(tmp_path)
+
+
+def test_a_report_needs_no_notes_on_a_card(run):
+    save(run)
+    path = run.folder / "cards" / "01.json"
+    card = json.loads(path.read_text())
+    del card["notes"]
+    path.write_text(json.dumps(card))
+    assert "Title" in write_report(run.folder).read_text(encoding="utf-8")
+
+
+def test_a_checkout_without_a_commit_is_none(tmp_path, monkeypatch):
+    subprocess.run(["git", "init", "-q", str(tmp_path)], check=True)
+    monkeypatch.setattr(cards, "__file__", str(tmp_path / "medrobust_lib" / "experiments" / "cards.py"))
+    assert cards.git_state() == {}

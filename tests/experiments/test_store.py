@@ -113,7 +113,7 @@ def test_a_corrupt_line_that_no_kill_explains_is_an_error_that_names_file_and_li
     journal = tmp_path / "journal.jsonl"
     line = journal.read_bytes()
     journal.write_bytes(line + bad + line.replace(b'"a"', b'"c"'))
-    with pytest.raises(ValueError, match=r"journal\.jsonl, line 2 is corrupt .*; delete that line"):
+    with pytest.raises(ValueError, match=r"journal\.jsonl, line 2 is corrupt, b'.*\. Delete that line: its item is"):
         open_store(tmp_path, parameters={})
     journal.write_bytes(line)
     open_store(tmp_path, parameters={}).close()

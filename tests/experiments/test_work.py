@@ -139,6 +139,18 @@ def test_dask_workers_killed_from_outside_lose_nothing_even_all_at_once(cluster,
     assert {process for _, (_, process) in results} - killed, "new workers went on"
 
 
+def test_a_dask_cluster_that_is_started_anew_loses_nothing(cluster):
+    def work(factor, item):
+        time.sleep(0.1)
+        return factor * item
+
+    with active_client(cluster) as client:
+        results = map_items(work, range(6), context=3, backend="dask")
+        first = next(results)
+        client.restart()
+        assert sorted([first, *results]) == [(item, 3 * item) for item in range(6)]
+
+
 def test_an_item_that_kills_every_worker_is_named_after_all_others_are_done(two_workers):
     def work(_, item):
         if item == "bad":

@@ -50,6 +50,8 @@ def test_a_worker_killed_in_the_midst_of_a_study_changes_nothing(cluster, study,
     without_git = [pd.read_csv(f / LEADERBOARD).drop(columns=["commit", "changed"]) for f in (out, undisturbed)]
     pd.testing.assert_frame_equal(*without_git)
     assert (out / "table.csv").read_bytes() == (undisturbed / "table.csv").read_bytes()
+    again = run_study(study, out, cluster=cluster.scheduler_address, announce=lambda line: None)
+    assert again.done == 3, "the same command, when nothing is left to do"
 
 
 def test_workers_that_do_not_see_the_folder_are_refused_before_anything_runs(cluster, study, tmp_path, monkeypatch):
