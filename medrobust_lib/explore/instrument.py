@@ -70,9 +70,9 @@ class Instrument:
         self.caption = widgets.HTML(layout=widgets.Layout(max_width="75em"))
         # Only what worked is kept: an error is none of the cache's results.
         self._shown = lru_cache(kept)(lambda **values: picture_of(partial(draw, **values)))
-        for control in self.controls.values():
-            control.style = {"description_width": "7.5em"}
-            control.observe(self._changed, "value")
+        for widget in self.controls.values():
+            widget.style = {"description_width": "7.5em"}
+            widget.observe(self._changed, "value")
         help_lines = [widgets.HTML(f"<small>{html.escape(hint)}</small>")] if hint else []
         rows = widgets.Box(list(self.controls.values()), layout=widgets.Layout(flex_flow="row wrap"))
         self.widget = widgets.VBox([rows, *help_lines, self.message, self.picture, self.caption])
@@ -80,7 +80,7 @@ class Instrument:
 
     def redraw(self) -> None:
         """Show the picture of the present values: a kept one, or a new one."""
-        values = {name: control.value for name, control in self.controls.items()}
+        values = {name: widget.value for name, widget in self.controls.items()}
         self.message.value = "<small>computing …</small>"
         try:
             self.picture.value, self.caption.value = self._shown(**values)
