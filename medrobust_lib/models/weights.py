@@ -248,7 +248,7 @@ def explained_errors(source: str) -> Iterator[None]:
         if "loading state_dict" in message:
             raise _key_error(source, message) from error
         if "PytorchStreamReader" in message or "Invalid magic number" in message:
-            reason = message.splitlines()[0].rstrip(".")
+            reason = message.splitlines()[0].partition(". ")[0]
             raise ValueError(
                 f"cannot read the weights of {source}, the file is damaged: {reason}. Fetch it again"
             ) from error

@@ -1,7 +1,7 @@
 import importlib.util
 import json
-import warnings
 import shutil
+import warnings
 from pathlib import Path
 
 import numpy as np

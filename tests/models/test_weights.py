@@ -68,9 +68,9 @@ def test_a_truncated_download_is_damaged_and_no_danger(tmp_path):
 
 @pytest.mark.parametrize("content", [b"{", b"\xff"])
 def test_a_file_that_is_no_json_is_called_so(content):
-    with pytest.raises(ValueError, match="^cannot read the files of it, one is no valid JSON: .*; fetch it again$"):
-        with explained_errors("it"):
-            json.loads(content.decode())
+    message = "^cannot read the files of it, one is no valid JSON: .*; fetch it again$"
+    with pytest.raises(ValueError, match=message), explained_errors("it"):
+        json.loads(content.decode())
 
 
 def test_a_configuration_that_is_a_list_is_told_so(tmp_path):
