@@ -182,9 +182,12 @@ def _read_suites() -> Mapping[str, Suite]:
             family: tuple(_corruption(name, **columns) for name, columns in rows.items())
             for family, rows in table["families"].items()
         }
-        extra, gray, family_of = (table.get(name, ()) for name in ("extra", "gray", "family_of"))
         suites[id] = Suite(
-            id, MappingProxyType(families), tuple(extra), frozenset(gray), MappingProxyType(dict(family_of))
+            id,
+            MappingProxyType(families),
+            extra=tuple(table.get("extra", ())),
+            gray=frozenset(table.get("gray", ())),
+            family_of=MappingProxyType(table.get("family_of", {})),
         )
     return MappingProxyType(suites)
 
