@@ -290,7 +290,7 @@ def load_unimedclip(entry: ModelEntry, *, weights_dir: Path, offline: bool) -> O
     vocabulary = _find_vocabulary(entry, bert, weights_dir=weights_dir, offline=offline)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        for path in (*UNIMED_FOLDER.iterdir(), vocabulary):
+        for path in (*UNIMED_FOLDER.glob("*.json"), vocabulary):
             shutil.copyfile(path, folder / path.name)  # the bytes alone: the installation may be read-only
         network, tokenizer = build_folder(folder)
     _check_size(vocabulary, len(tokenizer.tokenizer), network.text.vocab_size)
