@@ -247,7 +247,7 @@ def fine_tune(
     return job.outcome(_finished(tuned, model, record, job.out.name), record)
 
 
-@dataclass(eq=False)
+@dataclass(frozen=True, eq=False)
 class _Job:
     """What is trained on what, and where it is kept."""
 
@@ -275,14 +275,15 @@ class _Job:
             check_learnable(data)
             if data.id in shown:
                 check_apart(data, shown[data.id])
-        self.identity = {
+        identity = {
             **self.method,
             "base": self.model.identity(),
             "train": {data.id: _described(data, self.templates) for data in self.train},
             "validation": {id: _described(data, self.templates) for id, data in shown.items()},
             "recipe": self.recipe.as_json(),
         }
-        self.out = None if self.out is None else Path(self.out).expanduser()
+        object.__setattr__(self, "identity", identity)
+        object.__setattr__(self, "out", None if self.out is None else Path(self.out).expanduser())
 
     @property
     def is_done(self) -> bool:

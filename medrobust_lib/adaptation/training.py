@@ -250,10 +250,8 @@ class Training:
     def __post_init__(self) -> None:
         self.model.eval()
         with torch.no_grad():
-            texts, self._judged = (
-                [self.model.class_features(data.classes, templates_of(data, self.templates)) for data in sets]
-                for sets in (self.train, self.validation)
-            )
+            texts = [self._class_features(data) for data in self.train]
+            self._judged = [self._class_features(data) for data in self.validation]
         self._texts = torch.cat(texts)
         counts = [len(features) for features in texts]
         self._first_class = np.cumsum([0, *counts])[:-1]
@@ -266,6 +264,9 @@ class Training:
         self._optimiser = torch.optim.AdamW(self.parameters.values(), weight_decay=self.recipe.weight_decay)
         self._rows: list[dict[str, Any]] = []
         self._best: dict[str, Tensor] = {}
+
+    def _class_features(self, data: ImageDataset) -> Tensor:
+        return self.model.class_features(data.classes, templates_of(data, self.templates))
 
     @property
     def history(self) -> pd.DataFrame:
@@ -294,7 +295,7 @@ class Training:
         ValueError
             Training diverges, or `folder` belongs to other parameters (the differences are named).
         RuntimeError
-            Not even one image fits into memory, or `folder` is in use.
+            Not even one image fits into memory, `folder` is in use, or this has run before without it.
         """
         identity = {**(identity or {}), "recipe": self.recipe.as_json()}
         with nullcontext() if folder is None else open_store(folder, parameters=identity):
@@ -304,6 +305,8 @@ class Training:
         recipe = self.recipe
         resumed = None if folder is None else load_state(folder, self.parameters, self._optimiser)
         if resumed is None:
+            if self._rows:
+                raise RuntimeError("this training has run already, and its model is trained; make another Training")
             self._judge(0, None, time.monotonic())
         else:
             self._best, record = resumed

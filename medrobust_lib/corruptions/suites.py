@@ -182,18 +182,29 @@ def _read_suites() -> Mapping[str, Suite]:
             family: tuple(_corruption(name, **columns) for name, columns in rows.items())
             for family, rows in table["families"].items()
         }
-        extra, gray, family_of = (table.get(name, ()) for name in ("extra", "gray", "family_of"))
-        suites[id] = Suite(id, MappingProxyType(families), tuple(extra), frozenset(gray), dict(family_of))
+        suites[id] = Suite(
+            id,
+            MappingProxyType(families),
+            extra=tuple(table.get("extra", ())),
+            gray=frozenset(table.get("gray", ())),
+            family_of=MappingProxyType(table.get("family_of", {})),
+        )
     return MappingProxyType(suites)
 
 
-def _corruption(name: str, *, function: str = "", **columns: Sequence[float] | Sequence[Sequence[float]]) -> Corruption:
+def _corruption(
+    name: str, *, function: str = "", **columns: Sequence[float] | Sequence[Mapping[str, float]]
+) -> Corruption:
     """Corruption from one column of five values per parameter; the function's name where it is another."""
     home = next(module for module in (functions, blur) if hasattr(module, function or name))
     severities = []
     for values in zip(*columns.values(), strict=True):
-        frozen = (tuple(value) if isinstance(value, list) else value for value in values)
-        severities.append(MappingProxyType(dict(zip(columns, frozen, strict=True))))
+        parameters = dict(zip(columns, values, strict=True))
+        if "zooms" in parameters:
+            # To the last bit those of the public implementation: a crop's size can hang on it.
+            zooms = parameters.pop("zooms")
+            parameters["factors"] = tuple(np.arange(1, zooms["stop"], zooms["step"]).tolist())
+        severities.append(MappingProxyType(parameters))
     return Corruption(name, getattr(home, function or name), tuple(severities))
 
 

@@ -278,9 +278,9 @@ def _scaled(values: NDArray, bits: int, path: Path) -> NDArray[np.uint8]:
 
 
 def as_rgb(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Copy of an image [H, W], [H, W, 1] or [H, W, 3] as [H, W, 3]; gray is repeated over the channels."""
+    """An image [H, W], [H, W, 1] or [H, W, 3] as [H, W, 3]: gray is repeated, any other number of channels kept."""
     planes = image if image.ndim == 3 else image[:, :, None]
-    return np.repeat(planes, 3 // planes.shape[2], axis=2)
+    return np.repeat(planes, 3, axis=2) if planes.shape[2] == 1 else planes
 
 
 def member_names_of(archive: zipfile.ZipFile) -> tuple[str, ...]:

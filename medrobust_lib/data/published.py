@@ -18,7 +18,7 @@ MEAN_OF_MODELS = "mean of models"
 _LEAST_COLUMNS = 4  # of eight, that equal the share of a class
 _ROUNDING = 0.00005  # of fractions printed with four decimals
 _SETS = ["collection", "dataset"]
-_ROWS = [*_SETS, "model"]
+_ROWS = (*_SETS, "model")
 _COLUMNS = ["source", *_SETS, "model", "entry", "printed", "recomputed"]
 
 
@@ -133,8 +133,8 @@ def rows_of_table_2(accuracies: pd.DataFrame | None = None) -> pd.DataFrame:
     DataFrame with columns collection, dataset, model, printed, recomputed, largest_deviation, fits
     """
     table = recompute_published(accuracies).query("source == 'Table 2'")
-    rows = table[table["entry"] == "mCE"].set_index(_ROWS)[["printed", "recomputed"]]
-    of_row = table.assign(deviation=table["deviation"].abs()).groupby(_ROWS, sort=False)
+    rows = table[table["entry"] == "mCE"].set_index([*_ROWS])[["printed", "recomputed"]]
+    of_row = table.assign(deviation=table["deviation"].abs()).groupby([*_ROWS], sort=False)
     return rows.assign(largest_deviation=of_row["deviation"].max(), fits=of_row["fits"].all()).reset_index()
 
 
@@ -198,7 +198,7 @@ def constant_predictors(accuracies: pd.DataFrame | None = None) -> pd.DataFrame:
     rows = rows[rows["clean"] & (rows["columns_at_share"] >= _LEAST_COLUMNS)].drop(columns="clean")
     errors = published_corruption_errors(accuracies)
     errors["rank_by_mce"] = _rank(errors, _SETS)
-    return rows.merge(errors[[*_ROWS, "mce", "rank_by_mce"]], on=_ROWS)
+    return rows.merge(errors[[*_ROWS, "mce", "rank_by_mce"]], on=[*_ROWS])
 
 
 def rankings_by_choice(accuracies: pd.DataFrame | None = None) -> pd.DataFrame:
@@ -223,7 +223,7 @@ def rankings_by_choice(accuracies: pd.DataFrame | None = None) -> pd.DataFrame:
     for reference in (REFERENCE, "BioMedCLIP", MEAN_OF_MODELS):
         errors = published_corruption_errors(accuracies, reference=reference)
         for aggregation, column in (("mean of ratios", "mce"), ("ratio of sums", "ratio_of_sums")):
-            one = errors[_ROWS].assign(mce=errors[column])
+            one = errors[[*_ROWS]].assign(mce=errors[column])
             collections = one.groupby(["collection", "model"], sort=False, as_index=False)["mce"].mean()
             overall = one.groupby("model", sort=False, as_index=False)["mce"].mean()
             means = collections.assign(dataset="mean of 5"), overall.assign(collection="all", dataset="mean of 10")
@@ -231,8 +231,8 @@ def rankings_by_choice(accuracies: pd.DataFrame | None = None) -> pd.DataFrame:
     table = pd.concat(parts, ignore_index=True)
     table["rank"] = _rank(table, ["reference", "aggregation", *_SETS])
     as_printed = table[(table["reference"] == REFERENCE) & (table["aggregation"] == "mean of ratios")]
-    paper = as_printed.set_index(_ROWS)["rank"].rename("paper_rank")
-    table = table.join(paper, on=_ROWS)
+    paper = as_printed.set_index([*_ROWS])["rank"].rename("paper_rank")
+    table = table.join(paper, on=[*_ROWS])
     table["moved"] = table["rank"] - table["paper_rank"]
     return table[["reference", "aggregation", *_SETS, "model", "mce", "rank", "paper_rank", "moved"]]
 
@@ -245,7 +245,9 @@ def _rank(table: pd.DataFrame, groups: list[str]) -> pd.Series:
 def _table_2(errors: pd.DataFrame) -> pd.DataFrame:
     names = {"relative_clean_error": "clean error", "mce": "mCE"}
     names |= {c: f"CE, {c.removeprefix('ce_')}" for c in errors if c.startswith("ce_")}
-    recomputed = errors.rename(columns=names).melt(_ROWS, [*names.values()], var_name="entry", value_name="recomputed")
+    recomputed = errors.rename(columns=names).melt(
+        [*_ROWS], [*names.values()], var_name="entry", value_name="recomputed"
+    )
     printed = load_published("robustmedclip_table2_mce")
     entry = printed["measure"].replace({"mean corruption error": "mCE"})
     printed["entry"] = entry.where(entry != "corruption error", "CE, " + printed["corruption"].astype(str))
@@ -257,7 +259,7 @@ def _table_3(errors: pd.DataFrame) -> pd.DataFrame:
     printed = load_published("robustmedclip_table3_average")
     printed = printed.assign(entry="average accuracy", printed=100 * printed["average_accuracy"])
     recomputed = errors.assign(recomputed=100 * errors["average_accuracy"])
-    return _matched("Table 3", printed, recomputed, _ROWS)
+    return _matched("Table 3", printed, recomputed, [*_ROWS])
 
 
 def _table_6(errors: pd.DataFrame) -> pd.DataFrame:

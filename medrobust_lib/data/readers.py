@@ -88,15 +88,17 @@ class Split:
         ValueError
             A class that is not in the list.
         """
-        by_code, by_name = (list(map(words.label_of, names)) for names in (self.codes, self.names))
-        target = [second if first is None else first for first, second in zip(by_code, by_name, strict=True)]
-        if None in target:
-            listing = ", ".join(f"{index} {known!r}" for index, known in enumerate(words.names))
-            raise ValueError(
-                f"{self.source}: class {self.codes[target.index(None)]!r} is outside the class list of "
-                f"{words.set_name}: {listing}. Rename it, or leave `like` out and give class_names={{...}} and "
-                "templates=[...]"
-            )
+        target = []
+        for code, name in zip(self.codes, self.names, strict=True):
+            label = words.label_of(code)
+            label = words.label_of(name) if label is None else label
+            if label is None:
+                listing = ", ".join(f"{index} {known!r}" for index, known in enumerate(words.names))
+                raise ValueError(
+                    f"{self.source}: class {code!r} is outside the class list of {words.set_name}: {listing}. "
+                    "Rename it, or leave `like` out and give class_names={...} and templates=[...]"
+                )
+            target.append(label)
         return self.relabelled(target)
 
     def relabelled(self, target: Sequence[int]) -> "Split":

@@ -250,10 +250,7 @@ def list_datasets(*, root: str | Path | None = None) -> pd.DataFrame:
             "id": row.id,
             "modality": row.modality,
             "classes": len(class_wording(row.id).names),
-            # MedMNIST's files of 28 px have no size in their names.
-            "image size": int(place.stem.partition("_")[2] or 28)
-            if place and row.kind == "medmnist"
-            else row.image_size,
+            "image size": _image_size(row, place),
             **dict.fromkeys(SPLITS),
             **_sizes(row, folder),
             "licence": row.licence,
@@ -272,6 +269,12 @@ def _sizes(row: DatasetEntry, root: Path) -> Mapping[str, int]:
         return row.sizes
     counts = json.loads(manifest.read_text(encoding="utf-8"))["counts"]
     return {split: sum(counts[split].values()) for split in SPLITS if split in counts}
+
+
+def _image_size(row: DatasetEntry, place: Path | None) -> int:
+    if row.kind != "medmnist" or place is None:
+        return row.image_size
+    return int(place.stem.partition("_")[2] or 28)  # files of 28 px have no size in their names
 
 
 def _place(row: DatasetEntry, root: Path, image_size: int | None = None) -> Path | None:

@@ -187,6 +187,10 @@ def save_adapter(
         raise ValueError("provenance has an entry 'adapter', which is kept for the adapter itself; rename it")
     adapters = get_peft_model_state_dict(model, save_embedding_layers=False)
     tensors = {f"{_PEFT_PREFIX}{name}": tensor.to(dtype) for name, tensor in adapters.items()}
+    try:
+        given = json.dumps(dict(provenance), allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"provenance holds more than JSON values: {error}") from error
     with whole_folder(folder) as partial:
         save_tensors(partial / _TENSORS, tensors)
         config = replace(model.peft_config[adapter_layers.ADAPTER], inference_mode=True)
@@ -202,10 +206,7 @@ def save_adapter(
             "files": {name: file_sha256(partial / name) for name in (_TENSORS, _CONFIG)},
             "versions": {"medrobust_lib": VERSION, "peft": peft_version, "torch": torch.__version__},
         }
-        try:
-            text = json.dumps({**provenance, "adapter": adapter}, indent=1, allow_nan=False)
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"provenance holds more than JSON values: {error}") from error
+        text = json.dumps({**json.loads(given), "adapter": adapter}, indent=1)
         (partial / _PROVENANCE).write_text(text + "\n", encoding="utf-8")
     return folder
 

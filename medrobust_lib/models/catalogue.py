@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from medrobust_lib.data.wording import SITE_A
@@ -87,9 +88,13 @@ def read_table(name: str) -> dict[str, Any]:
     return tomllib.loads(files(BACKENDS).joinpath(name).read_text(encoding="utf-8"))
 
 
-DUAL_ENCODERS, GENERATIVE = (
-    tuple(ModelEntry(**row) for row in read_table("models.toml")[kind]) for kind in ("dual_encoders", "generative")
-)
+def _rows(kind: str) -> tuple[ModelEntry, ...]:
+    rows = read_table("models.toml")[kind]
+    return tuple(ModelEntry(**{**row, "files": tuple(row.get("files", ()))}) for row in rows)
+
+
+DUAL_ENCODERS = _rows("dual_encoders")
+GENERATIVE = _rows("generative")
 
 
 def own_entry(id: str, *, generative: bool = False) -> ModelEntry | None:
@@ -154,7 +159,7 @@ def fetch_command(id: str) -> str:
 # From here on the model sees either blown-up pixels or a thumbnail of what a reader of the images saw.
 _SIZE_FACTOR = 3.0
 
-CAVEATS: dict[str, str] = read_table("caveats.toml")
+CAVEATS: Mapping[str, str] = MappingProxyType(read_table("caveats.toml"))
 
 
 def caveats(model: Any, dataset: "ImageDataset") -> list[str]:
@@ -181,9 +186,9 @@ def caveats(model: Any, dataset: "ImageDataset") -> list[str]:
         if origin != DEMO_MODEL:
             found.append(CAVEATS["other_models_on_phantoms"])
         elif dataset.id.endswith(SITE_A):
-            found.append(CAVEATS["own_site"])
+            found.append(CAVEATS["own_site"].format(model=DEMO_MODEL))
     elif origin == DEMO_MODEL:
-        found.append(CAVEATS["demo_on_real"].format(DEMO_MODEL))
+        found.append(CAVEATS["demo_on_real"].format(model=DEMO_MODEL))
     absent = [name for name, count in dataset.class_counts().items() if not count]
     if absent:
         found.append(f"No image of {len(absent)} of {len(dataset.classes)} classes was measured: {first_of(absent)}.")
@@ -197,11 +202,13 @@ def vlm_caveats(vlm: Any, questions: "QuestionSet") -> list[str]:
     found = []
     if not questions.synthetic:
         if vlm.id == DEMO_VLM:
-            found.append(CAVEATS["demo_on_real"].format(DEMO_VLM))
+            found.append(CAVEATS["demo_on_real"].format(model=DEMO_VLM))
     elif vlm.id == DEMO_VLM:
         recipe = json.loads(files(BACKENDS).joinpath("demo", "vlm", "recipe.json").read_text(encoding="utf-8"))
         unseen = questions.id.removeprefix("phantom/").removesuffix(SITE_A) in {*MODALITIES} - {*recipe["modalities"]}
-        found += [*([CAVEATS["unseen_modality"]] if unseen else []), CAVEATS["synthetic"], CAVEATS["made_up_answers"]]
+        if unseen:
+            found.append(CAVEATS["unseen_modality"].format(model=DEMO_VLM))
+        found += [CAVEATS["synthetic"], CAVEATS["made_up_answers"]]
     else:
         found += [CAVEATS["synthetic"], CAVEATS["made_up_answers"], CAVEATS["other_models_on_phantoms"]]
     return [*found, *questions.provenance.get("caveats", ()), CAVEATS["not_clinical"]]

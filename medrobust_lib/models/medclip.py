@@ -289,8 +289,9 @@ def load_unimedclip(entry: ModelEntry, *, weights_dir: Path, offline: bool) -> O
     bert = "microsoft/BiomedNLP-BiomedBERT-base-uncased-abstract"
     vocabulary = _find_vocabulary(entry, bert, weights_dir=weights_dir, offline=offline)
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(shutil.copytree(UNIMED_FOLDER, name, dirs_exist_ok=True))
-        shutil.copyfile(vocabulary, folder / weights.VOCABULARY_NAME)
+        folder = Path(name)
+        for path in (*UNIMED_FOLDER.glob("*.json"), vocabulary):
+            shutil.copyfile(path, folder / path.name)  # the bytes alone: the installation may be read-only
         network, tokenizer = build_folder(folder)
     _check_size(vocabulary, len(tokenizer.tokenizer), network.text.vocab_size)
     _fill(network, checkpoint)
@@ -302,6 +303,11 @@ def load_unimedclip(entry: ModelEntry, *, weights_dir: Path, offline: bool) -> O
 Adapters = dict[tuple[int, str], tuple[Tensor, Tensor]]
 
 _ADAPTER_KEY = "visual.trunk.blocks.{}.attn.qkv.linear_{}_{}.weight"  # of a block, of A or B, of q, k or v
+_ADAPTER = re.compile(
+    r"visual\.trunk\.blocks\.(?P<block>\d+)\.attn\.qkv\.linear_(?P<side>[ab])_(?P<part>[qkv])\.weight"
+)
+_SHORT_KEY = re.compile(r"w_(?P<side>[ab])_(?P<number>\d+)")
+_HEAD_KEY = re.compile(r"fc_\d+in_\d+out")
 
 
 def short_file_keys(tensors: Mapping[str, Tensor], *, blocks: int, source: str | Path) -> dict[str, Tensor]:
@@ -315,43 +321,59 @@ def short_file_keys(tensors: Mapping[str, Tensor], *, blocks: int, source: str |
     ValueError
         If the pairs are incomplete, or are neither two nor three a block; names the `source`.
     """
-    a, b = (sorted(int(key[4:]) for key in tensors if re.fullmatch(rf"w_{side}_\d{{3}}", key)) for side in "ab")
-    if a != b or a != list(range(len(a))):
-        raise ValueError(f"{source}: the adapters must come in pairs numbered from 0; found w_a {a}, w_b {b}")
-    parts = {2 * blocks: "qv", 3 * blocks: "qkv"}.get(len(a))
+    sides: dict[str, dict[int, Tensor]] = {"a": {}, "b": {}}
+    renamed = {}
+    for key, tensor in tensors.items():
+        match = _SHORT_KEY.fullmatch(key)
+        if match:
+            sides[match["side"]][int(match["number"])] = tensor
+        else:
+            renamed["visual.head.proj.weight" if _HEAD_KEY.fullmatch(key) else key] = tensor
+    numbers = sorted(sides["a"])
+    if numbers != sorted(sides["b"]) or numbers != list(range(len(numbers))):
+        raise ValueError(
+            f"{source}: the adapters must come in pairs numbered from 0; found w_a {numbers}, w_b {sorted(sides['b'])}"
+        )
+    parts = {2 * blocks: "qv", 3 * blocks: "qkv"}.get(len(numbers))
     if parts is None:
         raise ValueError(
-            f"{source} holds {len(a)} adapter pairs; a vision tower of {blocks} blocks needs "
+            f"{source} holds {len(numbers)} adapter pairs; a vision tower of {blocks} blocks needs "
             f"{2 * blocks} (q, v) or {3 * blocks} (q, k, v)"
         )
-    names = {
-        f"w_{side}_{number:03d}": _ADAPTER_KEY.format(block, side, part)
-        for number, (block, part) in enumerate(itertools.product(range(blocks), parts))
-        for side in "ab"
-    }
-    return {
-        re.sub(r"^fc_\d+in_\d+out$", "visual.head.proj.weight", names.get(key, key)): tensor
-        for key, tensor in tensors.items()
-    }
+    for number, (block, part) in enumerate(itertools.product(range(blocks), parts)):
+        for side in "ab":
+            renamed[_ADAPTER_KEY.format(block, side, part)] = sides[side][number]
+    return renamed
 
 
-def take_adapters(state_dict: dict[str, Tensor], *, blocks: int, source: str | Path) -> Adapters:
-    """Take the adapters out of tensors under open_clip's names, for a vision tower of so many blocks; k may lack.
+def take_adapters(
+    state_dict: Mapping[str, Tensor], *, blocks: int, source: str | Path
+) -> tuple[Adapters, dict[str, Tensor]]:
+    """Adapters, and the other tensors, of those under open_clip's names; for a vision tower of so many blocks.
+
+    The k adapters may lack.
 
     Raises
     ------
     ValueError
-        If a block has no q or v adapter, or a factor lacks its partner; names the `source`.
+        If a block has no q or v adapter, a factor lacks its partner, or the tower has no such block; names the
+        `source` and the first ten places.
     """
-    adapters = {}
-    for block, part in itertools.product(range(blocks), "qkv"):
-        keys = [_ADAPTER_KEY.format(block, side, part) for side in "ab"]
-        pair = [state_dict.pop(key) for key in keys if key in state_dict]
-        if len(pair) == 2:
-            adapters[block, part] = tuple(pair)
-        elif pair or part != "k":
-            raise ValueError(f"{source}: adapter missing or incomplete: block {block} {part}")
-    return adapters
+    found: dict[tuple[int, str], dict[str, Tensor]] = {}
+    others = {}
+    for key, tensor in state_dict.items():
+        match = _ADAPTER.fullmatch(key)
+        if match:
+            found.setdefault((int(match["block"]), match["part"]), {})[match["side"]] = tensor
+        else:
+            others[key] = tensor
+    needed = set(itertools.product(range(blocks), "qv"))
+    incomplete = {place for place in needed | set(found) if set(found.get(place, ())) != {"a", "b"}}
+    outside = {place for place in found if place[0] >= blocks}
+    if incomplete or outside:
+        named = ", ".join(f"block {block} {part}" for block, part in sorted(incomplete | outside)[:10])
+        raise ValueError(f"{source}: adapters missing, incomplete or beyond the {blocks} blocks: {named}")
+    return {place: (pair["a"], pair["b"]) for place, pair in found.items()}, others
 
 
 def add_products(visual: nn.Module, adapters: Adapters, *, source: str | Path) -> None:
@@ -397,13 +419,13 @@ def load_robustmedclip(entry: ModelEntry, *, weights_dir: Path, offline: bool) -
     encoder = load_open_clip(base_entry, weights_dir=weights_dir, offline=offline)
     tensors, own = weights.read_state_dict(checkpoint), encoder.model.state_dict()
     blocks = len(encoder.model.visual.trunk.blocks)
-    if any(key.startswith("w_a_") for key in tensors):
+    if any(_SHORT_KEY.fullmatch(key) for key in tensors):
         state_dict = own | short_file_keys(tensors, blocks=blocks, source=checkpoint)
     else:  # the logit scale is not in the file: the authors trained without a temperature
         state_dict = {"logit_scale": own["logit_scale"]} | convert_state_dict(tensors, expected=own)
-    adapters = take_adapters(state_dict, blocks=blocks, source=checkpoint)
+    adapters, backbone = take_adapters(state_dict, blocks=blocks, source=checkpoint)
     with weights.explained_errors(str(checkpoint)):
-        encoder.model.load_state_dict(state_dict)
+        encoder.model.load_state_dict(backbone)
     without_keys = blocks - sum(part == "k" for _, part in adapters)
     if without_keys:
         warnings.warn(

@@ -6,6 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import fields
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import open_clip
@@ -27,12 +28,17 @@ _GEOMETRIES = {"shortest": "shortest-edge-crop", "squash": "squash"}
 # open_clip's own inference transform reads "random" as bicubic.
 _INTERPOLATIONS = {"bicubic": "bicubic", "bilinear": "bilinear", "random": "bicubic"}
 # open_clip_config.json. open_clip builds the towers by it, but passes over what it does not know of the images.
-_SETTINGS: dict[str, weights.Settings] = read_table("settings.toml")["open_clip"]
-_KNOWN_TO_OPEN_CLIP = {
-    "model_cfg": (*inspect.signature(open_clip.CLIP).parameters, "custom_text"),
-    "vision_cfg": [field.name for field in fields(CLIPVisionCfg)],
-    "text_cfg": [field.name for field in fields(CLIPTextCfg)],
-}
+_SETTINGS: Mapping[str, weights.Settings] = MappingProxyType(read_table("settings.toml")["open_clip"])
+_TRANSLATED: weights.Settings = MappingProxyType(
+    {"interpolation": tuple(_INTERPOLATIONS), "resize_mode": tuple(_GEOMETRIES)}
+)
+_KNOWN_TO_OPEN_CLIP: Mapping[str, Sequence[str]] = MappingProxyType(
+    {
+        "model_cfg": (*inspect.signature(open_clip.CLIP).parameters, "custom_text"),
+        "vision_cfg": tuple(field.name for field in fields(CLIPVisionCfg)),
+        "text_cfg": tuple(field.name for field in fields(CLIPTextCfg)),
+    }
+)
 
 
 class OpenClipEncoder(DualEncoder):
@@ -165,7 +171,7 @@ def read_preprocessing(settings: Mapping[str, Any], *, source: str) -> Preproces
     ValueError
         A setting that would have to be passed over, or an image that is not square.
     """
-    weights.check_settings(settings, _SETTINGS["preprocess_cfg"], source=source)
+    weights.check_settings(settings, _SETTINGS["preprocess_cfg"] | _TRANSLATED, source=source)
     cfg = merge_preprocess_dict(PreprocessCfg(), settings)
     with parsed(source):
         sides = set(per_channel(cfg["size"]))
@@ -291,7 +297,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
         parts = {"model_cfg": dict(config["model_cfg"]), "preprocess_cfg": dict(config.get("preprocess_cfg") or {})}
         parts |= {name: dict(parts["model_cfg"][name]) for name in ("vision_cfg", "text_cfg")}
     for part, names in _KNOWN_TO_OPEN_CLIP.items():
-        supported = dict.fromkeys(names, weights.ANY) | _SETTINGS[part]
+        supported = dict.fromkeys(names, weights.ANY) | _SETTINGS.get(part, {})
         weights.check_settings(parts[part], supported, source=f"{source}, {part}")
     images = parts["preprocess_cfg"]
     read = read_preprocessing(images, source=f"{source}, preprocess_cfg")

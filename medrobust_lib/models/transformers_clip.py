@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -21,7 +22,10 @@ _WEIGHT_NAMES = (utils.SAFE_WEIGHTS_NAME, utils.SAFE_WEIGHTS_INDEX_NAME, utils.W
 _FILTERS = {2: "bilinear", 3: "bicubic"}
 # Old configurations, PLIP's among them, name this end token by mistake: there it is the token of the largest id.
 _UNKNOWN_END = 2
-_PROCESSOR_SETTINGS: weights.Settings = read_table("settings.toml")["transformers"]  # preprocessor_config.json
+# preprocessor_config.json
+_PROCESSOR_SETTINGS: weights.Settings = MappingProxyType(
+    read_table("settings.toml")["transformers"] | {"resample": tuple(_FILTERS)}
+)
 
 
 class TransformersClipEncoder(DualEncoder):
@@ -95,8 +99,8 @@ class TransformersClipEncoder(DualEncoder):
         rows = torch.arange(len(hidden), device=hidden.device)
         end = self.model.config.text_config.eos_token_id
         # A text is pooled at its first end token.
-        places = (tokens.ids if end == _UNKNOWN_END else (tokens.ids == end).int()).argmax(dim=1)
-        return self.model.text_projection(hidden[rows, places])
+        is_end = tokens.ids if end == _UNKNOWN_END else (tokens.ids == end).int()
+        return self.model.text_projection(hidden[rows, is_end.argmax(dim=1)])
 
 
 def _check_parts(config: CLIPConfig, tokenizer: Any, preprocessing: Preprocessing, *, id: str) -> None:

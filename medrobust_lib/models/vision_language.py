@@ -461,9 +461,11 @@ def _no_progress_bar() -> Iterator[None]:
         # The hub's own environment variable has the last word, and it says so.
         warnings.filterwarnings("ignore", "Cannot (en|dis)able progress bars")
         logging.disable_progress_bar()
-        try:
-            yield
-        finally:
+    try:
+        yield
+    finally:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Cannot (en|dis)able progress bars")
             if shown:
                 logging.enable_progress_bar()  # and that of the hub
             (enable_progress_bars if of_hub else disable_progress_bars)()

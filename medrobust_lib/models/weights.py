@@ -165,8 +165,7 @@ def check_vocabulary(n_tokens: int, vocab_size: int, padding_side: str, *, id: s
 
 def _model_type(folder: Path) -> str | None:
     """``model_type`` of the ``config.json`` in a folder."""
-    with parsed(f"{folder / CONFIG_NAME} is no valid JSON", "Fetch it again."):
-        return json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8")).get("model_type")
+    return read_json_object(folder / CONFIG_NAME, "a model's configuration", "Fetch it again.").get("model_type")
 
 
 def fingerprint(tensors: Sequence["Tensor"]) -> str:
@@ -240,23 +239,28 @@ def explained_errors(source: str) -> Iterator[None]:
     """
     try:
         yield
-    except (OSError, ImportError, MemoryError):
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"cannot read the files of {source}, one is no valid JSON: {error}; fetch it again") from error
+    except (OSError, ValueError, ImportError, MemoryError):
         raise
-    except (RuntimeError, SafetensorError, UnpicklingError, EOFError) as error:
+    except RuntimeError as error:
         message = str(error)
         if "loading state_dict" in message:
             raise _key_error(source, message) from error
-        if isinstance(error, RuntimeError) and not re.search("PytorchStreamReader|Invalid magic number", message):
-            raise
-        refused = re.search(r"GLOBAL (\S+)", message)  # torch names what it did not unpickle far below
-        reason = refused[1] if refused else (message.splitlines() or [type(error).__name__])[0]
+        if "PytorchStreamReader" in message or "Invalid magic number" in message:
+            reason = message.splitlines()[0].partition(". ")[0]
+            raise ValueError(
+                f"cannot read the weights of {source}, the file is damaged: {reason}. Fetch it again"
+            ) from error
+        raise
+    except (SafetensorError, UnpicklingError, EOFError) as error:
+        refused = re.search(r"GLOBAL (\S+)", str(error))  # torch names what it did not unpickle far below
+        reason = refused[1] if refused else (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(
             f"cannot read the weights of {source}, the file is damaged or holds more than tensors, which may run code: "
             f"{reason.rstrip('.')}. Fetch it again, or save model.state_dict() alone where it comes from"
         ) from error
     except Exception as error:  # A damaged tokenizer raises KeyError, TypeError, or the bare class.
-        if isinstance(error, ValueError) and not isinstance(error, (json.JSONDecodeError, UnicodeDecodeError)):
-            raise
         raise ValueError(
             f"cannot read the files of {source}: {type(error).__name__}: {error}; fetch them again"
         ) from error

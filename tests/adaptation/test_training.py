@@ -87,6 +87,14 @@ def equal(first, second):
     return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
+def test_a_second_run_does_not_begin_again_in_a_trained_model():
+    _, training = fit(dataclasses.replace(RECIPE, epochs=1))
+    before = training.history
+    with pytest.raises(RuntimeError, match="this training has run already"):
+        training.run()
+    assert training.history.equals(before) and len(before) == 4
+
+
 # Loss and steps
 
 

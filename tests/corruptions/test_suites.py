@@ -66,6 +66,15 @@ def test_parameters_are_imagenet_cs(name, expected):
     assert dict(MEDIMETA_C.corruption(name).severities[4]) == expected
 
 
+def test_zoom_factors_are_counted_as_the_public_implementation_does():
+    rows = MEDIMETA_C.corruption("zoom_blur").severities
+    assert [(len(row["factors"]), row["factors"][-1]) for row in rows] == [
+        *((12, 1.11), (16, 1.1500000000000001), (11, 1.2000000000000002), (13, 1.2400000000000002)),
+        (11, 1.3000000000000003),
+    ]
+    assert all(list(row) == ["factors"] and isinstance(row["factors"], tuple) for row in rows)
+
+
 def test_every_corruption_has_five_severities_and_cannot_be_changed():
     for suite in SUITES.values():
         for rows in suite.families.values():
@@ -74,6 +83,8 @@ def test_every_corruption_has_five_severities_and_cannot_be_changed():
         MEDIMETA_C.corruption("contrast").severities[0]["factor"] = 1
     with pytest.raises(TypeError):
         SUITES["mine"] = MEDIMETA_C
+    with pytest.raises(TypeError):
+        MEDMNIST_C.family_of["mine"] = "blood"
 
 
 def test_a_suite_is_found_by_its_id_or_is_one():

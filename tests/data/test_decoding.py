@@ -10,7 +10,7 @@ import pytest
 from PIL import Image, ImageCms
 from pydicom.sequence import Sequence
 
-from medrobust_lib.data.decoding import fit_square, image_shape, left_out, read_image
+from medrobust_lib.data.decoding import as_rgb, fit_square, image_shape, left_out, read_image
 
 SUBFILE, WIDTH, BITS, PHOTOMETRIC, SAMPLES, EXTRA, SAMPLE_FORMAT = 254, 256, 258, 262, 277, 338, 339  # TIFF's tags
 RAMP = np.arange(64, dtype=np.uint8).reshape(8, 8) * 4
@@ -398,3 +398,13 @@ def test_fit_square_keeps_the_centre_of_the_long_edge():
     assert fit_square(image.transpose(1, 0, 2), 33).shape == (33, 33, 3)
     square = image[:, :40]
     assert fit_square(square, 40) is square
+
+
+@pytest.mark.parametrize(
+    ("shape", "channels"), [((4, 5), 3), ((4, 5, 1), 3), ((4, 5, 2), 2), ((4, 5, 3), 3), ((4, 5, 4), 4)]
+)
+def test_no_channel_of_an_image_disappears(shape, channels):
+    image = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+    made = as_rgb(image)
+    assert made.shape == (4, 5, channels)
+    np.testing.assert_array_equal(made[..., :1].ravel(), image.reshape(4, 5, -1)[..., :1].ravel())

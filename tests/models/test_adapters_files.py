@@ -10,6 +10,7 @@ import pytest
 import torch
 from peft import PeftModel
 
+from medrobust_lib.models import adapters
 from medrobust_lib.models.adapters import (
     attach_adapters,
     load_adapter,
@@ -134,7 +135,7 @@ def test_missing_folders_and_other_formats_are_refused(demo, folder, tmp_path):
         load_adapter(demo, folder)
 
 
-def test_saving_refuses_what_it_cannot_keep(demo, folder, tmp_path):
+def test_saving_refuses_what_it_cannot_keep(demo, folder, tmp_path, monkeypatch):
     adapted = attach_adapters(demo, rank=1)
     with pytest.raises(FileExistsError, match="site-b exists; delete it or give another folder"):
         save_adapter(adapted, folder, provenance={})
@@ -142,6 +143,7 @@ def test_saving_refuses_what_it_cannot_keep(demo, folder, tmp_path):
         save_adapter(demo, tmp_path / "new", provenance={})
     with pytest.raises(ValueError, match="entry 'adapter'"):
         save_adapter(adapted, tmp_path / "new", provenance={"adapter": 1})
+    monkeypatch.setattr(adapters, "save_tensors", lambda *_: pytest.fail("written before everything was checked"))
     for value in (np.zeros(2), float("nan")):
         with pytest.raises(ValueError, match="provenance holds more than JSON values"):
             save_adapter(adapted, tmp_path / "new", provenance={"value": value})

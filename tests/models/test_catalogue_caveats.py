@@ -1,3 +1,5 @@
+import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -6,6 +8,7 @@ import pytest
 from medrobust_lib import load_dataset, load_questions
 from medrobust_lib.data.dataset import ImageDataset
 from medrobust_lib.data.questions import ask
+from medrobust_lib.models import catalogue
 from medrobust_lib.models.catalogue import (
     CAVEATS,
     caveats,
@@ -116,12 +119,26 @@ def test_generative_models_on_phantoms_say_that_answers_are_made_up():
 def test_the_generative_demo_says_which_modalities_it_never_saw(modality, seen, site):
     asked = load_questions(f"phantom/{modality}{site}", n=6)
     found = vlm_caveats(SimpleNamespace(id="demo-vlm"), asked)
-    assert CAVEATS["unseen_modality"] == "demo-vlm never saw this modality: its answers here are guesses."
-    assert (CAVEATS["unseen_modality"] in found) != seen
-    assert CAVEATS["unseen_modality"] not in vlm_caveats(SimpleNamespace(id="smolvlm-256m"), asked)
+    guesses = "demo-vlm never saw this modality: its answers here are guesses."
+    assert (guesses in found) != seen
+    assert guesses not in vlm_caveats(SimpleNamespace(id="smolvlm-256m"), asked)
 
 
 def test_generative_models_on_real_images():
     real = ask(images(), "finding")
     assert vlm_caveats(SimpleNamespace(id="smolvlm-256m"), real) == [CAVEATS["not_clinical"]]
     assert vlm_caveats(SimpleNamespace(id="demo-vlm"), real)[0].startswith("demo-vlm was trained on synthetic phantoms")
+
+
+def test_every_sentence_can_be_said_and_is():
+    used = re.findall(r'CAVEATS\["(\w+)"\]', Path(catalogue.__file__).read_text(encoding="utf-8"))
+    assert set(used) == set(CAVEATS)
+    for sentence in CAVEATS.values():
+        said = sentence.format(model="a model")
+        assert not re.search("demo-clip|demo-vlm|[{}\\n]", said), "the ids of the demos have one home"
+
+
+def test_what_the_tables_of_models_hold_cannot_be_changed():
+    with pytest.raises(TypeError):
+        CAVEATS["not_clinical"] = ""
+    assert all(isinstance(row.files, tuple) for row in (*catalogue.DUAL_ENCODERS, *catalogue.GENERATIVE))

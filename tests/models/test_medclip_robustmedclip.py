@@ -16,6 +16,7 @@ from medrobust_lib.models.medclip import (
     add_products,
     load_robustmedclip,
     short_file_keys,
+    take_adapters,
 )
 from medrobust_lib.models.open_clip import load_open_clip
 
@@ -276,6 +277,35 @@ def test_wrong_number_of_pairs_is_refused():
         short_file_keys(tensors, blocks=12, source="file")
     with pytest.raises(ValueError, match=r"pairs numbered from 0; found w_a \[0, 1, 2, 3, 4\], w_b \[0, 1, 2, 3\]"):
         short_file_keys({k: v for k, v in tensors.items() if k != "w_b_004"}, blocks=12, source="file")
+
+
+@pytest.mark.parametrize("digits", [1, 2, 3])
+def test_pairs_are_numbered_with_any_number_of_digits(digits):
+    tensors = {f"w_{side}_{n:0{digits}d}": torch.full((2, 2), n) for side in "ab" for n in range(12)}
+    renamed = short_file_keys(tensors, blocks=6, source="file")
+    assert renamed["visual.trunk.blocks.5.attn.qkv.linear_b_v.weight"][0, 0] == 11
+
+
+def test_a_short_file_of_b_alone_is_told_so(weights_dir):
+    save_file({"w_b_000": torch.zeros(2, 2)}, weights_dir / "robustmedclip" / "lora_weights.safetensors")
+    with pytest.raises(ValueError, match=r"pairs numbered from 0; found w_a \[\], w_b \[0\]"):
+        load(weights_dir)
+
+
+def test_all_bad_places_are_named_at_once_and_nothing_is_taken_away():
+    name = "visual.trunk.blocks.{}.attn.qkv.linear_{}_{}.weight".format
+    places = [(block, side, part) for block in (0, 2) for side in "ab" for part in "qkv"]
+    tensors = {name(*place): torch.zeros(2, 2) for place in places if place != (0, "b", "k")}
+    message = (
+        r"^file: adapters missing, incomplete or beyond the 2 blocks: block 0 k, block 1 q, block 1 v, block 2 k, "
+    )
+    with pytest.raises(ValueError, match=message + "block 2 q, block 2 v$"):
+        take_adapters(tensors, blocks=2, source="file")
+    inside = {key: tensor for key, tensor in tensors.items() if ".0." in key and "_k." not in key} | {
+        "a": torch.ones(1)
+    }
+    adapters, others = take_adapters(inside, blocks=1, source="file")
+    assert (set(adapters), set(others), len(inside)) == ({(0, "q"), (0, "v")}, {"a"}, 5)
 
 
 def test_unknown_entries_of_a_short_file_are_refused(authors, weights_dir):

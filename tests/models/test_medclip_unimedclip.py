@@ -122,8 +122,8 @@ def write_weights(root, content, words=WORDS):
     return root
 
 
-def load(root):
-    """The model at a fraction of its size."""
+def load(root, mode=0o755):
+    """The model at a fraction of its size, from an installation whose folder has this mode."""
     folder = root / "tiny"
     shutil.copytree(medclip.UNIMED_FOLDER, folder, dirs_exist_ok=True)
     TEXT.save_pretrained(folder)
@@ -131,6 +131,7 @@ def load(root):
     config["model_cfg"] |= {"embed_dim": DIM, "vision_cfg": VISION}
     config["model_cfg"]["text_cfg"]["context_length"] = CONTEXT
     (folder / "open_clip_config.json").write_text(json.dumps(config))
+    folder.chmod(mode)
     with patch.object(medclip, "UNIMED_FOLDER", folder):
         return load_unimedclip(find_model("unimedclip"), weights_dir=root, offline=True)
 
@@ -197,6 +198,18 @@ def test_full_size_layout(tmp_path):
     assert sum(p.numel() for p in network.visual.parameters()) == 86_192_640
     assert sum(p.numel() for p in network.parameters()) == 86_192_640 + 108_891_648 + 819_200 + 1
     assert tokenizer.context_length == 256
+
+
+def test_the_mode_of_a_read_only_installation_is_not_taken_over(fork, tmp_path, monkeypatch):
+    modes = []
+
+    def build(folder):
+        modes.append(folder.stat().st_mode & 0o777)
+        return build_folder(folder)
+
+    monkeypatch.setattr(medclip, "build_folder", build)
+    load(write_weights(tmp_path, fork[0]), mode=0o555)
+    assert modes == [0o700]
 
 
 def test_unknown_and_missing_keys_are_listed(fork, tmp_path):

@@ -1,6 +1,7 @@
 import importlib.util
 import json
 import shutil
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -232,11 +233,12 @@ def test_smolvlm2_says_which_package_it_needs(tmp_path):
 
 @pytest.mark.parametrize("shown", [True, False])
 def test_progress_bars_are_silent_for_the_load_only(folder, monkeypatch, shown):
-    during = []
+    during, filters = [], list(warnings.filters)
     real = AutoModelForImageTextToText.from_pretrained
 
     def from_pretrained(*arguments, **options):
         during.append(logging.is_progress_bar_enabled())
+        assert warnings.filters == filters, "what is set for the bars is not for the load"
         return real(*arguments, **options)
 
     monkeypatch.setattr(AutoModelForImageTextToText, "from_pretrained", from_pretrained)

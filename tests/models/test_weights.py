@@ -1,8 +1,11 @@
+import json
+import zipfile
+
 import numpy as np
 import pytest
 import torch
 
-from medrobust_lib.models.weights import fingerprint
+from medrobust_lib.models.weights import explained_errors, fingerprint, is_clip, read_state_dict
 
 
 def test_a_fingerprint_changes_with_one_bit():
@@ -49,3 +52,30 @@ def test_any_type_has_a_fingerprint(dtype):
 
 def test_a_fingerprint_is_the_same_on_every_machine():
     assert fingerprint([torch.from_numpy(np.arange(4.0))]) == "dabd3a487e9764cc"
+
+
+def test_a_truncated_download_is_damaged_and_no_danger(tmp_path):
+    path = tmp_path / "model.pth"
+    torch.save({"weight": torch.zeros(1000)}, path)
+    assert zipfile.is_zipfile(path)
+    path.write_bytes(path.read_bytes()[:2000])
+    with pytest.raises(
+        ValueError, match=r"model\.pth, the file is damaged: PytorchStreamReader.* Fetch it again"
+    ) as error:
+        read_state_dict(path)
+    assert "may run code" not in str(error.value)
+
+
+@pytest.mark.parametrize("content", [b"{", b"\xff"])
+def test_a_file_that_is_no_json_is_called_so(content):
+    message = "^cannot read the files of it, one is no valid JSON: .*; fetch it again$"
+    with pytest.raises(ValueError, match=message), explained_errors("it"):
+        json.loads(content.decode())
+
+
+def test_a_configuration_that_is_a_list_is_told_so(tmp_path):
+    (tmp_path / "config.json").write_text("[1]")
+    with pytest.raises(
+        ValueError, match=r"config\.json is not a model's configuration: it holds a list, not an object\."
+    ):
+        is_clip(tmp_path)

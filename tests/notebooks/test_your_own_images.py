@@ -143,7 +143,7 @@ def test_the_examples_of_the_page_about_own_images_and_models_run(tmp_path, monk
     features = [found.encode_image(found.prepare(shown)) for shown in (image, image[:, :, ::-1].copy())]
     assert found.id == "mirrored"
     # It has seen what the model it wraps has seen.
-    assert caveats(found, load_dataset("phantom/blood-site-a", n=8))[1] == CAVEATS["own_site"]
+    assert caveats(found, load_dataset("phantom/blood-site-a", n=8))[1] == CAVEATS["own_site"].format(model="demo-clip")
     np.testing.assert_allclose(*features, atol=1e-5)
 
 
