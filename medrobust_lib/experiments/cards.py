@@ -364,7 +364,7 @@ def git_state() -> dict[str, Any]:
     command = ["git", "-C", str(root), "status", "--porcelain=v2", "--branch", "--untracked-files=no"]
     try:
         told = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.splitlines()
-    except (FileNotFoundError, subprocess.CalledProcessError):
+    except (FileNotFoundError, subprocess.SubprocessError):  # no git, no checkout, or a disk too slow to wait for
         return {}
     commit = told[0].removeprefix("# branch.oid ")
     return {} if commit == "(initial)" else {"commit": commit, "changed": any(line[0] != "#" for line in told)}

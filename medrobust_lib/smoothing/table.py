@@ -156,7 +156,8 @@ def certify_dataset(
 def _certify_item(study: _Study, item: tuple[int, float]) -> tuple[list[dict[str, Any]], float]:
     """Certify one image at one noise level with every method."""
     started = time.perf_counter()
-    (position, sigma), rules = item, study.rules
+    position, sigma = item
+    rules = study.rules
     index, label = int(study.data.indices[position]), int(study.data.labels[position])
     pixels = study.model.prepare(study.data.images[position : position + 1])[0].to(study.model.device)
     # Classifiers are complete before any noise of a certificate exists.

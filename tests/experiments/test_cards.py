@@ -278,3 +278,11 @@ def test_a_checkout_without_a_commit_is_none(tmp_path, monkeypatch):
     subprocess.run(["git", "init", "-q", str(tmp_path)], check=True)
     monkeypatch.setattr(cards, "__file__", str(tmp_path / "medrobust_lib" / "experiments" / "cards.py"))
     assert cards.git_state() == {}
+
+
+def test_a_git_that_does_not_answer_costs_no_card(monkeypatch):
+    def slow(*_, timeout, **__):
+        raise subprocess.TimeoutExpired("git", timeout)
+
+    monkeypatch.setattr(cards.subprocess, "run", slow)
+    assert cards.git_state() == {}

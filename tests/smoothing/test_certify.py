@@ -1,4 +1,5 @@
 import dataclasses
+from typing import get_args
 
 import numpy as np
 import pandas as pd
@@ -7,7 +8,7 @@ import torch
 from scipy.stats import beta, binom, norm
 
 import medrobust_lib as mr
-from medrobust_lib.smoothing.certificate import ABSTAIN, GUARANTEES, Certificate
+from medrobust_lib.smoothing.certificate import ABSTAIN, GUARANTEES, Certificate, Guarantee
 from medrobust_lib.smoothing.certify import certify, predict
 from medrobust_lib.smoothing.noise import NoiseStream, noisy_copies
 from medrobust_lib.smoothing.sequential import sequential_plan
@@ -495,3 +496,8 @@ def test_a_network_in_training_mode_is_refused():
 def test_noise_in_units_of_0_to_255_is_refused():
     with pytest.raises(ValueError, match=r"sigma=64.0: .* divide a level in 0 to 255 units by 255 \(0.251\)"):
         certify(lambda pixels: torch.zeros(len(pixels), dtype=torch.int64), torch.zeros(3, 2, 2), sigma=64.0)
+
+
+def test_every_guarantee_has_its_sentence_and_no_other():
+    assert set(GUARANTEES) == set(get_args(Guarantee))
+    assert all(sentence and "\n" not in sentence for sentence in GUARANTEES.values())

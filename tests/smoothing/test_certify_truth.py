@@ -4,8 +4,6 @@ The base classifier [w.x + b > 0] is linear: under noise it answers 1 with proba
 Phi((w.x + b) / (sigma ||w||)), and its smoothed answer changes exactly at the distance |w.x + b| / ||w||.
 """
 
-import functools
-
 import numpy as np
 import pytest
 import torch
@@ -23,24 +21,8 @@ SAMPLINGS = ("fixed", "sequential")
 MODES = ("predict", "evaluate")
 
 
-# The same counts come back thousands of times.
-lower_bound = functools.cache(bounds.lower_confidence_bound)
-certified_radius = functools.cache(bounds.certified_radius)
-
-
-class RememberingPlan(FixedPlan):
-    """The fixed plan, whose bounds are computed once."""
-
-    def p_lower(self, k, n, proved):
-        return lower_bound(k, n, self.alpha)
-
-    def radius(self, k, n, proved):
-        return certified_radius(self.p_lower(k, n, proved), self.sigma)
-
-
 def plan_of(sampling):
-    plan = Rules(sampling=sampling, radii=RADII, n=N, alpha=ALPHA).plan(SIGMA)
-    return RememberingPlan(**vars(plan)) if type(plan) is FixedPlan else plan
+    return Rules(sampling=sampling, radii=RADII, n=N, alpha=ALPHA).plan(SIGMA)
 
 
 def simulated(p_one: float, rng: np.random.Generator):
