@@ -4,6 +4,7 @@ import ast
 import contextlib
 import errno
 import itertools
+import json
 import os
 import re
 import sys
@@ -198,18 +199,21 @@ def run_notebooks(
     executed: dict[int, Executed] = {}
     failures: dict[int, str] = {}
     try:
-        for position, result in results:
-            name = tasks[position][1].stem
-            if isinstance(result, Executed):
-                executed[position] = result
-                announce(f"{name} done in {result.seconds:.1f} s")
-            else:
-                failures[position] = str(result)
-                if jobs == 1:
-                    break
-                announce(f"{name} FAILED; the other notebooks go on")
+        with contextlib.closing(results):  # no worker writes any more when this is left
+            for position, result in results:
+                name = tasks[position][1].stem
+                if isinstance(result, Executed):
+                    executed[position] = result
+                    announce(f"{name} done in {result.seconds:.1f} s")
+                else:
+                    failures[position] = str(result)
+                    if jobs == 1:
+                        break
+                    announce(f"{name} FAILED; the other notebooks go on")
     except KeyboardInterrupt as error:
         left = [number for position, (number, _) in enumerate(tasks) if position not in executed]
+        for number in left:
+            _remove_half(out / "notebooks" / notebooks[number].name)
         done = ", ".join(one.number for one in executed.values()) or "none"
         message = f"finished notebooks, with their results, are kept in {out}: {done}"
         raise RunStopped(message, out, left) from error
@@ -251,11 +255,19 @@ def _executed(place: _Place, notebook: _Notebook) -> Executed | NotebookError:
     except PapermillExecutionError as error:
         return NotebookError(_readable(error, path, target), out)
     except OSError as error:
-        if error.errno == errno.ENOSPC:  # papermill writes in place: what there is of it is no notebook
-            with contextlib.suppress(OSError):
-                target.unlink()
+        if error.errno == errno.ENOSPC:
+            _remove_half(target)
         return NotebookError(f"{path.name} failed: {told(error)}", out)
     return Executed(number, target, time.monotonic() - started)
+
+
+def _remove_half(notebook: Path) -> None:
+    """Remove what is half written and no notebook, on which the report would stumble: papermill writes in place."""
+    with contextlib.suppress(OSError):
+        try:
+            json.loads(notebook.read_text(encoding="utf-8"))
+        except ValueError:
+            notebook.unlink()
 
 
 def new_run_dir() -> Path:

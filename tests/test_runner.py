@@ -7,6 +7,7 @@ from papermill.exceptions import PapermillExecutionError
 
 from medrobust_lib import runner
 from medrobust_lib.experiments.cards import HEADLESS_VARIABLE, RUN_DIR_VARIABLE
+from medrobust_lib.experiments.report import write_report
 
 
 @pytest.fixture
@@ -88,6 +89,25 @@ def test_an_error_of_the_system_in_a_cell_is_one_line(notebooks, tmp_path, monke
         assert f"01_first.ipynb failed in cell 2 with OSError: {evalue}\nthe cell:\n    run()\n" in message
     else:
         assert message.startswith(f"01_first.ipynb failed in cell 2: {reason}") and "\n" not in message
+
+
+def test_ctrl_c_while_a_notebook_is_written_leaves_no_half_of_it(tmp_path, write_notebook, monkeypatch):
+    for name in ("01_x", "02_x"):
+        write_notebook(tmp_path, name)
+
+    def killed_at_the_second(source, target, *_, **__):
+        target.write_bytes(source.read_bytes())
+        if target.name == "02_x.ipynb":
+            target.write_bytes(source.read_bytes()[:200])
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("papermill.execute_notebook", killed_at_the_second)
+    out = tmp_path / "out"
+    with pytest.raises(runner.RunStopped) as stopped:
+        runner.run_notebooks(runner.find_notebooks(folder=tmp_path), {}, out, announce=lambda line: None)
+    assert stopped.value.left == ("02",)
+    assert [path.name for path in (out / "notebooks").iterdir()] == ["01_x.ipynb"]
+    assert "01_x.html" in write_report(out).read_text(encoding="utf-8")
 
 
 def test_ctrl_c_survives_the_way_back_from_a_worker(tmp_path):
