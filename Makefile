@@ -14,7 +14,7 @@ JOBS   ?= 2
 DEMO_ENV := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE PYTHONHASHSEED=0 PYTHONDONTWRITEBYTECODE=
 
 .DEFAULT_GOAL := help
-.PHONY: help install run test unit variants notebooks browser hardening lab lint format nb-refresh coverage bench clean
+.PHONY: help install quick run test unit variants notebooks browser hardening lab lint format nb-refresh coverage bench clean
 
 help:  ## show this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -28,6 +28,9 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev,cluster,dicom]"
 	@touch $@
 	@echo "==> installed"
+
+quick: $(STAMP)  ## a first look in the terminal, in less than a minute: an image, a certificate, a leaderboard
+	@$(DEMO_ENV) $(BIN)/medrobust quick
 
 run: $(STAMP)  ## execute every notebook on the embedded demo and write runs/demo/index.html
 	@echo "==> executing the notebooks on synthetic phantoms with demo-clip (no network, no GPU needed) ..."

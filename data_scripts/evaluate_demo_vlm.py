@@ -15,8 +15,9 @@ from medrobust_lib.generative.oracles import default_oracle, judged
 from medrobust_lib.metrics import accuracy_interval
 from medrobust_lib.models.catalogue import DEMO_VLM
 from medrobust_lib.models.vision_language import VisionLanguageModel
+from medrobust_lib.models.weights import DEMO_FOLDER
 
-FOLDER = Path(__file__).resolve().parent.parent / "medrobust_lib" / "models" / "demo" / "vlm"
+FOLDER = DEMO_FOLDER / DEMO_VLM
 SIGMAS = (0.0, 0.1, 0.25, 0.5)
 LONGEST = 24  # tokens of an answer
 CARD = """# demo-vlm
@@ -38,6 +39,7 @@ nothing about patients. Not for clinical use.** What it calls safe, and which ac
 | each step | {batch_size} images, one question each in one of its wordings, one of its right answers at random |
 | augmentation | shifts of up to {shift_pixels} pixels, mirror images; a share of {noise_share} with Gaussian noise, sigma uniform in [0, {largest_sigma}] |
 | training time | {minutes} minutes on {threads} CPU threads |
+| weights | stored in float16, used in float32 |
 | licence | MIT |
 
 ## Accuracy on test phantoms of site B

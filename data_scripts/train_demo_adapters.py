@@ -1,8 +1,8 @@
-"""Train the low-rank adapters that come with demo-clip, judge them on the val split, and write them with a card.
+"""Train the low-rank adapters that come with the demo models, judge them on the val split, and write a card.
 
-Everything is synthetic: a share of the train splits of the six site-B phantoms. Notebook 04 trains the first seed's
-adapter itself and takes the other seeds, fractions and ranks from here. Run it again when demo-clip's weights change.
-Not for clinical use.
+Everything is synthetic: a share of the train splits of the six site-B phantoms. Notebook 04 trains the smallest share
+itself and takes the other seeds, shares and ranks from here. Delete a model's folder and run it again when that model's
+weights change. Not for clinical use.
 """
 
 import shutil
@@ -32,17 +32,18 @@ from medrobust_lib.models.dual_encoder import DualEncoder
 
 CARD = """# Demo adapters
 
-Low-rank adapters of the image tower of {model}. **They have seen synthetic phantoms only. Not for clinical use.**
+Low-rank adapters of the image towers of the demo models: of queries, keys and values where there is attention, of the
+convolutions otherwise. **They have seen synthetic phantoms only. Not for clinical use.**
 Each was trained jointly on a share of the train splits of {datasets} (site B); the epoch that is kept was chosen on
 {n_val} val images of each set. No test image was seen. Recipe: {recipe}; random crops of at least .8 of the area and
 mirror images; AdamW. "noise": half of the training images carry Gaussian noise of sigma {sigmas}.
 
-| folder | trained numbers | images | best epoch | val balanced accuracy before | after | seconds, one CPU core |
-| --- | --- | --- | --- | --- | --- | --- |
+| model | folder | trained numbers | images | best epoch | val balanced accuracy before | after | seconds, one core |
+| --- | --- | --- | --- | --- | --- | --- | --- |
 {rows}
 
 Weights are stored in half precision and used in float32. Hashes, images, templates and versions are in each folder's
-`provenance.json`, which is checked when an adapter is loaded: `load_model("demo-clip", adapter=FOLDER)`. Written by
+`provenance.json`, which is checked when an adapter is loaded: `load_model(MODEL, adapter=FOLDER)`. Written by
 `data_scripts/train_demo_adapters.py`.
 """
 N_VAL = 60
@@ -52,18 +53,21 @@ RANK = 16
 class Job(NamedTuple):
     """One adapter."""
 
+    model: str
     fraction: float
     rank: int
     seed: int
     noisy: bool = False
 
 
+VIT, RESIDUAL = "demo-clip-vit", "demo-clip"
+SEEDS = (0, 1, 2)
 JOBS = (
-    *(Job(0.1, RANK, seed) for seed in (1, 2)),
-    Job(0.1, RANK, 0, noisy=True),
-    *(Job(0.07, RANK, seed) for seed in (0, 1, 2)),
-    *(Job(0.1, rank, seed) for rank in (8, 4) for seed in (0, 1, 2)),
-    *(Job(0.03, RANK, seed) for seed in (0, 1, 2)),
+    *(Job(VIT, 0.1, RANK, seed) for seed in SEEDS),
+    Job(VIT, 0.1, RANK, 0, noisy=True),
+    *(Job(VIT, fraction, RANK, seed) for fraction in (0.07, 0.03) for seed in SEEDS),
+    *(Job(VIT, 0.1, rank, seed) for rank in (8, 4) for seed in SEEDS),
+    *(Job(RESIDUAL, 0.1, RANK, seed) for seed in SEEDS[:2]),
 )
 
 
@@ -73,13 +77,12 @@ def main(
     jobs: Annotated[int, typer.Option(help="Worker processes, one core each; -1: one per core.")] = -1,
 ) -> None:
     """Train every adapter that is not there yet, one at a time on each core, then write the card."""
-    model = mr.load_model("demo-clip", device="cpu")
     planned = JOBS[:only]
-    missing = [job for job in planned if not (out / name_of(job)).exists()]
-    for _ in map_items(train, missing, context=(model, out), jobs=jobs):
+    missing = [job for job in planned if not folder_of(out, job).exists()]
+    for _ in map_items(train, missing, context=out, jobs=jobs):
         pass
-    rows = [row_of(mr.load_model("demo-clip", device="cpu", adapter=out / name_of(job)), job) for job in planned]
-    write_text_atomically(out / "MODEL_CARD.md", card(model, pd.DataFrame(rows)))
+    rows = [row_of(mr.load_model(job.model, device="cpu", adapter=folder_of(out, job)), job) for job in planned]
+    write_text_atomically(out / "MODEL_CARD.md", card(pd.DataFrame(rows)))
     typer.echo(f"{out}: {len(missing)} adapters trained, {len(planned)} there")
 
 
@@ -89,18 +92,23 @@ def name_of(job: Job) -> str:
     return demo_folder_name(fraction=job.fraction, rank=job.rank, seed=job.seed, augmentation=augmentation)
 
 
-def train(context: tuple[DualEncoder, Path], job: Job) -> None:
+def folder_of(out: Path, job: Job) -> Path:
+    """Folder of an adapter."""
+    return out / job.model / name_of(job)
+
+
+def train(out: Path, job: Job) -> None:
     """Train one adapter and write its folder."""
-    model, out = context
     splits = [
         fraction_splits(name, fraction=job.fraction, n_val=N_VAL, n_test=1, seed=job.seed, test_seed=0)
         for name in DEMO_DATASETS
     ]
+    model = mr.load_model(job.model, device="cpu")
     adapted = adapt_lora(
         model, [part.train for part in splits], validation=[part.val for part in splits], rank=job.rank,
         augmentation=DEMO_NOISE if job.noisy else PAPER_AUGMENTATION, seed=job.seed, **DEMO_RECIPE,
     )  # fmt: skip
-    folder = out / name_of(job)
+    folder = folder_of(out, job)
     shutil.rmtree(folder, ignore_errors=True)
     save_adapter(adapted.model, folder, provenance=provenance_of(adapted), dtype=torch.float16)
 
@@ -117,6 +125,7 @@ def row_of(model: DualEncoder, job: Job) -> dict:
     facts = model.provenance
     means = [row["val_mean"] for row in facts["history"]]
     return {
+        "model": job.model,
         "folder": f"`{name_of(job)}`",
         "numbers": f"{facts['trainable']:,}",
         "images": sum(part["n"] for part in facts["train"].values()),
@@ -127,10 +136,9 @@ def row_of(model: DualEncoder, job: Job) -> dict:
     }
 
 
-def card(model: DualEncoder, table: pd.DataFrame) -> str:
+def card(table: pd.DataFrame) -> str:
     """Text of the model card."""
     return CARD.format(
-        model=model.id,
         datasets=", ".join(DEMO_DATASETS),
         n_val=N_VAL,
         recipe=", ".join(f"{name.replace('_', ' ')} {value}" for name, value in DEMO_RECIPE.items()),

@@ -1,16 +1,20 @@
-"""Train demo-clip: a small CLIP on site-A phantoms and their captions, in open_clip's own format.
+"""Train the two demo models, small CLIPs on site-A phantoms and their captions, in open_clip's own format.
 
-Everything is synthetic. The model sees the "pretrain" split of acquisition site A and nothing else:
-no image of site B, no train, val or test image. A first stage has clean images only; in a second one
-half of the images carry Gaussian noise, and their captions say so, as captions of photographs do.
-Zero-shot prompts, which do not mention noise, therefore fail on noisy images although the image tower
-still tells classes apart: there is something for a learned prompt to win, as there is in large models.
-About 45 minutes on two CPU cores. Not for clinical use.
+Everything is synthetic. The models see the "pretrain" split of acquisition site A and nothing else: no image of
+site B, no train, val or test image. `demo-clip` (residual network) learns from image-caption pairs; `demo-clip-vit`
+(vision transformer) then takes over its text tower, frozen, and learns from the same pairs and from demo-clip's
+features.
+
+Exposure, contrast and a little noise vary in training as they do in acquisition, and no caption mentions them. Of the
+images some carry what a person would call noise, and their captions say so, as captions of photographs do. Zero-shot
+prompts, which do not mention noise, therefore fail on noisy images although the image tower still tells classes apart:
+there is something for a learned prompt to win, as there is in large models. Not for clinical use.
 """
 
 import json
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -25,17 +29,20 @@ import typer
 from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from torch import Tensor
 from torch.nn import functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
 from medrobust_lib.data.wording import class_wording
 from medrobust_lib.experiments import write_text_atomically
 from medrobust_lib.files import reported_errors
+from medrobust_lib.models.weights import DEMO_FOLDER
 from medrobust_lib.phantoms import MODALITIES, SPLITS, phantom_classes
-from preparing.pretraining import render_many, shifted
+from preparing.pretraining import exposed, render_many, shifted
 
-FOLDER = Path(__file__).resolve().parent.parent / "medrobust_lib" / "models" / "demo" / "clip"
+WEIGHTS = "open_clip_model.safetensors"
 IMAGE_SIZE = 64
 CONTEXT_LENGTH = 48
 PAD, START, END = "<pad>", "<start>", "<end>"
@@ -72,60 +79,105 @@ PHRASES = {
 NOISY = ("a noisy image: {}", "{}, noisy", "grainy: {}", "noisy {}", "{} with strong noise")
 
 
+class Wanted(StrEnum):
+    """Which models to train."""
+
+    BOTH = "both"
+    RESIDUAL = "demo-clip"
+    TRANSFORMER = "demo-clip-vit"
+
+
 @dataclass(frozen=True)
 class Recipe:
     """Everything that shapes the weights; written into the model card."""
 
     images_per_modality: int = SPLITS["pretrain"]
-    epochs: int = 12
+    repeated: tuple[str, ...] = ("breast", "fundus")  # shown twice an epoch: their lesions are the smallest
+    epochs: int = 7
     batch_size: int = 64
-    captions_per_class: int = 1
     learning_rate: float = 1e-3
     weight_decay: float = 0.05
-    warmup_steps: int = 100
+    warmup: float = 0.05
     shift_pixels: int = 3
-    noise_epochs: int = 4
-    noise_learning_rate: float = 4e-4
-    noise_share: float = 0.5
-    noise_sigmas: tuple[float, float] = (0.05, 0.6)
+    exposure_share: float = 0.5
+    contrast: tuple[float, float] = (0.4, 1.25)
+    brightness: float = 0.08
+    gain: float = 0.05
+    grain_share: float = 0.2
+    grain_sigmas: tuple[float, float] = (0.0, 0.1)
+    noise_share: float = 0.4
+    noise_sigmas: tuple[float, float] = (0.15, 0.6)
+    distillation: float = 0.0
+    hints: float = 0.0
     seed: int = 0
 
 
+RESIDUAL = Recipe()
+TRANSFORMER = replace(RESIDUAL, epochs=8, distillation=2.0, hints=1.0)
+# CLIP's residual network (the layout of RN50, one block a stage), and CLIP's vision transformer.
+TOWERS = {
+    Wanted.RESIDUAL: {"image_size": IMAGE_SIZE, "layers": [1, 1, 1, 1], "width": 16, "head_width": 32},
+    Wanted.TRANSFORMER: {"image_size": IMAGE_SIZE, "patch_size": 8, "layers": 6, "width": 128, "head_width": 32},
+}
+# The block of the transformer whose tokens are compared with the residual network's second stage, cell by cell:
+# both see the image on a grid of 8 x 8.
+HINTED_BLOCK = 2
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Phantoms of site A, uint8 [n, H, W, 3], and labels that run over the classes of all modalities, int64 [n]."""
+
+    pixels: NDArray[np.uint8]
+    labels: NDArray[np.int64]
+
+
 def main(
-    out: Annotated[Path, typer.Option(help="Folder to write the model to.")] = FOLDER,
-    epochs: Annotated[int, typer.Option(min=1, help="Passes over the pretrain split.")] = Recipe.epochs,
-    images: Annotated[int, typer.Option(min=32, help="Images per modality.")] = Recipe.images_per_modality,
-    noise_epochs: Annotated[int, typer.Option(min=0, help="Passes of the noisy stage.")] = Recipe.noise_epochs,
-    seed: Annotated[int, typer.Option(help="Seed of weights, order, captions and augmentation.")] = Recipe.seed,
-    first_stage: Annotated[
-        Path | None, typer.Option(help="Folder of a finished first stage: only the noisy stage is trained.")
-    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder for the models' folders.")] = DEMO_FOLDER,
+    only: Annotated[Wanted, typer.Option(help="demo-clip-vit alone needs demo-clip in that folder.")] = Wanted.BOTH,
+    images: Annotated[int, typer.Option(min=32, help="Images per modality.")] = RESIDUAL.images_per_modality,
+    epochs: Annotated[int, typer.Option(min=1, help="Passes over the images, demo-clip.")] = RESIDUAL.epochs,
+    vit_epochs: Annotated[int, typer.Option(min=1, help="Passes, demo-clip-vit.")] = TRANSFORMER.epochs,
+    seed: Annotated[int, typer.Option(help="Seed of weights, order, captions and augmentation.")] = RESIDUAL.seed,
 ) -> None:
-    """Render site-A phantoms, train the two towers on image-caption pairs, write weights, log and card."""
-    recipe = Recipe(images_per_modality=images, epochs=epochs, noise_epochs=noise_epochs, seed=seed)
+    """Render site-A phantoms, train the models on image-caption pairs, write weights, log and recipe."""
+    tokenizer = train_tokenizer([text for texts in caption_table() for text in texts])
+    modalities = tuple(MODALITIES)
+    train_set, validation = (
+        Examples(*render_many(modalities, split=split, site="A", count=count, image_size=IMAGE_SIZE))
+        for split, count in (("pretrain", images), ("val", SPLITS["val"]))
+    )
+    if only is not Wanted.TRANSFORMER:
+        recipe = replace(RESIDUAL, images_per_modality=images, epochs=epochs, seed=seed)
+        build(out / Wanted.RESIDUAL, Wanted.RESIDUAL, tokenizer, train_set, validation, recipe)
+    if only is not Wanted.RESIDUAL:
+        recipe = replace(TRANSFORMER, images_per_modality=images, epochs=vit_epochs, seed=seed)
+        teacher = open_clip.CLIP(**model_config(tokenizer, TOWERS[Wanted.RESIDUAL])["model_cfg"])
+        teacher.load_state_dict(load_file(out / Wanted.RESIDUAL / WEIGHTS))
+        build(out / Wanted.TRANSFORMER, Wanted.TRANSFORMER, tokenizer, train_set, validation, recipe, teacher=teacher)
+
+
+def build(
+    folder: Path,
+    name: Wanted,
+    tokenizer: PreTrainedTokenizerFast,
+    train_set: Examples,
+    validation: Examples,
+    recipe: Recipe,
+    *,
+    teacher: open_clip.CLIP | None = None,
+) -> None:
+    """Train one model and write its folder."""
     started = time.monotonic()
-    torch.manual_seed(seed)  # weights are initialised inside open_clip, from torch's own stream
-    captions = caption_table()
-    tokenizer = train_tokenizer([text for texts in captions for text in texts])
-    config = model_config(tokenizer)
+    torch.manual_seed(recipe.seed)  # weights are initialised inside open_clip, from torch's own stream
+    config = model_config(tokenizer, TOWERS[name])
     model = open_clip.CLIP(**config["model_cfg"])
-    pixels, labels = render_many(tuple(MODALITIES), split="pretrain", site="A", count=images, image_size=IMAGE_SIZE)
-    validation = render_many(tuple(MODALITIES), split="val", site="A", count=60, image_size=IMAGE_SIZE)
-    preprocess = config["preprocess_cfg"]
-    clean = tokenized(tokenizer, captions)
-    if first_stage is None:
-        logs = [train(model, pixels, labels, clean, validation, preprocess, recipe).assign(stage="clean")]
-    else:
-        model.load_state_dict(load_file(first_stage / "open_clip_model.safetensors"))
-        logs = [pd.read_csv(first_stage / "training_log.csv").assign(stage="clean")]
-    if noise_epochs:
-        noisy = tokenized(tokenizer, noisy_captions(captions))
-        log = train(model, pixels, labels, clean, validation, preprocess, recipe, noisy_tokens=noisy)
-        logs.append(log.assign(stage="noisy"))
-    log = pd.concat(logs)
-    seconds = time.monotonic() - started + (0 if first_stage is None else float(logs[0]["seconds"].iloc[-1]))
-    save(out, model, tokenizer, config, log, recipe, seconds)
-    typer.echo(f"{out}: {sum(p.numel() for p in model.parameters()):,} parameters in {seconds / 60:.1f} minutes")
+    if teacher is not None:
+        inherit_text_tower(model, teacher)
+    log = train(model, tokenizer, train_set, validation, config["preprocess_cfg"], recipe, teacher=teacher)
+    seconds = time.monotonic() - started
+    save(folder, model, tokenizer, config, log, recipe, seconds)
+    typer.echo(f"{folder}: {sum(p.numel() for p in model.parameters()):,} parameters in {seconds / 60:.1f} minutes")
 
 
 def caption_table() -> list[list[str]]:
@@ -184,14 +236,12 @@ def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
     )
 
 
-def model_config(tokenizer: PreTrainedTokenizerFast) -> dict[str, dict]:
-    """open_clip's configuration of demo-clip, as it is written to open_clip_config.json."""
+def model_config(tokenizer: PreTrainedTokenizerFast, tower: dict) -> dict[str, dict]:
+    """open_clip's configuration of a demo model, as it is written to open_clip_config.json."""
     return {
         "model_cfg": {
             "embed_dim": 128,
-            # CLIP's residual network (the layout of RN50, one block a stage): at this size convolutions learn
-            # small lesions from far fewer images than a vision transformer does.
-            "vision_cfg": {"image_size": IMAGE_SIZE, "layers": [1, 1, 1, 1], "width": 16, "head_width": 32},
+            "vision_cfg": tower,
             "text_cfg": {
                 "context_length": CONTEXT_LENGTH,
                 "vocab_size": len(tokenizer),
@@ -211,67 +261,88 @@ def model_config(tokenizer: PreTrainedTokenizerFast) -> dict[str, dict]:
     }
 
 
+def inherit_text_tower(model: open_clip.CLIP, teacher: open_clip.CLIP) -> None:
+    """Give a model the teacher's text tower and temperature, and train neither."""
+    own = {name: value for name, value in teacher.state_dict().items() if not name.startswith("visual.")}
+    model.load_state_dict(own, strict=False)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name.startswith("visual."))
+
+
 def train(
-    model: torch.nn.Module,
-    pixels: NDArray[np.uint8],
-    labels: NDArray[np.int64],
-    tokens: list[torch.Tensor],
-    validation: tuple[NDArray[np.uint8], NDArray[np.int64]],
+    model: open_clip.CLIP,
+    tokenizer: PreTrainedTokenizerFast,
+    train_set: Examples,
+    validation: Examples,
     preprocess: dict,
     recipe: Recipe,
     *,
-    noisy_tokens: list[torch.Tensor] | None = None,
+    teacher: open_clip.CLIP | None = None,
 ) -> pd.DataFrame:
-    """Minimise the contrastive loss; returns one row per epoch.
+    """Minimise the contrastive loss, with a teacher its two terms, too; returns one row per epoch.
 
-    With `noisy_tokens` it is the second stage: a share of the images is noisy and matches these captions only.
+    The 28 classes with their captions come first, then the same classes with captions that speak of noise.
     """
-    epochs = recipe.epochs if noisy_tokens is None else recipe.noise_epochs
-    learning_rate = recipe.learning_rate if noisy_tokens is None else recipe.noise_learning_rate
-    every_caption = tokens + (noisy_tokens or [])
-    rng = np.random.default_rng(recipe.seed if noisy_tokens is None else [recipe.seed, 1])
-    noise = torch.Generator().manual_seed(recipe.seed)
+    captions = caption_table()
+    clean = tokenized(tokenizer, captions)
+    every_caption = clean + tokenized(tokenizer, noisy_captions(captions))
+    if teacher is not None:  # its text tower is frozen, so every caption has its feature for good
+        with torch.no_grad():
+            every_caption = [model.encode_text(tokens, normalize=True) for tokens in every_caption]
+    rng, noise = np.random.default_rng(recipe.seed), torch.Generator().manual_seed(recipe.seed)
+    lessons = None if teacher is None else Lessons(model, teacher)
+    parameters = [p for part in (model, lessons) if part is not None for p in part.parameters() if p.requires_grad]
     # Vectors (biases, gains, the temperature) are not decayed, as in CLIP.
-    decayed = [p for p in model.parameters() if p.ndim >= 2]
-    plain = [p for p in model.parameters() if p.ndim < 2]
     optimizer = torch.optim.AdamW(
-        [{"params": decayed, "weight_decay": recipe.weight_decay}, {"params": plain, "weight_decay": 0.0}],
-        lr=learning_rate,
+        [
+            {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": recipe.weight_decay},
+            {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+        ],
+        lr=recipe.learning_rate,
         betas=(0.9, 0.98),
     )
-    batches = len(labels) // recipe.batch_size
+    places = repeated_places(train_set.labels, recipe.repeated)
+    batches = len(places) // recipe.batch_size
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer,
-        max_lr=learning_rate,
-        total_steps=epochs * batches,
-        pct_start=min(0.3, recipe.warmup_steps / (epochs * batches)),
+        max_lr=recipe.learning_rate,
+        total_steps=recipe.epochs * batches,
+        pct_start=recipe.warmup,
         cycle_momentum=False,
     )
+    model.visual.to(memory_format=torch.channels_last)  # convolutions of pixels that lie so are faster on a CPU
     rows, started = [], time.monotonic()
-    for epoch in range(1, epochs + 1):
+    for epoch in range(1, recipe.epochs + 1):
         model.train()
-        order, losses = rng.permutation(len(labels)), []
-        for step in tqdm(range(batches), desc=f"epoch {epoch}/{epochs}"):
-            chosen = order[step * recipe.batch_size : (step + 1) * recipe.batch_size]
-            images = normalise(shifted(pixels[chosen], recipe.shift_pixels, rng), preprocess)
-            image_labels = torch.from_numpy(labels[chosen])
-            if noisy_tokens is not None:
-                images, carry_noise = add_noise(images, recipe, preprocess, rng, noise)
-                image_labels = image_labels + len(tokens) * carry_noise
-            texts, text_labels = draw_captions(every_caption, recipe.captions_per_class, rng)
-            loss = contrastive_loss(model, images, image_labels, texts, text_labels)
-            optimizer.zero_grad()
-            loss.backward()
+        places, losses = rng.permutation(places), []
+        for step in tqdm(range(batches), desc=f"epoch {epoch}/{recipe.epochs}", mininterval=20):
+            chosen = places[step * recipe.batch_size : (step + 1) * recipe.batch_size]
+            images, is_noisy = photographed(train_set.pixels[chosen], recipe, preprocess, rng, noise)
+            labels = torch.from_numpy(train_set.labels[chosen]) + len(clean) * is_noisy
+            texts, text_labels = draw_captions(every_caption, rng)
+            # bfloat16 with plain attention: on processors with matrix units, twice as fast as float32 or more.
+            with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
+                image_features = model.encode_image(images, normalize=True).float()
+                text_features = model.encode_text(texts, normalize=True).float() if teacher is None else texts
+                loss = contrastive_loss(model.logit_scale.exp(), image_features, labels, text_features, text_labels)
+                if lessons is not None:
+                    towards_features, towards_cells = lessons(images, image_features)
+                    loss = loss + recipe.distillation * towards_features + recipe.hints * towards_cells
+                optimizer.zero_grad()
+                loss.backward()
+            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
             schedule.step()
             with torch.no_grad():
                 model.logit_scale.clamp_(0, np.log(100))
             losses.append(loss.item())
+        accuracies = accuracy_per_modality(model, validation, clean, preprocess)
         rows.append(
             {
                 "epoch": epoch,
                 "loss": round(float(np.mean(losses)), 4),
-                "site_a_val_accuracy": round(accuracy_per_modality(model, *validation, tokens, preprocess), 4),
+                "site_a_val_accuracy": round(float(np.mean(list(accuracies.values()))), 4),
+                **{modality: round(value, 4) for modality, value in accuracies.items()},
                 "logit_scale": round(float(model.logit_scale.exp()), 2),
                 "seconds": round(time.monotonic() - started, 1),
             }
@@ -280,31 +351,71 @@ def train(
     return pd.DataFrame(rows)
 
 
-def add_noise(
-    images: torch.Tensor, recipe: Recipe, preprocess: dict, rng: np.random.Generator, noise: torch.Generator
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Noise of a random level, in pixel units, on a random share of the images; tells which, int64 [n]."""
-    carry_noise = torch.from_numpy(rng.random(len(images)) < recipe.noise_share)
-    sigmas = torch.from_numpy(rng.uniform(*recipe.noise_sigmas, len(images))).float() * carry_noise
-    std = torch.tensor(preprocess["std"]).view(1, 3, 1, 1)
-    return images + torch.randn(images.shape, generator=noise) * sigmas.view(-1, 1, 1, 1) / std, carry_noise.long()
+class Lessons(torch.nn.Module):
+    """What a residual network teaches a vision transformer, beside the captions.
+
+    Two distances on the same images: one minus the cosine between the towers' features (Hinton et al. 2015 on
+    features), and the squared error between a linear map of the transformer's tokens and the cells of the residual
+    network's second stage, normalised (the hints of FitNets, Romero et al. 2015).
+    """
+
+    def __init__(self, model: open_clip.CLIP, teacher: open_clip.CLIP) -> None:
+        super().__init__()
+        self.map = torch.nn.Linear(TOWERS[Wanted.TRANSFORMER]["width"], 8 * TOWERS[Wanted.RESIDUAL]["width"])
+        # A list keeps the teacher out of this module's parameters.
+        self.teacher = [teacher.eval().requires_grad_(False)]
+        self.seen: dict[str, Tensor] = {}
+        block = model.visual.transformer.resblocks[HINTED_BLOCK]
+        block.register_forward_hook(lambda _module, _inputs, tokens: self.seen.update(tokens=tokens))
+        teacher.visual.layer2.register_forward_hook(lambda _module, _inputs, cells: self.seen.update(cells=cells))
+
+    def forward(self, images: Tensor, image_features: Tensor) -> tuple[Tensor, Tensor]:
+        """Both distances for images [n, 3, H, W] that the transformer has just encoded as features [n, d]."""
+        with torch.no_grad():
+            wanted = self.teacher[0].encode_image(images, normalize=True).float()
+            cells = self.seen["cells"].flatten(2).transpose(1, 2).float()
+            cells = functional.layer_norm(cells, cells.shape[-1:])
+        tokens = self.map(self.seen["tokens"][:, 1:]).float()  # without the class token
+        return 1 - (image_features * wanted).sum(1).mean(), functional.mse_loss(tokens, cells)
+
+
+def repeated_places(labels: NDArray[np.int64], repeated: tuple[str, ...]) -> NDArray[np.int64]:
+    """Places of the images of one epoch: all of them, those of the repeated modalities twice."""
+    modality = np.concatenate([[name] * len(phantom_classes(name)) for name in MODALITIES])[labels]
+    return np.concatenate([np.arange(len(labels)), np.flatnonzero(np.isin(modality, repeated))])
+
+
+def photographed(
+    pixels: NDArray[np.uint8], recipe: Recipe, preprocess: dict, rng: np.random.Generator, noise: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """Photograph phantoms once more: shift, exposure, grain or noise; tells which are noisy, int64 [n]."""
+    images = shifted(pixels, recipe.shift_pixels, rng)
+    images = exposed(
+        images.astype(np.float32) / 255,
+        share=recipe.exposure_share,
+        contrast=recipe.contrast,
+        brightness=recipe.brightness,
+        gain=recipe.gain,
+        rng=rng,
+    )
+    count, kind = len(images), rng.random(len(images))
+    is_noisy = kind < recipe.noise_share
+    has_grain = ~is_noisy & (kind < recipe.noise_share + recipe.grain_share)
+    sigmas = is_noisy * rng.uniform(*recipe.noise_sigmas, count) + has_grain * rng.uniform(*recipe.grain_sigmas, count)
+    drawn = torch.randn((count, 3, *pixels.shape[1:3]), generator=noise)
+    noisy = torch.from_numpy(images).permute(0, 3, 1, 2) + drawn * torch.from_numpy(sigmas).float().view(-1, 1, 1, 1)
+    return normalise(noisy, preprocess), torch.from_numpy(is_noisy).long()
 
 
 def contrastive_loss(
-    model: torch.nn.Module,
-    images: torch.Tensor,
-    labels: torch.Tensor,
-    texts: torch.Tensor,
-    text_labels: torch.Tensor,
-) -> torch.Tensor:
+    scale: Tensor, image_features: Tensor, labels: Tensor, text_features: Tensor, text_labels: Tensor
+) -> Tensor:
     """CLIP's symmetric loss, in which every caption of an image's class counts as a match.
 
     With 28 classes a batch holds many images of one class; plain CLIP would push their captions
     apart (UniCL, Yang et al. 2022, makes the same change).
     """
-    image_features = model.encode_image(images, normalize=True)
-    text_features = model.encode_text(texts, normalize=True)
-    logits = model.logit_scale.exp() * image_features @ text_features.T
+    logits = scale * image_features @ text_features.T
     matches = (labels[:, None] == text_labels[None, :]).float()
     present = matches.any(0)  # captions of classes that the batch happens to lack match nothing
     to_text = functional.cross_entropy(logits, matches / matches.sum(1, keepdim=True))
@@ -314,55 +425,49 @@ def contrastive_loss(
 
 @torch.inference_mode()
 def accuracy_per_modality(
-    model: torch.nn.Module,
-    pixels: NDArray[np.uint8],
-    labels: NDArray[np.int64],
-    tokens: list[torch.Tensor],
-    preprocess: dict,
-) -> float:
-    """Zero-shot accuracy within each modality with its first template, averaged over modalities."""
+    model: open_clip.CLIP, examples: Examples, tokens: list[Tensor], preprocess: dict
+) -> dict[str, float]:
+    """Zero-shot accuracy within each modality, with its first template."""
     model.eval()
     texts = model.encode_text(torch.stack([class_tokens[0] for class_tokens in tokens]), normalize=True)
-    features = torch.cat(
-        [model.encode_image(normalise(part, preprocess), normalize=True) for part in np.array_split(pixels, 20)]
-    )
-    scores, accuracies, first = (features @ texts.T).numpy(), [], 0
+    pixels = torch.from_numpy(examples.pixels).permute(0, 3, 1, 2)
+    features = [model.encode_image(normalise(part / 255, preprocess), normalize=True) for part in pixels.split(64)]
+    scores, accuracies, first = (torch.cat(features) @ texts.T).numpy(), {}, 0
     for modality in MODALITIES:
         last = first + len(phantom_classes(modality))
-        rows = (labels >= first) & (labels < last)
-        accuracies.append(np.mean(scores[rows, first:last].argmax(1) + first == labels[rows]))
+        rows = (examples.labels >= first) & (examples.labels < last)
+        accuracies[modality] = float(np.mean(scores[rows, first:last].argmax(1) + first == examples.labels[rows]))
         first = last
-    return float(np.mean(accuracies))
+    return accuracies
 
 
-def draw_captions(
-    tokens: list[torch.Tensor], count: int, rng: np.random.Generator
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Draw `count` captions of every class: tokens int64 [28 * count, L] and their classes."""
-    texts = [texts[rng.choice(len(texts), count, replace=False)] for texts in tokens]
-    return torch.cat(texts), torch.arange(len(tokens)).repeat_interleave(count)
+def draw_captions(tokens: list[Tensor], rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+    """Draw a caption of every class, tokens or features [classes, ...], and the classes."""
+    return torch.stack([texts[rng.integers(len(texts))] for texts in tokens]), torch.arange(len(tokens))
 
 
-def normalise(images: NDArray[np.uint8], preprocess: dict) -> torch.Tensor:
-    """uint8 [n, H, W, 3] to the float32 [n, 3, H, W] that the image tower reads."""
-    pixels = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255
+def normalise(images: Tensor, preprocess: dict) -> Tensor:
+    """Pixels in [0, 1], float32 [n, 3, H, W], as the image tower reads them."""
     mean, std = (torch.tensor(preprocess[key]).view(1, 3, 1, 1) for key in ("mean", "std"))
-    return (pixels - mean) / std
+    return (images - mean) / std
 
 
 def save(
     out: Path,
-    model: torch.nn.Module,
+    model: open_clip.CLIP,
     tokenizer: PreTrainedTokenizerFast,
     config: dict,
     log: pd.DataFrame,
     recipe: Recipe,
     seconds: float,
 ) -> None:
-    """Write weights, configuration, tokenizer, log and recipe."""
+    """Write weights, configuration, tokenizer, log and recipe in half the bytes: float16."""
     out.mkdir(parents=True, exist_ok=True)
-    state = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
-    weights = out / "open_clip_model.safetensors"
+    state = {
+        name: (tensor.half() if tensor.is_floating_point() else tensor).contiguous()
+        for name, tensor in model.state_dict().items()
+    }
+    weights = out / WEIGHTS
     save_file(state, weights, metadata={"synthetic": "true", "clinical_use": "no"})
     weights.chmod(0o644)  # safetensors writes for the owner only, and a package is read by anyone
     write_text_atomically(out / "open_clip_config.json", json.dumps(config, indent=2) + "\n")

@@ -76,7 +76,8 @@ PSNR in dB, mean over images. Accuracy: {model}, zero-shot, first template, with
 "stability" asks for the model's answer and not for the image: its pictures can be further from the clean ones than
 the noisy ones are, while the answers are closer.
 
-Every file's SHA-256 stands in `SHA256SUMS` and is checked when it is loaded. Written by
+Weights are stored in float16 and used in float32. Every file's SHA-256 stands in `SHA256SUMS` and is checked when it is
+loaded. Written by
 `data_scripts/train_demo_denoisers.py`.
 """
 
@@ -102,7 +103,7 @@ def main(
         for kind in wanted:
             count = STEPS[kind] if steps is None else steps
             trained = train_kind(kind, encoder, data, out=out, steps=count, seed=seed)
-            save_denoiser(trained, out / DEMO_FILES[kind])
+            save_denoiser(trained, out / DEMO_FILES[kind], dtype=torch.float16)
     present = [kind for kind, name in DEMO_FILES.items() if (out / name).is_file()]
     record_sums(out, [DEMO_FILES[kind] for kind in present])
     card = write_card({kind: load_denoiser(out / DEMO_FILES[kind]) for kind in present}, encoder, images=images)

@@ -39,7 +39,8 @@ from transformers import (
 from medrobust_lib.data.questions import PHANTOM_TASKS, action_token, actions, answer_wordings, question_wordings
 from medrobust_lib.experiments import write_text_atomically
 from medrobust_lib.files import reported_errors
-from medrobust_lib.models.weights import DEMO_VLM_FOLDER
+from medrobust_lib.models.catalogue import DEMO_VLM
+from medrobust_lib.models.weights import DEMO_FOLDER
 from medrobust_lib.phantoms import SPLITS, phantom_classes
 from preparing.downloads import record_sums
 from preparing.pretraining import render_many, shifted
@@ -63,7 +64,7 @@ _IGNORED_LABEL = -100
 class Recipe:
     """Everything that shapes the weights; written beside them."""
 
-    images_per_site: int = SPLITS["pretrain"]
+    images_per_site: int = SPLITS["pretrain"] // 2
     weights_of_modalities: tuple[int, ...] = (2, 2, 3, 3)
     batch_size: int = 64
     tower_steps: int = 3000
@@ -80,7 +81,7 @@ class Recipe:
 
 
 def main(
-    out: Annotated[Path, typer.Option(help="Folder to write the model to.")] = DEMO_VLM_FOLDER,
+    out: Annotated[Path, typer.Option(help="Folder to write the model to.")] = DEMO_FOLDER / DEMO_VLM,
     images: Annotated[int, typer.Option(min=60, help="Images per modality and site.")] = Recipe.images_per_site,
     tower_steps: Annotated[int, typer.Option(min=1, help="Steps of the image tower.")] = Recipe.tower_steps,
     frozen_steps: Annotated[int, typer.Option(min=1, help="Steps with a frozen tower.")] = Recipe.frozen_steps,
@@ -376,9 +377,9 @@ def save(
     recipe: Recipe,
     seconds: float,
 ) -> None:
-    """Write weights, configuration, processor, log and recipe."""
+    """Write weights, in half precision, configuration, processor, log and recipe."""
     out.mkdir(parents=True, exist_ok=True)
-    model.requires_grad_(True).eval().save_pretrained(out)
+    model.requires_grad_(True).eval().half().save_pretrained(out)
     processor.save_pretrained(out)
     (out / "model.safetensors").chmod(0o644)  # safetensors writes for the owner only; a package is read by anyone
     write_text_atomically(out / "training_log.csv", log.to_csv(index=False))

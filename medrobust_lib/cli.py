@@ -1,8 +1,9 @@
-"""The command line: ``medrobust run | study | leaderboard | compare | models | datasets | doctor``.
+"""The command line: ``medrobust quick | run | study | leaderboard | compare | models | datasets | doctor``.
 
 Commands import what they need when they are called, so that ``--help`` answers at once.
 """
 
+import contextlib
 import inspect
 import shlex
 import time
@@ -73,7 +74,7 @@ def run(
         return
     parameters = parse_parameters(parameter or (), file)
     try:
-        executed = runner.run_notebooks(chosen, parameters, out, announce=typer.echo, jobs=jobs)
+        executed = runner.run_notebooks(chosen, parameters, out, announce=typer.echo, report=_report_so_far, jobs=jobs)
     except runner.NotebookError as error:
         _report_what_there_is(error.run_dir)
         raise
@@ -94,6 +95,14 @@ def run(
     cards = read_cards(run_dir, nested=False) if any((run_dir / "cards").glob("*.json")) else []
     if notes := {note for card in cards for note in card["notes"]}:
         typer.echo(f"to know beside the numbers, in the report: {len(notes)} note{'s' if len(notes) > 1 else ''}")
+
+
+@app.command()
+def quick() -> None:
+    """Take a first look: a corrupted image, a certificate and a small leaderboard, in the terminal."""
+    from medrobust_lib.quick import quick_look
+
+    quick_look()
 
 
 @app.command()
@@ -270,6 +279,16 @@ def _report_what_there_is(run_dir: Path) -> None:
         typer.echo(f"report of what was executed: {write_report(run_dir)}")
     except (OSError, ValueError) as error:  # the disk that the notebook has filled
         typer.echo(f"no report of what was executed: {told(error)}", err=True)
+
+
+def _report_so_far(run_dir: Path, left: Sequence[str]) -> None:
+    from medrobust_lib.experiments.report import write_report
+
+    first = not (run_dir / "index.html").exists()
+    with contextlib.suppress(OSError, ValueError):  # told at the end, when the whole report is written
+        index = write_report(run_dir, running=left)
+        if first and left:
+            typer.echo(f"the report grows while the rest runs: {index}")
 
 
 def _show_estimates(read: "Study", notebooks: Path | None) -> None:

@@ -13,7 +13,7 @@ from medrobust_lib import _torchvision, runner
 from medrobust_lib.files import told
 from medrobust_lib.places import project_root
 
-REFERENCE_FILE = Path(__file__).parent / "models" / "demo" / "clip" / "reference_prediction.json"
+REFERENCE_FILE = Path(__file__).parent / "models" / "demo" / "demo-clip" / "reference_prediction.json"
 # Different processors sum in a different order; a wrong preprocessing or weight moves far more.
 REFERENCE_TOLERANCE = 1e-3
 

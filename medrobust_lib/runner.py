@@ -147,6 +147,7 @@ def run_notebooks(
     out: Path | None = None,
     *,
     announce: Callable[[str], None] = print,
+    report: Callable[[Path, Sequence[str]], None] = lambda _folder, _left: None,
     jobs: int = 1,
 ) -> list[Executed]:
     """Execute notebooks into a run folder, one after the other or several at a time.
@@ -162,6 +163,8 @@ def run_notebooks(
     announce : callable
         Receives a line with the folder, and one before and after each notebook; with several jobs one after
         each, as they finish.
+    report : callable
+        Receives the folder and the numbers that are left, after each notebook that has reached its end.
     jobs : int
         Notebooks at a time, each in a process of its own; -1 for one per core. Unless ``OMP_NUM_THREADS`` is set,
         their kernels share the cores out.
@@ -205,6 +208,7 @@ def run_notebooks(
                 if isinstance(result, Executed):
                     executed[position] = result
                     announce(f"{name} done in {result.seconds:.1f} s")
+                    report(out, [number for place, (number, _) in enumerate(tasks) if place not in executed])
                 else:
                     failures[position] = str(result)
                     if jobs == 1:

@@ -1,3 +1,4 @@
+import itertools
 import os
 import sys
 
@@ -49,6 +50,18 @@ print(model, n_images, os.environ["{HEADLESS_VARIABLE}"], os.environ["{RUN_DIR_V
     assert executed[0].seconds > 0
     assert executed[0].run_dir == tmp_path / "out"
     assert HEADLESS_VARIABLE not in os.environ
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_after_each_notebook_the_report_can_be_written(tmp_path, write_notebook, jobs):
+    for name in ("01_first", "02_second", "03_third"):
+        write_notebook(tmp_path, name, "pass")
+    seen = []
+    found, out = runner.find_notebooks(folder=tmp_path), tmp_path / "out"
+    runner.run_notebooks(found, {}, out, announce=lambda _: None, report=lambda *call: seen.append(call), jobs=jobs)
+    assert [folder for folder, _ in seen] == [out] * 3
+    assert [len(left) for _, left in seen] == [2, 1, 0]
+    assert all(set(later) < set(left) for (_, left), (_, later) in itertools.pairwise(seen))
 
 
 def test_failure_shows_the_cell_and_keeps_the_notebook(tmp_path, write_notebook):

@@ -54,6 +54,30 @@ def shifted(images: NDArray[np.uint8], shift: int, rng: np.random.Generator) -> 
     return np.stack([image[y : y + side, x : x + side] for image, (y, x) in zip(padded, offsets, strict=True)])
 
 
+def exposed(
+    images: NDArray[np.float32],
+    *,
+    share: float,
+    contrast: tuple[float, float],
+    brightness: float,
+    gain: float,
+    rng: np.random.Generator,
+) -> NDArray[np.float32]:
+    """Record a share of the images [n, H, W, 3] in [0, 1] with another exposure, as devices and operators do.
+
+    ``contrast`` scales the distance from the image's mean (log-uniform in this range), ``gain`` every channel
+    (up to this share), ``brightness`` shifts all (up to this much); clipped to [0, 1].
+    """
+    count = len(images)
+    chosen = (rng.random(count) < share)[:, None, None, None]
+    factor = np.exp(rng.uniform(*np.log(contrast), (count, 1, 1, 1)))
+    channels = 1 + rng.uniform(-gain, gain, (count, 1, 1, 3))
+    offset = rng.uniform(-brightness, brightness, (count, 1, 1, 1))
+    mean = images.mean((1, 2, 3), keepdims=True)
+    other = np.clip(((images - mean) * factor + mean) * channels + offset, 0, 1)
+    return np.where(chosen, other, images).astype(np.float32)
+
+
 def _render(job: tuple[str, range, str, str, int]) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
     modality, indices, split, site, image_size = job
     return render_phantoms(modality, list(indices), split=split, site=site, image_size=image_size)

@@ -228,10 +228,13 @@ def train_diffusion(
     return DiffusionDenoiser(network.cpu(), (float(sigmas[0]), float(sigmas[last])), provenance=provenance)
 
 
-def save_denoiser(denoiser: DnCNNDenoiser | DiffusionDenoiser, path: Path | str) -> Path:
+def save_denoiser(
+    denoiser: DnCNNDenoiser | DiffusionDenoiser, path: Path | str, *, dtype: torch.dtype = torch.float32
+) -> Path:
     """Write a denoiser, of a diffusion its `UNet`, as one safetensors file; all but the weights is JSON in its header.
 
-    `medrobust_lib.smoothing.denoisers.load_denoiser` reads it.
+    `medrobust_lib.smoothing.denoisers.load_denoiser` reads it. With ``dtype=torch.float16`` the file is half as large
+    and the weights are rounded; they compute in float32 again when loaded.
 
     Raises
     ------
@@ -261,6 +264,7 @@ def save_denoiser(denoiser: DnCNNDenoiser | DiffusionDenoiser, path: Path | str)
             "timestep": ASKED,
         }
         tensors = denoiser.network.state_dict()
+    tensors = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
     write_tensors(Path(path), tensors, key=HEADER, header={**header, "provenance": denoiser.provenance})
     return Path(path)
 

@@ -358,7 +358,7 @@ def _finished(model: DualEncoder, base: DualEncoder, record: dict[str, Any], cha
     return model.eval().requires_grad_(False).to(base.dtype)
 
 
-DEMO_ADAPTERS = DEMO_FOLDER.parent / "adapters"
+DEMO_ADAPTERS = DEMO_FOLDER / "adapters"  # by the id of the model, then by `demo_folder_name`
 DEMO_DATASETS = tuple(f"phantom/{name}" for name in ("histology", "blood", "breast", "chest", "fundus", "oct"))
 DEMO_RECIPE: Mapping[str, Any] = MappingProxyType({"epochs": 10, "learning_rate": 2e-3, "schedule": "one-cycle"})
 DEMO_FINE_TUNING: Mapping[str, Any] = MappingProxyType({**DEMO_RECIPE, "learning_rate": 1e-3})
@@ -404,7 +404,8 @@ def find_demo_adapter(
     """
     from medrobust_lib.models import adapters  # peft takes seconds to import
 
-    folder = DEMO_ADAPTERS / demo_folder_name(fraction=fraction, rank=rank, seed=seed, augmentation=augmentation)
+    name = demo_folder_name(fraction=fraction, rank=rank, seed=seed, augmentation=augmentation)
+    folder = DEMO_ADAPTERS / model.id / name
     if tuple(datasets) != DEMO_DATASETS or not folder.is_dir():
         return None
     stored = json.loads((folder / _PROVENANCE).read_text(encoding="utf-8"))

@@ -36,14 +36,18 @@ _FOLDED = {"overflow": "fold"}
 NOTICE = "For teaching and research. Not for clinical use."
 
 
-def write_report(run_dir: Path) -> Path:
+def write_report(run_dir: Path, *, running: Sequence[str] = ()) -> Path:
     """Write ``index.html`` of a run, and one page per executed notebook under ``html/``.
+
+    A page that is newer than its notebook is left as it is.
 
     Parameters
     ----------
     run_dir : Path
         A run folder with ``cards/`` or ``notebooks/``; ``figures/`` are used where they exist. A notebook
         without a card is shown as one that did not reach its end.
+    running : sequence of str
+        Numbers of notebooks that are not finished yet: the index names them and loads itself anew.
 
     Returns
     -------
@@ -59,6 +63,7 @@ def write_report(run_dir: Path) -> Path:
     """
     run_dir = Path(run_dir)
     pages = {path.name.split("_")[0]: path for path in sorted((run_dir / "notebooks").glob("*.ipynb"))}
+    pages = {number: path for number, path in pages.items() if number not in running}
     cards = read_cards(run_dir, nested=False) if any((run_dir / "cards").glob("*.json")) or not pages else []
     finished = {card.get("notebook") for card in cards}
     unfinished = []
@@ -70,12 +75,13 @@ def write_report(run_dir: Path) -> Path:
                 line for cell in notebook.cells if cell.cell_type == "markdown" for line in cell.source.splitlines()
             )
             title = next((line.removeprefix("# ") for line in lines if line.startswith("# ")), path.stem)
-            body = Markup(notebook_body(notebook))
+            page = run_dir / "html" / f"{path.stem}.html"
+            if not page.is_file() or page.stat().st_mtime_ns <= path.stat().st_mtime_ns:
+                write_page(page, "notebook", title=title, body=Markup(notebook_body(notebook)))
         if number not in finished:
             unfinished.append({"number": number, "title": title, "path": path})
-        write_page(run_dir / "html" / f"{path.stem}.html", "notebook", title=title, body=body)
     sections = [_section(card, run_dir, pages) for card in cards]
-    shown = {"title": run_dir.resolve().name, "sections": sections, "unfinished": unfinished}
+    shown = {"title": run_dir.resolve().name, "sections": sections, "unfinished": unfinished, "running": running}
     synthetic = any(card["dataset"].get("synthetic") for card in cards)
     return write_page(run_dir / "index.html", "index", synthetic=synthetic, **shown)
 

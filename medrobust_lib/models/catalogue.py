@@ -29,8 +29,8 @@ OPEN_CLIP_CONFIG_NAME = "open_clip_config.json"
 LOCAL_DIR_PREFIX = "local-dir:"
 HUB_PREFIX = "hf:"
 PYTHON_PREFIX = "python:"
+_SHIPPED = "shipped with medrobust_lib"
 OWN_PREFIXES = (LOCAL_DIR_PREFIX, HUB_PREFIX, PYTHON_PREFIX)
-DEMO_MODEL = "demo-clip"
 DEMO_VLM = "demo-vlm"
 
 
@@ -81,6 +81,11 @@ class ModelEntry:
     def generative(self) -> bool:
         """Whether the model writes text; the others are dual encoders."""
         return not self.loader
+
+    @property
+    def shipped(self) -> bool:
+        """Whether the weights come with the package: those of the demo models, which saw phantoms only."""
+        return self.source.startswith(_SHIPPED)
 
 
 def read_table(name: str) -> dict[str, Any]:
@@ -181,14 +186,15 @@ def caveats(model: Any, dataset: "ImageDataset") -> list[str]:
     found = []
     base = model.provenance.get("base")  # a re-trained copy has seen what its base saw
     origin = base.get("id", model.id) if isinstance(base, Mapping) else base or model.id
+    is_demo = any(entry.shipped and entry.id == origin for entry in DUAL_ENCODERS)
     if dataset.synthetic:
         found.append(CAVEATS["synthetic"])
-        if origin != DEMO_MODEL:
+        if not is_demo:
             found.append(CAVEATS["other_models_on_phantoms"])
         elif dataset.id.endswith(SITE_A):
-            found.append(CAVEATS["own_site"].format(model=DEMO_MODEL))
-    elif origin == DEMO_MODEL:
-        found.append(CAVEATS["demo_on_real"].format(model=DEMO_MODEL))
+            found.append(CAVEATS["own_site"].format(model=origin))
+    elif is_demo:
+        found.append(CAVEATS["demo_on_real"].format(model=origin))
     absent = [name for name, count in dataset.class_counts().items() if not count]
     if absent:
         found.append(f"No image of {len(absent)} of {len(dataset.classes)} classes was measured: {first_of(absent)}.")

@@ -224,7 +224,7 @@ def _table(entries: Iterable[ModelEntry], weights_dir: Path) -> pd.DataFrame:
     rows = [
         {
             **vars(entry),
-            "sha256": read_sums(weights.DEMO_FOLDER) if entry.id == catalogue.DEMO_MODEL else {},
+            "sha256": read_sums(weights.DEMO_FOLDER / entry.id) if entry.shipped else {},
             "available_offline": available_offline(entry, weights_dir=weights_dir),
         }
         for entry in entries

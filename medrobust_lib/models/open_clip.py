@@ -20,7 +20,7 @@ from torch.nn import functional
 
 from medrobust_lib.files import parsed, read_json_object
 from medrobust_lib.models import weights
-from medrobust_lib.models.catalogue import CONFIG_NAME, DEMO_MODEL, OPEN_CLIP_CONFIG_NAME, ModelEntry, read_table
+from medrobust_lib.models.catalogue import CONFIG_NAME, OPEN_CLIP_CONFIG_NAME, ModelEntry, read_table
 from medrobust_lib.models.dual_encoder import DualEncoder, Tokens, check_text_lengths, check_text_path
 from medrobust_lib.models.geometry import Preprocessing, per_channel
 
@@ -214,7 +214,7 @@ def load_open_clip(entry: ModelEntry, *, weights_dir: Path, offline: bool) -> Op
     """
     scheme, _, place = entry.source.partition(":")
     folder = weights.model_folder(entry, weights_dir)
-    if entry.id == DEMO_MODEL and not (folder / OPEN_CLIP_CONFIG_NAME).is_file():
+    if entry.shipped and not (folder / OPEN_CLIP_CONFIG_NAME).is_file():
         raise FileNotFoundError(f"the package is incomplete: {folder / OPEN_CLIP_CONFIG_NAME} is missing; reinstall it")
     if folder is not None and (scheme != "open_clip" or (folder / OPEN_CLIP_CONFIG_NAME).is_file()):
         return _load_folder(entry, folder)

@@ -20,8 +20,7 @@ from medrobust_lib.models.catalogue import CONFIG_NAME, HUB_PREFIX, OPEN_CLIP_CO
 if TYPE_CHECKING:
     from torch import Tensor
 
-DEMO_FOLDER = Path(__file__).parent / "demo" / "clip"
-DEMO_VLM_FOLDER = DEMO_FOLDER.with_name("vlm")
+DEMO_FOLDER = Path(__file__).parent / "demo"  # one folder for each model that comes with the package, by its id
 CHECKPOINT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
 HUB_CHECKPOINTS = (
     "open_clip_model.safetensors",
@@ -44,9 +43,8 @@ _LISTED_KEYS = 10
 
 def model_folder(entry: ModelEntry, weights_dir: Path) -> Path | None:
     """Folder on this computer for the files of a model; None if no checkpoint lies in ``weights_dir/<model id>``."""
-    shipped = {catalogue.DEMO_MODEL: DEMO_FOLDER, catalogue.DEMO_VLM: DEMO_VLM_FOLDER}
-    if entry.id in shipped:
-        return shipped[entry.id]
+    if entry.shipped:
+        return DEMO_FOLDER / entry.id
     if entry.source.startswith(catalogue.LOCAL_DIR_PREFIX):
         return Path(entry.source.removeprefix(catalogue.LOCAL_DIR_PREFIX)).expanduser()
     folder = weights_dir / entry.id

@@ -19,7 +19,7 @@ from medrobust_lib.phantoms.painting import Site, acquire
 MODALITIES = {module.__name__.rpartition(".")[2]: module for module in (histology, blood, breast, chest, fundus, oct)}
 SITES = ("A", "B")
 # "pretrain" exists to train demo models; the benchmark never reads it.
-SPLITS = {"train": 1440, "val": 360, "test": 720, "pretrain": 5040}
+SPLITS = {"train": 1440, "val": 360, "test": 720, "pretrain": 10080}
 SMALLEST, LARGEST = 28, 512
 
 

@@ -1,3 +1,4 @@
+import os
 import re
 from html.parser import HTMLParser
 from xml.etree import ElementTree
@@ -104,6 +105,34 @@ def test_a_notebook_without_a_card_is_shown_as_unfinished(run_dir):
     (run_dir / "cards" / "01.json").unlink()
     report.write_report(run_dir)
     assert (run_dir / "index.html").read_text().count("did not reach its end") == 2
+
+
+def test_while_notebooks_run_the_index_says_so_and_loads_itself_anew(run_dir):
+    (run_dir / "notebooks" / "02_second.ipynb").write_text('{"half": ')  # papermill writes in place
+    page = run_dir / "html" / "01_first.html"
+    written = page.stat().st_mtime_ns
+    report.write_report(run_dir, running=["02", "03"])
+    text = (run_dir / "index.html").read_text()
+    assert "Still to come: 02, 03." in text
+    assert '<meta http-equiv="refresh"' in text
+    assert "did not reach its end" not in text
+    assert page.stat().st_mtime_ns == written  # a finished page is not drawn again
+    (run_dir / "notebooks" / "02_second.ipynb").unlink()
+    report.write_report(run_dir)
+    text = (run_dir / "index.html").read_text()
+    assert "Still to come" not in text
+    assert "refresh" not in text.partition("<style>")[0]
+    assert "refresh" not in page.read_text().partition("<style>")[0]
+
+
+def test_a_changed_notebook_gets_a_new_page(run_dir):
+    path, page = run_dir / "notebooks" / "01_first.ipynb", run_dir / "html" / "01_first.html"
+    notebook = nbformat.read(path, as_version=4)
+    notebook.cells.append(nbformat.v4.new_markdown_cell("a sentence more"))
+    nbformat.write(notebook, path)
+    os.utime(path, ns=(page.stat().st_mtime_ns, page.stat().st_mtime_ns))  # of one moment, by a coarse clock
+    report.write_report(run_dir)
+    assert "a sentence more" in page.read_text()
 
 
 def test_names_are_escaped(run_dir):

@@ -82,8 +82,8 @@ def test_local_folder_with_its_own_vocabulary_matches_open_clip(demo_folder, ima
 
 
 def test_demo_clip_loads_from_the_package_wherever_it_lies(demo_folder, images, texts, tmp_path, monkeypatch):
-    elsewhere = tmp_path / "site-packages" / "demo" / "clip"
-    shutil.copytree(demo_folder, elsewhere)
+    elsewhere = tmp_path / "site-packages" / "demo"
+    shutil.copytree(demo_folder, elsewhere / "demo-clip")
     monkeypatch.setattr("medrobust_lib.models.weights.DEMO_FOLDER", elsewhere)
     monkeypatch.chdir(tmp_path)
     encoder = load_model("demo-clip", device="cpu", weights_dir=tmp_path / "none")
