@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 
 from medrobust_lib import files
 from medrobust_lib.data.registry import list_datasets, load_dataset
+from medrobust_lib.models.loading import load_model
 from preparing import downloads, folders
 
 SCRIPTS = Path(__file__).parents[1] / "data_scripts"
@@ -697,22 +698,74 @@ def test_demo_clips_tokenizer_ends_with_the_highest_id_and_knows_any_text():
 
 def test_demo_clips_loss_is_smallest_when_images_meet_their_captions():
     script = load_script("train_demo_clip")
-
-    class Towers(torch.nn.Module):
-        logit_scale = torch.tensor(3.0)
-
-        def encode_image(self, images, normalize):
-            return images
-
-        def encode_text(self, texts, normalize):
-            return texts
-
+    scale, corners = torch.tensor(20.0), torch.eye(4)
     labels, text_labels = torch.tensor([0, 0, 1]), torch.tensor([0, 1, 2])
-    corners = torch.eye(4)
-    right = script.contrastive_loss(Towers(), corners[labels], labels, corners[text_labels], text_labels)
-    wrong = script.contrastive_loss(Towers(), corners[1 - labels], labels, corners[text_labels], text_labels)
+    right = script.contrastive_loss(scale, corners[labels], labels, corners[text_labels], text_labels)
+    wrong = script.contrastive_loss(scale, corners[1 - labels], labels, corners[text_labels], text_labels)
     assert right < 0.7 < wrong
     assert torch.isfinite(right)
+
+
+def test_demo_clips_photographs_tell_noise_from_acquisition():
+    script = load_script("train_demo_clip")
+    recipe = script.Recipe(exposure_share=0.0, shift_pixels=0, noise_sigmas=(0.5, 0.5), grain_sigmas=(0.1, 0.1))
+    preprocess = {"mean": [0.5] * 3, "std": [0.25] * 3}
+    pixels = np.full((400, 16, 16, 3), 128, np.uint8)
+    streams = np.random.default_rng(0), torch.Generator().manual_seed(0)
+    images, is_noisy = script.photographed(pixels, recipe, preprocess, *streams)
+    spread = 0.25 * images.flatten(1).std(dim=1)  # back in pixel units
+    assert torch.equal(is_noisy.bool(), spread > 0.3)  # what the caption calls noisy, and nothing else
+    assert is_noisy.float().mean() == pytest.approx(recipe.noise_share, abs=0.08)
+    grainy = (spread > 0.05) & ~is_noisy.bool()
+    assert grainy.float().mean() == pytest.approx(recipe.grain_share, abs=0.08)
+    assert spread[grainy].mean() == pytest.approx(0.1, abs=0.01)
+    assert (spread[~grainy & ~is_noisy.bool()] < 1e-6).all()
+
+
+def test_exposure_changes_a_share_of_the_images_and_stays_in_range():
+    script = load_script("train_demo_clip")
+    images = np.random.default_rng(0).random((300, 8, 8, 3), dtype=np.float32)
+    ranges = {"contrast": (0.4, 0.5), "brightness": 0.0, "gain": 0.0}
+    other = script.exposed(images, share=0.5, **ranges, rng=np.random.default_rng(1))
+    changed = (other != images).any((1, 2, 3))
+    assert changed.mean() == pytest.approx(0.5, abs=0.1)
+    assert other.dtype == np.float32
+    shrunk = other[changed].std((1, 2, 3)) / images[changed].std((1, 2, 3))
+    assert ((shrunk > 0.39) & (shrunk < 0.51)).all()
+    assert np.allclose(other.mean((1, 2, 3)), images.mean((1, 2, 3)), atol=1e-5)
+    wild = script.exposed(
+        images, share=1.0, contrast=(1.2, 2.0), brightness=0.5, gain=0.5, rng=np.random.default_rng(2)
+    )
+    assert wild.min() >= 0
+    assert wild.max() <= 1
+
+
+def test_the_repeated_modalities_come_twice_in_an_epoch():
+    script = load_script("train_demo_clip")
+    labels = np.arange(28)
+    places = script.repeated_places(labels, ("breast", "fundus"))
+    counts = np.bincount(places)
+    assert counts.sum() == 28 + 4
+    assert sorted(np.flatnonzero(counts == 2)) == [17, 18, 22, 23]
+
+
+@pytest.mark.parametrize("chosen", ["both", "demo-clip-vit"])
+def test_one_script_trains_both_demo_models(chosen, tmp_path):
+    script = load_script("train_demo_clip")
+    script.SPLITS = {"val": 36}
+    small = {"out": tmp_path, "images": 36, "epochs": 1, "vit_epochs": 1, "seed": 0}
+    script.main(only=script.Wanted.RESIDUAL if chosen != "both" else script.Wanted.BOTH, **small)
+    if chosen != "both":
+        script.main(only=script.Wanted(chosen), **small)
+    texts = []
+    for id in ("demo-clip", "demo-clip-vit"):
+        model = load_model(f"local-dir:{tmp_path / id}", device="cpu")
+        texts.append(model.encode_text(["a neutrophil"]))
+        assert b'"F16"' in (tmp_path / id / "open_clip_model.safetensors").read_bytes()
+        recipe = json.loads((tmp_path / id / "recipe.json").read_text())
+        assert (recipe["epochs"], recipe["images_per_modality"]) == (1, 36)
+        assert len((tmp_path / id / "training_log.csv").read_text().splitlines()) == 2
+    assert torch.allclose(*texts, atol=1e-6)  # the transformer has taken over the text tower
 
 
 def test_demo_clips_augmentation_only_shifts():

@@ -19,7 +19,7 @@ def script(monkeypatch):
     spec = importlib.util.spec_from_file_location("train_demo_adapters", SCRIPT)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    jobs = (module.Job(0.01, 2, 1), module.Job(0.02, 1, 0, noisy=True))
+    jobs = (module.Job("demo-clip", 0.01, 2, 1), module.Job("demo-clip", 0.02, 1, 0, noisy=True))
     monkeypatch.setattr(module, "JOBS", jobs)
     monkeypatch.setattr(module, "DEMO_DATASETS", SETS)
     monkeypatch.setattr(module, "N_VAL", 6)
@@ -52,10 +52,11 @@ def run(script, monkeypatch):
 
 @pytest.mark.filterwarnings("ignore:no epoch of 1 is better")
 def test_one_command_trains_what_is_missing_and_writes_the_card(run, tmp_path):
-    first, second = tmp_path / "rank2-1percent-seed1", tmp_path / "rank1-2percent-seed0-noise"
+    first, second = (tmp_path / "demo-clip" / name for name in ("rank2-1percent-seed1", "rank1-2percent-seed0-noise"))
     output, trained = run("--out", tmp_path, "--only", 1)
     assert (trained, "1 adapters trained, 1 there" in output) == ([2], True)
-    assert {path.name for path in tmp_path.iterdir()} == {first.name, "MODEL_CARD.md"}
+    assert {path.name for path in tmp_path.iterdir()} == {"demo-clip", "MODEL_CARD.md"}
+    assert [path.name for path in first.parent.iterdir()] == [first.name]
     assert second.name not in (tmp_path / "MODEL_CARD.md").read_text()
     before = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in first.iterdir()}
 
@@ -79,8 +80,8 @@ def test_one_command_trains_what_is_missing_and_writes_the_card(run, tmp_path):
     card = (tmp_path / "MODEL_CARD.md").read_text()
     means = [row["val_mean"] for row in facts[second]["history"]]
     best = facts[second]["best_epoch"]
-    assert f"| `{second.name}` | 4,507 | 58 | {best} | {means[0]:.3f} | {means[best]:.3f} |" in card
-    assert f"| `{first.name}` | 9,014 | 28 |" in card
+    assert f"| demo-clip | `{second.name}` | 4,507 | 58 | {best} | {means[0]:.3f} | {means[best]:.3f} |" in card
+    assert f"| demo-clip | `{first.name}` | 9,014 | 28 |" in card
     assert "6 val images of each set" in card
     assert "epochs 1, learning rate 0.001" in card
 
@@ -93,7 +94,7 @@ def test_one_command_trains_what_is_missing_and_writes_the_card(run, tmp_path):
 @pytest.mark.filterwarnings("ignore:no epoch of 1 is better")
 def test_adapters_are_stored_in_half_precision(run, tmp_path):
     run("--out", tmp_path, "--only", 1)
-    tensors = tmp_path / "rank2-1percent-seed1" / "adapter_model.safetensors"
+    tensors = tmp_path / "demo-clip" / "rank2-1percent-seed1" / "adapter_model.safetensors"
     assert b'"dtype":"F16"' in tensors.read_bytes()
     assert b'"dtype":"F32"' not in tensors.read_bytes()
 
@@ -102,6 +103,6 @@ def test_names_tell_the_planned_adapters_apart():
     spec = importlib.util.spec_from_file_location("train_demo_adapters", SCRIPT)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    names = [module.name_of(job) for job in module.JOBS]
-    assert len(set(names)) == len(names) == len(set(module.JOBS))
-    assert "rank16-10percent-seed0-noise" in names
+    folders = [module.folder_of(Path(), job) for job in module.JOBS]
+    assert len(set(folders)) == len(folders) == len(set(module.JOBS))
+    assert Path("demo-clip-vit", "rank16-10percent-seed0-noise") in folders
