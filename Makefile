@@ -49,7 +49,7 @@ variants: $(STAMP)  ## the notebooks with other models, classes and images
 
 notebooks: $(STAMP)
 	@echo "==> running the notebooks again and comparing their checked outputs (nbval) ..."
-	@$(DEMO_ENV) TQDM_DISABLE=1 $(BIN)/python -m pytest --nbval-lax --nbval-current-env \
+	@$(DEMO_ENV) LOKY_MAX_CPU_COUNT=1 TQDM_DISABLE=1 $(BIN)/python -m pytest --nbval-lax --nbval-current-env \
 		--nbval-sanitize-with tests/nbval_sanitize.cfg -p no:cacheprovider -n $(JOBS) --dist loadfile notebooks
 
 browser: $(STAMP)  ## move the instruments' sliders in a real browser (skips where Chromium is missing)

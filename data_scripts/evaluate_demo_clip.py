@@ -38,7 +38,7 @@ TEACHING = {
     "demo-clip": "none",
     "demo-clip-vit": (
         "the text tower is demo-clip's, frozen; {distillation:g} times one minus the cosine to demo-clip's feature of the "
-        "same image, and {hints:g} times the squared error of a linear map of the third block's tokens to the normalised "
+        "same image, and {hints:g} times the squared error of a linear map of the second block's tokens to the normalised "
         "cells of demo-clip's second stage, join the loss"
     ),
 }

@@ -117,11 +117,11 @@ TRANSFORMER = replace(RESIDUAL, epochs=8, distillation=2.0, hints=1.0)
 # CLIP's residual network (the layout of RN50, one block a stage), and CLIP's vision transformer.
 TOWERS = {
     Wanted.RESIDUAL: {"image_size": IMAGE_SIZE, "layers": [1, 1, 1, 1], "width": 16, "head_width": 32},
-    Wanted.TRANSFORMER: {"image_size": IMAGE_SIZE, "patch_size": 8, "layers": 6, "width": 128, "head_width": 32},
+    Wanted.TRANSFORMER: {"image_size": IMAGE_SIZE, "patch_size": 8, "layers": 4, "width": 128, "head_width": 32},
 }
 # The block of the transformer whose tokens are compared with the residual network's second stage, cell by cell:
 # both see the image on a grid of 8 x 8.
-HINTED_BLOCK = 2
+HINTED_BLOCK = 1
 
 
 @dataclass(frozen=True)

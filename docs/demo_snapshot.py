@@ -231,19 +231,6 @@ _RESULTS: dict[str, Callable[[Card, Path], list[Row]]] = {
 # ---- what the picture and the comparison with the papers draw on ----
 
 
-def _noise_curve(cards: Mapping[str, Card], folder: Path) -> Row | None:
-    if "02" not in cards:
-        return None
-    table = pd.read_csv(folder / "02_noise_accuracy.csv")
-    own = table[table["model"] == cards["02"]["model"]["id"]]
-    return {
-        "dataset": _dataset(cards["02"]),
-        "n": int(own["n"].iloc[0]),
-        "chance": 1 / len(cards["02"]["dataset"]["classes"]),
-        "points": own[["sigma", "accuracy", "low", "high"]].to_dict("records"),
-    }
-
-
 def _severity_curves(cards: Mapping[str, Card], folder: Path) -> Row | None:
     if "05" not in cards:
         return None
@@ -252,11 +239,15 @@ def _severity_curves(cards: Mapping[str, Card], folder: Path) -> Row | None:
     points = own.groupby(["corruption", "severity"], sort=False)["accuracy"].mean().reset_index()
     errors = pd.read_csv(folder / "05_mce.csv")
     own_errors = errors[errors["model"] == cards["05"]["model"]["id"]]
+    whole = [cards["05"]["model"]["id"], *cards["05"]["parameters"]["compare_with"]]
+    means = table[table["model"].isin(whole)].groupby(["model", "severity"], sort=False)["accuracy"].mean()
     return {
         "datasets": int(own["dataset"].nunique()),
         "n": int(own_errors["n"].sum()),
         "lost": own_errors["degradation"].mean(),
         "clean": 1 - own_errors["clean_error"].mean(),
+        "chance": table.loc[table["model"] == "constant answer", "accuracy"].mean(),  # of sets as even as the phantoms
+        "means": means.reset_index().to_dict("records"),
         "points": points.to_dict("records"),
     }
 
@@ -285,7 +276,6 @@ def _adaptation(cards: Mapping[str, Card], folder: Path) -> Row | None:
 
 
 _CURVES: dict[str, Callable[[Mapping[str, Card], Path], Row | None]] = {
-    "noise": _noise_curve,
     "severity": _severity_curves,
     "certified": _certified_curves,
     "adaptation": _adaptation,

@@ -25,19 +25,16 @@ from medrobust_lib.smoothing.noise import NoiseStream, noisy_copies
 
 PICTURE = Path(__file__).resolve().parent / "front_picture.png"
 HASH_KEY = "Comment"  # the PNG keyword under which the source's hash stands
-DATASET, SEED, DRAWN = "phantom/histology", 0, 27
-NOISE = (0.1, 0.25, 0.5)  # std, [0, 1] pixel units
-BLUR = (1, 3, 5)  # severities
-NAMES = {
-    "zero-shot": "before: plain prompts",
-    "few-shot PromptSmooth": "after: prompts learned from noise",
-    "PromptSmooth": "after, and adapted to each image:\nholds for the frozen prompt only",
-}
+DATASET, SEED, DRAWN = "phantom/blood", 0, 32
+NOISE = {"a little noise": 0.1, "more noise": 0.25, "much noise": 0.5}  # std, [0, 1] pixel units
+BLUR = {"blurred": 2, "more blurred": 5}  # severities
+NAMES = {"zero-shot": "with plain words", "few-shot PromptSmooth": "with words learned\nfrom a few noisy images"}
+LARGE, SMALL = 15, 13  # points: ten inches become 500 pixels on a narrow page
 
 
 def source_hash(snapshot: Mapping[str, Any]) -> str:
     """SHA-256 of all of the snapshot that is drawn."""
-    drawn = {name: snapshot["curves"][name] for name in ("noise", "severity", "certified")}
+    drawn = {name: snapshot["curves"][name] for name in ("severity", "certified")}
     return hashlib.sha256(json.dumps(drawn, sort_keys=True).encode()).hexdigest()
 
 
@@ -63,7 +60,7 @@ def save_picture(snapshot: Mapping[str, Any], path: Path = PICTURE) -> None:
 
 
 def draw_picture(snapshot: Mapping[str, Any]) -> Figure:
-    """Draw the picture: images with answers above, three curves below.
+    """Draw the picture: one image that gets worse above, two curves below.
 
     Parameters
     ----------
@@ -71,29 +68,22 @@ def draw_picture(snapshot: Mapping[str, Any]) -> Figure:
         As `demo_snapshot.read_snapshot` gives it; a curve that it lacks is left blank and says so.
     """
     plots.set_style()
-    figure = plt.figure(figsize=(10, 6.2), layout="constrained")
-    figure.get_layout_engine().set(h_pad=0.06, w_pad=0.06)
-    above, below, foot = figure.subfigures(3, 1, height_ratios=(1, 1.45, 0.11))
+    figure = plt.figure(figsize=(10, 7.6), layout="constrained")
+    figure.get_layout_engine().set(h_pad=0.08, w_pad=0.08)
+    above, below, foot = figure.subfigures(3, 1, height_ratios=(1, 1.5, 0.12))
     _draw_images(above)
-    panels = below.subplots(1, 3, sharey=True, gridspec_kw={"width_ratios": (1, 1.2, 1.2)})
+    panels = below.subplots(1, 2, sharey=True)
     panels[0].set_ylim(0, 1)
     panels[0].yaxis.set_major_formatter(PercentFormatter(1))
     for axes, (name, draw) in zip(panels, _PANELS.items(), strict=True):
+        axes.tick_params(labelsize=SMALL)
         if snapshot["curves"][name] is None:
             axes.set_axis_off()
             axes.text(0.5, 0.5, "not in this snapshot", ha="center", transform=axes.transAxes)
         else:
             draw(axes, snapshot["curves"][name])
-    foot.text(
-        0.5,
-        0.45,
-        "Synthetic phantoms, not patients' images. Model: demo-clip. Bands: 95 % interval over images. "
-        "Not for clinical use.",
-        ha="center",
-        va="center",
-        fontsize=9.5,
-        color="0.3",
-    )
+    words = "Drawings, not patients' images. Not for clinical use."
+    foot.text(0.5, 0.45, words, ha="center", va="center", fontsize=SMALL, color="0.3")
     return figure
 
 
@@ -117,13 +107,13 @@ def worsening() -> tuple[ImageDataset, dict[str, NDArray[np.float32]], NDArray[n
     texts = model.class_features(data.classes, data.templates[:1])
     clean = model.prepare(data.images)
     pixels = {"clean": clean}
-    for sigma in NOISE:
+    for title, sigma in NOISE.items():
         streams = [NoiseStream(SEED, data.id, int(index), sigma, "estimate") for index in data.indices]
         noisy = [noisy_copies(image, stream)[0] for image, stream in zip(clean, streams, strict=True)]
-        pixels[f"noise, σ = {sigma:g}"] = torch.stack(noisy)
-    for severity in BLUR:
+        pixels[title] = torch.stack(noisy)
+    for title, severity in BLUR.items():
         worse = mr.corrupted(data, "motion_blur", severity=severity, seed=SEED)
-        pixels[f"motion blur {severity} of 5"] = model.prepare(worse.images)
+        pixels[title] = model.prepare(worse.images)
     answers = np.stack([model.probabilities(model.encode_image(p), texts).argmax(1).numpy() for p in pixels.values()])
     right = answers == data.labels
     place = int(np.flatnonzero(right[0] & ~right[len(NOISE)] & ~right[-1])[0])
@@ -134,97 +124,53 @@ def worsening() -> tuple[ImageDataset, dict[str, NDArray[np.float32]], NDArray[n
 def _draw_images(figure: Any) -> None:
     data, versions, answers = worsening()
     truth = int(data.labels[0])
-    figure.suptitle(f"One image getting worse, and what the model answers (truth: {data.classes[truth]})", x=0.008,
-                    ha="left", fontsize=11.5, fontweight="bold")  # fmt: skip
+    title = f"One image gets worse. What does the model call it? (It is a {data.classes[truth]}.)"
+    figure.suptitle(title, x=0.008, ha="left", fontsize=LARGE, fontweight="bold")
     for axes, (title, image), answer in zip(figure.subplots(1, len(versions)), versions.items(), answers, strict=True):
         colour = plots.CORRECT if answer == truth else plots.WRONG
         axes.imshow(image)
         axes.set_xticks([])
         axes.set_yticks([])
-        axes.spines[:].set(visible=True, color=colour, linewidth=2.5)
-        axes.set_title(title, fontsize=9.5, loc="center")
+        axes.spines[:].set(visible=True, color=colour, linewidth=3.5)
+        axes.set_title(title, fontsize=SMALL, loc="center")
         # A tick or a cross says it without colour.
         words = data.classes[answer].replace(" ", "\n", 1)
-        axes.set_xlabel(f"{'✓' if answer == truth else '✗'} {words}", fontsize=9.5, color=colour, fontweight="bold")
-
-
-def _draw_noise(axes: Axes, curve: Mapping[str, Any]) -> None:
-    points = pd.DataFrame(curve["points"])
-    axes.fill_between(points["sigma"], points["low"], points["high"], color=plots.PALETTE[0], alpha=0.2, lw=0)
-    axes.plot(points["sigma"], points["accuracy"], color=plots.PALETTE[0], marker="o")
-    _chance(axes, curve["chance"])
-    _title(axes, "Accuracy under noise", f"{_short(curve['dataset'])}, {curve['n']} images")
-    axes.set_xlabel("noise σ ([0, 1] pixel units)", fontsize=10)
+        axes.set_xlabel(f"{'✓' if answer == truth else '✗'} {words}", fontsize=SMALL, color=colour, fontweight="bold")
 
 
 def _draw_severity(axes: Axes, curve: Mapping[str, Any]) -> None:
-    points = pd.DataFrame(curve["points"])
-    clean = points.loc[points["severity"] == 0, "accuracy"].mean()
-    curves = points[points["severity"] > 0].pivot(index="severity", columns="corruption", values="accuracy")
-    curves.loc[0] = clean
-    curves = curves.sort_index()
-    ends = curves.iloc[-1].sort_values()
-    shown = {ends.index[0]: 3, ends.index[-1]: 4}
-    if "motion_blur" in curves:
-        shown.setdefault("motion_blur", 1)
-    heights = _spread({name: ends[name] for name in shown}, 0.07)
-    for name, values in curves.items():
-        colour = plots.PALETTE[shown[name]] if name in shown else "0.8"
-        axes.plot(values.index, values, color=colour, lw=2 if name in shown else 1, zorder=2 if name in shown else 1)
-        if name in shown:
-            axes.text(5.12, heights[name], name.replace("_", " "), color=colour, va="center", fontsize=9)
-    mean = curves.mean(axis=1)
-    axes.plot(mean.index, mean, color="black", marker="o", ms=4, lw=2.2, label=f"mean of {curves.shape[1]} corruptions")
-    axes.legend(fontsize=9, loc="upper right")
-    axes.set_xlim(0, 6.9)
+    means = pd.DataFrame(curve["means"])
+    for place, (model, rows) in enumerate(means.groupby("model", sort=False)):
+        style = {"color": plots.PALETTE[place], "marker": plots.MARKERS[place], "lw": 2.5, "ms": 7}
+        axes.plot(rows["severity"], rows["accuracy"], **style, label=model)
+    _guessing(axes, curve["chance"])
+    axes.legend(fontsize=SMALL, loc="upper right")
     axes.set_xticks(range(6))
-    _title(axes, "Accuracy under corruption", f"mean of {curve['datasets']} phantom sets, {curve['n']} images")
-    axes.set_xlabel("severity (0: clean)", fontsize=10)
+    axes.set_title("How often is the answer right?", fontsize=LARGE, fontweight="bold")
+    axes.set_xlabel("how bad the image is (0: clean)", fontsize=SMALL)
 
 
 def _draw_certified(axes: Axes, curve: Mapping[str, Any]) -> None:
     points = pd.DataFrame(curve["points"])
-    points = points[points["sigma"] == points["sigma"].iloc[0]]
+    points = points[(points["sigma"] == points["sigma"].iloc[0]) & points["method"].isin(NAMES)]
     proved = points.groupby("radius")["certified_accuracy"].transform("max") > 0
-    points = points[proved]
-    for place, (method, rows) in enumerate(points.groupby("method", sort=False)):
-        colour, line = plots.PALETTE[(0, 2, 1)[place]], "--" if rows["guarantee"].iloc[0] == "frozen-prompt" else "-"
-        if line == "-":
-            axes.fill_between(rows["radius"], rows["low"], rows["high"], color=colour, alpha=0.15, lw=0, step="pre")
-        axes.plot(rows["radius"], rows["certified_accuracy"], line, color=colour, drawstyle="steps-pre")
-        axes.plot(rows["radius"], rows["certified_accuracy"], plots.MARKERS[place], color=colour, ms=5)
-        axes.plot([], [], line, color=colour, marker=plots.MARKERS[place], ms=5, label=NAMES[method])
-    _chance(axes, curve["chance"])
-    sigma = points["sigma"].iloc[0]
-    _title(axes, "Certified accuracy", f"{_short(curve['dataset'])}, {curve['n']} images, σ = {sigma:g}")
-    axes.set_xlabel("L2 radius ([0, 1] pixel units)", fontsize=10)
-    axes.legend(fontsize=9, loc="upper right")
+    for place, (method, rows) in enumerate(points[proved].groupby("method", sort=False)):
+        colour = plots.PALETTE[(0, 2)[place]]
+        axes.fill_between(rows["radius"], rows["low"], rows["high"], color=colour, alpha=0.15, lw=0, step="pre")
+        style = {"color": colour, "marker": plots.MARKERS[place], "lw": 2.5, "ms": 7, "drawstyle": "steps-pre"}
+        axes.plot(rows["radius"], rows["certified_accuracy"], **style, label=NAMES[method])
+    _guessing(axes, curve["chance"])
+    axes.set_title("How often is that proved?", fontsize=LARGE, fontweight="bold")
+    axes.set_xlabel("against any change up to this size (L2)", fontsize=SMALL)
+    axes.legend(fontsize=SMALL, loc="upper right")
 
 
-_PANELS = {"noise": _draw_noise, "severity": _draw_severity, "certified": _draw_certified}
+def _guessing(axes: Axes, chance: float) -> None:
+    axes.axhline(chance, color=plots.REFERENCE, ls=":", lw=1.5)
+    axes.text(0.01, chance - 0.055, "guessing", color="0.35", fontsize=SMALL, transform=axes.get_yaxis_transform())
 
 
-def _chance(axes: Axes, chance: float) -> None:
-    axes.axhline(chance, color=plots.REFERENCE, ls=":", lw=1.2)
-    axes.text(0.01, chance + 0.012, "chance", color="0.35", fontsize=8.5, transform=axes.get_yaxis_transform())
-
-
-def _title(axes: Axes, title: str, below: str) -> None:
-    axes.set_title(f"{title}\n", fontsize=11.5, fontweight="bold")
-    axes.text(0, 1.03, below, transform=axes.transAxes, fontsize=9.5, color="0.3")
-
-
-def _short(dataset: str) -> str:
-    return f"phantom {dataset.split('/')[-1]}"
-
-
-def _spread(heights: Mapping[str, float], gap: float) -> dict[str, float]:
-    """Heights of labels, at least a gap apart."""
-    placed: dict[str, float] = {}
-    last = -1.0
-    for name, height in sorted(heights.items(), key=lambda item: item[1]):
-        last = placed[name] = max(height, last + gap)
-    return placed
+_PANELS = {"severity": _draw_severity, "certified": _draw_certified}
 
 
 def _information(texts: Mapping[str, str]) -> Any:

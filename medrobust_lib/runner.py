@@ -29,6 +29,7 @@ _Notebook = tuple[str, Path]  # its number and file
 _Place = tuple[Path, dict[str, dict[str, Any]], dict[str, str]]  # run folder, parameters by number, variables
 KERNEL = "python3"
 THREADS_VARIABLE = "OMP_NUM_THREADS"
+CORES_VARIABLE = "LOKY_MAX_CPU_COUNT"  # of joblib: how many cores a notebook may think there are
 # An error of the system as Python writes it: number, words, and the last of its paths.
 _QUOTED = r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*\""""
 _REFUSED = re.compile(rf"\[Errno (\d{{1,4}})\] (.*?)(?:: (?:.* -> )?({_QUOTED}))?", re.DOTALL)
@@ -166,8 +167,8 @@ def run_notebooks(
     report : callable
         Receives the folder and the numbers that are left, after each notebook that has reached its end.
     jobs : int
-        Notebooks at a time, each in a process of its own; -1 for one per core. Unless ``OMP_NUM_THREADS`` is set,
-        their kernels share the cores out.
+        Notebooks at a time, each in a process of its own; -1 for one per core. Unless ``OMP_NUM_THREADS`` and
+        ``LOKY_MAX_CPU_COUNT`` are set, their kernels share the cores out, threads as well as worker processes.
 
     Returns
     -------
@@ -195,8 +196,9 @@ def run_notebooks(
     tasks = list(notebooks.items())
     if jobs > 1:
         announce(f"{len(tasks)} notebooks, {jobs} at a time: {', '.join(path.stem for _, path in tasks)} ...")
-        threads = os.environ.get(THREADS_VARIABLE) or str(max(1, cpu_count() // jobs))
-        results = map_items(_executed, tasks, context=(out, assigned, {THREADS_VARIABLE: threads}), jobs=jobs)
+        each = str(max(1, cpu_count() // jobs))
+        share = {name: os.environ.get(name) or each for name in (THREADS_VARIABLE, CORES_VARIABLE)}
+        results = map_items(_executed, tasks, context=(out, assigned, share), jobs=jobs)
     else:
         results = _one_by_one((out, assigned, {}), tasks, announce)
     executed: dict[int, Executed] = {}

@@ -90,7 +90,7 @@ def test_the_picture_was_drawn_from_this_snapshot(snapshot, monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "docs"))
     picture = load("front_picture")
     assert picture.drawn_from() == picture.source_hash(snapshot)
-    snapshot["curves"]["noise"] = None
+    snapshot["curves"]["severity"] = None
     assert picture.drawn_from() != picture.source_hash(snapshot)
     with Image.open(ROOT / "docs" / "front_picture.png") as image:
         assert image.mode == "P" and image.width >= 1500, "opaque, and sharp at the width of a page"
@@ -102,8 +102,8 @@ def test_the_picture_shows_an_image_whose_answer_changes_on_both_sides(monkeypat
     monkeypatch.syspath_prepend(str(ROOT / "docs"))
     data, versions, answers = load("front_picture").worsening()
     right = (answers == data.labels[0]).tolist()
-    assert data.synthetic and len(versions) == len(answers) == 7
-    assert (right[0], right[3], right[6]) == (True, False, False)
+    assert data.synthetic and len(versions) == len(answers) == 6
+    assert (right[0], right[3], right[5]) == (True, False, False)
 
 
 # ---- the snapshot ----
@@ -125,7 +125,7 @@ def test_snapshot_of_a_run(taking, tmp_path, monkeypatch):
             "n": 180,
         }
     ]
-    assert (taken["test_minutes"], taken["curves"]["noise"]) == (7, None)
+    assert (taken["test_minutes"], taken["curves"]["severity"]) == (7, None)
     # Without a new time the former one stays.
     assert taking.write_snapshot(tmp_path / "demo", path=path)["test_minutes"] == 7
 

@@ -14,6 +14,7 @@ STEPS = {
     "import medrobust_lib.experiments": HEAVY | {"joblib", "cloudpickle", "tqdm"},
     "import medrobust_lib as mr; mr.list_models(); mr.list_vlms()": HEAVY,
     "import medrobust_lib as mr; mr.list_datasets()": HEAVY,
+    "from medrobust_lib.explore import noise_view, methods_view": {"transformers", "open_clip", "timm", "peft"},
 }
 LAST = "from medrobust_lib import DualEncoder"
 

@@ -140,18 +140,20 @@ here = pathlib.Path(os.environ["MEDROBUST_RUN_DIR"])
 (here / number).touch()
 while not (here / other).exists():
     time.sleep(0.01)
-print(os.environ["OMP_NUM_THREADS"], os.getppid())
+print(os.environ["OMP_NUM_THREADS"], os.environ["LOKY_MAX_CPU_COUNT"], os.getppid())
 """
     for number, other in (("01", "02"), ("02", "01")):
         write_notebook(tmp_path, f"{number}_x", f"number, other = {number!r}, {other!r}", code)
-    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    for name in ("OMP_NUM_THREADS", "LOKY_MAX_CPU_COUNT"):
+        monkeypatch.delenv(name, raising=False)
     found = runner.find_notebooks(folder=tmp_path)
     lines = []
     executed = runner.run_notebooks(found, {}, tmp_path / "out", announce=lines.append, jobs=2)
     assert [one.number for one in executed] == ["01", "02"]
     printed = [nbformat.read(one.path, as_version=4).cells[-1].outputs[0].text.split() for one in executed]
-    assert {threads for threads, _ in printed} == {str(max(1, joblib.cpu_count() // 2))}
-    assert len({parent for _, parent in printed} | {str(os.getpid())}) == 3
+    each = str(max(1, joblib.cpu_count() // 2))
+    assert {(threads, workers) for threads, workers, _ in printed} == {(each, each)}
+    assert len({parent for *_, parent in printed} | {str(os.getpid())}) == 3
     assert lines[1] == "2 notebooks, 2 at a time: 01_x, 02_x ..."
     assert sorted(line.partition(" in ")[0] for line in lines[2:]) == ["01_x done", "02_x done"]
 
