@@ -40,6 +40,9 @@ from matplotlib.colors import hsv_to_rgb, rgb_to_hsv
 from PIL import Image
 
 from medrobust_lib.corruptions import MEDIMETA_C
+from medrobust_lib.evaluation import Candidate, accuracy_table, corruption_answers
+from medrobust_lib.models.weights import DEMO_FOLDER
+from medrobust_lib.phantoms import MODALITIES
 
 SEVERITIES = (1, 2, 3, 4, 5)
 RANDOM = {"gaussian_noise", "impulse_noise", "motion_blur"}
@@ -68,6 +71,7 @@ def main(
     rows.append(from_disk(functions, batch, max(1, repeats - 1)))
     typer.echo(pd.DataFrame(rows).to_string(index=False, float_format=lambda value: f"{value:.4g}", na_rep="-"))
     typer.echo(gpu_line(batch, repeats))
+    typer.echo(whole(functions, max(1, repeats - 2)))
 
 
 def compare(name: str, public: PublicFunction, batch: np.ndarray, repeats: int) -> dict[str, object]:
@@ -111,6 +115,55 @@ def from_disk(functions: dict[str, PublicFunction], batch: np.ndarray, repeats: 
         _, medians = in_turn({"ours": ours, "public": theirs}, repeats)
     per_image = 1000 / (len(batch) * len(SEVERITIES))
     return as_row("sum of the seven, from disk", medians["ours"] * per_image, medians["public"] * per_image)
+
+
+def whole(functions: dict[str, PublicFunction], repeats: int, n: int = 18) -> str:
+    """Notebook 05's accuracies of both demo models on six sets: the library, and public packages one model at a time."""
+    import open_clip
+
+    ids = ("demo-clip", "demo-clip-vit")
+    sets = [mr.load_dataset(f"phantom/{modality}", n=n) for modality in MODALITIES]
+    models = {id: mr.load_model(id) for id in ids}
+    plain = {id: open_clip.create_model_and_transforms(f"local-dir:{DEMO_FOLDER / id}") for id in ids}
+
+    def ours() -> np.ndarray:
+        found = []
+        for data in sets:
+            texts = data.classes, data.templates[:1]
+            candidates = {id: Candidate(model, model.class_features(*texts)) for id, model in models.items()}
+            table = accuracy_table(corruption_answers(candidates, data), data)
+            found.append(table.groupby("model", sort=False).accuracy.mean())
+        return np.array(found)
+
+    @torch.inference_mode()
+    def theirs() -> np.ndarray:
+        found = []
+        for id, (network, _, preprocess) in plain.items():
+            tokenize = open_clip.get_tokenizer(f"local-dir:{DEMO_FOLDER / id}")
+            for data in sets:
+                sentences = [data.templates[0].replace("{}", name) for name in data.classes]
+                texts = network.eval().encode_text(tokenize(sentences), normalize=True)
+                pictures = [Image.fromarray(image) for image in data.images]
+                variants = [pictures]
+                for name in MEDIMETA_C.corruptions:
+                    for s in SEVERITIES:
+                        variants.append(
+                            [Image.fromarray(np.uint8(functions[name](picture, s))) for picture in pictures]
+                        )
+                hits = []
+                for variant in variants:
+                    features = network.encode_image(torch.stack([preprocess(p) for p in variant]), normalize=True)
+                    hits.append(float(np.mean((features @ texts.T).argmax(1).numpy() == data.labels)))
+                found.append(np.mean(hits))
+        return np.array(found).reshape(len(plain), len(sets)).T
+
+    found, medians = in_turn({"ours": ours, "public": theirs}, repeats)
+    apart = np.abs(found["ours"] - found["public"]).max()  # the random corruptions are drawn anew
+    return (
+        f"notebook 05's accuracies, {len(ids)} models, {len(sets)} sets of {n} images: ours {medians['ours']:.1f} s, public "
+        f"packages {medians['public']:.1f} s, ratio {medians['public'] / medians['ours']:.2f}; mean accuracies at most "
+        f"{apart:.3f} apart"
+    )
 
 
 def in_turn(sides: dict[str, Callable[[], object]], repeats: int) -> tuple[dict[str, object], dict[str, float]]:
