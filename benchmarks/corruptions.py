@@ -118,13 +118,10 @@ def from_disk(functions: dict[str, PublicFunction], batch: np.ndarray, repeats: 
 
 
 def whole(functions: dict[str, PublicFunction], repeats: int, n: int = 18) -> str:
-    """Notebook 05's accuracies of both demo models on six sets: the library, and public packages one model at a time."""
-    import open_clip
-
+    """Notebook 05's accuracies of both demo models: the library, and public packages one model at a time."""
     ids = ("demo-clip", "demo-clip-vit")
     sets = [mr.load_dataset(f"phantom/{modality}", n=n) for modality in MODALITIES]
     models = {id: mr.load_model(id) for id in ids}
-    plain = {id: open_clip.create_model_and_transforms(f"local-dir:{DEMO_FOLDER / id}") for id in ids}
 
     def ours() -> np.ndarray:
         found = []
@@ -133,37 +130,40 @@ def whole(functions: dict[str, PublicFunction], repeats: int, n: int = 18) -> st
             candidates = {id: Candidate(model, model.class_features(*texts)) for id, model in models.items()}
             table = accuracy_table(corruption_answers(candidates, data), data)
             found.append(table.groupby("model", sort=False).accuracy.mean())
-        return np.array(found)
+        return np.array(found).T
 
-    @torch.inference_mode()
     def theirs() -> np.ndarray:
-        found = []
-        for id, (network, _, preprocess) in plain.items():
-            tokenize = open_clip.get_tokenizer(f"local-dir:{DEMO_FOLDER / id}")
-            for data in sets:
-                sentences = [data.templates[0].replace("{}", name) for name in data.classes]
-                texts = network.eval().encode_text(tokenize(sentences), normalize=True)
-                pictures = [Image.fromarray(image) for image in data.images]
-                variants = [pictures]
-                for name in MEDIMETA_C.corruptions:
-                    for s in SEVERITIES:
-                        variants.append(
-                            [Image.fromarray(np.uint8(functions[name](picture, s))) for picture in pictures]
-                        )
-                hits = []
-                for variant in variants:
-                    features = network.encode_image(torch.stack([preprocess(p) for p in variant]), normalize=True)
-                    hits.append(float(np.mean((features @ texts.T).argmax(1).numpy() == data.labels)))
-                found.append(np.mean(hits))
-        return np.array(found).reshape(len(plain), len(sets)).T
+        return np.array([[public_accuracy(functions, id, data) for data in sets] for id in ids])
 
     found, medians = in_turn({"ours": ours, "public": theirs}, repeats)
     apart = np.abs(found["ours"] - found["public"]).max()  # the random corruptions are drawn anew
     return (
-        f"notebook 05's accuracies, {len(ids)} models, {len(sets)} sets of {n} images: ours {medians['ours']:.1f} s, public "
-        f"packages {medians['public']:.1f} s, ratio {medians['public'] / medians['ours']:.2f}; mean accuracies at most "
-        f"{apart:.3f} apart"
+        f"notebook 05's accuracies, {len(ids)} models, {len(sets)} sets of {n} images: ours {medians['ours']:.1f} s, "
+        f"public packages {medians['public']:.1f} s, ratio {medians['public'] / medians['ours']:.2f}; mean accuracies "
+        f"at most {apart:.3f} apart"
     )
+
+
+@torch.inference_mode()
+def public_accuracy(functions: dict[str, PublicFunction], id: str, data: mr.ImageDataset) -> float:
+    """Accuracy of a demo model by open_clip alone, mean over the clean images and all corruptions and severities."""
+    import open_clip
+
+    folder = f"local-dir:{DEMO_FOLDER / id}"
+    network, _, preprocess = open_clip.create_model_and_transforms(folder)
+    sentences = [data.templates[0].replace("{}", name) for name in data.classes]
+    texts = network.eval().encode_text(open_clip.get_tokenizer(folder)(sentences), normalize=True)
+    pictures = [Image.fromarray(image) for image in data.images]
+    variants = [pictures]
+    for name in MEDIMETA_C.corruptions:
+        for severity in SEVERITIES:
+            worse = [np.uint8(functions[name](picture, severity)) for picture in pictures]
+            variants.append([Image.fromarray(image) for image in worse])
+    hits = []
+    for variant in variants:
+        features = network.encode_image(torch.stack([preprocess(picture) for picture in variant]), normalize=True)
+        hits.append(np.mean((features @ texts.T).argmax(1).numpy() == data.labels))
+    return float(np.mean(hits))
 
 
 def in_turn(sides: dict[str, Callable[[], object]], repeats: int) -> tuple[dict[str, object], dict[str, float]]:
