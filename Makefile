@@ -33,7 +33,7 @@ quick: $(STAMP)  ## a first look in the terminal, in less than a minute: an imag
 	@$(DEMO_ENV) $(BIN)/medrobust quick
 
 run: $(STAMP)  ## execute every notebook on the embedded demo and write runs/demo/index.html
-	@echo "==> executing the notebooks on synthetic phantoms with demo-clip (no network, no GPU needed) ..."
+	@echo "==> executing the notebooks on synthetic phantoms with the demo models (no network, no GPU needed) ..."
 	@$(DEMO_ENV) $(BIN)/medrobust run --jobs $(JOBS) --out $(OUT)
 
 test: unit variants notebooks  ## unit tests, the notebooks with other models and images, and every checked output of theirs

@@ -113,7 +113,7 @@ class Recipe:
 
 
 RESIDUAL = Recipe()
-TRANSFORMER = replace(RESIDUAL, epochs=8, distillation=2.0, hints=1.0)
+TRANSFORMER = replace(RESIDUAL, distillation=2.0, hints=1.0)
 # CLIP's residual network (the layout of RN50, one block a stage), and CLIP's vision transformer.
 TOWERS = {
     Wanted.RESIDUAL: {"image_size": IMAGE_SIZE, "layers": [1, 1, 1, 1], "width": 16, "head_width": 32},

@@ -312,7 +312,7 @@ def _certified_rows(snapshot: Snapshot) -> list[tuple[str, str, str]]:
 
 
 def _corruption_rows(snapshot: Snapshot) -> list[tuple[str, str, str]]:
-    """Adaptation relative to the model that was adapted: BioMedCLIP in the paper, demo-clip here."""
+    """Adaptation relative to the model that was adapted: BioMedCLIP in the paper, demo-clip-vit here."""
     errors = published.published_corruption_errors(reference="BioMedCLIP").groupby("model")
     paper = errors[["clean_error", "mce", "degradation"]].mean()
     base, tuned = paper.loc["BioMedCLIP"], paper.loc["RobustMedCLIP"]
