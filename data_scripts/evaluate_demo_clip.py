@@ -56,9 +56,9 @@ nothing about patients. Not for clinical use.**
 | never seen | site B, any train, val or test image |
 | objective | contrastive; every caption of an image's class counts as a match (UniCL) |
 | teacher | {teaching} |
-| recipe | {recipe[epochs]} epochs ({repeated} shown twice in each), batch {recipe[batch_size]}, AdamW {recipe[learning_rate]}, weight decay {recipe[weight_decay]}, seed {recipe[seed]}, bfloat16 |
+| recipe | batch {recipe[batch_size]}, AdamW, one-cycle, weight decay {recipe[weight_decay]}, seed {recipe[seed]}, bfloat16; {stages} |
 | acquisition | shifts of up to {recipe[shift_pixels]} pixels; a share of {recipe[exposure_share]} recorded anew: contrast times {recipe[contrast]} (log-uniform), each channel times up to 1 ± {recipe[gain]}, brightness up to ± {recipe[brightness]}; a share of {recipe[grain_share]} with Gaussian noise, sigma uniform in {recipe[grain_sigmas]}: no caption speaks of any of it |
-| noise | a share of {recipe[noise_share]}, sigma uniform in {recipe[noise_sigmas]}, with captions that say so |
+| noise | of the share above, sigma uniform in {recipe[noise_sigmas]}, with captions that say so |
 | training time | {recipe[minutes]} minutes on {recipe[threads]} CPU threads |
 | weights | stored in float16, used in float32 |
 | licence | MIT |
@@ -132,7 +132,11 @@ def card(model: DualEncoder, recipe: dict, *, n: int) -> str:
         text=config["text_cfg"],
         parameters=sum(p.numel() for p in model.parameters()),
         recipe=recipe,
-        repeated=" and ".join(recipe["repeated"]),
+        stages="; ".join(
+            f"{stage['epochs']} epochs at {stage['learning_rate']}, noise on a share of {stage['noise_share']}, "
+            + ", ".join(f"{name} {times} times an epoch" for name, times in stage["repeats"].items())
+            for stage in recipe["stages"]
+        ),
         n=n,
         n_probe=N_PROBE,
         sites=markdown(sites)

@@ -11,7 +11,9 @@ prompts, which do not mention noise, therefore fail on noisy images although the
 there is something for a learned prompt to win, as there is in large models. Not for clinical use.
 """
 
+import hashlib
 import json
+import shutil
 import time
 from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
@@ -37,12 +39,13 @@ from transformers import PreTrainedTokenizerFast
 
 from medrobust_lib.data.wording import class_wording
 from medrobust_lib.experiments import write_text_atomically
-from medrobust_lib.files import reported_errors
+from medrobust_lib.files import read_tensors, reported_errors, write_tensors
 from medrobust_lib.models.weights import DEMO_FOLDER
 from medrobust_lib.phantoms import MODALITIES, SPLITS, phantom_classes
 from preparing.pretraining import exposed, render_many, shifted
 
 WEIGHTS = "open_clip_model.safetensors"
+LOG_KEY = "log"
 IMAGE_SIZE = 64
 CONTEXT_LENGTH = 48
 PAD, START, END = "<pad>", "<start>", "<end>"
@@ -88,14 +91,22 @@ class Wanted(StrEnum):
 
 
 @dataclass(frozen=True)
+class Stage:
+    """A number of epochs along one schedule of the learning rate."""
+
+    epochs: int
+    learning_rate: float
+    noise_share: float  # of the images; grain and exposure are the recipe's
+    repeats: dict[str, int]  # how often an epoch shows each image of a modality, where not once
+
+
+@dataclass(frozen=True)
 class Recipe:
     """Everything that shapes the weights; written into the model card."""
 
+    stages: tuple[Stage, ...]
     images_per_modality: int = SPLITS["pretrain"]
-    repeated: tuple[str, ...] = ("breast", "fundus")  # shown twice an epoch: their lesions are the smallest
-    epochs: int = 7
     batch_size: int = 64
-    learning_rate: float = 1e-3
     weight_decay: float = 0.05
     warmup: float = 0.05
     shift_pixels: int = 3
@@ -105,15 +116,17 @@ class Recipe:
     gain: float = 0.05
     grain_share: float = 0.2
     grain_sigmas: tuple[float, float] = (0.0, 0.1)
-    noise_share: float = 0.4
     noise_sigmas: tuple[float, float] = (0.15, 0.6)
     distillation: float = 0.0
     hints: float = 0.0
     seed: int = 0
 
 
-RESIDUAL = Recipe()
-TRANSFORMER = replace(RESIDUAL, distillation=2.0, hints=1.0)
+# The lesions of fundus and breast are the smallest and take the most looks to be found; those of fundus are found only
+# where no noise hides them.
+FIRST = Stage(7, 1e-3, 0.4, {"breast": 2, "fundus": 2})
+RESIDUAL = Recipe((FIRST, Stage(2, 1e-3, 0.0, {"fundus": 6}), Stage(2, 5e-4, 0.4, {"breast": 2, "fundus": 2})))
+TRANSFORMER = replace(RESIDUAL, stages=(FIRST,), distillation=2.0, hints=1.0)
 # CLIP's residual network (the layout of RN50, one block a stage), and CLIP's vision transformer.
 TOWERS = {
     Wanted.RESIDUAL: {"image_size": IMAGE_SIZE, "layers": [1, 1, 1, 1], "width": 16, "head_width": 32},
@@ -136,8 +149,7 @@ def main(
     out: Annotated[Path, typer.Option(help="Folder for the models' folders.")] = DEMO_FOLDER,
     only: Annotated[Wanted, typer.Option(help="demo-clip-vit alone needs demo-clip in that folder.")] = Wanted.BOTH,
     images: Annotated[int, typer.Option(min=32, help="Images per modality.")] = RESIDUAL.images_per_modality,
-    epochs: Annotated[int, typer.Option(min=1, help="Passes over the images, demo-clip.")] = RESIDUAL.epochs,
-    vit_epochs: Annotated[int, typer.Option(min=1, help="Passes, demo-clip-vit.")] = TRANSFORMER.epochs,
+    epochs: Annotated[int | None, typer.Option(min=1, help="Of every stage, instead of the recipe's.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of weights, order, captions and augmentation.")] = RESIDUAL.seed,
 ) -> None:
     """Render site-A phantoms, train the models on image-caption pairs, write weights, log and recipe."""
@@ -148,13 +160,19 @@ def main(
         for split, count in (("pretrain", images), ("val", SPLITS["val"]))
     )
     if only is not Wanted.TRANSFORMER:
-        recipe = replace(RESIDUAL, images_per_modality=images, epochs=epochs, seed=seed)
+        recipe = shaped(RESIDUAL, images=images, epochs=epochs, seed=seed)
         build(out / Wanted.RESIDUAL, Wanted.RESIDUAL, tokenizer, train_set, validation, recipe)
     if only is not Wanted.RESIDUAL:
-        recipe = replace(TRANSFORMER, images_per_modality=images, epochs=vit_epochs, seed=seed)
+        recipe = shaped(TRANSFORMER, images=images, epochs=epochs, seed=seed)
         teacher = open_clip.CLIP(**model_config(tokenizer, TOWERS[Wanted.RESIDUAL])["model_cfg"])
         teacher.load_state_dict(load_file(out / Wanted.RESIDUAL / WEIGHTS))
         build(out / Wanted.TRANSFORMER, Wanted.TRANSFORMER, tokenizer, train_set, validation, recipe, teacher=teacher)
+
+
+def shaped(recipe: Recipe, *, images: int, epochs: int | None, seed: int) -> Recipe:
+    """A recipe with other numbers of images and epochs, and another seed."""
+    stages = tuple(stage if epochs is None else replace(stage, epochs=epochs) for stage in recipe.stages)
+    return replace(recipe, stages=stages, images_per_modality=images, seed=seed)
 
 
 def build(
@@ -167,16 +185,33 @@ def build(
     *,
     teacher: open_clip.CLIP | None = None,
 ) -> None:
-    """Train one model and write its folder."""
-    started = time.monotonic()
+    """Train one model and write its folder.
+
+    Finished stages are kept beside the folder until the last is done: an interrupted training goes on behind them.
+    """
     torch.manual_seed(recipe.seed)  # weights are initialised inside open_clip, from torch's own stream
     config = model_config(tokenizer, TOWERS[name])
     model = open_clip.CLIP(**config["model_cfg"])
     if teacher is not None:
         inherit_text_tower(model, teacher)
-    log = train(model, tokenizer, train_set, validation, config["preprocess_cfg"], recipe, teacher=teacher)
-    seconds = time.monotonic() - started
+    kept, rows = folder.with_name(f"{folder.name}.stages"), []
+    kept.mkdir(parents=True, exist_ok=True)
+    for number in range(1, len(recipe.stages) + 1):
+        so_far = replace(recipe, stages=recipe.stages[:number])
+        file = kept / f"{number}-{hashlib.sha256(json.dumps(asdict(so_far)).encode()).hexdigest()[:12]}.safetensors"
+        if file.is_file():
+            tensors, header = read_tensors(file, key=LOG_KEY, kind="a finished stage", advice="Delete it.")
+            model.load_state_dict(tensors)
+            rows = header["rows"]
+            continue
+        rows += train(
+            model, tokenizer, train_set, validation, config["preprocess_cfg"], recipe, number=number, teacher=teacher
+        )
+        write_tensors(file, model.state_dict(), key=LOG_KEY, header={"rows": rows})
+    log = pd.DataFrame(rows)
+    seconds = log.groupby("stage")["seconds"].max().sum()
     save(folder, model, tokenizer, config, log, recipe, seconds)
+    shutil.rmtree(kept)
     typer.echo(f"{folder}: {sum(p.numel() for p in model.parameters()):,} parameters in {seconds / 60:.1f} minutes")
 
 
@@ -277,19 +312,20 @@ def train(
     preprocess: dict,
     recipe: Recipe,
     *,
+    number: int = 1,
     teacher: open_clip.CLIP | None = None,
-) -> pd.DataFrame:
-    """Minimise the contrastive loss, with a teacher its two terms, too; returns one row per epoch.
+) -> list[dict[str, float]]:
+    """Minimise the contrastive loss in one stage, with a teacher its two terms, too; returns one row per epoch.
 
     The 28 classes with their captions come first, then the same classes with captions that speak of noise.
     """
-    captions = caption_table()
+    stage, captions = recipe.stages[number - 1], caption_table()
     clean = tokenized(tokenizer, captions)
     every_caption = clean + tokenized(tokenizer, noisy_captions(captions))
     if teacher is not None:  # its text tower is frozen, so every caption has its feature for good
         with torch.no_grad():
             every_caption = [model.encode_text(tokens, normalize=True) for tokens in every_caption]
-    rng, noise = np.random.default_rng(recipe.seed), torch.Generator().manual_seed(recipe.seed)
+    rng, noise = np.random.default_rng([recipe.seed, number]), torch.Generator().manual_seed(recipe.seed + number)
     lessons = None if teacher is None else Lessons(model, teacher)
     parameters = [p for part in (model, lessons) if part is not None for p in part.parameters() if p.requires_grad]
     # Vectors (biases, gains, the temperature) are not decayed, as in CLIP.
@@ -298,26 +334,26 @@ def train(
             {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": recipe.weight_decay},
             {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
         ],
-        lr=recipe.learning_rate,
+        lr=stage.learning_rate,
         betas=(0.9, 0.98),
     )
-    places = repeated_places(train_set.labels, recipe.repeated)
+    places = repeated_places(train_set.labels, stage.repeats)
     batches = len(places) // recipe.batch_size
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer,
-        max_lr=recipe.learning_rate,
-        total_steps=recipe.epochs * batches,
+        max_lr=stage.learning_rate,
+        total_steps=stage.epochs * batches,
         pct_start=recipe.warmup,
         cycle_momentum=False,
     )
     model.visual.to(memory_format=torch.channels_last)  # convolutions of pixels that lie so are faster on a CPU
     rows, started = [], time.monotonic()
-    for epoch in range(1, recipe.epochs + 1):
+    for epoch in range(1, stage.epochs + 1):
         model.train()
         places, losses = rng.permutation(places), []
-        for step in tqdm(range(batches), desc=f"epoch {epoch}/{recipe.epochs}", mininterval=20):
+        for step in tqdm(range(batches), desc=f"stage {number}, epoch {epoch}/{stage.epochs}", mininterval=20):
             chosen = places[step * recipe.batch_size : (step + 1) * recipe.batch_size]
-            images, is_noisy = photographed(train_set.pixels[chosen], recipe, preprocess, rng, noise)
+            images, is_noisy = photographed(train_set.pixels[chosen], recipe, stage, preprocess, rng, noise)
             labels = torch.from_numpy(train_set.labels[chosen]) + len(clean) * is_noisy
             texts, text_labels = draw_captions(every_caption, rng)
             # bfloat16 with plain attention: on processors with matrix units, twice as fast as float32 or more.
@@ -339,6 +375,7 @@ def train(
         accuracies = accuracy_per_modality(model, validation, clean, preprocess)
         rows.append(
             {
+                "stage": number,
                 "epoch": epoch,
                 "loss": round(float(np.mean(losses)), 4),
                 "site_a_val_accuracy": round(float(np.mean(list(accuracies.values()))), 4),
@@ -348,7 +385,7 @@ def train(
             }
         )
         typer.echo(json.dumps(rows[-1]))
-    return pd.DataFrame(rows)
+    return rows
 
 
 class Lessons(torch.nn.Module):
@@ -379,14 +416,19 @@ class Lessons(torch.nn.Module):
         return 1 - (image_features * wanted).sum(1).mean(), functional.mse_loss(tokens, cells)
 
 
-def repeated_places(labels: NDArray[np.int64], repeated: tuple[str, ...]) -> NDArray[np.int64]:
-    """Places of the images of one epoch: all of them, those of the repeated modalities twice."""
-    modality = np.concatenate([[name] * len(phantom_classes(name)) for name in MODALITIES])[labels]
-    return np.concatenate([np.arange(len(labels)), np.flatnonzero(np.isin(modality, repeated))])
+def repeated_places(labels: NDArray[np.int64], repeats: dict[str, int]) -> NDArray[np.int64]:
+    """Places of the images of one epoch, those of some modalities several times."""
+    counts = np.concatenate([[repeats.get(name, 1)] * len(phantom_classes(name)) for name in MODALITIES])
+    return np.repeat(np.arange(len(labels)), counts[labels])
 
 
 def photographed(
-    pixels: NDArray[np.uint8], recipe: Recipe, preprocess: dict, rng: np.random.Generator, noise: torch.Generator
+    pixels: NDArray[np.uint8],
+    recipe: Recipe,
+    stage: Stage,
+    preprocess: dict,
+    rng: np.random.Generator,
+    noise: torch.Generator,
 ) -> tuple[Tensor, Tensor]:
     """Photograph phantoms once more: shift, exposure, grain or noise; tells which are noisy, int64 [n]."""
     images = shifted(pixels, recipe.shift_pixels, rng)
@@ -399,8 +441,8 @@ def photographed(
         rng=rng,
     )
     count, kind = len(images), rng.random(len(images))
-    is_noisy = kind < recipe.noise_share
-    has_grain = ~is_noisy & (kind < recipe.noise_share + recipe.grain_share)
+    is_noisy = kind < stage.noise_share
+    has_grain = ~is_noisy & (kind < stage.noise_share + recipe.grain_share)
     sigmas = is_noisy * rng.uniform(*recipe.noise_sigmas, count) + has_grain * rng.uniform(*recipe.grain_sigmas, count)
     drawn = torch.randn((count, 3, *pixels.shape[1:3]), generator=noise)
     noisy = torch.from_numpy(images).permute(0, 3, 1, 2) + drawn * torch.from_numpy(sigmas).float().view(-1, 1, 1, 1)

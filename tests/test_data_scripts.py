@@ -708,14 +708,17 @@ def test_demo_clips_loss_is_smallest_when_images_meet_their_captions():
 
 def test_demo_clips_photographs_tell_noise_from_acquisition():
     script = load_script("train_demo_clip")
-    recipe = script.Recipe(exposure_share=0.0, shift_pixels=0, noise_sigmas=(0.5, 0.5), grain_sigmas=(0.1, 0.1))
+    stage = script.Stage(epochs=1, learning_rate=1e-3, noise_share=0.4, repeats={})
+    recipe = script.Recipe(
+        (stage,), exposure_share=0.0, shift_pixels=0, noise_sigmas=(0.5, 0.5), grain_sigmas=(0.1, 0.1)
+    )
     preprocess = {"mean": [0.5] * 3, "std": [0.25] * 3}
     pixels = np.full((400, 16, 16, 3), 128, np.uint8)
     streams = np.random.default_rng(0), torch.Generator().manual_seed(0)
-    images, is_noisy = script.photographed(pixels, recipe, preprocess, *streams)
+    images, is_noisy = script.photographed(pixels, recipe, stage, preprocess, *streams)
     spread = 0.25 * images.flatten(1).std(dim=1)  # back in pixel units
     assert torch.equal(is_noisy.bool(), spread > 0.3)  # what the caption calls noisy, and nothing else
-    assert is_noisy.float().mean() == pytest.approx(recipe.noise_share, abs=0.08)
+    assert is_noisy.float().mean() == pytest.approx(stage.noise_share, abs=0.08)
     grainy = (spread > 0.05) & ~is_noisy.bool()
     assert grainy.float().mean() == pytest.approx(recipe.grain_share, abs=0.08)
     assert spread[grainy].mean() == pytest.approx(0.1, abs=0.01)
@@ -740,20 +743,21 @@ def test_exposure_changes_a_share_of_the_images_and_stays_in_range():
     assert wild.max() <= 1
 
 
-def test_the_repeated_modalities_come_twice_in_an_epoch():
+def test_repeated_modalities_come_several_times_in_an_epoch():
     script = load_script("train_demo_clip")
     labels = np.arange(28)
-    places = script.repeated_places(labels, ("breast", "fundus"))
+    places = script.repeated_places(labels, {"breast": 2, "fundus": 3})
     counts = np.bincount(places)
-    assert counts.sum() == 28 + 4
-    assert sorted(np.flatnonzero(counts == 2)) == [17, 18, 22, 23]
+    assert counts.sum() == 28 + 2 + 4
+    assert sorted(np.flatnonzero(counts == 2)) == [17, 18]
+    assert sorted(np.flatnonzero(counts == 3)) == [22, 23]
 
 
 @pytest.mark.parametrize("chosen", ["both", "demo-clip-vit"])
 def test_one_script_trains_both_demo_models(chosen, tmp_path):
     script = load_script("train_demo_clip")
     script.SPLITS = {"val": 36}
-    small = {"out": tmp_path, "images": 36, "epochs": 1, "vit_epochs": 1, "seed": 0}
+    small = {"out": tmp_path, "images": 36, "epochs": 1, "seed": 0}
     script.main(only=script.Wanted.RESIDUAL if chosen != "both" else script.Wanted.BOTH, **small)
     if chosen != "both":
         script.main(only=script.Wanted(chosen), **small)
@@ -763,9 +767,36 @@ def test_one_script_trains_both_demo_models(chosen, tmp_path):
         texts.append(model.encode_text(["a neutrophil"]))
         assert b'"F16"' in (tmp_path / id / "open_clip_model.safetensors").read_bytes()
         recipe = json.loads((tmp_path / id / "recipe.json").read_text())
-        assert (recipe["epochs"], recipe["images_per_modality"]) == (1, 36)
-        assert len((tmp_path / id / "training_log.csv").read_text().splitlines()) == 2
+        assert ({stage["epochs"] for stage in recipe["stages"]}, recipe["images_per_modality"]) == ({1}, 36)
+        log = (tmp_path / id / "training_log.csv").read_text().splitlines()
+        assert len(log) == 1 + len(recipe["stages"])
     assert torch.allclose(*texts, atol=1e-6)  # the transformer has taken over the text tower
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["demo-clip", "demo-clip-vit"]
+
+
+def test_a_demo_models_training_goes_on_behind_its_last_finished_stage(tmp_path, monkeypatch):
+    script = load_script("train_demo_clip")
+    script.SPLITS = {"val": 36}
+    script.RESIDUAL = script.replace(script.RESIDUAL, stages=script.RESIDUAL.stages[:1] * 2)
+    run = {"only": script.Wanted.RESIDUAL, "images": 36, "epochs": 1, "seed": 0}
+    script.main(out=tmp_path / "whole", **run)
+    train, calls = script.train, []
+
+    def stopped(*args, number, **options):
+        calls.append(number)
+        if number == 2 and len(calls) == 2:
+            raise KeyboardInterrupt
+        return train(*args, number=number, **options)
+
+    monkeypatch.setattr(script, "train", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        script.main(out=tmp_path / "stopped", **run)
+    script.main(out=tmp_path / "stopped", **run)
+    assert calls == [1, 2, 2]
+    one, other = (
+        load_model(f"local-dir:{tmp_path / name / 'demo-clip'}", device="cpu") for name in ("whole", "stopped")
+    )
+    assert all(torch.equal(a, b) for a, b in zip(one.state_dict().values(), other.state_dict().values(), strict=True))
 
 
 def test_demo_clips_augmentation_only_shifts():

@@ -20,6 +20,7 @@ from medrobust_lib.metrics.classification import (
     expected_calibration_error,
     is_constant_predictor,
     majority_share,
+    mcnemar_p,
     per_class_recall,
 )
 from medrobust_lib.metrics.corruption import (

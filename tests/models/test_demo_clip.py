@@ -87,8 +87,8 @@ def test_is_small_and_documented(id):
         assert sentence in card
     recipe = json.loads((folder / "recipe.json").read_text())
     log = (folder / "training_log.csv").read_text().splitlines()
-    assert log[0].startswith("epoch,loss,site_a_val_accuracy,")
-    assert len(log) == recipe["epochs"] + 1
+    assert log[0].startswith("stage,epoch,loss,site_a_val_accuracy,")
+    assert len(log) == sum(stage["epochs"] for stage in recipe["stages"]) + 1
 
 
 def test_all_weights_of_the_demo_are_small():
