@@ -8,8 +8,9 @@ import inspect
 import shlex
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -26,6 +27,11 @@ if TYPE_CHECKING:
 MODEL_COLUMNS = ("id", "family", "image_size", "parameters", "available_offline")
 DATASET_COLUMNS = ("id", "modality", "classes", "test", "available")
 _SHOWN_ROWS = 120
+# What the first look shows.
+_QUICK: Mapping[str, Any] = MappingProxyType(
+    {"models": ("demo-clip", "demo-clip-vit"), "dataset": "phantom/blood", "images": 48, "corruption": "zoom_blur",
+     "severity": 3, "sigma": 0.1, "n": 1000}
+)  # fmt: skip
 
 app = typer.Typer(
     help="How far can a medical vision-language model be trusted when the image gets worse? "
@@ -100,9 +106,49 @@ def run(
 @app.command()
 def quick() -> None:
     """Take a first look: a corrupted image, a certificate and a small leaderboard, in the terminal."""
-    from medrobust_lib.quick import quick_look
+    from medrobust_lib import metrics
+    from medrobust_lib.corruptions.suites import corrupted
+    from medrobust_lib.data.registry import load_dataset
+    from medrobust_lib.evaluation import Candidate, accuracy_table, corruption_answers
+    from medrobust_lib.experiments.report import NOTICE, show, show_images, show_text
+    from medrobust_lib.models.loading import load_model
+    from medrobust_lib.smoothing.certify import certify
+    from medrobust_lib.smoothing.methods import PromptClassifier
 
-    quick_look()
+    show_text(f"[bold]medrobust, a first look.[/] The images are synthetic phantoms. {NOTICE}")
+    data = load_dataset(_QUICK["dataset"], n=_QUICK["images"])
+    texts = data.classes, data.templates[:1]
+    models = {id: load_model(id) for id in _QUICK["models"]}
+    candidates = {id: Candidate(model, model.class_features(*texts)) for id, model in models.items()}
+    severity, corruption, first = _QUICK["severity"], _QUICK["corruption"], _QUICK["models"][0]
+    answers = corruption_answers(candidates, data, severities=[severity])
+    clean, blurred = answers[first, "clean", 0], answers[first, corruption, severity]
+    # The first image that shows the point: named rightly as it is, wrongly when it is corrupted.
+    place = int(((clean == data.labels) & (blurred != data.labels)).argmax())
+
+    show_text(f"\n[bold]1. An image, clean and corrupted[/] ({data.id}, {corruption} at severity {severity} of 5)")
+    show_images([data.images[place], corrupted(data, corruption, severity=severity).images[place]])
+    said = ", then ".join(data.classes[answer[place]] for answer in (clean, blurred))
+    show_text(f"it is: {data.classes[data.labels[place]]}; {first} says: {said}")
+
+    show_text("\n[bold]2. A certificate: what no small change of this image can do[/]")
+    classifier = PromptClassifier(models[first], candidates[first].class_features)
+    pixels = models[first].prepare(data.images[place : place + 1])[0]
+    address = {"dataset": data.id, "index": int(data.indices[place])}
+    certificate = certify(classifier, pixels, sigma=_QUICK["sigma"], n=_QUICK["n"], **address)
+    named = "" if certificate.abstained else f"{first}, {data.classes[certificate.predicted]}: "
+    show_text(f"{named}{certificate}")
+
+    show_text(f"\n[bold]3. Two models[/] on {len(data)} such images, clean and under seven corruptions")
+    errors = metrics.corruption_error_table(accuracy_table(answers, data), reference=first).sort_values("mce")
+    errors["clean"], errors["chance"] = 1 - errors["clean_error"], 1 / len(data.classes)
+    errors = errors.rename(columns={"average_accuracy": "corrupted", "mce": "mCE"})
+    columns = ["model", "clean", "corrupted", "mCE", "chance", "n"]
+    show(errors[columns].round(3), title=f"accuracy; mCE in percent of {first}'s errors")
+    show_text(
+        "Next: [bold]make run[/] tells the whole story and writes runs/demo/index.html, [bold]make lab[/] opens the "
+        "notebooks, [bold]medrobust run 07 -p images=folder:PATH[/] looks at your own images; see README.md."
+    )
 
 
 @app.command()

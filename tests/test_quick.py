@@ -4,11 +4,12 @@ import re
 
 import numpy as np
 import pytest
-from rich.console import Console
 from typer.testing import CliRunner
 
 from medrobust_lib.cli import app
-from medrobust_lib.quick import MODELS, picture
+from medrobust_lib.experiments.report import show_images
+
+MODELS = ("demo-clip", "demo-clip-vit")
 
 
 @pytest.fixture(scope="module")
@@ -44,14 +45,20 @@ def test_it_says_what_it_is_and_where_to_go_on(printed):
     assert "make run" in printed
 
 
-def test_the_picture_fits_the_terminal_and_keeps_colours_where_there_are_any():
-    images = [np.full((64, 64, 3), colour, np.uint8) for colour in ((255, 0, 0), (0, 0, 255))]
-    for width in (40, 80, 200):
-        lines = picture(images, Console(width=width, color_system=None)).plain.splitlines()
-        assert max(map(len, lines)) <= width
-    coloured = picture(images, Console(width=80, color_system="truecolor", force_terminal=True))
-    assert coloured.plain.splitlines()[0] == "▀" * len(coloured.plain.splitlines()[0])
-    assert {str(span.style) for span in coloured.spans} >= {
-        "rgb(255,0,0) on rgb(255,0,0)",
-        "rgb(0,0,255) on rgb(0,0,255)",
-    }
+@pytest.mark.parametrize("width", [40, 80, 200])
+def test_images_fit_the_terminal(width, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", str(width))
+    show_images([np.full((64, 64, 3), level, np.uint8) for level in (0, 255)])
+    lines = capsys.readouterr().out.splitlines()
+    assert all(line.startswith(" ") and line.rstrip().endswith("@") for line in lines)  # dark beside light
+    assert max(map(len, lines)) <= width
+    assert len(lines) == min(16, (width // 2 - 2) // 2)
+
+
+def test_images_keep_their_colours_where_there_are_any(monkeypatch, capsys):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLORTERM", "truecolor")
+    show_images([np.full((64, 64, 3), colour, np.uint8) for colour in ((255, 0, 0), (0, 0, 255))])
+    printed = capsys.readouterr().out
+    assert "\x1b[38;2;255;0;0;48;2;255;0;0m▀" in printed
+    assert "\x1b[38;2;0;0;255;48;2;0;0;255m▀" in printed

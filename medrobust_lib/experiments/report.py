@@ -7,18 +7,21 @@ from pathlib import Path
 from typing import Any
 
 import nbformat
+import numpy as np
 import pandas as pd
 import typer
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from latex2mathml import exceptions
 from latex2mathml.converter import convert as latex_to_mathml
 from markupsafe import Markup
+from numpy.typing import NDArray
 from PIL import Image
 from pygments.formatters import HtmlFormatter
 from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from medrobust_lib.experiments import read_cards, write_text_atomically
 from medrobust_lib.experiments.cards import CAPTION_KEY, lower_is_better
@@ -33,6 +36,7 @@ _PLAIN_NAME = re.compile(r"\w[\w.-]*")
 # Options of rich's columns: numbers are never broken over lines, long names are.
 _NUMBER = {"justify": "right", "no_wrap": True}
 _FOLDED = {"overflow": "fold"}
+_RAMP = " .:-=+*#%@"
 NOTICE = "For teaching and research. Not for clinical use."
 
 
@@ -175,6 +179,29 @@ def show(table: pd.DataFrame, *, title: str, right: Sequence[str] = ()) -> None:
         whole = {"no_wrap": number or (position == 0 and not right)}
         shown[str(column).replace("_", " ")] = {"justify": "right" if number else "left", "overflow": "fold", **whole}
     _show_block(title, "", shown, [[_cell(value) for value in row] for row in table.itertuples(index=False)])
+
+
+def show_text(markup: str) -> None:
+    """Print a sentence in rich's markup, folded at the width of the terminal."""
+    Console(highlight=False).print(markup)
+
+
+def show_images(images: Sequence[NDArray[np.uint8]]) -> None:
+    """Print square images uint8 [H, H, 3] side by side, as characters: in colour, or else their lightness."""
+    console = Console()
+    side = min(32, console.width // len(images) - 2) // 2 * 2
+    small = [np.asarray(Image.fromarray(image).resize((side, side), Image.Resampling.BOX)) for image in images]
+    text = Text()
+    for row in range(0, side, 2):  # a character is about twice as high as wide
+        for image in small:
+            for above, below in zip(image[row], image[row + 1], strict=True):
+                if console.color_system:
+                    text.append("▀", style="rgb({},{},{}) on rgb({},{},{})".format(*above, *below))
+                else:
+                    text.append(_RAMP[round((above.mean() + below.mean()) / 510 * (len(_RAMP) - 1))])
+            text.append("  ")
+        text.append("\n")
+    console.print(text, end="")
 
 
 def show_json(table: pd.DataFrame) -> None:

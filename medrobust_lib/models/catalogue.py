@@ -210,7 +210,7 @@ def vlm_caveats(vlm: Any, questions: "QuestionSet") -> list[str]:
         if vlm.id == DEMO_VLM:
             found.append(CAVEATS["demo_on_real"].format(model=DEMO_VLM))
     elif vlm.id == DEMO_VLM:
-        recipe = json.loads(files(BACKENDS).joinpath("demo", "vlm", "recipe.json").read_text(encoding="utf-8"))
+        recipe = json.loads(files(BACKENDS).joinpath("demo", DEMO_VLM, "recipe.json").read_text(encoding="utf-8"))
         unseen = questions.id.removeprefix("phantom/").removesuffix(SITE_A) in {*MODALITIES} - {*recipe["modalities"]}
         if unseen:
             found.append(CAVEATS["unseen_modality"].format(model=DEMO_VLM))

@@ -12,15 +12,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 from torch import Tensor
 from torch.nn import functional
-from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationConfig, LogitsProcessor, ProcessorMixin
-from transformers.utils import logging
 
 from medrobust_lib.checks import check_whole
 from medrobust_lib.models import weights
@@ -28,6 +26,9 @@ from medrobust_lib.models.catalogue import CONFIG_NAME, HUB_PREFIX
 from medrobust_lib.models.dual_encoder import SOUND_TYPES, BrokenFeaturesError
 from medrobust_lib.models.geometry import ImageInput, Preprocessing, check_pixels, prepare_images
 from medrobust_lib.models.loading import check_kind, find_model, settled
+
+if TYPE_CHECKING:
+    from transformers import ProcessorMixin
 
 _RESCALING: weights.Settings = {"do_rescale": (True,), "rescale_factor": (1 / 255,)}
 _IGNORED_LABEL = -100  # of tokens that the loss of transformers' models leaves out
@@ -82,6 +83,8 @@ class VisionLanguageModel(torch.nn.Module):
         super().__init__()
         self.model = model
         self.processor = processor
+        from transformers import GenerationConfig  # transformers takes seconds to import
+
         self.id = id
         self.image_size = image_size
         self.image_options = image_options
@@ -330,11 +333,11 @@ def _rebuilt(network: tuple[Any, ...], processor: Any, facts: dict[str, Any]) ->
     return VisionLanguageModel(model.requires_grad_(False).eval(), processor, **facts).eval()
 
 
-class RowSampler(LogitsProcessor):
+class RowSampler:
     """Makes greedy decoding draw from the softmax: the largest of logits plus Gumbel noise is such a draw.
 
-    Every row has a generator of its own, so what it draws does not depend on the batch, and torch's global random
-    state stays untouched.
+    A processor of logits for transformers' ``generate``. Every row has a generator of its own, so what it draws does
+    not depend on the batch, and torch's global random state stays untouched.
 
     Parameters
     ----------
@@ -409,6 +412,8 @@ def load_vlm(
         check_whole("image_size", image_size, hint=f" pixels, nor None for {entry.image_size}")
     target, precision, weights_dir, offline = settled(device, dtype, weights_dir, offline)
     check_kind(entry, weights_dir=weights_dir)
+    from transformers import AutoModelForImageTextToText  # transformers takes seconds to import
+
     folder = weights.model_folder(entry, weights_dir)
     place = entry.source.removeprefix(HUB_PREFIX) if folder is None else str(folder)
     files = {} if folder is None else weights.check_hashes(folder)
@@ -435,8 +440,10 @@ def load_vlm(
     ).eval()
 
 
-def _read_processor(place: str, **options: Any) -> ProcessorMixin:
+def _read_processor(place: str, **options: Any) -> "ProcessorMixin":
     """Image processor, tokenizer and chat template, all of them."""
+    from transformers import AutoProcessor  # transformers takes seconds to import
+
     try:
         with weights.explained_errors(place):
             processor = AutoProcessor.from_pretrained(place, **options)
@@ -456,6 +463,8 @@ def _read_processor(place: str, **options: Any) -> ProcessorMixin:
 @contextmanager
 def _no_progress_bar() -> Iterator[None]:
     """Keep transformers from drawing a progress bar over what a notebook or a command shows, for a while."""
+    from transformers.utils import logging  # transformers takes seconds to import
+
     shown, of_hub = logging.is_progress_bar_enabled(), not are_progress_bars_disabled()
     with warnings.catch_warnings():
         # The hub's own environment variable has the last word, and it says so.

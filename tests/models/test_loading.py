@@ -26,6 +26,7 @@ from medrobust_lib.models.weights import hub_access
 
 BUILT_IN_IDS = [
     "demo-clip",
+    "demo-clip-vit",
     "clip-vit-b16",
     "clip-rn50",
     "plip",
@@ -131,7 +132,7 @@ def test_every_published_file_has_an_address_and_a_plain_name():
         assert len(set(names)) == len(names)
         assert all(names)
         for url in entry.files:
-            assert url.startswith("https://") or entry.id == "demo-clip"
+            assert url.startswith("https://") or entry.shipped
 
 
 def test_every_loader_exists():
@@ -160,7 +161,7 @@ def test_hub_location_reads_addresses_of_files():
 def test_unknown_ids_get_the_closest_matches(wrong, close):
     with pytest.raises(ValueError, match=f"unknown model '{wrong}': did you mean .*{close}") as caught:
         load_model(wrong)
-    assert "Known: demo-clip, clip-vit-b16" in str(caught.value)
+    assert "Known: demo-clip, demo-clip-vit, clip-vit-b16" in str(caught.value)
     assert "local-dir:PATH, hf:OWNER/NAME or python:MODULE:FUNCTION" in str(caught.value)
 
 
