@@ -57,7 +57,7 @@ nothing about patients. Not for clinical use.**
 | objective | contrastive; every caption of an image's class counts as a match (UniCL) |
 | teacher | {teaching} |
 | recipe | batch {recipe[batch_size]}, AdamW, one-cycle, weight decay {recipe[weight_decay]}, seed {recipe[seed]}, bfloat16; {stages} |
-| acquisition | shifts of up to {recipe[shift_pixels]} pixels; a share of {recipe[exposure_share]} recorded anew: contrast times {recipe[contrast]} (log-uniform), each channel times up to 1 ± {recipe[gain]}, brightness up to ± {recipe[brightness]}; a share of {recipe[grain_share]} with Gaussian noise, sigma uniform in {recipe[grain_sigmas]}: no caption speaks of any of it |
+| acquisition | shifts of up to {recipe[shift_pixels]} pixels; of the share above recorded anew: contrast times {recipe[contrast]} (log-uniform), each channel times up to 1 ± {recipe[gain]}, brightness up to ± {recipe[brightness]}; a share of {recipe[grain_share]} with Gaussian noise, sigma uniform in {recipe[grain_sigmas]}: no caption speaks of any of it |
 | noise | of the share above, sigma uniform in {recipe[noise_sigmas]}, with captions that say so |
 | training time | {recipe[minutes]} minutes on {recipe[threads]} CPU threads |
 | weights | stored in float16, used in float32 |
@@ -133,7 +133,8 @@ def card(model: DualEncoder, recipe: dict, *, n: int) -> str:
         parameters=sum(p.numel() for p in model.parameters()),
         recipe=recipe,
         stages="; ".join(
-            f"{stage['epochs']} epochs at {stage['learning_rate']}, noise on a share of {stage['noise_share']}, "
+            f"{stage['epochs']} epochs at {stage['learning_rate']}, exposure on a share of "
+            f"{stage['exposure_share']}, noise on {stage['noise_share']}, "
             + ", ".join(f"{name} {times} times an epoch" for name, times in stage["repeats"].items())
             for stage in recipe["stages"]
         ),

@@ -96,7 +96,8 @@ class Stage:
 
     epochs: int
     learning_rate: float
-    noise_share: float  # of the images; grain and exposure are the recipe's
+    exposure_share: float  # of the images, recorded anew
+    noise_share: float  # of the images; their captions say so
     repeats: dict[str, int]  # how often an epoch shows each image of a modality, where not once
 
 
@@ -110,7 +111,6 @@ class Recipe:
     weight_decay: float = 0.05
     warmup: float = 0.05
     shift_pixels: int = 3
-    exposure_share: float = 0.5
     contrast: tuple[float, float] = (0.4, 1.25)
     brightness: float = 0.08
     gain: float = 0.05
@@ -124,8 +124,9 @@ class Recipe:
 
 # The lesions of fundus and breast are the smallest and take the most looks to be found; those of fundus are found only
 # where no noise hides them.
-FIRST = Stage(7, 1e-3, 0.4, {"breast": 2, "fundus": 2})
-RESIDUAL = Recipe((FIRST, Stage(2, 1e-3, 0.0, {"fundus": 6}), Stage(2, 5e-4, 0.4, {"breast": 2, "fundus": 2})))
+FIRST = Stage(7, 1e-3, 0.5, 0.4, {"breast": 2, "fundus": 2})
+SEARCH, LAST = Stage(2, 1e-3, 0.25, 0.0, {"fundus": 6}), Stage(2, 5e-4, 0.25, 0.4, {"breast": 2, "fundus": 2})
+RESIDUAL = Recipe((FIRST, SEARCH, LAST))
 TRANSFORMER = replace(RESIDUAL, stages=(FIRST,), distillation=2.0, hints=1.0)
 # CLIP's residual network (the layout of RN50, one block a stage), and CLIP's vision transformer.
 TOWERS = {
@@ -434,7 +435,7 @@ def photographed(
     images = shifted(pixels, recipe.shift_pixels, rng)
     images = exposed(
         images.astype(np.float32) / 255,
-        share=recipe.exposure_share,
+        share=stage.exposure_share,
         contrast=recipe.contrast,
         brightness=recipe.brightness,
         gain=recipe.gain,
