@@ -381,7 +381,7 @@ def train(
                 "loss": round(float(np.mean(losses)), 4),
                 "site_a_val_accuracy": round(float(np.mean(list(accuracies.values()))), 4),
                 **{modality: round(value, 4) for modality, value in accuracies.items()},
-                "logit_scale": round(float(model.logit_scale.exp()), 2),
+                "logit_scale": round(float(model.logit_scale.detach().exp()), 2),
                 "seconds": round(time.monotonic() - started, 1),
             }
         )

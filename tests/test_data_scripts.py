@@ -709,9 +709,7 @@ def test_demo_clips_loss_is_smallest_when_images_meet_their_captions():
 def test_demo_clips_photographs_tell_noise_from_acquisition():
     script = load_script("train_demo_clip")
     stage = script.Stage(epochs=1, learning_rate=1e-3, exposure_share=0.0, noise_share=0.4, repeats={})
-    recipe = script.Recipe(
-        (stage,), exposure_share=0.0, shift_pixels=0, noise_sigmas=(0.5, 0.5), grain_sigmas=(0.1, 0.1)
-    )
+    recipe = script.Recipe((stage,), shift_pixels=0, noise_sigmas=(0.5, 0.5), grain_sigmas=(0.1, 0.1))
     preprocess = {"mean": [0.5] * 3, "std": [0.25] * 3}
     pixels = np.full((400, 16, 16, 3), 128, np.uint8)
     streams = np.random.default_rng(0), torch.Generator().manual_seed(0)
