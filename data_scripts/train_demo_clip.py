@@ -127,7 +127,11 @@ class Recipe:
 FIRST = Stage(7, 1e-3, 0.5, 0.4, {"breast": 2, "fundus": 2})
 SEARCH, LAST = Stage(2, 1e-3, 0.25, 0.0, {"fundus": 6}), Stage(2, 5e-4, 0.25, 0.4, {"breast": 2, "fundus": 2})
 RESIDUAL = Recipe((FIRST, SEARCH, LAST))
-TRANSFORMER = replace(RESIDUAL, stages=(FIRST,), distillation=2.0, hints=1.0)
+CLEAN, MIXED = (
+    Stage(4, 1e-3, 0.25, 0.0, {"breast": 2, "fundus": 3}),
+    Stage(3, 5e-4, 0.5, 0.4, {"breast": 2, "fundus": 2}),
+)
+TRANSFORMER = replace(RESIDUAL, stages=(CLEAN, MIXED), distillation=2.0, hints=1.0)
 # CLIP's residual network (the layout of RN50, one block a stage), and CLIP's vision transformer.
 TOWERS = {
     Wanted.RESIDUAL: {"image_size": IMAGE_SIZE, "layers": [1, 1, 1, 1], "width": 16, "head_width": 32},
