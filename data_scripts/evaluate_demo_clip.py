@@ -5,7 +5,6 @@ that this script turns.
 """
 
 import json
-from pathlib import Path
 from typing import Annotated
 
 import numpy as np
@@ -97,15 +96,15 @@ N_PROBE = 360
 
 
 def main(
+    only: Annotated[list[str] | None, typer.Option(help="demo-clip or demo-clip-vit; both by default.")] = None,
     n: Annotated[int, typer.Option(min=300, help="Test images per data set.")] = 720,
-    folder: Annotated[Path, typer.Option(help="Folder of the models' folders.")] = DEMO_FOLDER,
 ) -> None:
-    """Evaluate both demo models; write MODEL_CARD.md and SHA256SUMS beside the weights, and the reference prediction."""
-    for id in TOWERS:
-        record_sums(folder / id, HASHED)
+    """Evaluate demo models; write MODEL_CARD.md and SHA256SUMS beside the weights, and the reference prediction."""
+    for id in only or TOWERS:
+        record_sums(DEMO_FOLDER / id, HASHED)
         model = mr.load_model(id, device="cpu", dtype="float32")
-        text = card(model, json.loads((folder / id / "recipe.json").read_text()), n=n)
-        write_text_atomically(folder / id / "MODEL_CARD.md", text)
+        text = card(model, json.loads((DEMO_FOLDER / id / "recipe.json").read_text()), n=n)
+        write_text_atomically(DEMO_FOLDER / id / "MODEL_CARD.md", text)
         typer.echo(text)
     write_text_atomically(REFERENCE_FILE, json.dumps(reference_prediction(), indent=1) + "\n")
 
