@@ -28,7 +28,7 @@ SMALL = {
     "03b": {"n_draws": 20, "epochs": 1, "n_images": 12},
     "04": {"fraction": 0.01, "rank": 2, "n_images": 12},
     "05": {"datasets": []},
-    "06": {"vlm": f"local-dir:{DEMO_FOLDER.parent / 'vlm'}", "n": 10, "n_images": 2},
+    "06": {"vlm": f"local-dir:{DEMO_FOLDER / 'demo-vlm'}", "n": 10, "n_images": 2},
 }
 # Images of each class, and how many are drawn. None of these folders is divided into splits.
 FOLDERS = {
