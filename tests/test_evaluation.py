@@ -12,7 +12,7 @@ from medrobust_lib.evaluation import Candidate, accuracy_table, benchmark, corru
 
 @pytest.fixture(scope="module")
 def data(phantoms):
-    return phantoms("chest", n=6)
+    return phantoms("histology", n=18)
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +106,9 @@ def test_one_call_gives_the_whole_table(answers, model, data):
     right = np.mean(answers["as is", "contrast", 5] == data.labels)
     assert table.loc["contrast", "severity_5"] == pytest.approx(right)
     clean = np.mean(answers["as is", "clean", 0] == data.labels)
-    assert table.loc["clean", ["accuracy", "n", "chance"]].to_list() == pytest.approx([clean, 6, 1 / len(data.classes)])
+    assert table.loc["clean", ["accuracy", "n", "chance"]].to_list() == pytest.approx(
+        [clean, len(data), 1 / len(data.classes)]
+    )
     assert table.loc["mean", "accuracy"] == pytest.approx(table.loc[names, "accuracy"].mean())
     if clean < 1:
         np.testing.assert_allclose(table.ce[names].astype(float), 100 * table.error[names] / (1 - clean))

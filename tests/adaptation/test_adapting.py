@@ -14,6 +14,7 @@ import medrobust_lib as mr
 from medrobust_lib import metrics
 from medrobust_lib.adaptation.adapting import adapt_lora, fine_tune
 from medrobust_lib.adaptation.training_images import Augmentation
+from medrobust_lib.corruptions.suites import corrupted
 from medrobust_lib.models.adapters import adapter_parameters
 from medrobust_lib.models.dual_encoder import find_image_tower
 
@@ -136,7 +137,8 @@ def test_seeds_decide_the_adapters(model, data, adapted):
 
 def test_adaptation_wins_on_images_it_has_not_seen(model, phantoms, monkeypatch):
     monkeypatch.setattr(metrics, "balanced_accuracy", BALANCED_ACCURACY)
-    train, val, test = (phantoms("blood", split=split, n=64) for split in ("train", "val", "test"))
+    splits = (phantoms("blood", split=split, n=64) for split in ("train", "val", "test"))
+    train, val, test = (corrupted(part, "contrast", severity=3) for part in splits)  # there is something to win
     adapted = adapt_lora(model, [train], validation=[val], epochs=5, learning_rate=1e-3, schedule="one-cycle")
     texts = model.class_features(test.classes, test.templates[:1])
     share = [

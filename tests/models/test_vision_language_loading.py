@@ -29,7 +29,6 @@ from transformers import (
 from transformers.utils import logging
 
 from medrobust_lib.files import file_sha256
-from medrobust_lib.models import vision_language
 from medrobust_lib.models.loading import check_kind, find_model, list_vlms
 from medrobust_lib.models.vision_language import load_vlm
 
@@ -400,7 +399,7 @@ def test_a_failed_download_gives_its_reason(hub_cache, tmp_path, monkeypatch):
         assert not constants.HF_HUB_OFFLINE
         raise OSError("the hub cannot be reached\nand more")
 
-    monkeypatch.setattr(vision_language.AutoModelForImageTextToText, "from_pretrained", unreachable)
+    monkeypatch.setattr(AutoModelForImageTextToText, "from_pretrained", unreachable)
     with pytest.raises(FileNotFoundError, match=r"\(the download failed\)\. Run .*Reason: the hub cannot be reached$"):
         load_vlm("smolvlm-256m", device="cpu", weights_dir=tmp_path, offline=False)
     assert constants.HF_HUB_OFFLINE

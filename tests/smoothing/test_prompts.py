@@ -125,11 +125,12 @@ def test_a_template_needs_text_before_its_class(model, template):
 # Few-shot
 
 
-def test_learning_lowers_the_loss_on_noisy_shots(model, train):
-    change = {"sigmas": (0.1,), "shots": 8, "draws_per_image": 2, "n_context": 4}
+def test_learning_lowers_the_loss_on_noisy_shots(model, phantoms):
+    train = phantoms("chest", split="train", n=24)
+    change = {"sigmas": (0.25,), "shots": 8, "draws_per_image": 2, "n_context": 4}
     short = learn_prompts(model, train, epochs=1, **change)  # the warm-up epoch hardly moves
     long = learn_prompts(model, train, epochs=12, learning_rate=0.02, **change)
-    bank = prompts.noisy_bank(model, train, sigmas=(0.1,), draws=2, seed=9, choose=np.random.default_rng(0))
+    bank = prompts.noisy_bank(model, train, sigmas=(0.25,), draws=2, seed=9, choose=np.random.default_rng(0))
     labels = torch.tensor(train.labels).repeat_interleave(2)
 
     def loss(found):
