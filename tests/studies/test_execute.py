@@ -140,7 +140,8 @@ def test_models_are_compared_by_corruption_errors_relative_to_the_first(study_fi
     def load(id, **arguments):
         return mr.load_model("demo-clip", **arguments)
 
-    text = "models: [demo-clip, other]\ndatasets: [phantom/histology]\nn_images: 18\nsteps: [{benchmark: {severities: [5]}}]\n"
+    text = "models: [demo-clip, other]\ndatasets: [phantom/histology]\nn_images: 18\n"
+    text += "steps: [{benchmark: {severities: [5]}}]\n"
     monkeypatch.setattr("medrobust_lib.parameters.check_models", lambda ids: None)
     monkeypatch.setattr(cells, "load_model", load)
     table = run_study(read_study(study_file(text)), tmp_path / "out", announce=quiet).leaderboard
