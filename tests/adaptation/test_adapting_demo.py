@@ -112,7 +112,7 @@ def test_each_improves_validation_by_its_own_record(name):
     facts = stored(name)
     means = [row["val_mean"] for row in facts["history"]]
     assert facts["best_epoch"] == int(np.argmax(means)) > 0
-    assert max(means) > means[0] + 0.1
+    assert 1 - max(means) < 0.85 * (1 - means[0])  # of the errors
     others = [stored(other)["history"][0]["val_mean"] for other in NAMES if other.split("/")[0] == name.split("/")[0]]
     assert means[0] == pytest.approx(np.mean(others), abs=0.001)  # they all start from the same weights and images
     row = next(line for line in CARD.splitlines() if line.startswith("| {} | `{}`".format(*name.split("/"))))
@@ -138,7 +138,7 @@ def test_the_improvement_can_be_measured(towers, id):
     before, after = (np.mean(values) for values in scores.values())
     assert before == pytest.approx(means[0], abs=0.01)
     assert after == pytest.approx(max(means), abs=0.01)
-    assert after > before + 0.1
+    assert 1 - after < 0.85 * (1 - before)
 
 
 def test_an_adapter_is_found_for_exactly_its_training(towers):
