@@ -33,13 +33,13 @@ CHEAPER = {
         "(0, 1, 2, 4, 8, 16)": "(0, 1, 2)",
     },
     "04": {
-        '{"epochs": 20,': '{"epochs": 1,', "range(300)": "range(2)", "0.15], 200": "0.15], 20",
-        '"draws_per_image": 1}': '"draws_per_image": 1, "epochs": 1}',
+        '{"epochs": 20,': '{"epochs": 1,', "range(300)": "range(2)", "0.15], 100": "0.15], 20",
+        'epochs=25, batch_size': 'epochs=1, batch_size',
     },
-    "05": {'len(levels), "seed"': 'len(levels), "epochs": 1, "seed"'},
+    "05": {'len(levels), "epochs": 20': 'len(levels), "epochs": 1'},
     "06": {"runs: int = 4000": "runs: int = 10", "0.001, 20": "0.001, 5"},
     "07": {
-        'RECIPE if model == "demo-clip" else {"epochs": 20,': 'RECIPE | {"epochs": 1} if 1 else {"epochs": 1,',
+        'RECIPE if model.startswith("demo-clip") else {"epochs": 20,': 'RECIPE | {"epochs": 1} if 1 else {"epochs": 1,',
         '"batch_size": 32}': '"batch_size": 32, "epochs": 1}',
         '"n0": 50, "n": 500': '"n0": 10, "n": 50',
     },
