@@ -14,7 +14,7 @@ MODELS = ("demo-clip", "demo-clip-vit")
 
 @pytest.fixture(scope="module")
 def printed():
-    result = CliRunner().invoke(app, ["quick"], env={"COLUMNS": "100"})
+    result = CliRunner().invoke(app, ["quick"], env={"COLUMNS": "200"})
     assert result.exit_code == 0, result.output
     return result.output
 
