@@ -66,6 +66,7 @@ JOBS = (
     *(Job(VIT, 0.1, RANK, seed) for seed in SEEDS),
     Job(VIT, 0.1, RANK, 0, noisy=True),
     *(Job(VIT, fraction, RANK, seed) for fraction in (0.07, 0.03) for seed in SEEDS),
+    *(Job(VIT, 0.01, RANK, seed) for seed in SEEDS[1:]),
     *(Job(VIT, 0.1, rank, seed) for rank in (8, 4) for seed in SEEDS),
     *(Job(RESIDUAL, 0.1, RANK, seed) for seed in SEEDS[:2]),
 )

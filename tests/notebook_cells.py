@@ -129,4 +129,4 @@ def run_here_instead_of_in_a_kernel(monkeypatch: pytest.MonkeyPatch, **cheaper: 
 
     make_cheap(monkeypatch)
     monkeypatch.setattr("papermill.execute_notebook", execute_notebook)
-    monkeypatch.setattr("medrobust_lib.experiments.report.write_report", lambda folder: folder / "index.html")
+    monkeypatch.setattr("medrobust_lib.experiments.report.write_report", lambda folder, **_: folder / "index.html")

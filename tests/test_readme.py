@@ -206,7 +206,7 @@ def stop_at_the_kernel(monkeypatch):
         return [runner.Executed(number, folder / "notebooks" / path.name, 0.0) for number, path in chosen.items()]
 
     monkeypatch.setattr(runner, "run_notebooks", run_notebooks)
-    monkeypatch.setattr("medrobust_lib.experiments.report.write_report", lambda folder: folder / "index.html")
+    monkeypatch.setattr("medrobust_lib.experiments.report.write_report", lambda folder, **_: folder / "index.html")
 
 
 def stand_in(name, value):

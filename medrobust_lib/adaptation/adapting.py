@@ -361,8 +361,8 @@ def _finished(model: DualEncoder, base: DualEncoder, record: dict[str, Any], cha
 DEMO_ADAPTERS = DEMO_FOLDER / "adapters"  # by the id of the model, then by `demo_folder_name`
 DEMO_DATASETS = tuple(f"phantom/{name}" for name in ("histology", "blood", "breast", "chest", "fundus", "oct"))
 DEMO_RECIPE: Mapping[str, Any] = MappingProxyType({"epochs": 10, "learning_rate": 2e-3, "schedule": "one-cycle"})
-DEMO_FINE_TUNING: Mapping[str, Any] = MappingProxyType({**DEMO_RECIPE, "learning_rate": 1e-3})
-"""The same for all weights of the image tower; like DEMO_RECIPE it was judged on validation images."""
+DEMO_FINE_TUNING: Mapping[str, Any] = MappingProxyType({**DEMO_RECIPE, "epochs": 5, "learning_rate": 1e-4})
+"""For all weights of the image tower; like DEMO_RECIPE it was judged on validation images."""
 DEMO_NOISE = Augmentation(sigmas=(0.1, 0.2))
 """A second kind of adapters: half of the images carry Gaussian noise of one of these levels."""
 
