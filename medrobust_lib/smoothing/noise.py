@@ -26,7 +26,7 @@ from medrobust_lib.models.dual_encoder import DualEncoder
 Result = TypeVar("Result")
 Role = Literal["adapt", "select", "estimate"]
 
-_LARGEST = {"cpu": 128}  # larger batches fall out of a processor's cache and are slower, not faster
+_LARGEST = {"cpu": 64}  # larger batches fall out of a processor's cache and are slower, not faster
 _LARGEST_ON_ACCELERATORS = 1024
 _WORKING_SET = 64  # activations of the tested towers, in float32 copies of the input, with a margin
 _SHARE_OF_FREE_MEMORY = 0.5

@@ -137,7 +137,7 @@ def test_the_suggestion_is_a_power_of_two_that_shrinks_with_the_image(monkeypatc
     with_free_memory(monkeypatch, GIB)
     sizes = [suggested_batch_size(CPU, (3, side, side)) for side in (8, 64, 224, 384, 1024, 8192)]
     assert sizes == sorted(sizes, reverse=True)
-    assert (sizes[0], sizes[-1]) == (128, 1)
+    assert (sizes[0], sizes[-1]) == (64, 1)
     assert all(size & (size - 1) == 0 for size in sizes)
     assert len(set(sizes)) >= 4
 
@@ -150,7 +150,7 @@ def test_the_suggestion_never_plans_with_more_than_is_free(monkeypatch):
         assert make_batches(None, CPU, (3, 512, 512)).size == size
 
 
-@pytest.mark.parametrize(("bytes_each", "size"), [(GIB, 1), (GIB // 64, 32), (GIB // 70, 32), (1, 128), (None, 128)])
+@pytest.mark.parametrize(("bytes_each", "size"), [(GIB, 1), (GIB // 64, 32), (GIB // 70, 32), (1, 64), (None, 64)])
 def test_memory_that_a_copy_takes_is_believed_where_it_is_known(monkeypatch, bytes_each, size):
     with_free_memory(monkeypatch, GIB)
     assert suggested_batch_size(CPU, (3, 8, 8), bytes_each=bytes_each) == size
