@@ -9,7 +9,7 @@ validation split); batches have 32 images (theirs 256); the data sets are those 
 the keys start at zero and are saved (theirs start at random and are left out of the adapter file); and the text tower
 is in evaluation mode, with the same templates in training as in testing.
 
-Some adapters of demo-clip come with the package: `find_demo_adapter`.
+Some adapters of the demo models come with the package: `find_demo_adapter`.
 """
 
 import functools
@@ -148,7 +148,7 @@ def adapt_lora(
         trained; while it trains, ``<out>.training`` beside it keeps the last epoch, from which a later call goes on.
     **recipe
         Fields of `Recipe`: ``epochs`` (20; 0 gives adapters that change nothing), ``batch_size`` (32),
-        ``learning_rate`` (1e-4 is for a large pre-trained transformer; demo-clip takes 1e-3 with "one-cycle"),
+        ``learning_rate`` (1e-4 is for a large pre-trained transformer; the demo models take `DEMO_RECIPE`),
         ``weight_decay`` (1e-4), ``schedule`` ("constant"), ``softmax`` ("masked"), ``augmentation`` and ``seed`` (0,
         also of the adapters' first values). Equal seeds give equal adapters on one CPU.
 

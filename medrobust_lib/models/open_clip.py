@@ -1,4 +1,4 @@
-"""Models in open_clip's format: OpenAI CLIP, QuiltNet, BiomedCLIP, demo-clip and anyone's ``local-dir:`` folder."""
+"""Models in open_clip's format: OpenAI CLIP, QuiltNet, BiomedCLIP, both of the demo, any ``local-dir:`` folder."""
 
 import inspect
 import logging

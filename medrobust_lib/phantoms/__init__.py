@@ -57,7 +57,7 @@ def render_phantoms(
         Positions in the split; label ``index % number of classes``, so each split is balanced.
     split : {"train", "val", "test", "pretrain"}
     site : {"A", "B"}
-        A trained demo-clip; B is the benchmark.
+        A trained the demo models; B is the benchmark.
     image_size : int
         Side in pixels, 28 to 512.
 
