@@ -130,7 +130,7 @@ def notebooks_part(snapshot: Snapshot) -> str:
         title, question = title_and_question(path)
         seconds = snapshot["notebooks"].get(number, {}).get("seconds")
         rows.append((number, f"[{title}](notebooks/{path.name})", question, _duration(seconds)))
-    return _table(("", "notebook", "the question it answers", "default run"), rows)
+    return _table(("", "notebook", "the question it answers", "in `make run`"), rows)
 
 
 def title_and_question(path: Path) -> tuple[str, str]:
@@ -326,10 +326,10 @@ def _corruption_rows(snapshot: Snapshot) -> list[tuple[str, str, str]]:
     for words, name, both in lines:
         there, here = _percent(tuned["mce"] / 100), MISSING
         if both:
-            there = f"{_percent(base[name])} → {_percent(tuned[name])}"
+            there = f"{_percent(base[name], 1)} → {_percent(tuned[name], 1)}"
         if ours is not None:
             before, after = ours["zero-shot"][name], ours["LoRA"][name]
-            here = f"{_percent(before)} → {_percent(after)}" if both else _percent(after / 100)
+            here = f"{_percent(before, 1)} → {_percent(after, 1)}" if both else _percent(after / 100)
         rows.append((words, f"{there} (BioMedCLIP, ten sets)", here))
     return rows
 
@@ -358,8 +358,8 @@ def _minutes(seconds: float) -> str:
     return f"{round(2 * seconds / 60) / 2:g} min"
 
 
-def _percent(fraction: float) -> str:
-    return f"{100 * fraction:.0f} %"
+def _percent(fraction: float, decimals: int = 0) -> str:
+    return f"{100 * fraction:.{decimals}f} %"
 
 
 def _spread(result: Mapping[str, Any]) -> str:

@@ -128,8 +128,8 @@ def quick() -> None:
 
     show_text(f"\n[bold]1. An image, clean and corrupted[/] ({data.id}, {corruption} at severity {severity} of 5)")
     show_images([data.images[place], corrupted(data, corruption, severity=severity).images[place]])
-    said = ", then ".join(data.classes[answer[place]] for answer in (clean, blurred))
-    show_text(f"it is: {data.classes[data.labels[place]]}; {first} says: {said}")
+    before, after = (data.classes[answer[place]] for answer in (clean, blurred))
+    show_text(f"it is: {data.classes[data.labels[place]]}; {first} says: {before} (clean), {after} (corrupted)")
 
     show_text("\n[bold]2. A certificate: what no small change of this image can do[/]")
     classifier = PromptClassifier(models[first], candidates[first].class_features)
@@ -139,12 +139,16 @@ def quick() -> None:
     named = "" if certificate.abstained else f"{first}, {data.classes[certificate.predicted]}: "
     show_text(f"{named}{certificate}")
 
-    show_text(f"\n[bold]3. Two models[/] on {len(data)} such images, clean and under seven corruptions")
+    show_text(
+        f"\n[bold]3. Two models[/] on {len(data)} such images, clean and under seven corruptions: accuracy (guessing: "
+        f"{1 / len(data.classes):.3f}), and mCE: the error under each corruption in percent of {first}'s, averaged; "
+        "less is better"
+    )
     errors = metrics.corruption_error_table(accuracy_table(answers, data), reference=first).sort_values("mce")
-    errors["clean"], errors["chance"] = 1 - errors["clean_error"], 1 / len(data.classes)
-    errors = errors.rename(columns={"average_accuracy": "corrupted", "mce": "mCE"})
-    columns = ["model", "clean", "corrupted", "mCE", "chance", "n"]
-    show(errors[columns].round(3), title=f"accuracy; mCE in percent of {first}'s errors")
+    errors["clean"], errors["mCE"] = 1 - errors["clean_error"], errors["mce"].round(1)
+    errors = errors.rename(columns={"average_accuracy": "corrupted"})
+    numbers = ["clean", "corrupted", "mCE"]
+    show(errors[["model", *numbers]].round(3), title="the fewest errors first", right=numbers)
     show_text(
         "Next: [bold]make run[/] tells the whole story and writes runs/demo/index.html, [bold]make lab[/] opens the "
         "notebooks, [bold]medrobust run 07 -p images=folder:PATH[/] looks at your own images; see README.md."

@@ -20,7 +20,7 @@ def printed():
 
 
 def test_it_shows_an_image_that_gets_worse(printed):
-    truth, before, after = re.search(r"it is: (.*); demo-clip says: (.*), then (.*)", printed).groups()
+    truth, before, after = re.search(r"it is: (.*); demo-clip says: (.*) \(clean\), (.*) \(corrupted\)", printed).groups()
     assert before == truth != after
 
 
@@ -30,13 +30,21 @@ def test_it_shows_a_certificate_with_its_guarantee(printed):
 
 
 def test_it_shows_a_leaderboard_of_both_models_beside_chance(printed):
-    table = printed[printed.index("mCE   ") :]
+    assert "on 48 such images" in printed and "guessing: 0.125" in printed
+    table = printed[printed.index("the fewest errors first") :]
     for id in MODELS:
-        values = re.search(rf"^ *{id} +([\d.]+) +([\d.]+) +([\d.]+) +0\.125 +48", table, re.MULTILINE).groups()
+        values = re.search(rf"^ *{id} +([\d.]+) +([\d.]+) +([\d.]+) *$", table, re.MULTILINE).groups()
         clean, corrupted, mce = map(float, values)
         assert 0.125 < corrupted < clean < 1
         assert mce > 0
-    assert re.search(r"demo-clip +\S+ +\S+ +100 ", table)
+    assert re.search(r"demo-clip +\S+ +\S+ +100 *$", table, re.MULTILINE)
+
+
+def test_no_number_is_cut_in_a_narrow_terminal(printed):
+    narrow = CliRunner().invoke(app, ["quick"], env={"COLUMNS": "40"}).output
+    table = printed[printed.index("the fewest errors first") :]
+    for number in re.findall(r"\b\d[\d.]*\b", table.split("Next:")[0]):
+        assert re.search(rf"(?<![\d.]){re.escape(number)}(?![\d.])", narrow[narrow.index("the fewest") :]), number
 
 
 def test_it_says_what_it_is_and_where_to_go_on(printed):

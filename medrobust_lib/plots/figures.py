@@ -374,9 +374,9 @@ def plot_fractions(
     ax.set(xlabel="share of the train split (log scale)", xlim=(fractions[0] / margin, fractions[-1] * margin))
     if measure.endswith(("accuracy", "error")):
         ax.set(ylabel=measure)
-        ax.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+        ax.yaxis.set_major_formatter(PercentFormatter(1))
     else:
-        ax.set(ylabel=f"{measure}, % of the reference")
+        ax.set(ylabel=f"{measure} (%)")
     if legend:
         legend_beside(ax)
 
