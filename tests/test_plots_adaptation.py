@@ -87,13 +87,24 @@ def test_a_single_fraction_and_unknown_values_can_be_drawn(ax):
     [
         ("accuracy", "accuracy", True),
         ("clean error", "clean error", True),
-        ("mCE", "mCE, % of the reference", False),
+        ("mCE", "mCE,\n% of the reference", False),
     ],
 )
 def test_the_value_axis_names_the_measure_and_its_unit(ax, measure, label, share):
     plots.plot_fractions(fractions_table("a"), ax, measure=measure)
     assert ax.get_ylabel() == label
-    assert (ax.yaxis.get_major_formatter()(0.5) == "50%") == share
+    assert ax.yaxis.get_major_formatter()(0.5).startswith("50") == share
+
+
+def test_shares_that_lie_close_together_have_different_labels(ax):
+    plots.plot_fractions(
+        fractions_table("a").drop(columns=["low", "high"]).assign(value=[0.061, 0.064, 0.066, 0.068][: len(FRACTIONS)]),
+        ax,
+        measure="clean error",
+    )
+    ax.figure.draw_without_rendering()
+    labels = [text.get_text() for text in ax.get_yticklabels()]
+    assert len(set(labels)) == len(labels) and labels[0].endswith("%")
 
 
 def test_fraction_tables_that_cannot_be_drawn_are_refused(ax):

@@ -20,7 +20,9 @@ def printed():
 
 
 def test_it_shows_an_image_that_gets_worse(printed):
-    truth, before, after = re.search(r"it is: (.*); demo-clip says: (.*) \(clean\), (.*) \(corrupted\)", printed).groups()
+    truth, before, after = re.search(
+        r"it is: (.*); demo-clip says: (.*) \(clean\), (.*) \(corrupted\)", printed
+    ).groups()
     assert before == truth != after
 
 

@@ -376,7 +376,7 @@ def plot_fractions(
         ax.set(ylabel=measure)
         ax.yaxis.set_major_formatter(PercentFormatter(1))
     else:
-        ax.set(ylabel=f"{measure} (%)")
+        ax.set(ylabel=f"{measure},\n% of the reference")
     if legend:
         legend_beside(ax)
 
