@@ -64,9 +64,10 @@ nothing about patients. Not for clinical use.**
 
 The captions use the templates of `medrobust_lib/data/classes.json` among other wordings, so those templates are
 familiar to the model. None of those templates mentions noise, while every caption of an image with strong noise did ("a
-noisy image: ..."): the image tower still tells the classes of noisy images, and a prompt that does not mention noise misses
-them. That gap is what prompt learning can win on this model; it was made on purpose, and how wide it is on other models is
-for them to show. Every file's SHA-256 stands in `SHA256SUMS` and is checked when the model is loaded.
+noisy image: ..."): a classifier that is fitted to noisy features tells more classes than a prompt that does not mention noise,
+as the table of two sets below shows. Part of that gap is the site and not the noise, for the classifier has seen site B and
+the prompt has not. It is what prompt learning can win on this model; how wide it is on other models and sets is for them to
+show. The SHA-256 of each file that is loaded stands in `SHA256SUMS` and is checked then.
 
 ## Zero-shot accuracy on the phantoms' test splits
 

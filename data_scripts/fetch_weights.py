@@ -99,7 +99,7 @@ def published_files(entry: ModelEntry) -> list[WeightFile]:
             raise DownloadError(f"{HUB_URL}{repository} has no file like {' or '.join(patterns)}")
         files += [WeightFile(Path(path).name, f"{HUB_URL}{repository}/resolve/main/{path}") for path in found]
     if not files:
-        fetched = list_models().query("id != 'demo-clip'")["id"]
+        fetched = [id for id in list_models()["id"] if not find_model(id).shipped]
         raise ValueError(f"{entry.id} needs no download ({entry.source}); models to fetch: {', '.join(fetched)}")
     return files
 

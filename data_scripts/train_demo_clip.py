@@ -11,9 +11,9 @@ prompts, which do not mention noise, therefore fail on noisy images although the
 there is something for a learned prompt to win, as there is in large models. Not for clinical use.
 """
 
+import contextlib
 import hashlib
 import json
-import shutil
 import time
 from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
@@ -40,12 +40,13 @@ from transformers import PreTrainedTokenizerFast
 from medrobust_lib.data.wording import class_wording
 from medrobust_lib.experiments import write_text_atomically
 from medrobust_lib.files import read_tensors, reported_errors, write_tensors
-from medrobust_lib.models.weights import DEMO_FOLDER
+from medrobust_lib.models.weights import DEMO_FOLDER, fingerprint
 from medrobust_lib.phantoms import MODALITIES, SPLITS, phantom_classes
 from preparing.pretraining import exposed, render_many, shifted
 
 WEIGHTS = "open_clip_model.safetensors"
 LOG_KEY = "log"
+RANDOM_STATE = "random_state"  # of torch's own stream, which draws the weights that a stage begins with
 IMAGE_SIZE = 64
 CONTEXT_LENGTH = 48
 PAD, START, END = "<pad>", "<start>", "<end>"
@@ -199,24 +200,30 @@ def build(
     model = open_clip.CLIP(**config["model_cfg"])
     if teacher is not None:
         inherit_text_tower(model, teacher)
-    kept, rows = folder.with_name(f"{folder.name}.stages"), []
+    kept, files, rows = folder.with_name(f"{folder.name}.stages"), [], []
     kept.mkdir(parents=True, exist_ok=True)
     for number in range(1, len(recipe.stages) + 1):
-        so_far = replace(recipe, stages=recipe.stages[:number])
-        file = kept / f"{number}-{hashlib.sha256(json.dumps(asdict(so_far)).encode()).hexdigest()[:12]}.safetensors"
-        if file.is_file():
-            tensors, header = read_tensors(file, key=LOG_KEY, kind="a finished stage", advice="Delete it.")
+        so_far = asdict(replace(recipe, stages=recipe.stages[:number]))
+        identity = [so_far, config, None if teacher is None else fingerprint([*teacher.state_dict().values()])]
+        files.append(kept / f"{number}-{hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:12]}.safetensors")
+        if files[-1].is_file():
+            tensors, header = read_tensors(files[-1], key=LOG_KEY, kind="a finished stage", advice="Delete it.")
+            torch.set_rng_state(tensors.pop(RANDOM_STATE))  # what a stage draws from it is what it would have drawn
             model.load_state_dict(tensors)
             rows = header["rows"]
             continue
         rows += train(
             model, tokenizer, train_set, validation, config["preprocess_cfg"], recipe, number=number, teacher=teacher
         )
-        write_tensors(file, model.state_dict(), key=LOG_KEY, header={"rows": rows})
+        state = {**model.state_dict(), RANDOM_STATE: torch.get_rng_state()}
+        write_tensors(files[-1], state, key=LOG_KEY, header={"rows": rows})
     log = pd.DataFrame(rows)
     seconds = log.groupby("stage")["seconds"].max().sum()
     save(folder, model, tokenizer, config, log, recipe, seconds)
-    shutil.rmtree(kept)
+    for file in files:
+        file.unlink()
+    with contextlib.suppress(OSError):  # stages of another recipe stay
+        kept.rmdir()
     typer.echo(f"{folder}: {sum(p.numel() for p in model.parameters()):,} parameters in {seconds / 60:.1f} minutes")
 
 
@@ -390,6 +397,8 @@ def train(
             }
         )
         typer.echo(json.dumps(rows[-1]))
+    for hook in () if lessons is None else lessons.hooks:  # the next stage has its own
+        hook.remove()
     return rows
 
 
@@ -408,8 +417,10 @@ class Lessons(torch.nn.Module):
         self.teacher = [teacher.eval().requires_grad_(False)]
         self.seen: dict[str, Tensor] = {}
         block = model.visual.transformer.resblocks[HINTED_BLOCK]
-        block.register_forward_hook(lambda _module, _inputs, tokens: self.seen.update(tokens=tokens))
-        teacher.visual.layer2.register_forward_hook(lambda _module, _inputs, cells: self.seen.update(cells=cells))
+        self.hooks = (
+            block.register_forward_hook(lambda _module, _inputs, tokens: self.seen.update(tokens=tokens)),
+            teacher.visual.layer2.register_forward_hook(lambda _module, _inputs, cells: self.seen.update(cells=cells)),
+        )
 
     def forward(self, images: Tensor, image_features: Tensor) -> tuple[Tensor, Tensor]:
         """Both distances for images [n, 3, H, W] that the transformer has just encoded as features [n, d]."""

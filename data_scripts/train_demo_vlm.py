@@ -391,7 +391,8 @@ def save(
         "threads": torch.get_num_threads(),
     }
     write_text_atomically(out / "recipe.json", json.dumps(facts, indent=2) + "\n")
-    record_sums(out, ["config.json", "model.safetensors"])
+    not_loaded = {"recipe.json", "training_log.csv", "MODEL_CARD.md", "SHA256SUMS"}
+    record_sums(out, sorted(path.name for path in out.iterdir() if path.name not in not_loaded))
 
 
 if __name__ == "__main__":

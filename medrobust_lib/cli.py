@@ -124,7 +124,7 @@ def quick() -> None:
     answers = corruption_answers(candidates, data, severities=[severity])
     clean, blurred = answers[first, "clean", 0], answers[first, corruption, severity]
     # The first image that shows the point: named rightly as it is, wrongly when it is corrupted.
-    place = int(((clean == data.labels) & (blurred != data.labels)).argmax())
+    place = int(((clean == data.labels) & (blurred != data.labels)).nonzero()[0][0])
 
     show_text(f"\n[bold]1. An image, clean and corrupted[/] ({data.id}, {corruption} at severity {severity} of 5)")
     show_images([data.images[place], corrupted(data, corruption, severity=severity).images[place]])
@@ -140,9 +140,9 @@ def quick() -> None:
     show_text(f"{named}{certificate}")
 
     show_text(
-        f"\n[bold]3. Two models[/] on {len(data)} such images, clean and under seven corruptions: accuracy (guessing: "
-        f"{1 / len(data.classes):.3f}), and mCE: the error under each corruption in percent of {first}'s, averaged; "
-        "less is better"
+        f"\n[bold]3. Two models[/] on {len(data)} such images, clean and under seven corruptions at severity {severity}"
+        f": accuracy (guessing: {1 / len(data.classes):.3f}), and mCE: the error under each corruption in percent of "
+        f"{first}'s, averaged; less is better"
     )
     errors = metrics.corruption_error_table(accuracy_table(answers, data), reference=first).sort_values("mce")
     errors["clean"], errors["mCE"] = 1 - errors["clean_error"], errors["mce"].round(1)

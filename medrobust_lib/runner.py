@@ -210,12 +210,12 @@ def run_notebooks(
                 if isinstance(result, Executed):
                     executed[position] = result
                     announce(f"{name} done in {result.seconds:.1f} s")
-                    report(out, [number for place, (number, _) in enumerate(tasks) if place not in executed])
                 else:
                     failures[position] = str(result)
                     if jobs == 1:
                         break
                     announce(f"{name} FAILED; the other notebooks go on")
+                report(out, [number for place, (number, _) in enumerate(tasks) if place not in executed | failures])
     except KeyboardInterrupt as error:
         left = [number for position, (number, _) in enumerate(tasks) if position not in executed]
         for number in left:

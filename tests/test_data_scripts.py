@@ -2,6 +2,7 @@ import errno
 import hashlib
 import importlib.util
 import json
+import shutil
 import zipfile
 from pathlib import Path
 
@@ -772,11 +773,23 @@ def test_one_script_trains_both_demo_models(chosen, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["demo-clip", "demo-clip-vit"]
 
 
-def test_a_demo_models_training_goes_on_behind_its_last_finished_stage(tmp_path, monkeypatch):
+def with_the_demos_teacher(script, folder):
+    """demo-clip in a folder of its own, for the transformer to learn from; its tokens are those of the captions."""
+    shutil.copytree(script.DEMO_FOLDER / "demo-clip", folder / "demo-clip")
+    return folder
+
+
+@pytest.mark.parametrize("model", ["RESIDUAL", "TRANSFORMER"])
+def test_a_demo_models_training_goes_on_behind_its_last_finished_stage(tmp_path, monkeypatch, model):
     script = load_script("train_demo_clip")
     script.SPLITS = {"val": 36}
-    script.RESIDUAL = script.replace(script.RESIDUAL, stages=script.RESIDUAL.stages[:1] * 2)
-    run = {"only": script.Wanted.RESIDUAL, "images": 36, "epochs": 1, "seed": 0}
+    script.RESIDUAL, script.TRANSFORMER = (
+        script.replace(recipe, stages=recipe.stages[:1] * 2) for recipe in (script.RESIDUAL, script.TRANSFORMER)
+    )
+    run = {"only": script.Wanted[model], "images": 36, "epochs": 1, "seed": 0}
+    if model == "TRANSFORMER":
+        for name in ("whole", "stopped"):
+            with_the_demos_teacher(script, tmp_path / name)
     script.main(out=tmp_path / "whole", **run)
     train, calls = script.train, []
 
@@ -789,12 +802,38 @@ def test_a_demo_models_training_goes_on_behind_its_last_finished_stage(tmp_path,
     monkeypatch.setattr(script, "train", stopped)
     with pytest.raises(KeyboardInterrupt):
         script.main(out=tmp_path / "stopped", **run)
+    foreign = tmp_path / "stopped" / f"{run['only']}.stages" / "1-of-another-recipe.safetensors"
+    foreign.touch()
     script.main(out=tmp_path / "stopped", **run)
     assert calls == [1, 2, 2]
+    assert list(foreign.parent.iterdir()) == [foreign]  # its own stages are done with, others' are not
     one, other = (
-        load_model(f"local-dir:{tmp_path / name / 'demo-clip'}", device="cpu") for name in ("whole", "stopped")
+        load_model(f"local-dir:{tmp_path / name / run['only']}", device="cpu") for name in ("whole", "stopped")
     )
     assert all(torch.equal(a, b) for a, b in zip(one.state_dict().values(), other.state_dict().values(), strict=True))
+
+
+def test_a_stage_of_another_teacher_is_trained_anew(tmp_path, monkeypatch):
+    script = load_script("train_demo_clip")
+    script.SPLITS = {"val": 36}
+    script.TRANSFORMER = script.replace(script.TRANSFORMER, stages=script.TRANSFORMER.stages[:1] * 2)
+    weights = with_the_demos_teacher(script, tmp_path) / "demo-clip" / script.WEIGHTS
+    run = {"only": script.Wanted.TRANSFORMER, "images": 36, "epochs": 1, "seed": 0}
+    train, calls = script.train, []
+
+    def stopped(*args, number, **options):
+        calls.append(number)
+        if calls == [1, 2]:
+            raise KeyboardInterrupt
+        return train(*args, number=number, **options)
+
+    monkeypatch.setattr(script, "train", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        script.main(out=tmp_path, **run)
+    state = script.load_file(weights)
+    script.save_file(state | {"logit_scale": state["logit_scale"] + 0.5}, weights)
+    script.main(out=tmp_path, **run)
+    assert calls == [1, 2, 1, 2]
 
 
 def test_demo_clips_augmentation_only_shifts():

@@ -55,7 +55,7 @@ def test_it_says_what_it_is_and_where_to_go_on(printed):
     assert "make run" in printed
 
 
-@pytest.mark.parametrize("width", [40, 80, 200])
+@pytest.mark.parametrize("width", [8, 40, 80, 200])
 def test_images_fit_the_terminal(width, monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", str(width))
     show_images([np.full((64, 64, 3), level, np.uint8) for level in (0, 255)])
@@ -63,6 +63,15 @@ def test_images_fit_the_terminal(width, monkeypatch, capsys):
     assert all(line.startswith(" ") and line.rstrip().endswith("@") for line in lines)  # dark beside light
     assert max(map(len, lines)) <= width
     assert len(lines) == min(16, (width // 2 - 2) // 2)
+
+
+def test_images_are_characters_where_colours_are_not_wanted(monkeypatch, capsys):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("NO_COLOR", "1")
+    show_images([np.full((64, 64, 3), level, np.uint8) for level in (0, 255)])
+    printed = capsys.readouterr().out
+    assert "▀" not in printed
+    assert "@" in printed
 
 
 def test_images_keep_their_colours_where_there_are_any(monkeypatch, capsys):

@@ -173,11 +173,13 @@ def test_of_several_notebooks_a_failing_one_does_not_stop_the_others(tmp_path, w
     write_notebook(tmp_path, "01_first", "divided = 1 / 0")
     write_notebook(tmp_path, "02_second", "print('reached')")
     write_notebook(tmp_path, "03_third", "[][1]")
-    lines = []
+    lines, reports = [], []
     with pytest.raises(runner.NotebookError) as caught:
         runner.run_notebooks(
-            runner.find_notebooks(folder=tmp_path), {}, tmp_path / "out", announce=lines.append, jobs=2
-        )
+            runner.find_notebooks(folder=tmp_path), {}, tmp_path / "out", announce=lines.append, jobs=2,
+            report=lambda folder, left: reports.append(left),
+        )  # fmt: skip
+    assert sorted(map(len, reports)) == [0, 1, 2]  # a failed one is not still to come
     assert caught.value.run_dir == tmp_path / "out"
     message = str(caught.value)
     assert message.index("01_first.ipynb failed in cell 2 with ZeroDivisionError") < message.index(

@@ -400,7 +400,7 @@ def find_demo_adapter(
     Returns
     -------
     Path or None
-        None where no such adapter comes with the package, or the model has other weights.
+        None where no such adapter comes with the package for a model of this id, or the model has other weights.
     """
     from medrobust_lib.models import adapters  # peft takes seconds to import
 

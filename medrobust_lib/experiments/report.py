@@ -1,5 +1,6 @@
 """What a run left, to be read: one static page that needs no network, and tables in a terminal."""
 
+import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -26,6 +27,7 @@ from rich.text import Text
 from medrobust_lib.experiments import read_cards, write_text_atomically
 from medrobust_lib.experiments.cards import CAPTION_KEY, lower_is_better
 from medrobust_lib.files import parsed
+from medrobust_lib.places import VERSION
 
 _MATH = re.compile(r"(?P<code>```.*?```|`[^`\n]*`)|\$\$(?P<block>.+?)\$\$|\$(?P<inline>[^$\n]+?)\$", re.DOTALL)
 # The converter's errors share no base of their own.
@@ -43,7 +45,7 @@ NOTICE = "For teaching and research. Not for clinical use."
 def write_report(run_dir: Path, *, running: Sequence[str] = ()) -> Path:
     """Write ``index.html`` of a run, and one page per executed notebook under ``html/``.
 
-    A page that is newer than its notebook is left as it is.
+    The page of a notebook that has not changed since it was drawn is left as it is.
 
     Parameters
     ----------
@@ -80,8 +82,9 @@ def write_report(run_dir: Path, *, running: Sequence[str] = ()) -> Path:
             )
             title = next((line.removeprefix("# ") for line in lines if line.startswith("# ")), path.stem)
             page = run_dir / "html" / f"{path.stem}.html"
-            if not page.is_file() or page.stat().st_mtime_ns <= path.stat().st_mtime_ns:
-                write_page(page, "notebook", title=title, body=Markup(notebook_body(notebook)))
+            drawn = f"{VERSION} {hashlib.sha256(path.read_bytes()).hexdigest()}"
+            if not page.is_file() or f'content="{drawn}"' not in page.read_text(encoding="utf-8"):
+                write_page(page, "notebook", title=title, body=Markup(notebook_body(notebook)), drawn=drawn)
         if number not in finished:
             unfinished.append({"number": number, "title": title, "path": path})
     sections = [_section(card, run_dir, pages) for card in cards]
@@ -189,13 +192,14 @@ def show_text(markup: str) -> None:
 def show_images(images: Sequence[NDArray[np.uint8]]) -> None:
     """Print square images uint8 [H, H, 3] side by side, as characters: in colour, or else their lightness."""
     console = Console()
-    side = min(32, console.width // len(images) - 2) // 2 * 2
+    side = max(2, min(32, console.width // len(images) - 2) // 2 * 2)
+    coloured = console.color_system and not console.no_color and console.encoding.startswith("utf")
     small = [np.asarray(Image.fromarray(image).resize((side, side), Image.Resampling.BOX)) for image in images]
     text = Text()
     for row in range(0, side, 2):  # a character is about twice as high as wide
         for image in small:
             for above, below in zip(image[row], image[row + 1], strict=True):
-                if console.color_system:
+                if coloured:
                     text.append("▀", style="rgb({},{},{}) on rgb({},{},{})".format(*above, *below))
                 else:
                     text.append(_RAMP[round((above.mean() + below.mean()) / 510 * (len(_RAMP) - 1))])

@@ -80,11 +80,11 @@ class VisionLanguageModel(torch.nn.Module):
         image_options: dict[str, Any],
         provenance: dict[str, Any],
     ) -> None:
+        from transformers import GenerationConfig  # transformers takes seconds to import
+
         super().__init__()
         self.model = model
         self.processor = processor
-        from transformers import GenerationConfig  # transformers takes seconds to import
-
         self.id = id
         self.image_size = image_size
         self.image_options = image_options

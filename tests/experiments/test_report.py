@@ -117,6 +117,11 @@ def test_while_notebooks_run_the_index_says_so_and_loads_itself_anew(run_dir):
     assert '<meta http-equiv="refresh"' in text
     assert "did not reach its end" not in text
     assert page.stat().st_mtime_ns == written  # a finished page is not drawn again
+    other = (run_dir / "notebooks" / "01_first.ipynb").read_text().replace("# Title", "# Another title")
+    (run_dir / "notebooks" / "01_first.ipynb").write_text(other)
+    os.utime(run_dir / "notebooks" / "01_first.ipynb", ns=(0, 0))
+    report.write_report(run_dir, running=["02", "03"])
+    assert "Another title" in page.read_text()  # whatever the clock says
     (run_dir / "notebooks" / "02_second.ipynb").unlink()
     report.write_report(run_dir)
     text = (run_dir / "index.html").read_text()
