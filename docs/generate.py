@@ -6,6 +6,7 @@ docs/demo_results.json from a run of all notebooks and redraws the picture. `--c
 naming what drifted.
 """
 
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -168,7 +169,7 @@ def output_part(snapshot: Snapshot) -> str:
         "$ make test",
         *(line for lane in tests for line in (lane, "=== ... passed in ... s ===")),
     ]
-    minutes, gigabytes = round(snapshot["run_seconds"] / 60), snapshot["peak_memory_mb"] / 1000
+    minutes, gigabytes = math.ceil(snapshot["run_seconds"] / 60), snapshot["peak_memory_mb"] / 1000
     told = f"On {snapshot['cores']} CPU cores `make run` took about {minutes} minutes"
     if snapshot["test_minutes"]:
         told += f" and `make test` about {snapshot['test_minutes']} minutes"
