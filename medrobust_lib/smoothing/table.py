@@ -2,9 +2,10 @@
 
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from medrobust_lib.checks import check_keywords
+from medrobust_lib.checks import check_choice, check_keywords
 from medrobust_lib.data.dataset import ImageDataset
 from medrobust_lib.experiments import map_items, open_store, progress
 from medrobust_lib.models.dual_encoder import DualEncoder
@@ -31,11 +32,28 @@ from medrobust_lib.smoothing.certify import (
     checked_answers,
     take_votes,
 )
-from medrobust_lib.smoothing.methods import AdaptationFeatures, Member, PromptMethod, denoised, zero_shot_methods
+from medrobust_lib.smoothing.methods import (
+    AdaptationFeatures,
+    AdaptedPrompts,
+    CandidatePrompts,
+    FixedPrompts,
+    Member,
+    PromptMethod,
+    adapt_to_pool,
+    denoised,
+    zero_shot_methods,
+)
 from medrobust_lib.smoothing.noise import Batches, NoiseStream, make_batches
+from medrobust_lib.smoothing.prompts import PromptSet, learn_prompts, text_prompts
 from medrobust_lib.smoothing.sequential import plan_constants
 
 SIGMAS = (0.25,)
+PROMPT_METHODS = (
+    "zero-shot", "zero-shot ensemble", "CoOp", "few-shot PromptSmooth", "few-shot + pool", "candidate set",
+    "zero-shot PromptSmooth", "PromptSmooth",
+)  # fmt: skip
+LEARNED_METHODS = frozenset(PROMPT_METHODS[2:]) - {"zero-shot PromptSmooth"}  # from labelled images
+_CANDIDATES = 3  # seeds of few-shot prompts that have to agree
 
 
 @dataclass(frozen=True, eq=False)
@@ -151,6 +169,79 @@ def certify_dataset(
             kept.finish(items)
             return kept.table(items, with_seconds=True)
     return pd.DataFrame([{**row, "seconds": finished[key][1]} for key in items for row in finished[key][0]])
+
+
+def prompt_methods(
+    model: DualEncoder,
+    data: ImageDataset,
+    names: Sequence[str],
+    *,
+    sigma: float,
+    train: ImageDataset | None = None,
+    pool: ImageDataset | None = None,
+    seed: int = 0,
+    **recipe: Any,
+) -> list[PromptMethod]:
+    """Make the papers' prompt methods ready, by name; what several of them need is learned once.
+
+    Parameters
+    ----------
+    model : DualEncoder
+    data : ImageDataset
+        What will be certified; gives classes and templates.
+    names : sequence of str
+        Of `PROMPT_METHODS`, in the order of the table's rows.
+    sigma : float
+        Noise level of the certificates, > 0, in [0, 1] pixel units; the pool is adapted to it.
+    train : ImageDataset, optional
+        Labelled images for the methods of `LEARNED_METHODS`, none of them in `data`.
+    pool : ImageDataset, optional
+        Unlabelled images for "few-shot + pool", none of them in `data`.
+    seed : int
+        Of shots, their noise and the first context vectors; the candidate set takes the two after it as well.
+    **recipe
+        Of `learn_prompts`: ``shots``, ``epochs``, ``draws_per_image`` and so on.
+
+    Returns
+    -------
+    list of PromptMethod
+        For `certify_dataset`; each states its guarantee.
+
+    Raises
+    ------
+    ValueError
+        Unknown or repeated names, or images to learn from are missing; as `learn_prompts`.
+    """
+    for name in names:
+        check_choice("method", name, PROMPT_METHODS)
+        needed = "pool" if name == "few-shot + pool" and pool is None else "train"
+        if name in LEARNED_METHODS and (train is None or needed == "pool"):
+            raise ValueError(f"method {name!r} needs {needed}=, images to learn from that are not certified")
+
+    @cache
+    def few_shot(seed: int) -> PromptSet:
+        return learn_prompts(model, train, seed=seed, **recipe)
+
+    def fixed(name: str, prompt: PromptSet) -> FixedPrompts:
+        return FixedPrompts(name, prompt.class_features(model, data.classes))
+
+    def candidates(name: str) -> PromptMethod:
+        prompts = [few_shot(seed + number) for number in range(_CANDIDATES)]
+        return CandidatePrompts(name, tuple(prompt.class_features(model, data.classes) for prompt in prompts))
+
+    made: dict[str, Callable[[str], PromptMethod]] = {
+        "zero-shot": lambda name: FixedPrompts(name, model.class_features(data.classes, data.templates[:1])),
+        "zero-shot ensemble": lambda name: FixedPrompts(name, model.class_features(data.classes, data.templates)),
+        "CoOp": lambda name: fixed(name, learn_prompts(model, train, sigmas=(0.0,), seed=seed, **recipe)),
+        "few-shot PromptSmooth": lambda name: fixed(name, few_shot(seed)),
+        "few-shot + pool": lambda name: fixed(name, adapt_to_pool(model, few_shot(seed), pool, sigma=sigma, seed=seed)),
+        "candidate set": candidates,
+        "zero-shot PromptSmooth": lambda name: AdaptedPrompts(
+            name, model, text_prompts(model, data.classes, data.start_template)
+        ),
+        "PromptSmooth": lambda name: AdaptedPrompts(name, model, few_shot(seed)),
+    }
+    return [made[name](name) for name in names]
 
 
 def _certify_item(study: _Study, item: tuple[int, float]) -> tuple[list[dict[str, Any]], float]:

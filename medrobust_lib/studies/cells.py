@@ -21,6 +21,7 @@ from medrobust_lib import metrics
 from medrobust_lib.corruptions.suites import SEVERITIES, corrupted, find_suite
 from medrobust_lib.data.dataset import ImageDataset
 from medrobust_lib.data.registry import load_dataset, open_split
+from medrobust_lib.data.splits import learning_splits
 from medrobust_lib.evaluation import CLEAN, Candidate, accuracy_table, corruption_answers
 from medrobust_lib.experiments import Metric, Run, read_cards
 from medrobust_lib.metrics.classification import share_interval
@@ -29,9 +30,9 @@ from medrobust_lib.models.loading import load_model
 from medrobust_lib.runner import find_notebooks, run_notebooks
 from medrobust_lib.smoothing.bounds import ALPHA, minimum_draws
 from medrobust_lib.smoothing.certificate import GUARANTEES
-from medrobust_lib.smoothing.methods import zero_shot_methods
+from medrobust_lib.smoothing.methods import AdaptedPrompts, zero_shot_methods
 from medrobust_lib.smoothing.sequential import operating_characteristics, sequential_plan
-from medrobust_lib.smoothing.table import certify_dataset
+from medrobust_lib.smoothing.table import LEARNED_METHODS, certify_dataset, prompt_methods
 from medrobust_lib.studies.study_file import Step, Study
 
 CERTIFICATES, ANSWERS = "certificates", "answers"  # ends of the names of the tables with one row an image
@@ -150,7 +151,7 @@ class Cell(ABC):
 
 
 class CertifyCell(Cell):
-    """Certificates of the zero-shot prompts of one model at one noise level."""
+    """Certificates of prompt methods of one model at one noise level."""
 
     @property
     def variant(self) -> str:
@@ -171,20 +172,29 @@ class CertifyCell(Cell):
     def estimate(self, prices: Prices) -> Estimate:
         """Price of all draws."""
         images = prices.images(self.dataset)
-        draws = images * self.most_draws
-        size = _CELL_BYTES + 2 * images * _CERTIFICATE_BYTES
+        adapted = any(name.endswith("PromptSmooth") and name != "few-shot PromptSmooth" for name in self.step.methods)
+        draws = images * (self.most_draws + AdaptedPrompts.n_adapt * adapted)
+        size = _CELL_BYTES + 2 * images * _CERTIFICATE_BYTES * max(2, len(self.step.methods))
         return Estimate(images, draws, draws / prices.rate(self.model), size)
 
     def run(self, folder: Path, *, notebooks: Path | None) -> None:
         """Certify every image."""
         run, model, data = self.begin(folder, f"Certificates of {self.model} on {self.dataset}")
-        step = self.step
+        step, sigma, seed, notes = self.step, self.parameters["sigma"], self.seed or 0, []
+        methods = zero_shot_methods(model, data)
+        if step.methods:
+            images, recipe = {}, {}
+            if LEARNED_METHODS & set(step.methods):
+                splits = learning_splits(self.dataset, shots=step.shots, n_test=len(data), n_pool=len(data), seed=seed)
+                data, notes = splits.test, list(splits.notes)
+                images, recipe = {"train": splits.train, "pool": splits.pool}, {"shots": step.shots}
+                recipe["epochs"] = step.epochs
+            methods = prompt_methods(model, data, step.methods, sigma=sigma, seed=seed, **images, **recipe)
         rules = {name: self.parameters[name] for name in ("n0", "n", "alpha", "sampling", "mode", "radii")}
-        rules |= {"sigmas": [self.parameters["sigma"]], "seed": self.seed or 0}
-        rows = certify_dataset(model, data, store=folder / "store", **rules)
+        rows = certify_dataset(model, data, methods, store=folder / "store", sigmas=[sigma], seed=seed, **rules)
         rows = rows.drop(columns="seconds")  # a table must not depend on the clock
         shares = metrics.certified_accuracy(rows, radii=step.radii)
-        notes = [f"Guarantee {name}: {GUARANTEES[name]}" for name in rows["guarantee"].unique()]
+        notes += [f"Guarantee {name}: {GUARANTEES[name]}" for name in rows["guarantee"].unique()]
         if step.mode == "evaluate":
             notes.append("The known label was tested (mode evaluate): for tables only, no prediction was certified.")
         numbers = _certificate_metrics(metrics.certification_summary(rows), shares)

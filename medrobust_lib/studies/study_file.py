@@ -13,6 +13,7 @@ from medrobust_lib.corruptions.suites import SEVERITIES, check_severity, find_su
 from medrobust_lib.runner import find_notebooks
 from medrobust_lib.smoothing.bounds import ALPHA, N0, N, check_alpha, check_draws, check_sigma
 from medrobust_lib.smoothing.certificate import Mode, Sampling
+from medrobust_lib.smoothing.table import PROMPT_METHODS
 
 # The study gives these to every notebook, from the key of its file.
 _GRID = {"model": "models", "dataset": "datasets", "seed": "seeds", "n_images": "n_images"}
@@ -28,7 +29,7 @@ class StudyError(ValueError):
 
 @dataclass(frozen=True)
 class CertifyStep:
-    """Certificates of zero-shot prompts: the arguments of `certify_dataset`, under the same names.
+    """Certificates of prompt methods: the arguments of `certify_dataset`, under the same names.
 
     Attributes
     ----------
@@ -38,6 +39,10 @@ class CertifyStep:
         As in `certify_dataset`.
     radii : tuple of float
         L2 radii of the table, in [0, 1] pixel units; sequential sampling is asked for them.
+    methods : tuple of str
+        Of `medrobust_lib.smoothing.table.PROMPT_METHODS`; none: zero-shot and its ensemble.
+    shots, epochs
+        Of the methods that learn prompts, as in `learn_prompts`.
     """
 
     kind: ClassVar[str] = "certify"
@@ -49,6 +54,9 @@ class CertifyStep:
     sampling: Sampling = "sequential"
     mode: Mode = "predict"
     radii: tuple[float, ...] = (0.0, 0.1, 0.25, 0.5)
+    methods: tuple[str, ...] = ()
+    shots: int = 16
+    epochs: int = 50
 
     def check(self, study: "Study", notebooks: Path | None) -> None:
         """Raise a ValueError for numbers that `certify_dataset` would refuse."""
@@ -62,6 +70,10 @@ class CertifyStep:
             checks.check_whole("n0", self.n0, hint=": at least one draw chooses the class")
         if min(self.radii) < 0:
             raise StudyError(f"radii={list(self.radii)}: radii are 0 or more")
+        for name in self.methods:
+            checks.check_choice("methods", name, PROMPT_METHODS)
+        checks.check_whole("shots", self.shots, hint=": images of each class to learn prompts from")
+        checks.check_whole("epochs", self.epochs)
 
     def assignments(self, study: "Study", notebooks: Path | None) -> Iterator[tuple[Place, dict[str, Any]]]:
         """Yield the place and the parameters of every cell."""

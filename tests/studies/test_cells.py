@@ -1,8 +1,10 @@
 import json
 
+import pandas as pd
 import pytest
 
 from medrobust_lib.corruptions.suites import find_suite
+from medrobust_lib.data.registry import load_dataset
 from medrobust_lib.smoothing.sequential import operating_characteristics, sequential_plan
 from medrobust_lib.studies.cells import estimate_cells, measured_rate, short_id, study_cells
 from medrobust_lib.studies.study_file import read_study
@@ -85,3 +87,32 @@ def test_a_rate_is_draws_over_time_and_prints_nothing(capsys):
     data = mr.load_dataset("phantom/chest", n=3)
     assert measured_rate(mr.load_model("demo-clip"), data, seconds=0.01) > 0
     assert capsys.readouterr().out == ""
+
+
+METHODS = ["zero-shot", "few-shot PromptSmooth", "PromptSmooth"]
+LEARNING = f"""
+models: [demo-clip]
+datasets: [phantom/chest]
+n_images: 3
+steps:
+  - certify: {{sigmas: [0.1], n0: 5, n: 20, alpha: 0.05, radii: [0.02], methods: {METHODS}, shots: 1, epochs: 1}}
+"""
+
+
+def test_a_cell_certifies_learned_prompts_on_images_that_were_not_learned_from(study_file, tmp_path):
+    (cell,) = study_cells(read_study(study_file(LEARNING)))
+    cell.run(tmp_path, notebooks=None)
+    rows = pd.read_csv(tmp_path / "cards" / "01-certify_certificates.csv")
+    assert rows["method"].tolist() == METHODS * 3
+    assert rows.groupby("method")["guarantee"].first()[METHODS].tolist() == ["standard", "standard", "frozen-prompt"]
+    assert rows["image"].unique().tolist() == load_dataset("phantom/chest", n=3).indices.tolist()
+    card = json.loads((tmp_path / "cards" / "01-certify.json").read_text())
+    assert "train and test are the data set's own splits" in card["notes"]
+    assert card["parameters"]["methods"] == METHODS
+
+
+def test_adaptation_draws_are_priced_where_prompts_adapt(study_file, monkeypatch):
+    monkeypatch.setattr("medrobust_lib.studies.cells.encodings_per_second", lambda model, dataset, *, dtype: 50.0)
+    for methods, draws in ((METHODS, 25 + 100), (METHODS[:2], 25)):
+        study = read_study(study_file(LEARNING.replace(str(METHODS), str(methods))))
+        assert estimate_cells(study, study_cells(study))[0].draws == 3 * draws

@@ -48,6 +48,8 @@ def test_a_notebook_may_be_written_as_a_number_and_repeats_only_over_what_it_has
         (HEAD + "steps: [{certify: {sigmas: [0.1], n: 5}}]\n", r"n=5 draws can never certify at alpha=0.001"),
         (HEAD + "steps: [{certify: {sigmas: [0.1], sampling: seq}}]\n", r"sampling='seq': give one of fixed, "),
         (HEAD + "steps: [{certify: {sigmas: [0.1], radii: [-1]}}]\n", r"radii are 0 or more"),
+        (HEAD + "steps: [{certify: {sigmas: [0.1], methods: [coop]}}]\n", r"methods 'coop'.*CoOp"),
+        (HEAD + "steps: [{certify: {sigmas: [0.1], methods: [CoOp], shots: 0}}]\n", r"shots=0"),
         (HEAD + "steps: [{benchmark: {suite: medmeta-c}}]\n", r"unknown suite 'medmeta-c'.*did you mean 'medimeta-c'"),
         (HEAD + "steps: [{benchmark: {severities: [0]}}]\n", r"severities=\[0\]: choose from 1, 2, 3, 4, 5"),
         (HEAD + "steps: [{certify: {sigmas: [0.1]}, benchmark: {}}]\n", r"begin each step with a dash of its own"),
