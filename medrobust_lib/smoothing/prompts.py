@@ -6,7 +6,6 @@ noisy images that were encoded once.
 """
 
 import math
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from medrobust_lib.checks import check_choice, check_keywords, check_positive, check_whole
-from medrobust_lib.data.dataset import ImageDataset
+from medrobust_lib.data.dataset import ImageDataset, draw_shots
 from medrobust_lib.files import parsed, read_tensors, write_tensors
 from medrobust_lib.models.dual_encoder import DualEncoder, Tokens
 from medrobust_lib.smoothing.noise import noisy_bank
@@ -118,15 +117,17 @@ def empty_frame(
     return _frame(model, rows, places)
 
 
-def frame_from_template(model: DualEncoder, classes: Sequence[str], template: str) -> PromptFrame:
-    """Hand-written prompts whose tokens before the class name are the places of the context.
+def frame_from_template(
+    model: DualEncoder, classes: Sequence[str], template: str, *, tunable: int | None = None
+) -> PromptFrame:
+    """Hand-written prompts whose tokens before the class name, or the first `tunable` of them, are places of context.
 
     Filled with its own `PromptFrame.text_context` the frame gives exactly the features of the written text.
 
     Raises
     ------
     ValueError
-        A template without ``{}`` or without text before it.
+        A template without ``{}`` or without text before it, or no such number of tokens before it.
     """
     prefix, found, _ = template.partition("{}")
     if not found or not prefix.strip():
@@ -136,7 +137,9 @@ def frame_from_template(model: DualEncoder, classes: Sequence[str], template: st
     for noun, row in zip(classes, rows, strict=True):
         if row[: len(start)] != start:
             raise ValueError(f"the tokenizer joins {prefix!r} and {noun!r}; end the text before {{}} with a space")
-    return _frame(model, rows, [range(1, 1 + len(start))] * len(rows))
+    hint = f": {prefix.strip()!r} has {len(start)} tokens for {model.id}; None tunes all of them"
+    n_context = len(start) if tunable is None else check_whole("tunable", tunable, most=len(start), hint=hint)
+    return _frame(model, rows, [range(1, 1 + n_context)] * len(rows))
 
 
 def _inner(model: DualEncoder, texts: Sequence[str]) -> list[list[int]]:
@@ -180,7 +183,7 @@ class PromptSet:
     position : {"end", "middle", "front"}
         Where the class name stands.
     template : str
-        Hand-written prompt that the context replaces; empty for random initialisation.
+        Hand-written prompt whose first tokens the context replaces; empty for random initialisation.
     suffix : str
         Frozen text after the class name, where there is no template.
     provenance : dict
@@ -222,7 +225,7 @@ class PromptSet:
                 "learn prompts for it, or load the other model"
             )
         if self.template:
-            return frame_from_template(model, self.classes, self.template)
+            return frame_from_template(model, self.classes, self.template, tunable=self.context.shape[-2])
         return empty_frame(
             model, self.classes, n_context=self.context.shape[-2], position=self.position, suffix=self.suffix
         )
@@ -279,10 +282,15 @@ class PromptSet:
             return cls(context=context, classes=classes, **header)
 
 
-def text_prompts(model: DualEncoder, classes: Sequence[str], template: str) -> PromptSet:
-    """Hand-written prompt as a `PromptSet`, for instance as the start of per-image adaptation."""
+def text_prompts(model: DualEncoder, classes: Sequence[str], template: str, *, tunable: int | None = None) -> PromptSet:
+    """Hand-written prompt as a `PromptSet`, for instance as the start of per-image adaptation.
+
+    Learned or adapted are the first `tunable` tokens, 1 to all before ``{}``; None takes all, the others are frozen.
+    The authors' code counts words where it tunes tokens: 5 of "An H&E image patch of", of which CLIP makes 7, and 4 of
+    the 7 of "a histopathology slide showing".
+    """
     _check_learns(model)
-    context = frame_from_template(model, classes, template).text_context
+    context = frame_from_template(model, classes, template, tunable=tunable).text_context
     return PromptSet(context, tuple(classes), model.id, template=template, provenance={"method": "hand-written"})
 
 
@@ -326,7 +334,8 @@ def learn_prompts(
     **form
         ``n_context`` (5) context tokens; ``class_specific`` (False): one context per class instead of a shared one;
         ``position`` ("end", "middle", "front"): where the class name stands; ``template``: start from this hand-written
-        prompt, whose tokens are the context, instead of from random vectors (standard deviation 0.02).
+        prompt, whose tokens are the context, instead of from random vectors (standard deviation 0.02); ``tunable``:
+        learn only the first so many of its tokens.
 
     Returns
     -------
@@ -341,7 +350,7 @@ def learn_prompts(
     ----------
     Zhou et al. 2022 (CoOp), arXiv:2109.01134; PromptSmooth, Eq. 1.
     """
-    check_keywords(learn_prompts, form, ("n_context", "class_specific", "position", "template"))
+    check_keywords(learn_prompts, form, ("n_context", "class_specific", "position", "template", "tunable"))
     _check_learns(model)
     sigmas = tuple(float(sigma) for sigma in np.atleast_1d(sigmas))
     if not sigmas or not all(0 <= sigma < math.inf for sigma in sigmas):
@@ -391,10 +400,13 @@ def _start(
     class_specific: bool = False,
     position: Position = "end",
     template: str = "",
+    tunable: int | None = None,
 ) -> PromptSet:
     """Prompts to start learning from."""
+    if tunable is not None and not template:
+        raise ValueError(f"tunable={tunable!r} counts tokens of a template, and none is given; use n_context")
     if template:
-        start = text_prompts(model, classes, template)
+        start = text_prompts(model, classes, template, tunable=tunable)
     else:
         width = model.embed_tokens(model.tokenize(["x"])).shape[2]
         vectors = torch.empty(n_context, width).normal_(0, _INITIAL_STD, generator=generator)
@@ -402,30 +414,6 @@ def _start(
     if class_specific:
         start = replace(start, context=start.context.expand(len(classes), -1, -1).clone())
     return start
-
-
-def draw_shots(dataset: ImageDataset, shots: int, draw: np.random.Generator) -> ImageDataset:
-    """Draw the same number of images of every class; a class with fewer gives all, with a warning.
-
-    Raises
-    ------
-    ValueError
-        shots below 1, or a class without images.
-    """
-    check_whole("shots", shots, hint=": few-shot learning needs at least one image per class")
-    counts = dataset.class_counts()
-    for noun, count in counts.items():
-        if not count:
-            raise ValueError(f"{dataset.id}: no image of class {noun!r} to learn from")
-    short = [f"{noun!r} has {count}" for noun, count in counts.items() if count < shots]
-    if short:
-        warnings.warn(
-            f"{dataset.id}: {len(short)} of {len(counts)} classes have fewer images than shots={shots} "
-            f"({', '.join(short)}); all are used",
-            stacklevel=3,
-        )
-    positions = [draw.permutation(np.flatnonzero(dataset.labels == label))[:shots] for label in range(len(counts))]
-    return dataset.subset(np.concatenate(positions))
 
 
 def mean_prediction_entropy(logits: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 import importlib
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from safetensors.torch import save_file
 from torch.nn import functional
 
 import medrobust_lib as mr
+from medrobust_lib.data.dataset import draw_shots
 from medrobust_lib.models.dual_encoder import Tokens
 from medrobust_lib.smoothing import prompts
 from medrobust_lib.smoothing.noise import NoiseStream
@@ -77,6 +79,70 @@ def test_starting_from_text_and_taking_no_step_gives_the_written_prompt_bit_for_
 def test_context_is_counted_in_tokens_not_in_words(model):
     frame = prompts.frame_from_template(model, ["mucus"], "An H&E image patch of {}.")
     assert frame.places.shape[1] == len(model.tokenize(["An H&E image patch of"]).ids[0]) - 2 > 5
+
+
+@pytest.mark.parametrize("tunable", [1, 2, 5, None])
+def test_freezing_words_of_the_start_does_not_change_it(model, tunable):
+    data = mr.load_dataset("phantom/histology", n=9)
+    written = prompts.text_prompts(model, data.classes, data.templates[0], tunable=tunable)
+    texts = [data.templates[0].replace("{}", noun) for noun in data.classes]
+    assert torch.equal(written.class_features(model), model.encode_text(texts))
+    whole = prompts.text_prompts(model, data.classes, data.templates[0]).context
+    assert torch.equal(written.context, whole[:tunable])
+
+
+SIX = "a photomicrograph of the tissue showing {}."
+
+
+def features_with(model, classes, moved):
+    """Features of the written prompt whose first word embeddings are replaced."""
+    tokens = model.tokenize([SIX.replace("{}", noun) for noun in classes])
+    embeddings = model.embed_tokens(tokens).detach().clone()
+    embeddings[:, 1 : 1 + len(moved)] = moved
+    return model.encode_embeddings(embeddings, tokens)
+
+
+def test_only_the_tunable_tokens_move(model, train):
+    whole = prompts.text_prompts(model, train.classes, SIX).context
+    start = prompts.text_prompts(model, train.classes, SIX, tunable=2)
+    assert len(whole) >= 6 and start.context.shape == (2, 128)
+    bank = prompts.noisy_bank(model, train.subset([0]), sigmas=(0.1,), draws=9, seed=0, choose=np.random.default_rng(0))
+    moved = sharpen(model, start.frame(model), start.context, bank[0])
+    assert ((moved - start.context).abs() > 1e-3).any(1).all()
+    found = replace(start, context=moved)
+    assert torch.allclose(found.class_features(model), features_with(model, train.classes, moved), atol=1e-6)
+    assert not torch.allclose(found.class_features(model), start.class_features(model), atol=1e-4)
+
+
+def test_a_few_tunable_tokens_take_the_step_that_all_would_take_with_the_others_held(model, train):
+    """AdamW is element-wise, so freezing tokens leaves the first step of the others as it is."""
+    bank = prompts.noisy_bank(model, train.subset([0]), sigmas=(0.1,), draws=9, seed=0, choose=np.random.default_rng(0))
+    few, all_ = (prompts.text_prompts(model, train.classes, SIX, tunable=tunable) for tunable in (2, None))
+    small, large = (sharpen(model, one.frame(model), one.context, bank[0]) for one in (few, all_))
+    # Up to coordinates whose gradient is so near 0 that its sign is rounding.
+    assert ((small - large[:2]).abs() < 1e-5).float().mean() > 0.95
+    assert ((large[2:] - all_.context[2:]).abs() > 1e-3).any(1).all()
+
+
+def test_few_shot_learning_freezes_the_other_tokens_too_and_a_file_keeps_them(model, train, tmp_path):
+    change = {"sigmas": (0.1,), "shots": 2, "epochs": 2, "draws_per_image": 1, "learning_rate": 0.5}
+    found = learn_prompts(model, train, template=SIX, tunable=2, **change)
+    assert found.context.shape == (2, 128)
+    assert not torch.allclose(found.context, prompts.text_prompts(model, train.classes, SIX, tunable=2).context)
+    again = PromptSet.load(found.save(tmp_path / "prompts.safetensors"))
+    assert torch.allclose(again.class_features(model), features_with(model, train.classes, found.context), atol=1e-6)
+
+
+@pytest.mark.parametrize("tunable", [0, 60, 2.5, True])
+def test_tunable_tokens_that_the_start_does_not_have_are_refused(model, train, tunable):
+    reason = rf"tunable={tunable} is no whole number from 1 to \d+: 'a photo\w+ of the tissue showing' has \d+ tokens"
+    with pytest.raises(ValueError, match=reason):
+        prompts.text_prompts(model, train.classes, SIX, tunable=tunable)
+
+
+def test_tunable_tokens_need_a_start(model, train):
+    with pytest.raises(ValueError, match="tunable=2 counts tokens of a template, and none is given; use n_context"):
+        learn_prompts(model, train, shots=2, tunable=2)
 
 
 @pytest.mark.parametrize(
@@ -163,7 +229,7 @@ def test_as_many_draws_as_epochs_is_learning_on_fresh_noise(model, train):
         model, train, sigmas=(0.1, 0.2), shots=shots, epochs=epochs, draws_per_image=epochs, learning_rate=rate
     )
     draw = np.random.default_rng(0)
-    chosen = prompts.draw_shots(train, shots, draw)
+    chosen = draw_shots(train, shots, draw)
     levels = draw.choice(np.array([0.1, 0.2]), size=(len(chosen), epochs))
     generator = torch.Generator().manual_seed(0)
     frame = prompts.empty_frame(model, train.classes, n_context=5)
@@ -188,10 +254,10 @@ def test_as_many_draws_as_epochs_is_learning_on_fresh_noise(model, train):
 
 def test_shots_are_balanced_and_too_few_are_told(train):
     draw = np.random.default_rng(0)
-    chosen = prompts.draw_shots(train, 3, draw)
+    chosen = draw_shots(train, 3, draw)
     assert list(np.bincount(chosen.labels)) == [3, 3]
     with pytest.warns(UserWarning, match=r"2 of 2 classes have fewer images than shots=50 \(.* has 12, .* has 12\)"):
-        assert len(prompts.draw_shots(train, 50, draw)) == 24
+        assert len(draw_shots(train, 50, draw)) == 24
 
 
 def test_coop_is_the_noiseless_case(model, train):
