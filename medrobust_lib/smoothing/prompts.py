@@ -20,6 +20,7 @@ from medrobust_lib.checks import check_choice, check_keywords, check_positive, c
 from medrobust_lib.data.dataset import ImageDataset, draw_shots
 from medrobust_lib.files import parsed, read_tensors, write_tensors
 from medrobust_lib.models.dual_encoder import DualEncoder, Tokens
+from medrobust_lib.models.geometry import CropAndFlip
 from medrobust_lib.smoothing.noise import noisy_bank
 
 TRAINING_SIGMAS = (0.25, 0.5, 0.75, 1.0)
@@ -305,6 +306,7 @@ def learn_prompts(
     batch_size: int = 16,
     learning_rate: float = 0.002,
     draws_per_image: int = 16,
+    augmentation: CropAndFlip | None = None,
     seed: int = 0,
     **form: Any,
 ) -> PromptSet:
@@ -312,8 +314,7 @@ def learn_prompts(
 
     With ``sigmas=(0.0,)`` this is naive prompt learning (CoOp). The features of ``draws_per_image`` noisy
     copies of every shot are computed once and used in turn, epoch after epoch; with as many draws as epochs each
-    epoch has noise of its own, as in the recipe of the paper. CoOp's random crops and mirror images are left out: they
-    would need the image tower in every epoch.
+    epoch has noise of its own, as in the recipe of the paper.
 
     Parameters
     ----------
@@ -329,6 +330,9 @@ def learn_prompts(
         SGD with momentum .9 and weight decay 5e-4; the first epoch at 1e-5, then a cosine to 0.
     draws_per_image : int
         Noisy copies of each shot.
+    augmentation : CropAndFlip, optional
+        Cut out and mirror every copy at random before its noise, as CoOp does (a crop of 0.08): with as many draws as
+        epochs no epoch sees the copies of another. By default all copies show the whole image.
     seed : int
         Of shots, noise, initialisation and order.
     **form
@@ -358,12 +362,19 @@ def learn_prompts(
     for name, value in {"epochs": epochs, "batch_size": batch_size, "draws_per_image": draws_per_image}.items():
         check_whole(name, value)
     check_positive("learning_rate", learning_rate)
+    more = [name for name in ("sigmas", "corruptions") if getattr(augmentation, name, ())]
+    if more or not isinstance(augmentation, CropAndFlip | None):
+        raise ValueError(
+            f"augmentation={augmentation!r}: give None or CropAndFlip(crop=..., flip=...); prompts are learned on "
+            "crops and mirror images with the noise of `sigmas`"
+        )
     draw = np.random.default_rng(seed)
     chosen = draw_shots(dataset, shots, draw)
     generator = torch.Generator().manual_seed(seed)
     start = _start(model, dataset.classes, generator, **form)
     frame = start.frame(model)
-    bank = noisy_bank(model, chosen, sigmas=sigmas, draws=draws_per_image, seed=seed, choose=draw)
+    copies = {"sigmas": sigmas, "draws": draws_per_image, "augmentation": augmentation}
+    bank = noisy_bank(model, chosen, **copies, seed=seed, choose=draw)
     labels = torch.from_numpy(chosen.labels).to(bank.device)
     # In float32 whatever the model computes in.
     context = start.context.detach().float().to(model.device).clone().requires_grad_(True)
@@ -387,6 +398,7 @@ def learn_prompts(
         "shots": shots, "sigmas": list(sigmas), "epochs": epochs, "batch_size": batch_size,
         "learning_rate": learning_rate, "draws_per_image": draws_per_image,
         "class_specific": start.context.ndim == 3, "seed": seed,
+        **({} if augmentation is None else {"crop": augmentation.crop, "flip": augmentation.flip}),
     }  # fmt: skip
     return replace(start, context=context.detach().cpu(), provenance=provenance)
 

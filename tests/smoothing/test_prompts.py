@@ -13,8 +13,10 @@ from safetensors.torch import save_file
 from torch.nn import functional
 
 import medrobust_lib as mr
+from medrobust_lib.adaptation.training_images import Augmentation
 from medrobust_lib.data.dataset import draw_shots
 from medrobust_lib.models.dual_encoder import Tokens
+from medrobust_lib.models.geometry import CropAndFlip
 from medrobust_lib.smoothing import prompts
 from medrobust_lib.smoothing.noise import NoiseStream
 from medrobust_lib.smoothing.prompts import PromptSet, learn_prompts, mean_prediction_entropy, sharpen
@@ -250,6 +252,56 @@ def test_as_many_draws_as_epochs_is_learning_on_fresh_noise(model, train):
             functional.cross_entropy(logits, torch.from_numpy(chosen.labels)[rows]).backward()
             optimiser.step()
     assert torch.allclose(cached.context, context.detach(), atol=1e-5)
+
+
+FEW = {"sigmas": (0.1, 0.2), "shots": 2, "epochs": 3, "draws_per_image": 3, "learning_rate": 0.05}
+
+
+def test_a_crop_that_keeps_all_changes_nothing(model, train):
+    plain = learn_prompts(model, train, **FEW)
+    whole = learn_prompts(model, train, **FEW, augmentation=CropAndFlip(crop=1, flip=False))
+    assert torch.equal(whole.context, plain.context)
+    assert (whole.provenance["crop"], whole.provenance["flip"]) == (1, False)
+    assert "crop" not in plain.provenance
+
+
+def test_crops_depend_on_the_seed_alone(model, train):
+    augmentation = CropAndFlip(crop=0.5)
+    first, again = (learn_prompts(model, train, **FEW, augmentation=augmentation) for _ in range(2))
+    assert torch.equal(first.context, again.context)
+    for change in ({"augmentation": None}, {"augmentation": CropAndFlip(crop=1)}, {"seed": 1}):
+        other = learn_prompts(model, train, **FEW | {"augmentation": augmentation} | change)
+        assert not torch.equal(other.context, first.context)
+
+
+def test_every_copy_is_cut_out_and_mirrored_anew_before_its_noise(model, train):
+    shot = train.subset([0])
+    pixels = model.prepare(shot.images)[0]
+    stream = NoiseStream(0, train.id, int(shot.indices[0]), 0.1, "adapt")
+    augmentation = CropAndFlip(crop=0.3)
+    cut = [stream.cropped(pixels, augmentation, number=number) for number in range(4)]
+    assert all(not torch.equal(one, other) for one in cut for other in (pixels, *cut) if one is not other)
+    noisy = torch.stack([one + stream.draw(tuple(pixels.shape), first=i)[0] for i, one in enumerate(cut)])
+    drawn = {"sigmas": (0.1,), "seed": 0, "choose": np.random.default_rng(0), "augmentation": augmentation}
+    bank = prompts.noisy_bank(model, shot, draws=4, **drawn)
+    with torch.no_grad():
+        assert torch.allclose(bank[0], model.encode_image(noisy), atol=1e-5)
+
+
+def test_with_as_many_draws_as_epochs_every_epoch_encodes_copies_of_its_own(model, train, monkeypatch):
+    seen = []
+    encode = type(model).encode_image
+    monkeypatch.setattr(type(model), "encode_image", lambda own, pixels: seen.append(pixels) or encode(own, pixels))
+    learn_prompts(model, train, **FEW | {"sigmas": (0.0,)}, augmentation=CropAndFlip(crop=0.3))
+    copies = torch.cat(seen).flatten(1)
+    assert len(copies) == 2 * 2 * 3  # shots, classes, epochs
+    assert len(copies.unique(dim=0)) == 12
+
+
+@pytest.mark.parametrize("wrong", [True, 0.8, Augmentation(sigmas=(0.1,)), Augmentation(corruptions=("contrast",))])
+def test_what_prompts_are_not_learned_on_is_refused(model, train, wrong):
+    with pytest.raises(ValueError, match=r"augmentation=.*: give None or CropAndFlip\(crop=..., flip=...\)"):
+        learn_prompts(model, train, augmentation=wrong)
 
 
 def test_shots_are_balanced_and_too_few_are_told(train):
