@@ -322,7 +322,18 @@ def noisy_bank(
     -------
     float32 [n, draws, d]
         Unit-norm features; the noise has the role "adapt".
+
+    Raises
+    ------
+    ValueError
+        An augmentation that does more than crop and mirror, or none of its kind.
     """
+    degraded = getattr(augmentation, "sigmas", ()) or getattr(augmentation, "corruptions", ())
+    if degraded or not isinstance(augmentation, CropAndFlip | None):
+        raise ValueError(
+            f"augmentation={augmentation!r}: give None or CropAndFlip(crop=..., flip=...); copies are cropped and "
+            "mirrored, their noise is that of `sigmas`"
+        )
     levels = choose.choice(np.asarray(sigmas, dtype=np.float64), size=(len(dataset), draws))
     batches = make_batches(None, model.device, (3, model.image_size, model.image_size))
     rows = []

@@ -18,9 +18,11 @@ from torch.nn import functional
 
 from medrobust_lib.checks import check_choice, check_keywords, check_positive, check_whole
 from medrobust_lib.data.dataset import ImageDataset, draw_shots
-from medrobust_lib.files import parsed, read_tensors, write_tensors
+from medrobust_lib.files import file_sha256, parsed, read_tensors, write_tensors
 from medrobust_lib.models.dual_encoder import DualEncoder, Tokens
 from medrobust_lib.models.geometry import CropAndFlip
+from medrobust_lib.models.loading import why_not_learned
+from medrobust_lib.models.weights import read_context
 from medrobust_lib.smoothing.noise import noisy_bank
 
 TRAINING_SIGMAS = (0.25, 0.5, 0.75, 1.0)
@@ -70,26 +72,6 @@ class PromptFrame:
     def text_context(self) -> Tensor:
         """float32 [n_context, w]: the embeddings that stand at the places of the first prompt."""
         return self.embeddings[0, self.places[0]].clone()
-
-
-def why_not_learned(model: DualEncoder) -> str:
-    """Why no prompt can be learned for a model; empty where one can.
-
-    Learning puts vectors among the word embeddings of a text, so a model must embed tokens of its own, between one
-    start and one end token, and pass a gradient from the text's features back to them.
-    """
-    with torch.inference_mode(False), torch.enable_grad():
-        try:
-            tokens = model.tokenize([""])
-            embeddings = model.embed_tokens(tokens).detach().float().requires_grad_(True)
-            features = model.encode_embeddings(embeddings, tokens)
-        except NotImplementedError:
-            return f"{model.id} reads whole texts only: prompts are learned among word embeddings (embed_tokens)"
-    if int(tokens.mask.sum()) != 2:
-        return f"{model.id} does not frame a text by one start and one end token, between which prompts are learned"
-    if not features.requires_grad:
-        return f"{model.id} passes no gradient from the features of a text back to its word embeddings"
-    return ""
 
 
 def empty_frame(
@@ -295,6 +277,33 @@ def text_prompts(model: DualEncoder, classes: Sequence[str], template: str, *, t
     return PromptSet(context, tuple(classes), model.id, template=template, provenance={"method": "hand-written"})
 
 
+def load_coop_context(path: Path | str, model: DualEncoder, classes: Sequence[str]) -> PromptSet:
+    """Few-shot prompts that CoOp's code learned, such as the ``prompt_learner/model.pth.tar-50`` of PromptSmooth.
+
+    Parameters
+    ----------
+    path : Path or str
+        Checkpoint of its prompt learner with one context for all classes, before the class name.
+    model : DualEncoder
+        The one they were learned for, which the file does not name.
+    classes : sequence of str
+        Prompt nouns, in label order; they may be others than the learned ones.
+
+    Returns
+    -------
+    PromptSet
+
+    Raises
+    ------
+    FileNotFoundError, ValueError
+        As `read_context`, or a model for which `why_not_learned` has an answer.
+    """
+    _check_learns(model)
+    context = read_context(Path(path), width=model.embed_tokens(model.tokenize(["x"])).shape[2], id=model.id)
+    provenance = {"method": "CoOp's code", "file": Path(path).name, "sha256": file_sha256(path)}
+    return PromptSet(context, tuple(classes), model.id, provenance=provenance)
+
+
 @torch.enable_grad()  # notebooks often switch gradients off as a whole
 def learn_prompts(
     model: DualEncoder,
@@ -314,7 +323,7 @@ def learn_prompts(
 
     With ``sigmas=(0.0,)`` this is naive prompt learning (CoOp). The features of ``draws_per_image`` noisy
     copies of every shot are computed once and used in turn, epoch after epoch; with as many draws as epochs each
-    epoch has noise of its own, as in the recipe of the paper.
+    epoch has noise (and crops) of its own, as in the recipe of the paper.
 
     Parameters
     ----------
@@ -331,8 +340,7 @@ def learn_prompts(
     draws_per_image : int
         Noisy copies of each shot.
     augmentation : CropAndFlip, optional
-        Cut out and mirror every copy at random before its noise, as CoOp does (a crop of 0.08): with as many draws as
-        epochs no epoch sees the copies of another. By default all copies show the whole image.
+        Cut out and mirror every copy at random before its noise, as CoOp does (a crop of 0.08); None shows it whole.
     seed : int
         Of shots, noise, initialisation and order.
     **form
@@ -362,12 +370,6 @@ def learn_prompts(
     for name, value in {"epochs": epochs, "batch_size": batch_size, "draws_per_image": draws_per_image}.items():
         check_whole(name, value)
     check_positive("learning_rate", learning_rate)
-    more = [name for name in ("sigmas", "corruptions") if getattr(augmentation, name, ())]
-    if more or not isinstance(augmentation, CropAndFlip | None):
-        raise ValueError(
-            f"augmentation={augmentation!r}: give None or CropAndFlip(crop=..., flip=...); prompts are learned on "
-            "crops and mirror images with the noise of `sigmas`"
-        )
     draw = np.random.default_rng(seed)
     chosen = draw_shots(dataset, shots, draw)
     generator = torch.Generator().manual_seed(seed)

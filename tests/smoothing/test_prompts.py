@@ -5,6 +5,7 @@ import math
 import re
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -15,8 +16,10 @@ from torch.nn import functional
 import medrobust_lib as mr
 from medrobust_lib.adaptation.training_images import Augmentation
 from medrobust_lib.data.dataset import draw_shots
+from medrobust_lib.files import file_sha256
 from medrobust_lib.models.dual_encoder import Tokens
 from medrobust_lib.models.geometry import CropAndFlip
+from medrobust_lib.models.weights import read_context, read_state_dict
 from medrobust_lib.smoothing import prompts
 from medrobust_lib.smoothing.noise import NoiseStream
 from medrobust_lib.smoothing.prompts import PromptSet, learn_prompts, mean_prediction_entropy, sharpen
@@ -301,7 +304,7 @@ def test_with_as_many_draws_as_epochs_every_epoch_encodes_copies_of_its_own(mode
 @pytest.mark.parametrize("wrong", [True, 0.8, Augmentation(sigmas=(0.1,)), Augmentation(corruptions=("contrast",))])
 def test_what_prompts_are_not_learned_on_is_refused(model, train, wrong):
     with pytest.raises(ValueError, match=r"augmentation=.*: give None or CropAndFlip\(crop=..., flip=...\)"):
-        learn_prompts(model, train, augmentation=wrong)
+        learn_prompts(model, train, shots=2, augmentation=wrong)
 
 
 def test_shots_are_balanced_and_too_few_are_told(train):
@@ -400,3 +403,87 @@ def test_files_that_hold_no_prompts_are_refused(tmp_path):
     save_file({"context": torch.zeros(1)}, tmp_path / "other.safetensors")
     with pytest.raises(ValueError, match="holds no prompts of format 1"):
         PromptSet.load(tmp_path / "other.safetensors")
+
+
+# Prompts of CoOp's code
+
+
+class Warmup(torch.optim.lr_scheduler.LRScheduler):
+    """A schedule as Dassl's, with which CoOp is written: its state holds its successor, and that the optimiser."""
+
+    def __init__(self, optimiser, successor):
+        self.successor = successor
+        super().__init__(optimiser)
+
+    def get_lr(self):
+        return [1e-5 for _ in self.base_lrs]
+
+    def step(self, epoch=None):
+        super().step(epoch) if self.last_epoch < 1 else self.successor.step(epoch)
+
+
+def write_checkpoint(folder, context, **more):
+    """Write what CoOp's code writes after some steps: tensors, epoch, and the states of optimiser and schedule."""
+    learned = torch.nn.Parameter(context.clone())
+    optimiser = torch.optim.SGD([learned], lr=0.002, momentum=0.9, weight_decay=5e-4)
+    schedule = Warmup(optimiser, torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, 50.0))
+    for _ in range(3):
+        (0 * learned).sum().backward()
+        optimiser.step()
+        schedule.step()
+    tensors = {"ctx": context, "token_prefix": torch.zeros(2, 1, 128), "token_suffix": torch.zeros(2, 42, 128)}
+    content = {"state_dict": tensors, "epoch": 50, "optimizer": optimiser.state_dict(), "val_result": None}
+    path = folder / "prompt_learner" / "model.pth.tar-50"
+    path.parent.mkdir()
+    torch.save(content | {"scheduler": schedule.state_dict()} | more, path)
+    return path
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_context_of_coops_code_stands_before_the_class_names(model, train, tmp_path, dtype):
+    context = torch.randn(5, 128, generator=torch.Generator().manual_seed(0)).to(dtype)
+    path, safe = write_checkpoint(tmp_path, context), torch.serialization.get_safe_globals()
+    found = prompts.load_coop_context(path, model, train.classes)
+    assert torch.equal(found.context, context.float())
+    # The prompt written out with placeholders, as CoOp does.
+    tokens = model.tokenize([f"x x x x x {noun}." for noun in train.classes])
+    embeddings = model.embed_tokens(tokens).detach().clone()
+    embeddings[:, 1:6] = context
+    assert torch.equal(found.class_features(model, train.classes), model.encode_embeddings(embeddings, tokens))
+    assert found.provenance == {"method": "CoOp's code", "file": path.name, "sha256": file_sha256(path)}
+    assert set(torch.serialization.get_safe_globals()) == set(safe)
+
+
+def test_a_checkpoint_makes_no_object_of_training(tmp_path):
+    """Neither optimiser nor schedule come to be, and what is not known to be of a training is refused by name."""
+    path = write_checkpoint(tmp_path, torch.zeros(5, 128))
+    with pytest.raises(ValueError, match=r"holds more than tensors, which may run code: torch.optim.lr_scheduler"):
+        read_state_dict(path)
+    with mock.patch.object(torch.optim.SGD, "__setstate__", side_effect=AssertionError):
+        assert read_context(path, width=128, id="x").shape == (5, 128)
+    (other := tmp_path / "other").mkdir()
+    with pytest.raises(ValueError, match=r"model.pth.tar-50, .* holds more than tensors, which may run code: pathlib"):
+        read_context(write_checkpoint(other, torch.zeros(5, 128), val_result=Path("x")), width=128, id="x")
+
+
+@pytest.mark.parametrize(
+    ("context", "message"),
+    [
+        (torch.zeros(5, 512), r"shape \[5, 512\], the word embeddings of demo-clip have width 128; give one of shape"),
+        (torch.zeros(128), r"shape \[128\], the word embeddings of demo-clip have width 128"),
+        (torch.zeros(0, 128), r"shape \[0, 128\]"),
+        (torch.zeros(2, 5, 128), r"holds 2 contexts, one per class, and does not say which class each belongs to"),
+        (torch.full((5, 128), torch.nan), "640 of 640 context values are not finite"),
+    ],
+)
+def test_a_context_that_does_not_fit_is_refused(model, train, tmp_path, context, message):
+    with pytest.raises(ValueError, match=message):
+        prompts.load_coop_context(write_checkpoint(tmp_path, context), model, train.classes)
+
+
+def test_a_checkpoint_without_a_context_is_refused_with_what_it_holds(model, train, tmp_path):
+    path = write_checkpoint(tmp_path, torch.zeros(5, 128), state_dict={"visual.proj": torch.zeros(1)})
+    with pytest.raises(ValueError, match=r"tar-50 holds visual.proj, no context 'ctx'; give the prompt_learner/model"):
+        prompts.load_coop_context(path, model, train.classes)
+    with pytest.raises(FileNotFoundError, match="missing"):
+        prompts.load_coop_context(tmp_path / "missing", model, train.classes)
