@@ -22,13 +22,12 @@ import typer
 from torch import Tensor
 from torch.nn import functional
 
-from medrobust_lib.data.dataset import ImageDataset
+from medrobust_lib.data.dataset import ImageDataset, draw_shots
 from medrobust_lib.models.dual_encoder import DualEncoder, Tokens
 from medrobust_lib.smoothing.methods import AdaptationFeatures
 from medrobust_lib.smoothing.noise import NoiseStream, noisy_copies
 from medrobust_lib.smoothing.prompts import (
     PromptFrame,
-    draw_shots,
     empty_frame,
     learn_prompts,
     mean_prediction_entropy,

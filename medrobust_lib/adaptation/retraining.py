@@ -23,12 +23,11 @@ from torch.nn import functional
 from medrobust_lib import metrics
 from medrobust_lib.adaptation.training import Recipe, check_apart, check_learnable, templates_of
 from medrobust_lib.checks import check_positive, check_whole
-from medrobust_lib.data.dataset import ImageDataset
+from medrobust_lib.data.dataset import ImageDataset, draw_shots
 from medrobust_lib.experiments import progress
 from medrobust_lib.models.dual_encoder import DualEncoder, find_image_tower
 from medrobust_lib.smoothing.certify import check_not_training
 from medrobust_lib.smoothing.noise import NoiseStream, noisy_copies, noisy_features
-from medrobust_lib.smoothing.prompts import draw_shots
 
 
 def retrain_on_noise(

@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from importlib.resources import files
@@ -258,6 +259,30 @@ def drawn_of_each_class(labels: NDArray[np.int64], numbers: NDArray[np.int64], *
         for value, number in zip(np.unique(labels), numbers, strict=True)
     ]
     return np.sort(np.concatenate(chosen)).astype(np.int64)
+
+
+def draw_shots(dataset: ImageDataset, shots: int, draw: np.random.Generator) -> ImageDataset:
+    """Draw the same number of images of every class; a class with fewer gives all, with a warning.
+
+    Raises
+    ------
+    ValueError
+        shots below 1, or a class without images.
+    """
+    check_whole("shots", shots, hint=": few-shot learning needs at least one image per class")
+    counts = dataset.class_counts()
+    for noun, count in counts.items():
+        if not count:
+            raise ValueError(f"{dataset.id}: no image of class {noun!r} to learn from")
+    short = [f"{noun!r} has {count}" for noun, count in counts.items() if count < shots]
+    if short:
+        warnings.warn(
+            f"{dataset.id}: {len(short)} of {len(counts)} classes have fewer images than shots={shots} "
+            f"({', '.join(short)}); all are used",
+            stacklevel=3,
+        )
+    positions = [draw.permutation(np.flatnonzero(dataset.labels == label))[:shots] for label in range(len(counts))]
+    return dataset.subset(np.concatenate(positions))
 
 
 def _shares(counts: NDArray[np.int64], n: int) -> NDArray[np.int64]:

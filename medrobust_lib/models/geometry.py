@@ -1,4 +1,4 @@
-"""Image geometry in front of a model: resize, crop or pad to a square, on 8-bit Pillow images."""
+"""Image geometry in front of a model: resize, crop or pad to a square, on 8-bit Pillow images; random crops of it."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.nn import functional
 
 from medrobust_lib.checks import check_choice, check_whole
 from medrobust_lib.data.decoding import read_image
@@ -20,6 +21,7 @@ ImageInput = np.ndarray | Sequence[Image.Image | np.ndarray | str | Path]
 
 PIXEL_LIMIT = 32.0  # largest magnitude taken for a noisy pixel; values in 0 to 255 were never scaled
 
+_LARGEST_ASPECT = 4 / 3  # of a random crop
 _EIGHT_BIT_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr")
 
 
@@ -210,3 +212,65 @@ def check_pixels(pixels: Tensor, *, image_size: int, model: str) -> None:
         )
     if max(-low, high) > PIXEL_LIMIT:
         raise ValueError(f"pixels range over [{low:.4g}, {high:.4g}]: expected [0, 1] plus noise; divide 0..255 by 255")
+
+
+@dataclass(frozen=True)
+class CropAndFlip:
+    """How a training image is cut out and mirrored at random, anew every time it is used.
+
+    Attributes
+    ----------
+    crop : float in (0, 1]
+        Least share of the area that a random crop keeps; it is resized back. Its aspect is 3:4 to 4:3. 1 crops nothing.
+        RobustMedCLIP keeps 0.8, the default; CoOp 0.08.
+    flip : bool
+        Mirror half of the images left to right.
+
+    Raises
+    ------
+    ValueError
+        A share out of range.
+    """
+
+    crop: float = 0.8
+    flip: bool = True
+
+    def __post_init__(self) -> None:
+        if not 0 < self.crop <= 1:
+            raise ValueError(f"crop={self.crop}: give the least share of the area that is kept, above 0 and at most 1")
+
+
+def crop_and_flip(pixels: Tensor, augmentation: CropAndFlip, *, generator: torch.Generator) -> Tensor:
+    """Cut out a random rectangle of each image, resize it back, and mirror half of them.
+
+    Parameters
+    ----------
+    pixels : float [n, 3, H, W]
+    augmentation : CropAndFlip
+    generator : torch.Generator
+        On the device of the pixels.
+
+    Returns
+    -------
+    float [n, 3, H, W]
+        Interpolated bilinearly; without a crop every value is one of the image's.
+    """
+    count = len(pixels)
+    mirror = torch.ones(count, device=pixels.device)
+    if augmentation.flip:
+        mirror -= 2 * (torch.rand(count, generator=generator, device=pixels.device) < 0.5).float()
+    if augmentation.crop == 1:
+        return torch.where((mirror < 0).view(-1, 1, 1, 1), pixels.flip(3), pixels)
+    area, aspect, across, down = torch.rand(4, count, generator=generator, device=pixels.device)
+    area = augmentation.crop + (1 - augmentation.crop) * area
+    # A wider aspect than 1 / area would need a rectangle wider than the image.
+    widest = torch.log(1 / area).clamp(max=math.log(_LARGEST_ASPECT))
+    aspect = torch.exp((2 * aspect - 1) * widest)
+    width, height = torch.sqrt(area * aspect), torch.sqrt(area / aspect)
+    zero = torch.zeros_like(area)
+    rows = torch.stack([width * mirror, zero, (1 - width) * (2 * across - 1)], 1)
+    columns = torch.stack([zero, height, (1 - height) * (2 * down - 1)], 1)
+    grid = functional.affine_grid(torch.stack([rows, columns], 1), list(pixels.shape), align_corners=False)
+    return functional.grid_sample(
+        pixels, grid.to(pixels.dtype), mode="bilinear", padding_mode="border", align_corners=False
+    )

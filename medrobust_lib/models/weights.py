@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import re
+from collections import OrderedDict
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -39,6 +40,10 @@ FOLDER_CONTENT = (
 )
 
 _LISTED_KEYS = 10
+# In a checkpoint of CoOp's code beside the tensors: its schedule is stored as an object, and with it the optimiser.
+_OF_TRAINING = (
+    "torch.optim.lr_scheduler.CosineAnnealingLR", "torch.optim.sgd.SGD", "collections.defaultdict", "builtins.dict",
+)  # fmt: skip
 
 
 def model_folder(entry: ModelEntry, weights_dir: Path) -> Path | None:
@@ -333,11 +338,18 @@ def find_weights(entry: ModelEntry, names: Sequence[str], *, weights_dir: Path) 
     )
 
 
-def read_state_dict(path: Path) -> dict[str, "Tensor"]:
+class _Blank:
+    """Stands in for what is passed over in a torch file: an empty mapping is made of it, whatever the file asks for."""
+
+    def __new__(cls, *_: object) -> OrderedDict:
+        return OrderedDict()
+
+
+def read_state_dict(path: Path, *, passed_over: Collection[str] = ()) -> dict[str, "Tensor"]:
     """Tensors of a ``.safetensors`` file or of a torch file, which is read without running pickled code.
 
     A training checkpoint is unwrapped (``state_dict``), and the ``module.`` that distributed training puts in
-    front of every key is removed.
+    front of every key is removed. Objects of the classes that are ``passed_over``, by their full names, are not made.
 
     Raises
     ------
@@ -352,7 +364,8 @@ def read_state_dict(path: Path) -> dict[str, "Tensor"]:
         if path.suffix == ".safetensors":
             content = load_file(path)
         else:
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            with torch.serialization.safe_globals([(_Blank, name) for name in passed_over]):
+                content = torch.load(path, map_location="cpu", weights_only=True)
     if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
         content = content["state_dict"]
     if not isinstance(content, Mapping) or not content:
@@ -363,6 +376,32 @@ def read_state_dict(path: Path) -> dict[str, "Tensor"]:
     if all(key.startswith("module.") for key in content):
         return {key.removeprefix("module."): value for key, value in content.items()}
     return dict(content)
+
+
+def read_context(path: Path, *, width: int, id: str) -> "Tensor":
+    """Context vectors float32 [n, width], shared by all classes, of a prompt learner that CoOp's code saved.
+
+    Raises
+    ------
+    ValueError
+        As `read_state_dict`; no ``ctx`` in it, one context per class, or another width than that of the model ``id``.
+    """
+    tensors = read_state_dict(path, passed_over=_OF_TRAINING)
+    if "ctx" not in tensors:
+        found = ", ".join(sorted(tensors)[:_LISTED_KEYS])
+        raise ValueError(f"{path} holds {found}, no context 'ctx'; give the prompt_learner/model.pth.tar-EPOCH of CoOp")
+    context = tensors["ctx"].float()
+    if context.ndim == 3:
+        raise ValueError(
+            f"{path} holds {len(context)} contexts, one per class, and does not say which class each belongs to; give "
+            "one that all classes share (CSC False)"
+        )
+    if context.ndim != 2 or context.shape[1] != width or not len(context):
+        raise ValueError(
+            f"{path} holds a context of shape {list(context.shape)}, the word embeddings of {id} have width {width}; "
+            f"give one of shape [n, {width}], or the model that this one was learned for"
+        )
+    return context
 
 
 def provenance(entry: ModelEntry, hashes: Mapping[str, str]) -> dict[str, Any]:

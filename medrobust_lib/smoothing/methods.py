@@ -343,8 +343,8 @@ class _MovedPrompts(_Prompts):
     def settings(self) -> dict[str, Any]:
         """Start and steps."""
         draws = {"n_adapt": self.n_adapt} if self.n_adapt else {}
-        context = fingerprint([self.start.context])
-        return {"context": context, **draws, "steps": self.steps, "learning_rate": self.learning_rate}
+        start = {"context": fingerprint([self.start.context]), "template": self.start.template}  # what is frozen, too
+        return {**start, **draws, "steps": self.steps, "learning_rate": self.learning_rate}
 
 
 @dataclass(frozen=True, eq=False)

@@ -22,6 +22,7 @@ from torch import Tensor
 from medrobust_lib.checks import check_choice
 from medrobust_lib.data.dataset import ImageDataset
 from medrobust_lib.models.dual_encoder import DualEncoder
+from medrobust_lib.models.geometry import CropAndFlip, crop_and_flip
 
 Result = TypeVar("Result")
 Role = Literal["adapt", "select", "estimate"]
@@ -97,6 +98,12 @@ class NoiseStream:
     def decoding_seeds(self, first: int, count: int) -> list[int]:
         """Seeds for a randomised classifier, one a draw; independent of the noise of the same draw."""
         return list(self._draw_seeds(first, count, purpose=', "decoding"'))
+
+    def cropped(self, pixels: Tensor, augmentation: CropAndFlip, *, number: int) -> Tensor:
+        """Cut out and mirror an image [3, H, W] at random for one draw; independent of the noise of that draw."""
+        (seed,) = self._draw_seeds(number, 1, purpose=', "crop"')
+        generator = torch.Generator(pixels.device).manual_seed(seed)
+        return crop_and_flip(pixels[None], augmentation, generator=generator)[0]
 
     def _draw_seeds(self, first: int, count: int, *, purpose: str = "") -> Iterator[int]:
         """Hash the address of each draw; hashing the common beginning once takes most of the cost away."""
@@ -307,14 +314,26 @@ def noisy_bank(
     draws: int,
     seed: int,
     choose: np.random.Generator,
+    augmentation: CropAndFlip | None = None,
 ) -> Tensor:
-    """Encode noisy copies of every image, each at a noise level drawn from a set.
+    """Encode noisy copies of every image, each at a noise level drawn from a set and, if asked, cropped before.
 
     Returns
     -------
     float32 [n, draws, d]
         Unit-norm features; the noise has the role "adapt".
+
+    Raises
+    ------
+    ValueError
+        An augmentation that does more than crop and mirror, or none of its kind.
     """
+    degraded = getattr(augmentation, "sigmas", ()) or getattr(augmentation, "corruptions", ())
+    if degraded or not isinstance(augmentation, CropAndFlip | None):
+        raise ValueError(
+            f"augmentation={augmentation!r}: give None or CropAndFlip(crop=..., flip=...); copies are cropped and "
+            "mirrored, their noise is that of `sigmas`"
+        )
     levels = choose.choice(np.asarray(sigmas, dtype=np.float64), size=(len(dataset), draws))
     batches = make_batches(None, model.device, (3, model.image_size, model.image_size))
     rows = []
@@ -323,8 +342,12 @@ def noisy_bank(
         streams = [NoiseStream(seed, dataset.id, int(index), float(sigma), "adapt") for sigma in drawn]
 
         def encode(first: int, count: int, pixels: Tensor = pixels, streams: list[NoiseStream] = streams) -> Tensor:
-            numbers = range(first, first + count)
-            return model.encode_image(torch.cat([noisy_copies(pixels, streams[i], first=i) for i in numbers]))
+            def copy(number: int) -> Tensor:
+                stream = streams[number]
+                image = pixels if augmentation is None else stream.cropped(pixels, augmentation, number=number)
+                return noisy_copies(image, stream, first=number)
+
+            return model.encode_image(torch.cat([copy(number) for number in range(first, first + count)]))
 
         rows.append(torch.cat(list(batches.map(encode, first=0, count=draws))))
     return torch.stack(rows)

@@ -6,7 +6,6 @@ noisy images that were encoded once.
 """
 
 import math
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,9 +17,12 @@ from torch import Tensor
 from torch.nn import functional
 
 from medrobust_lib.checks import check_choice, check_keywords, check_positive, check_whole
-from medrobust_lib.data.dataset import ImageDataset
-from medrobust_lib.files import parsed, read_tensors, write_tensors
+from medrobust_lib.data.dataset import ImageDataset, draw_shots
+from medrobust_lib.files import file_sha256, parsed, read_tensors, write_tensors
 from medrobust_lib.models.dual_encoder import DualEncoder, Tokens
+from medrobust_lib.models.geometry import CropAndFlip
+from medrobust_lib.models.loading import why_not_learned
+from medrobust_lib.models.weights import read_context
 from medrobust_lib.smoothing.noise import noisy_bank
 
 TRAINING_SIGMAS = (0.25, 0.5, 0.75, 1.0)
@@ -72,26 +74,6 @@ class PromptFrame:
         return self.embeddings[0, self.places[0]].clone()
 
 
-def why_not_learned(model: DualEncoder) -> str:
-    """Why no prompt can be learned for a model; empty where one can.
-
-    Learning puts vectors among the word embeddings of a text, so a model must embed tokens of its own, between one
-    start and one end token, and pass a gradient from the text's features back to them.
-    """
-    with torch.inference_mode(False), torch.enable_grad():
-        try:
-            tokens = model.tokenize([""])
-            embeddings = model.embed_tokens(tokens).detach().float().requires_grad_(True)
-            features = model.encode_embeddings(embeddings, tokens)
-        except NotImplementedError:
-            return f"{model.id} reads whole texts only: prompts are learned among word embeddings (embed_tokens)"
-    if int(tokens.mask.sum()) != 2:
-        return f"{model.id} does not frame a text by one start and one end token, between which prompts are learned"
-    if not features.requires_grad:
-        return f"{model.id} passes no gradient from the features of a text back to its word embeddings"
-    return ""
-
-
 def empty_frame(
     model: DualEncoder, classes: Sequence[str], *, n_context: int, position: Position = "end", suffix: str = "."
 ) -> PromptFrame:
@@ -118,15 +100,17 @@ def empty_frame(
     return _frame(model, rows, places)
 
 
-def frame_from_template(model: DualEncoder, classes: Sequence[str], template: str) -> PromptFrame:
-    """Hand-written prompts whose tokens before the class name are the places of the context.
+def frame_from_template(
+    model: DualEncoder, classes: Sequence[str], template: str, *, tunable: int | None = None
+) -> PromptFrame:
+    """Hand-written prompts whose tokens before the class name, or the first `tunable` of them, are places of context.
 
     Filled with its own `PromptFrame.text_context` the frame gives exactly the features of the written text.
 
     Raises
     ------
     ValueError
-        A template without ``{}`` or without text before it.
+        A template without ``{}`` or without text before it, or no such number of tokens before it.
     """
     prefix, found, _ = template.partition("{}")
     if not found or not prefix.strip():
@@ -136,7 +120,9 @@ def frame_from_template(model: DualEncoder, classes: Sequence[str], template: st
     for noun, row in zip(classes, rows, strict=True):
         if row[: len(start)] != start:
             raise ValueError(f"the tokenizer joins {prefix!r} and {noun!r}; end the text before {{}} with a space")
-    return _frame(model, rows, [range(1, 1 + len(start))] * len(rows))
+    hint = f": {prefix.strip()!r} has {len(start)} tokens for {model.id}; None tunes all of them"
+    n_context = len(start) if tunable is None else check_whole("tunable", tunable, most=len(start), hint=hint)
+    return _frame(model, rows, [range(1, 1 + n_context)] * len(rows))
 
 
 def _inner(model: DualEncoder, texts: Sequence[str]) -> list[list[int]]:
@@ -180,7 +166,7 @@ class PromptSet:
     position : {"end", "middle", "front"}
         Where the class name stands.
     template : str
-        Hand-written prompt that the context replaces; empty for random initialisation.
+        Hand-written prompt whose first tokens the context replaces; empty for random initialisation.
     suffix : str
         Frozen text after the class name, where there is no template.
     provenance : dict
@@ -222,7 +208,7 @@ class PromptSet:
                 "learn prompts for it, or load the other model"
             )
         if self.template:
-            return frame_from_template(model, self.classes, self.template)
+            return frame_from_template(model, self.classes, self.template, tunable=self.context.shape[-2])
         return empty_frame(
             model, self.classes, n_context=self.context.shape[-2], position=self.position, suffix=self.suffix
         )
@@ -279,11 +265,43 @@ class PromptSet:
             return cls(context=context, classes=classes, **header)
 
 
-def text_prompts(model: DualEncoder, classes: Sequence[str], template: str) -> PromptSet:
-    """Hand-written prompt as a `PromptSet`, for instance as the start of per-image adaptation."""
+def text_prompts(model: DualEncoder, classes: Sequence[str], template: str, *, tunable: int | None = None) -> PromptSet:
+    """Hand-written prompt as a `PromptSet`, for instance as the start of per-image adaptation.
+
+    Learned or adapted are the first `tunable` tokens, 1 to all before ``{}``; None takes all, the others are frozen.
+    The authors' code counts words where it tunes tokens: 5 of "An H&E image patch of", of which CLIP makes 7, and 4 of
+    the 7 of "a histopathology slide showing".
+    """
     _check_learns(model)
-    context = frame_from_template(model, classes, template).text_context
+    context = frame_from_template(model, classes, template, tunable=tunable).text_context
     return PromptSet(context, tuple(classes), model.id, template=template, provenance={"method": "hand-written"})
+
+
+def load_coop_context(path: Path | str, model: DualEncoder, classes: Sequence[str]) -> PromptSet:
+    """Few-shot prompts that CoOp's code learned, such as the ``prompt_learner/model.pth.tar-50`` of PromptSmooth.
+
+    Parameters
+    ----------
+    path : Path or str
+        Checkpoint of its prompt learner with one context for all classes, before the class name.
+    model : DualEncoder
+        The one they were learned for, which the file does not name.
+    classes : sequence of str
+        Prompt nouns, in label order; they may be others than the learned ones.
+
+    Returns
+    -------
+    PromptSet
+
+    Raises
+    ------
+    FileNotFoundError, ValueError
+        As `read_context`, or a model for which `why_not_learned` has an answer.
+    """
+    _check_learns(model)
+    context = read_context(Path(path), width=model.embed_tokens(model.tokenize(["x"])).shape[2], id=model.id)
+    provenance = {"method": "CoOp's code", "file": Path(path).name, "sha256": file_sha256(path)}
+    return PromptSet(context, tuple(classes), model.id, provenance=provenance)
 
 
 @torch.enable_grad()  # notebooks often switch gradients off as a whole
@@ -297,6 +315,7 @@ def learn_prompts(
     batch_size: int = 16,
     learning_rate: float = 0.002,
     draws_per_image: int = 16,
+    augmentation: CropAndFlip | None = None,
     seed: int = 0,
     **form: Any,
 ) -> PromptSet:
@@ -304,8 +323,7 @@ def learn_prompts(
 
     With ``sigmas=(0.0,)`` this is naive prompt learning (CoOp). The features of ``draws_per_image`` noisy
     copies of every shot are computed once and used in turn, epoch after epoch; with as many draws as epochs each
-    epoch has noise of its own, as in the recipe of the paper. CoOp's random crops and mirror images are left out: they
-    would need the image tower in every epoch.
+    epoch has noise (and crops) of its own, as in the recipe of the paper.
 
     Parameters
     ----------
@@ -321,12 +339,15 @@ def learn_prompts(
         SGD with momentum .9 and weight decay 5e-4; the first epoch at 1e-5, then a cosine to 0.
     draws_per_image : int
         Noisy copies of each shot.
+    augmentation : CropAndFlip, optional
+        Cut out and mirror every copy at random before its noise, as CoOp does (a crop of 0.08); None shows it whole.
     seed : int
         Of shots, noise, initialisation and order.
     **form
         ``n_context`` (5) context tokens; ``class_specific`` (False): one context per class instead of a shared one;
         ``position`` ("end", "middle", "front"): where the class name stands; ``template``: start from this hand-written
-        prompt, whose tokens are the context, instead of from random vectors (standard deviation 0.02).
+        prompt, whose tokens are the context, instead of from random vectors (standard deviation 0.02); ``tunable``:
+        learn only the first so many of its tokens.
 
     Returns
     -------
@@ -341,7 +362,7 @@ def learn_prompts(
     ----------
     Zhou et al. 2022 (CoOp), arXiv:2109.01134; PromptSmooth, Eq. 1.
     """
-    check_keywords(learn_prompts, form, ("n_context", "class_specific", "position", "template"))
+    check_keywords(learn_prompts, form, ("n_context", "class_specific", "position", "template", "tunable"))
     _check_learns(model)
     sigmas = tuple(float(sigma) for sigma in np.atleast_1d(sigmas))
     if not sigmas or not all(0 <= sigma < math.inf for sigma in sigmas):
@@ -354,7 +375,8 @@ def learn_prompts(
     generator = torch.Generator().manual_seed(seed)
     start = _start(model, dataset.classes, generator, **form)
     frame = start.frame(model)
-    bank = noisy_bank(model, chosen, sigmas=sigmas, draws=draws_per_image, seed=seed, choose=draw)
+    copies = {"sigmas": sigmas, "draws": draws_per_image, "augmentation": augmentation}
+    bank = noisy_bank(model, chosen, **copies, seed=seed, choose=draw)
     labels = torch.from_numpy(chosen.labels).to(bank.device)
     # In float32 whatever the model computes in.
     context = start.context.detach().float().to(model.device).clone().requires_grad_(True)
@@ -378,6 +400,7 @@ def learn_prompts(
         "shots": shots, "sigmas": list(sigmas), "epochs": epochs, "batch_size": batch_size,
         "learning_rate": learning_rate, "draws_per_image": draws_per_image,
         "class_specific": start.context.ndim == 3, "seed": seed,
+        **({} if augmentation is None else {"crop": augmentation.crop, "flip": augmentation.flip}),
     }  # fmt: skip
     return replace(start, context=context.detach().cpu(), provenance=provenance)
 
@@ -391,10 +414,13 @@ def _start(
     class_specific: bool = False,
     position: Position = "end",
     template: str = "",
+    tunable: int | None = None,
 ) -> PromptSet:
     """Prompts to start learning from."""
+    if tunable is not None and not template:
+        raise ValueError(f"tunable={tunable!r} counts tokens of a template, and none is given; use n_context")
     if template:
-        start = text_prompts(model, classes, template)
+        start = text_prompts(model, classes, template, tunable=tunable)
     else:
         width = model.embed_tokens(model.tokenize(["x"])).shape[2]
         vectors = torch.empty(n_context, width).normal_(0, _INITIAL_STD, generator=generator)
@@ -402,30 +428,6 @@ def _start(
     if class_specific:
         start = replace(start, context=start.context.expand(len(classes), -1, -1).clone())
     return start
-
-
-def draw_shots(dataset: ImageDataset, shots: int, draw: np.random.Generator) -> ImageDataset:
-    """Draw the same number of images of every class; a class with fewer gives all, with a warning.
-
-    Raises
-    ------
-    ValueError
-        shots below 1, or a class without images.
-    """
-    check_whole("shots", shots, hint=": few-shot learning needs at least one image per class")
-    counts = dataset.class_counts()
-    for noun, count in counts.items():
-        if not count:
-            raise ValueError(f"{dataset.id}: no image of class {noun!r} to learn from")
-    short = [f"{noun!r} has {count}" for noun, count in counts.items() if count < shots]
-    if short:
-        warnings.warn(
-            f"{dataset.id}: {len(short)} of {len(counts)} classes have fewer images than shots={shots} "
-            f"({', '.join(short)}); all are used",
-            stacklevel=3,
-        )
-    positions = [draw.permutation(np.flatnonzero(dataset.labels == label))[:shots] for label in range(len(counts))]
-    return dataset.subset(np.concatenate(positions))
 
 
 def mean_prediction_entropy(logits: Tensor) -> Tensor:

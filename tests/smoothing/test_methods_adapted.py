@@ -129,6 +129,37 @@ def test_impossible_adaptation_is_refused(model, start, data, make, message):
         make(model, start, data)
 
 
+def test_frozen_words_stay_whatever_adapts_the_others(model, data):
+    template = "a frontal chest radiograph showing {}."
+    start = prompts.text_prompts(model, data.classes, template, tunable=2)
+    found = adaptation(model, data)
+
+    def answers(method):
+        return method.classifier(found)(found.features)
+
+    def expected(context):
+        tokens = model.tokenize([template.replace("{}", noun) for noun in data.classes])
+        embeddings = model.embed_tokens(tokens).detach().clone()
+        embeddings[:, 1:3] = context
+        return model.encode_embeddings(embeddings, tokens)
+
+    context = prompts.sharpen(model, start.frame(model), start.context, found.features, steps=3, learning_rate=0.1)
+    adapted = AdaptedPrompts("adapted", model, start, steps=3, learning_rate=0.1)
+    assert torch.equal(answers(adapted), (found.features @ expected(context).T).argmax(1))
+    pooled = adapt_to_pool(model, start, data, sigma=SIGMA, learning_rate=0.1)
+    assert pooled.context.shape == (2, 128) and not torch.equal(pooled.context, start.context)
+    assert torch.allclose(pooled.class_features(model), expected(pooled.context), atol=1e-6)
+    assert answers(PerSamplePrompts("inside", model, start)).shape == (20,)
+
+
+def test_stores_tell_methods_apart_by_words_that_are_frozen(model, data):
+    one, other = (
+        prompts.text_prompts(model, data.classes, template, tunable=1) for template in ("a chest {}.", "a cat {}.")
+    )
+    assert torch.equal(one.context, other.context)
+    assert AdaptedPrompts("x", model, one).record() != AdaptedPrompts("x", model, other).record()
+
+
 def test_stores_tell_methods_apart(model, data, start):
     one = AdaptedPrompts("x", model, start).record()
     assert AdaptedPrompts("x", model, start).record() == one

@@ -3,7 +3,9 @@
 import importlib
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -12,7 +14,12 @@ from safetensors.torch import save_file
 from torch.nn import functional
 
 import medrobust_lib as mr
+from medrobust_lib.adaptation.training_images import Augmentation
+from medrobust_lib.data.dataset import draw_shots
+from medrobust_lib.files import file_sha256
 from medrobust_lib.models.dual_encoder import Tokens
+from medrobust_lib.models.geometry import CropAndFlip
+from medrobust_lib.models.weights import read_context, read_state_dict
 from medrobust_lib.smoothing import prompts
 from medrobust_lib.smoothing.noise import NoiseStream
 from medrobust_lib.smoothing.prompts import PromptSet, learn_prompts, mean_prediction_entropy, sharpen
@@ -77,6 +84,70 @@ def test_starting_from_text_and_taking_no_step_gives_the_written_prompt_bit_for_
 def test_context_is_counted_in_tokens_not_in_words(model):
     frame = prompts.frame_from_template(model, ["mucus"], "An H&E image patch of {}.")
     assert frame.places.shape[1] == len(model.tokenize(["An H&E image patch of"]).ids[0]) - 2 > 5
+
+
+@pytest.mark.parametrize("tunable", [1, 2, 5, None])
+def test_freezing_words_of_the_start_does_not_change_it(model, tunable):
+    data = mr.load_dataset("phantom/histology", n=9)
+    written = prompts.text_prompts(model, data.classes, data.templates[0], tunable=tunable)
+    texts = [data.templates[0].replace("{}", noun) for noun in data.classes]
+    assert torch.equal(written.class_features(model), model.encode_text(texts))
+    whole = prompts.text_prompts(model, data.classes, data.templates[0]).context
+    assert torch.equal(written.context, whole[:tunable])
+
+
+SIX = "a photomicrograph of the tissue showing {}."
+
+
+def features_with(model, classes, moved):
+    """Features of the written prompt whose first word embeddings are replaced."""
+    tokens = model.tokenize([SIX.replace("{}", noun) for noun in classes])
+    embeddings = model.embed_tokens(tokens).detach().clone()
+    embeddings[:, 1 : 1 + len(moved)] = moved
+    return model.encode_embeddings(embeddings, tokens)
+
+
+def test_only_the_tunable_tokens_move(model, train):
+    whole = prompts.text_prompts(model, train.classes, SIX).context
+    start = prompts.text_prompts(model, train.classes, SIX, tunable=2)
+    assert len(whole) >= 6 and start.context.shape == (2, 128)
+    bank = prompts.noisy_bank(model, train.subset([0]), sigmas=(0.1,), draws=9, seed=0, choose=np.random.default_rng(0))
+    moved = sharpen(model, start.frame(model), start.context, bank[0])
+    assert ((moved - start.context).abs() > 1e-3).any(1).all()
+    found = replace(start, context=moved)
+    assert torch.allclose(found.class_features(model), features_with(model, train.classes, moved), atol=1e-6)
+    assert not torch.allclose(found.class_features(model), start.class_features(model), atol=1e-4)
+
+
+def test_a_few_tunable_tokens_take_the_step_that_all_would_take_with_the_others_held(model, train):
+    """AdamW is element-wise, so freezing tokens leaves the first step of the others as it is."""
+    bank = prompts.noisy_bank(model, train.subset([0]), sigmas=(0.1,), draws=9, seed=0, choose=np.random.default_rng(0))
+    few, all_ = (prompts.text_prompts(model, train.classes, SIX, tunable=tunable) for tunable in (2, None))
+    small, large = (sharpen(model, one.frame(model), one.context, bank[0]) for one in (few, all_))
+    # Up to coordinates whose gradient is so near 0 that its sign is rounding.
+    assert ((small - large[:2]).abs() < 1e-5).float().mean() > 0.95
+    assert ((large[2:] - all_.context[2:]).abs() > 1e-3).any(1).all()
+
+
+def test_few_shot_learning_freezes_the_other_tokens_too_and_a_file_keeps_them(model, train, tmp_path):
+    change = {"sigmas": (0.1,), "shots": 2, "epochs": 2, "draws_per_image": 1, "learning_rate": 0.5}
+    found = learn_prompts(model, train, template=SIX, tunable=2, **change)
+    assert found.context.shape == (2, 128)
+    assert not torch.allclose(found.context, prompts.text_prompts(model, train.classes, SIX, tunable=2).context)
+    again = PromptSet.load(found.save(tmp_path / "prompts.safetensors"))
+    assert torch.allclose(again.class_features(model), features_with(model, train.classes, found.context), atol=1e-6)
+
+
+@pytest.mark.parametrize("tunable", [0, 60, 2.5, True])
+def test_tunable_tokens_that_the_start_does_not_have_are_refused(model, train, tunable):
+    reason = rf"tunable={tunable} is no whole number from 1 to \d+: 'a photo\w+ of the tissue showing' has \d+ tokens"
+    with pytest.raises(ValueError, match=reason):
+        prompts.text_prompts(model, train.classes, SIX, tunable=tunable)
+
+
+def test_tunable_tokens_need_a_start(model, train):
+    with pytest.raises(ValueError, match="tunable=2 counts tokens of a template, and none is given; use n_context"):
+        learn_prompts(model, train, shots=2, tunable=2)
 
 
 @pytest.mark.parametrize(
@@ -163,7 +234,7 @@ def test_as_many_draws_as_epochs_is_learning_on_fresh_noise(model, train):
         model, train, sigmas=(0.1, 0.2), shots=shots, epochs=epochs, draws_per_image=epochs, learning_rate=rate
     )
     draw = np.random.default_rng(0)
-    chosen = prompts.draw_shots(train, shots, draw)
+    chosen = draw_shots(train, shots, draw)
     levels = draw.choice(np.array([0.1, 0.2]), size=(len(chosen), epochs))
     generator = torch.Generator().manual_seed(0)
     frame = prompts.empty_frame(model, train.classes, n_context=5)
@@ -186,12 +257,62 @@ def test_as_many_draws_as_epochs_is_learning_on_fresh_noise(model, train):
     assert torch.allclose(cached.context, context.detach(), atol=1e-5)
 
 
+FEW = {"sigmas": (0.1, 0.2), "shots": 2, "epochs": 3, "draws_per_image": 3, "learning_rate": 0.05}
+
+
+def test_a_crop_that_keeps_all_changes_nothing(model, train):
+    plain = learn_prompts(model, train, **FEW)
+    whole = learn_prompts(model, train, **FEW, augmentation=CropAndFlip(crop=1, flip=False))
+    assert torch.equal(whole.context, plain.context)
+    assert (whole.provenance["crop"], whole.provenance["flip"]) == (1, False)
+    assert "crop" not in plain.provenance
+
+
+def test_crops_depend_on_the_seed_alone(model, train):
+    augmentation = CropAndFlip(crop=0.5)
+    first, again = (learn_prompts(model, train, **FEW, augmentation=augmentation) for _ in range(2))
+    assert torch.equal(first.context, again.context)
+    for change in ({"augmentation": None}, {"augmentation": CropAndFlip(crop=1)}, {"seed": 1}):
+        other = learn_prompts(model, train, **FEW | {"augmentation": augmentation} | change)
+        assert not torch.equal(other.context, first.context)
+
+
+def test_every_copy_is_cut_out_and_mirrored_anew_before_its_noise(model, train):
+    shot = train.subset([0])
+    pixels = model.prepare(shot.images)[0]
+    stream = NoiseStream(0, train.id, int(shot.indices[0]), 0.1, "adapt")
+    augmentation = CropAndFlip(crop=0.3)
+    cut = [stream.cropped(pixels, augmentation, number=number) for number in range(4)]
+    assert all(not torch.equal(one, other) for one in cut for other in (pixels, *cut) if one is not other)
+    noisy = torch.stack([one + stream.draw(tuple(pixels.shape), first=i)[0] for i, one in enumerate(cut)])
+    drawn = {"sigmas": (0.1,), "seed": 0, "choose": np.random.default_rng(0), "augmentation": augmentation}
+    bank = prompts.noisy_bank(model, shot, draws=4, **drawn)
+    with torch.no_grad():
+        assert torch.allclose(bank[0], model.encode_image(noisy), atol=1e-5)
+
+
+def test_with_as_many_draws_as_epochs_every_epoch_encodes_copies_of_its_own(model, train, monkeypatch):
+    seen = []
+    encode = type(model).encode_image
+    monkeypatch.setattr(type(model), "encode_image", lambda own, pixels: seen.append(pixels) or encode(own, pixels))
+    learn_prompts(model, train, **FEW | {"sigmas": (0.0,)}, augmentation=CropAndFlip(crop=0.3))
+    copies = torch.cat(seen).flatten(1)
+    assert len(copies) == 2 * 2 * 3  # shots, classes, epochs
+    assert len(copies.unique(dim=0)) == 12
+
+
+@pytest.mark.parametrize("wrong", [True, 0.8, Augmentation(sigmas=(0.1,)), Augmentation(corruptions=("contrast",))])
+def test_what_prompts_are_not_learned_on_is_refused(model, train, wrong):
+    with pytest.raises(ValueError, match=r"augmentation=.*: give None or CropAndFlip\(crop=..., flip=...\)"):
+        learn_prompts(model, train, shots=2, augmentation=wrong)
+
+
 def test_shots_are_balanced_and_too_few_are_told(train):
     draw = np.random.default_rng(0)
-    chosen = prompts.draw_shots(train, 3, draw)
+    chosen = draw_shots(train, 3, draw)
     assert list(np.bincount(chosen.labels)) == [3, 3]
     with pytest.warns(UserWarning, match=r"2 of 2 classes have fewer images than shots=50 \(.* has 12, .* has 12\)"):
-        assert len(prompts.draw_shots(train, 50, draw)) == 24
+        assert len(draw_shots(train, 50, draw)) == 24
 
 
 def test_coop_is_the_noiseless_case(model, train):
@@ -282,3 +403,87 @@ def test_files_that_hold_no_prompts_are_refused(tmp_path):
     save_file({"context": torch.zeros(1)}, tmp_path / "other.safetensors")
     with pytest.raises(ValueError, match="holds no prompts of format 1"):
         PromptSet.load(tmp_path / "other.safetensors")
+
+
+# Prompts of CoOp's code
+
+
+class Warmup(torch.optim.lr_scheduler.LRScheduler):
+    """A schedule as Dassl's, with which CoOp is written: its state holds its successor, and that the optimiser."""
+
+    def __init__(self, optimiser, successor):
+        self.successor = successor
+        super().__init__(optimiser)
+
+    def get_lr(self):
+        return [1e-5 for _ in self.base_lrs]
+
+    def step(self, epoch=None):
+        super().step(epoch) if self.last_epoch < 1 else self.successor.step(epoch)
+
+
+def write_checkpoint(folder, context, **more):
+    """Write what CoOp's code writes after some steps: tensors, epoch, and the states of optimiser and schedule."""
+    learned = torch.nn.Parameter(context.clone())
+    optimiser = torch.optim.SGD([learned], lr=0.002, momentum=0.9, weight_decay=5e-4)
+    schedule = Warmup(optimiser, torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, 50.0))
+    for _ in range(3):
+        (0 * learned).sum().backward()
+        optimiser.step()
+        schedule.step()
+    tensors = {"ctx": context, "token_prefix": torch.zeros(2, 1, 128), "token_suffix": torch.zeros(2, 42, 128)}
+    content = {"state_dict": tensors, "epoch": 50, "optimizer": optimiser.state_dict(), "val_result": None}
+    path = folder / "prompt_learner" / "model.pth.tar-50"
+    path.parent.mkdir()
+    torch.save(content | {"scheduler": schedule.state_dict()} | more, path)
+    return path
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_context_of_coops_code_stands_before_the_class_names(model, train, tmp_path, dtype):
+    context = torch.randn(5, 128, generator=torch.Generator().manual_seed(0)).to(dtype)
+    path, safe = write_checkpoint(tmp_path, context), torch.serialization.get_safe_globals()
+    found = prompts.load_coop_context(path, model, train.classes)
+    assert torch.equal(found.context, context.float())
+    # The prompt written out with placeholders, as CoOp does.
+    tokens = model.tokenize([f"x x x x x {noun}." for noun in train.classes])
+    embeddings = model.embed_tokens(tokens).detach().clone()
+    embeddings[:, 1:6] = context
+    assert torch.equal(found.class_features(model, train.classes), model.encode_embeddings(embeddings, tokens))
+    assert found.provenance == {"method": "CoOp's code", "file": path.name, "sha256": file_sha256(path)}
+    assert set(torch.serialization.get_safe_globals()) == set(safe)
+
+
+def test_a_checkpoint_makes_no_object_of_training(tmp_path):
+    """Neither optimiser nor schedule come to be, and what is not known to be of a training is refused by name."""
+    path = write_checkpoint(tmp_path, torch.zeros(5, 128))
+    with pytest.raises(ValueError, match=r"holds more than tensors, which may run code: torch.optim.lr_scheduler"):
+        read_state_dict(path)
+    with mock.patch.object(torch.optim.SGD, "__setstate__", side_effect=AssertionError):
+        assert read_context(path, width=128, id="x").shape == (5, 128)
+    (other := tmp_path / "other").mkdir()
+    with pytest.raises(ValueError, match=r"model.pth.tar-50, .* holds more than tensors, which may run code: pathlib"):
+        read_context(write_checkpoint(other, torch.zeros(5, 128), val_result=Path("x")), width=128, id="x")
+
+
+@pytest.mark.parametrize(
+    ("context", "message"),
+    [
+        (torch.zeros(5, 512), r"shape \[5, 512\], the word embeddings of demo-clip have width 128; give one of shape"),
+        (torch.zeros(128), r"shape \[128\], the word embeddings of demo-clip have width 128"),
+        (torch.zeros(0, 128), r"shape \[0, 128\]"),
+        (torch.zeros(2, 5, 128), r"holds 2 contexts, one per class, and does not say which class each belongs to"),
+        (torch.full((5, 128), torch.nan), "640 of 640 context values are not finite"),
+    ],
+)
+def test_a_context_that_does_not_fit_is_refused(model, train, tmp_path, context, message):
+    with pytest.raises(ValueError, match=message):
+        prompts.load_coop_context(write_checkpoint(tmp_path, context), model, train.classes)
+
+
+def test_a_checkpoint_without_a_context_is_refused_with_what_it_holds(model, train, tmp_path):
+    path = write_checkpoint(tmp_path, torch.zeros(5, 128), state_dict={"visual.proj": torch.zeros(1)})
+    with pytest.raises(ValueError, match=r"tar-50 holds visual.proj, no context 'ctx'; give the prompt_learner/model"):
+        prompts.load_coop_context(path, model, train.classes)
+    with pytest.raises(FileNotFoundError, match="missing"):
+        prompts.load_coop_context(tmp_path / "missing", model, train.classes)
