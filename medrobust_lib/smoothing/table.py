@@ -180,6 +180,7 @@ def prompt_methods(
     train: ImageDataset | None = None,
     pool: ImageDataset | None = None,
     seed: int = 0,
+    tunable: int | None = None,
     **recipe: Any,
 ) -> list[PromptMethod]:
     """Make the papers' prompt methods ready, by name; what several of them need is learned once.
@@ -199,6 +200,9 @@ def prompt_methods(
         Unlabelled images for "few-shot + pool", none of them in `data`.
     seed : int
         Of shots, their noise and the first context vectors; the candidate set takes the two after it as well.
+    tunable : int, optional
+        Context tokens of the hand-written prompt that "zero-shot PromptSmooth" moves, from the first on, as in
+        `text_prompts`; the authors' code moves 5 of "An H&E image patch of". Default: all.
     **recipe
         Of `learn_prompts`: ``shots``, ``epochs``, ``draws_per_image`` and so on.
 
@@ -237,7 +241,7 @@ def prompt_methods(
         "few-shot + pool": lambda name: fixed(name, adapt_to_pool(model, few_shot(seed), pool, sigma=sigma, seed=seed)),
         "candidate set": candidates,
         "zero-shot PromptSmooth": lambda name: AdaptedPrompts(
-            name, model, text_prompts(model, data.classes, data.start_template)
+            name, model, text_prompts(model, data.classes, data.start_template, tunable=tunable)
         ),
         "PromptSmooth": lambda name: AdaptedPrompts(name, model, few_shot(seed)),
     }

@@ -189,6 +189,7 @@ class CertifyCell(Cell):
                 data, notes = splits.test, list(splits.notes)
                 images, recipe = {"train": splits.train, "pool": splits.pool}, {"shots": step.shots}
                 recipe["epochs"] = step.epochs
+            recipe["tunable"] = step.tunable
             methods = prompt_methods(model, data, step.methods, sigma=sigma, seed=seed, **images, **recipe)
         rules = {name: self.parameters[name] for name in ("n0", "n", "alpha", "sampling", "mode", "radii")}
         rows = certify_dataset(model, data, methods, store=folder / "store", sigmas=[sigma], seed=seed, **rules)

@@ -43,6 +43,8 @@ class CertifyStep:
         Of `medrobust_lib.smoothing.table.PROMPT_METHODS`; none: zero-shot and its ensemble.
     shots, epochs
         Of the methods that learn prompts, as in `learn_prompts`.
+    tunable : int or None
+        Tokens of the hand-written prompt that zero-shot PromptSmooth moves, as in `prompt_methods`.
     """
 
     kind: ClassVar[str] = "certify"
@@ -57,6 +59,7 @@ class CertifyStep:
     methods: tuple[str, ...] = ()
     shots: int = 16
     epochs: int = 50
+    tunable: int | None = None
 
     def check(self, study: "Study", notebooks: Path | None) -> None:
         """Raise a ValueError for numbers that `certify_dataset` would refuse."""
@@ -74,6 +77,8 @@ class CertifyStep:
             checks.check_choice("methods", name, PROMPT_METHODS)
         checks.check_whole("shots", self.shots, hint=": images of each class to learn prompts from")
         checks.check_whole("epochs", self.epochs)
+        if self.tunable is not None:
+            checks.check_whole("tunable", self.tunable)
 
     def assignments(self, study: "Study", notebooks: Path | None) -> Iterator[tuple[Place, dict[str, Any]]]:
         """Yield the place and the parameters of every cell."""

@@ -47,6 +47,11 @@ def test_they_are_what_one_would_make_by_hand(model, splits):
         assert torch.equal(mine.class_features, theirs.class_features)
 
 
+def test_only_the_tunable_tokens_of_the_written_prompt_move(model, splits):
+    (method,) = made(model, splits, ["zero-shot PromptSmooth"], tunable=2)
+    assert method.start.context.shape[0] == 2
+
+
 def test_what_several_need_is_learned_once(model, splits, monkeypatch):
     seeds = []
 
