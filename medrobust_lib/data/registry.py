@@ -112,7 +112,7 @@ def load_dataset(
     draw : {"stratified", "balanced"}
         Classes keep their shares (`stratified_positions`), or have equally many images (`balanced_positions`, needs
         ``n``), as in PromptSmooth's tables. Balancing changes the prevalence; a caveat says what the best constant
-        answer scores then. It stands in the provenance beside ``n`` and ``seed``.
+        answer scores then, and ``provenance["draw"]`` is ``"balanced"``; without this key a draw is stratified.
     root : path or None
         Folder of the downloaded sets; None for `default_data_root`.
     image_size : int or None
@@ -161,8 +161,9 @@ def load_dataset(
     check_keywords(load_dataset, options, SplitOptions.__annotations__)
     check_draw(draw, n=n)
     found = open_split(id, split=split, **options)
-    positions = (balanced_positions if draw == "balanced" else stratified_positions)(found.labels, n=n, seed=seed)
-    return found.read(positions, n=n, seed=seed, draw=draw)
+    if draw == "balanced":
+        return found.read(balanced_positions(found.labels, n=n, seed=seed), n=n, seed=seed, draw=draw)
+    return found.read(stratified_positions(found.labels, n=n, seed=seed), n=n, seed=seed)
 
 
 @dataclass(frozen=True)
