@@ -7,16 +7,18 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from importlib.resources import files
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 from PIL import Image
 
-from medrobust_lib.checks import check_whole
+from medrobust_lib.checks import check_choice, check_whole
 from medrobust_lib.data.inspection import close_names, seen_in, tell
 from medrobust_lib.data.wording import check_distinct, checked_templates
+
+Draw = Literal["stratified", "balanced"]
 
 _ROW_OF_THUMBNAILS, _MOST_THUMBNAILS = 9, 16
 _THUMBNAIL_SIDE = 88
@@ -237,6 +239,32 @@ def stratified_positions(labels: NDArray[np.int64], *, n: int | None, seed: int)
         return np.arange(len(labels), dtype=np.int64)
     n = check_whole("n", n, most=len(labels), hint=": it counts images of this split; None takes all")
     return drawn_of_each_class(labels, _shares(np.unique_counts(labels).counts, n), seed=seed)
+
+
+def balanced_positions(labels: NDArray[np.int64], *, n: int, seed: int) -> NDArray[np.int64]:
+    """Draw a seeded subset of a split with equally many images of each class that occurs.
+
+    Classes take turns in label order until n images are drawn, so that numbers differ by one at most, the lower labels
+    having more; a class without images left is passed over. Within a class images come in the order of
+    `stratified_positions`, so a larger ``n`` contains the smaller one.
+
+    Parameters, returns and errors are those of `stratified_positions`, but ``n`` is never None.
+    """
+    seed = check_whole("seed", seed, least=0)
+    n = check_whole("n", n, most=len(labels), hint=": it counts images of this split")
+    counts = np.unique_counts(labels).counts
+    turns = np.nonzero(np.arange(n)[:, None] < counts)[1]  # labels, round after round
+    return drawn_of_each_class(labels, np.bincount(turns[:n], minlength=len(counts)), seed=seed)
+
+
+def check_draw(draw: object, *, n: object, size: str = "n") -> None:
+    """Raise ValueError for an unknown draw, or a balanced one without n, which the message calls by its name size."""
+    check_choice("draw", draw, get_args(Draw))
+    if draw == "balanced" and n is None:
+        raise ValueError(
+            f"draw='balanced' needs {size}, the number of images to draw; give it, or draw='stratified', which may "
+            "take the whole split"
+        )
 
 
 def drawn_of_each_class(labels: NDArray[np.int64], numbers: NDArray[np.int64], *, seed: int) -> NDArray[np.int64]:

@@ -108,6 +108,22 @@ def first_of(names: Sequence[str]) -> str:
     return ", ".join(names[:_SHOWN]) + more
 
 
+def prevalence_changed(drawn: NDArray[np.int64], split: NDArray[np.int64]) -> str:
+    """Say what one answer for all images scores on a class-balanced draw, and in its split, in a sentence for a card.
+
+    Parameters
+    ----------
+    drawn, split : int64 [n], int64 [N]
+        Labels of the images drawn, and of all among which they were drawn.
+    """
+    most, whole = np.bincount(drawn).max(), np.bincount(split).max() / len(split)
+    return (
+        f"Class-balanced draw: the best constant answer is right on {most} of {len(drawn)} images "
+        f"({100 * most / len(drawn):.1f} %; in the whole split {100 * whole:.1f} %), and accuracy on the draw is no "
+        "estimate of accuracy at the data set's own prevalence."
+    )
+
+
 def tell(set_name: str, caveats: Sequence[str]) -> None:
     """Give one warning for a set, in the place of the first caller outside this package; none without caveats."""
     if not caveats:

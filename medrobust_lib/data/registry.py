@@ -15,9 +15,16 @@ from numpy.typing import NDArray
 
 from medrobust_lib.checks import check_choice, check_keywords, check_whole, suggest
 from medrobust_lib.data import readers
-from medrobust_lib.data.dataset import ImageDataset, check_classes, stratified_positions
+from medrobust_lib.data.dataset import (
+    Draw,
+    ImageDataset,
+    balanced_positions,
+    check_classes,
+    check_draw,
+    stratified_positions,
+)
 from medrobust_lib.data.decoding import Fit
-from medrobust_lib.data.inspection import close_names, ignored_in, seen_in, tell
+from medrobust_lib.data.inspection import close_names, ignored_in, prevalence_changed, seen_in, tell
 from medrobust_lib.data.own_images import class_folder_split, csv_split, file_advice
 from medrobust_lib.data.readers import FALLBACK_SIZE, SPLITS, Split
 from medrobust_lib.data.wording import ClassNames, ClassWording, checked_templates, class_wording, own_wording
@@ -78,9 +85,15 @@ class SplitOptions(TypedDict, total=False):
 
 
 def load_dataset(
-    id: str, *, split: str = "test", n: int | None = None, seed: int = 0, **options: Unpack[SplitOptions]
+    id: str,
+    *,
+    split: str = "test",
+    n: int | None = None,
+    seed: int = 0,
+    draw: Draw = "stratified",
+    **options: Unpack[SplitOptions],
 ) -> ImageDataset:
-    """Load a data set by id, whole or as a seeded, class-stratified subset.
+    """Load a data set by id, whole or as a seeded subset, class-stratified or class-balanced.
 
     Only the images drawn are decoded, and an image's pixels never depend on which others are drawn.
 
@@ -93,9 +106,13 @@ def load_dataset(
     split : {"train", "val", "test"}
         A folder or table without splits gives all its images for ``test`` and calls the split ``all``.
     n : int or None
-        Number of images, drawn by `stratified_positions`; None for the whole split.
+        Number of images to draw; None for the whole split.
     seed : int
         Which subset.
+    draw : {"stratified", "balanced"}
+        Classes keep their shares (`stratified_positions`), or have equally many images (`balanced_positions`, needs
+        ``n``), as in PromptSmooth's tables. Balancing changes the prevalence; a caveat says what the best constant
+        answer scores then, and ``provenance["draw"]`` is ``"balanced"``; without this key a draw is stratified.
     root : path or None
         Folder of the downloaded sets; None for `default_data_root`.
     image_size : int or None
@@ -135,14 +152,17 @@ def load_dataset(
     FileNotFoundError
         The set is not on this computer; the message names the folder and the command to run.
     ValueError
-        Unknown id, split or wording, ``n`` outside the split, a label outside the class list, a corrupt
-        file, fewer than two classes or two that differ in case, spaces or the form of letters only, ``class_names``
-        that do not fit, or a template without its ``{}``.
+        Unknown id, split, draw or wording, ``n`` outside the split or missing for a balanced draw, a label outside the
+        class list, a corrupt file, fewer than two classes or two that differ in case, spaces or the form of letters
+        only, ``class_names`` that do not fit, or a template without its ``{}``.
     TypeError
         ``class_names`` is no mapping, or ``templates`` a single text.
     """
     check_keywords(load_dataset, options, SplitOptions.__annotations__)
+    check_draw(draw, n=n)
     found = open_split(id, split=split, **options)
+    if draw == "balanced":
+        return found.read(balanced_positions(found.labels, n=n, seed=seed), n=n, seed=seed, draw=draw)
     return found.read(stratified_positions(found.labels, n=n, seed=seed), n=n, seed=seed)
 
 
@@ -179,6 +199,8 @@ class OpenSplit:
         labels = self.labels[positions]
         seen = seen_in(images, labels, names=names, shapes=shapes if self.fit == "crop" else ())
         caveats = [*self.listed.caveats, *ignored_in(self.listed.ignored(positions), names), *seen]
+        if drawn.get("draw") == "balanced":
+            caveats.append(prevalence_changed(labels, self.labels))
         tell(self.row.id, caveats)
         provenance = {
             "source": self.row.source,

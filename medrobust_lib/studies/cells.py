@@ -146,7 +146,8 @@ class Cell(ABC):
         where = {"step": self.step.kind, "model": self.model, "dataset": self.dataset, "seed": self.seed}
         number = f"{self.number:02d}-{self.step.kind}"
         run = Run(number, title, folder, where | self.parameters, time.monotonic())
-        data = load_dataset(self.dataset, n=self.parameters["n_images"], seed=self.seed or 0)
+        n, draw = self.parameters["n_images"], self.parameters["draw"]
+        data = load_dataset(self.dataset, n=n, seed=self.seed or 0, draw=draw)
         return run, load_model(self.model, dtype=self.parameters["dtype"]), data
 
 

@@ -18,7 +18,9 @@ COLUMNS = ("dataset", "model", "metric", "of", "value_a", "value_b", "difference
 PAIRED, UNPAIRED = "paired", "unpaired"
 _IMAGE_COLUMNS = {"image", "label", "predicted", "dataset", "model"}
 # What may differ between two runs and must then be told, or tells two results of one run apart.
-_SETTINGS = ("n_images", "n0", "n", "n_draws", "alpha", "sampling", "mode", "radii", "suite", "severities", "dtype")
+_SETTINGS = (
+    "n_images", "draw", "n0", "n", "n_draws", "alpha", "sampling", "mode", "radii", "suite", "severities", "dtype",
+)  # fmt: skip
 _CIRCUMSTANCES = ("dtype", "commit", "python", "torch", "medrobust-lib", "open_clip_torch", "transformers", "numpy")
 
 

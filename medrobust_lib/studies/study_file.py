@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Literal
 from medrobust_lib import checks
 from medrobust_lib import parameters as notebook_parameters
 from medrobust_lib.corruptions.suites import SEVERITIES, check_severity, find_suite
+from medrobust_lib.data.dataset import Draw, check_draw
 from medrobust_lib.runner import find_notebooks
 from medrobust_lib.smoothing.bounds import ALPHA, N0, N, check_alpha, check_draws, check_sigma
 from medrobust_lib.smoothing.certificate import Mode, Sampling
@@ -173,7 +174,9 @@ class Study:
     seeds : tuple of int
         Of the image draw, the noise and the corruptions.
     n_images : int or None
-        Test images of each data set, a seeded, class-stratified draw; None: all, and in notebooks their default.
+        Test images of each data set, a seeded draw; None: all, and in notebooks their default.
+    draw : {"stratified", "balanced"}
+        How they are drawn in certify and benchmark steps, as in `load_dataset`; in notebooks always stratified.
     dtype : str
         Precision of the models in certify and benchmark steps, as in `load_model`.
     """
@@ -184,6 +187,7 @@ class Study:
     models: tuple[str, ...] = ()
     seeds: tuple[int, ...] = (0,)
     n_images: int | None = None
+    draw: Draw = "stratified"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
 
     @property
@@ -194,7 +198,7 @@ class Study:
     @property
     def shared(self) -> dict[str, Any]:
         """Parameters of all certify and benchmark cells."""
-        return {"n_images": self.n_images, "dtype": self.dtype}
+        return {"n_images": self.n_images, "draw": self.draw, "dtype": self.dtype}
 
     def record(self) -> dict[str, Any]:
         """JSON values; steps are numbered, so that a refusal can name the one that differs."""
@@ -315,6 +319,7 @@ def _check_study(study: Study) -> None:
         raise StudyError(f"name: {study.name!r}; give 1 to {_LONGEST_NAME} characters without /")
     if min(study.seeds) < 0:
         raise StudyError(f"seeds: {list(study.seeds)}; seeds are 0 or more")
+    check_draw(study.draw, n=study.n_images, size="n_images")
     if study.n_images is not None:
         checks.check_whole("n_images", study.n_images, hint="; leave it out for all test images")
     for dataset in () if alone else study.datasets:

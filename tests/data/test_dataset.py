@@ -3,7 +3,7 @@ import re
 import numpy as np
 import pytest
 
-from medrobust_lib.data.dataset import ImageDataset, stratified_positions
+from medrobust_lib.data.dataset import ImageDataset, balanced_positions, check_draw, stratified_positions
 
 LABELS = np.array([0] * 50 + [1] * 30 + [2] * 20)
 
@@ -159,6 +159,53 @@ def test_same_seed_same_subset_other_seed_other_subset():
     np.testing.assert_array_equal(first, stratified_positions(LABELS, n=20, seed=1))
     assert set(first) != set(stratified_positions(LABELS, n=20, seed=2))
     assert set(first) < set(stratified_positions(LABELS, n=40, seed=1))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "n", "counts"),
+    [
+        ([2000, 900, 800, 700, 600, 500, 400, 300, 60], 500, [56] * 5 + [55] * 4),
+        ([900, 300, 200], 500, [167, 167, 166]),
+        ([400, 300, 4], 20, [8, 8, 4]),  # the rare class is drawn whole and the others share the rest
+        ([1, 2, 300], 10, [1, 2, 7]),
+        ([5, 5, 5], 2, [1, 1, 0]),
+        ([3, 1, 2], 6, [3, 1, 2]),
+    ],
+)
+def test_a_balanced_draw_has_equally_many_images_of_each_class(sizes, n, counts):
+    labels = np.random.default_rng(0).permutation(np.repeat(np.arange(len(sizes)), sizes))
+    positions = balanced_positions(labels, n=n, seed=3)
+    assert np.bincount(labels[positions], minlength=len(sizes)).tolist() == counts
+    assert positions.dtype == np.int64 and (np.diff(positions) > 0).all()
+
+
+def test_a_balanced_draw_passes_over_labels_that_do_not_occur():
+    labels = np.repeat([1, 4], 10)
+    assert np.bincount(labels[balanced_positions(labels, n=5, seed=0)]).tolist() == [0, 3, 0, 0, 2]
+
+
+def test_a_balanced_draw_belongs_to_its_seed_and_grows_with_n():
+    first = balanced_positions(LABELS, n=20, seed=3)
+    np.testing.assert_array_equal(first, balanced_positions(LABELS, n=20, seed=3))
+    assert set(first) != set(balanced_positions(LABELS, n=20, seed=4))
+    assert set(first) < set(balanced_positions(LABELS, n=21, seed=3))
+    # Within a class both draws read one order from its start: 3, 3 and 3 images of it, and 20, 12 and 8.
+    assert set(balanced_positions(LABELS, n=9, seed=3)) < set(stratified_positions(LABELS, n=40, seed=3))
+
+
+@pytest.mark.parametrize("n", [0, 101, 2.5, None])
+def test_a_balanced_draw_refuses_what_is_no_number_of_its_images(n):
+    with pytest.raises(ValueError, match=re.escape(f"n={n!r} is no whole number from 1 to 100: it counts images")):
+        balanced_positions(LABELS, n=n, seed=0)
+
+
+def test_draws_are_checked_with_the_valid_choices_and_the_fix():
+    check_draw("stratified", n=None)
+    check_draw("balanced", n=3)
+    with pytest.raises(ValueError, match="unknown draw 'balancd'; choose one of stratified, balanced; did you mean"):
+        check_draw("balancd", n=3)
+    with pytest.raises(ValueError, match="draw='balanced' needs n_images, .*give it, or draw='stratified', which"):
+        check_draw("balanced", n=None, size="n_images")
 
 
 def test_none_takes_the_whole_split_in_order():

@@ -237,6 +237,39 @@ def test_medmnist_subset_is_recorded_and_keeps_its_positions(tmp_path):
     assert dataset.provenance["wording"] == "medmnist/pneumonia: paper"
 
 
+def test_a_balanced_draw_is_recorded_and_says_what_one_answer_scores(tmp_path):
+    for name, number in (("a", 12), ("b", 6), ("c", 2)):
+        for place in range(number):
+            path = tmp_path / "mine" / name / f"{place}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            noise = np.random.default_rng([number, place]).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+            Image.fromarray(noise).save(path)
+    id = f"folder:{tmp_path / 'mine'}"
+    with pytest.warns(UserWarning, match="Class-balanced draw"):
+        data = load_dataset(id, n=8, draw="balanced", seed=3)
+    assert list(data.class_counts().values()) == [3, 3, 2]
+    assert {name: data.provenance[name] for name in ("n", "seed", "draw")} == {"n": 8, "seed": 3, "draw": "balanced"}
+    assert data.caveats[-1] == (
+        "Class-balanced draw: the best constant answer is right on 3 of 8 images (37.5 %; in the whole split 60.0 %), "
+        "and accuracy on the draw is no estimate of accuracy at the data set's own prevalence."
+    )
+    again, other = (load_dataset(id, n=8, draw="balanced", seed=seed) for seed in (3, 4))
+    np.testing.assert_array_equal(data.images, again.images)
+    assert data.indices.tolist() == again.indices.tolist() == sorted(data.indices) != other.indices.tolist()
+    stratified = load_dataset(id, n=8, seed=3)
+    assert stratified.indices.tolist() == load_dataset(id, n=8, seed=3, draw="stratified").indices.tolist()
+    assert list(stratified.class_counts().values()) == [5, 2, 1]
+    assert "draw" not in stratified.provenance
+    assert not [caveat for caveat in stratified.caveats if "draw" in caveat]
+
+
+def test_a_draw_that_cannot_be_is_refused_before_the_data_are_looked_for(tmp_path):
+    with pytest.raises(ValueError, match="draw='balanced' needs n, the number of images to draw"):
+        load_dataset("pathology/kather", root=tmp_path, draw="balanced")
+    with pytest.raises(ValueError, match="unknown draw 'random'; choose one of stratified, balanced"):
+        load_dataset("pathology/kather", root=tmp_path, n=4, draw="random")
+
+
 def test_medmnist_prefers_the_largest_file_and_records_resizing(tmp_path):
     write_medmnist(tmp_path, "pneumoniamnist")
     large = write_medmnist(tmp_path, "pneumoniamnist", side=64)

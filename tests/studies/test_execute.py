@@ -160,6 +160,22 @@ def test_no_scheduler_is_an_error_that_says_what_to_start(study, tmp_path, monke
         run_study(study, tmp_path / "out", cluster="tcp://127.0.0.1:9", announce=quiet)
 
 
+@pytest.mark.filterwarnings("ignore:(?s).*Class-balanced draw")
+def test_a_study_draws_as_its_file_says_and_its_cards_tell(study_file, tmp_path):
+    head = "models: [demo-clip]\ndatasets: [phantom/chest]\nseeds: [3]\nn_images: 8\ndraw: balanced\n"
+    steps = "steps:\n  - certify: {sigmas: [0.1], n0: 2, n: 20, alpha: 0.05}\n  - benchmark: {severities: [5]}\n"
+    finished = run_study(read_study(study_file(head + steps)), tmp_path / "out", announce=quiet)
+    expected = load_dataset("phantom/chest", n=8, seed=3, draw="balanced")
+    assert finished.failures == {}
+    for table in ("certificates", "answers"):
+        (rows,) = [pd.read_csv(path) for path in (tmp_path / "out" / "cells").glob(f"*/cards/*_{table}.csv")]
+        assert sorted(set(rows["image"])) == expected.indices.tolist()
+    for path in (tmp_path / "out" / "cells").glob("*/cards/*.json"):
+        card = json.loads(path.read_text())
+        assert card["parameters"]["draw"] == "balanced"
+        assert expected.caveats[-1] in card["notes"]
+
+
 def test_what_was_found_in_the_images_is_on_the_card_of_a_cell():
     data = load_dataset("phantom/chest", n=3)
     data = replace(data, provenance=data.provenance | {"caveats": ["Left out of mine: a/notes.txt (1 in all)."]})

@@ -54,6 +54,8 @@ def test_a_notebook_may_be_written_as_a_number_and_repeats_only_over_what_it_has
         (HEAD + "steps: [{benchmark: {severities: [0]}}]\n", r"severities=\[0\]: choose from 1, 2, 3, 4, 5"),
         (HEAD + "steps: [{certify: {sigmas: [0.1]}, benchmark: {}}]\n", r"begin each step with a dash of its own"),
         (HEAD + "dtype: fp16\nsteps: [benchmark]\n", r"dtype='fp16': give one of auto, float32, "),
+        (HEAD + "draw: even\nsteps: [benchmark]\n", r"draw='even': give one of stratified, balanced"),
+        (HEAD.replace("n_images: 4\n", "") + "draw: balanced\nsteps: [benchmark]\n", r"draw='balanced' needs n_images"),
         (HEAD + "n_images: 5\nsteps: [benchmark]\n", r"the key 'n_images' is given twice"),
         ("datasets: [phantom/chest]\nsteps: [benchmark]\n", r"models is missing or empty; name at least one"),
         ("models: [demo-clop]\ndatasets: [phantom/chest]\nsteps: [benchmark]\n", r"did you mean 'demo-clip'"),
