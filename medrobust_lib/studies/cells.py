@@ -187,7 +187,12 @@ class CertifyCell(Cell):
             images, recipe = {}, {}
             if LEARNED_METHODS & set(step.methods):
                 splits = learning_splits(self.dataset, shots=step.shots, n_test=len(data), n_pool=len(data), seed=seed)
-                data, notes = splits.test, list(splits.notes)
+                if not splits.divided and self.parameters["draw"] != "stratified":
+                    raise ValueError(
+                        f"draw: {self.parameters['draw']}: {self.dataset} has no train split of its own, and the part "
+                        "that is not learned from is drawn stratified; leave draw out, or divide the data set"
+                    )
+                data, notes = data if splits.divided else splits.test, list(splits.notes)
                 images, recipe = {"train": splits.train, "pool": splits.pool}, {"shots": step.shots}
                 recipe["epochs"] = step.epochs
             recipe["tunable"] = step.tunable

@@ -1,10 +1,12 @@
 import json
+from dataclasses import replace
 
 import pandas as pd
 import pytest
 
 from medrobust_lib.corruptions.suites import find_suite
 from medrobust_lib.data.registry import load_dataset
+from medrobust_lib.data.splits import learning_splits
 from medrobust_lib.smoothing.sequential import operating_characteristics, sequential_plan
 from medrobust_lib.studies.cells import estimate_cells, measured_rate, short_id, study_cells
 from medrobust_lib.studies.study_file import read_study
@@ -116,3 +118,16 @@ def test_adaptation_draws_are_priced_where_prompts_adapt(study_file, monkeypatch
     for methods, draws in ((METHODS, 25 + 100), (METHODS[:2], 25)):
         study = read_study(study_file(LEARNING.replace(str(METHODS), str(methods))))
         assert estimate_cells(study, study_cells(study))[0].draws == 3 * draws
+
+
+def test_learned_prompts_are_certified_on_the_draw_that_was_asked_for(study_file, tmp_path, monkeypatch):
+    asked = LEARNING.replace("n_images: 3", "n_images: 4\ndraw: balanced\nseeds: [2]")
+    (cell,) = study_cells(read_study(study_file(asked)))
+    cell.run(tmp_path / "divided", notebooks=None)
+    rows = pd.read_csv(tmp_path / "divided" / "cards" / "01-certify_certificates.csv")
+    wanted = load_dataset("phantom/chest", n=4, seed=2, draw="balanced").indices
+    assert rows["image"].unique().tolist() == wanted.tolist()
+    undivided = replace(learning_splits("phantom/chest", shots=1, n_test=4, n_pool=4), divided=False)
+    monkeypatch.setattr("medrobust_lib.studies.cells.learning_splits", lambda *_, **__: undivided)
+    with pytest.raises(ValueError, match="draw: balanced: phantom/chest has no train split of its own"):
+        cell.run(tmp_path / "undivided", notebooks=None)
