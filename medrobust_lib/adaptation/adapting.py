@@ -374,15 +374,16 @@ AS_PUBLISHED: Mapping[str, Any] = MappingProxyType({
 })  # fmt: skip
 """Settings of RobustMedCLIP's code, for `adapt_lora`; where each stands is said beside it.
 
-The data are given with the data sets: a prompt for training without "a", ``a medical image of {} belonging to pbc``,
-as ``templates`` of each set (the code tests with "a" before the class).
+Two settings belong to the data sets. The fraction is one of the val split, ``fraction_splits(..., learn_from="val")``:
+0.1, 0.3, 0.75 or 1 in the code, 1, 3, 7 or 10 % in the paper. And the code trains with the second template of its data
+sets, "a medical image of {} belonging to pbc", and tests with the first, which has "a" before the class: give
+``dataclasses.replace(data, templates=data.templates[1:])`` to train on, `data` as it is to validate and to test.
 
 What still differs, beside the random numbers: the best epoch is chosen on validation images (theirs on the test split
-by default); images are a share of the train split (theirs of the val split); the data sets are those given (theirs
-twelve, of which aml and mammo_mass are not in this library's list); the adapters of the keys start at zero and are
-saved (theirs start at random and are left out of the adapter file); the text features are computed without dropout
-(theirs with it); the steps of an epoch are of equal size (theirs 256 images and a rest); and an error in a batch ends
-the training (theirs goes on with the next).
+by default); the data sets are those given (theirs twelve, of which aml and mammo_mass are not in this library's list);
+the adapters of the keys start at zero and are saved (theirs start at random and are left out of the adapter file); the
+text features are computed without dropout (theirs with it); the steps of an epoch are of equal size (theirs 256 images
+and a rest); and an error in a batch ends the training (theirs goes on with the next).
 """
 DEMO_NOISE = Augmentation(sigmas=(0.1, 0.2))
 """A second kind of adapters: half of the images carry Gaussian noise of one of these levels."""

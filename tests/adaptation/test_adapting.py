@@ -173,8 +173,11 @@ def test_the_recipe_and_the_images_are_kept(model, data, adapted):
 
 
 def test_the_training_as_published_is_that_of_the_authors_code(model, data):
-    adapted = adapt_lora(model, data[0], validation=data[1], **{**AS_PUBLISHED, "epochs": 1})
+    train = [dataclasses.replace(each, templates=each.templates[1:]) for each in data[0]]
+    adapted = adapt_lora(model, train, validation=data[1], **{**AS_PUBLISHED, "epochs": 1})
     kept = adapted.model.provenance
+    for part, template in (("train", "a medical image of {} belonging"), ("validation", "a medical image of a {} be")):
+        assert all(facts["templates"][0].startswith(template) for facts in kept[part].values())
     assert (kept["rank"], kept["qkv"], AS_PUBLISHED["epochs"]) == (16, "separate", 20)
     assert kept["recipe"] == {
         "epochs": 1, "batch_size": 256, "learning_rate": 1e-4, "weight_decay": 1e-4, "schedule": "constant",
