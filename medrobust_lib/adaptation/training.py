@@ -92,6 +92,7 @@ def load_state(
 
 Schedule = Literal["constant", "one-cycle"]
 Softmax = Literal["masked", "global"]
+Logits = Literal["cosine", "raw"]
 
 _WARM_UP = 0.1  # share of the steps in which one-cycle raises the rate, from 1/25 of it
 
@@ -100,7 +101,7 @@ _WARM_UP = 0.1  # share of the steps in which one-cycle raises the rate, from 1/
 class Recipe:
     """How a tower is trained; epochs, rate, decay, schedule and augmentation are those of RobustMedCLIP's code.
 
-    Its batches have 256 images and its softmax is global.
+    Its other settings are in `adapting.AS_PUBLISHED`.
 
     Attributes
     ----------
@@ -117,6 +118,11 @@ class Recipe:
     softmax : {"masked", "global"}
         Each image among the classes of its own data set, or among all classes of all sets (the authors' code). With
         "global" the templates should tell the sets apart: two classes with one text cannot be.
+    logits : {"cosine", "raw"}
+        The model's ``logit_scale`` times the cosine (the paper, with the model's own temperature), or the product of
+        the image feature as the tower gives it with the text feature of norm 1, without a scale (the authors' code).
+        The length of an image feature then is a temperature that training may change; which class has the largest
+        logit is the same in both.
     augmentation : Augmentation
     seed : int
         Of order and augmentation, keyed by the epoch.
@@ -124,7 +130,7 @@ class Recipe:
     Raises
     ------
     ValueError
-        A number out of range or an unknown schedule or softmax.
+        A number out of range or an unknown schedule, softmax or kind of logits.
     """
 
     epochs: int = 20
@@ -133,6 +139,7 @@ class Recipe:
     weight_decay: float = 1e-4
     schedule: Schedule = "constant"
     softmax: Softmax = "masked"
+    logits: Logits = "cosine"
     augmentation: Augmentation = PAPER_AUGMENTATION
     seed: int = 0
 
@@ -144,6 +151,7 @@ class Recipe:
             raise ValueError(f"weight_decay={self.weight_decay}: must be >= 0")
         check_choice("schedule", self.schedule, get_args(Schedule))
         check_choice("softmax", self.softmax, get_args(Softmax))
+        check_choice("logits", self.logits, get_args(Logits))
 
     def rate(self, step: int, steps: int) -> float:
         """Learning rate of a step, 0 to ``steps - 1``."""
@@ -157,8 +165,11 @@ class Recipe:
         return end + (start - end) / 2 * (1 + math.cos(math.pi * way))
 
     def as_json(self) -> dict[str, Any]:
-        """JSON values of all fields."""
-        return json.loads(json.dumps(asdict(self)))
+        """JSON values of all fields; cosine logits are not named."""
+        values = json.loads(json.dumps(asdict(self)))
+        if self.logits == "cosine":  # records from before there was a choice are still those of the same training
+            del values["logits"]
+        return values
 
 
 def templates_of(data: ImageDataset, templates: Sequence[str] | None) -> list[str]:
@@ -217,8 +228,8 @@ def summed_loss(logits: Tensor, targets: Tensor, allowed: Tensor) -> Tensor:
 class Training:
     """Training of some parameters of a model, in place and on several data sets; those of the best epoch stay in it.
 
-    Minimises the cross-entropy of ``logit_scale`` times the cosine between image features and class features, which
-    are computed once, before training. Batch normalisation keeps its statistics and dropout stays off.
+    Minimises the cross-entropy of the recipe's logits of image features and class features, which are computed once,
+    before training. Batch normalisation keeps its statistics and dropout stays off.
 
     Attributes
     ----------
@@ -349,8 +360,7 @@ class Training:
             total = 0.0
             for start in range(0, len(rows), size):
                 part = slice(start, start + size)
-                logits = self.model.logit_scale * self.model.encode_image(pixels[part]) @ self._texts.T
-                loss = summed_loss(logits, targets[part], allowed[part]) / len(rows)
+                loss = summed_loss(self._logits(pixels[part]), targets[part], allowed[part]) / len(rows)
                 loss.backward()
                 total += loss.item()
             return total
@@ -362,6 +372,12 @@ class Training:
             group["lr"] = rate
         self._optimiser.step()
         return loss
+
+    def _logits(self, pixels: Tensor) -> Tensor:
+        """Of all classes of all sets, float32 [b, K]."""
+        if self.recipe.logits == "raw":
+            return self.model.encode_image(pixels, unit=False) @ self._texts.T
+        return self.model.logit_scale * self.model.encode_image(pixels) @ self._texts.T
 
     @torch.no_grad()
     def _judge(self, epoch: int, loss: float | None, started: float) -> None:

@@ -1,17 +1,18 @@
 """Images to learn from, images to choose by or adapt to, and test images, of a data set with splits or without."""
 
 from dataclasses import dataclass
-from typing import Unpack
+from typing import Literal, Unpack, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
-from medrobust_lib.checks import check_keywords, check_positive, check_whole
+from medrobust_lib.checks import check_choice, check_keywords, check_positive, check_whole
 from medrobust_lib.data.dataset import ImageDataset, drawn_of_each_class, stratified_positions
 from medrobust_lib.data.inspection import learned_too
 from medrobust_lib.data.registry import OpenSplit, SplitOptions, open_split
 
 Positions = NDArray[np.int64]
+LearnFrom = Literal["train", "val"]
 
 _HELD_OUT = 0.2  # of each class of the train images, for validation, where there is no val split
 
@@ -67,7 +68,7 @@ class FractionSplits(Splits):
     val : ImageDataset
         To choose among check points or settings.
     fraction : float
-        The share of the train images that ``train`` is.
+        The share that ``train`` is of the train images, or of the val split where that is learned from.
     """
 
     val: ImageDataset
@@ -140,6 +141,7 @@ def fraction_splits(
     n_test: int,
     seed: int = 0,
     test_seed: int = 0,
+    learn_from: LearnFrom = "train",
     **options: Unpack[SplitOptions],
 ) -> FractionSplits:
     """Draw a stratified fraction of the train split, and validation and test images, reproducibly and disjoint.
@@ -157,68 +159,82 @@ def fraction_splits(
     fraction is always one of all train images, those set aside among them; a fraction near 1 then takes all that
     are left. Only the images drawn are decoded.
 
+    RobustMedCLIP's code draws its fractions from the val split; with ``learn_from="val"`` so does this, and the two
+    splits change places: validation images come from the train split, so that a fraction of 1 is the whole val split
+    and no test image is needed to choose by. Without a train split a fifth of the val split is set aside, as above.
+
     Parameters
     ----------
     dataset : str
         As in `load_dataset`.
     fraction : float
-        Of the train images, in (0, 1].
+        Of the train images, or of the val split where that is learned from, in (0, 1].
     n_val, n_test : int
         Numbers of images, stratified by class; all where there are fewer.
     seed : int
-        Which train images.
+        Which images to learn from.
     test_seed : int
         Which validation and test images.
+    learn_from : {"train", "val"}
+        Split that the fraction is one of (the paper's, or that of its authors' code).
     **options
         root, image_size, wording, like, class_names, templates, bit_depth and fit, as in `load_dataset`.
 
     Returns
     -------
     FractionSplits
-        ``train.provenance`` holds fraction, of (the number of train images), seed and test_seed;
-        ``train.indices`` are the images chosen.
+        ``train.provenance`` holds fraction, of (the number of images it is a fraction of), seed and test_seed;
+        ``train.split`` names the split learned from, ``train.indices`` are the images chosen.
 
     Raises
     ------
     FileNotFoundError, ValueError
         As `load_dataset`.
     ValueError
-        ``fraction`` outside (0, 1], a number below 1, or no image is left to test or to validate.
+        ``fraction`` outside (0, 1], a number below 1, an unknown ``learn_from``, no val split to learn from, or no
+        image is left to test or to validate.
+
+    References
+    ----------
+    Imam et al. 2025 (RobustMedCLIP), arXiv:2505.15425, and its code.
     """
     check_keywords(fraction_splits, options, SplitOptions.__annotations__)
-    check_positive("fraction", fraction, most=1, hint=": give a share of the train images, such as 0.1")
+    check_choice("learn_from", learn_from, get_args(LearnFrom))
+    check_positive("fraction", fraction, most=1, hint=f": give a share of the {learn_from} images, such as 0.1")
     fraction = float(fraction)
     check_whole("n_val", n_val)
     check_whole("n_test", n_test)
     check_whole("seed", seed, least=0)
     check_whole("test_seed", test_seed, least=0)
-    sides = _sides(dataset, most=None, seed=test_seed, **options)
-    learning, learnable = sides.learning, sides.learnable
+    sides = _sides(dataset, most=None, seed=test_seed, learn_from=learn_from, **options)
+    learning, learnable, other = sides.learning, sides.learnable, _other(learn_from)
     notes = [sides.note]
     if sides.validating is not None:
         free = learnable
+        if learn_from == "val":
+            notes.append("learned from are images of the split 'val', validation images come from the split 'train'")
         val = _drawn(sides.validating, np.arange(len(sides.validating.labels)), n=n_val, seed=test_seed)
     else:
-        held = _held_out(learning.labels, learnable, seed=test_seed, dataset=dataset)
+        held = _held_out(learning.labels, learnable, seed=test_seed, dataset=dataset, other=other)
         free = np.setdiff1d(learnable, held)
         val = _drawn(learning, held, n=n_val, seed=test_seed)
         used = "" if len(val) == len(held) else f", {len(val)} of them used,"
         notes.append(
-            f"no val split: {len(held)} of the {len(learnable)} train images are kept for validation{used} and not "
-            "learned from"
+            f"no {other} split: {len(held)} of the {len(learnable)} {learn_from} images are kept for validation{used} "
+            "and not learned from"
         )
     asked = round(fraction * len(learnable))
     wanted = max(asked, len(np.unique(learning.labels[learnable])))
     learned = _among(learning.labels, free, n=wanted, seed=seed)
     train = learning.read(
         learned, n=len(learned), seed=seed, test_seed=test_seed, fraction=fraction, of=len(learnable),
-        drawn="stratified fraction of the train images, at least one of each class",
+        drawn=f"stratified fraction of the {learn_from} images, at least one of each class",
     )  # fmt: skip
     if len(learned) != asked:
         reason = "one of each class" if len(learned) > asked else "all but those for validation"
         notes.append(
-            f"{100 * fraction:.3g} % of {len(learnable)} train images would be {asked}; {len(learned)} are learned "
-            f"from, {reason}"
+            f"{100 * fraction:.3g} % of {len(learnable)} {learn_from} images would be {asked}; {len(learned)} are "
+            f"learned from, {reason}"
         )
     notes += _class_notes(learning, learned, shots=0, divided=sides.divided)
     if missing := [learning.classes[label] for label in np.setdiff1d(train.labels, val.labels)]:
@@ -244,19 +260,32 @@ class _Sides:
 
     @property
     def note(self) -> str:
-        """Whether the data set itself keeps train and test apart, in a sentence."""
+        """Whether the data set itself keeps images to learn from and test images apart, in a sentence."""
         if self.divided:
-            return "train and test are the data set's own splits"
+            return f"{self.learning.listed.split} and test are the data set's own splits"
         splits = self.testing.splits
         has = f"has no train split ({', '.join(splits)} only)" if splits else "has no splits"
         return f"the data set {has}: its images were divided class by class, patients may be on both sides"
 
 
-def _sides(dataset: str, *, most: int | None, seed: int, **options: Unpack[SplitOptions]) -> _Sides:
+def _other(learn_from: LearnFrom) -> LearnFrom:
+    """The split beside the one to learn from: where validation images come from."""
+    return "train" if learn_from == "val" else "val"
+
+
+def _sides(
+    dataset: str, *, most: int | None, seed: int, learn_from: LearnFrom = "train", **options: Unpack[SplitOptions]
+) -> _Sides:
     """Tell the images to learn from, at most so many of a class, from those to test; divide where no split does."""
     testing = open_split(dataset, split="test", **options)
-    divided = "train" in testing.splits
-    learning = open_split(dataset, split="train", **options) if divided else testing
+    divided = learn_from in testing.splits
+    if learn_from == "val" and not divided:
+        has = f"its splits: {', '.join(testing.splits)}" if testing.splits else "it has no splits"
+        raise ValueError(
+            f"{dataset}: no val split to learn from ({has}); ask for learn_from='train', or keep images apart in a "
+            "split 'val' beside 'test'"
+        )
+    learning = open_split(dataset, split=learn_from, **options) if divided else testing
     learnable = _of_each_class(learning.labels, most=most, share=1.0 if divided else 0.5, seed=seed)
     testable = np.setdiff1d(np.arange(len(testing.labels)), learnable[:0] if divided else learnable)
     if not len(testable):
@@ -264,7 +293,8 @@ def _sides(dataset: str, *, most: int | None, seed: int, **options: Unpack[Split
             f"{dataset}: each class has one image, {len(learnable)} in all, which is needed to learn from, and none is "
             "left to test; add images, or keep test images apart in a split 'test' beside 'train'"
         )
-    validating = open_split(dataset, split="val", **options) if "val" in testing.splits else None
+    other = _other(learn_from)
+    validating = open_split(dataset, split=other, **options) if other in testing.splits else None
     return _Sides(testing, learning, validating, learnable, testable)
 
 
@@ -286,14 +316,14 @@ def _drawn(opened: OpenSplit, among: Positions, *, n: int, seed: int) -> ImageDa
     return opened.read(drawn, n=len(drawn), seed=seed)
 
 
-def _held_out(labels: Positions, pool: Positions, *, seed: int, dataset: str) -> Positions:
+def _held_out(labels: Positions, pool: Positions, *, seed: int, dataset: str, other: LearnFrom) -> Positions:
     """Positions for validation, none from a class with one image only."""
     counts = np.bincount(labels[pool])
     shared = pool[counts[labels[pool]] > 1]
     if not len(shared):
         raise ValueError(
             f"{dataset}: no class has two images to learn from, so none is left for validation; add images, or keep "
-            "validation images apart in a split 'val' beside 'test'"
+            f"validation images apart in a split {other!r} beside 'test'"
         )
     return shared[_of_each_class(labels[shared], share=_HELD_OUT, seed=seed)]
 

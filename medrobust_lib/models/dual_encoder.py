@@ -252,13 +252,15 @@ class DualEncoder(torch.nn.Module, abc.ABC):
         """
         return prepare_images(images, self.preprocessing)
 
-    def encode_image(self, pixels: Tensor) -> Tensor:
+    def encode_image(self, pixels: Tensor, *, unit: bool = True) -> Tensor:
         """Unit-norm features of images in pixel units; differentiable with respect to ``pixels``.
 
         Parameters
         ----------
         pixels : Tensor
             float [n, 3, S, S], as :meth:`prepare` gives them; noise may carry values out of [0, 1].
+        unit : bool
+            False leaves the features at the length that the tower gives them, and unchecked.
 
         Returns
         -------
@@ -278,7 +280,8 @@ class DualEncoder(torch.nn.Module, abc.ABC):
         std = pixels.new_tensor(self.preprocessing.std).view(1, 3, 1, 1)
         # (pixels - mean) / std in one pass over memory.
         normalised = torch.addcmul(-mean / std, pixels, 1 / std)
-        return self._unit(self._image_features(normalised.to(self.dtype)), of="images")
+        features = self._image_features(normalised.to(self.dtype))
+        return self._unit(features, of="images") if unit else features.float()
 
     def encode_text(self, texts: Sequence[str]) -> Tensor:
         """Unit-norm features of texts.

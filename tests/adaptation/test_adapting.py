@@ -12,7 +12,7 @@ from torch import nn
 
 import medrobust_lib as mr
 from medrobust_lib import metrics
-from medrobust_lib.adaptation.adapting import adapt_lora, fine_tune
+from medrobust_lib.adaptation.adapting import AS_PUBLISHED, adapt_lora, fine_tune
 from medrobust_lib.adaptation.training_images import Augmentation
 from medrobust_lib.corruptions.suites import corrupted
 from medrobust_lib.models.adapters import adapter_parameters
@@ -172,6 +172,21 @@ def test_the_recipe_and_the_images_are_kept(model, data, adapted):
     assert kept["best_epoch"] == 2
 
 
+def test_the_training_as_published_is_that_of_the_authors_code(model, data):
+    train = [dataclasses.replace(each, templates=each.templates[1:]) for each in data[0]]
+    adapted = adapt_lora(model, train, validation=data[1], **{**AS_PUBLISHED, "epochs": 1})
+    kept = adapted.model.provenance
+    for part, template in (("train", "a medical image of {} belonging"), ("validation", "a medical image of a {} be")):
+        assert all(facts["templates"][0].startswith(template) for facts in kept[part].values())
+    assert (kept["rank"], kept["qkv"], AS_PUBLISHED["epochs"]) == (16, "separate", 20)
+    assert kept["recipe"] == {
+        "epochs": 1, "batch_size": 256, "learning_rate": 1e-4, "weight_decay": 1e-4, "schedule": "constant",
+        "softmax": "global", "logits": "raw", "seed": 42,
+        "augmentation": {"crop": 0.8, "flip": True, "sigmas": [], "corruptions": [], "share": 0.5},
+    }  # fmt: skip
+    assert adapted.best_epoch == 1 and not torch.equal(features(adapted.model, data), features(model, data))
+
+
 def test_the_fraction_of_the_training_split_is_kept(model, data):
     tenth = dataclasses.replace(data[0][0], provenance={**data[0][0].provenance, "fraction": 0.1})
     found = adapt_lora(model, [tenth], validation=data[1][:1], **BEST | {"epochs": 0})
@@ -312,6 +327,7 @@ def test_data_that_cannot_be_used_are_refused(model, data):
         ({"qkv": "both"}, "unknown qkv 'both'"),
         ({"epochs": -1}, "epochs=-1"),
         ({"softmax": "all"}, "unknown softmax 'all'"),
+        ({"logits": "unit"}, "unknown logits 'unit'; choose one of cosine, raw"),
         ({"templates": ["no place"], "epochs": 0}, "template 'no place' lacks '{}'"),
     ],
 )

@@ -151,6 +151,15 @@ def test_an_adapter_is_found_for_exactly_its_training(towers):
     assert find_demo_adapter(model, DEMO_DATASETS, fraction=0.07, rank=16, seed=0).name == "rank16-7percent-seed0"
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_each_is_found_although_recipes_have_got_more_fields_since(planned, towers, name):
+    job = planned[name]
+    augmentation = DEMO_NOISE if job.noisy else PAPER_AUGMENTATION
+    asked = {"fraction": job.fraction, "rank": job.rank, "seed": job.seed, "augmentation": augmentation}
+    assert "logits" not in stored(name)["recipe"]
+    assert find_demo_adapter(towers[job.model], DEMO_DATASETS, **asked) == DEMO_ADAPTERS / name
+
+
 @pytest.mark.parametrize(
     "other",
     [

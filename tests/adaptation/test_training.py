@@ -14,6 +14,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from medrobust_lib import metrics
@@ -23,6 +24,7 @@ from medrobust_lib.data.dataset import ImageDataset
 from medrobust_lib.models.dual_encoder import DualEncoder, Preprocessing, Tokens
 
 RECIPE = Recipe(epochs=3, batch_size=8, learning_rate=0.01, augmentation=Augmentation(sigmas=(0.1,)))
+PLAIN = Augmentation(crop=1, flip=False)
 
 
 class TinyEncoder(DualEncoder):
@@ -111,7 +113,7 @@ def test_masked_and_global_softmax_by_hand():
 @pytest.mark.parametrize("softmax", ["masked", "global"])
 def test_a_step_minimises_the_stated_loss(softmax):
     model = TinyEncoder()
-    recipe = Recipe(epochs=1, batch_size=27, softmax=softmax, augmentation=Augmentation(crop=1, flip=False))
+    recipe = Recipe(epochs=1, batch_size=27, softmax=softmax, augmentation=PLAIN)
     texts = torch.cat([model.class_features(data.classes, ["{}"]) for data in TRAIN])
     losses = []
     for number, data in enumerate(TRAIN):
@@ -122,6 +124,33 @@ def test_a_step_minimises_the_stated_loss(softmax):
         losses += [-math.log(row[first + label]) for row, label in zip(shares, data.labels, strict=True)]
     _, outcome = fit(recipe, model=model)
     assert outcome.history.query("epoch == 1").loss.iloc[0] == pytest.approx(np.mean(losses), rel=1e-5)
+
+
+def test_raw_logits_leave_image_features_at_their_length_and_take_no_scale(tmp_path):
+    model = TinyEncoder()
+    recipe = Recipe(epochs=1, batch_size=27, softmax="global", logits="raw", augmentation=PLAIN)
+    letters = model.letters.weight[[ord(letter) for letter in "abcde"]].detach().double()
+    texts = letters / letters.pow(2).sum(1, keepdim=True).sqrt()
+    pixels = torch.cat([model.prepare(data.images) for data in TRAIN]).double().flatten(1)
+    pixels = (pixels - 0.5) / 0.25 / math.sqrt(1 + model.norm.eps)  # batch normalisation of untouched statistics
+    weight = model.matrix.weight.detach().double().requires_grad_(True)
+    chances = torch.softmax((pixels @ weight.T + model.matrix.bias.double()) @ texts.T, dim=1)
+    targets = np.concatenate([TRAIN[0].labels, TRAIN[1].labels + 2])
+    loss = -chances[np.arange(27), targets].log().mean()
+    loss.backward()
+    _, outcome = fit(recipe, model=model, folder=tmp_path / "state")
+    assert outcome.history.query("epoch == 1").loss.iloc[0] == pytest.approx(loss.item(), rel=1e-5)
+    moment = load_file(tmp_path / "state" / "state.safetensors")["exp_avg.weight"]  # a tenth of the first gradient
+    torch.testing.assert_close(10 * moment.double(), weight.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_cosine_logits_are_the_default_and_older_records_without_a_choice_are_theirs(tmp_path):
+    assert Recipe() == Recipe(logits="cosine") != Recipe(logits="raw")
+    assert "logits" not in Recipe().as_json()
+    assert Recipe(logits="raw").as_json() == {**Recipe().as_json(), "logits": "raw"}
+    fit(folder=tmp_path / "state")
+    with pytest.raises(ValueError, match='recipe.logits: the store has .*, this run asks "raw"'):
+        fit(dataclasses.replace(RECIPE, logits="raw"), folder=tmp_path / "state")
 
 
 @pytest.mark.parametrize(("images", "batch_size"), [(12, 32), (13, 4), (7, 3)])
@@ -464,6 +493,7 @@ def test_images_that_fit_are_prepared_once(monkeypatch):
         ({"seed": -1}, "seed=-1"),
         ({"schedule": "cosine"}, "unknown schedule 'cosine'; choose one of constant, one-cycle"),
         ({"softmax": "mask"}, "unknown softmax 'mask'; choose one of masked, global"),
+        ({"logits": "cosines"}, "unknown logits 'cosines'; choose one of cosine, raw; did you mean 'cosine'"),
     ],
 )
 def test_impossible_recipes_are_refused(change, message):

@@ -1,5 +1,6 @@
 """A stratified fraction to learn from: what is drawn, what stays apart, and what does not depend on the draw."""
 
+import itertools
 import json
 import os
 import re
@@ -176,6 +177,78 @@ def test_a_folder_without_splits_is_divided_class_by_class(tmp_path, images):
     assert found.train.provenance["of"] == sum(half)
 
 
+# The fraction is one of the val split
+
+
+def test_the_val_split_of_phantoms_is_learned_from_and_the_train_split_validates():
+    options = {"n_val": 16, "n_test": 24, "image_size": 32}
+    usual, found = draw("phantom/blood", 1.0, **options), draw("phantom/blood", 1.0, learn_from="val", **options)
+    assert [getattr(found, part).split for part in PARTS] == ["val", "train", "test"]
+    assert (found.divided, found.fraction, len(found.val)) == (True, 1.0, 16)
+    whole = load_dataset("phantom/blood", split="val", image_size=32)
+    np.testing.assert_array_equal(found.train.images, whole.images)
+    assert found.train.provenance["of"] == len(whole) < len(usual.train)
+    assert found.train.provenance["drawn"] == "stratified fraction of the val images, at least one of each class"
+    np.testing.assert_array_equal(found.test.images, usual.test.images)
+    images = [image.tobytes() for part in PARTS for image in getattr(found, part).images]
+    assert len(set(images)) == len(images)
+    assert found.notes == (
+        "val and test are the data set's own splits",
+        "learned from are images of the split 'val', validation images come from the split 'train'",
+    )
+
+
+def test_fractions_of_the_val_split_are_counted_nested_and_judged_alike(tmp_path):
+    folder = f"folder:{split_folders(tmp_path, train=[9, 9, 9], val=[60, 30, 10], test=[9, 9, 9])}"
+    found = [draw(folder, fraction, seed=3, learn_from="val") for fraction in (0.01, 0.1, 0.3, 0.75, 1)]
+    assert [counts(one.train) for one in found] == [[1, 1, 1], [6, 3, 1], [18, 9, 3], [45, 23, 7], [60, 30, 10]]
+    assert of_the_draw(found[0])[2:] == ("1 % of 100 val images would be 1; 3 are learned from, one of each class",)
+    for smaller, larger in itertools.pairwise(found):
+        assert pixels(smaller.train) < pixels(larger.train)
+        for part in ("val", "test"):
+            np.testing.assert_array_equal(getattr(smaller, part).images, getattr(larger, part).images)
+    assert all(one.train.split == "val" and one.val.split == "train" for one in found)
+    assert_disjoint(found[-1])
+    other = draw(folder, 0.1, seed=4, learn_from="val")
+    assert pixels(other.train) != pixels(found[1].train) and pixels(other.val) == pixels(found[1].val)
+
+
+def test_without_a_train_split_a_fifth_of_the_val_split_validates(tmp_path):
+    folder = f"folder:{split_folders(tmp_path, val=[20, 10, 1], test=[9, 9, 9])}"
+    found = draw(folder, 1.0, n_val=100, n_test=100, learn_from="val")
+    assert [counts(getattr(found, part)) for part in PARTS] == [[16, 8, 1], [4, 2, 0], [9, 9, 9]]
+    assert_disjoint(found)
+    assert of_the_draw(found) == (
+        "val and test are the data set's own splits",
+        "no train split: 6 of the 31 val images are kept for validation and not learned from",
+        "100 % of 31 val images would be 31; 25 are learned from, all but those for validation",
+        "no image for validation: c2",
+    )
+
+
+def test_the_train_split_is_learned_from_by_default(folder):
+    usual, named = draw(folder, 0.1), draw(folder, 0.1, learn_from="train")
+    assert usual.notes == named.notes
+    for part in PARTS:
+        np.testing.assert_array_equal(getattr(usual, part).images, getattr(named, part).images)
+        assert getattr(usual, part).provenance == getattr(named, part).provenance
+
+
+@pytest.mark.parametrize(
+    ("splits", "has"),
+    [
+        ({"train": [9, 9], "test": [9, 9]}, "its splits: train, test"),
+        ({"test": [9, 9]}, "its splits: test"),
+        ({}, "it has no splits"),
+    ],
+)
+def test_learning_from_a_val_split_that_is_not_there_is_refused_with_what_to_do(tmp_path, splits, has):
+    folder = split_folders(tmp_path, **splits) if splits else class_folders(tmp_path, [9, 9])
+    message = f"no val split to learn from ({has}); ask for learn_from='train', or keep images apart in a split 'val'"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        draw(f"folder:{folder}", learn_from="val")
+
+
 def test_provenance_says_how_the_images_came_and_can_be_stored(tmp_path):
     found = draw(f"folder:{split_folders(tmp_path, **SOURCES['own splits'])}", np.float64(0.1), seed=4, test_seed=2)
     facts = json.loads(json.dumps(found.train.provenance))
@@ -247,6 +320,8 @@ def test_a_class_of_the_list_without_images_is_named(tmp_path):
         ({"seed": -1}, "seed=-1 is no whole number of 0 or more"),
         ({"test_seed": True}, "test_seed=True is no whole number of 0 or more"),
         ({"image_size": 3}, "image_size=3 is no whole number of 8 or more"),
+        ({"learn_from": "test"}, "unknown learn_from 'test'; choose one of train, val"),
+        ({"learn_from": "val", "fraction": 0}, "up to 1: give a share of the val images, such as 0.1"),
     ],
 )
 def test_bad_numbers_are_named(change, message):
@@ -261,6 +336,9 @@ def test_sets_too_small_for_three_parts_are_refused_with_what_to_do(tmp_path):
     for name, folders in {"undivided": {"test": [2, 3]}, "train": {"train": [1, 1], "test": [2, 2]}}.items():
         with pytest.raises(ValueError, match=message):
             draw(f"folder:{split_folders(tmp_path / name, **folders)}")
+    alone = split_folders(tmp_path / "val", val=[1, 1], test=[2, 2])
+    with pytest.raises(ValueError, match="apart in a split 'train' beside 'test'"):
+        draw(f"folder:{alone}", learn_from="val")
 
 
 @pytest.mark.skipif(
