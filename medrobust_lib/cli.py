@@ -178,7 +178,9 @@ def study(
     typer.echo(f"study folder: {folder}")
     finished = run_study(read, folder, jobs=jobs, cluster=cluster, notebooks=notebooks, announce=typer.echo)
     table = finished.leaderboard
-    if len(table) <= _SHOWN_ROWS:
+    if table.empty:
+        typer.echo("no cell has a result")
+    elif len(table) <= _SHOWN_ROWS:
         # The step and the seed tell the cells of one study apart; their whole names would not fit.
         show_ranking(table.assign(run=table["notebook"] + table["seed"].map(lambda seed: f" seed {seed}")))
     else:

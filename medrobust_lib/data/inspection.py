@@ -117,11 +117,13 @@ def prevalence_changed(drawn: NDArray[np.int64], split: NDArray[np.int64]) -> st
         Labels of the images drawn, and of all among which they were drawn.
     """
     most, whole = np.bincount(drawn).max(), np.bincount(split).max() / len(split)
-    return (
+    told = (
         f"Class-balanced draw: the best constant answer is right on {most} of {len(drawn)} images "
-        f"({100 * most / len(drawn):.1f} %; in the whole split {100 * whole:.1f} %), and accuracy on the draw is no "
-        "estimate of accuracy at the data set's own prevalence."
+        f"({100 * most / len(drawn):.1f} %; in the whole split {100 * whole:.1f} %)"
     )
+    if len(set(np.unique_counts(split).counts.tolist())) == 1:
+        return f"{told}; the split is balanced itself."
+    return f"{told}, and accuracy on the draw is no estimate of accuracy at the data set's own prevalence."
 
 
 def tell(set_name: str, caveats: Sequence[str]) -> None:

@@ -7,7 +7,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from medrobust_lib.checks import check_choice, check_keywords, check_positive, check_whole
-from medrobust_lib.data.dataset import ImageDataset, drawn_of_each_class, stratified_positions
+from medrobust_lib.data.dataset import (
+    Draw,
+    ImageDataset,
+    balanced_positions,
+    check_draw,
+    drawn_of_each_class,
+    stratified_positions,
+)
 from medrobust_lib.data.inspection import learned_too
 from medrobust_lib.data.registry import OpenSplit, SplitOptions, open_split
 
@@ -76,7 +83,14 @@ class FractionSplits(Splits):
 
 
 def learning_splits(
-    dataset: str, *, shots: int, n_test: int, n_pool: int, seed: int = 0, **options: Unpack[SplitOptions]
+    dataset: str,
+    *,
+    shots: int,
+    n_test: int,
+    n_pool: int,
+    seed: int = 0,
+    draw: Draw = "stratified",
+    **options: Unpack[SplitOptions],
 ) -> LearningSplits:
     """Draw labelled images to learn from, an unlabelled pool and test images, reproducibly and disjoint.
 
@@ -94,8 +108,10 @@ def learning_splits(
         Images per class that a method will learn from. ``train`` has up to twice as many of each class, so
         that a learner with another seed draws partly other images.
     n_test, n_pool : int
-        Numbers of images, stratified by class; all where there are fewer.
+        Numbers of images; all where there are fewer. The pool is stratified by class.
     seed : int
+    draw : {"stratified", "balanced"}
+        How the test images are drawn, as in `load_dataset`.
     **options
         root, image_size, wording, like, class_names, templates, bit_depth and fit, as in `load_dataset`.
 
@@ -114,10 +130,11 @@ def learning_splits(
     for name, value in {"shots": shots, "n_test": n_test, "n_pool": n_pool}.items():
         check_whole(name, value)
     check_whole("seed", seed, least=0)
+    check_draw(draw, n=n_test)
     sides = _sides(dataset, most=2 * shots, seed=seed, **options)
     learning, learned = sides.learning, sides.learnable
     train = learning.read(learned, n=len(learned), seed=seed, drawn=f"at most {2 * shots} of each class")
-    test = _drawn(sides.testing, sides.testable, n=n_test, seed=seed)
+    test = _drawn(sides.testing, sides.testable, n=n_test, seed=seed, draw=draw)
     notes = [sides.note, *_class_notes(learning, learned, shots=shots, divided=sides.divided)]
     if sides.validating is not None:
         pool = _drawn(sides.validating, np.arange(len(sides.validating.labels)), n=n_pool, seed=seed)
@@ -310,8 +327,11 @@ def _among(labels: Positions, among: Positions, *, n: int, seed: int) -> Positio
     return among[stratified_positions(labels[among], n=n, seed=seed)] if n > 0 else among[:0]
 
 
-def _drawn(opened: OpenSplit, among: Positions, *, n: int, seed: int) -> ImageDataset:
+def _drawn(opened: OpenSplit, among: Positions, *, n: int, seed: int, draw: Draw = "stratified") -> ImageDataset:
     """Read at most n of the positions ``among``."""
+    if draw == "balanced":
+        drawn = among[balanced_positions(opened.labels[among], n=min(n, len(among)), seed=seed)]
+        return opened.read(drawn, n=len(drawn), seed=seed, draw=draw)
     drawn = _among(opened.labels, among, n=n, seed=seed)
     return opened.read(drawn, n=len(drawn), seed=seed)
 

@@ -236,8 +236,10 @@ class CropAndFlip:
     flip: bool = True
 
     def __post_init__(self) -> None:
-        if not 0 < self.crop <= 1:
-            raise ValueError(f"crop={self.crop}: give the least share of the area that is kept, above 0 and at most 1")
+        if isinstance(self.crop, bool) or not isinstance(self.crop, int | float) or not 0 < self.crop <= 1:
+            raise ValueError(f"crop={self.crop!r}: give the least share of the area that is kept, above 0 and up to 1")
+        if not isinstance(self.flip, bool):
+            raise ValueError(f"flip={self.flip!r}: give True or False")
 
 
 def crop_and_flip(pixels: Tensor, augmentation: CropAndFlip, *, generator: torch.Generator) -> Tensor:

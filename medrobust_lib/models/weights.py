@@ -371,7 +371,7 @@ def read_state_dict(path: Path, *, passed_over: Collection[str] = ()) -> dict[st
     if not isinstance(content, Mapping) or not content:
         raise ValueError(f"{path} holds no state dict but an object of type {type(content).__name__}")
     for key, value in content.items():
-        if not isinstance(value, torch.Tensor):
+        if not isinstance(value, torch.Tensor) or not isinstance(key, str):
             raise ValueError(f"{path} is no state dict: {key!r} is of type {type(value).__name__}, not a tensor")
     if all(key.startswith("module.") for key in content):
         return {key.removeprefix("module."): value for key, value in content.items()}

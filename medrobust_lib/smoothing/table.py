@@ -2,6 +2,7 @@
 
 import time
 import warnings
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -20,7 +21,7 @@ from medrobust_lib.experiments import map_items, open_store, progress
 from medrobust_lib.models.dual_encoder import DualEncoder
 from medrobust_lib.models.weights import fingerprint
 from medrobust_lib.places import VERSION
-from medrobust_lib.smoothing.bounds import maximum_radius
+from medrobust_lib.smoothing.bounds import check_sigma, maximum_radius
 from medrobust_lib.smoothing.certificate import GUARANTEES
 from medrobust_lib.smoothing.certify import (
     Answers,
@@ -181,6 +182,7 @@ def prompt_methods(
     pool: ImageDataset | None = None,
     seed: int = 0,
     tunable: int | None = None,
+    kept: Path | None = None,
     **recipe: Any,
 ) -> list[PromptMethod]:
     """Make the papers' prompt methods ready, by name; what several of them need is learned once.
@@ -203,6 +205,9 @@ def prompt_methods(
     tunable : int, optional
         Context tokens of the hand-written prompt that "zero-shot PromptSmooth" moves, from the first on, as in
         `text_prompts`; the authors' code moves 5 of "An H&E image patch of". Default: all.
+    kept : Path, optional
+        Folder for the learned prompts: what is there already is not learned again, so that a run which was killed goes
+        on with the very same prompts. It belongs to these arguments, which is the caller's to see to.
     **recipe
         Of `learn_prompts`: ``shots``, ``epochs``, ``draws_per_image`` and so on.
 
@@ -216,15 +221,42 @@ def prompt_methods(
     ValueError
         Unknown or repeated names, or images to learn from are missing; as `learn_prompts`.
     """
+    check_keywords(prompt_methods, recipe, ("shots", "epochs", "batch_size", "learning_rate", "draws_per_image"))
+    check_sigma(sigma)
     for name in names:
         check_choice("method", name, PROMPT_METHODS)
         needed = "pool" if name == "few-shot + pool" and pool is None else "train"
         if name in LEARNED_METHODS and (train is None or needed == "pool"):
             raise ValueError(f"method {name!r} needs {needed}=, images to learn from that are not certified")
+    if repeated := [name for name, count in Counter(names).items() if count > 1]:
+        raise ValueError(f"method {repeated[0]!r} is named twice; name each once")
+    # Before anything is learned: what is wrong with its tokens, or with the model.
+    written = (
+        text_prompts(model, data.classes, data.start_template, tunable=tunable)
+        if "zero-shot PromptSmooth" in names
+        else None
+    )
+
+    def learned(name: str, learn: Callable[[], PromptSet]) -> PromptSet:
+        path = None if kept is None else kept / f"{name}.safetensors"
+        if path is None or not path.is_file():
+            prompt = learn()
+            if path is None:
+                return prompt
+            kept.mkdir(parents=True, exist_ok=True)
+            prompt.save(path)
+        return PromptSet.load(path)
 
     @cache
     def few_shot(seed: int) -> PromptSet:
-        return learn_prompts(model, train, seed=seed, **recipe)
+        return learned(f"few-shot-{seed}", lambda: learn_prompts(model, train, seed=seed, **recipe))
+
+    def coop() -> PromptSet:
+        return learned(f"coop-{seed}", lambda: learn_prompts(model, train, sigmas=(0.0,), seed=seed, **recipe))
+
+    def pooled() -> PromptSet:
+        start = few_shot(seed)
+        return learned(f"pool-{seed}", lambda: adapt_to_pool(model, start, pool, sigma=sigma, seed=seed))
 
     def fixed(name: str, prompt: PromptSet) -> FixedPrompts:
         return FixedPrompts(name, prompt.class_features(model, data.classes))
@@ -236,13 +268,11 @@ def prompt_methods(
     made: dict[str, Callable[[str], PromptMethod]] = {
         "zero-shot": lambda name: FixedPrompts(name, model.class_features(data.classes, data.templates[:1])),
         "zero-shot ensemble": lambda name: FixedPrompts(name, model.class_features(data.classes, data.templates)),
-        "CoOp": lambda name: fixed(name, learn_prompts(model, train, sigmas=(0.0,), seed=seed, **recipe)),
+        "CoOp": lambda name: fixed(name, coop()),
         "few-shot PromptSmooth": lambda name: fixed(name, few_shot(seed)),
-        "few-shot + pool": lambda name: fixed(name, adapt_to_pool(model, few_shot(seed), pool, sigma=sigma, seed=seed)),
+        "few-shot + pool": lambda name: fixed(name, pooled()),
         "candidate set": candidates,
-        "zero-shot PromptSmooth": lambda name: AdaptedPrompts(
-            name, model, text_prompts(model, data.classes, data.start_template, tunable=tunable)
-        ),
+        "zero-shot PromptSmooth": lambda name: AdaptedPrompts(name, model, written),
         "PromptSmooth": lambda name: AdaptedPrompts(name, model, few_shot(seed)),
     }
     return [made[name](name) for name in names]

@@ -175,6 +175,10 @@ class CertifyCell(Cell):
         images = prices.images(self.dataset)
         adapted = any(name.endswith("PromptSmooth") and name != "few-shot PromptSmooth" for name in self.step.methods)
         draws = images * (self.most_draws + AdaptedPrompts.n_adapt * adapted)
+        if learned := LEARNED_METHODS & set(self.step.methods):
+            # CoOp, the few-shot prompts, and two further seeds of those for the candidate set: sixteen copies a shot.
+            prompts = ("CoOp" in learned) + (learned != {"CoOp"}) + 2 * ("candidate set" in learned)
+            draws += prompts * 16 * self.step.shots * len(open_split(self.dataset).classes)
         size = _CELL_BYTES + 2 * images * _CERTIFICATE_BYTES * max(2, len(self.step.methods))
         return Estimate(images, draws, draws / prices.rate(self.model), size)
 
@@ -184,19 +188,22 @@ class CertifyCell(Cell):
         step, sigma, seed, notes = self.step, self.parameters["sigma"], self.seed or 0, []
         methods = zero_shot_methods(model, data)
         if step.methods:
-            images, recipe = {}, {}
+            images: dict[str, Any] = {}
             if LEARNED_METHODS & set(step.methods):
-                splits = learning_splits(self.dataset, shots=step.shots, n_test=len(data), n_pool=len(data), seed=seed)
-                if not splits.divided and self.parameters["draw"] != "stratified":
-                    raise ValueError(
-                        f"draw: {self.parameters['draw']}: {self.dataset} has no train split of its own, and the part "
-                        "that is not learned from is drawn stratified; leave draw out, or divide the data set"
+                draw = self.parameters["draw"]
+                ask = {"shots": step.shots, "n_test": len(data), "n_pool": len(data), "seed": seed, "draw": draw}
+                splits = learning_splits(self.dataset, **ask)
+                if len(splits.test) < len(data):
+                    notes.append(
+                        f"{len(splits.test)} of {len(data)} images are left to certify; others are learned from"
                     )
-                data, notes = data if splits.divided else splits.test, list(splits.notes)
-                images, recipe = {"train": splits.train, "pool": splits.pool}, {"shots": step.shots}
-                recipe["epochs"] = step.epochs
-            recipe["tunable"] = step.tunable
-            methods = prompt_methods(model, data, step.methods, sigma=sigma, seed=seed, **images, **recipe)
+                data, notes = splits.test, [*notes, *splits.notes]
+                notes.append(
+                    f"Prompts: {step.shots} shots of each class at most, drawn with seed {seed}; folder prompts/"
+                )
+                images = {"train": splits.train, "pool": splits.pool, "shots": step.shots, "epochs": step.epochs}
+            ask = {"sigma": sigma, "seed": seed, "tunable": step.tunable, "kept": folder / "prompts"}
+            methods = prompt_methods(model, data, step.methods, **ask, **images)
         rules = {name: self.parameters[name] for name in ("n0", "n", "alpha", "sampling", "mode", "radii")}
         rows = certify_dataset(model, data, methods, store=folder / "store", sigmas=[sigma], seed=seed, **rules)
         rows = rows.drop(columns="seconds")  # a table must not depend on the clock

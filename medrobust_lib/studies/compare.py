@@ -19,7 +19,8 @@ PAIRED, UNPAIRED = "paired", "unpaired"
 _IMAGE_COLUMNS = {"image", "label", "predicted", "dataset", "model"}
 # What may differ between two runs and must then be told, or tells two results of one run apart.
 _SETTINGS = (
-    "n_images", "draw", "n0", "n", "n_draws", "alpha", "sampling", "mode", "radii", "suite", "severities", "dtype",
+    "n_images", "draw", "n0", "n", "n_draws", "alpha", "sampling", "mode", "radii", "shots", "epochs", "tunable",
+    "suite", "severities", "dtype",
 )  # fmt: skip
 _CIRCUMSTANCES = ("dtype", "commit", "python", "torch", "medrobust-lib", "open_clip_torch", "transformers", "numpy")
 
@@ -127,6 +128,7 @@ def _read(folder: Path) -> dict[_Key, _Result]:
         tables = [pd.read_csv(path.parent / f"{name}.csv") for name in card["tables"]]
         kept = [table for table in tables if set(table.columns) >= _IMAGE_COLUMNS]
         given = {name: card["parameters"][name] for name in _SETTINGS if name in card["parameters"]}
+        given.setdefault("draw", "stratified")  # cards from before there was another
         for row in ranked_results([card]):
             answers = next(filter(None, (_answers(row, table) for table in kept)), None)
             key = _Key(row["model"], row["dataset"], row["metric"], row["of"], card["parameters"].get("seed"))

@@ -11,10 +11,11 @@ from medrobust_lib import checks
 from medrobust_lib import parameters as notebook_parameters
 from medrobust_lib.corruptions.suites import SEVERITIES, check_severity, find_suite
 from medrobust_lib.data.dataset import Draw, check_draw
+from medrobust_lib.data.registry import open_split
 from medrobust_lib.runner import find_notebooks
 from medrobust_lib.smoothing.bounds import ALPHA, N0, N, check_alpha, check_draws, check_sigma
 from medrobust_lib.smoothing.certificate import Mode, Sampling
-from medrobust_lib.smoothing.table import PROMPT_METHODS
+from medrobust_lib.smoothing.table import LEARNED_METHODS, PROMPT_METHODS
 
 # The study gives these to every notebook, from the key of its file.
 _GRID = {"model": "models", "dataset": "datasets", "seed": "seeds", "n_images": "n_images"}
@@ -76,10 +77,20 @@ class CertifyStep:
             raise StudyError(f"radii={list(self.radii)}: radii are 0 or more")
         for name in self.methods:
             checks.check_choice("methods", name, PROMPT_METHODS)
+        learned = LEARNED_METHODS & set(self.methods)
         checks.check_whole("shots", self.shots, hint=": images of each class to learn prompts from")
         checks.check_whole("epochs", self.epochs)
         if self.tunable is not None:
             checks.check_whole("tunable", self.tunable)
+            if "zero-shot PromptSmooth" not in self.methods:
+                raise StudyError(f"tunable={self.tunable} is for the method zero-shot PromptSmooth; name it in methods")
+        if (self.shots, self.epochs) != (CertifyStep.shots, CertifyStep.epochs) and not learned:
+            raise StudyError(f"shots and epochs are for methods that learn: {', '.join(sorted(LEARNED_METHODS))}")
+        for dataset in study.datasets if learned else ():
+            found = open_split(dataset)
+            found = open_split(dataset, split="train") if "train" in found.splits else found
+            if missing := [found.classes[k] for k in set(range(len(found.classes))) - set(found.labels.tolist())]:
+                raise StudyError(f"{dataset}: no image to learn from of class {', '.join(map(repr, missing))}")
 
     def assignments(self, study: "Study", notebooks: Path | None) -> Iterator[tuple[Place, dict[str, Any]]]:
         """Yield the place and the parameters of every cell."""

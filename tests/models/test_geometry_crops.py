@@ -64,3 +64,12 @@ def test_without_a_crop_images_stay_exact(pixels):
 def test_flat_images_stay_flat():
     flat = torch.full((5, 3, 8, 8), 0.7)
     assert torch.allclose(crop_and_flip(flat, CropAndFlip(crop=0.1), generator=seeded()), flat)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [({"crop": "0.1"}, "crop='0.1'"), ({"crop": True}, "crop=True"), ({"flip": "no"}, "flip='no'")],
+)
+def test_crops_of_another_type_are_refused(given, message):
+    with pytest.raises(ValueError, match=message):
+        CropAndFlip(**given)

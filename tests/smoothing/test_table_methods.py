@@ -76,9 +76,13 @@ def test_all_of_them_are_certified_from_one_bank(model, splits):
         (["few-shot"], {}, "method 'few-shot'.*few-shot PromptSmooth"),
         (["CoOp"], {"train": None}, "method 'CoOp' needs train=, images to learn from that are not certified"),
         (["few-shot + pool"], {"pool": None}, "method 'few-shot \\+ pool' needs pool="),
+        (["CoOp", "CoOp"], {}, "method 'CoOp' is named twice"),
+        (["CoOp", "zero-shot PromptSmooth"], {"tunable": 50}, "tunable=50"),
+        (["zero-shot"], {"epoch": 3}, "epoch"),
+        (["CoOp"], {"sigma": -1}, "sigma"),
     ],
 )
 def test_what_cannot_be_made_is_refused_before_anything_is_learned(model, splits, monkeypatch, names, given, message):
     monkeypatch.setattr(table, "learn_prompts", lambda *_, **__: pytest.fail("learned"))
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, TypeError), match=message):
         made(model, splits, names, **given)

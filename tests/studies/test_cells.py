@@ -1,12 +1,13 @@
 import json
-from dataclasses import replace
 
+import numpy as np
 import pandas as pd
 import pytest
+from PIL import Image
 
 from medrobust_lib.corruptions.suites import find_suite
 from medrobust_lib.data.registry import load_dataset
-from medrobust_lib.data.splits import learning_splits
+from medrobust_lib.smoothing.prompts import PromptSet
 from medrobust_lib.smoothing.sequential import operating_characteristics, sequential_plan
 from medrobust_lib.studies.cells import estimate_cells, measured_rate, short_id, study_cells
 from medrobust_lib.studies.study_file import read_study
@@ -113,21 +114,50 @@ def test_a_cell_certifies_learned_prompts_on_images_that_were_not_learned_from(s
     assert card["parameters"]["methods"] == METHODS
 
 
-def test_adaptation_draws_are_priced_where_prompts_adapt(study_file, monkeypatch):
+def test_adapting_and_learning_are_priced(study_file, monkeypatch):
     monkeypatch.setattr("medrobust_lib.studies.cells.encodings_per_second", lambda model, dataset, *, dtype: 50.0)
-    for methods, draws in ((METHODS, 25 + 100), (METHODS[:2], 25)):
+    for methods, draws, learning in ((METHODS, 25 + 100, 16 * 3), (METHODS[:2], 25, 16 * 3)):
         study = read_study(study_file(LEARNING.replace(str(METHODS), str(methods))))
-        assert estimate_cells(study, study_cells(study))[0].draws == 3 * draws
+        assert estimate_cells(study, study_cells(study))[0].draws == 3 * draws + learning
 
 
-def test_learned_prompts_are_certified_on_the_draw_that_was_asked_for(study_file, tmp_path, monkeypatch):
+def test_learned_prompts_are_certified_on_the_draw_that_was_asked_for(study_file, tmp_path):
     asked = LEARNING.replace("n_images: 3", "n_images: 4\ndraw: balanced\nseeds: [2]")
     (cell,) = study_cells(read_study(study_file(asked)))
     cell.run(tmp_path / "divided", notebooks=None)
     rows = pd.read_csv(tmp_path / "divided" / "cards" / "01-certify_certificates.csv")
     wanted = load_dataset("phantom/chest", n=4, seed=2, draw="balanced").indices
     assert rows["image"].unique().tolist() == wanted.tolist()
-    undivided = replace(learning_splits("phantom/chest", shots=1, n_test=4, n_pool=4), divided=False)
-    monkeypatch.setattr("medrobust_lib.studies.cells.learning_splits", lambda *_, **__: undivided)
-    with pytest.raises(ValueError, match="draw: balanced: phantom/chest has no train split of its own"):
-        cell.run(tmp_path / "undivided", notebooks=None)
+
+
+def write_folder(path, **counts):
+    """Class folders of patches that are not divided into splits."""
+    draw = np.random.default_rng(0)
+    for name, count in counts.items():
+        (path / name).mkdir(parents=True)
+        for number in range(count):
+            pixels = draw.integers(0, 256, (32, 32, 3)).astype(np.uint8)
+            Image.fromarray(pixels).save(path / name / f"{number}.png")
+    return path
+
+
+def test_what_is_learned_from_an_undivided_folder_is_not_certified_and_that_is_said(study_file, tmp_path):
+    images = write_folder(tmp_path / "images", a=6, b=6)
+    asked = LEARNING.replace("phantom/chest", f"folder:{images}").replace("n_images: 3", "n_images: 12")
+    (cell,) = study_cells(read_study(study_file(asked)))
+    cell.run(tmp_path / "out", notebooks=None)
+    card = json.loads(next((tmp_path / "out" / "cards").glob("*.json")).read_text())
+    rows = pd.read_csv(next((tmp_path / "out" / "cards").glob("*_certificates.csv")))
+    assert rows["image"].nunique() == card["dataset"]["n"] == 12 - 4
+    assert "8 of 12 images are left to certify; others are learned from" in card["notes"]
+
+
+def test_a_cell_goes_on_with_the_prompts_that_it_learned(study_file, tmp_path, monkeypatch):
+    (cell,) = study_cells(read_study(study_file(LEARNING)))
+    cell.run(tmp_path, notebooks=None)
+    (kept,) = (tmp_path / "prompts").iterdir()
+    assert PromptSet.load(kept).provenance["shots"] == 1
+    monkeypatch.setattr("medrobust_lib.smoothing.table.learn_prompts", lambda *_, **__: pytest.fail("learned again"))
+    before = (tmp_path / "store" / "table.csv").read_bytes()
+    cell.run(tmp_path, notebooks=None)
+    assert (tmp_path / "store" / "table.csv").read_bytes() == before

@@ -50,6 +50,8 @@ def test_a_notebook_may_be_written_as_a_number_and_repeats_only_over_what_it_has
         (HEAD + "steps: [{certify: {sigmas: [0.1], radii: [-1]}}]\n", r"radii are 0 or more"),
         (HEAD + "steps: [{certify: {sigmas: [0.1], methods: [coop]}}]\n", r"methods 'coop'.*CoOp"),
         (HEAD + "steps: [{certify: {sigmas: [0.1], methods: [CoOp], shots: 0}}]\n", r"shots=0"),
+        (HEAD + "steps: [{certify: {sigmas: [0.1], shots: 4}}]\n", r"shots and epochs are for methods that learn"),
+        (HEAD + "steps: [{certify: {sigmas: [0.1], methods: [CoOp], tunable: 2}}]\n", r"tunable=2 is for"),
         (HEAD + "steps: [{benchmark: {suite: medmeta-c}}]\n", r"unknown suite 'medmeta-c'.*did you mean 'medimeta-c'"),
         (HEAD + "steps: [{benchmark: {severities: [0]}}]\n", r"severities=\[0\]: choose from 1, 2, 3, 4, 5"),
         (HEAD + "steps: [{certify: {sigmas: [0.1]}, benchmark: {}}]\n", r"begin each step with a dash of its own"),
