@@ -61,6 +61,7 @@ from medrobust_lib.models.adapters import load_adapter
 
 Job = namedtuple("Job", "method fraction rank seed")
 seed, fraction, rank, images = 1, 0.1, 16, data
+encoder = mr.load_model("demo-clip-vit")
 words = encoder.class_features(data.classes, data.templates[:1])
 corruptions = list(mr.SUITES[suite].names(data.id))
 trained = {
