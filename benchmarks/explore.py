@@ -71,8 +71,8 @@ def methods() -> explore.Instrument:
 
 
 def adapters() -> explore.Instrument:
-    """Notebook 04, with the adapters that come with the demo model."""
-    model, data = mr.load_model("demo-clip"), mr.load_dataset(DATASET, n=27)
+    """Notebook 04, with the adapters that come with the demo's transformer."""
+    model, data = mr.load_model("demo-clip-vit"), mr.load_dataset(DATASET, n=27)
     kinds = ((0.03, 16), (0.07, 16), (0.1, 4), (0.1, 8), (0.1, 16))
     folders = {
         f"{fraction:.0%} of the images, rank {rank}": adapting.find_demo_adapter(
