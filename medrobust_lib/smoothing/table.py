@@ -54,7 +54,8 @@ PROMPT_METHODS = (
     "zero-shot PromptSmooth", "PromptSmooth",
 )  # fmt: skip
 LEARNED_METHODS = frozenset(PROMPT_METHODS[2:]) - {"zero-shot PromptSmooth"}  # from labelled images
-_CANDIDATES = 3  # seeds of few-shot prompts that have to agree
+ADAPTED_METHODS = frozenset({"zero-shot PromptSmooth", "PromptSmooth"})  # to each image
+CANDIDATES = 3  # seeds of few-shot prompts that have to agree
 
 
 @dataclass(frozen=True, eq=False)
@@ -238,13 +239,12 @@ def prompt_methods(
     )
 
     def learned(name: str, learn: Callable[[], PromptSet]) -> PromptSet:
-        path = None if kept is None else kept / f"{name}.safetensors"
-        if path is None or not path.is_file():
-            prompt = learn()
-            if path is None:
-                return prompt
+        if kept is None:
+            return learn()
+        path = kept / f"{name}.safetensors"
+        if not path.is_file():
             kept.mkdir(parents=True, exist_ok=True)
-            prompt.save(path)
+            learn().save(path)
         return PromptSet.load(path)
 
     @cache
@@ -262,7 +262,7 @@ def prompt_methods(
         return FixedPrompts(name, prompt.class_features(model, data.classes))
 
     def candidates(name: str) -> PromptMethod:
-        prompts = [few_shot(seed + number) for number in range(_CANDIDATES)]
+        prompts = [few_shot(seed + number) for number in range(CANDIDATES)]
         return CandidatePrompts(name, tuple(prompt.class_features(model, data.classes) for prompt in prompts))
 
     made: dict[str, Callable[[str], PromptMethod]] = {

@@ -32,11 +32,18 @@ from medrobust_lib.smoothing.bounds import ALPHA, minimum_draws
 from medrobust_lib.smoothing.certificate import GUARANTEES
 from medrobust_lib.smoothing.methods import AdaptedPrompts, zero_shot_methods
 from medrobust_lib.smoothing.sequential import operating_characteristics, sequential_plan
-from medrobust_lib.smoothing.table import LEARNED_METHODS, certify_dataset, prompt_methods
+from medrobust_lib.smoothing.table import (
+    ADAPTED_METHODS,
+    CANDIDATES,
+    LEARNED_METHODS,
+    certify_dataset,
+    prompt_methods,
+)
 from medrobust_lib.studies.study_file import Step, Study
 
 CERTIFICATES, ANSWERS = "certificates", "answers"  # ends of the names of the tables with one row an image
 _LONGEST_PART = 32
+_COPIES_OF_A_SHOT = 16  # that a prompt is learned from
 _PROBE_DRAWS = minimum_draws(ALPHA)  # the fewest that certify anything
 # Bytes, about: a row of certificates in the journal and in two tables, an answer, and a cell's other files.
 _CERTIFICATE_BYTES, _ANSWER_BYTES, _CELL_BYTES = 1_100, 60, 16_000
@@ -141,14 +148,17 @@ class Cell(ABC):
     def run(self, folder: Path, *, notebooks: Path | None) -> None:
         """Write its card and tables into a folder."""
 
-    def begin(self, folder: Path, title: str) -> tuple[Run, DualEncoder, ImageDataset]:
-        """Start the clock and load what is measured."""
+    def begin(self, folder: Path, title: str) -> tuple[Run, DualEncoder]:
+        """Start the clock and load the model."""
         where = {"step": self.step.kind, "model": self.model, "dataset": self.dataset, "seed": self.seed}
         number = f"{self.number:02d}-{self.step.kind}"
         run = Run(number, title, folder, where | self.parameters, time.monotonic())
+        return run, load_model(self.model, dtype=self.parameters["dtype"])
+
+    def images(self) -> ImageDataset:
+        """The test images that are measured."""
         n, draw = self.parameters["n_images"], self.parameters["draw"]
-        data = load_dataset(self.dataset, n=n, seed=self.seed or 0, draw=draw)
-        return run, load_model(self.model, dtype=self.parameters["dtype"]), data
+        return load_dataset(self.dataset, n=n, seed=self.seed or 0, draw=draw)
 
 
 class CertifyCell(Cell):
@@ -173,37 +183,36 @@ class CertifyCell(Cell):
     def estimate(self, prices: Prices) -> Estimate:
         """Price of all draws."""
         images = prices.images(self.dataset)
-        adapted = any(name.endswith("PromptSmooth") and name != "few-shot PromptSmooth" for name in self.step.methods)
-        draws = images * (self.most_draws + AdaptedPrompts.n_adapt * adapted)
-        if learned := LEARNED_METHODS & set(self.step.methods):
-            # CoOp, the few-shot prompts, and two further seeds of those for the candidate set: sixteen copies a shot.
-            prompts = ("CoOp" in learned) + (learned != {"CoOp"}) + 2 * ("candidate set" in learned)
-            draws += prompts * 16 * self.step.shots * len(open_split(self.dataset).classes)
+        methods = set(self.step.methods)
+        draws = images * (self.most_draws + AdaptedPrompts.n_adapt * bool(ADAPTED_METHODS & methods))
+        if learned := LEARNED_METHODS & methods:
+            few_shot = CANDIDATES if "candidate set" in learned else int(learned != {"CoOp"})
+            shots = self.step.shots * len(open_split(self.dataset).classes)
+            draws += (("CoOp" in learned) + few_shot) * _COPIES_OF_A_SHOT * shots
         size = _CELL_BYTES + 2 * images * _CERTIFICATE_BYTES * max(2, len(self.step.methods))
         return Estimate(images, draws, draws / prices.rate(self.model), size)
 
     def run(self, folder: Path, *, notebooks: Path | None) -> None:
         """Certify every image."""
-        run, model, data = self.begin(folder, f"Certificates of {self.model} on {self.dataset}")
+        run, model = self.begin(folder, f"Certificates of {self.model} on {self.dataset}")
         step, sigma, seed, notes = self.step, self.parameters["sigma"], self.seed or 0, []
+        learning: dict[str, Any] = {}
+        if LEARNED_METHODS & set(step.methods):
+            asked = self.parameters["n_images"] or len(open_split(self.dataset).labels)
+            draw = self.parameters["draw"]
+            splits = learning_splits(self.dataset, shots=step.shots, n_test=asked, n_pool=asked, seed=seed, draw=draw)
+            data, notes = splits.test, list(splits.notes)
+            if len(data) < asked:
+                notes.append(f"{len(data)} of {asked} images are left to certify; others are learned from")
+            notes.append(f"Prompts: {step.shots} shots of each class at most, drawn with seed {seed}; folder prompts/")
+            learning = {"train": splits.train, "pool": splits.pool, "shots": step.shots, "epochs": step.epochs}
+            learning["draws_per_image"] = _COPIES_OF_A_SHOT
+        else:
+            data = self.images()
         methods = zero_shot_methods(model, data)
         if step.methods:
-            images: dict[str, Any] = {}
-            if LEARNED_METHODS & set(step.methods):
-                draw = self.parameters["draw"]
-                ask = {"shots": step.shots, "n_test": len(data), "n_pool": len(data), "seed": seed, "draw": draw}
-                splits = learning_splits(self.dataset, **ask)
-                if len(splits.test) < len(data):
-                    notes.append(
-                        f"{len(splits.test)} of {len(data)} images are left to certify; others are learned from"
-                    )
-                data, notes = splits.test, [*notes, *splits.notes]
-                notes.append(
-                    f"Prompts: {step.shots} shots of each class at most, drawn with seed {seed}; folder prompts/"
-                )
-                images = {"train": splits.train, "pool": splits.pool, "shots": step.shots, "epochs": step.epochs}
             ask = {"sigma": sigma, "seed": seed, "tunable": step.tunable, "kept": folder / "prompts"}
-            methods = prompt_methods(model, data, step.methods, **ask, **images)
+            methods = prompt_methods(model, data, step.methods, **ask, **learning)
         rules = {name: self.parameters[name] for name in ("n0", "n", "alpha", "sampling", "mode", "radii")}
         rows = certify_dataset(model, data, methods, store=folder / "store", sigmas=[sigma], seed=seed, **rules)
         rows = rows.drop(columns="seconds")  # a table must not depend on the clock
@@ -229,7 +238,8 @@ class BenchmarkCell(Cell):
 
     def run(self, folder: Path, *, notebooks: Path | None) -> None:
         """Classify every image, clean and corrupted."""
-        run, model, data = self.begin(folder, f"{self.model} on corrupted images of {self.dataset}")
+        run, model = self.begin(folder, f"{self.model} on corrupted images of {self.dataset}")
+        data = self.images()
         suite, seed = self.step.suite, self.seed or 0
         candidate = Candidate(model, model.class_features(data.classes, data.templates[:1]))
         answers = corruption_answers(
