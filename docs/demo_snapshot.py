@@ -3,11 +3,12 @@
 import ast
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import nbformat
 import pandas as pd
 
 from medrobust_lib import metrics
@@ -77,16 +78,16 @@ def write_snapshot(run_dir: Path, *, test_minutes: int | None = None, path: Path
             )
     if test_minutes is None and path.exists():
         test_minutes = read_snapshot(path)["test_minutes"]
-    folder = run_dir / "cards"
+    folder, times = run_dir / "cards", _times(cards, run_dir / "notebooks")
     snapshot = {
         "format": FORMAT,
         "cores": os.cpu_count(),
-        "run_seconds": round(_wall_clock(cards)),
+        "run_seconds": round(_wall_clock(times.values())),
         "test_minutes": test_minutes,
         "peak_memory_mb": max((card["peak_memory_mb"] or 0) for card in cards.values()),
         "notebooks": {
             number: {
-                "seconds": round(card["seconds"]),
+                "seconds": round(times[number][1] - times[number][0]),
                 "parameters": card["parameters"],
                 "synthetic": card["dataset"]["synthetic"],
                 "results": _rounded(_RESULTS.get(number, _first_metric)(card, folder)),
@@ -106,11 +107,24 @@ def changed_parameters(number: str, parameters: Mapping[str, Any]) -> list[str]:
     return [name for name, value in parameters.items() if name in defaults and value != defaults[name]]
 
 
-def _wall_clock(cards: Mapping[str, Card]) -> float:
+def _times(cards: Mapping[str, Card], notebooks: Path) -> dict[str, tuple[float, float]]:
+    """When each notebook began and ended, in seconds, its kernel's start included where the executed notebook tells."""
+    times = {}
+    for number, card in cards.items():
+        end = datetime.fromisoformat(card["created"]).timestamp()
+        times[number] = (end - card["seconds"], end)
+    for path in notebooks.glob("*.ipynb"):
+        told = nbformat.read(path, as_version=4).metadata.get("papermill", {})
+        if told.get("end_time"):
+            begun, ended = (datetime.fromisoformat(told[name]).timestamp() for name in ("start_time", "end_time"))
+            times[path.name.split("_")[0]] = (begun, ended)
+    return times
+
+
+def _wall_clock(times: Collection[tuple[float, float]]) -> float:
     """Seconds from the first start to the last end; of notebooks that ran side by side less than their sum."""
-    ends = {number: datetime.fromisoformat(card["created"]).timestamp() for number, card in cards.items()}
-    first = min(ends[number] - card["seconds"] for number, card in cards.items())
-    return min(max(ends.values()) - first, sum(card["seconds"] for card in cards.values()))
+    begun, ended = zip(*times, strict=True)
+    return min(max(ended) - min(begun), sum(end - start for start, end in times))
 
 
 # ---- one function a notebook: the rows of the table of results ----

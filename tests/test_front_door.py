@@ -6,6 +6,7 @@ import re
 import tomllib
 from pathlib import Path
 
+import nbformat
 import pandas as pd
 import pytest
 import yaml
@@ -128,6 +129,16 @@ def test_snapshot_of_a_run(taking, tmp_path, monkeypatch):
     assert (taken["test_minutes"], taken["curves"]["severity"]) == (7, None)
     # Without a new time the former one stays.
     assert taking.write_snapshot(tmp_path / "demo", path=path)["test_minutes"] == 7
+
+
+def test_times_are_those_that_the_command_printed(taking, tmp_path, monkeypatch):
+    write_run(tmp_path / "demo", monkeypatch)
+    spent = {"start_time": "2026-01-01T00:00:00+00:00", "end_time": "2026-01-01T00:00:41+00:00", "duration": 41.0}
+    notebook = nbformat.v4.new_notebook(metadata={"papermill": spent})
+    (tmp_path / "demo" / "notebooks").mkdir(exist_ok=True)
+    nbformat.write(notebook, tmp_path / "demo" / "notebooks" / "01_zero_shot_inference.ipynb")
+    taken = taking.write_snapshot(tmp_path / "demo", path=tmp_path / "results.json")
+    assert (taken["run_seconds"], taken["notebooks"]["01"]["seconds"]) == (41, 41)  # the card's clock begins later
 
 
 def test_a_run_with_other_parameters_or_metrics_is_refused(taking, tmp_path, monkeypatch):
