@@ -392,6 +392,13 @@ def load_demo_denoisers(kind: str) -> DnCNNDenoiser | DiffusionDenoiser:
     return load_denoiser(DEMO_FOLDER / DEMO_FILES[kind])
 
 
+def find_denoiser(kind: str, dataset: str) -> Path:
+    """File of the denoiser of a data set."""
+    if dataset.startswith("phantom/"):
+        return DEMO_FOLDER / DEMO_FILES["diffusion" if kind == "diffusion" else "stability"]
+    raise FileNotFoundError(f"no denoiser for {dataset}")
+
+
 def _frozen(network: nn.Module) -> nn.Module:
     return copy.deepcopy(network).eval().requires_grad_(False)
 
