@@ -221,7 +221,7 @@ def test_a_noise_level_without_a_network_is_refused():
     denoise = DnCNNDenoiser({0.5: random_dncnn(), 0.25: random_dncnn(1)}, "mse")
     assert denoise.sigmas == (0.25, 0.5)
     denoise(batch(1, 3, 8, 8), float(np.float32(0.1) * np.float32(2.5)))
-    with pytest.raises(ValueError, match=r"no denoiser for sigma=0.3: there is one each for 0.25, 0.5; train one with"):
+    with pytest.raises(ValueError, match=r"no denoiser for sigma=0.3: there is one each for 0.25, 0.5; train it with"):
         denoise(batch(1, 3, 8, 8), 0.3)
     diffusion = DiffusionDenoiser(random_unet(), (0.01, 1.0))
     with pytest.raises(ValueError, match=r"sigma=1.5: this diffusion was trained for noise levels from 0.01 to 1"):
@@ -327,7 +327,7 @@ def test_wrong_files_are_refused(tmp_path):
     good = save_denoiser(DnCNNDenoiser({0.25: random_dncnn()}, "mse"), tmp_path / "good.safetensors")
     with pytest.raises(
         FileNotFoundError,
-        match=r"no denoiser at .*none.safetensors; `save_denoiser` of data_scripts/training writes one",
+        match=r"no denoiser at .*none.safetensors; data_scripts/train_denoisers.py makes one",
     ):
         load_denoiser(tmp_path / "none.safetensors")
     for change in ({"kind": "wavelet"}, {"format": 2}):
