@@ -5,9 +5,9 @@ al. 2023, arXiv:2206.10550: one DDPM for all, asked once). "stability" has a fro
 an "mse" file, `--start`. No label is used, and no image of another split is seen.
 
 Defaults of a DnCNN are the paper's: 17 layers of 64 channels, 90 epochs, Adam with a rate of 1e-3 that falls to a tenth
-after each third, weight decay 1e-4. The published diffusions are too large to be trained for one data set. This one
-has the multipliers of DDPM at 256 px with half its width, and its rate (Ho et al. 2020, arXiv:2006.11239), and learns
-the noise levels up to the largest sigma only.
+after each third, weight decay 1e-4; steps of 32 images are ours. The published diffusions are too large to be trained
+for one data set. This one has the multipliers of DDPM at 256 px with half its width, and its smaller rate (Ho et al.
+2020, arXiv:2006.11239), and learns the noise levels up to the largest sigma only.
 
 A training that was stopped goes on when it is started again. `--dry-run` says what it costs. Not for clinical use.
 """
@@ -30,7 +30,7 @@ from medrobust_lib.checks import check_choice, check_whole
 from medrobust_lib.data.registry import OpenSplit, open_split
 from medrobust_lib.experiments import open_store
 from medrobust_lib.experiments.report import duration
-from medrobust_lib.files import disk_full, reported_errors, size_text
+from medrobust_lib.files import disk_full, parsed, reported_errors, size_text
 from medrobust_lib.models.dual_encoder import DualEncoder
 from medrobust_lib.models.loading import resolve_device
 from medrobust_lib.smoothing.bounds import check_sigma
@@ -38,6 +38,7 @@ from medrobust_lib.smoothing.denoisers import (
     DEMO_FILES,
     DiffusionDenoiser,
     DnCNNDenoiser,
+    UNet,
     denoiser_path,
     load_denoiser,
 )
@@ -45,6 +46,7 @@ from training.denoisers import Images, Keep, Recipe, joined, save_denoiser, trai
 from training.images import decoded
 
 IMAGE_SIZE, EPOCHS, DIFFUSION_STEPS = 224, 90, 100_000
+DEPTH, WIDTH = 17, 64
 MULTIPLIERS = [1, 1, 2, 2, 4, 4]
 PROBED, PROBE_STEPS = 2, 2  # images a step, and steps, of the probe on a CPU, where they cost the same each
 
@@ -91,6 +93,10 @@ class Plan:
         return train_denoiser(self.model, data, sigma=sigma, objective=self.kind, start=self.start, **how)
 
 
+app = typer.Typer(add_completion=False, rich_markup_mode="markdown")
+
+
+@app.command(help=__doc__)
 def main(
     kind: Annotated[str, typer.Argument(help="mse, stability or diffusion.")],
     dataset: Annotated[str, typer.Argument(help="Data set id, or folder:PATH or csv:PATH with a train split.")],
@@ -108,8 +114,8 @@ def main(
     steps: Annotated[int | None, typer.Option(min=1, help="Instead of epochs; 100,000 for the diffusion.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Images a step.")] = 32,
     learning_rate: Annotated[float | None, typer.Option(help="1e-3 for DnCNN, 2e-4 for the diffusion.")] = None,
-    depth: Annotated[int, typer.Option(min=2, help="Layers of a DnCNN.")] = 17,
-    width: Annotated[int, typer.Option(min=1, help="Channels of a DnCNN, and of a U-Net's first level.")] = 64,
+    depth: Annotated[int | None, typer.Option(min=2, help="Layers of a DnCNN; 17.")] = None,
+    width: Annotated[int | None, typer.Option(min=1, help="Channels of a DnCNN or a U-Net's first level; 64.")] = None,
     save_every: Annotated[int, typer.Option(min=1, help="Steps between two saved states.")] = 100,
     device: Annotated[str, typer.Option(help="auto, cpu, or another of torch's.")] = "auto",
     seed: Annotated[int, typer.Option(min=0, help="Of images, weights, order and noise.")] = 0,
@@ -118,7 +124,8 @@ def main(
 ) -> None:
     """Train, or go on where an earlier call was stopped."""
     check_choice("kind", kind, DEMO_FILES)
-    levels = tuple(sorted({float(sigma) for sigma in sigmas.split(",")}))
+    with parsed(f"--sigmas {sigmas}", "Give noise levels with commas between them, such as 0.25,0.5."):
+        levels = tuple(sorted({float(sigma) for sigma in sigmas.split(",")}))
     for sigma in levels:
         check_sigma(sigma)
     place, judge, begin = resolve_device(device), None, None
@@ -135,12 +142,17 @@ def main(
     side = image_size or (judge.image_size if judge else IMAGE_SIZE)
     if judge and side != judge.image_size:
         raise ValueError(f"--image-size {side}: {judge.id} reads {judge.image_size} pixels; leave --image-size out")
+    stated = {name: value for name, value in {"depth": depth, "width": width}.items() if value is not None}
+    if (stated and begin) or (depth and kind == "diffusion"):
+        raise ValueError(f"{', '.join(stated)}: a --start keeps its networks' own, and a diffusion has no --depth")
     if kind == "diffusion":
-        architecture, blocks = {"width": width, "multipliers": MULTIPLIERS}, 2 ** (len(MULTIPLIERS) - 1)
+        architecture = {"width": width or WIDTH, "multipliers": MULTIPLIERS}
+        with torch.device("meta"):
+            blocks = UNet(**architecture).side
         if side % blocks:
             raise ValueError(f"--image-size {side}: the diffusion's network takes sides that are multiples of {blocks}")
     else:
-        architecture = {} if begin else {"depth": depth, "width": width}
+        architecture = {} if begin else {"depth": depth or DEPTH, "width": width or WIDTH}
     found = open_split(dataset, split="train", image_size=side, root=root)
     count = check_whole("--n-images", n_images or len(found.labels), most=len(found.labels))
     if epochs and steps:
@@ -155,6 +167,8 @@ def main(
     positions = np.sort(np.random.default_rng(seed).permutation(len(found.labels))[:count])
     plan = Plan(kind, found, positions, side, levels, judge, begin, recipe, architecture, place)
     path = out or denoiser_path(kind, dataset)
+    if path.suffix != ".safetensors":
+        raise ValueError(f"--out {path}: give a file name that ends in .safetensors")
     if dry_run:
         typer.echo("\n".join(price(plan, path, save_every)))
     else:
@@ -167,7 +181,7 @@ def carry_out(plan: Plan, path: Path, save_every: int) -> None:
     if path.exists() and not folder.exists():
         raise ValueError(f"{path} is there, and nothing tells with which settings; give another --out or delete it")
     images = folder / "images.npy"
-    needed = 0 if images.exists() else image_bytes(plan)
+    needed = 0 if images.exists() or path.exists() else image_bytes(plan)
     if shutil.disk_usage(next(place for place in path.absolute().parents if place.is_dir())).free < needed:
         raise disk_full(path, f"{size_text(needed)} are needed for the decoded images")
     with open_store(folder, parameters=plan.settings()):
@@ -236,4 +250,4 @@ def seconds_of(plan: Plan, data: Images, sigma: float, recipe: Recipe) -> float:
 
 if __name__ == "__main__":
     with reported_errors():
-        typer.run(main)
+        app()

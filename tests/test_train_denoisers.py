@@ -29,9 +29,10 @@ from training.denoisers import Recipe, save_denoiser
 SCRIPT = Path(__file__).parents[1] / "data_scripts" / "train_denoisers.py"
 DATA = "phantom/histology"
 SMALL = ["--n-images", 10, "--batch-size", 4, "--steps", 7, "--save-every", 2, "--width", 8, "--image-size", 32]
-SMALL = [*SMALL, "--depth", 3, "--sigmas", "0.25,0.5", "--device", "cpu"]
+DIFFUSION = [*SMALL, "--sigmas", "0.25,0.5", "--device", "cpu"]
+SMALL = [*DIFFUSION, "--depth", 3]
 JUDGED = [*(64 if word == 32 else word for word in SMALL), "--model", "demo-clip"]
-OPTIONS = {"mse": SMALL, "stability": JUDGED, "diffusion": SMALL}
+OPTIONS = {"mse": SMALL, "stability": JUDGED, "diffusion": DIFFUSION}
 
 
 @pytest.fixture(scope="module")
@@ -124,7 +125,7 @@ def test_what_is_there_is_not_trained_again_and_other_settings_are_refused(call,
         with pytest.raises(ValueError, match=f"{option.strip('-')}: the store has .*, this run asks"):
             call("mse", DATA, *SMALL, option, value, "--out", out)
     with pytest.raises(ValueError, match='kind: the store has "mse", this run asks "diffusion"'):
-        call("diffusion", DATA, *SMALL, "--out", out)
+        call("diffusion", DATA, *DIFFUSION, "--out", out)
     (tmp_path / "other.safetensors").write_bytes(out.read_bytes())
     with pytest.raises(ValueError, match="other.safetensors is there, and nothing tells with which settings"):
         call("mse", DATA, *SMALL, "--out", tmp_path / "other.safetensors")
@@ -189,18 +190,20 @@ def test_memory_does_not_grow_with_the_number_of_images(tmp_path):
 def test_stability_goes_on_from_a_start_and_keeps_its_networks(call, tmp_path):
     start, out = tmp_path / "mse.safetensors", tmp_path / "stability.safetensors"
     call("mse", DATA, *SMALL, "--out", start)
-    arguments = [word for word in JUDGED if word not in ("--depth", 3)]
+    arguments = [word for word in JUDGED if word not in ("--depth", 3, "--width", 8)]
     call("stability", DATA, *arguments, "--start", start, "--steps", 1, "--out", out)
     origins = load_denoiser(out).provenance.values()
     assert {origin["start"] for origin in origins} == {load_denoiser(start).id}
     assert {origin["model"] for origin in origins} == {"demo-clip"}
     with pytest.raises(ValueError, match=r"not a DnCNN for each sigma of 0.25,1"):
         call("stability", DATA, *arguments, "--start", start, "--sigmas", "0.25,1", "--out", out)
+    with pytest.raises(ValueError, match="width: a --start keeps its networks' own"):
+        call("stability", DATA, *arguments, "--start", start, "--width", 16, "--out", out)
 
 
 def test_one_diffusion_is_trained_up_to_the_largest_sigma(call, tmp_path):
     out = tmp_path / "diffusion.safetensors"
-    call("diffusion", DATA, *SMALL, "--out", out)
+    call("diffusion", DATA, *DIFFUSION, "--out", out)
     trained = load_denoiser(out)
     assert isinstance(trained, DiffusionDenoiser)
     assert trained.sigma_range[1] == pytest.approx(0.5, rel=0.01)
@@ -289,6 +292,9 @@ def test_the_price_of_memory_is_what_a_step_keeps(call, tmp_path):
         (["mse", DATA, "--model", "demo-clip"], "mse and diffusion have none"),
         (["stability", DATA, "--model", "demo-clip", "--image-size", 96], "demo-clip reads 64 pixels"),
         (["diffusion", DATA, "--image-size", 100], "--image-size 100: the diffusion's network takes sides that are"),
+        (["diffusion", DATA, "--width", 12], "UNet needs a width that is a multiple of 8"),
+        (["diffusion", DATA, "--depth", 5], "depth: .* a diffusion has no --depth"),
+        (["mse", DATA, "--sigmas", "0.1;0.2"], "--sigmas 0.1;0.2: .*Give noise levels with commas"),
         (["mse", DATA, "--sigmas", "25"], "divide a level in 0 to 255 units by 255"),
         (["mse", DATA, "--epochs", 1, "--steps", 1], "--epochs 1 and --steps 1: give one of them"),
         (["mse", DATA, "--n-images", 1441], "n-images"),
@@ -299,6 +305,11 @@ def test_what_cannot_be_trained_is_refused_before_anything_starts(arguments, mes
     with pytest.raises(ValueError, match=message):
         call(*arguments, "--out", tmp_path / "weights.safetensors")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_another_name_than_one_of_a_tensor_file_is_refused(call, tmp_path):
+    with pytest.raises(ValueError, match="weights.training: give a file name that ends in .safetensors"):
+        call("mse", DATA, *SMALL, "--out", tmp_path / "weights.training")
 
 
 def test_a_disk_that_is_too_small_is_refused(call, script, tmp_path, monkeypatch):
