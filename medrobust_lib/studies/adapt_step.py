@@ -178,7 +178,8 @@ class AdaptCell(Cell):
             adapted = adapt_lora(model, train, validation=val, out=out, rank=self.step.rank, **recipe)
         else:
             adapted = fine_tune(model, train, validation=val, out=out, **recipe)
-        history = adapted.history.drop(columns="seconds")  # a table must not depend on the clock
+        self.keep_times(out.parents[2], training=adapted.seconds)
+        history = adapted.history.drop(columns="seconds")
         best = history[history["epoch"] == adapted.best_epoch]
         numbers = [
             Metric("val_balanced_accuracy", r.val_balanced_accuracy, int(r.n), of=f"{r.dataset}, epoch {r.epoch}")

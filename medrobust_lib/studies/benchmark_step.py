@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
+import numpy as np
 import pandas as pd
 
 from medrobust_lib.corruptions.stored import read_corrupted
@@ -164,3 +165,12 @@ def correct_shares(rows: pd.DataFrame) -> pd.DataFrame:
     correct = rows.assign(correct=(rows["predicted"] == rows["label"]).astype(float))
     shares = correct.pivot_table(index="image", columns="corruption", values="correct", aggfunc="mean", sort=False)
     return shares[list(dict.fromkeys(rows["corruption"]))].sort_index()
+
+
+def right_answers(rows: pd.DataFrame) -> np.ndarray:
+    """Whether answers to corrupted images are right: bool [C, S, n], images in order."""
+    rows = rows[rows["corruption"] != CLEAN]
+    order = pd.MultiIndex.from_product([rows["corruption"].unique(), sorted(rows["severity"].unique())])
+    right = rows.assign(right=rows["predicted"] == rows["label"])
+    right = right.pivot(index=["corruption", "severity"], columns="image", values="right").loc[order]
+    return right.to_numpy().reshape(*order.levshape, -1)

@@ -1,6 +1,7 @@
 """What every step of a study is, and every cell that it makes: one interface to check, to price and to run."""
 
 import hashlib
+import json
 import re
 import time
 from abc import ABC, abstractmethod
@@ -14,11 +15,13 @@ from torch import Tensor
 
 from medrobust_lib.data.dataset import Draw, ImageDataset
 from medrobust_lib.data.registry import load_dataset
-from medrobust_lib.experiments import Run
+from medrobust_lib.experiments import Run, write_text_atomically
+from medrobust_lib.files import read_json_object
 from medrobust_lib.models.dual_encoder import DualEncoder
 from medrobust_lib.models.loading import load_model
 
 _LONGEST_PART = 32
+TIMES = "times.json"
 CELL_BYTES = 16_000  # of a cell's files that do not grow with its images, about
 
 Place = tuple[str, str, int | None]  # a model, a data set, a seed
@@ -232,6 +235,12 @@ class Cell(ABC):
         """Start the clock."""
         where = {"step": self.step.kind, "model": self.model, "dataset": self.dataset, "seed": self.seed}
         return Run(self.card_name, title, self.folder(study), where | self.parameters, time.monotonic())
+
+    def keep_times(self, study: Path, **seconds: float) -> None:
+        """Keep what the clock said, apart from cards and tables, which must not depend on it; the first time counts."""
+        path = self.folder(study) / TIMES
+        kept = read_json_object(path, "times") if path.is_file() else {}
+        write_text_atomically(path, json.dumps(seconds | kept))
 
     def encoder(self, study: Path) -> DualEncoder:
         """Its model, with what an adapt step has learned of the image tower."""
