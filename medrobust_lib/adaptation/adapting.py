@@ -380,9 +380,9 @@ sets, "a medical image of {} belonging to pbc", and tests with the first, which 
 ``dataclasses.replace(data, templates=data.templates[1:])`` to train on, `data` as it is to validate and to test.
 
 What still differs, beside the random numbers: the best epoch is chosen on validation images (theirs on the test split
-by default); the data sets are those given (theirs twelve, of which aml and mammo_mass are not in this library's list);
-the adapters of the keys start at zero and are saved (theirs start at random and are left out of the adapter file); the
-text features are computed without dropout (theirs with it); the steps of an epoch are of equal size (theirs 256 images
+by default); the data sets are those given (theirs are the twelve of ``medimeta/`` and ``medmnist/``); the adapters
+of the keys start at zero and are saved (theirs start at random and are left out of the adapter file); the text
+features are computed without dropout (theirs with it); the steps of an epoch are of equal size (theirs 256 images
 and a rest); and an error in a batch ends the training (theirs goes on with the next).
 """
 DEMO_NOISE = Augmentation(sigmas=(0.1, 0.2))
