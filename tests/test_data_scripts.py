@@ -571,6 +571,7 @@ def test_the_record_is_what_the_models_check(scripts, tmp_path):
     [
         ("unimedclip", "checkpoints/unimed/unimed_clip_vit_b16.pt"),
         ("robustmedclip", "exp-rank-16/vit/fewshot_100_percent/checkpoints/best_model/model.pth"),
+        ("robustmedclip-rn50", "exp-rank-16/resnet/fewshot_100_percent/checkpoints/best_model/model.pth"),
     ],
 )
 def test_checkpoints_in_folders_of_the_hub_are_found(scripts, monkeypatch, model, path):
