@@ -161,6 +161,7 @@ def study(
     out: Annotated[Path | None, Option(help="Folder of the study; default: runs/NAME.")] = None,
     jobs: Annotated[int, Option(help="Cells at a time on this machine; -1: one per core.")] = 1,
     cluster: Annotated[str | None, Option(help="Scheduler of dask.distributed, tcp://HOST:PORT.")] = None,
+    spread: Annotated[str, Option(help="Share out cells, or the images of a cell.")] = "cells",
     dry_run: Annotated[bool, Option("--dry-run", help="Say what would run and what it costs, and stop.")] = False,
     notebooks: Annotated[Path | None, Option(help="Folder of the notebooks.")] = None,
 ) -> None:
@@ -176,7 +177,8 @@ def study(
 
     folder = default_runs_dir() / read.name if out is None else out
     typer.echo(f"study folder: {folder}")
-    finished = run_study(read, folder, jobs=jobs, cluster=cluster, notebooks=notebooks, announce=typer.echo)
+    how = {"jobs": jobs, "cluster": cluster, "spread": spread, "notebooks": notebooks}
+    finished = run_study(read, folder, announce=typer.echo, **how)
     table = finished.leaderboard
     if table.empty:
         typer.echo("no cell has a result")
@@ -348,7 +350,8 @@ def _show_estimates(read: "Study", notebooks: Path | None) -> None:
 
     from medrobust_lib.experiments.report import duration, show
     from medrobust_lib.files import size_text
-    from medrobust_lib.studies.cells import CertifyCell, estimate_cells, study_cells
+    from medrobust_lib.studies.cells import estimate_cells, study_cells
+    from medrobust_lib.studies.certify_step import CertifyCell
 
     cells = study_cells(read, notebooks=notebooks)
     estimates = estimate_cells(read, cells, earlier=default_runs_dir())

@@ -31,7 +31,7 @@ from medrobust_lib.adaptation.training_images import PAPER_AUGMENTATION, Augment
 from medrobust_lib.checks import check_keywords
 from medrobust_lib.data.dataset import ImageDataset
 from medrobust_lib.experiments import parameter_differences, write_text_atomically
-from medrobust_lib.files import parsed, save_tensors
+from medrobust_lib.files import parsed, read_json_object, save_tensors
 from medrobust_lib.models.dual_encoder import DualEncoder, find_image_tower
 from medrobust_lib.models.weights import DEMO_FOLDER, explained_errors
 from medrobust_lib.smoothing.certify import check_not_training
@@ -241,9 +241,29 @@ def fine_tune(
             save_tensors(partial / _TOWER, parameters)
             write_text_atomically(partial / _PROVENANCE, json.dumps(record, indent=1) + "\n")
     record = job.stored()
-    with explained_errors(str(job.out / _TOWER)):
-        tuned.load_state_dict(tuned.state_dict() | load_file(job.out / _TOWER))
-    return job.outcome(_finished(tuned, model, record, job.out.name), record)
+    return job.outcome(load_tuned(model, job.out), record)
+
+
+def load_tuned(model: DualEncoder, folder: Path | str) -> DualEncoder:
+    """The model with the image tower that `fine_tune` has left in a folder.
+
+    Raises
+    ------
+    FileNotFoundError
+        Nothing of `fine_tune` is there.
+    ValueError
+        A damaged file, or the tower of another model.
+    """
+    folder = Path(folder)
+    if not (folder / _TOWER).is_file():
+        raise FileNotFoundError(f"no fine-tuned image tower in {folder}; fine_tune(..., out=...) writes one")
+    record = read_json_object(folder / _PROVENANCE, "the record of a fine-tuning", f"Delete {folder} and train anew.")
+    if record.get("base") != json.loads(json.dumps(model.identity())):
+        raise ValueError(f"{folder} holds the tower of another model than {model.id}; give the one that was tuned")
+    tuned = model.trainable_copy()
+    with explained_errors(str(folder / _TOWER)):
+        tuned.load_state_dict(tuned.state_dict() | load_file(folder / _TOWER))
+    return _finished(tuned, model, record, folder.name)
 
 
 @dataclass(frozen=True, eq=False)

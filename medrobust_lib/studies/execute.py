@@ -9,11 +9,13 @@ from dataclasses import dataclass
 from itertools import groupby
 from operator import attrgetter
 from pathlib import Path
+from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 import pandas as pd
 
 from medrobust_lib import experiments, metrics
+from medrobust_lib.checks import check_choice
 from medrobust_lib.evaluation import CLEAN
 from medrobust_lib.experiments import Metric, Run, read_cards
 from medrobust_lib.experiments.cards import lower_is_better
@@ -21,22 +23,43 @@ from medrobust_lib.experiments.report import interval_text, write_page, write_re
 from medrobust_lib.files import named_when_full, told
 from medrobust_lib.places import VERSION
 from medrobust_lib.runner import environment_variables
-from medrobust_lib.studies.cells import ANSWERS, BenchmarkCell, Cell, averaged_over, short_id, study_cells
+from medrobust_lib.studies.adapt_step import AdaptCell
+from medrobust_lib.studies.benchmark_step import ANSWERS, BenchmarkCell, averaged_over
+from medrobust_lib.studies.cells import study_cells
+from medrobust_lib.studies.steps import ALONE, Cell, Workers, short_id
 from medrobust_lib.studies.study_file import Study
 
+Spread = Literal["cells", "images"]
 LEADERBOARD = "leaderboard.csv"
 CLUSTER_TIMEOUT = 30.0  # seconds to wait for a scheduler's answer
 
 
-def run_cell(place: tuple[Path, Path | None], cell: Cell) -> tuple[float, str]:
+class Where(NamedTuple):
+    """Where cells run.
+
+    Attributes
+    ----------
+    study : Path
+        Folder of the study, which every worker must see under this path.
+    notebooks : Path or None
+        Folder of the notebooks; None: the project's.
+    workers : Workers
+        Who shares the images of one cell.
+    """
+
+    study: Path
+    notebooks: Path | None = None
+    workers: Workers = ALONE
+
+
+def run_cell(where: Where, cell: Cell) -> tuple[float, str]:
     """Run one cell in its folder; what fails is told, not raised, so that other cells go on.
 
     What the cell prints, and the traceback of an error, goes to ``log.txt`` in its folder.
 
     Parameters
     ----------
-    place : (Path, Path or None)
-        Folder of the study, which every worker must see under this path, and of the notebooks (None: the project's).
+    where : Where
     cell : Cell
 
     Returns
@@ -45,8 +68,7 @@ def run_cell(place: tuple[Path, Path | None], cell: Cell) -> tuple[float, str]:
     error : str
         The reason where it failed, else empty.
     """
-    study, notebooks = place
-    folder = cell.folder(study)
+    folder = cell.folder(where.study)
     started, reason = time.perf_counter(), ""
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -54,7 +76,7 @@ def run_cell(place: tuple[Path, Path | None], cell: Cell) -> tuple[float, str]:
         full = named_when_full(path, "the cell's words were lost")
         with full, path.open("w", encoding="utf-8", buffering=1) as log, redirect_stdout(log):
             try:
-                cell.run(folder, notebooks=notebooks)
+                cell.run(where.study, notebooks=where.notebooks, workers=where.workers)
                 write_report(folder)
             except Exception:
                 with suppress(OSError):  # a disk that takes no traceback: the error itself is told
@@ -105,8 +127,9 @@ def write_results(study: Study, out: Path, finished: Sequence[Cell], failures: M
 
 
 def _write_corruption_errors(study: Study, out: Path, cells: list[Cell]) -> Path | None:
-    """A card with mCE and its kin relative to the study's first model; None where there is nothing to compare."""
-    reference = study.models[0]
+    """A card with mCE and its kin relative to the reference; None where there is nothing to compare."""
+    step = cells[0].step
+    reference = step.reference or study.narrowed(step).models[0]
     by_model = {cell.model: cell for cell in cells}
     if reference not in by_model or len(by_model) < 2:
         return None
@@ -114,8 +137,8 @@ def _write_corruption_errors(study: Study, out: Path, cells: list[Cell]) -> Path
     tables, right = [], {}
     for model, cell in by_model.items():
         cards = cell.folder(out) / "cards"
-        tables.append(pd.read_csv(cards / f"{cell.number:02d}-benchmark_accuracy.csv"))
-        right[model] = _right_answers(pd.read_csv(cards / f"{cell.number:02d}-benchmark_{ANSWERS}.csv"))
+        tables.append(pd.read_csv(cards / f"{cell.card_name}_accuracy.csv"))
+        right[model] = _right_answers(pd.read_csv(cards / f"{cell.card_name}_{ANSWERS}.csv"))
     errors = metrics.corruption_error_table(pd.concat(tables), reference=reference)
     averaged = averaged_over(first.step.suite, first.step.severities)
     numbers = []
@@ -184,6 +207,7 @@ def run_study(
     *,
     jobs: int = 1,
     cluster: str | None = None,
+    spread: Spread = "cells",
     notebooks: Path | None = None,
     announce: Callable[[str], None] = print,
 ) -> Finished:
@@ -200,6 +224,9 @@ def run_study(
     cluster : str, optional
         Address of a dask.distributed scheduler, ``tcp://HOST:PORT``; its workers run the cells. They must have
         this library and see ``out`` under the same path.
+    spread : {"cells", "images"}
+        What the processes or the workers share: whole cells, or the images of one cell of certificates or questions
+        after the other, which is for few and large cells.
     notebooks : Path, optional
         Folder of the notebooks; default: the project's.
     announce : callable
@@ -218,6 +245,7 @@ def run_study(
     RuntimeError
         Another process runs this study, or no scheduler answers at the address.
     """
+    check_choice("spread", spread, get_args(Spread))
     out = Path(out).expanduser().resolve()
     cells = study_cells(study, notebooks=notebooks)
     place = out, None if notebooks is None else Path(notebooks).resolve()
@@ -233,19 +261,27 @@ def run_study(
         if jobs != 1 or cluster is not None:  # bars of several processes would overwrite each other
             stack.enter_context(environment_variables({"TQDM_DISABLE": "1"}))
         backend = "dask" if cluster is not None and missing else "loky"
-        results = experiments.map_items(run_cell, missing, context=place, jobs=jobs, backend=backend)
+        shared = spread == "images"
+        where = Where(*place, workers=Workers(jobs, backend) if shared else ALONE)
+        among = {"jobs": 1} if shared else {"jobs": jobs, "backend": backend}
+        # What later cells load is made first.
+        waves = [[cell for cell in missing if isinstance(cell, AdaptCell) is first] for first in (True, False)]
+        results = (
+            (wave[position], result)
+            for wave in waves
+            for position, result in experiments.map_items(run_cell, wave, context=where, **among)
+        )
         words = {"description": f"study {study.name}", "unit": "cells"}
         try:
-            for position, (seconds, error) in experiments.progress(results, total=len(cells), done=done, **words):
-                cell = missing[position]
+            for cell, (seconds, error) in experiments.progress(results, total=len(cells), done=done, **words):
                 if error:
                     failures[cell.label] = error
                     announce(f"FAILED {cell.label}; the other cells go on")
                     continue
                 if cell.name not in store.done:
                     what = {"cell": cell.name, "step": cell.number, "kind": cell.step.kind}
-                    where = {"model": cell.model, "dataset": cell.dataset, "seed": cell.seed}
-                    store.append(cell.name, [what | where], seconds=seconds)
+                    row = {"model": cell.model, "dataset": cell.dataset, "seed": cell.seed}
+                    store.append(cell.name, [what | row], seconds=seconds)
                 if experiments.is_headless() or not sys.stderr.isatty():
                     announce(f"{cell.label}: done in {seconds:.1f} s")
         except RuntimeError as stopped:
