@@ -29,6 +29,7 @@ KEYS = ["dataset", "model", "method", "column", "measure"]
 AGREES, DIFFERS, NO_NUMBER = "agrees within the interval", "differs", "no image number reported"
 ALL = "all"
 _OURS = ["ours", "low", "high", "n", "detail"]
+_JUDGED = ["difference_low", "difference_high", "verdict", "remark"]
 _HALF = 0.5
 
 
@@ -70,11 +71,10 @@ def compare_with_published(protocol: Protocol, folder: Path) -> pd.DataFrame:
     for key in ("dataset", "model", "method"):
         ours[key] = ours[key].map(lambda name: names.get(name, name))
     reported = layout.reported()
-    same = [key for key in KEYS if key != "detail"]
-    table = ours.merge(reported, on=same, how="left", validate="one_to_one")
+    table = ours.merge(reported, on=KEYS, how="left", validate="one_to_one")
     table["difference"] = table["ours"] - table["reported"]
     rows = [_judged(row, protocol) for row in table.itertuples()]
-    return table.join(pd.DataFrame(rows, index=table.index))
+    return table.drop(columns="remark").join(pd.DataFrame(rows, index=table.index, columns=_JUDGED))
 
 
 def write_reproduction(protocol: Protocol, folder: Path, failures: Mapping[str, str]) -> pd.DataFrame:
@@ -106,18 +106,22 @@ def in_the_papers_layout(table: pd.DataFrame) -> pd.DataFrame:
     Parameters
     ----------
     table : DataFrame
-        From `compare_with_published`. Numbers of one place with several measures stand behind each other, the second
-        in parentheses, as papers print clean beside certified accuracy.
+        From `compare_with_published`. Clean accuracy stands behind certified accuracy in parentheses, as papers print
+        it; other measures have rows of their own.
     """
+    if not set(table["measure"]) <= {"certified accuracy", "clean accuracy"}:
+        table = table.assign(method=table["method"].where(table["method"] != "", table["measure"]))
     shown = []
-    for source, name in (("ours", "ours"), ("reported", "reported")):
-        text = table[source].map(lambda value: "" if pd.isna(value) else short_number(value, 3))
-        shown.append(table[["dataset", "model", "method", "column"]].assign(source=name, text=text))
+    for source, nothing in (("ours", "–"), ("reported", "")):
+        text = [nothing if pd.isna(value) else short_number(value, 3) for value in table[source]]
+        shown.append(table[["dataset", "model", "method", "column"]].assign(source=source, text=text))
     rows = ["dataset", "model", "method", "source"]
     order = list(dict.fromkeys(table["column"]))
     long = pd.concat(shown)
     joined = long.groupby([*rows, "column"], sort=False)["text"].agg(_with_parentheses).unstack("column")
-    return joined.reindex(columns=order).fillna("")
+    joined = joined.reindex(columns=order).fillna("")
+    # A row of ours that nobody published has no second one under it.
+    return joined[(joined != "").any(axis="columns") | (joined.index.get_level_values("source") == "ours")]
 
 
 def _with_parentheses(texts: Iterable[str]) -> str:
@@ -174,16 +178,27 @@ def _certified(protocol: Protocol, folder: Path) -> pd.DataFrame:
     radii = sorted({0.0, *(radius for cell, _ in found for radius in cell.step.radii)})
     shown = {radius for cell, _ in found for radius in cell.step.radii}
     shares = pd.concat(metrics.certified_accuracy(rows, radii=radii) for _, rows in found)
+    best = metrics.certified_envelope(shares).set_index(["dataset", "model", "method", "radius"])
     rows = []
-    for r in metrics.certified_envelope(shares).itertuples():
-        place = {"dataset": r.dataset, "model": r.model, "method": r.method, "column": f"{r.radius:g}", "n": r.n}
-        place["detail"] = f"sigma {r.sigma:g}, {r.guarantee}"
-        if r.radius in shown:
-            share = {"ours": r.certified_accuracy, "low": r.low, "high": r.high}
-            rows.append(place | share | {"measure": "certified accuracy"})
-        if r.radius in shown and r.radius > 0 and not np.isnan(r.clean_accuracy):
-            low, high = accuracy_interval(round(r.clean_accuracy * r.n), r.n)
-            rows.append(place | {"measure": "clean accuracy", "ours": r.clean_accuracy, "low": low, "high": high})
+    for key in shares.set_index(["dataset", "model", "method", "radius"]).index.unique():
+        *who, radius = key
+        if radius not in shown:
+            continue
+        place = {"dataset": who[0], "model": who[1], "method": who[2], "column": f"{radius:g}"}
+        if key not in best.index:
+            beyond = dict.fromkeys(("ours", "low", "high"), np.nan) | {
+                "n": 0,
+                "detail": "beyond the reach of the draws",
+            }
+            rows.append(place | beyond | {"measure": "certified accuracy"})
+            continue
+        r = best.loc[key]
+        place |= {"n": int(r["n"]), "detail": f"sigma {r['sigma']:g}, {r['guarantee']}"}
+        share = {"ours": r["certified_accuracy"], "low": r["low"], "high": r["high"]}
+        rows.append(place | share | {"measure": "certified accuracy"})
+        if radius > 0 and not np.isnan(r["clean_accuracy"]):
+            low, high = accuracy_interval(round(r["clean_accuracy"] * r["n"]), int(r["n"]))
+            rows.append(place | {"measure": "clean accuracy", "ours": r["clean_accuracy"], "low": low, "high": high})
     return _frame(rows)
 
 
