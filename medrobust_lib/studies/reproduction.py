@@ -28,7 +28,7 @@ from medrobust_lib.studies.steps import TIMES, Cell
 KEYS = ["dataset", "model", "method", "column", "measure"]
 AGREES, DIFFERS, NO_NUMBER = "agrees within the interval", "differs", "no image number reported"
 ALL = "all"
-_OURS = ["ours", "low", "high", "n", "detail"]
+_OURS = ["ours", "low", "high", "n", "detail", "guarantee"]
 _JUDGED = ["difference_low", "difference_high", "verdict", "remark"]
 _HALF = 0.5
 
@@ -39,13 +39,16 @@ class Layout(NamedTuple):
     Attributes
     ----------
     ours : callable
-        (protocol, folder of the study) -> frame with `KEYS`, ours, low, high, n and detail.
+        (protocol, folder of the study) -> frame with `KEYS`, ours, low, high, n, detail and guarantee.
     reported : callable
         () -> frame with `KEYS`, reported and remark.
+    columns : str
+        What the columns and numbers of the table are, in words.
     """
 
     ours: Callable[[Protocol, Path], pd.DataFrame]
     reported: Callable[[], pd.DataFrame]
+    columns: str = ""
 
 
 def compare_with_published(protocol: Protocol, folder: Path) -> pd.DataFrame:
@@ -60,10 +63,10 @@ def compare_with_published(protocol: Protocol, folder: Path) -> pd.DataFrame:
     Returns
     -------
     DataFrame
-        `KEYS`, ours with its 95 % interval low and high, n (images), detail (noise level, guarantee), reported,
-        difference (ours minus reported) with its interval difference_low and difference_high, verdict and remark (what
-        speaks against the published number). The interval of a difference takes in the published number's own where
-        the paper says of how many images it is.
+        `KEYS`, ours with its 95 % interval low and high, n (images), detail (such as the noise level), guarantee (of a
+        certificate), reported, difference (ours minus reported) with its interval difference_low and difference_high,
+        verdict and remark (what speaks against the published number). The interval of a difference takes in that of
+        the published number where the paper says of how many images it is.
     """
     layout = LAYOUTS[protocol.published.layout]
     names = protocol.published.names
@@ -95,6 +98,7 @@ def write_reproduction(protocol: Protocol, folder: Path, failures: Mapping[str, 
     write_page(
         folder / "reproduction.html", "reproduction", protocol=protocol, printed=printed, failures=failures,
         verdicts=table["verdict"].value_counts(), remarks=table.loc[table["remark"].ne(""), [*KEYS, "remark"]],
+        columns=LAYOUTS[protocol.published.layout].columns,
         cells=len(cells), done=len(done), synthetic=any(id.startswith("phantom/") for id in protocol.study.datasets),
     )  # fmt: skip
     return table
@@ -107,8 +111,11 @@ def in_the_papers_layout(table: pd.DataFrame) -> pd.DataFrame:
     ----------
     table : DataFrame
         From `compare_with_published`. Clean accuracy stands behind certified accuracy in parentheses, as papers print
-        it; other measures have rows of their own.
+        it; other measures have rows of their own. A guarantee that is not the standard one stands behind the method.
     """
+    kinds = table.groupby(["dataset", "model", "method"], sort=False)["guarantee"].transform("max")
+    special = ~kinds.isin(["", "standard", "composite"])
+    table = table.assign(method=table["method"] + (", " + kinds).where(special, ""))
     if not set(table["measure"]) <= {"certified accuracy", "clean accuracy"}:
         table = table.assign(method=table["method"].where(table["method"] != "", table["measure"]))
     shown = []
@@ -167,7 +174,7 @@ def _finished(protocol: Protocol, folder: Path, kind: type[Cell], table: str) ->
 
 
 def _frame(rows: Iterable[Mapping[str, object]]) -> pd.DataFrame:
-    return pd.DataFrame(rows, columns=[*KEYS, *_OURS])
+    return pd.DataFrame(rows, columns=[*KEYS, *_OURS]).fillna({"detail": "", "guarantee": ""})
 
 
 def _certified(protocol: Protocol, folder: Path) -> pd.DataFrame:
@@ -193,7 +200,7 @@ def _certified(protocol: Protocol, folder: Path) -> pd.DataFrame:
             rows.append(place | beyond | {"measure": "certified accuracy"})
             continue
         r = best.loc[key]
-        place |= {"n": int(r["n"]), "detail": f"sigma {r['sigma']:g}, {r['guarantee']}"}
+        place |= {"n": int(r["n"]), "detail": f"sigma {r['sigma']:g}", "guarantee": r["guarantee"]}
         share = {"ours": r["certified_accuracy"], "low": r["low"], "high": r["high"]}
         rows.append(place | share | {"measure": "certified accuracy"})
         if radius > 0 and not np.isnan(r["clean_accuracy"]):
@@ -365,7 +372,7 @@ def _draws(protocol: Protocol, folder: Path) -> pd.DataFrame:
                     "seconds a question": (answer * (group[0][0].step.n0 + n), np.nan, np.nan),
                 }
                 for measure, (value, low, high) in values.items():
-                    about = {"measure": measure, "detail": "composite", "ours": value, "low": low, "high": high}
+                    about = {"measure": measure, "guarantee": "composite", "ours": value, "low": low, "high": high}
                     every.append(place | about)
     return _frame(every)
 
@@ -384,13 +391,17 @@ def _nothing_reported() -> pd.DataFrame:
     return pd.DataFrame(columns=[*KEYS, "reported", "remark"]).astype({"reported": float})
 
 
+_RADII = (
+    "Columns are L2 radii in [0, 1] pixel units; in parentheses stands the smoothed accuracy at the same noise level."
+)
+_ERRORS = "Accuracies are means over severities; errors are in percent of the reference's, so 100 is as good as it is."
 LAYOUTS: Mapping[str, Layout] = {
-    "certified accuracy": Layout(_certified, _reported_certified),
-    "initial contexts": Layout(_certified, _reported_contexts),
-    "certified accuracy, not published": Layout(_certified, _nothing_reported),
-    "times": Layout(_times, _reported_times),
-    "corruption errors": Layout(_benchmarks, _reported_errors),
-    "corruption errors, not published": Layout(_benchmarks, _nothing_reported),
-    "few-shot variants": Layout(_variants, _reported_variants),
-    "numbers of draws": Layout(_draws, _reported_draws),
+    "certified accuracy": Layout(_certified, _reported_certified, _RADII),
+    "initial contexts": Layout(_certified, _reported_contexts, _RADII),
+    "certified accuracy, not published": Layout(_certified, _nothing_reported, _RADII),
+    "times": Layout(_times, _reported_times, "Seconds."),
+    "corruption errors": Layout(_benchmarks, _reported_errors, _ERRORS),
+    "corruption errors, not published": Layout(_benchmarks, _nothing_reported, _ERRORS),
+    "few-shot variants": Layout(_variants, _reported_variants, _ERRORS),
+    "numbers of draws": Layout(_draws, _reported_draws, "Columns are numbers of draws; abstentions have radius 0."),
 }
