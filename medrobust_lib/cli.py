@@ -216,11 +216,13 @@ def reproduce(
         _show_protocols()
         return
     read = protocols.read_protocol(name, only=[*(only or ()), *(part or ())], demo=demo, sequential=sequential)
-    read.check()
     cells = read.cells()
     if dry_run:
         _show_estimates(read.study, None, cells)
+        for line in read.missing():
+            typer.echo(f"needs {line}")
         return
+    read.check()
     from medrobust_lib.studies.execute import run_study
     from medrobust_lib.studies.reproduction import in_the_papers_layout, write_reproduction
 
@@ -454,7 +456,7 @@ def _show_estimates(read: "Study", notebooks: Path | None, chosen: "Sequence[Cel
         (cell.label, count(one.images), count(one.draws), total([one.seconds], duration), total([one.size], size_text))
         for cell, one in zip(cells, estimates, strict=True)
     ]
-    draws = count(sum(one.draws or 0 for one in estimates))
+    draws = total([one.draws for one in estimates], "{:,}".format)
     seconds = total([one.seconds for one in estimates], duration)
     rows.append((f"sum of {len(cells)} cells", "", draws, seconds, total([one.size for one in estimates], size_text)))
     numbers = ("images", "draws", "time", "disk")

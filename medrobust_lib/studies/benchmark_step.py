@@ -27,6 +27,7 @@ from medrobust_lib.studies.steps import (
     Workers,
     described,
     places,
+    seconds_for,
 )
 
 ANSWERS = "answers"  # end of the name of the table with one row an image
@@ -84,10 +85,12 @@ class BenchmarkCell(Cell):
     def estimate(self, prices: Prices) -> Estimate:
         """Price of corrupting and encoding."""
         images, suite = prices.images(self.dataset), find_suite(self.step.suite)
+        if images is None:
+            return Estimate(None, None, None, None)
         draws = images * (1 + len(suite.names(self.dataset)) * len(self.step.severities))
-        rate = prices.rate(self.base)
-        making = 0.0 if self.step.folder else (draws - images) * prices.corrupting(self.dataset, suite.id)
-        seconds = draws / rate + making
+        seconds = seconds_for(draws, prices.rate(self.base))
+        if seconds is not None and not self.step.folder:
+            seconds += (draws - images) * prices.corrupting(self.dataset, suite.id)
         return Estimate(images, draws, seconds, CELL_BYTES + draws * _ANSWER_BYTES)
 
     def run(self, study: Path, *, notebooks: Path | None = None, workers: Workers = ALONE) -> None:

@@ -45,6 +45,7 @@ from medrobust_lib.studies.steps import (
     Workers,
     described,
     places,
+    seconds_for,
     short_id,
 )
 
@@ -148,12 +149,14 @@ class CertifyCell(Cell):
     def estimate(self, prices: Prices) -> Estimate:
         """Price of all draws, and of learning."""
         images, methods = prices.images(self.dataset), self.step.methods
+        if images is None:
+            return Estimate(None, None, None, None)
         towers = 1 + len({one.denoiser or one.method for one in methods if "denoiser" in READS[one.method]})
         towers += sum(one.method == RETRAINED for one in methods)
         adapting = AdaptedPrompts.n_adapt * any(one.method in ADAPTED_METHODS for one in methods)
         draws = images * (self.most_draws * towers + adapting)
         if learned := [one for one in methods if one.learns]:
-            n_classes, drawn = len(open_split(self.dataset).classes), {}
+            n_classes, drawn = prices.classes(self.dataset), {}
             for one in learned:
                 several = CANDIDATES if one.method == "candidate set" else 1
                 times = _PASSES * one.epochs if one.method == RETRAINED else one.draws_per_image
@@ -162,8 +165,7 @@ class CertifyCell(Cell):
                 drawn[what] = max(drawn.get(what, 0), several)
             draws += sum(n_classes * shots * times * several for (*_, shots, times), several in drawn.items())
         size = CELL_BYTES + 2 * images * _CERTIFICATE_BYTES * max(2, len(methods))
-        rate = prices.rate(self.base)
-        return Estimate(images, draws, draws / rate, size)
+        return Estimate(images, draws, seconds_for(draws, prices.rate(self.base)), size)
 
     def run(self, study: Path, *, notebooks: Path | None = None, workers: Workers = ALONE) -> None:
         """Certify every image."""

@@ -60,8 +60,6 @@ class Published:
     deviations : sequence of Deviation
     needs : str
         What else it needs, in words.
-    price : str
-        What it costs on two cores and on one GPU, and whether that was measured.
     demo : mapping
         ``words``: what takes the place of ids; ``settings``: what takes the place of settings, wherever they stand;
         those of the whole study also where it has none.
@@ -76,7 +74,6 @@ class Published:
     names: Mapping[str, str] = field(default_factory=dict)
     deviations: tuple[Deviation, ...] = ()
     needs: str = ""
-    price: str = ""
     demo: Mapping[str, Any] = field(default_factory=dict)
 
 

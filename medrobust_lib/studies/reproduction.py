@@ -17,6 +17,7 @@ from medrobust_lib.evaluation import CLEAN
 from medrobust_lib.experiments import read_cards, write_text_atomically
 from medrobust_lib.experiments.report import short_number, write_page
 from medrobust_lib.files import read_json_object
+from medrobust_lib.generative.calibration import by_draws
 from medrobust_lib.metrics.classification import accuracy_interval, difference_interval
 from medrobust_lib.studies.adapt_step import AdaptCell
 from medrobust_lib.studies.benchmark_step import ANSWERS, BenchmarkCell, correct_shares, right_answers
@@ -353,32 +354,24 @@ def _draws(protocol: Protocol, folder: Path) -> pd.DataFrame:
     for model in dict.fromkeys(model for _, model, *_ in tables):
         own = [(cell, rows) for _, of, cell, rows in tables if of == model]
         for dataset, group in [*((cell.dataset, [(cell, rows)]) for cell, rows in own), (ALL, own)]:
-            rows = pd.concat(rows for _, rows in group).query("guarantee == 'composite'")
-            rows = rows.assign(certified=rows["predicted"] >= 0)
-            rows["radius"] = rows["radius"].where(rows["certified"], 0.0)
-            means = {"share": ("certified", "mean"), "radius": ("radius", "mean"), "n": ("image", "size")}
-            by_n = rows.groupby("n_max").agg(**means)
+            table = by_draws(pd.concat(rows for _, rows in group).query("guarantee == 'composite'"))
             times = [cell.folder(folder) / TIMES for cell, _ in group]
             spent = [read_json_object(path, "times")["an_answer"] for path in times if path.is_file()]
             answer = np.mean(spent or [np.nan])
-            most = by_n.loc[by_n.index.max()]
-            for n, r in by_n.iterrows():
-                place = {"dataset": dataset, "model": model, "method": "", "column": f"{n}", "n": int(r["n"])}
+            for r in table.itertuples():
+                place = {"dataset": dataset, "model": model, "method": "", "column": f"{r.n}", "n": r.questions}
+                share, nothing = r.certified / r.questions, (np.nan, np.nan)
                 values = {
-                    "certified share": (r["share"], *accuracy_interval(round(r["share"] * r["n"]), int(r["n"]))),
-                    "mean radius": (r["radius"], np.nan, np.nan),
-                    "radius relative to the most draws": (_ratio(r["radius"], most["radius"]), np.nan, np.nan),
-                    "certified share relative to the most draws": (_ratio(r["share"], most["share"]), np.nan, np.nan),
-                    "seconds a question": (answer * (group[0][0].step.n0 + n), np.nan, np.nan),
+                    "certified share": (share, *accuracy_interval(r.certified, r.questions)),
+                    "mean radius": (r.mean_radius, *nothing),
+                    "radius relative to the most draws": (r.radius_ratio, *nothing),
+                    "certified share relative to the most draws": (r.certified_ratio, *nothing),
+                    "seconds a question": (answer * (group[0][0].step.n0 + r.n), *nothing),
                 }
                 for measure, (value, low, high) in values.items():
                     about = {"measure": measure, "guarantee": "composite", "ours": value, "low": low, "high": high}
                     every.append(place | about)
     return _frame(every)
-
-
-def _ratio(value: float, base: float) -> float:
-    return value / base if base > 0 else float("nan")
 
 
 def _reported_draws() -> pd.DataFrame:

@@ -69,12 +69,16 @@ class Estimate(NamedTuple):
 
 
 class Prices(NamedTuple):
-    """What this machine needs, measured when first asked for and then remembered.
+    """What this machine needs, measured when first asked for and then remembered; None where nobody knows.
 
     Attributes
     ----------
     images : callable
         Number of test images, from the id of a data set.
+    size : callable
+        Images of a split, from the id of a data set and the split.
+    classes : callable
+        Number of classes, from the id of a data set.
     rate : callable
         Draws in a second, from the id of a model.
     answering : callable
@@ -85,9 +89,11 @@ class Prices(NamedTuple):
         Seconds, by number and model, as far as earlier cards tell.
     """
 
-    images: Callable[[str], int]
-    rate: Callable[[str], float]
-    answering: Callable[["Cell"], float]
+    images: Callable[[str], int | None]
+    size: Callable[[str, str], int | None]
+    classes: Callable[[str], int]
+    rate: Callable[[str], float | None]
+    answering: Callable[["Cell"], float | None]
     corrupting: Callable[[str, str], float]
     notebooks: Mapping[tuple[str, str], float]
 
@@ -256,6 +262,11 @@ class Cell(ABC):
         """The test images that are measured."""
         n, draw = self.parameters["n_images"], self.parameters["draw"]
         return load_dataset(self.dataset, n=n, seed=self.seed or 0, draw=draw)
+
+
+def seconds_for(draws: float | None, rate: float | None) -> float | None:
+    """Time for so many draws; None where one of the two is not known."""
+    return None if draws is None or rate is None else draws / rate
 
 
 def short_id(id: str) -> str:

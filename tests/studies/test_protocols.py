@@ -65,7 +65,6 @@ def test_every_protocol_is_priced(name, monkeypatch):
 def test_the_price_of_the_papers_table_is_its_draws(monkeypatch):
     """500 images at four noise levels: 10,100 draws each, twice with denoisers, and what is learned and adapted."""
     monkeypatch.setattr("medrobust_lib.studies.cells.encodings_per_second", lambda model, dataset, *, dtype: 100.0)
-    monkeypatch.setattr("medrobust_lib.studies.certify_step.open_split", lambda id: load_split(9))
     protocol = read_protocol("promptsmooth-table2", only=["model=plip", "dataset=pathology/kather"])
     denoised, prompts = (
         sum(
@@ -77,11 +76,15 @@ def test_the_price_of_the_papers_table_is_its_draws(monkeypatch):
     assert prompts == 4 * (500 * (10_100 + 100) + 2 * 9 * 16 * 16)
 
 
-def load_split(n_classes):
-    class Split:
-        classes = tuple(range(n_classes))
-
-    return Split
+def test_a_protocol_without_its_weights_and_data_is_priced_in_draws(monkeypatch, tmp_path):
+    for variable in ("MEDROBUST_WEIGHTS", "MEDROBUST_DATA", "HF_HOME"):
+        monkeypatch.setenv(variable, str(tmp_path))
+    monkeypatch.setattr("medrobust_lib.studies.cells._seconds_to_corrupt", lambda dataset, suite: 0.01)
+    for name, draws in (("robustmedclip-tables-2-3", 5 * 36 * 11_340), ("oracle-smoothing-draws", 3 * 1_680 * 1_010)):
+        protocol = read_protocol(name)
+        estimates = estimate_cells(protocol.study, protocol.cells())
+        assert sum(one.draws for one in estimates) == draws
+        assert {one.seconds for one in estimates} == {None}
 
 
 PARTS = {  # of each paper one, so small that all of them take seconds
