@@ -70,7 +70,9 @@ def _source(cell: Cell, made: dict[str, list[AdaptCell]]) -> AdaptCell:
     return fits[0]
 
 
-def estimate_cells(study: Study, cells: Sequence[Cell], *, earlier: Path | None = None) -> list[Estimate]:
+def estimate_cells(
+    study: Study, cells: Sequence[Cell], *, earlier: Path | None = None, measured: bool = True
+) -> list[Estimate]:
     """Price the cells by a short probe of each model on this machine; nothing is written.
 
     Parameters
@@ -80,6 +82,8 @@ def estimate_cells(study: Study, cells: Sequence[Cell], *, earlier: Path | None 
         From `study_cells`.
     earlier : Path, optional
         Folder of earlier runs, whose cards tell what notebooks took; default: none.
+    measured : bool
+        False leaves the probe out, and with it the seconds.
 
     Returns
     -------
@@ -89,15 +93,18 @@ def estimate_cells(study: Study, cells: Sequence[Cell], *, earlier: Path | None 
     rates: dict[str, float | None] = {}
 
     def answering(cell: Cell) -> float | None:
-        if cell.model not in rates:
+        if measured and cell.model not in rates:
             rates[cell.model] = _where_here(answers_per_second, cell)
-        return rates[cell.model]
+        return rates.get(cell.model)
+
+    def rate(model: str) -> float | None:
+        return _where_here(encodings_per_second, model, _shown(study), dtype=study.dtype) if measured else None
 
     prices = Prices(
         images=cache(lambda dataset: study.n_images or _size(dataset, "test")),
         size=cache(_size),
         classes=cache(_classes),
-        rate=cache(lambda model: _where_here(encodings_per_second, model, _shown(study), dtype=study.dtype)),
+        rate=cache(rate),
         answering=answering,
         corrupting=cache(_seconds_to_corrupt),
         notebooks=_seconds_of_notebooks(earlier),

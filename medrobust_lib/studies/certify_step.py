@@ -151,8 +151,9 @@ class CertifyCell(Cell):
         images, methods = prices.images(self.dataset), self.step.methods
         if images is None:
             return Estimate(None, None, None, None)
-        towers = 1 + len({one.denoiser or one.method for one in methods if "denoiser" in READS[one.method]})
-        towers += sum(one.method == RETRAINED for one in methods)
+        kinds = [one.denoiser or one.method if "denoiser" in READS[one.method] else "" for one in methods]
+        kinds = {one.method if one.method == RETRAINED else kind for one, kind in zip(methods, kinds, strict=True)}
+        towers = max(1, len(kinds))  # what stands in front of a tower makes it another one
         adapting = AdaptedPrompts.n_adapt * any(one.method in ADAPTED_METHODS for one in methods)
         draws = images * (self.most_draws * towers + adapting)
         if learned := [one for one in methods if one.learns]:

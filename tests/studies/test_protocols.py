@@ -63,7 +63,7 @@ def test_every_protocol_is_priced(name, monkeypatch):
 
 
 def test_the_price_of_the_papers_table_is_its_draws(monkeypatch):
-    """500 images at four noise levels: 10,100 draws each, twice with denoisers, and what is learned and adapted."""
+    """500 images at four noise levels: 10,100 draws each, twice with two denoisers, and what is learned and adapted."""
     monkeypatch.setattr("medrobust_lib.studies.cells.encodings_per_second", lambda model, dataset, *, dtype: 100.0)
     protocol = read_protocol("promptsmooth-table2", only=["model=plip", "dataset=pathology/kather"])
     denoised, prompts = (
@@ -72,7 +72,7 @@ def test_the_price_of_the_papers_table_is_its_draws(monkeypatch):
         )
         for n in (1, 2)
     )
-    assert denoised == 4 * 500 * 3 * 10_100  # the plain tower beside two denoisers
+    assert denoised == 4 * 500 * 2 * 10_100
     assert prompts == 4 * (500 * (10_100 + 100) + 2 * 9 * 16 * 16)
 
 
