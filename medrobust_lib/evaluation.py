@@ -1,6 +1,6 @@
 """How well a model does: on corrupted images, in one call or step by step, and under gradient attacks."""
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -19,6 +19,7 @@ from medrobust_lib.data.registry import load_dataset
 from medrobust_lib.models.dual_encoder import DualEncoder
 from medrobust_lib.models.loading import load_model
 
+_BATCHES = 16  # whose images are corrupted at a time
 Predictions = dict[tuple[str, str, int], NDArray[np.int64]]
 """By name of the classifier, corruption ("clean") and severity (0): the predicted class of each image."""
 
@@ -111,8 +112,8 @@ def corruption_answers(
 ) -> Predictions:
     """Answers of classifiers on the clean images and on every corruption and severity of a suite.
 
-    Each corrupted set is made once, in memory, and every classifier sees the same one; classifiers that share an
-    image tower (the same object) share its features, those of one geometry the prepared images.
+    Each corrupted image is made once, some hundred at a time, and every classifier sees the same one; classifiers that
+    share an image tower (the same object) share its features, those of one geometry the prepared images.
 
     Parameters
     ----------
@@ -145,16 +146,28 @@ def corruption_answers(
     if not candidates:
         raise ValueError("no candidates to evaluate; give at least one")
     names = find_suite(suite).names(data.id) if corruptions is None else corruptions
-    make = partial(corrupted, seed=seed, suite=suite) if make is None else make
+    here = partial(corrupted, seed=seed, suite=suite)
     variants = [(CLEAN, 0), *((c, s) for c in names for s in severities)]
     found: Predictions = {}
     for corruption, severity in variants:
-        shown = data if severity == 0 else make(data, corruption, severity=severity)
-        features = _features([encoder for encoder, _ in candidates.values()], shown.images, batch_size)
-        for name, (encoder, class_features) in candidates.items():
-            probabilities = encoder.probabilities(features[id(encoder)], class_features)
-            found[name, corruption, severity] = probabilities.argmax(1).cpu().numpy()
+        parts: dict[str, list[NDArray[np.int64]]] = {name: [] for name in candidates}
+        for part in _parts(data, batch_size) if make is None else [data]:
+            shown = part
+            if severity:
+                shown = (make or here)(part, corruption, severity=severity)
+            features = _features([encoder for encoder, _ in candidates.values()], shown.images, batch_size)
+            for name, (encoder, class_features) in candidates.items():
+                probabilities = encoder.probabilities(features[id(encoder)], class_features)
+                parts[name].append(probabilities.argmax(1).cpu().numpy())
+        found |= {(name, corruption, severity): np.concatenate(answers) for name, answers in parts.items()}
     return found
+
+
+def _parts(data: ImageDataset, batch_size: int) -> Iterator[ImageDataset]:
+    """A data set in pieces of whole batches, so that features do not depend on the pieces."""
+    places = np.arange(len(data))
+    for start in range(0, len(data), _BATCHES * batch_size):
+        yield data.subset(places[start : start + _BATCHES * batch_size])
 
 
 def accuracy_table(answers: Predictions, data: ImageDataset) -> pd.DataFrame:

@@ -83,6 +83,14 @@ def test_towers_of_one_geometry_share_the_prepared_images_and_an_own_geometry_is
     np.testing.assert_array_equal(found["2", "clean", 0], flipped.argmax(1).numpy())
 
 
+def test_pieces_change_no_answer(candidates, data, monkeypatch):
+    words = {"corruptions": ["contrast"], "severities": [5], "batch_size": 2}
+    whole = corruption_answers(candidates, data, **words)
+    monkeypatch.setattr("medrobust_lib.evaluation._BATCHES", 1)
+    for key, answer in corruption_answers(candidates, data, **words).items():
+        assert answer.tolist() == whole[key].tolist()
+
+
 def test_no_candidates_are_refused(data):
     with pytest.raises(ValueError, match="no candidates"):
         corruption_answers({}, data)
