@@ -198,9 +198,11 @@ def study(
 @app.command()
 def reproduce(
     name: Annotated[str | None, Argument(help="A protocol; none: list them all.")] = None,
-    part: Annotated[list[str] | None, Argument(metavar="[model=ID] [dataset=ID]", help="As after --only.")] = None,
+    part: Annotated[
+        list[str] | None, Argument(metavar="[model=ID] [dataset=ID] [step=NUMBER]", help="As after --only.")
+    ] = None,
     out: Annotated[Path | None, Option(help="Folder of the results; default: runs/NAME.")] = None,
-    only: Annotated[list[str] | None, Option(help="model=ID or dataset=ID: run this part.")] = None,
+    only: Annotated[list[str] | None, Option(help="model=ID, dataset=ID or step=NUMBER: run this part.")] = None,
     demo: Annotated[bool, Option("--demo", help="Phantoms and embedded models, small numbers.")] = False,
     sequential: Annotated[bool, Option("--sequential", help="Sequential sampling, at the same alpha.")] = False,
     jobs: Annotated[int, Option(help="Cells at a time on this machine; -1: one per core.")] = 1,
@@ -406,30 +408,15 @@ def _fail_with(finished: "Finished") -> None:
 
 
 def _show_protocols() -> None:
-    import pandas as pd
-
-    from medrobust_lib.experiments.report import show
+    from medrobust_lib.experiments.report import show_text
     from medrobust_lib.studies.protocols import list_protocols
 
-    found = list_protocols()
-    rows = [
-        {
-            "protocol": one.name,
-            "paper": one.published.paper,
-            "table": one.published.table,
-            "missing here": len(one.missing()),
-        }
-        for one in found
-    ]
-    show(pd.DataFrame(rows), title="protocols")
-    for one in found:
-        typer.echo(f"{one.name}: {one.published.title}")
-        for line in one.missing():
+    for one in list_protocols():
+        show_text(f"[bold]{one.name}[/]: {one.published.paper}, {one.published.table}. {one.published.title}.")
+        for line in [*one.missing(), *filter(None, [one.published.needs])]:
             typer.echo(f"    needs {line}")
-        if one.published.needs:
-            typer.echo(f"    needs {one.published.needs}")
     typer.echo(
-        "medrobust reproduce NAME --dry-run prices one; with --demo it runs on phantoms with the embedded models."
+        "\nmedrobust reproduce NAME runs one; --dry-run prices it; --demo runs it on phantoms with embedded models."
     )
 
 

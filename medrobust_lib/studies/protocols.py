@@ -10,6 +10,7 @@ from typing import Any
 
 from medrobust_lib import checks
 from medrobust_lib import parameters as notebook_parameters
+from medrobust_lib.data.questions import MM_COMMAND, SCENARIOS, list_scenarios, parse_scenario
 from medrobust_lib.data.registry import list_datasets
 from medrobust_lib.files import size_text
 from medrobust_lib.models.catalogue import fetch_command
@@ -19,7 +20,7 @@ from medrobust_lib.studies.adapt_step import AdaptStep
 from medrobust_lib.studies.cells import study_cells
 from medrobust_lib.studies.questions_step import QuestionsStep, asks_questions
 from medrobust_lib.studies.steps import Cell, Grid, StudyError
-from medrobust_lib.studies.study_file import Study, check_study, parse_study, split_size
+from medrobust_lib.studies.study_file import Study, check_study, parse_study
 
 EXPECTED = ("lower", "higher", "either", "none")
 
@@ -87,7 +88,7 @@ class Protocol:
     published : Published
     study : Study
     only : mapping of str to tuple of str
-        Models and data sets that were asked for; empty: all.
+        Models, data sets and numbers of steps that were asked for; empty: all.
     demo : bool
         Whether it runs on phantoms with the embedded models.
     """
@@ -101,7 +102,7 @@ class Protocol:
     def cells(self) -> list[Cell]:
         """The cells that were asked for, and those that make their models, in the order of the file."""
         every = study_cells(self.study)
-        models, datasets = (self.only.get(key, ()) for key in ("model", "dataset"))
+        models, datasets, steps = (self.only.get(key, ()) for key in ("model", "dataset", "step"))
         reference = {cell.number: getattr(cell.step, "reference", "") for cell in every}
         chosen = [
             cell
@@ -109,7 +110,10 @@ class Protocol:
             if not isinstance(cell.step, AdaptStep)
             and (not models or cell.model in models or cell.model == reference[cell.number])
             and (not datasets or cell.dataset in datasets)
+            and (not steps or str(cell.number) in steps)
         ]
+        if not chosen:
+            raise StudyError(f"{self.name} has no cell of {self.part}")
         makers = [cell.source for cell in chosen if cell.source is not None]
         return [cell for cell in every if cell in chosen or cell in makers]
 
@@ -126,16 +130,17 @@ class Protocol:
             generative = any(isinstance(cell.step, QuestionsStep) for cell in cells if cell.base == model)
             entry = find_model(model, generative=generative)
             if not available_offline(entry, weights_dir=default_weights_dir()):
-                size = f"about {size_text(4 * entry.parameters)}" if entry.parameters else "of unknown size"
+                bytes_each = 2 if generative else 4  # as they are published
+                size = f"about {size_text(bytes_each * entry.parameters)}" if entry.parameters else "of unknown size"
                 found.append(f"the weights of {model}, {size}: {fetch_command(model)}")
         learned = [id for cell in cells for id in cell.parameters.get("learned", ())]
-        for dataset in dict.fromkeys([*(cell.dataset for cell in cells if cell.dataset), *learned]):
-            if asks_questions(dataset):
-                try:
-                    split_size(dataset)
-                except FileNotFoundError as error:
-                    found.append(f"{dataset}: {error}")
-            elif dataset in listed.index and not listed.loc[dataset, "available"]:
+        asked = dict.fromkeys([*(cell.dataset for cell in cells if cell.dataset), *learned])
+        here = list_scenarios().set_index("id")["available"]
+        if lacking := [id for id in asked if asks_questions(id) and not here[id]]:
+            questions = sum(SCENARIOS[parse_scenario(id)[0]] for id in lacking)
+            found.append(f"{lacking[0]} to {lacking[-1]}, {questions:,} questions with an image each: {MM_COMMAND}")
+        for dataset in asked:
+            if dataset in listed.index and not listed.loc[dataset, "available"]:
                 row = listed.loc[dataset]
                 images = row[["train", "val", "test"]].sum()
                 size = f"{images:,} images of {row['image size']} px" if images else "images of unknown number"
@@ -184,7 +189,7 @@ def read_protocol(
     name : str
         Of a file in the folder of protocols, without its ending.
     only : sequence of str
-        ``model=ID`` and ``dataset=ID``: what to run; several of one kind add up.
+        ``model=ID``, ``dataset=ID`` and ``step=NUMBER``: what to run; several of one kind add up.
     demo : bool
         Put phantoms and the embedded models in place of data and weights, and small numbers in place of large ones.
     sequential : bool
@@ -241,12 +246,13 @@ def _rewritten(given: Any, words: Mapping[str, str], settings: Mapping[str, Any]
 
 def _chosen(only: Sequence[str], study: Study) -> dict[str, tuple[str, ...]]:
     names = [step.name for step in study.steps if isinstance(step, AdaptStep)]
-    known = {"model": (*study.models, *names), "dataset": study.datasets}
+    numbers = [str(number) for number in range(1, len(study.steps) + 1)]
+    known = {"model": (*study.models, *names), "dataset": study.datasets, "step": numbers}
     chosen: dict[str, tuple[str, ...]] = {}
     for one in only:
         key, mark, value = one.partition("=")
         if not mark or key not in known:
-            raise StudyError(f"--only {one!r}: write model=ID or dataset=ID")
+            raise StudyError(f"--only {one!r}: write model=ID, dataset=ID or step=NUMBER")
         checks.check_choice(f"--only {key}", value, known[key])
         chosen[key] = (*chosen.get(key, ()), value)
     return chosen

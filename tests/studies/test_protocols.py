@@ -292,11 +292,18 @@ def test_the_papers_layout_prints_clean_accuracy_in_parentheses():
     assert printed.index.get_level_values("method").unique().tolist() == ["PromptSmooth, frozen-prompt"]
 
 
+def test_steps_are_parts_and_a_part_without_cells_is_refused():
+    only = ["step=2", "dataset=pathology/pannuke"]
+    assert {cell.number for cell in read_protocol("promptsmooth-table2", only=only).cells()} == {2}
+    with pytest.raises(StudyError, match="has no cell of model quilt-b32, step 1"):
+        read_protocol("promptsmooth-table2", only=["model=quilt-b32", "step=1"]).cells()
+
+
 @pytest.mark.parametrize(
     ("name", "words", "message"),
     [
         ("promptsmooth-table", {}, "unknown protocol 'promptsmooth-table'. Did you mean"),
-        ("promptsmooth-table2", {"only": ["plip"]}, "--only 'plip': write model=ID or dataset=ID"),
+        ("promptsmooth-table2", {"only": ["plip"]}, "--only 'plip': write model=ID, dataset=ID or step=NUMBER"),
         ("promptsmooth-table2", {"only": ["model=clip"]}, "--only model 'clip'; choose one of plip, quilt-b32"),
         ("promptsmooth-table2", {"only": ["dataset=kather"]}, "--only dataset 'kather'"),
     ],
