@@ -19,6 +19,8 @@ HEADINGS = [
     "What to notice", "Limits and soundness", "The papers' numbers beside ours", "Exercises", "Save the card",
     "Explore",
 ]  # fmt: skip
+MOST_LINES = 25  # of a code cell
+LESSONS = {"04": 15, "05": 15}  # notebooks that keep to less
 NEEDS_GUARD = re.compile(r"^\s*(?:import|from)\s+(torchvision|timm|open_clip|peft|transformers)\b", re.MULTILINE)
 
 
@@ -107,8 +109,9 @@ def test_headings_follow_the_agreed_order(notebook):
 def test_sizes(notebook, path):
     assert len(notebook.cells) <= 64
     assert path.stat().st_size <= 400_000
+    most_lines = LESSONS.get(path.name.partition("_")[0], MOST_LINES)
     for cell in code_cells(notebook):
-        assert len(cell.source.splitlines()) <= 25, cell.source
+        assert len(cell.source.splitlines()) <= most_lines, cell.source
 
 
 def test_no_shell_installs_no_silencing_and_no_machine_paths(notebook):
