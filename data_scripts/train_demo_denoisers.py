@@ -29,6 +29,7 @@ from medrobust_lib.smoothing.denoisers import (
 from medrobust_lib.smoothing.noise import NoiseStream
 from preparing.downloads import record_sums
 from training.denoisers import (
+    Recipe,
     joined,
     level_at,
     linear_share,
@@ -115,29 +116,24 @@ def train_kind(
     kind: str, model: DualEncoder, data: ImageDataset, *, out: Path, steps: int, seed: int
 ) -> DnCNNDenoiser | DiffusionDenoiser:
     """Train one kind for all noise levels."""
+    recipe = Recipe(steps=steps, batch_size=16, learning_rate=1e-3 if kind == "stability" else 2e-3, seed=seed)
     if kind == "diffusion":
         spread = round(2 * pixel_spread(data), 4)  # a diffusion's pixels run over [-1, 1]
-        return train_diffusion(
-            data, max_sigma=max(SIGMAS), spread=spread, steps=steps, batch_size=16, learning_rate=2e-3, seed=seed,
-            device="cpu", **UNET,
-        )  # fmt: skip
+        return train_diffusion(data, max_sigma=max(SIGMAS), recipe=recipe, device="cpu", spread=spread, **UNET)
     if kind == "mse":
         parts = [
             train_denoiser(
-                None, data, sigma=sigma, skip=round(linear_share(data, sigma), 4), steps=steps, batch_size=16,
-                learning_rate=2e-3, crop=32, seed=seed, device="cpu", **DNCNN,
+                None, data, sigma=sigma, recipe=recipe, crop=32, device="cpu",
+                skip=round(linear_share(data, sigma), 4), **DNCNN,
             )
             for sigma in SIGMAS
         ]  # fmt: skip
     else:
         start = load_denoiser(out / DEMO_FILES["mse"])
         parts = [
-            train_denoiser(
-                model, data, sigma=sigma, objective="stability", start=start, steps=steps, batch_size=16,
-                learning_rate=1e-3, seed=seed,
-            )
+            train_denoiser(model, data, sigma=sigma, objective="stability", start=start, recipe=recipe)
             for sigma in SIGMAS
-        ]  # fmt: skip
+        ]
     return joined(*parts)
 
 

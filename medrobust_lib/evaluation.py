@@ -1,6 +1,7 @@
 """How well a model does: on corrupted images, in one call or step by step, and under gradient attacks."""
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -107,6 +108,7 @@ def corruption_answers(
     severities: Sequence[int] = SEVERITIES,
     seed: int = 0,
     batch_size: int = 64,
+    make: Callable[..., ImageDataset] | None = None,
 ) -> Predictions:
     """Answers of classifiers on the clean images and on every corruption and severity of a suite.
 
@@ -127,6 +129,9 @@ def corruption_answers(
         Of the corruptions.
     batch_size : int
         Changes memory and speed.
+    make : callable, optional
+        ``make(data, corruption, severity=...)`` gives the corrupted set, for instance from a file; default:
+        `corrupted`, with the seed and the suite.
 
     Returns
     -------
@@ -141,10 +146,11 @@ def corruption_answers(
     if not candidates:
         raise ValueError("no candidates to evaluate; give at least one")
     names = find_suite(suite).names(data.id) if corruptions is None else corruptions
+    make = partial(corrupted, seed=seed, suite=suite) if make is None else make
     variants = [(CLEAN, 0), *((c, s) for c in names for s in severities)]
     found: Predictions = {}
     for corruption, severity in variants:
-        shown = data if severity == 0 else corrupted(data, corruption, severity=severity, seed=seed, suite=suite)
+        shown = data if severity == 0 else make(data, corruption, severity=severity)
         features = _features([encoder for encoder, _ in candidates.values()], shown.images, batch_size)
         for name, (encoder, class_features) in candidates.items():
             probabilities = encoder.probabilities(features[id(encoder)], class_features)

@@ -32,7 +32,8 @@ FLOORS = (
 )
 
 
-MOST_MODULES, MOST_LINES, MOST_PARAMETERS = 80, 500, 10
+# Each kind of step of a study has a file of its own.
+MOST_MODULES, MOST_LINES, MOST_PARAMETERS = 88, 500, 10
 
 
 def rooms_by_floor():

@@ -34,21 +34,21 @@ _MOMENTS = ("exp_avg", "exp_avg_sq")
 def save_state(
     folder: Path,
     parameters: Mapping[str, nn.Parameter],
-    optimiser: torch.optim.AdamW,
+    optimiser: torch.optim.Adam,
     best: Mapping[str, Tensor],
     record: dict[str, Any],
 ) -> None:
-    """Write parameters, moments, the best parameters so far and a JSON record as one file, atomically.
+    """Write parameters, moments, the best parameters so far (or other tensors) and a JSON record, atomically.
 
     Parameters
     ----------
     folder : Path
         Exists.
     parameters : mapping of str to Parameter
-    optimiser : torch.optim.AdamW
+    optimiser : torch.optim.Adam
         Of these parameters, after at least one step.
     best : mapping of str to Tensor
-        Parameters of the best epoch.
+        Parameters of the best epoch, or what else is kept beside the parameters.
     record : dict
         JSON values; kept in the file's header, so that it can never belong to other tensors.
     """
@@ -61,9 +61,15 @@ def save_state(
 
 
 def load_state(
-    folder: Path, parameters: Mapping[str, nn.Parameter], optimiser: torch.optim.AdamW
+    folder: Path,
+    parameters: Mapping[str, nn.Parameter],
+    optimiser: torch.optim.Adam,
+    *,
+    beside: Mapping[str, Tensor] | None = None,
 ) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
     """Put a state into parameters and optimiser; returns the best parameters and the record, or None without a state.
+
+    Where `save_state` kept other tensors than the best parameters, ``beside`` has their names and shapes.
 
     Raises
     ------
@@ -75,8 +81,9 @@ def load_state(
         return None
     anew = f"Delete {folder} and train anew."
     tensors, record = read_tensors(path, key=_HEADER, kind="a readable state", advice=anew)
-    shapes = {name: parameter.shape for name, parameter in parameters.items()}
-    wanted = {f"{part}.{name}": shapes[name] for name in shapes for part in ("best", "parameter", *_MOMENTS)}
+    beside = parameters if beside is None else beside
+    wanted = {f"best.{name}": tensor.shape for name, tensor in beside.items()}
+    wanted |= {f"{part}.{name}": value.shape for name, value in parameters.items() for part in ("parameter", *_MOMENTS)}
     if {name: tensor.shape for name, tensor in tensors.items()} != wanted:
         raise ValueError(f"{path} is no state of this training; delete {folder} and train anew")
     with parsed(f"{path} does not say how far the training was", anew):
@@ -87,7 +94,7 @@ def load_state(
             parameter.copy_(tensors[f"parameter.{name}"])
             moments = {moment: tensors[f"{moment}.{name}"].to(parameter.device) for moment in _MOMENTS}
             optimiser.state[parameter] = {"step": steps[name], **moments}
-    return {name: tensors[f"best.{name}"] for name in parameters}, record
+    return {name: tensors[f"best.{name}"] for name in beside}, record
 
 
 Schedule = Literal["constant", "one-cycle"]

@@ -361,6 +361,7 @@ def _read_foreign(
         "split_size": len(labels),
         "corruption": {"name": corruption if severity else CLEAN, "severity": severity},
         "verified": "nothing: no manifest beside the files",
+        "wording": f"{words.set_name}: {words.wording}",
         "caveats": [],  # what corruptions do to images is no fault of the set
     }
     places = np.arange(len(labels))

@@ -259,7 +259,7 @@ def _medimeta_task(path: Path, wording: ClassWording) -> tuple[str, dict[int, in
         fitting = {}
         for name, single, labels in tasks:
             mapping = {number: wording.label_of(label) for number, label in labels.items()}
-            if single and sorted(mapping.values(), key=str) == list(range(len(wording.names))):
+            if single and sorted(mapping.values(), key=str) == sorted(range(len(wording.names)), key=str):
                 fitting[name] = mapping
     if len(fitting) != 1:
         listing = "; ".join(f"{name}: {list(labels.values())}" for name, _, labels in tasks)

@@ -3,12 +3,15 @@
 Randomized smoothing certifies any function of the noisy image that was fixed before the image was seen. "Denoise, then
 classify" is such a function: its noise is the nominal N(0, sigma^2) on the image itself, and neither denoiser draws
 noise of its own, clips its input or looks at the clean image. So the guarantee is the standard one, however good or bad
-the denoiser is; a bad one only costs radius. They are trained by `data_scripts/train_demo_denoisers.py`.
+the denoiser is; a bad one only costs radius. `data_scripts/train_denoisers.py` trains them at full size, and
+`data_scripts/train_demo_denoisers.py` those of the demo.
 """
 
 import copy
 import json
 import math
+import re
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +26,7 @@ from torch.nn import functional
 from medrobust_lib.checks import check_choice
 from medrobust_lib.files import check_sums, read_tensors
 from medrobust_lib.models.weights import explained_errors, fingerprint
+from medrobust_lib.places import default_weights_dir
 
 DIFFUSION_STEPS, FIRST_BETA, LAST_BETA = 1000, 1e-4, 2e-2
 
@@ -282,7 +286,7 @@ class DnCNNDenoiser:
         if not known:
             raise ValueError(
                 f"no denoiser for sigma={sigma}: there is one each for {', '.join(map(str, self.sigmas))}; "
-                "train one with train_denoiser"
+                "train it with data_scripts/train_denoisers.py --sigmas"
             )
         network = self.networks[known[0]].to(noisy.device)
         _check_sides(noisy, network.side)
@@ -355,7 +359,7 @@ def load_denoiser(path: Path | str) -> DnCNNDenoiser | DiffusionDenoiser:
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"no denoiser at {path}; `save_denoiser` of data_scripts/training writes one")
+        raise FileNotFoundError(f"no denoiser at {path}; data_scripts/train_denoisers.py makes one")
     tensors, header = read_tensors(path, key=HEADER, kind="a readable file of a denoiser", advice="Copy it anew.")
     if header.get("format") != FORMAT or header.get("kind") not in ("dncnn", "diffusion"):
         found = f"a denoiser of kind {header['kind']!r}" if "kind" in header else "something else"
@@ -390,6 +394,56 @@ def load_demo_denoisers(kind: str) -> DnCNNDenoiser | DiffusionDenoiser:
     check_choice("demo denoiser", kind, DEMO_FILES)
     check_sums(DEMO_FOLDER, [DEMO_FILES[kind]])
     return load_denoiser(DEMO_FOLDER / DEMO_FILES[kind])
+
+
+def denoiser_path(kind: str, dataset: str, *, weights_dir: Path | str | None = None) -> Path:
+    """Where `data_scripts/train_denoisers.py` puts the denoiser of a kind ("mse", "stability", "diffusion").
+
+    Of ``folder:PATH`` and ``csv:PATH`` the last part of the path counts, as in the id of the loaded set.
+    """
+    scheme, mark, path = dataset.partition(":")
+    name = f"{scheme}-{Path(path).expanduser().resolve().name}" if mark else dataset
+    folder = default_weights_dir() if weights_dir is None else Path(weights_dir)
+    return folder / "denoisers" / (re.sub(r"[^\w.-]", "-", name) + f"-{kind}.safetensors")
+
+
+def find_denoiser(kind: str, dataset: str, *, weights_dir: Path | str | None = None) -> Path:
+    """File of the denoiser that a study's method takes on a data set, for `load_denoiser`.
+
+    Phantoms always have those that are shipped with the library, whatever else was trained on them.
+
+    Parameters
+    ----------
+    kind : {"denoised", "diffusion"}
+        Name of the method; "denoised" takes the "stability" networks if they are there, otherwise "mse".
+    dataset : str
+        Id, as `load_dataset` takes it.
+    weights_dir : Path, optional
+        Instead of `default_weights_dir`.
+
+    Raises
+    ------
+    ValueError
+        Unknown kind.
+    FileNotFoundError
+        None was trained; the message has the command that trains one.
+    DownloadError
+        A shipped file is not the one that was shipped.
+    """
+    choices = {"denoised": ("stability", "mse"), "diffusion": ("diffusion",)}
+    check_choice("kind of denoiser", kind, choices)
+    if dataset.startswith("phantom/"):
+        check_sums(DEMO_FOLDER, [DEMO_FILES[choices[kind][0]]])
+        return DEMO_FOLDER / DEMO_FILES[choices[kind][0]]
+    paths = [denoiser_path(name, dataset, weights_dir=weights_dir) for name in choices[kind]]
+    for path in paths:
+        if path.is_file():
+            return path
+    out = "" if weights_dir is None else f" --out {shlex.quote(str(paths[-1]))}"
+    raise FileNotFoundError(
+        f"no denoiser for {dataset}: looked for {' and '.join(map(str, paths))}. Train one with\n"
+        f"    python data_scripts/train_denoisers.py {choices[kind][-1]} {shlex.quote(dataset)}{out}"
+    )
 
 
 def _frozen(network: nn.Module) -> nn.Module:

@@ -2,11 +2,9 @@
 
 import time
 import warnings
-from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +13,13 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from medrobust_lib.checks import check_choice, check_keywords
+from medrobust_lib.checks import check_keywords
 from medrobust_lib.data.dataset import ImageDataset
 from medrobust_lib.experiments import map_items, open_store, progress
 from medrobust_lib.models.dual_encoder import DualEncoder
 from medrobust_lib.models.weights import fingerprint
 from medrobust_lib.places import VERSION
-from medrobust_lib.smoothing.bounds import check_sigma, maximum_radius
+from medrobust_lib.smoothing.bounds import maximum_radius
 from medrobust_lib.smoothing.certificate import GUARANTEES
 from medrobust_lib.smoothing.certify import (
     Answers,
@@ -35,27 +33,15 @@ from medrobust_lib.smoothing.certify import (
 )
 from medrobust_lib.smoothing.methods import (
     AdaptationFeatures,
-    AdaptedPrompts,
-    CandidatePrompts,
-    FixedPrompts,
     Member,
     PromptMethod,
-    adapt_to_pool,
     denoised,
     zero_shot_methods,
 )
 from medrobust_lib.smoothing.noise import Batches, NoiseStream, make_batches
-from medrobust_lib.smoothing.prompts import PromptSet, learn_prompts, text_prompts
 from medrobust_lib.smoothing.sequential import plan_constants
 
 SIGMAS = (0.25,)
-PROMPT_METHODS = (
-    "zero-shot", "zero-shot ensemble", "CoOp", "few-shot PromptSmooth", "few-shot + pool", "candidate set",
-    "zero-shot PromptSmooth", "PromptSmooth",
-)  # fmt: skip
-LEARNED_METHODS = frozenset(PROMPT_METHODS[2:]) - {"zero-shot PromptSmooth"}  # from labelled images
-ADAPTED_METHODS = frozenset({"zero-shot PromptSmooth", "PromptSmooth"})  # to each image
-CANDIDATES = 3  # seeds of few-shot prompts that have to agree
 
 
 @dataclass(frozen=True, eq=False)
@@ -171,111 +157,6 @@ def certify_dataset(
             kept.finish(items)
             return kept.table(items, with_seconds=True)
     return pd.DataFrame([{**row, "seconds": finished[key][1]} for key in items for row in finished[key][0]])
-
-
-def prompt_methods(
-    model: DualEncoder,
-    data: ImageDataset,
-    names: Sequence[str],
-    *,
-    sigma: float,
-    train: ImageDataset | None = None,
-    pool: ImageDataset | None = None,
-    seed: int = 0,
-    tunable: int | None = None,
-    kept: Path | None = None,
-    **recipe: Any,
-) -> list[PromptMethod]:
-    """Make the papers' prompt methods ready, by name; what several of them need is learned once.
-
-    Parameters
-    ----------
-    model : DualEncoder
-    data : ImageDataset
-        What will be certified; gives classes and templates.
-    names : sequence of str
-        Of `PROMPT_METHODS`, in the order of the table's rows.
-    sigma : float
-        Noise level of the certificates, > 0, in [0, 1] pixel units; the pool is adapted to it.
-    train : ImageDataset, optional
-        Labelled images for the methods of `LEARNED_METHODS`, none of them in `data`.
-    pool : ImageDataset, optional
-        Unlabelled images for "few-shot + pool", none of them in `data`.
-    seed : int
-        Of shots, their noise and the first context vectors; the candidate set takes the two after it as well.
-    tunable : int, optional
-        Context tokens of the hand-written prompt that "zero-shot PromptSmooth" moves, from the first on, as in
-        `text_prompts`; the authors' code moves 5 of "An H&E image patch of". Default: all.
-    kept : Path, optional
-        Folder for the learned prompts: what is there already is not learned again, so that a run which was killed goes
-        on with the very same prompts. It belongs to these arguments, which is the caller's to see to.
-    **recipe
-        Of `learn_prompts`: ``shots``, ``epochs``, ``draws_per_image`` and so on.
-
-    Returns
-    -------
-    list of PromptMethod
-        For `certify_dataset`; each states its guarantee.
-
-    Raises
-    ------
-    ValueError
-        Unknown or repeated names, or images to learn from are missing; as `learn_prompts`.
-    """
-    check_keywords(prompt_methods, recipe, ("shots", "epochs", "batch_size", "learning_rate", "draws_per_image"))
-    check_sigma(sigma)
-    for name in names:
-        check_choice("method", name, PROMPT_METHODS)
-        needed = "pool" if name == "few-shot + pool" and pool is None else "train"
-        if name in LEARNED_METHODS and (train is None or needed == "pool"):
-            raise ValueError(f"method {name!r} needs {needed}=, images to learn from that are not certified")
-    if repeated := [name for name, count in Counter(names).items() if count > 1]:
-        raise ValueError(f"method {repeated[0]!r} is named twice; name each once")
-    # Before anything is learned: what is wrong with its tokens, or with the model.
-    written = (
-        text_prompts(model, data.classes, data.start_template, tunable=tunable)
-        if "zero-shot PromptSmooth" in names
-        else None
-    )
-
-    def learned(name: str, learn: Callable[[], PromptSet]) -> PromptSet:
-        if kept is None:
-            return learn()
-        path = kept / f"{name}.safetensors"
-        if not path.is_file():
-            kept.mkdir(parents=True, exist_ok=True)
-            learn().save(path)
-        return PromptSet.load(path)
-
-    @cache
-    def few_shot(seed: int) -> PromptSet:
-        return learned(f"few-shot-{seed}", lambda: learn_prompts(model, train, seed=seed, **recipe))
-
-    def coop() -> PromptSet:
-        return learned(f"coop-{seed}", lambda: learn_prompts(model, train, sigmas=(0.0,), seed=seed, **recipe))
-
-    def pooled() -> PromptSet:
-        start = few_shot(seed)
-        return learned(f"pool-{seed}", lambda: adapt_to_pool(model, start, pool, sigma=sigma, seed=seed))
-
-    def fixed(name: str, prompt: PromptSet) -> FixedPrompts:
-        return FixedPrompts(name, prompt.class_features(model, data.classes))
-
-    def candidates(name: str) -> PromptMethod:
-        prompts = [few_shot(seed + number) for number in range(CANDIDATES)]
-        return CandidatePrompts(name, tuple(prompt.class_features(model, data.classes) for prompt in prompts))
-
-    made: dict[str, Callable[[str], PromptMethod]] = {
-        "zero-shot": lambda name: FixedPrompts(name, model.class_features(data.classes, data.templates[:1])),
-        "zero-shot ensemble": lambda name: FixedPrompts(name, model.class_features(data.classes, data.templates)),
-        "CoOp": lambda name: fixed(name, coop()),
-        "few-shot PromptSmooth": lambda name: fixed(name, few_shot(seed)),
-        "few-shot + pool": lambda name: fixed(name, pooled()),
-        "candidate set": candidates,
-        "zero-shot PromptSmooth": lambda name: AdaptedPrompts(name, model, written),
-        "PromptSmooth": lambda name: AdaptedPrompts(name, model, few_shot(seed)),
-    }
-    return [made[name](name) for name in names]
 
 
 def _certify_item(study: _Study, item: tuple[int, float]) -> tuple[list[dict[str, Any]], float]:

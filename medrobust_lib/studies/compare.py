@@ -12,14 +12,14 @@ from medrobust_lib.evaluation import CLEAN
 from medrobust_lib.experiments import read_cards
 from medrobust_lib.experiments.cards import ranked_results
 from medrobust_lib.metrics.classification import difference_interval, mcnemar_p, mean_interval, paired_interval
-from medrobust_lib.studies.cells import correct_shares
+from medrobust_lib.studies.benchmark_step import correct_shares
 
 COLUMNS = ("dataset", "model", "metric", "of", "value_a", "value_b", "difference", "low", "high", "n", "kind", "p")
 PAIRED, UNPAIRED = "paired", "unpaired"
 _IMAGE_COLUMNS = {"image", "label", "predicted", "dataset", "model"}
 # What may differ between two runs and must then be told, or tells two results of one run apart.
 _SETTINGS = (
-    "n_images", "draw", "n0", "n", "n_draws", "alpha", "sampling", "mode", "radii", "shots", "epochs", "tunable",
+    "n_images", "draw", "n0", "n", "n_draws", "alpha", "sampling", "mode", "radii", "methods",
     "suite", "severities", "dtype",
 )  # fmt: skip
 _CIRCUMSTANCES = ("dtype", "commit", "python", "torch", "medrobust-lib", "open_clip_torch", "transformers", "numpy")

@@ -9,34 +9,56 @@ from dataclasses import dataclass
 from itertools import groupby
 from operator import attrgetter
 from pathlib import Path
+from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 import pandas as pd
 
 from medrobust_lib import experiments, metrics
-from medrobust_lib.evaluation import CLEAN
+from medrobust_lib.checks import check_choice
 from medrobust_lib.experiments import Metric, Run, read_cards
 from medrobust_lib.experiments.cards import lower_is_better
 from medrobust_lib.experiments.report import interval_text, write_page, write_report
 from medrobust_lib.files import named_when_full, told
 from medrobust_lib.places import VERSION
 from medrobust_lib.runner import environment_variables
-from medrobust_lib.studies.cells import ANSWERS, BenchmarkCell, Cell, averaged_over, short_id, study_cells
+from medrobust_lib.studies.adapt_step import AdaptCell
+from medrobust_lib.studies.benchmark_step import ANSWERS, BenchmarkCell, averaged_over, right_answers
+from medrobust_lib.studies.cells import study_cells
+from medrobust_lib.studies.steps import ALONE, Cell, Workers, short_id
 from medrobust_lib.studies.study_file import Study
 
+Spread = Literal["cells", "images"]
 LEADERBOARD = "leaderboard.csv"
 CLUSTER_TIMEOUT = 30.0  # seconds to wait for a scheduler's answer
 
 
-def run_cell(place: tuple[Path, Path | None], cell: Cell) -> tuple[float, str]:
+class Where(NamedTuple):
+    """Where cells run.
+
+    Attributes
+    ----------
+    study : Path
+        Folder of the study, which every worker must see under this path.
+    notebooks : Path or None
+        Folder of the notebooks; None: the project's.
+    workers : Workers
+        Who shares the images of one cell.
+    """
+
+    study: Path
+    notebooks: Path | None = None
+    workers: Workers = ALONE
+
+
+def run_cell(where: Where, cell: Cell) -> tuple[float, str]:
     """Run one cell in its folder; what fails is told, not raised, so that other cells go on.
 
     What the cell prints, and the traceback of an error, goes to ``log.txt`` in its folder.
 
     Parameters
     ----------
-    place : (Path, Path or None)
-        Folder of the study, which every worker must see under this path, and of the notebooks (None: the project's).
+    where : Where
     cell : Cell
 
     Returns
@@ -45,8 +67,7 @@ def run_cell(place: tuple[Path, Path | None], cell: Cell) -> tuple[float, str]:
     error : str
         The reason where it failed, else empty.
     """
-    study, notebooks = place
-    folder = cell.folder(study)
+    folder = cell.folder(where.study)
     started, reason = time.perf_counter(), ""
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -54,7 +75,7 @@ def run_cell(place: tuple[Path, Path | None], cell: Cell) -> tuple[float, str]:
         full = named_when_full(path, "the cell's words were lost")
         with full, path.open("w", encoding="utf-8", buffering=1) as log, redirect_stdout(log):
             try:
-                cell.run(folder, notebooks=notebooks)
+                cell.run(where.study, notebooks=where.notebooks, workers=where.workers)
                 write_report(folder)
             except Exception:
                 with suppress(OSError):  # a disk that takes no traceback: the error itself is told
@@ -105,8 +126,9 @@ def write_results(study: Study, out: Path, finished: Sequence[Cell], failures: M
 
 
 def _write_corruption_errors(study: Study, out: Path, cells: list[Cell]) -> Path | None:
-    """A card with mCE and its kin relative to the study's first model; None where there is nothing to compare."""
-    reference = study.models[0]
+    """A card with mCE and its kin relative to the reference; None where there is nothing to compare."""
+    step = cells[0].step
+    reference = step.reference or study.narrowed(step).models[0]
     by_model = {cell.model: cell for cell in cells}
     if reference not in by_model or len(by_model) < 2:
         return None
@@ -114,8 +136,8 @@ def _write_corruption_errors(study: Study, out: Path, cells: list[Cell]) -> Path
     tables, right = [], {}
     for model, cell in by_model.items():
         cards = cell.folder(out) / "cards"
-        tables.append(pd.read_csv(cards / f"{cell.number:02d}-benchmark_accuracy.csv"))
-        right[model] = _right_answers(pd.read_csv(cards / f"{cell.number:02d}-benchmark_{ANSWERS}.csv"))
+        tables.append(pd.read_csv(cards / f"{cell.card_name}_accuracy.csv"))
+        right[model] = right_answers(pd.read_csv(cards / f"{cell.card_name}_{ANSWERS}.csv"))
     errors = metrics.corruption_error_table(pd.concat(tables), reference=reference)
     averaged = averaged_over(first.step.suite, first.step.severities)
     numbers = []
@@ -145,15 +167,6 @@ def _write_corruption_errors(study: Study, out: Path, cells: list[Cell]) -> Path
     return folder
 
 
-def _right_answers(rows: pd.DataFrame) -> np.ndarray:
-    """Whether answers to corrupted images are right: bool [C, S, n], images in order."""
-    rows = rows[rows["corruption"] != CLEAN]
-    order = pd.MultiIndex.from_product([rows["corruption"].unique(), sorted(rows["severity"].unique())])
-    right = rows.assign(right=rows["predicted"] == rows["label"])
-    right = right.pivot(index=["corruption", "severity"], columns="image", values="right").loc[order]
-    return right.to_numpy().reshape(*order.levshape, -1)
-
-
 @dataclass(frozen=True)
 class Finished:
     """A study after a call of `run_study`.
@@ -164,7 +177,7 @@ class Finished:
     leaderboard : DataFrame
         Of all finished cells; empty if there is none.
     cells : int
-        Number of cells in the study.
+        Number of cells that were asked for.
     done : int
         Finished cells, those of earlier calls among them.
     failures : mapping of str to str
@@ -184,6 +197,8 @@ def run_study(
     *,
     jobs: int = 1,
     cluster: str | None = None,
+    spread: Spread = "cells",
+    cells: Sequence[Cell] | None = None,
     notebooks: Path | None = None,
     announce: Callable[[str], None] = print,
 ) -> Finished:
@@ -200,6 +215,11 @@ def run_study(
     cluster : str, optional
         Address of a dask.distributed scheduler, ``tcp://HOST:PORT``; its workers run the cells. They must have
         this library and see ``out`` under the same path.
+    spread : {"cells", "images"}
+        What the processes or the workers share: whole cells, or the images of one cell of certificates or questions
+        after the other, which is for few and large cells.
+    cells : sequence of Cell, optional
+        Those to run, where it is a part of the study; a later call with others goes on in the same folder.
     notebooks : Path, optional
         Folder of the notebooks; default: the project's.
     announce : callable
@@ -218,8 +238,10 @@ def run_study(
     RuntimeError
         Another process runs this study, or no scheduler answers at the address.
     """
+    check_choice("spread", spread, get_args(Spread))
     out = Path(out).expanduser().resolve()
-    cells = study_cells(study, notebooks=notebooks)
+    every = study_cells(study, notebooks=notebooks)
+    cells = every if cells is None else list(cells)
     place = out, None if notebooks is None else Path(notebooks).resolve()
     manifest = {"study": study.record(), "medrobust_lib": VERSION}
     failures: dict[str, str] = {}
@@ -233,28 +255,37 @@ def run_study(
         if jobs != 1 or cluster is not None:  # bars of several processes would overwrite each other
             stack.enter_context(environment_variables({"TQDM_DISABLE": "1"}))
         backend = "dask" if cluster is not None and missing else "loky"
-        results = experiments.map_items(run_cell, missing, context=place, jobs=jobs, backend=backend)
+        shared = spread == "images"
+        where = Where(*place, workers=Workers(jobs, backend) if shared else ALONE)
+        among = {"jobs": 1} if shared else {"jobs": jobs, "backend": backend}
+        # What later cells load is made first.
+        waves = [[cell for cell in missing if isinstance(cell, AdaptCell) is first] for first in (True, False)]
+        results = (
+            (wave[position], result)
+            for wave in waves
+            for position, result in experiments.map_items(run_cell, wave, context=where, **among)
+        )
         words = {"description": f"study {study.name}", "unit": "cells"}
         try:
-            for position, (seconds, error) in experiments.progress(results, total=len(cells), done=done, **words):
-                cell = missing[position]
+            for cell, (seconds, error) in experiments.progress(results, total=len(cells), done=done, **words):
                 if error:
                     failures[cell.label] = error
                     announce(f"FAILED {cell.label}; the other cells go on")
                     continue
                 if cell.name not in store.done:
                     what = {"cell": cell.name, "step": cell.number, "kind": cell.step.kind}
-                    where = {"model": cell.model, "dataset": cell.dataset, "seed": cell.seed}
-                    store.append(cell.name, [what | where], seconds=seconds)
+                    row = {"model": cell.model, "dataset": cell.dataset, "seed": cell.seed}
+                    store.append(cell.name, [what | row], seconds=seconds)
                 if experiments.is_headless() or not sys.stderr.isatty():
                     announce(f"{cell.label}: done in {seconds:.1f} s")
         except RuntimeError as stopped:
             # Workers that are killed again and again: what was finished stays, the rest is told.
             failures["cells without a result"] = str(stopped)
-        finished = [cell for cell in cells if cell.name in store.done and _has_card(out, cell)]
+        finished = [cell for cell in every if cell.name in store.done and _has_card(out, cell)]
         store.finish([cell.name for cell in finished])
         leaderboard = write_results(study, out, finished, failures)
-    return Finished(out, leaderboard, len(cells), len(finished), failures)
+    done = sum(cell in finished for cell in cells)
+    return Finished(out, leaderboard, len(cells), done, failures)
 
 
 def _has_card(out: Path, cell: Cell) -> bool:

@@ -1,215 +1,50 @@
 """A study in a YAML file: what to run on which models and data sets, checked before anything runs."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import MISSING, asdict, dataclass, field, fields
-from itertools import product
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, get_args
 
 from medrobust_lib import checks
 from medrobust_lib import parameters as notebook_parameters
-from medrobust_lib.corruptions.suites import SEVERITIES, check_severity, find_suite
-from medrobust_lib.data.dataset import Draw, check_draw
-from medrobust_lib.data.registry import open_split
+from medrobust_lib.data.dataset import check_draw
+from medrobust_lib.data.questions import scenario_size
 from medrobust_lib.runner import find_notebooks
-from medrobust_lib.smoothing.bounds import ALPHA, N0, N, check_alpha, check_draws, check_sigma
-from medrobust_lib.smoothing.certificate import Mode, Sampling
-from medrobust_lib.smoothing.table import LEARNED_METHODS, PROMPT_METHODS
+from medrobust_lib.smoothing.paper_methods import PaperMethod
+from medrobust_lib.studies.adapt_step import AdaptStep
+from medrobust_lib.studies.benchmark_step import BenchmarkStep
+from medrobust_lib.studies.certify_step import CertifyStep
+from medrobust_lib.studies.notebook_step import NotebookStep
+from medrobust_lib.studies.questions_step import QuestionsStep, asks_questions
+from medrobust_lib.studies.steps import Cell, Grid, Step, StudyError
 
+STEPS: dict[str, type[Step]] = {
+    step.kind: step for step in (CertifyStep, BenchmarkStep, AdaptStep, QuestionsStep, NotebookStep)
+}
 # The study gives these to every notebook, from the key of its file.
 _GRID = {"model": "models", "dataset": "datasets", "seed": "seeds", "n_images": "n_images"}
 _LONGEST_NAME = 60
-_TAKES = "a list of one or more of: certify, benchmark, notebook"
-
-Place = tuple[str, str, int | None]  # a model, a data set, a seed
+_TAKES = f"a list of one or more of: {', '.join(STEPS)}"
 
 
-class StudyError(ValueError):
-    """A study file that cannot be run as it is written."""
-
-
-@dataclass(frozen=True)
-class CertifyStep:
-    """Certificates of prompt methods: the arguments of `certify_dataset`, under the same names.
-
-    Attributes
-    ----------
-    sigmas : tuple of float
-        Noise standard deviations, > 0, in [0, 1] pixel units; each is a cell of its own.
-    n0, n, alpha, sampling, mode
-        As in `certify_dataset`.
-    radii : tuple of float
-        L2 radii of the table, in [0, 1] pixel units; sequential sampling is asked for them.
-    methods : tuple of str
-        Of `medrobust_lib.smoothing.table.PROMPT_METHODS`; none: zero-shot and its ensemble.
-    shots, epochs
-        Of the methods that learn prompts, as in `learn_prompts`.
-    tunable : int or None
-        Tokens of the hand-written prompt that zero-shot PromptSmooth moves, as in `prompt_methods`.
-    """
-
-    kind: ClassVar[str] = "certify"
-
-    sigmas: tuple[float, ...]
-    n0: int = N0
-    n: int = N
-    alpha: float = ALPHA
-    sampling: Sampling = "sequential"
-    mode: Mode = "predict"
-    radii: tuple[float, ...] = (0.0, 0.1, 0.25, 0.5)
-    methods: tuple[str, ...] = ()
-    shots: int = 16
-    epochs: int = 50
-    tunable: int | None = None
-
-    def check(self, study: "Study", notebooks: Path | None) -> None:
-        """Raise a ValueError for numbers that `certify_dataset` would refuse."""
-        if not self.sigmas or not self.radii:
-            raise StudyError("give at least one value each for sigmas and radii")
-        for sigma in self.sigmas:
-            check_sigma(sigma)
-        check_alpha(self.alpha)
-        check_draws(self.n, self.alpha)
-        if self.mode == "predict":
-            checks.check_whole("n0", self.n0, hint=": at least one draw chooses the class")
-        if min(self.radii) < 0:
-            raise StudyError(f"radii={list(self.radii)}: radii are 0 or more")
-        for name in self.methods:
-            checks.check_choice("methods", name, PROMPT_METHODS)
-        learned = LEARNED_METHODS & set(self.methods)
-        checks.check_whole("shots", self.shots, hint=": images of each class to learn prompts from")
-        checks.check_whole("epochs", self.epochs)
-        if self.tunable is not None:
-            checks.check_whole("tunable", self.tunable)
-            if "zero-shot PromptSmooth" not in self.methods:
-                raise StudyError(f"tunable={self.tunable} is for the method zero-shot PromptSmooth; name it in methods")
-        if (self.shots, self.epochs) != (CertifyStep.shots, CertifyStep.epochs) and not learned:
-            raise StudyError(f"shots and epochs are for methods that learn: {', '.join(sorted(LEARNED_METHODS))}")
-        for dataset in study.datasets if learned else ():
-            found = open_split(dataset)
-            found = open_split(dataset, split="train") if "train" in found.splits else found
-            if missing := [found.classes[k] for k in set(range(len(found.classes))) - set(found.labels.tolist())]:
-                raise StudyError(f"{dataset}: no image to learn from of class {', '.join(map(repr, missing))}")
-
-    def assignments(self, study: "Study", notebooks: Path | None) -> Iterator[tuple[Place, dict[str, Any]]]:
-        """Yield the place and the parameters of every cell."""
-        for place, sigma in product(study.places, self.sigmas):
-            own = {name: value for name, value in _json(self).items() if name != "sigmas"}
-            yield place, {**study.shared, "sigma": sigma, **own}
-
-
-@dataclass(frozen=True)
-class BenchmarkStep:
-    """Zero-shot answers to the corruptions of a suite; errors relative to the study's first model.
-
-    Attributes
-    ----------
-    suite : str
-        "medimeta-c" or "medmnist-c".
-    severities : tuple of int
-        Of 1 to 5.
-    """
-
-    kind: ClassVar[str] = "benchmark"
-
-    suite: str = "medimeta-c"
-    severities: tuple[int, ...] = SEVERITIES
-
-    def check(self, study: "Study", notebooks: Path | None) -> None:
-        """Raise a ValueError for an unknown suite or severity, or a data set that the suite does not know."""
-        suite = find_suite(self.suite)
-        for dataset in study.datasets:
-            suite.names(dataset)
-        if not self.severities or 0 in map(check_severity, self.severities):
-            raise StudyError(f"severities={list(self.severities)}: choose from 1, 2, 3, 4, 5")
-
-    def assignments(self, study: "Study", notebooks: Path | None) -> Iterator[tuple[Place, dict[str, Any]]]:
-        """Yield the place and the parameters of every cell."""
-        for place in study.places:
-            yield place, {**study.shared, **_json(self)}
-
-
-@dataclass(frozen=True)
-class NotebookStep:
-    """A notebook, by its number; the study sets its model, dataset, seed and n_images where it has them.
-
-    Attributes
-    ----------
-    notebook : str
-        For example "02".
-    parameters : dict
-        The notebook's other parameters.
-    """
-
-    kind: ClassVar[str] = "notebook"
-
-    notebook: str
-    parameters: dict[str, Any] = field(default_factory=dict)
-
-    def check(self, study: "Study", notebooks: Path | None) -> None:
-        """Raise a ValueError where a parameter cannot work."""
-        list(self.assignments(study, notebooks))
-
-    def assignments(self, study: "Study", notebooks: Path | None) -> Iterator[tuple[Place, dict[str, Any]]]:
-        """Yield the place and the checked parameters of every cell; it is not repeated over what it has not."""
-        found = find_notebooks([self.notebook], folder=notebooks)
-        ((number, path),) = found.items()
-        known = notebook_parameters.notebook_parameters(path)
-        grid = {"model": study.models, "dataset": study.datasets, "seed": study.seeds}
-        for place in product(*(values if name in known and values else (None,) for name, values in grid.items())):
-            given = {name: value for name, value in zip(grid, place, strict=True) if value is not None}
-            if study.n_images is not None and "n_images" in known:
-                given["n_images"] = study.n_images
-            model, dataset, seed = place
-            assigned = notebook_parameters.assign_parameters(found, given | self.parameters)[number]
-            yield (model or "", dataset or "", seed), assigned
-
-
-Step = CertifyStep | BenchmarkStep | NotebookStep
-STEPS: dict[str, type[Step]] = {step.kind: step for step in (CertifyStep, BenchmarkStep, NotebookStep)}
-
-
-@dataclass(frozen=True)
-class Study:
-    """A grid: every step on every model, data set and seed. `read_study` makes and checks it.
+@dataclass(frozen=True, kw_only=True)
+class Study(Grid):
+    """A grid: every step on every model, data set and seed, or on those that it names. `read_study` makes it.
 
     Attributes
     ----------
     name : str
-    datasets : tuple of str
-        Ids as of `medrobust datasets`.
     steps : tuple of Step
-    models : tuple of str
-        Ids as of `medrobust models`; may be left out where every step is a notebook, which takes its default then.
-    seeds : tuple of int
-        Of the image draw, the noise and the corruptions.
-    n_images : int or None
-        Test images of each data set, a seeded draw; None: all, and in notebooks their default.
-    draw : {"stratified", "balanced"}
-        How they are drawn in certify and benchmark steps, as in `load_dataset`; in notebooks always stratified.
-    dtype : str
-        Precision of the models in certify and benchmark steps, as in `load_model`.
     """
 
     name: str
-    datasets: tuple[str, ...] = field(metadata={"takes": "a list of data set ids, see `medrobust datasets`"})
     steps: tuple[Step, ...] = field(metadata={"takes": _TAKES})
-    models: tuple[str, ...] = ()
-    seeds: tuple[int, ...] = (0,)
-    n_images: int | None = None
-    draw: Draw = "stratified"
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
 
-    @property
-    def places(self) -> Iterator[Place]:
-        """Every model with every data set and seed."""
-        return product(self.models, self.datasets, self.seeds)
-
-    @property
-    def shared(self) -> dict[str, Any]:
-        """Parameters of all certify and benchmark cells."""
-        return {"n_images": self.n_images, "draw": self.draw, "dtype": self.dtype}
+    def narrowed(self, step: Step) -> Grid:
+        """What a step runs on."""
+        own = {name: getattr(step, name) or getattr(self, name) for name in ("models", "datasets")}
+        return Grid(**{f.name: own.get(f.name, getattr(self, f.name)) for f in fields(Grid)})
 
     def record(self) -> dict[str, Any]:
         """JSON values; steps are numbered, so that a refusal can name the one that differs."""
@@ -239,31 +74,96 @@ def read_study(path: Path, *, notebooks: Path | None = None) -> Study:
     path = Path(path)
     if not path.is_file():
         raise StudyError(f"no study file at {path}; examples/noise-on-blood.yaml is one to start from")
-    given = notebook_parameters.read_yaml(path)
-    if not isinstance(given, dict):
-        raise StudyError(f"{path} must hold a mapping with the keys {', '.join(f.name for f in fields(Study))}")
-    given = {"name": path.stem} | given
-    _check_keys(given, Study, where=str(path))
-    steps = given.pop("steps")
-    if not isinstance(steps, list) or not steps:
-        raise StudyError(f"{path}: steps is {_TAKES}")
-    # Workers and notebooks work in other folders: paths in ids become absolute.
-    values = _values(given, Study, where=str(path))
-    values = {name: notebook_parameters.absolute_ids(name, value) for name, value in values.items()}
-    steps = [_step(step, notebooks, where=f"{path}, step {place}") for place, step in enumerate(steps, start=1)]
-    study = Study(**values, steps=tuple(steps))
-    with _located(str(path)):
-        _check_study(study)
-    notebook_parameters.check_models(set(study.models))
-    for number, step in enumerate(study.steps, start=1):
-        with _located(f"{path}, step {number}, {step.kind}"):
-            step.check(study, notebooks)
+    study = parse_study(notebook_parameters.read_yaml(path), name=path.stem, where=str(path), notebooks=notebooks)
+    check_study(study, where=str(path), notebooks=notebooks)
     return study
 
 
-def _json(step: Step) -> dict[str, Any]:
-    """The settings of a step as JSON values."""
-    return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(step).items()}
+def parse_study(given: Any, *, name: str, where: str, notebooks: Path | None = None) -> Study:
+    """Make a study of what a YAML file holds; whether it can run is told by `check_study`.
+
+    Parameters
+    ----------
+    given : object
+        The file's content.
+    name : str
+        Of a study that has none.
+    where : str
+        What a message calls the file.
+    notebooks : Path, optional
+        As in `read_study`.
+    """
+    if not isinstance(given, dict):
+        raise StudyError(f"{where} must hold a mapping with the keys {', '.join(f.name for f in fields(Study))}")
+    given = {"name": name} | given
+    _check_keys(given, Study, where=where)
+    steps = given.pop("steps")
+    if not isinstance(steps, list) or not steps:
+        raise StudyError(f"{where}: steps is {_TAKES}")
+    # Workers and notebooks work in other folders: paths in ids become absolute.
+    values = _values(given, Study, where=where)
+    values = {name: notebook_parameters.absolute_ids(name, value) for name, value in values.items()}
+    steps = [_step(step, notebooks, where=f"{where}, step {place}") for place, step in enumerate(steps, start=1)]
+    return Study(**values, steps=tuple(steps))
+
+
+def check_study(
+    study: Study, *, where: str, notebooks: Path | None = None, cells: Sequence[Cell] | None = None
+) -> None:
+    """Check everything that can be known before anything runs.
+
+    Parameters
+    ----------
+    study : Study
+    where : str
+        As in `parse_study`.
+    notebooks : Path, optional
+        As in `read_study`.
+    cells : sequence of Cell, optional
+        Those that will run, where not all of them do; what only the others need is not looked for.
+
+    Raises
+    ------
+    ValueError, FileNotFoundError
+        As in `read_study`.
+    """
+    steps = {number: (step, study.narrowed(step)) for number, step in enumerate(study.steps, start=1)}
+    if cells is not None:
+        steps = {number: (step, _of_cells(cells, number, grid)) for number, (step, grid) in steps.items()}
+    with _located(where):
+        _check_study(study, dict.fromkeys(id for _, grid in steps.values() for id in grid.datasets))
+    made: list[str] = []
+    for number, (step, grid) in steps.items():
+        with _located(f"{where}, step {number}, {step.kind}"):
+            _check_names(step, grid, study, made)
+            if cells is None or grid.models:
+                if not isinstance(step, NotebookStep):  # which has checks of its own
+                    loaded = {model for model in grid.models if model not in made}
+                    notebook_parameters.check_models(loaded, generative=step.generative)
+                step.check(grid, notebooks)
+        if isinstance(step, AdaptStep):
+            made.append(step.name)
+
+
+def _of_cells(cells: Sequence[Cell], number: int, grid: Grid) -> Grid:
+    """The part of a step's grid that some cells cover."""
+    own = [cell for cell in cells if cell.number == number]
+    datasets = {id for cell in own for id in (cell.dataset, *cell.parameters.get("learned", ()))}
+    narrow = {"models": {cell.model for cell in own}, "datasets": datasets}
+    return replace(grid, **{name: tuple(id for id in getattr(grid, name) if id in ids) for name, ids in narrow.items()})
+
+
+def _check_names(step: Step, grid: Grid, study: Study, made: list[str]) -> None:
+    """Raise for models and data sets of a step that the study does not have, and for names that stand for two."""
+    for key, known in (("models", [*study.models, *made]), ("datasets", study.datasets)):
+        for name in getattr(step, key):
+            checks.check_choice(f"{key} of a step", name, known)
+    if isinstance(step, AdaptStep) and step.name in (*study.models, *made):
+        raise StudyError(f"name: {step.name!r} is taken; give the adapted model a name of its own")
+    if wrong := [dataset for dataset in grid.datasets if asks_questions(dataset) and not step.generative]:
+        kind = step.kind
+        if not isinstance(step, NotebookStep):
+            raise StudyError(f"{wrong[0]} holds questions and has no classes for {kind}; name the step's own datasets")
 
 
 def _step(given: Any, notebooks: Path | None, *, where: str) -> Step:
@@ -292,6 +192,7 @@ def _step(given: Any, notebooks: Path | None, *, where: str) -> Step:
 def _notebook_step(given: dict[str, Any], notebooks: Path | None, *, where: str) -> NotebookStep:
     _check_keys(given, NotebookStep, where=where)
     number, parameters = given["notebook"], given.get("parameters") or {}
+    narrow = _values({key: given[key] for key in ("models", "datasets") if key in given}, NotebookStep, where=where)
     if not isinstance(number, str) or not isinstance(parameters, dict):
         raise StudyError(f'{where}: write `notebook: "02"` and, below it, parameters as names with values')
     for name in parameters:
@@ -300,7 +201,9 @@ def _notebook_step(given: dict[str, Any], notebooks: Path | None, *, where: str)
     with _located(f"{where}, notebook"):
         ((number, path),) = find_notebooks([number.zfill(2)], folder=notebooks).items()
         known = notebook_parameters.notebook_parameters(path)
-        return NotebookStep(number, parameters | notebook_parameters.declared(parameters, known))
+        return NotebookStep(
+            notebook=number, parameters=parameters | notebook_parameters.declared(parameters, known), **narrow
+        )
 
 
 def _check_keys(given: Mapping[Any, Any], kind: type, *, where: str) -> None:
@@ -318,10 +221,32 @@ def _check_keys(given: Mapping[Any, Any], kind: type, *, where: str) -> None:
 def _values(given: Mapping[str, Any], kind: type, *, where: str) -> dict[str, Any]:
     """Values with the types of a dataclass's fields; a single value stands for a list of one."""
     types = {f.name: f.type for f in fields(kind)}
-    return {name: notebook_parameters.typed(value, types[name], f"{where}: {name}") for name, value in given.items()}
+    return {
+        name: _methods(value, where=where)
+        if get_args(types[name])[:1] == (PaperMethod,)
+        else notebook_parameters.typed(value, types[name], f"{where}: {name}")
+        for name, value in given.items()
+    }
 
 
-def _check_study(study: Study) -> None:
+def _methods(given: Any, *, where: str) -> tuple[PaperMethod, ...]:
+    """Names of methods, or mappings of one name to its settings."""
+    found = []
+    for entry in given if isinstance(given, list) else [given]:
+        named = {entry: {}} if isinstance(entry, str) else entry
+        if not isinstance(named, dict) or len(named) != 1:
+            raise StudyError(f"{where}: methods: {entry!r}; write a name, or {{NAME: {{shots: 4}}}}")
+        ((method, settings),) = named.items()
+        settings = {"method": method} | (settings or {})
+        for name in {"checkpoint", "denoiser"} & set(settings):  # workers have other working folders
+            settings[name] = str(Path(settings[name]).expanduser().absolute())
+        _check_keys(settings, PaperMethod, where=f"{where}: methods, {method}")
+        with _located(f"{where}: methods"):
+            found.append(PaperMethod(**_values(settings, PaperMethod, where=f"{where}: methods, {method}")))
+    return tuple(found)
+
+
+def _check_study(study: Study, datasets: Iterable[str]) -> None:
     alone = all(isinstance(step, NotebookStep) for step in study.steps)
     for name in ("datasets", "seeds") if alone else ("models", "datasets", "seeds"):
         if not getattr(study, name):
@@ -333,10 +258,15 @@ def _check_study(study: Study) -> None:
     check_draw(study.draw, n=study.n_images, size="n_images")
     if study.n_images is not None:
         checks.check_whole("n_images", study.n_images, hint="; leave it out for all test images")
-    for dataset in () if alone else study.datasets:
-        size = notebook_parameters.split_size(dataset)
+    for dataset in () if alone else datasets:
+        size = split_size(dataset)
         if study.n_images is not None and study.n_images > size:
             raise StudyError(f"n_images: {study.n_images}; the test split of {dataset} has {size} images")
+
+
+def split_size(dataset: str) -> int:
+    """Test images, or questions, of a set."""
+    return scenario_size(dataset) if asks_questions(dataset) else notebook_parameters.split_size(dataset)
 
 
 @contextmanager

@@ -28,6 +28,7 @@ from medrobust_lib.smoothing.denoisers import (
 )
 from medrobust_lib.smoothing.methods import FixedPrompts
 from training.denoisers import (
+    Recipe,
     joined,
     level_at,
     linear_share,
@@ -220,7 +221,7 @@ def test_a_noise_level_without_a_network_is_refused():
     denoise = DnCNNDenoiser({0.5: random_dncnn(), 0.25: random_dncnn(1)}, "mse")
     assert denoise.sigmas == (0.25, 0.5)
     denoise(batch(1, 3, 8, 8), float(np.float32(0.1) * np.float32(2.5)))
-    with pytest.raises(ValueError, match=r"no denoiser for sigma=0.3: there is one each for 0.25, 0.5; train one with"):
+    with pytest.raises(ValueError, match=r"no denoiser for sigma=0.3: there is one each for 0.25, 0.5; train it with"):
         denoise(batch(1, 3, 8, 8), 0.3)
     diffusion = DiffusionDenoiser(random_unet(), (0.01, 1.0))
     with pytest.raises(ValueError, match=r"sigma=1.5: this diffusion was trained for noise levels from 0.01 to 1"):
@@ -326,7 +327,7 @@ def test_wrong_files_are_refused(tmp_path):
     good = save_denoiser(DnCNNDenoiser({0.25: random_dncnn()}, "mse"), tmp_path / "good.safetensors")
     with pytest.raises(
         FileNotFoundError,
-        match=r"no denoiser at .*none.safetensors; `save_denoiser` of data_scripts/training writes one",
+        match=r"no denoiser at .*none.safetensors; data_scripts/train_denoisers.py makes one",
     ):
         load_denoiser(tmp_path / "none.safetensors")
     for change in ({"kind": "wavelet"}, {"format": 2}):
@@ -357,9 +358,7 @@ def test_wrong_files_are_refused(tmp_path):
 
 @pytest.fixture(scope="module")
 def trained(colours):
-    return train_denoiser(
-        None, colours, sigma=0.25, steps=60, batch_size=8, learning_rate=3e-3, seed=1, device="cpu", **SMALL
-    )
+    return train_denoiser(None, colours, sigma=0.25, recipe=Recipe(60, 8, 3e-3, seed=1), device="cpu", **SMALL)
 
 
 def test_mse_training_lowers_the_loss_and_the_noise(trained, colours):
@@ -380,14 +379,14 @@ def test_mse_training_lowers_the_loss_and_the_noise(trained, colours):
 def test_training_depends_on_its_seed_alone(colours, tmp_path):
     def short(seed):
         torch.randn(3)  # a global stream that is elsewhere each time
-        return train_denoiser(None, colours, sigma=0.5, steps=2, crop=8, seed=seed, device="cpu", **SMALL)
+        return train_denoiser(None, colours, sigma=0.5, recipe=Recipe(2, seed=seed), crop=8, device="cpu", **SMALL)
 
     state = torch.get_rng_state()
     identities = [short(seed).id for seed in (1, 1, 2)]
     assert identities[0] == identities[1] != identities[2]
     torch.set_rng_state(state)
-    train_diffusion(colours, max_sigma=1.0, width=8, multipliers=(1, 2), steps=1, device="cpu")
-    denoise = train_denoiser(None, colours, sigma=0.5, steps=1, device="cpu", **SMALL)
+    train_diffusion(colours, max_sigma=1.0, width=8, multipliers=(1, 2), recipe=Recipe(1), device="cpu")
+    denoise = train_denoiser(None, colours, sigma=0.5, recipe=Recipe(1), device="cpu", **SMALL)
     load_denoiser(save_denoiser(denoise, tmp_path / "own.safetensors"))
     assert torch.equal(torch.get_rng_state(), state)
 
@@ -398,8 +397,8 @@ def test_stability_training_goes_on_from_a_start_and_brings_answers_closer(train
     noisy = clean + 0.25 * torch.randn(clean.shape, generator=torch.Generator().manual_seed(3))
     start = DnCNNDenoiser({0.25: random_dncnn(7)}, "mse")
     after = train_denoiser(
-        model, colours, sigma=0.25, objective="stability", start=start, class_features=texts, steps=40, batch_size=8,
-        learning_rate=3e-3,
+        model, colours, sigma=0.25, objective="stability", start=start, class_features=texts,
+        recipe=Recipe(40, 8, 3e-3),
     )  # fmt: skip
     assert after.objective == "stability"
     assert after.provenance["0.25"]["start"] == start.id
@@ -409,15 +408,15 @@ def test_stability_training_goes_on_from_a_start_and_brings_answers_closer(train
     assert floor < losses[1] < losses[0]
     assert losses[1] - floor < 0.5 * (losses[0] - floor)
     one_step = train_denoiser(
-        model, colours, sigma=0.25, objective="stability", start=trained, class_features=texts, steps=1,
-        learning_rate=1e-9,
+        model, colours, sigma=0.25, objective="stability", start=trained, class_features=texts,
+        recipe=Recipe(1, learning_rate=1e-9),
     )  # fmt: skip
     torch.testing.assert_close(one_step.networks[0.25].dncnn[0].weight, trained.networks[0.25].dncnn[0].weight)
 
 
 def test_training_that_diverges_is_refused_with_the_remedy(colours):
     with pytest.raises(ValueError, match=r"training diverged in step \d+: lower learning_rate=1e\+30"):
-        train_denoiser(None, colours, sigma=0.25, steps=20, batch_size=8, learning_rate=1e30, device="cpu", **SMALL)
+        train_denoiser(None, colours, sigma=0.25, recipe=Recipe(20, 8, 1e30), device="cpu", **SMALL)
 
 
 def test_the_stability_loss_is_the_cross_entropy_of_the_soft_answers():
@@ -430,7 +429,7 @@ def test_the_stability_loss_is_the_cross_entropy_of_the_soft_answers():
 
 def test_diffusion_training_lowers_the_loss_and_learns_the_range_it_states(colours):
     denoise = train_diffusion(
-        colours, max_sigma=0.5, width=8, multipliers=(1, 2), steps=60, batch_size=8, learning_rate=3e-3, device="cpu"
+        colours, max_sigma=0.5, width=8, multipliers=(1, 2), recipe=Recipe(60, 8, 3e-3), device="cpu"
     )
     assert denoise.provenance["last_loss"] < 0.6 * denoise.provenance["first_loss"]
     assert denoise.provenance["timesteps"] == math.ceil(matching_timestep(0.5)) + 1
@@ -444,7 +443,6 @@ def test_diffusion_training_lowers_the_loss_and_learns_the_range_it_states(colou
         ({"sigma": 0.0}, "sigma=0.0: a denoiser is trained for a noise level > 0"),
         ({"objective": "mae"}, "unknown objective 'mae'"),
         ({"objective": "stability"}, "give a model and no crop"),
-        ({"steps": 0}, "steps=0"),
         ({"crop": 17}, "crop=17: the images are 16 x 16 pixels"),
         ({"start": DnCNNDenoiser({0.5: random_dncnn()}, "mse")}, "start has no network for sigma=0.25, only for 0.5"),
     ],

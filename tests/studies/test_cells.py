@@ -9,7 +9,8 @@ from medrobust_lib.corruptions.suites import find_suite
 from medrobust_lib.data.registry import load_dataset
 from medrobust_lib.smoothing.prompts import PromptSet
 from medrobust_lib.smoothing.sequential import operating_characteristics, sequential_plan
-from medrobust_lib.studies.cells import estimate_cells, measured_rate, short_id, study_cells
+from medrobust_lib.studies.cells import estimate_cells, measured_rate, study_cells
+from medrobust_lib.studies.steps import short_id
 from medrobust_lib.studies.study_file import read_study
 
 TEXT = """
@@ -93,39 +94,46 @@ def test_a_rate_is_draws_over_time_and_prints_nothing(capsys):
 
 
 METHODS = ["zero-shot", "few-shot PromptSmooth", "PromptSmooth"]
+LITTLE = "{shots: 1, epochs: 1}"
+
+
+def written(methods):
+    return "[" + ", ".join(name if name == "zero-shot" else f"{{{name}: {LITTLE}}}" for name in methods) + "]"
+
+
 LEARNING = f"""
 models: [demo-clip]
 datasets: [phantom/chest]
 n_images: 3
 steps:
-  - certify: {{sigmas: [0.1], n0: 5, n: 20, alpha: 0.05, radii: [0.02], methods: {METHODS}, shots: 1, epochs: 1}}
+  - certify: {{sigmas: [0.1], n0: 5, n: 20, alpha: 0.05, radii: [0.02], methods: {written(METHODS)}}}
 """
 
 
 def test_a_cell_certifies_learned_prompts_on_images_that_were_not_learned_from(study_file, tmp_path):
     (cell,) = study_cells(read_study(study_file(LEARNING)))
-    cell.run(tmp_path, notebooks=None)
-    rows = pd.read_csv(tmp_path / "cards" / "01-certify_certificates.csv")
+    cell.run(tmp_path)
+    rows = pd.read_csv(cell.folder(tmp_path) / "cards" / "01-certify_certificates.csv")
     assert rows["method"].tolist() == METHODS * 3
     assert rows.groupby("method")["guarantee"].first()[METHODS].tolist() == ["standard", "standard", "frozen-prompt"]
     assert rows["image"].unique().tolist() == load_dataset("phantom/chest", n=3).indices.tolist()
-    card = json.loads((tmp_path / "cards" / "01-certify.json").read_text())
+    card = json.loads((cell.folder(tmp_path) / "cards" / "01-certify.json").read_text())
     assert "train and test are the data set's own splits" in card["notes"]
-    assert card["parameters"]["methods"] == METHODS
+    assert [method["method"] for method in card["parameters"]["methods"]] == METHODS
 
 
 def test_adapting_and_learning_are_priced(study_file, monkeypatch):
     monkeypatch.setattr("medrobust_lib.studies.cells.encodings_per_second", lambda model, dataset, *, dtype: 50.0)
     for methods, draws, learning in ((METHODS, 25 + 100, 16 * 3), (METHODS[:2], 25, 16 * 3)):
-        study = read_study(study_file(LEARNING.replace(str(METHODS), str(methods))))
+        study = read_study(study_file(LEARNING.replace(written(METHODS), written(methods))))
         assert estimate_cells(study, study_cells(study))[0].draws == 3 * draws + learning
 
 
 def test_learned_prompts_are_certified_on_the_draw_that_was_asked_for(study_file, tmp_path):
     asked = LEARNING.replace("n_images: 3", "n_images: 4\ndraw: balanced\nseeds: [2]")
     (cell,) = study_cells(read_study(study_file(asked)))
-    cell.run(tmp_path / "divided", notebooks=None)
-    rows = pd.read_csv(tmp_path / "divided" / "cards" / "01-certify_certificates.csv")
+    cell.run(tmp_path / "divided")
+    rows = pd.read_csv(cell.folder(tmp_path / "divided") / "cards" / "01-certify_certificates.csv")
     wanted = load_dataset("phantom/chest", n=4, seed=2, draw="balanced").indices
     assert rows["image"].unique().tolist() == wanted.tolist()
 
@@ -145,19 +153,23 @@ def test_what_is_learned_from_an_undivided_folder_is_not_certified_and_that_is_s
     images = write_folder(tmp_path / "images", a=6, b=6)
     asked = LEARNING.replace("phantom/chest", f"folder:{images}").replace("n_images: 3", "n_images: 12")
     (cell,) = study_cells(read_study(study_file(asked)))
-    cell.run(tmp_path / "out", notebooks=None)
-    card = json.loads(next((tmp_path / "out" / "cards").glob("*.json")).read_text())
-    rows = pd.read_csv(next((tmp_path / "out" / "cards").glob("*_certificates.csv")))
+    cell.run(tmp_path / "out")
+    cards = cell.folder(tmp_path / "out") / "cards"
+    card = json.loads(next(cards.glob("*.json")).read_text())
+    rows = pd.read_csv(next(cards.glob("*_certificates.csv")))
     assert rows["image"].nunique() == card["dataset"]["n"] == 12 - 4
     assert "8 of 12 images are left to certify; others are learned from" in card["notes"]
 
 
 def test_a_cell_goes_on_with_the_prompts_that_it_learned(study_file, tmp_path, monkeypatch):
     (cell,) = study_cells(read_study(study_file(LEARNING)))
-    cell.run(tmp_path, notebooks=None)
-    (kept,) = (tmp_path / "prompts").iterdir()
+    cell.run(tmp_path)
+    (kept,) = (tmp_path / "prompts").glob("*/*")
     assert PromptSet.load(kept).provenance["shots"] == 1
-    monkeypatch.setattr("medrobust_lib.smoothing.table.learn_prompts", lambda *_, **__: pytest.fail("learned again"))
-    before = (tmp_path / "store" / "table.csv").read_bytes()
-    cell.run(tmp_path, notebooks=None)
-    assert (tmp_path / "store" / "table.csv").read_bytes() == before
+    monkeypatch.setattr(
+        "medrobust_lib.smoothing.paper_methods.learn_prompts", lambda *_, **__: pytest.fail("learned again")
+    )
+    table = cell.folder(tmp_path) / "store" / "table.csv"
+    before = table.read_bytes()
+    cell.run(tmp_path)
+    assert table.read_bytes() == before

@@ -6,7 +6,7 @@ import pytest
 
 from medrobust_lib import cli
 from medrobust_lib.experiments.report import duration
-from medrobust_lib.studies import cells
+from medrobust_lib.studies.benchmark_step import BenchmarkCell
 
 
 @pytest.fixture
@@ -30,8 +30,8 @@ def terminal(monkeypatch):
 
 
 def test_a_dry_run_prices_every_cell_and_writes_nothing(invoke, study_file, tmp_path, monkeypatch):
-    monkeypatch.setattr(cells, "encodings_per_second", lambda model, dataset, *, dtype: 10.0)
-    monkeypatch.setattr(cells, "_seconds_to_corrupt", lambda dataset, suite: 0.0)
+    monkeypatch.setattr("medrobust_lib.studies.cells.encodings_per_second", lambda model, dataset, *, dtype: 10.0)
+    monkeypatch.setattr("medrobust_lib.studies.cells._seconds_to_corrupt", lambda dataset, suite: 0.0)
     path = study_file()
     before = sorted(tmp_path.rglob("*"))
     code, text, _ = invoke("study", path, "--out", tmp_path / "out", "--dry-run")
@@ -80,13 +80,13 @@ def test_a_study_prints_its_leaderboard_and_two_runs_compare(invoke, study_file,
 
 
 def test_a_failed_cell_fails_the_command_with_its_reason(invoke, study_file, tmp_path, undisturbed, monkeypatch):
-    def broken(cell, folder, *, notebooks):
+    def broken(cell, study, **more):
         raise OSError("no space left")
 
     out = tmp_path / "out"
     shutil.copytree(undisturbed, out)
     shutil.rmtree(next(out.glob("cells/02*")))  # a result that is gone is made again
-    monkeypatch.setattr(cells.BenchmarkCell, "run", broken)
+    monkeypatch.setattr(BenchmarkCell, "run", broken)
     code, _, error = invoke("study", study_file(), "--out", out)
     assert code == 1
     assert "1 of 3 cells failed; the same command tries them again" in error

@@ -11,8 +11,9 @@ import pytest
 
 from medrobust_lib.data.registry import load_dataset
 from medrobust_lib.experiments import leaderboard, read_cards
-from medrobust_lib.studies import cells
+from medrobust_lib.studies.benchmark_step import BenchmarkCell
 from medrobust_lib.studies.execute import LEADERBOARD, run_study
+from medrobust_lib.studies.steps import described
 from medrobust_lib.studies.study_file import read_study
 
 
@@ -63,12 +64,12 @@ def test_processes_and_a_notebook_give_what_one_process_gives(study_file, notebo
 
 
 def test_a_failing_cell_loses_nothing_and_is_tried_again(study, tmp_path, monkeypatch, capsys):
-    def broken(cell, folder, *, notebooks):
+    def broken(cell, study, **more):
         raise OSError("no space left")
 
     lines = []
     with monkeypatch.context() as patch:
-        patch.setattr(cells.BenchmarkCell, "run", broken)
+        patch.setattr(BenchmarkCell, "run", broken)
         finished = run_study(study, tmp_path / "out", announce=lines.append)
     assert finished.done == 2
     assert finished.failures == {"2 benchmark, demo-clip, phantom/chest, seed 0": "OSError: no space left"}
@@ -142,8 +143,8 @@ def test_models_are_compared_by_corruption_errors_relative_to_the_first(study_fi
 
     text = "models: [demo-clip, other]\ndatasets: [phantom/histology]\nn_images: 18\n"
     text += "steps: [{benchmark: {severities: [5]}}]\n"
-    monkeypatch.setattr("medrobust_lib.parameters.check_models", lambda ids: None)
-    monkeypatch.setattr(cells, "load_model", load)
+    monkeypatch.setattr("medrobust_lib.parameters.check_models", lambda ids, *, generative: None)
+    monkeypatch.setattr("medrobust_lib.studies.steps.load_model", load)
     table = run_study(read_study(study_file(text)), tmp_path / "out", announce=quiet).leaderboard
     errors = table[table["metric"] == "mce"].set_index("model")
     assert errors["value"].to_dict() == {"demo-clip": 100.0, "other": 100.0}  # the same model under two names
@@ -180,4 +181,4 @@ def test_what_was_found_in_the_images_is_on_the_card_of_a_cell():
     data = load_dataset("phantom/chest", n=3)
     data = replace(data, provenance=data.provenance | {"caveats": ["Left out of mine: a/notes.txt (1 in all)."]})
     model = SimpleNamespace(id="m", dtype="float32", image_size=64)
-    assert cells._described(model, data, ["a note"])["notes"][1:] == [*data.caveats, "a note"]
+    assert described(model, data, ["a note"])["notes"][1:] == [*data.caveats, "a note"]

@@ -1,9 +1,14 @@
 import pytest
 
 from medrobust_lib.parameters import ParameterError
+from medrobust_lib.studies.benchmark_step import BenchmarkStep
 from medrobust_lib.studies.cells import study_cells
-from medrobust_lib.studies.study_file import BenchmarkStep, CertifyStep, NotebookStep, StudyError, read_study
+from medrobust_lib.studies.certify_step import CertifyStep
+from medrobust_lib.studies.notebook_step import NotebookStep
+from medrobust_lib.studies.steps import StudyError
+from medrobust_lib.studies.study_file import read_study
 
+CERTIFY = "steps: [{certify: {sigmas: [0.1], "
 HEAD = "models: [demo-clip]\ndatasets: [phantom/chest]\nn_images: 4\n"
 
 
@@ -27,7 +32,7 @@ def test_numbers_are_written_as_people_write_them(study_file):
 def test_a_notebook_may_be_written_as_a_number_and_repeats_only_over_what_it_has(study_file, notebooks):
     text = "models: [demo-clip]\ndatasets: [phantom/chest, phantom/blood]\nseeds: [0, 1]\nsteps:\n  - notebook: 01\n"
     study = read_study(study_file(text + "    parameters: {sigma: 0.5}\n"), notebooks=notebooks)
-    assert study.steps == (NotebookStep("01", {"sigma": 0.5}),)
+    assert study.steps == (NotebookStep(notebook="01", parameters={"sigma": 0.5}),)
     (cell,) = study_cells(study, notebooks=notebooks)  # it has a model, and neither data set nor seed
     assert cell.parameters == {"model": "demo-clip", "sigma": 0.5}
     assert (cell.model, cell.dataset, cell.seed) == ("demo-clip", "", None)
@@ -38,7 +43,7 @@ def test_a_notebook_may_be_written_as_a_number_and_repeats_only_over_what_it_has
     [
         (HEAD + "step: []\n", r"unknown key 'step'; valid: steps, "),
         (HEAD, r"steps is missing"),
-        (HEAD + "steps: []\n", r"steps is a list of one or more of: certify, benchmark, notebook"),
+        (HEAD + "steps: []\n", r"steps is a list of one or more of: certify, benchmark, adapt, questions, notebook"),
         (HEAD + "steps: [{certfy: {}}]\n", r"step 1: unknown step 'certfy'; there are certify, "),
         (HEAD + "steps: [{certify: {sigma: [0.1]}}]\n", r"step 1, certify: unknown key 'sigma'; valid: sigmas, "),
         (HEAD + "steps: [{certify: {n: 100}}]\n", r"certify: sigmas is missing; it takes a list of numbers"),
@@ -48,10 +53,22 @@ def test_a_notebook_may_be_written_as_a_number_and_repeats_only_over_what_it_has
         (HEAD + "steps: [{certify: {sigmas: [0.1], n: 5}}]\n", r"n=5 draws can never certify at alpha=0.001"),
         (HEAD + "steps: [{certify: {sigmas: [0.1], sampling: seq}}]\n", r"sampling='seq': give one of fixed, "),
         (HEAD + "steps: [{certify: {sigmas: [0.1], radii: [-1]}}]\n", r"radii are 0 or more"),
-        (HEAD + "steps: [{certify: {sigmas: [0.1], methods: [coop]}}]\n", r"methods 'coop'.*CoOp"),
-        (HEAD + "steps: [{certify: {sigmas: [0.1], methods: [CoOp], shots: 0}}]\n", r"shots=0"),
-        (HEAD + "steps: [{certify: {sigmas: [0.1], shots: 4}}]\n", r"shots and epochs are for methods that learn"),
-        (HEAD + "steps: [{certify: {sigmas: [0.1], methods: [CoOp], tunable: 2}}]\n", r"tunable=2 is for"),
+        (HEAD + CERTIFY + "methods: [coop]}}]\n", r"method 'coop'.*CoOp"),
+        (HEAD + CERTIFY + "methods: [{CoOp: {shots: 0}}]}}]\n", r"step 1, certify: methods: shots=0"),
+        (HEAD + CERTIFY + "methods: [{CoOp: {shot: 4}}]}}]\n", r"methods, CoOp: unknown key 'shot'"),
+        (HEAD + CERTIFY + "methods: [{CoOp: {tunable: 2}}]}}]\n", r"tunable=2 means nothing to"),
+        (HEAD + CERTIFY + "methods: [CoOp, CoOp]}}]\n", r"two methods are called 'CoOp'"),
+        (HEAD + CERTIFY + "methods: [{CoOp: {}, zero-shot: {}}]}}]\n", r"write a name, or {NAME: "),
+        (HEAD + CERTIFY + "n_by_sigma: {0.2: 50}}}]\n", r"n_by_sigma: '0.2' is none of sigmas"),
+        (HEAD + CERTIFY + "n_by_sigma: {0.1: 5}}}]\n", r"n=5 draws can never certify"),
+        (HEAD + "steps: [{benchmark: {models: [plip]}}]\n", r"models of a step 'plip'"),
+        (HEAD + "steps: [{benchmark: {datasets: [phantom/oct]}}]\n", r"datasets of a step 'phantom/oct'"),
+        (HEAD + "steps: [{benchmark: {reference: plip}}]\n", r"reference='plip' is none of the step's models"),
+        (HEAD + "steps: [{questions: {sigma: 0.1, n: 20}}]\n", r"demo-clip"),
+        (HEAD + "steps: [{adapt: {name: demo-clip}}]\n", r"name: 'demo-clip' is taken"),
+        (HEAD + "steps: [{adapt: {name: mine, fraction: 2}}]\n", r"fraction=2"),
+        (HEAD + "steps: [{adapt: {name: mine, template: 9}}]\n", r"template: 9; phantom/chest has "),
+        (HEAD + "steps: [{benchmark: {models: [mine]}}, {adapt: {name: mine}}]\n", r"models of a step 'mine'"),
         (HEAD + "steps: [{benchmark: {suite: medmeta-c}}]\n", r"unknown suite 'medmeta-c'.*did you mean 'medimeta-c'"),
         (HEAD + "steps: [{benchmark: {severities: [0]}}]\n", r"severities=\[0\]: choose from 1, 2, 3, 4, 5"),
         (HEAD + "steps: [{certify: {sigmas: [0.1]}, benchmark: {}}]\n", r"begin each step with a dash of its own"),
@@ -68,7 +85,7 @@ def test_a_notebook_may_be_written_as_a_number_and_repeats_only_over_what_it_has
         (HEAD + "steps: [{notebook: '01', parameters: {sigm: 1}}]\n", r"unknown parameter 'sigm' .*valid: sigma, "),
         (HEAD + "steps: [{notebook: '01', parameters: {sigma: loud}}]\n", r"sigma='loud': give a number"),
         (HEAD + "steps: [{notebook: '01', parameters: {model: plip}}]\n", r"from the study; set `models` at the top"),
-        ("- a\n", r"must hold a mapping with the keys name, "),
+        ("- a\n", r"must hold a mapping with the keys datasets, "),
         ("a: [\n", r"is no valid YAML"),
     ],
 )  # fmt: skip

@@ -1,0 +1,257 @@
+"""The papers' methods by name: what each takes, and how it is made ready before any noise of a certificate exists."""
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from medrobust_lib.checks import check_choice, check_whole
+from medrobust_lib.data.dataset import ImageDataset
+from medrobust_lib.models.dual_encoder import DualEncoder
+from medrobust_lib.models.geometry import CropAndFlip
+from medrobust_lib.smoothing.bounds import check_sigma
+from medrobust_lib.smoothing.denoisers import find_denoiser, load_denoiser
+from medrobust_lib.smoothing.methods import (
+    AdaptedPrompts,
+    CandidatePrompts,
+    FixedPrompts,
+    PromptMethod,
+    adapt_to_pool,
+)
+from medrobust_lib.smoothing.prompts import (
+    TRAINING_SIGMAS,
+    PromptSet,
+    learn_prompts,
+    load_coop_context,
+    text_prompts,
+)
+
+CANDIDATES = 3  # seeds of few-shot prompts that have to agree
+RETRAINED = "re-trained"
+_LEARNING = ("seed", "shots", "epochs", "batch_size", "learning_rate")
+_PROMPTS = (*_LEARNING, "n_context", "draws_per_image", "sigmas", "crop")
+# What each method reads; all but "re-trained", which is another image tower, are made by `prompt_methods`.
+READS: dict[str, tuple[str, ...]] = {
+    "zero-shot": ("template",),
+    "zero-shot ensemble": (),
+    "CoOp": tuple(name for name in _PROMPTS if name != "sigmas"),
+    "few-shot PromptSmooth": (*_PROMPTS, "checkpoint"),
+    "few-shot + pool": (*_PROMPTS, "checkpoint", "steps"),
+    "candidate set": _PROMPTS,
+    "zero-shot PromptSmooth": ("template", "tunable", "steps"),
+    "PromptSmooth": (*_PROMPTS, "checkpoint", "steps"),
+    "denoised": ("denoiser",),
+    "diffusion": ("denoiser",),
+    RETRAINED: _LEARNING,
+}
+LEARNED_METHODS = frozenset(name for name, read in READS.items() if "shots" in read)  # from labelled images
+ADAPTED_METHODS = frozenset({"zero-shot PromptSmooth", "PromptSmooth"})  # to each image
+
+
+@dataclass(frozen=True)
+class PaperMethod:
+    """One of the papers' methods and what it takes; the defaults are the papers'.
+
+    Attributes
+    ----------
+    method : str
+        A key of `READS`.
+    name : str
+        In tables; default: the method.
+    seed : int or None
+        Of shots, their noise and the first context vectors; the candidate set takes the two after it as well.
+        None: the seed of the whole.
+    shots, epochs, batch_size, learning_rate, n_context, draws_per_image, sigmas
+        As in `learn_prompts`; the first four also of re-training, where `learning_rate` has a default of its own.
+    crop : float or None
+        CoOp's random crop, which keeps at least this share of the area, and flip; None shows every copy whole.
+    checkpoint : str
+        File of the authors' few-shot context, as in `load_coop_context`, in place of learning.
+    template : str
+        Hand-written prompt with one ``{}``; default: the data set's.
+    tunable : int or None
+        Tokens of the hand-written prompt that are moved, as in `text_prompts`; the authors' code moves 5 of "An H&E
+        image patch of". None: all.
+    steps : int
+        Of adaptation, to an image or to the pool.
+    denoiser : str
+        File of a denoiser; default: that of the data set, see `find_denoiser`.
+
+    Raises
+    ------
+    ValueError
+        An unknown method, a number out of range, or a setting that the method does not read.
+    """
+
+    method: str = field(metadata={"takes": "one of " + ", ".join(READS)})
+    name: str = ""
+    seed: int | None = None
+    shots: int = 16
+    epochs: int = 50
+    batch_size: int = 16
+    learning_rate: float | None = None
+    n_context: int = 5
+    draws_per_image: int = 16
+    sigmas: tuple[float, ...] = TRAINING_SIGMAS
+    crop: float | None = None
+    checkpoint: str = ""
+    template: str = ""
+    tunable: int | None = None
+    steps: int = 1
+    denoiser: str = ""
+
+    def __post_init__(self) -> None:
+        check_choice("method", self.method, READS)
+        object.__setattr__(self, "name", self.name or self.method)
+        for own in fields(self)[2:]:
+            value = getattr(self, own.name)
+            if value != own.default and own.name not in READS[self.method]:
+                reads = ", ".join(READS[self.method]) or "nothing"
+                raise ValueError(f"{own.name}={value!r} means nothing to {self.method!r}, which reads {reads}")
+        for name in ("shots", "epochs", "batch_size", "n_context", "draws_per_image", "steps"):
+            check_whole(name, getattr(self, name))
+        if self.seed is not None:
+            check_whole("seed", self.seed, least=0)
+        if self.tunable is not None:
+            check_whole("tunable", self.tunable)
+        if self.crop is not None:
+            CropAndFlip(crop=self.crop)
+
+    @property
+    def learns(self) -> bool:
+        """Whether labelled images are learned from."""
+        return self.method in LEARNED_METHODS and not self.checkpoint
+
+    def learning(self) -> dict[str, Any]:
+        """Words for `learn_prompts`."""
+        words = {name: getattr(self, name) for name in _PROMPTS if name not in ("seed", "crop", "learning_rate")}
+        if self.learning_rate is not None:
+            words["learning_rate"] = self.learning_rate
+        if self.method == "CoOp":
+            words["sigmas"] = (0.0,)
+        return words | {"augmentation": None if self.crop is None else CropAndFlip(crop=self.crop)}
+
+
+def prompt_methods(
+    model: DualEncoder,
+    data: ImageDataset,
+    methods: Sequence[PaperMethod | str],
+    *,
+    sigma: float,
+    train: ImageDataset | None = None,
+    pool: ImageDataset | None = None,
+    seed: int = 0,
+    kept: Path | None = None,
+) -> list[PromptMethod]:
+    """Make the papers' methods ready; what several of them need is learned once.
+
+    Parameters
+    ----------
+    model : DualEncoder
+    data : ImageDataset
+        What will be certified; gives classes and templates.
+    methods : sequence of PaperMethod or str
+        In the order of the table's rows; a text is the name of a method with the papers' settings.
+    sigma : float
+        Noise level of the certificates, > 0, in [0, 1] pixel units; the pool is adapted to it.
+    train : ImageDataset, optional
+        Labelled images for the methods of `LEARNED_METHODS`, none of them in `data`.
+    pool : ImageDataset, optional
+        Unlabelled images for "few-shot + pool", none of them in `data`.
+    seed : int
+        Of methods that have none of their own.
+    kept : Path, optional
+        Folder for the learned prompts: what is there already is not learned again, so that a run which was killed goes
+        on with the very same prompts. It belongs to this model, these images and this seed, which is the caller's to
+        see to; several noise levels share it.
+
+    Returns
+    -------
+    list of PromptMethod
+        For `certify_dataset`; each states its guarantee.
+
+    Raises
+    ------
+    ValueError
+        Unknown or repeated names, or images to learn from are missing; as `learn_prompts`.
+    FileNotFoundError
+        No denoiser for this data set.
+    """
+    check_sigma(sigma)
+    asked = [PaperMethod(one) if isinstance(one, str) else one for one in methods]
+    if repeated := [name for name, count in Counter(one.name for one in asked).items() if count > 1]:
+        raise ValueError(f"two methods are called {repeated[0]!r}; give each a name of its own")
+    for one in asked:
+        if one.method == RETRAINED:
+            raise ValueError(f"{RETRAINED!r} is another image tower: certify the model that `retrain_on_noise` makes")
+        needed = "pool" if one.method == "few-shot + pool" and pool is None else "train"
+        if (one.learns and train is None) or needed == "pool":
+            raise ValueError(f"method {one.method!r} needs {needed}=, images to learn from that are not certified")
+    # Before anything is learned: what is wrong with tokens, with the model, or with a file.
+    ready = {
+        one.name: text_prompts(model, data.classes, one.template or data.start_template, tunable=one.tunable)
+        for one in asked
+        if one.method == "zero-shot PromptSmooth"
+    }
+    denoisers = {
+        one.name: load_denoiser(one.denoiser or find_denoiser(one.method, data.id))
+        for one in asked
+        if one.method in ("denoised", "diffusion")
+    }
+
+    def kept_or(words: dict[str, Any], learn: Callable[[], PromptSet]) -> PromptSet:
+        """The prompts of a file that is named after what they were learned with."""
+        if kept is None:
+            return learn()
+        told = json.dumps(words, sort_keys=True, default=lambda value: asdict(value))
+        path = kept / f"{hashlib.sha256(told.encode()).hexdigest()[:12]}.safetensors"
+        if not path.is_file():
+            kept.mkdir(parents=True, exist_ok=True)
+            learn().save(path)
+        return PromptSet.load(path)
+
+    @cache
+    def learned(one: PaperMethod, number: int = 0) -> PromptSet:
+        if one.checkpoint:
+            return load_coop_context(one.checkpoint, model, data.classes)
+        words = one.learning() | {"seed": number + (seed if one.seed is None else one.seed)}
+        return kept_or(words, lambda: learn_prompts(model, train, **words))
+
+    def few_shot(one: PaperMethod, number: int = 0) -> PromptSet:
+        # Methods that differ in what happens afterwards share what was learned.
+        same = {name: getattr(one, name) for name in READS["few-shot PromptSmooth"]}
+        return learned(PaperMethod("few-shot PromptSmooth", **same), number)
+
+    def pooled(one: PaperMethod) -> PromptSet:
+        start, own = few_shot(one), seed if one.seed is None else one.seed
+        words = {"start": start.provenance, "sigma": sigma, "steps": one.steps, "seed": own}
+        return kept_or(words, lambda: adapt_to_pool(model, start, pool, sigma=sigma, steps=one.steps, seed=own))
+
+    def fixed(one: PaperMethod, prompt: PromptSet) -> PromptMethod:
+        return FixedPrompts(one.name, prompt.class_features(model, data.classes))
+
+    def candidates(one: PaperMethod) -> PromptMethod:
+        prompts = [few_shot(one, number) for number in range(CANDIDATES)]
+        return CandidatePrompts(one.name, tuple(prompt.class_features(model, data.classes) for prompt in prompts))
+
+    def written(one: PaperMethod, templates: Sequence[str]) -> PromptMethod:
+        features = model.class_features(data.classes, [one.template] if one.template else templates)
+        return FixedPrompts(one.name, features, denoiser=denoisers.get(one.name))
+
+    made: dict[str, Callable[[PaperMethod], PromptMethod]] = {
+        "zero-shot": lambda one: written(one, data.templates[:1]),
+        "zero-shot ensemble": lambda one: written(one, data.templates),
+        "CoOp": lambda one: fixed(one, learned(one)),
+        "few-shot PromptSmooth": lambda one: fixed(one, few_shot(one)),
+        "few-shot + pool": lambda one: fixed(one, pooled(one)),
+        "candidate set": candidates,
+        "zero-shot PromptSmooth": lambda one: AdaptedPrompts(one.name, model, ready[one.name], steps=one.steps),
+        "PromptSmooth": lambda one: AdaptedPrompts(one.name, model, few_shot(one), steps=one.steps),
+        "denoised": lambda one: written(one, data.templates[:1]),
+        "diffusion": lambda one: written(one, data.templates[:1]),
+    }
+    return [made[one.method](one) for one in asked]

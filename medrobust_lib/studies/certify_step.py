@@ -1,0 +1,260 @@
+"""The step ``certify``: certificates of the papers' methods, from one bank of noise for each model and noise level."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import pandas as pd
+import torch
+
+from medrobust_lib import checks, metrics
+from medrobust_lib.adaptation.retraining import retrain_on_noise
+from medrobust_lib.data.dataset import ImageDataset
+from medrobust_lib.data.registry import open_split
+from medrobust_lib.data.splits import LearningSplits, learning_splits
+from medrobust_lib.experiments import Metric
+from medrobust_lib.files import read_tensors, write_tensors
+from medrobust_lib.models.dual_encoder import DualEncoder
+from medrobust_lib.models.weights import explained_errors
+from medrobust_lib.smoothing.bounds import ALPHA, N0, N, check_alpha, check_draws, check_sigma
+from medrobust_lib.smoothing.certificate import GUARANTEES, Mode, Sampling
+from medrobust_lib.smoothing.denoisers import find_denoiser, load_denoiser
+from medrobust_lib.smoothing.methods import AdaptedPrompts, FixedPrompts, zero_shot_methods
+from medrobust_lib.smoothing.paper_methods import (
+    ADAPTED_METHODS,
+    CANDIDATES,
+    READS,
+    RETRAINED,
+    PaperMethod,
+    prompt_methods,
+)
+from medrobust_lib.smoothing.sequential import operating_characteristics, sequential_plan
+from medrobust_lib.smoothing.table import certify_dataset
+from medrobust_lib.studies.steps import (
+    ALONE,
+    CELL_BYTES,
+    Cell,
+    Estimate,
+    Grid,
+    Prices,
+    Step,
+    StudyError,
+    Workers,
+    described,
+    places,
+    short_id,
+)
+
+CERTIFICATES = "certificates"  # end of the name of the table with one row an image
+_KEY = "re-trained"
+_PASSES = 3  # a step of training costs about as much as so many encodings
+_CERTIFICATE_BYTES = 1_100  # of a row, in the journal and in two tables, about
+
+
+@dataclass(frozen=True, kw_only=True)
+class CertifyStep(Step):
+    """Certificates: the arguments of `certify_dataset`, under the same names.
+
+    Attributes
+    ----------
+    sigmas : tuple of float
+        Noise standard deviations, > 0, in [0, 1] pixel units; each is a cell of its own.
+    n0, n, alpha, sampling, mode
+        As in `certify_dataset`.
+    n_by_sigma : dict of str to int
+        Another n for some of the noise levels.
+    radii : tuple of float
+        L2 radii of the table, in [0, 1] pixel units; sequential sampling is asked for them.
+    methods : tuple of PaperMethod
+        None: zero-shot and its ensemble.
+    """
+
+    kind: ClassVar[str] = "certify"
+
+    sigmas: tuple[float, ...]
+    n0: int = N0
+    n: int = N
+    n_by_sigma: dict[str, int] = field(default_factory=dict)
+    alpha: float = ALPHA
+    sampling: Sampling = "sequential"
+    mode: Mode = "predict"
+    radii: tuple[float, ...] = (0.0, 0.1, 0.25, 0.5)
+    methods: tuple[PaperMethod, ...] = field(
+        default=(), metadata={"takes": f"names, or {{NAME: {{shots: 4}}}}, of {', '.join(READS)}"}
+    )
+
+    def draws_of(self, sigma: float) -> int:
+        """The n of a noise level."""
+        return next((n for key, n in self.n_by_sigma.items() if float(key) == sigma), self.n)
+
+    def check(self, grid: Grid, notebooks: Path | None) -> None:
+        """Raise a ValueError for numbers that `certify_dataset` would refuse, and for classes nobody can learn."""
+        if not self.sigmas or not self.radii:
+            raise StudyError("give at least one value each for sigmas and radii")
+        check_alpha(self.alpha)
+        for sigma in self.sigmas:
+            check_sigma(sigma)
+            check_draws(self.draws_of(sigma), self.alpha)
+        if unknown := [key for key in self.n_by_sigma if key not in map(str, self.sigmas)]:
+            raise StudyError(f"n_by_sigma: {unknown[0]!r} is none of sigmas={list(self.sigmas)}")
+        if self.mode == "predict":
+            checks.check_whole("n0", self.n0, hint=": at least one draw chooses the class")
+        if min(self.radii) < 0:
+            raise StudyError(f"radii={list(self.radii)}: radii are 0 or more")
+        for method in self.methods:
+            for dataset in grid.datasets if "denoiser" in READS[method.method] else ():
+                load_denoiser(method.denoiser or find_denoiser(method.method, dataset))
+        names = [method.name for method in self.methods]
+        if repeated := [name for name in names if names.count(name) > 1]:
+            raise StudyError(f"two methods are called {repeated[0]!r}; give each a name of its own, name: ...")
+        for dataset in grid.datasets if any(method.learns for method in self.methods) else ():
+            found = open_split(dataset)
+            found = open_split(dataset, split="train") if "train" in found.splits else found
+            if missing := [found.classes[k] for k in set(range(len(found.classes))) - set(found.labels.tolist())]:
+                raise StudyError(f"{dataset}: no image to learn from of class {', '.join(map(repr, missing))}")
+
+    def cells(self, number: int, grid: Grid, notebooks: Path | None) -> list[Cell]:
+        """One for each model, data set, seed and noise level."""
+        own = {name: value for name, value in self.settings().items() if name not in ("sigmas", "n_by_sigma")}
+        return [
+            CertifyCell(number, self, *place, {**grid.shared, **own, "sigma": sigma, "n": self.draws_of(sigma)})
+            for place in places(grid)
+            for sigma in self.sigmas
+        ]
+
+
+class CertifyCell(Cell):
+    """Certificates of the methods with one model at one noise level."""
+
+    @property
+    def variant(self) -> str:
+        """The noise level."""
+        return f"sigma {self.parameters['sigma']:g}"
+
+    @property
+    def most_draws(self) -> int:
+        """Draws of one image, selection draws included; sequential sampling stops earlier."""
+        return (self.step.n0 if self.step.mode == "predict" else 0) + self.parameters["n"]
+
+    def unanimous_draws(self) -> float:
+        """Expected draws of an image whose noisy copies all get the same answer, in sequential sampling."""
+        step, sigma, n = self.step, self.parameters["sigma"], self.parameters["n"]
+        plan = sequential_plan(sigma=sigma, radii=step.radii, n=n, alpha=step.alpha)
+        return operating_characteristics(plan, 1.0)[1] + self.most_draws - n
+
+    def estimate(self, prices: Prices) -> Estimate:
+        """Price of all draws, and of learning."""
+        images, methods = prices.images(self.dataset), self.step.methods
+        towers = 1 + len({one.denoiser or one.method for one in methods if "denoiser" in READS[one.method]})
+        towers += sum(one.method == RETRAINED for one in methods)
+        adapting = AdaptedPrompts.n_adapt * any(one.method in ADAPTED_METHODS for one in methods)
+        draws = images * (self.most_draws * towers + adapting)
+        if learned := [one for one in methods if one.learns]:
+            n_classes, drawn = len(open_split(self.dataset).classes), {}
+            for one in learned:
+                several = CANDIDATES if one.method == "candidate set" else 1
+                times = _PASSES * one.epochs if one.method == RETRAINED else one.draws_per_image
+                # All but these two start from the same few-shot prompts.
+                what = (one.method in ("CoOp", RETRAINED) and one.method, one.seed, one.shots, times)
+                drawn[what] = max(drawn.get(what, 0), several)
+            draws += sum(n_classes * shots * times * several for (*_, shots, times), several in drawn.items())
+        size = CELL_BYTES + 2 * images * _CERTIFICATE_BYTES * max(2, len(methods))
+        rate = prices.rate(self.base)
+        return Estimate(images, draws, draws / rate, size)
+
+    def run(self, study: Path, *, notebooks: Path | None = None, workers: Workers = ALONE) -> None:
+        """Certify every image."""
+        run, model = self.begin(study, f"Certificates of {self.model} on {self.dataset}"), self.encoder(study)
+        step, sigma, seed = self.step, self.parameters["sigma"], self.seed or 0
+        learning = self._splits() if any(one.learns for one in step.methods) else None
+        data = learning.test if learning else self.images()
+        notes = self._learned_from(learning)
+        rules = {name: self.parameters[name] for name in ("n0", "n", "alpha", "sampling", "mode", "radii")}
+        rules |= {"sigmas": [sigma], "seed": seed, **workers._asdict()}
+        one_tower = [one for one in step.methods if one.method != RETRAINED]
+        methods = zero_shot_methods(model, data)
+        if step.methods:
+            sets = {"train": learning.train, "pool": learning.pool} if learning else {}
+            kept = study / "prompts" / f"{short_id(self.model)}_{short_id(self.dataset)}_seed{seed}"
+            started = time.monotonic()
+            methods = prompt_methods(model, data, one_tower, sigma=sigma, seed=seed, kept=kept, **sets)
+            self.keep_times(study, training=time.monotonic() - started)
+        store, tables = self.folder(study), []
+        if methods:
+            tables.append(certify_dataset(model, data, methods, store=store / "store", **rules))
+        for one in step.methods:
+            if one.method == RETRAINED:
+                tower = _retrained(store / f"{short_id(one.name)}.safetensors", model, learning.train, one, sigma, seed)
+                texts = FixedPrompts(one.name, tower.class_features(data.classes, data.templates[:1]))
+                tables.append(certify_dataset(tower, data, [texts], store=store / short_id(one.name), **rules))
+        rows = pd.concat(tables)
+        self.keep_times(study, an_image=float(rows.groupby("image")["seconds"].first().mean()))
+        rows = rows.drop(columns="seconds")
+        rows = rows.sort_values(["image", "sigma"], kind="stable", ignore_index=True).assign(model=model.id)
+        shares = metrics.certified_accuracy(rows, radii=step.radii)
+        notes += [f"Guarantee {name}: {GUARANTEES[name]}" for name in rows["guarantee"].unique()]
+        if step.mode == "evaluate":
+            notes.append("The known label was tested (mode evaluate): for tables only, no prediction was certified.")
+        numbers = _certificate_metrics(metrics.certification_summary(rows), shares)
+        tables = {f"{run.number}_{CERTIFICATES}": rows, f"{run.number}_certified_accuracy": shares}
+        prompts = {"templates": list(data.templates), "classes": list(data.classes)}
+        run.save_card(metrics=numbers, tables=tables, prompts=prompts, **described(model, data, notes))
+
+    def _splits(self) -> LearningSplits:
+        """Images to learn from, to adapt to and to certify, none of them twice."""
+        asked, seed = self._asked, self.seed or 0
+        shots = max(one.shots for one in self.step.methods if one.learns)
+        words = {"shots": shots, "n_test": asked, "n_pool": asked, "seed": seed, "draw": self.parameters["draw"]}
+        return learning_splits(self.dataset, **words)
+
+    @property
+    def _asked(self) -> int:
+        return self.parameters["n_images"] or len(open_split(self.dataset).labels)
+
+    def _learned_from(self, learning: LearningSplits | None) -> list[str]:
+        """What a reader must know of the images learned from."""
+        if learning is None:
+            return []
+        left = f"{len(learning.test)} of {self._asked} images are left to certify; others are learned from"
+        learned = [f"{one.name}: {one.shots} shots" for one in self.step.methods if one.learns]
+        seed = f"drawn with seed {self.seed or 0} where the method has no other; folder prompts/"
+        told = f"Learned from so many images of each class at most, {seed}. {'; '.join(learned)}"
+        return [*learning.notes, *([left] if len(learning.test) < self._asked else []), told]
+
+
+def _retrained(
+    path: Path, model: DualEncoder, train: ImageDataset, one: PaperMethod, sigma: float, seed: int
+) -> DualEncoder:
+    """The tower that was re-trained on this noise, from its file if it is there."""
+    if not path.is_file():
+        rate = {} if one.learning_rate is None else {"learning_rate": one.learning_rate}
+        words = {"shots": one.shots, "epochs": one.epochs, "batch_size": one.batch_size, **rate}
+        made = retrain_on_noise(model, train, sigma=sigma, seed=seed if one.seed is None else one.seed, **words)
+        known = model.state_dict()
+        changed = {name: value for name, value in made.state_dict().items() if not torch.equal(value, known[name])}
+        write_tensors(path, changed, key=_KEY, header={"sigma": sigma, "seed": made.provenance["seed"], **words})
+    changed, _ = read_tensors(path, key=_KEY, kind="a re-trained tower", advice="Delete it and train anew.")
+    tower = model.trainable_copy()
+    with explained_errors(str(path)):
+        tower.load_state_dict(tower.state_dict() | changed)
+    return tower.eval().requires_grad_(False).to(model.dtype)
+
+
+def _certificate_metrics(summary: pd.DataFrame, shares: pd.DataFrame) -> Sequence[Metric]:
+    numbers = []
+    for r in summary.itertuples():
+        of = f"{r.method} ({r.guarantee}), sigma={r.sigma:g}"
+        about: dict[str, Any] = {"of": of, "settings": {"method": r.method, "guarantee": r.guarantee, "sigma": r.sigma}}
+        numbers.append(Metric("smoothed_accuracy", r.smoothed_accuracy, r.n, r.low, r.high, **about))
+        numbers.append(Metric("average_certified_radius", r.average_certified_radius, r.n, **about))
+        numbers.append(Metric("abstain_rate", r.abstain_rate, r.n, **about))
+    for r in shares[shares["radius"] > 0].itertuples():
+        of = f"{r.method} ({r.guarantee}), sigma={r.sigma:g}, radius={r.radius:g}"
+        of += f" (the draws reach {r.radius_reach:.4g})" if np.isnan(r.certified_accuracy) else ""
+        settings = {"method": r.method, "guarantee": r.guarantee, "sigma": r.sigma, "radius": r.radius}
+        share = r.certified_accuracy, r.n, r.low, r.high
+        numbers.append(Metric("certified_accuracy", *share, of=of, settings=settings))
+    return numbers
