@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 # What fits a terminal; --json gives everything, with hashes, sources and citations.
 MODEL_COLUMNS = ("id", "family", "image_size", "parameters", "available_offline")
 DATASET_COLUMNS = ("id", "modality", "classes", "test", "available")
-_SHOWN_ROWS = 120
+_SHOWN_ROWS, _MOST_COLUMNS = 120, 7
 # What the first look shows.
 _QUICK: Mapping[str, Any] = MappingProxyType(
     {"models": ("demo-clip", "demo-clip-vit"), "dataset": "phantom/blood", "images": 48, "corruption": "zoom_blur",
@@ -231,11 +231,15 @@ def reproduce(
     finished = run_study(read.study, folder, announce=typer.echo, **how)
     table = write_reproduction(read, finished.folder, finished.failures)
     mark = " (DEMO: synthetic phantoms, embedded models)" if demo else ""
-    title = f"{read.published.paper}, {read.published.table}{mark}"
-    if not table.empty:
-        printed = in_the_papers_layout(table).reset_index()
-        show(printed, title=title, right=list(printed.columns[4:]))
-        typer.echo("; ".join(f"{count} {verdict}" for verdict, count in table["verdict"].value_counts().items()))
+    typer.echo(f"{read.published.paper}, {read.published.table}{mark}; under our rows stand the published ones")
+    for (dataset, model), block in in_the_papers_layout(table).groupby(["dataset", "model"], sort=False):
+        block = block.droplevel(["dataset", "model"])
+        if len(block.columns) > _MOST_COLUMNS:  # of a terminal's width
+            block = block.T.rename_axis("")
+            block.columns = [": ".join(key) for key in block.columns]
+        printed = block.reset_index()
+        show(printed, title=f"{model} on {dataset}", right=[name for name in printed if name in block.columns])
+    typer.echo("; ".join(f"{count} {verdict}" for verdict, count in table["verdict"].value_counts().items()))
     if read.part:
         typer.echo(f"only a part was asked for: {read.part}")
     typer.echo(f"{finished.done} of {finished.cells} cells are done")

@@ -18,7 +18,7 @@ from medrobust_lib.places import default_weights_dir, project_root
 from medrobust_lib.studies.adapt_step import AdaptStep
 from medrobust_lib.studies.cells import study_cells
 from medrobust_lib.studies.questions_step import QuestionsStep, asks_questions
-from medrobust_lib.studies.steps import Cell, StudyError
+from medrobust_lib.studies.steps import Cell, Grid, StudyError
 from medrobust_lib.studies.study_file import Study, check_study, parse_study, split_size
 
 EXPECTED = ("lower", "higher", "either", "none")
@@ -63,7 +63,8 @@ class Published:
     price : str
         What it costs on two cores and on one GPU, and whether that was measured.
     demo : mapping
-        ``words``: what takes the place of ids; ``settings``: what takes the place of settings, wherever they stand.
+        ``words``: what takes the place of ids; ``settings``: what takes the place of settings, wherever they stand;
+        those of the whole study also where it has none.
     """
 
     paper: str
@@ -209,7 +210,8 @@ def read_protocol(
     published = _published(given.pop("reproduces"), where=f"{name}: reproduces")
     if demo:
         demo_words, demo_settings = (dict(published.demo.get(key) or {}) for key in ("words", "settings"))
-        given = _rewritten(given, demo_words, demo_settings)
+        whole = {name: value for name, value in demo_settings.items() if name in Grid.__dataclass_fields__}
+        given = _rewritten(given, demo_words, demo_settings) | whole
     if sequential:
         given = _rewritten(given, {}, {"sampling": "sequential"})
     study = parse_study(given, name=name, where=name)

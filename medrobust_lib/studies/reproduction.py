@@ -28,7 +28,8 @@ from medrobust_lib.studies.steps import TIMES, Cell
 KEYS = ["dataset", "model", "method", "column", "measure"]
 AGREES, DIFFERS, NO_NUMBER = "agrees within the interval", "differs", "no image number reported"
 ALL = "all"
-_OURS = ["ours", "low", "high", "n", "detail"]
+_OURS = ["ours", "low", "high", "n", "detail", "guarantee"]
+_JUDGED = ["difference_low", "difference_high", "verdict", "remark"]
 _HALF = 0.5
 
 
@@ -38,13 +39,16 @@ class Layout(NamedTuple):
     Attributes
     ----------
     ours : callable
-        (protocol, folder of the study) -> frame with `KEYS`, ours, low, high, n and detail.
+        (protocol, folder of the study) -> frame with `KEYS`, ours, low, high, n, detail and guarantee.
     reported : callable
         () -> frame with `KEYS`, reported and remark.
+    columns : str
+        What the columns and numbers of the table are, in words.
     """
 
     ours: Callable[[Protocol, Path], pd.DataFrame]
     reported: Callable[[], pd.DataFrame]
+    columns: str = ""
 
 
 def compare_with_published(protocol: Protocol, folder: Path) -> pd.DataFrame:
@@ -59,10 +63,10 @@ def compare_with_published(protocol: Protocol, folder: Path) -> pd.DataFrame:
     Returns
     -------
     DataFrame
-        `KEYS`, ours with its 95 % interval low and high, n (images), detail (noise level, guarantee), reported,
-        difference (ours minus reported) with its interval difference_low and difference_high, verdict and remark (what
-        speaks against the published number). The interval of a difference takes in the published number's own where
-        the paper says of how many images it is.
+        `KEYS`, ours with its 95 % interval low and high, n (images), detail (such as the noise level), guarantee (of a
+        certificate), reported, difference (ours minus reported) with its interval difference_low and difference_high,
+        verdict and remark (what speaks against the published number). The interval of a difference takes in that of
+        the published number where the paper says of how many images it is.
     """
     layout = LAYOUTS[protocol.published.layout]
     names = protocol.published.names
@@ -70,11 +74,10 @@ def compare_with_published(protocol: Protocol, folder: Path) -> pd.DataFrame:
     for key in ("dataset", "model", "method"):
         ours[key] = ours[key].map(lambda name: names.get(name, name))
     reported = layout.reported()
-    same = [key for key in KEYS if key != "detail"]
-    table = ours.merge(reported, on=same, how="left", validate="one_to_one")
+    table = ours.merge(reported, on=KEYS, how="left", validate="one_to_one")
     table["difference"] = table["ours"] - table["reported"]
     rows = [_judged(row, protocol) for row in table.itertuples()]
-    return table.join(pd.DataFrame(rows, index=table.index))
+    return table.drop(columns="remark").join(pd.DataFrame(rows, index=table.index, columns=_JUDGED))
 
 
 def write_reproduction(protocol: Protocol, folder: Path, failures: Mapping[str, str]) -> pd.DataFrame:
@@ -95,6 +98,7 @@ def write_reproduction(protocol: Protocol, folder: Path, failures: Mapping[str, 
     write_page(
         folder / "reproduction.html", "reproduction", protocol=protocol, printed=printed, failures=failures,
         verdicts=table["verdict"].value_counts(), remarks=table.loc[table["remark"].ne(""), [*KEYS, "remark"]],
+        columns=LAYOUTS[protocol.published.layout].columns,
         cells=len(cells), done=len(done), synthetic=any(id.startswith("phantom/") for id in protocol.study.datasets),
     )  # fmt: skip
     return table
@@ -106,18 +110,25 @@ def in_the_papers_layout(table: pd.DataFrame) -> pd.DataFrame:
     Parameters
     ----------
     table : DataFrame
-        From `compare_with_published`. Numbers of one place with several measures stand behind each other, the second
-        in parentheses, as papers print clean beside certified accuracy.
+        From `compare_with_published`. Clean accuracy stands behind certified accuracy in parentheses, as papers print
+        it; other measures have rows of their own. A guarantee that is not the standard one stands behind the method.
     """
+    kinds = table.groupby(["dataset", "model", "method"], sort=False)["guarantee"].transform("max")
+    special = ~kinds.isin(["", "standard", "composite"])
+    table = table.assign(method=table["method"] + (", " + kinds).where(special, ""))
+    if not set(table["measure"]) <= {"certified accuracy", "clean accuracy"}:
+        table = table.assign(method=table["method"].where(table["method"] != "", table["measure"]))
     shown = []
-    for source, name in (("ours", "ours"), ("reported", "reported")):
-        text = table[source].map(lambda value: "" if pd.isna(value) else short_number(value, 3))
-        shown.append(table[["dataset", "model", "method", "column"]].assign(source=name, text=text))
+    for source, nothing in (("ours", "–"), ("reported", "")):
+        text = [nothing if pd.isna(value) else short_number(value, 3) for value in table[source]]
+        shown.append(table[["dataset", "model", "method", "column"]].assign(source=source, text=text))
     rows = ["dataset", "model", "method", "source"]
     order = list(dict.fromkeys(table["column"]))
     long = pd.concat(shown)
     joined = long.groupby([*rows, "column"], sort=False)["text"].agg(_with_parentheses).unstack("column")
-    return joined.reindex(columns=order).fillna("")
+    joined = joined.reindex(columns=order).fillna("")
+    # A row of ours that nobody published has no second one under it.
+    return joined[(joined != "").any(axis="columns") | (joined.index.get_level_values("source") == "ours")]
 
 
 def _with_parentheses(texts: Iterable[str]) -> str:
@@ -163,7 +174,7 @@ def _finished(protocol: Protocol, folder: Path, kind: type[Cell], table: str) ->
 
 
 def _frame(rows: Iterable[Mapping[str, object]]) -> pd.DataFrame:
-    return pd.DataFrame(rows, columns=[*KEYS, *_OURS])
+    return pd.DataFrame(rows, columns=[*KEYS, *_OURS]).fillna({"detail": "", "guarantee": ""})
 
 
 def _certified(protocol: Protocol, folder: Path) -> pd.DataFrame:
@@ -174,16 +185,27 @@ def _certified(protocol: Protocol, folder: Path) -> pd.DataFrame:
     radii = sorted({0.0, *(radius for cell, _ in found for radius in cell.step.radii)})
     shown = {radius for cell, _ in found for radius in cell.step.radii}
     shares = pd.concat(metrics.certified_accuracy(rows, radii=radii) for _, rows in found)
+    best = metrics.certified_envelope(shares).set_index(["dataset", "model", "method", "radius"])
     rows = []
-    for r in metrics.certified_envelope(shares).itertuples():
-        place = {"dataset": r.dataset, "model": r.model, "method": r.method, "column": f"{r.radius:g}", "n": r.n}
-        place["detail"] = f"sigma {r.sigma:g}, {r.guarantee}"
-        if r.radius in shown:
-            share = {"ours": r.certified_accuracy, "low": r.low, "high": r.high}
-            rows.append(place | share | {"measure": "certified accuracy"})
-        if r.radius in shown and r.radius > 0 and not np.isnan(r.clean_accuracy):
-            low, high = accuracy_interval(round(r.clean_accuracy * r.n), r.n)
-            rows.append(place | {"measure": "clean accuracy", "ours": r.clean_accuracy, "low": low, "high": high})
+    for key in shares.set_index(["dataset", "model", "method", "radius"]).index.unique():
+        *who, radius = key
+        if radius not in shown:
+            continue
+        place = {"dataset": who[0], "model": who[1], "method": who[2], "column": f"{radius:g}"}
+        if key not in best.index:
+            beyond = dict.fromkeys(("ours", "low", "high"), np.nan) | {
+                "n": 0,
+                "detail": "beyond the reach of the draws",
+            }
+            rows.append(place | beyond | {"measure": "certified accuracy"})
+            continue
+        r = best.loc[key]
+        place |= {"n": int(r["n"]), "detail": f"sigma {r['sigma']:g}", "guarantee": r["guarantee"]}
+        share = {"ours": r["certified_accuracy"], "low": r["low"], "high": r["high"]}
+        rows.append(place | share | {"measure": "certified accuracy"})
+        if radius > 0 and not np.isnan(r["clean_accuracy"]):
+            low, high = accuracy_interval(round(r["clean_accuracy"] * r["n"]), int(r["n"]))
+            rows.append(place | {"measure": "clean accuracy", "ours": r["clean_accuracy"], "low": low, "high": high})
     return _frame(rows)
 
 
@@ -350,7 +372,7 @@ def _draws(protocol: Protocol, folder: Path) -> pd.DataFrame:
                     "seconds a question": (answer * (group[0][0].step.n0 + n), np.nan, np.nan),
                 }
                 for measure, (value, low, high) in values.items():
-                    about = {"measure": measure, "detail": "composite", "ours": value, "low": low, "high": high}
+                    about = {"measure": measure, "guarantee": "composite", "ours": value, "low": low, "high": high}
                     every.append(place | about)
     return _frame(every)
 
@@ -369,13 +391,17 @@ def _nothing_reported() -> pd.DataFrame:
     return pd.DataFrame(columns=[*KEYS, "reported", "remark"]).astype({"reported": float})
 
 
+_RADII = (
+    "Columns are L2 radii in [0, 1] pixel units; in parentheses stands the smoothed accuracy at the same noise level."
+)
+_ERRORS = "Accuracies are means over severities; errors are in percent of the reference's, so 100 is as good as it is."
 LAYOUTS: Mapping[str, Layout] = {
-    "certified accuracy": Layout(_certified, _reported_certified),
-    "initial contexts": Layout(_certified, _reported_contexts),
-    "certified accuracy, not published": Layout(_certified, _nothing_reported),
-    "times": Layout(_times, _reported_times),
-    "corruption errors": Layout(_benchmarks, _reported_errors),
-    "corruption errors, not published": Layout(_benchmarks, _nothing_reported),
-    "few-shot variants": Layout(_variants, _reported_variants),
-    "numbers of draws": Layout(_draws, _reported_draws),
+    "certified accuracy": Layout(_certified, _reported_certified, _RADII),
+    "initial contexts": Layout(_certified, _reported_contexts, _RADII),
+    "certified accuracy, not published": Layout(_certified, _nothing_reported, _RADII),
+    "times": Layout(_times, _reported_times, "Seconds."),
+    "corruption errors": Layout(_benchmarks, _reported_errors, _ERRORS),
+    "corruption errors, not published": Layout(_benchmarks, _nothing_reported, _ERRORS),
+    "few-shot variants": Layout(_variants, _reported_variants, _ERRORS),
+    "numbers of draws": Layout(_draws, _reported_draws, "Columns are numbers of draws; abstentions have radius 0."),
 }
