@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from medrobust_lib import metrics
+from medrobust_lib.checks import suggest
 from medrobust_lib.corruptions.stored import CLEAN
 from medrobust_lib.corruptions.suites import SEVERITIES, corrupted, find_suite
 from medrobust_lib.data.dataset import ImageDataset
@@ -204,6 +205,51 @@ def accuracy_table(answers: Predictions, data: ImageDataset) -> pd.DataFrame:
             }
         )
     return pd.DataFrame(rows)
+
+
+def corruption_intervals(
+    answers: Predictions, data: ImageDataset, *, reference: str, rng: np.random.Generator
+) -> pd.DataFrame:
+    """Intervals of mCE and of what is lost to corruption, of every classifier in `corruption_answers`.
+
+    95 % percentile bootstrap over images: an image and all its corrupted versions are drawn together, and the same
+    images for a classifier and its reference, so that many looks at one image do not count as many images.
+
+    Parameters
+    ----------
+    answers : dict of (name, corruption, severity) to int64 [n]
+        All corruptions at the same severities.
+    data : ImageDataset
+        The images that were answered.
+    reference : str
+        Name of the classifier whose errors are 100.
+    rng : numpy.random.Generator
+
+    Returns
+    -------
+    DataFrame, one row per name
+        dataset, model, low and high (of mCE, in percent of the reference; NaN where in some draw the reference makes no
+        error under a corruption), lost_low and lost_high (of the clean accuracy minus that on corrupted images).
+
+    Raises
+    ------
+    ValueError
+        No answers of the reference.
+    """
+    names = list(dict.fromkeys(name for name, _, _ in answers))
+    if reference not in names:
+        raise ValueError(f"no answers of the reference {reference!r}.{suggest(reference, names)}")
+    cells = [(corruption, severity) for name, corruption, severity in answers if name == reference and severity]
+    shape = (len({corruption for corruption, _ in cells}), -1, len(data))
+    right = {key: answer == data.labels for key, answer in answers.items()}
+    corrupted_right = {name: np.stack([right[name, *cell] for cell in cells]).reshape(shape) for name in names}
+    rows = []
+    for name, correct in corrupted_right.items():  # bool [C, S, n]
+        pair = correct, corrupted_right[reference]
+        mce = metrics.bootstrap_interval(metrics.mean_corruption_error, *pair, rng=rng)
+        lost = metrics.bootstrap_interval(metrics.degradation, correct, right[name, CLEAN, 0], rng=rng)
+        rows.append([data.id, name, *mce, *lost])
+    return pd.DataFrame(rows, columns=["dataset", "model", "low", "high", "lost_low", "lost_high"])
 
 
 def _features(encoders: Sequence[DualEncoder], images: NDArray[np.uint8], batch_size: int) -> dict[int, Tensor]:
