@@ -3,7 +3,8 @@
 `--suite medimeta-c` (the default) writes what the MediMeta-C paper evaluates as MedMNIST-C: 7 corruptions x 5
 severities, 175 corrupted sets, as OUT/SET/SPLIT/CORRUPTION_severity_S.npz. `--suite medmnist-c` writes the official
 MedMNIST-C, whose corruptions and parameters differ by data set, as OUT/SET/CORRUPTION.npz with the severities one
-after the other. The sets are read in the largest size on this computer; both papers use 224 px (30 GB):
+after the other. `--suite clinical-c` writes what scanners and hands do (docs/corruptions.md), in the first layout.
+The sets are read in the largest size on this computer; both papers use 224 px (30 GB):
 `python data_scripts/download_medmnist.py --size 224`. A run that was stopped goes on when it is started again.
 
 Official suite: Di Salvo et al., MedMNIST-C: comprehensive benchmark and improved classifier robustness, 2024. Its
@@ -21,7 +22,7 @@ from medrobust_lib.places import default_data_root
 from preparing import corrupted_sets
 
 DATASETS = [f"medmnist/{name}" for name in ("blood", "breast", "pneumonia", "retina", "oct")]
-FOLDERS = {"medimeta-c": "MedMNIST-C", "medmnist-c": "MedMNIST-C-official"}
+FOLDERS = {"medimeta-c": "MedMNIST-C", "medmnist-c": "MedMNIST-C-official", "clinical-c": "MedMNIST-C-clinical"}
 SuiteName = StrEnum("SuiteName", {name.replace("-", "_"): name for name in SUITES})
 
 app = typer.Typer(add_completion=False, rich_markup_mode="markdown")

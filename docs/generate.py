@@ -8,6 +8,7 @@ naming what drifted.
 
 import math
 import re
+import tomllib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -281,6 +282,19 @@ def protocols_part(snapshot: Snapshot) -> str:
     return _table(header, rows)
 
 
+def clinical_part(snapshot: Snapshot) -> str:
+    """Table of the suite clinical-c: what each corruption does, its parameter and what it reaches."""
+    table = tomllib.loads((Path(mr.__file__).parent / "corruptions" / "clinical.toml").read_text(encoding="utf-8"))
+    rows = []
+    for family, corruptions in mr.SUITES["clinical-c"].families.items():
+        for one in corruptions:
+            (parameter,) = one.severities[0]
+            values = ", ".join(f"{severity[parameter]:g}" for severity in one.severities)
+            reached = ", ".join(f"{value:.2f}".lstrip("0") for value in table["similarity"][family][one.name])
+            rows.append((family, f"`{one.name}`", _first_sentence(one.function), f"`{parameter}`: {values}", reached))
+    return _table(("family", "corruption", "what it does", "severity 1 to 5", "SSIM"), rows)
+
+
 def guarantees_part(snapshot: Snapshot) -> str:
     """Table of what a certificate may say."""
     return _table(("guarantee", "what it says"), [(f"`{name}`", words) for name, words in GUARANTEES.items()])
@@ -312,6 +326,7 @@ PARTS: dict[str, Callable[[Snapshot], str]] = {
     "results": results_part,
     "published": published_part,
     "protocols": protocols_part,
+    "clinical": clinical_part,
     "guarantees": guarantees_part,
     "reading": reading_part,
     "citations": citations_part,
@@ -380,6 +395,10 @@ def _echoed(target: str) -> str:
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join(f"| {' | '.join(cell.replace('|', '&#124;') for cell in line)} |" for line in lines)
+
+
+def _first_sentence(function: Callable[..., Any]) -> str:
+    return (function.__doc__ or "").partition("\n")[0].rstrip(".")
 
 
 def _duration(seconds: float | None) -> str:

@@ -121,7 +121,7 @@ def corruption_answers(
     candidates : mapping of str to Candidate
         Classifiers under the names that tables will show.
     data : ImageDataset
-    suite : {"medimeta-c", "medmnist-c"}
+    suite : {"medimeta-c", "medmnist-c", "clinical-c"}
     corruptions : sequence of str, optional
         Of the suite; by default all that it evaluates on this data set.
     severities : sequence of int

@@ -1,7 +1,8 @@
-"""The two benchmark suites: which corruptions they hold and what their five severities mean (``suites.toml``).
+"""The benchmark suites: which corruptions they hold and what their five severities mean (``suites.toml``).
 
-Parameters are in pixels of a 224 x 224 image and in grey levels, and are applied unchanged at every size, as the
-benchmarks' authors do: a blur of 41 pixels is far stronger at 28 x 28 than at 224 x 224. Compare results at one size.
+Parameters of the two published suites are in pixels of a 224 x 224 image and in grey levels, and are applied unchanged
+at every size, as the benchmarks' authors do: a blur of 41 pixels is far stronger at 28 x 28 than at 224 x 224. Compare
+results at one size.
 
 ImageNet-C adds to the brightness and shrinks contrast about each channel's mean; MedMNIST-C multiplies both, as PIL's
 enhancers do. Their functions are separate, because their parameters do not translate into each other. A gray image is
@@ -13,6 +14,9 @@ numbers come from another source, so no single image can be equal. Bubbles have 
 The official stain deposits are ten drawn masks of each size that ship with its package; ours are drawn anew, of the
 same size and colour, and fill less of their square (.53 of it; the official masks fill .63 at 24 pixels and .54 at
 32). So stain deposits are alike, not equal in law: accuracies under them are not comparable digit by digit.
+
+The third suite, clinical-c, is this library's own. Its lengths are shares of the image's side, and its severities are
+calibrated by structural similarity on phantoms of 64 x 64 pixels (``clinical.toml``).
 """
 
 import hashlib
@@ -25,13 +29,14 @@ from functools import cached_property
 from importlib.resources import files
 from inspect import signature
 from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from PIL import Image
 
 from medrobust_lib.checks import check_choice, closest
-from medrobust_lib.corruptions import blur, functions
+from medrobust_lib.corruptions import blur, functions, optics, radiology
 from medrobust_lib.corruptions.functions import Pixels, check_images
 from medrobust_lib.data.dataset import ImageDataset
 
@@ -113,7 +118,7 @@ class Suite:
         """
         if "" in self.families:
             return ""
-        last = dataset.rsplit("/", 1)[-1]
+        last = dataset.rsplit("/", 1)[-1].removesuffix("-site-a")  # phantoms of the other scanner
         found = self.family_of.get(last, last)
         if found not in self.families:
             raise ValueError(
@@ -174,10 +179,11 @@ def _closest(name: object, among: Iterable[str]) -> str:
 
 
 def _read_suites() -> Mapping[str, Suite]:
-    """The suites of ``suites.toml``."""
-    text = files("medrobust_lib.corruptions").joinpath("suites.toml").read_text(encoding="utf-8")
+    """The suites of ``suites.toml``, the third with the constants of ``clinical.toml``."""
+    tables, calibrated = map(_read_table, ("suites.toml", "clinical.toml"))
+    tables["clinical-c"]["families"] = calibrated["families"]
     suites = {}
-    for id, table in tomllib.loads(text).items():
+    for id, table in tables.items():
         families = {
             family: tuple(_corruption(name, **columns) for name, columns in rows.items())
             for family, rows in table["families"].items()
@@ -192,11 +198,15 @@ def _read_suites() -> Mapping[str, Suite]:
     return MappingProxyType(suites)
 
 
+def _read_table(name: str) -> dict[str, Any]:
+    return tomllib.loads(files("medrobust_lib.corruptions").joinpath(name).read_text(encoding="utf-8"))
+
+
 def _corruption(
     name: str, *, function: str = "", **columns: Sequence[float] | Sequence[Mapping[str, float]]
 ) -> Corruption:
     """Corruption from one column of five values per parameter; the function's name where it is another."""
-    home = next(module for module in (functions, blur) if hasattr(module, function or name))
+    home = next(module for module in (functions, blur, radiology, optics) if hasattr(module, function or name))
     severities = []
     for values in zip(*columns.values(), strict=True):
         parameters = dict(zip(columns, values, strict=True))
@@ -209,7 +219,7 @@ def _corruption(
 
 
 SUITES: Mapping[str, Suite] = _read_suites()
-MEDIMETA_C, MEDMNIST_C = SUITES["medimeta-c"], SUITES["medmnist-c"]
+MEDIMETA_C, MEDMNIST_C, CLINICAL_C = SUITES["medimeta-c"], SUITES["medmnist-c"], SUITES["clinical-c"]
 
 
 def corrupt(
@@ -231,16 +241,16 @@ def corrupt(
     ----------
     images : uint8 [n, H, W, 3], [n, H, W], [H, W, 3] or [H, W]
         RGB or gray, at least 28 x 28 pixels. Gray images are corrupted as RGB copies would be and come back as luma.
-        Three equal channels get coloured noise, but for the gray sets of suite "medmnist-c", where all come back gray.
-        The suites' parameters are meant for 224 x 224 and are applied unchanged at every size.
+        Three equal channels get coloured noise from "medimeta-c"; the gray sets of the other suites come back gray.
+        The published suites' parameters are meant for 224 x 224 and are applied unchanged at every size.
     name : str
         A corruption of the suite, such as "gaussian_noise".
     severity : int
         1 (mild) to 5 (strong); 0 returns a copy of the images.
     seed : int
     dataset : str
-        Id of the data set; part of the address, and in suite "medmnist-c" the choice of the parameters.
-    suite : {"medimeta-c", "medmnist-c"} or Suite
+        Id of the data set; part of the address, and in all suites but "medimeta-c" the choice of the parameters.
+    suite : {"medimeta-c", "medmnist-c", "clinical-c"} or Suite
     indices : int64 [n], optional
         Positions of the images in their full split; 0 to n - 1 by default.
 
@@ -286,8 +296,8 @@ def corrupted(
 ) -> ImageDataset:
     """Corrupt a data set in memory.
 
-    The suite "medmnist-c" makes ultrasound, X-ray and OCT images gray, as the official files are; everything else is
-    corrupted as RGB, so that noise on a gray image is coloured, as with the public implementations of ImageNet-C.
+    All suites but "medimeta-c" make ultrasound, X-ray and OCT images gray, as MedMNIST-C's files are; everything else
+    is corrupted as RGB, so that noise on a gray image is coloured, as with the public implementations of ImageNet-C.
     Every image has its own random stream, keyed by (seed, data set, index in the full split, corruption,
     severity), so an image gets the same bytes in any subset, and in the files of `write_benchmark`.
 
@@ -299,7 +309,7 @@ def corrupted(
     severity : {0, 1, 2, 3, 4, 5}
         0 leaves the images as they are.
     seed : int
-    suite : {"medimeta-c", "medmnist-c"}
+    suite : {"medimeta-c", "medmnist-c", "clinical-c"}
 
     Returns
     -------
@@ -324,7 +334,7 @@ def corrupted(
 
 
 def keeps_gray(suite: str | Suite, dataset: str) -> bool:
-    """Whether a suite's images of a data set are gray: the official MedMNIST-C ends with the luma of each image."""
+    """Whether a suite's images of a data set are gray, as the official MedMNIST-C ends with the luma of each image."""
     found = find_suite(suite)
     return found.family(dataset) in found.gray
 

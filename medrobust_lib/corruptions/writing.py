@@ -71,7 +71,7 @@ class CorruptedSets:
     datasets : iterable of str
         Ids as for `load_dataset`. More data sets, corruptions and severities may be added by later calls;
         everything else must stay as it was.
-    suite : {"medimeta-c", "medmnist-c"}
+    suite : {"medimeta-c", "medmnist-c", "clinical-c"}
     layout : {"per-severity", "concatenated"}, optional
         See `medrobust_lib.corruptions.stored`. Default: "concatenated" for the suite "medmnist-c".
     corruptions : sequence of str, optional

@@ -263,7 +263,7 @@ def adapters_view(
         A corruption of the suite.
     severity : int
         0 (clean) to 5.
-    suite : {"medimeta-c", "medmnist-c"}
+    suite : {"medimeta-c", "medmnist-c", "clinical-c"}
     seed : int
         Of the corruption.
     """
@@ -314,7 +314,7 @@ def corruption_view(
         A corruption of the suite.
     severity : int
         0 (clean) to 5.
-    suite : {"medimeta-c", "medmnist-c"}
+    suite : {"medimeta-c", "medmnist-c", "clinical-c"}
     seed : int
         Of the corruption.
     """

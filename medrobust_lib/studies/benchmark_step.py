@@ -41,7 +41,7 @@ class BenchmarkStep(Step):
     Attributes
     ----------
     suite : str
-        "medimeta-c" or "medmnist-c".
+        "medimeta-c", "medmnist-c" or "clinical-c".
     severities : tuple of int
         Of 1 to 5.
     reference : str
