@@ -408,15 +408,14 @@ def denoiser_path(kind: str, dataset: str, *, weights_dir: Path | str | None = N
 
 
 def find_denoiser(kind: str, dataset: str, *, weights_dir: Path | str | None = None) -> Path:
-    """File of the denoiser that a method takes on a data set, for `load_denoiser`.
+    """File of the denoiser that a study's method takes on a data set, for `load_denoiser`.
 
     Phantoms always have those that are shipped with the library, whatever else was trained on them.
 
     Parameters
     ----------
-    kind : {"denoised", "diffusion", "mse", "stability"}
-        Name of the method, of which "denoised" takes the "stability" networks if they are there, otherwise "mse"; or
-        one of the two objectives alone.
+    kind : {"denoised", "diffusion"}
+        Name of the method; "denoised" takes the "stability" networks if they are there, otherwise "mse".
     dataset : str
         Id, as `load_dataset` takes it.
     weights_dir : Path, optional
@@ -431,7 +430,7 @@ def find_denoiser(kind: str, dataset: str, *, weights_dir: Path | str | None = N
     DownloadError
         A shipped file is not the one that was shipped.
     """
-    choices = {"denoised": ("stability", "mse")} | {one: (one,) for one in DEMO_FILES}
+    choices = {"denoised": ("stability", "mse"), "diffusion": ("diffusion",)}
     check_choice("kind of denoiser", kind, choices)
     if dataset.startswith("phantom/"):
         check_sums(DEMO_FOLDER, [DEMO_FILES[choices[kind][0]]])
