@@ -1,9 +1,9 @@
 """Download MedIMeta sets (Zenodo record 7884735) to ROOT/medimeta/NAME/ and verify them.
 
 The checksums come from Zenodo at run time. The licence differs from set to set and is stated in the
-info.yaml of each (the sets offered here: pbc, mammo (mammo_calc), pneumonia, fundus, oct). Please cite Woerner,
-Jaques and Baumgartner, A comprehensive and easy-to-use multi-domain multi-task medical imaging meta-dataset
-(MedIMeta), Scientific Data, 2025 (arXiv 2404.16000), and the source of each set.
+info.yaml of each (the sets offered here: pbc, mammo (mammo_calc), pneumonia, fundus, oct, aml, mammo_mass). Please
+cite Woerner, Jaques and Baumgartner, A comprehensive and easy-to-use multi-domain multi-task medical imaging
+meta-dataset (MedIMeta), Scientific Data, 2025 (arXiv 2404.16000), and the source of each set.
 """
 
 import tempfile
@@ -23,7 +23,10 @@ RECORD = 7884735
 INFO_NAME = "info.yaml"
 
 # The record's name of each set that the library reads.
-FOLDERS = {"pbc": "pbc", "mammo": "mammo_calc", "pneumonia": "pneumonia", "fundus": "fundus", "oct": "oct"}
+FOLDERS = {
+    name: "mammo_calc" if name == "mammo" else name
+    for name in ("pbc", "mammo", "pneumonia", "fundus", "oct", "aml", "mammo_mass")
+}
 
 SetName = StrEnum("SetName", {name: name for name in FOLDERS})
 
@@ -32,7 +35,7 @@ app = typer.Typer(add_completion=False, rich_markup_mode="markdown")
 
 @app.command(help=__doc__)
 def main(
-    sets: Annotated[list[SetName] | None, typer.Argument(help="Sets to fetch; all five by default.")] = None,
+    sets: Annotated[list[SetName] | None, typer.Argument(help="Sets to fetch; all by default.")] = None,
     root: Annotated[Path | None, typer.Option(help="Data root; default MEDROBUST_DATA or ./data.")] = None,
 ) -> None:
     """Fetch the sets asked for."""

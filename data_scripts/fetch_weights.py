@@ -29,6 +29,7 @@ AUTHORS_HUB = "razaimam45/RobustMedCLIP"
 HUB_PATTERNS = {
     "unimedclip": (AUTHORS_HUB, ("*unimed_clip_vit_b16.pt",)),
     "robustmedclip": (AUTHORS_HUB, ("*exp-rank-16/vit/fewshot_100_percent/checkpoints/best_model/*",)),
+    "robustmedclip-rn50": (AUTHORS_HUB, ("*exp-rank-16/resnet/fewshot_100_percent/checkpoints/best_model/*",)),
 }
 # Of a generative model's repository: no second copy of the weights in another format.
 REPOSITORY_SUFFIXES = (".json", ".jinja", ".model", ".safetensors", ".txt")

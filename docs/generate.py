@@ -8,7 +8,7 @@ naming what drifted.
 
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -27,9 +27,14 @@ from medrobust_lib.experiments import write_text_atomically
 from medrobust_lib.models.catalogue import DUAL_ENCODERS
 from medrobust_lib.runner import find_notebooks
 from medrobust_lib.smoothing.certificate import GUARANTEES
+from medrobust_lib.studies.cells import estimate_cells
+from medrobust_lib.studies.protocols import list_protocols
+from medrobust_lib.studies.questions_step import QuestionsCell
 
 PAGES = (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")))
 _NO_BREAK = "\N{NO-BREAK SPACE}"
+# Encodings a second of a ViT-B/16 at 224 px in one thread, as benchmarks/scale.py printed them into docs/studies.md.
+_DRAWS_A_SECOND, _CORES, _FEW_DAYS = 3.43, 2, 3
 MISSING = "not in the present snapshot"
 # The files of the library to read for a notebook, in this order; the package's docstring has the same table.
 READING = {
@@ -249,6 +254,33 @@ def reading_part(snapshot: Snapshot) -> str:
     return _table(("notebook", "files of `medrobust_lib`, in the order to read them"), rows)
 
 
+def protocols_part(snapshot: Snapshot) -> str:
+    """Table of the papers' protocols: command, needs, and prices from their draws."""
+    rows = []
+    for protocol in list_protocols():
+        cells, published = protocol.cells(), protocol.published
+        draws = [one.draws for one in estimate_cells(protocol.study, cells, measured=False)]
+        known, more = sum(draw or 0 for draw in draws), " and more" if None in draws else ""
+        answers = any(isinstance(cell, QuestionsCell) for cell in cells)
+        what = f"{known:,} {'answers' if answers else 'encodings'}{more}"
+        cores = "not measured" if answers else f"{_long(known / (_CORES * _DRAWS_A_SECOND))}{more}"
+        models = {cell.base: None for cell in cells}
+        collections = {cell.dataset.split("/")[0]: None for cell in cells if cell.dataset}
+        needs = f"{_ticked(models)}; {_ticked(collections)}"
+        paper = published.paper.partition(" (")[0]
+        rows.append((paper, published.table, f"`{protocol.name}`", needs, what, cores, "not measured"))
+    header = (
+        "paper",
+        "table",
+        "`medrobust reproduce`",
+        "models; data",
+        "how much",
+        "two CPU cores (estimate)",
+        "one GPU",
+    )
+    return _table(header, rows)
+
+
 def guarantees_part(snapshot: Snapshot) -> str:
     """Table of what a certificate may say."""
     return _table(("guarantee", "what it says"), [(f"`{name}`", words) for name, words in GUARANTEES.items()])
@@ -279,6 +311,7 @@ PARTS: dict[str, Callable[[Snapshot], str]] = {
     "datasets": datasets_part,
     "results": results_part,
     "published": published_part,
+    "protocols": protocols_part,
     "guarantees": guarantees_part,
     "reading": reading_part,
     "citations": citations_part,
@@ -353,6 +386,15 @@ def _duration(seconds: float | None) -> str:
     if seconds is None:
         return MISSING
     return f"{5 * round(seconds / 5)} s" if seconds < 100 else _minutes(seconds)
+
+
+def _long(seconds: float) -> str:
+    days = seconds / 86_400
+    return f"{days:,.0f} days" if days >= _FEW_DAYS else f"{seconds / 3600:,.0f} hours"
+
+
+def _ticked(names: Iterable[str]) -> str:
+    return ", ".join(f"`{name}`" for name in names)
 
 
 def _minutes(seconds: float) -> str:

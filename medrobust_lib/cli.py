@@ -1,4 +1,4 @@
-"""The command line: ``medrobust quick | run | study | leaderboard | compare | models | datasets | doctor``.
+"""The command line: ``medrobust quick | run | study | reproduce | leaderboard | compare | models | datasets | doctor``.
 
 Commands import what they need when they are called, so that ``--help`` answers at once.
 """
@@ -21,12 +21,14 @@ from medrobust_lib.files import reported_errors, told
 from medrobust_lib.places import default_runs_dir
 
 if TYPE_CHECKING:
+    from medrobust_lib.studies.execute import Finished
+    from medrobust_lib.studies.steps import Cell
     from medrobust_lib.studies.study_file import Study
 
 # What fits a terminal; --json gives everything, with hashes, sources and citations.
 MODEL_COLUMNS = ("id", "family", "image_size", "parameters", "available_offline")
 DATASET_COLUMNS = ("id", "modality", "classes", "test", "available")
-_SHOWN_ROWS = 120
+_SHOWN_ROWS, _MOST_COLUMNS = 120, 7
 # What the first look shows.
 _QUICK: Mapping[str, Any] = MappingProxyType(
     {"models": ("demo-clip", "demo-clip-vit"), "dataset": "phantom/blood", "images": 48, "corruption": "zoom_blur",
@@ -190,10 +192,63 @@ def study(
     typer.echo(f"{finished.done} of {finished.cells} cells are done")
     typer.echo(f"leaderboard: {finished.folder / 'leaderboard.csv'}")
     typer.echo(f"page: {finished.folder / 'index.html'}")
-    if finished.failures:
-        reasons = "\n".join(f"  {label}: {reason}" for label, reason in finished.failures.items())
-        failed = f"{len(finished.failures)} of {finished.cells} cells failed"
-        raise RuntimeError(f"{failed}; the same command tries them again\n{reasons}")
+    _fail_with(finished)
+
+
+@app.command()
+def reproduce(
+    name: Annotated[str | None, Argument(help="A protocol; none: list them all.")] = None,
+    part: Annotated[
+        list[str] | None, Argument(metavar="[model=ID] [dataset=ID] [step=NUMBER]", help="As after --only.")
+    ] = None,
+    out: Annotated[Path | None, Option(help="Folder of the results; default: runs/NAME.")] = None,
+    only: Annotated[list[str] | None, Option(help="model=ID, dataset=ID or step=NUMBER: run this part.")] = None,
+    demo: Annotated[bool, Option("--demo", help="Phantoms and embedded models, small numbers.")] = False,
+    sequential: Annotated[bool, Option("--sequential", help="Sequential sampling, at the same alpha.")] = False,
+    jobs: Annotated[int, Option(help="Cells at a time on this machine; -1: one per core.")] = 1,
+    cluster: Annotated[str | None, Option(help="Scheduler of dask.distributed, tcp://HOST:PORT.")] = None,
+    spread: Annotated[str, Option(help="Share out cells, or the images of a cell.")] = "cells",
+    dry_run: Annotated[bool, Option("--dry-run", help="Say what would run and what it costs, and stop.")] = False,
+) -> None:
+    """Run a published table as it was published, and print it beside the published numbers."""
+    from medrobust_lib.experiments.report import show
+    from medrobust_lib.studies import protocols
+
+    if name is None:
+        _show_protocols()
+        return
+    read = protocols.read_protocol(name, only=[*(only or ()), *(part or ())], demo=demo, sequential=sequential)
+    cells = read.cells()
+    if dry_run:
+        _show_estimates(read.study, None, cells)
+        for line in read.missing():
+            typer.echo(f"needs {line}")
+        return
+    read.check()
+    from medrobust_lib.studies.execute import run_study
+    from medrobust_lib.studies.reproduction import in_the_papers_layout, write_reproduction
+
+    variant = "".join(f"-{word}" for word, chosen in (("demo", demo), ("sequential", sequential)) if chosen)
+    folder = default_runs_dir() / f"{name}{variant}" if out is None else out
+    typer.echo(f"folder: {folder}")
+    how = {"jobs": jobs, "cluster": cluster, "spread": spread, "cells": cells}
+    finished = run_study(read.study, folder, announce=typer.echo, **how)
+    table = write_reproduction(read, finished.folder, finished.failures)
+    mark = " (DEMO: synthetic phantoms, embedded models)" if demo else ""
+    typer.echo(f"{read.published.paper}, {read.published.table}{mark}; under our rows stand the published ones")
+    for (dataset, model), block in in_the_papers_layout(table).groupby(["dataset", "model"], sort=False):
+        block = block.droplevel(["dataset", "model"])
+        if len(block.columns) > _MOST_COLUMNS:  # of a terminal's width
+            block = block.T.rename_axis("")
+            block.columns = [": ".join(key) for key in block.columns]
+        printed = block.reset_index()
+        show(printed, title=f"{model} on {dataset}", right=[name for name in printed if name in block.columns])
+    typer.echo("; ".join(f"{count} {verdict}" for verdict, count in table["verdict"].value_counts().items()))
+    if read.part:
+        typer.echo(f"only a part was asked for: {read.part}")
+    typer.echo(f"{finished.done} of {finished.cells} cells are done")
+    typer.echo(f"every number: {finished.folder / 'comparison.csv'}\npage: {finished.folder / 'reproduction.html'}")
+    _fail_with(finished)
 
 
 @app.command()
@@ -345,7 +400,27 @@ def _report_so_far(run_dir: Path, left: Sequence[str]) -> None:
             typer.echo(f"the report grows while the rest runs: {index}")
 
 
-def _show_estimates(read: "Study", notebooks: Path | None) -> None:
+def _fail_with(finished: "Finished") -> None:
+    if finished.failures:
+        reasons = "\n".join(f"  {label}: {reason}" for label, reason in finished.failures.items())
+        failed = f"{len(finished.failures)} of {finished.cells} cells failed"
+        raise RuntimeError(f"{failed}; the same command tries them again\n{reasons}")
+
+
+def _show_protocols() -> None:
+    from medrobust_lib.experiments.report import show_text
+    from medrobust_lib.studies.protocols import list_protocols
+
+    for one in list_protocols():
+        show_text(f"[bold]{one.name}[/]: {one.published.paper}, {one.published.table}. {one.published.title}.")
+        for line in [*one.missing(), *filter(None, [one.published.needs])]:
+            typer.echo(f"    needs {line}")
+    typer.echo(
+        "\nmedrobust reproduce NAME runs one; --dry-run prices it; --demo runs it on phantoms with embedded models."
+    )
+
+
+def _show_estimates(read: "Study", notebooks: Path | None, chosen: "Sequence[Cell] | None" = None) -> None:
     import pandas as pd
 
     from medrobust_lib.experiments.report import duration, show
@@ -353,7 +428,7 @@ def _show_estimates(read: "Study", notebooks: Path | None) -> None:
     from medrobust_lib.studies.cells import estimate_cells, study_cells
     from medrobust_lib.studies.certify_step import CertifyCell
 
-    cells = study_cells(read, notebooks=notebooks)
+    cells = study_cells(read, notebooks=notebooks) if chosen is None else chosen
     estimates = estimate_cells(read, cells, earlier=default_runs_dir())
 
     def count(value: int | None) -> str:
@@ -368,7 +443,7 @@ def _show_estimates(read: "Study", notebooks: Path | None) -> None:
         (cell.label, count(one.images), count(one.draws), total([one.seconds], duration), total([one.size], size_text))
         for cell, one in zip(cells, estimates, strict=True)
     ]
-    draws = count(sum(one.draws or 0 for one in estimates))
+    draws = total([one.draws for one in estimates], "{:,}".format)
     seconds = total([one.seconds for one in estimates], duration)
     rows.append((f"sum of {len(cells)} cells", "", draws, seconds, total([one.size for one in estimates], size_text)))
     numbers = ("images", "draws", "time", "disk")

@@ -1,6 +1,6 @@
 """How well a model does: on corrupted images, in one call or step by step, and under gradient attacks."""
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from medrobust_lib import metrics
+from medrobust_lib.checks import suggest
 from medrobust_lib.corruptions.stored import CLEAN
 from medrobust_lib.corruptions.suites import SEVERITIES, corrupted, find_suite
 from medrobust_lib.data.dataset import ImageDataset
@@ -19,6 +20,7 @@ from medrobust_lib.data.registry import load_dataset
 from medrobust_lib.models.dual_encoder import DualEncoder
 from medrobust_lib.models.loading import load_model
 
+_BATCHES = 16  # whose images are corrupted at a time
 Predictions = dict[tuple[str, str, int], NDArray[np.int64]]
 """By name of the classifier, corruption ("clean") and severity (0): the predicted class of each image."""
 
@@ -111,8 +113,8 @@ def corruption_answers(
 ) -> Predictions:
     """Answers of classifiers on the clean images and on every corruption and severity of a suite.
 
-    Each corrupted set is made once, in memory, and every classifier sees the same one; classifiers that share an
-    image tower (the same object) share its features, those of one geometry the prepared images.
+    Each corrupted image is made once, some hundred at a time, and every classifier sees the same one; classifiers that
+    share an image tower (the same object) share its features, those of one geometry the prepared images.
 
     Parameters
     ----------
@@ -145,16 +147,28 @@ def corruption_answers(
     if not candidates:
         raise ValueError("no candidates to evaluate; give at least one")
     names = find_suite(suite).names(data.id) if corruptions is None else corruptions
-    make = partial(corrupted, seed=seed, suite=suite) if make is None else make
+    here = partial(corrupted, seed=seed, suite=suite)
     variants = [(CLEAN, 0), *((c, s) for c in names for s in severities)]
     found: Predictions = {}
     for corruption, severity in variants:
-        shown = data if severity == 0 else make(data, corruption, severity=severity)
-        features = _features([encoder for encoder, _ in candidates.values()], shown.images, batch_size)
-        for name, (encoder, class_features) in candidates.items():
-            probabilities = encoder.probabilities(features[id(encoder)], class_features)
-            found[name, corruption, severity] = probabilities.argmax(1).cpu().numpy()
+        parts: dict[str, list[NDArray[np.int64]]] = {name: [] for name in candidates}
+        for part in _parts(data, batch_size) if make is None else [data]:
+            shown = part
+            if severity:
+                shown = (make or here)(part, corruption, severity=severity)
+            features = _features([encoder for encoder, _ in candidates.values()], shown.images, batch_size)
+            for name, (encoder, class_features) in candidates.items():
+                probabilities = encoder.probabilities(features[id(encoder)], class_features)
+                parts[name].append(probabilities.argmax(1).cpu().numpy())
+        found |= {(name, corruption, severity): np.concatenate(answers) for name, answers in parts.items()}
     return found
+
+
+def _parts(data: ImageDataset, batch_size: int) -> Iterator[ImageDataset]:
+    """A data set in pieces of whole batches, so that features do not depend on the pieces."""
+    places = np.arange(len(data))
+    for start in range(0, len(data), _BATCHES * batch_size):
+        yield data.subset(places[start : start + _BATCHES * batch_size])
 
 
 def accuracy_table(answers: Predictions, data: ImageDataset) -> pd.DataFrame:
@@ -191,6 +205,51 @@ def accuracy_table(answers: Predictions, data: ImageDataset) -> pd.DataFrame:
             }
         )
     return pd.DataFrame(rows)
+
+
+def corruption_intervals(
+    answers: Predictions, data: ImageDataset, *, reference: str, rng: np.random.Generator
+) -> pd.DataFrame:
+    """Intervals of mCE and of what is lost to corruption, of every classifier in `corruption_answers`.
+
+    95 % percentile bootstrap over images: an image and all its corrupted versions are drawn together, and the same
+    images for a classifier and its reference, so that many looks at one image do not count as many images.
+
+    Parameters
+    ----------
+    answers : dict of (name, corruption, severity) to int64 [n]
+        All corruptions at the same severities.
+    data : ImageDataset
+        The images that were answered.
+    reference : str
+        Name of the classifier whose errors are 100.
+    rng : numpy.random.Generator
+
+    Returns
+    -------
+    DataFrame, one row per name
+        dataset, model, low and high (of mCE, in percent of the reference; NaN where in some draw the reference makes no
+        error under a corruption), lost_low and lost_high (of the clean accuracy minus that on corrupted images).
+
+    Raises
+    ------
+    ValueError
+        No answers of the reference.
+    """
+    names = list(dict.fromkeys(name for name, _, _ in answers))
+    if reference not in names:
+        raise ValueError(f"no answers of the reference {reference!r}.{suggest(reference, names)}")
+    cells = [(corruption, severity) for name, corruption, severity in answers if name == reference and severity]
+    shape = (len({corruption for corruption, _ in cells}), -1, len(data))
+    right = {key: answer == data.labels for key, answer in answers.items()}
+    corrupted_right = {name: np.stack([right[name, *cell] for cell in cells]).reshape(shape) for name in names}
+    rows = []
+    for name, correct in corrupted_right.items():  # bool [C, S, n]
+        pair = correct, corrupted_right[reference]
+        mce = metrics.bootstrap_interval(metrics.mean_corruption_error, *pair, rng=rng)
+        lost = metrics.bootstrap_interval(metrics.degradation, correct, right[name, CLEAN, 0], rng=rng)
+        rows.append([data.id, name, *mce, *lost])
+    return pd.DataFrame(rows, columns=["dataset", "model", "low", "high", "lost_low", "lost_high"])
 
 
 def _features(encoders: Sequence[DualEncoder], images: NDArray[np.uint8], batch_size: int) -> dict[int, Tensor]:

@@ -37,7 +37,7 @@ CHEAPER = {
         'epochs=25, batch_size': 'epochs=1, batch_size',
     },
     "05": {'len(levels), "epochs": 20': 'len(levels), "epochs": 1'},
-    "06": {"runs: int = 4000": "runs: int = 10", "0.001, 20": "0.001, 5"},
+    "06": {"runs = [], 4000": "runs = [], 10", "0.001, 20": "0.001, 5"},
     "07": {
         'RECIPE if model.startswith("demo-clip") else {"epochs": 20,': 'RECIPE | {"epochs": 1} if 1 else {"epochs": 1,',
         '"batch_size": 32}': '"batch_size": 32, "epochs": 1}',

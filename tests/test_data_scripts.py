@@ -4,7 +4,7 @@ import importlib.util
 import json
 import shutil
 import zipfile
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 import pandas as pd
@@ -17,7 +17,7 @@ from pydicom.uid import ExplicitVRLittleEndian, SecondaryCaptureImageStorage, ge
 from typer.testing import CliRunner
 
 from medrobust_lib import files
-from medrobust_lib.data.registry import list_datasets, load_dataset
+from medrobust_lib.data.registry import DATASETS, list_datasets, load_dataset
 from medrobust_lib.models.loading import load_model
 from preparing import downloads, folders
 
@@ -63,7 +63,7 @@ def manifest_of(root, dataset_id):
 
 def test_every_command_of_the_registry_exists(scripts):
     commands = [command for command in list_datasets()["script"] if command]
-    assert len(commands) == 16
+    assert len(commands) == 18
     for command in commands:
         _, path, *arguments = command.split()
         script = scripts[Path(path).stem]
@@ -166,6 +166,14 @@ def test_medimeta_lands_where_the_reader_looks(scripts, tmp_path, monkeypatch):
     assert not available["medimeta/pbc"]
     result = invoke(scripts["download_medimeta"], "pbc", "--root", tmp_path, exit_code=1)
     assert "record 7884735 has no pbc.zip; it has: mammo_calc.zip" in result.stderr
+
+
+def test_every_medimeta_set_of_the_registry_can_be_fetched(scripts):
+    rows = [row for row in DATASETS.values() if row.kind == "medimeta"]
+    assert {row.command.rpartition(" ")[2]: PurePosixPath(row.location).name for row in rows} == scripts[
+        "download_medimeta"
+    ].FOLDERS
+    assert len(rows) == 7, "RobustMedCLIP's training sets, with the five of MedMNIST"
 
 
 # ---- pathology ----
@@ -563,6 +571,7 @@ def test_the_record_is_what_the_models_check(scripts, tmp_path):
     [
         ("unimedclip", "checkpoints/unimed/unimed_clip_vit_b16.pt"),
         ("robustmedclip", "exp-rank-16/vit/fewshot_100_percent/checkpoints/best_model/model.pth"),
+        ("robustmedclip-rn50", "exp-rank-16/resnet/fewshot_100_percent/checkpoints/best_model/model.pth"),
     ],
 )
 def test_checkpoints_in_folders_of_the_hub_are_found(scripts, monkeypatch, model, path):

@@ -144,7 +144,9 @@ def table():
 
 def test_the_table_has_every_model():
     assert set(table()) == set(mr.list_models()["id"])
-    assert table()["robustmedclip"] == table()["biomedclip"]  # the same tower once its adapters are merged
+    # The same towers once their adapters are merged.
+    assert table()["robustmedclip"] == table()["biomedclip"]
+    assert table()["robustmedclip-rn50"] == table()["medclip-rn50"]
 
 
 @pytest.mark.parametrize("id", ["demo-clip", "demo-clip-vit", *TOWERS])

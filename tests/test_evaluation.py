@@ -7,7 +7,7 @@ import torch
 import medrobust_lib as mr
 from medrobust_lib import metrics
 from medrobust_lib.corruptions.suites import corrupted
-from medrobust_lib.evaluation import Candidate, accuracy_table, benchmark, corruption_answers
+from medrobust_lib.evaluation import Candidate, accuracy_table, benchmark, corruption_answers, corruption_intervals
 
 
 @pytest.fixture(scope="module")
@@ -83,6 +83,14 @@ def test_towers_of_one_geometry_share_the_prepared_images_and_an_own_geometry_is
     np.testing.assert_array_equal(found["2", "clean", 0], flipped.argmax(1).numpy())
 
 
+def test_pieces_change_no_answer(candidates, data, monkeypatch):
+    words = {"corruptions": ["contrast"], "severities": [5], "batch_size": 2}
+    whole = corruption_answers(candidates, data, **words)
+    monkeypatch.setattr("medrobust_lib.evaluation._BATCHES", 1)
+    for key, answer in corruption_answers(candidates, data, **words).items():
+        assert answer.tolist() == whole[key].tolist()
+
+
 def test_no_candidates_are_refused(data):
     with pytest.raises(ValueError, match="no candidates"):
         corruption_answers({}, data)
@@ -96,6 +104,24 @@ def test_table_fits_the_metrics(answers, data):
     assert row.low <= row.accuracy <= row.high
     errors = metrics.corruption_error_table(table, reference="as is").set_index("model")
     assert errors.mce["as is"] == pytest.approx(100)
+
+
+def test_intervals_are_those_of_the_resampled_images_of_each_classifier(answers, data):
+    table = corruption_intervals(answers, data, reference="reversed", rng=np.random.default_rng(0)).set_index("model")
+    assert list(table.index) == ["as is", "reversed"] and set(table.dataset) == {data.id}
+    names, rng = mr.SUITES["medimeta-c"].corruptions, np.random.default_rng(0)
+    right = {who: np.array([[answers[who, c, s] == data.labels for s in (2, 5)] for c in names]) for who in table.index}
+    for who in table.index:
+        mce = metrics.bootstrap_interval(metrics.mean_corruption_error, right[who], right["reversed"], rng=rng)
+        clean = answers[who, "clean", 0] == data.labels
+        lost = metrics.bootstrap_interval(metrics.degradation, right[who], clean, rng=rng)
+        assert table.loc[who, ["low", "high", "lost_low", "lost_high"]].tolist() == pytest.approx([*mce, *lost])
+    assert table.low["as is"] < table.high["as is"] < 100
+
+
+def test_intervals_need_answers_of_the_reference(answers, data):
+    with pytest.raises(ValueError, match="no answers of the reference 'as it'. Did you mean 'as is'?"):
+        corruption_intervals(answers, data, reference="as it", rng=np.random.default_rng(0))
 
 
 def test_one_call_gives_the_whole_table(answers, model, data):

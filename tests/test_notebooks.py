@@ -23,6 +23,9 @@ MOST_LINES = 25  # of a code cell, all lines counted
 SHORTER = {  # notebooks that keep a stricter rule, one a line
     "03": 15,
     "03b": 15,
+    "04": 15,
+    "05": 15,
+    "06": 15,
 }
 NEEDS_GUARD = re.compile(r"^\s*(?:import|from)\s+(torchvision|timm|open_clip|peft|transformers)\b", re.MULTILINE)
 

@@ -125,6 +125,12 @@ def test_feature_map_legend_follows_the_categories(ax):
     table = pd.DataFrame({"x": [0, 1.0], "y": [1, 0.0], "kind": ["image", "text"]})
     plots.plot_feature_map(table.assign(**{"class": pd.Categorical(["b", "a"], categories=["a", "b"])}), ax)
     assert [text.get_text() for text in ax.get_legend().get_texts()] == ["a", "b"]
+    assert ax.get_legend().get_title().get_text() == "small: image, large: text"
+
+
+def test_a_feature_map_without_texts_explains_no_sizes(ax):
+    plots.plot_feature_map(pd.DataFrame({"x": [0, 1.0], "y": [1, 0.0], "kind": "image", "class": ["a", "b"]}), ax)
+    assert not ax.get_legend().get_title().get_text()
 
 
 def test_template_rows_share_the_colour_of_their_kind(ax):

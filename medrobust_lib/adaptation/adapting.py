@@ -118,6 +118,7 @@ def adapt_lora(
     validation: Sequence[ImageDataset],
     rank: int = 16,
     qkv: Literal["separate", "fused"] = "separate",
+    kernel: Literal["whole", "middle"] = "whole",
     templates: Sequence[str] | None = None,
     out: Path | str | None = None,
     **recipe: Any,
@@ -136,6 +137,8 @@ def adapt_lora(
         Of the adapters.
     qkv : {"separate", "fused"}
         Where queries, keys and values are one matrix: three adapters (RobustMedCLIP), or one for all.
+    kernel : {"whole", "middle"}
+        Of the adapters of convolutions: that of the layer, or its middle alone (RobustMedCLIP).
     templates : sequence of str, optional
         Prompts of the class features, for all sets; default: the first of each set. Test with the same.
     out : path, optional
@@ -173,10 +176,10 @@ def adapt_lora(
     from medrobust_lib.models import adapters  # peft takes seconds to import
 
     check_keywords(adapt_lora, recipe, Recipe.__dataclass_fields__)
-    method = {"method": "low-rank adaptation", "rank": rank, "qkv": qkv}
+    method = {"method": "low-rank adaptation", "rank": rank, "qkv": qkv, "kernel": kernel}
     job = _Job(model, train, validation, templates, Recipe(**recipe), out, method)
     if not job.is_done:
-        adapted = adapters.attach_adapters(model, rank=rank, qkv=qkv, seed=job.recipe.seed)
+        adapted = adapters.attach_adapters(model, rank=rank, qkv=qkv, kernel=kernel, seed=job.recipe.seed)
         with summed_convolutions(adapted):
             record = job.train_in_place(adapted, adapters.adapter_parameters(adapted))
         if job.out is None:
@@ -338,7 +341,8 @@ class _Job:
             raise ValueError(f"{self.out} holds something else than a finished adaptation; give another folder")
         with parsed(f"{path} is damaged", f"Delete {self.out} and train anew."):
             record = dict(json.loads(path.read_text(encoding="utf-8")))
-        stored = {name: record[name] for name in self.identity if name in record}
+        known = {"kernel": "whole", **record}  # records from before there was a choice do not name it
+        stored = {name: known[name] for name in self.identity if name in known}
         differences = "\n  ".join(parameter_differences(stored, self.identity, holder="the folder"))
         if differences:
             raise ValueError(f"{self.out} was trained with other parameters; give another folder:\n  {differences}")
@@ -397,13 +401,15 @@ AS_PUBLISHED: Mapping[str, Any] = MappingProxyType({
 Two settings belong to the data sets. The fraction is one of the val split, ``fraction_splits(..., learn_from="val")``:
 0.1, 0.3, 0.75 or 1 in the code, 1, 3, 7 or 10 % in the paper. And the code trains with the second template of its data
 sets, "a medical image of {} belonging to pbc", and tests with the first, which has "a" before the class: give
-``dataclasses.replace(data, templates=data.templates[1:])`` to train on, `data` as it is to validate and to test.
+``dataclasses.replace(data, templates=data.templates[1:])`` to train on, `data` as it is to validate and to test. For a
+residual network the code has ``kernel="middle"``.
 
 What still differs, beside the random numbers: the best epoch is chosen on validation images (theirs on the test split
-by default); the data sets are those given (theirs twelve, of which aml and mammo_mass are not in this library's list);
-the adapters of the keys start at zero and are saved (theirs start at random and are left out of the adapter file); the
-text features are computed without dropout (theirs with it); the steps of an epoch are of equal size (theirs 256 images
-and a rest); and an error in a batch ends the training (theirs goes on with the next).
+by default); the data sets are those given (theirs are the twelve of ``medimeta/`` and ``medmnist/``); the adapters
+of the keys start at zero and are saved (theirs start at random and are left out of the adapter file); the text
+features are computed without dropout (theirs with it); the steps of an epoch are of equal size (theirs 256 images
+and a rest); batch normalisation keeps its statistics (theirs takes those of the batch and moves the stored ones); and
+an error in a batch ends the training (theirs goes on with the next).
 """
 DEMO_NOISE = Augmentation(sigmas=(0.1, 0.2))
 """A second kind of adapters: half of the images carry Gaussian noise of one of these levels."""

@@ -4,6 +4,8 @@ MedMNIST npz, MedIMeta folders and phantoms; class folders and tables have a fil
 the class list by name wherever the source states names, never by position alone.
 """
 
+import math
+import tempfile
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -27,6 +29,7 @@ SPLITS = ("train", "val", "test")
 SHOWN_PATH = 80  # characters
 FALLBACK_SIZE = 224
 _MOST_BRACKETS = 1000
+_IN_MEMORY = 2**30  # bytes of images; more are kept in a file
 _AGAIN = "Download the set again."
 _HOW = {"crop": "shortest edge to size (bicubic), centre crop", "pad": "longest edge to size (bicubic), black bars"}
 
@@ -123,7 +126,7 @@ class Split:
         if size is None:
             (shape,) = shapes
             size = max(shape) if fit == "pad" else None
-        images = np.empty((len(positions), *((size, size) if size else shape), 3), np.uint8)
+        images = _room_for((len(positions), *((size, size) if size else shape), 3))
         found: list[tuple[int, int]] = []
         for row, image in enumerate(self.read(positions)):
             found.append(image.shape[:2])
@@ -133,6 +136,14 @@ class Split:
             return images, None, found
         span = " to ".join(f"{width} × {height}" for height, width in dict.fromkeys((edges[0], edges[-1])))
         return images, f"{span} px -> {size} px: {_HOW[fit]}", found
+
+
+def _room_for(shape: tuple[int, ...]) -> NDArray[np.uint8]:
+    """Where images are put: in memory; many of them in a file without a name, which is gone with the array."""
+    if math.prod(shape) <= _IN_MEMORY:
+        return np.empty(shape, np.uint8)
+    with tempfile.TemporaryFile() as file:
+        return np.memmap(file, np.uint8, "w+", shape=shape)
 
 
 def resolve_split(split: str, available: Sequence[str], source: str, *, beside: Sequence[str] = ()) -> str:
@@ -259,7 +270,7 @@ def _medimeta_task(path: Path, wording: ClassWording) -> tuple[str, dict[int, in
         fitting = {}
         for name, single, labels in tasks:
             mapping = {number: wording.label_of(label) for number, label in labels.items()}
-            if single and sorted(mapping.values(), key=str) == list(range(len(wording.names))):
+            if single and sorted(mapping.values(), key=str) == sorted(range(len(wording.names)), key=str):
                 fitting[name] = mapping
     if len(fitting) != 1:
         listing = "; ".join(f"{name}: {list(labels.values())}" for name, _, labels in tasks)

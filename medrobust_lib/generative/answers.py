@@ -173,6 +173,8 @@ class AnswerBank:
     ----------
     seconds : float
         Spent on drawing answers so far.
+    drawn : int
+        Answers drawn so far, in those seconds; answers that were kept before are none of them.
 
     Raises
     ------
@@ -189,6 +191,7 @@ class AnswerBank:
     batch_size: InitVar[int | None] = field(default=None, kw_only=True)
     kept: MutableMapping[Address, Completion | None] | None = field(default=None, kw_only=True)
     seconds: float = field(default=0.0, init=False)
+    drawn: int = field(default=0, init=False)
 
     def __post_init__(self, batch_size: int | None) -> None:
         check_model(self.vlm)
@@ -228,6 +231,7 @@ class AnswerBank:
             seed=stream.decoding_seeds(first, count),
         )
         self.seconds += time.perf_counter() - started
+        self.drawn += count
         return dict(zip(((role, first + place) for place in range(count)), self._checked(drawn, count), strict=True))
 
     def _checked(self, drawn: Any, count: int) -> list[Completion | None]:
@@ -373,7 +377,7 @@ def collect_answers(
         )
         for place, (answers, seconds) in shown:
             missing[place].kept.update(answers)
-            missing[place].seconds = seconds
+            missing[place].seconds, missing[place].drawn = seconds, len(answers)
     for bank in banks:  # they outlive the store, so what they hold is in memory
         bank.kept = {address: bank.kept[address] for address in addresses}
     return banks
@@ -386,6 +390,7 @@ def answer_once(
     sigma: float = 0.0,
     seed: int = 0,
     max_new_tokens: int = 64,
+    temperature: float = 0.0,
     batch_size: int = 32,
 ) -> list[str | None]:
     """Answers to one noisy copy of each image: how a model does without smoothing.
@@ -399,7 +404,10 @@ def answer_once(
         Noise standard deviation in [0, 1] pixel units; 0 asks about the clean images.
     seed : int
         Of the noise, whose role is "adapt": no certificate sees it.
-    max_new_tokens, batch_size : int
+    max_new_tokens : int
+    temperature : float
+        0 decodes greedily.
+    batch_size : int
 
     Returns
     -------
@@ -412,11 +420,12 @@ def answer_once(
         places = [place for place, other in enumerate(questions.questions) if other == prompt]
         for start in range(0, len(places), batch_size):
             part = places[start : start + batch_size]
-            pixels = vlm.prepare([questions.images[place] for place in part])
+            pixels, seeds = vlm.prepare([questions.images[place] for place in part]), []
             for row, place in enumerate(part):
                 stream = NoiseStream(seed, questions.id, int(questions.indices[place]), sigma, "adapt")
                 pixels[row] += stream.draw(tuple(pixels.shape[1:]))[0]
-            options = {"max_new_tokens": max_new_tokens, "temperature": 0.0, "seed": part}
+                seeds += stream.decoding_seeds(0, 1)
+            options = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seeds}
             texts |= dict(zip(part, vlm.generate(pixels.to(_device(vlm)), prompt, **options), strict=True))
     return [texts[place] for place in range(len(questions))]
 

@@ -346,6 +346,10 @@ class Calibration:
         Texts by truth (row) and oracle's label (column); the last column counts texts without a label.
     failed : int
         Texts on which the oracle raised; they are among those without a label.
+    unknown : tuple of int
+        Texts whose truth nobody knows, by the oracle's label; the last one counts those without. Each counts as an
+        error wherever it may be one. That is safe for `one_sided` and `TotalErrors`, which use upper bounds, and too
+        much for `SymmetricErrors`, which uses the lower one.
     """
 
     oracle: str
@@ -353,6 +357,7 @@ class Calibration:
     labels: tuple[str, ...]
     counts: tuple[tuple[int, ...], ...]
     failed: int = 0
+    unknown: tuple[int, ...] = ()
 
     @property
     def n(self) -> int:
@@ -363,17 +368,21 @@ class Calibration:
         """Rate at which texts of other labels are taken for this one."""
         column = self._position(label)
         others = [row for place, row in enumerate(self.counts) if place != column]
-        return _counted(sum(row[column] for row in others), sum(map(sum, others)), f"texts that are not {label!r}")
+        odd = sum(self.unknown[column : column + 1])
+        errors, trials = sum(row[column] for row in others) + odd, sum(map(sum, others)) + odd
+        return _counted(errors, trials, f"texts that are not {label!r}")
 
     def false_negatives(self, label: str) -> ErrorRate:
         """Rate at which texts of this label get another one, or none."""
-        row = self.counts[self._position(label)]
-        return _counted(sum(row) - row[self._position(label)], sum(row), f"texts that are {label!r}")
+        place = self._position(label)
+        row, odd = self.counts[place], sum(self.unknown) - sum(self.unknown[place : place + 1])
+        return _counted(sum(row) - row[place] + odd, sum(row) + odd, f"texts that are {label!r}")
 
     def total_errors(self) -> ErrorRate:
         """Rate of wrong or missing labels over all texts."""
         right = sum(row[place] for place, row in enumerate(self.counts))
-        return _counted(self.n - right, self.n, "texts")
+        every = self.n + sum(self.unknown)
+        return _counted(every - right, every, "texts")
 
     def one_sided(self) -> FalsePositives:
         """Error model with the false-positive rate of every label that it can be estimated for."""
@@ -404,7 +413,7 @@ class Calibration:
         return self.labels.index(label)
 
 
-def calibrate_oracle(oracle: Oracle, texts: Sequence[str | None], truths: Sequence[str]) -> Calibration:
+def calibrate_oracle(oracle: Oracle, texts: Sequence[str | None], truths: Sequence[str | None]) -> Calibration:
     """Count an oracle's errors on texts of known truth.
 
     To serve an error model the texts must be the model's answers to noisy copies of images like the certified one,
@@ -414,8 +423,8 @@ def calibrate_oracle(oracle: Oracle, texts: Sequence[str | None], truths: Sequen
     ----------
     oracle : Oracle
     texts : sequence of str
-    truths : sequence of str
-        One of the oracle's labels for each text.
+    truths : sequence of str or None
+        One of the oracle's labels for each text; None where nobody knows, see `Calibration`.
 
     Raises
     ------
@@ -424,15 +433,16 @@ def calibrate_oracle(oracle: Oracle, texts: Sequence[str | None], truths: Sequen
     """
     if len(texts) != len(truths) or not len(texts):
         raise ValueError(f"{len(texts)} texts and {len(truths)} truths; calibration needs one truth for each text")
-    unknown = sorted(map(repr, set(truths) - set(oracle.labels)))
-    if unknown:
-        raise ValueError(f"truths {', '.join(unknown)} are none of the labels {', '.join(oracle.labels)}")
+    odd = sorted(map(repr, set(truths) - {*oracle.labels, None}))
+    if odd:
+        raise ValueError(f"truths {', '.join(odd)} are none of the labels {', '.join(oracle.labels)}")
     answered = judged(oracle, texts)
-    columns = (*oracle.labels, None)
-    counts = np.zeros((len(oracle.labels), len(columns)), dtype=int)
+    names = (*oracle.labels, None)
+    counts = np.zeros((len(names), len(names)), dtype=int)
     for truth, label in zip(truths, answered.labels, strict=True):
-        counts[oracle.labels.index(truth), columns.index(label)] += 1
-    return Calibration(oracle.name, oracle.version, oracle.labels, tuple(map(tuple, counts.tolist())), answered.failed)
+        counts[names.index(truth), names.index(label)] += 1
+    *known, unknown = map(tuple, counts.tolist())
+    return Calibration(oracle.name, oracle.version, oracle.labels, tuple(known), answered.failed, unknown)
 
 
 def calibrate_equivalence(

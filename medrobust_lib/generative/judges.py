@@ -174,6 +174,33 @@ class EmbeddingEquivalence:
         return [answer if known else None for answer, known in zip(near, directed[1:], strict=True)]
 
 
+def remembered_judge(
+    address: str, labels: Sequence[str], *, folder: Path | str, key_variable: str = "MEDROBUST_JUDGE_KEY"
+) -> "RememberedOracle":
+    """Ask a judge that is named in one word, and keep its labels in a folder.
+
+    Parameters
+    ----------
+    address : str
+        ``URL#MODEL``: where a server speaks OpenAI's chat format, and what it calls the model.
+    labels : sequence of str
+    folder : path
+    key_variable : str
+        Environment variable with the server's key; none is sent where it is not set.
+
+    Raises
+    ------
+    ValueError
+        An address without a model, or as `chat_endpoint` and `RememberedOracle`.
+    """
+    url, _, model = address.partition("#")
+    if not model:  # the address is not echoed: its query may hold what nobody should see
+        example = "http://localhost:8000/v1/chat/completions#gemma-2"
+        raise ValueError(f"the judge's address names no model; write URL#MODEL, such as {example}")
+    ask = chat_endpoint(url, model=model, api_key_variable=key_variable if key_variable in os.environ else None)
+    return RememberedOracle(JudgeOracle(ask, labels), folder)
+
+
 def fenced(text: str) -> str:
     """Put a text between two lines of tildes, longer than any run of tildes in it."""
     longest = max(map(len, re.findall("~+", text)), default=0)

@@ -27,6 +27,7 @@ from medrobust_lib.metrics.corruption import (
     AGGREGATIONS,
     average_accuracy,
     corruption_error,
+    corruption_error_layout,
     corruption_error_table,
     degradation,
     mean_corruption_error,

@@ -275,6 +275,32 @@ def corruption_error_table(
     return pd.concat(parts, ignore_index=True)
 
 
+def corruption_error_layout(errors: pd.DataFrame, *, by: str = "model") -> pd.DataFrame:
+    """Lay CE and mCE out as the papers print them: a row for each data set and model, then means over the data sets.
+
+    Parameters
+    ----------
+    errors : DataFrame
+        From `corruption_error_table`. Several rows of one data set and model, such as those of seeds, are averaged.
+    by : str
+        Column that names the models, or what else is compared.
+
+    Returns
+    -------
+    DataFrame, indexed by dataset and ``by`` in the order of the table; the last data set is "mean"
+        clean (the relative clean error), one column for each corruption, and mCE, all in percent of the reference. A
+        mean over data sets leaves out those in which a value is not defined.
+
+    References
+    ----------
+    Imam et al. 2025, arXiv:2505.15425, Table 2.
+    """
+    names = {name: name.removeprefix("ce_").replace("_", " ") for name in errors if name.startswith("ce_")}
+    names = {"relative_clean_error": "clean", **names, "mce": "mCE"}
+    rows = errors.groupby(["dataset", by], sort=False)[[*names]].mean().rename(columns=names)
+    return pd.concat([rows, pd.concat({"mean": rows.groupby(by, sort=False).mean()}, names=["dataset"])])
+
+
 def _cells(table: pd.DataFrame, measure: str, groups: Sequence[str]) -> list[tuple[str, pd.DataFrame]]:
     """Checked rows of each data set, under its name for messages."""
     needed = [*groups, "model", "corruption", "severity", measure]

@@ -8,7 +8,7 @@ first be three layers.
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Literal, NamedTuple
 
 import torch
@@ -16,6 +16,7 @@ from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.utils import parametrize
 
 from medrobust_lib.models.dual_encoder import DualEncoder, layers_run, probes
 
@@ -177,18 +178,56 @@ def _replace(
 
 ADAPTER = "default"
 """peft's name for the only adapter of a layer."""
+_MIDDLE = "parametrizations.weight.original"  # torch's name for what `_Middle` is made of
 
 
-def inject_adapters(module: nn.Module, names: Sequence[str], *, rank: int, seed: int = 0) -> None:
+class _Middle(nn.Module):
+    """Kernels of 1 x 1 as the middle of larger ones, which are zero elsewhere."""
+
+    def __init__(self, height: int, width: int) -> None:
+        super().__init__()
+        self.row, self.column = height // 2, width // 2
+        self.margins = (self.column, width - 1 - self.column, self.row, height - 1 - self.row)
+
+    def forward(self, middle: Tensor) -> Tensor:
+        return functional.pad(middle, self.margins)
+
+    def right_inverse(self, kernel: Tensor) -> Tensor:
+        return kernel[:, :, self.row : self.row + 1, self.column : self.column + 1].clone()
+
+
+def keep_middle(module: nn.Module) -> None:
+    """Leave A of the adapters of convolutions the middle of its kernel alone, in place; 1 x 1 is what it holds then."""
+    for layer in module.modules():
+        if isinstance(layer, LoraLayer) and layer.lora_A[ADAPTER].weight[0, 0].numel() > 1:
+            side = layer.lora_A[ADAPTER]
+            parametrize.register_parametrization(side, "weight", _Middle(*side.kernel_size))
+
+
+def whole_kernels(module: nn.Module, adapters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors of peft's state dict of the module, A as large as its kernel: as peft's files have it."""
+    whole = {}
+    for name, tensor in adapters.items():
+        if name.endswith(_MIDDLE):
+            side = name.removesuffix(f".{_MIDDLE}").removesuffix(f".{ADAPTER}")
+            name, tensor = f"{side}.weight", module.get_submodule(f"{side}.{ADAPTER}").weight.detach()
+        whole[name] = tensor
+    return whole
+
+
+def inject_adapters(module: nn.Module, names: Sequence[str], *, rank: int, middle: bool = False, seed: int = 0) -> None:
     """Let peft put untrained adapters on the layers of these names, in place; all else is frozen.
 
     B is zero, A drawn from `seed` as ``torch.nn.Linear`` draws its weight; the global random stream stays where it is.
+    Of a convolution A has the whole kernel, or only its `middle`.
     """
     # alpha = rank: peft scales by alpha / rank. A string is a regular expression for whole names; peft would match
     # the entries of a list with the ends of names, too.
     config = LoraConfig(r=rank, lora_alpha=rank, bias="none", target_modules="|".join(map(re.escape, names)))
     with torch.random.fork_rng(devices=[]):
         inject_adapter_in_model(config, module, adapter_name=ADAPTER)
+    if middle:
+        keep_middle(module)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in adapter_parameters(module).items():
@@ -199,7 +238,7 @@ def inject_adapters(module: nn.Module, names: Sequence[str], *, rank: int, seed:
 
 def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """A and B of every adapter by their names in the model; empty if there are none."""
-    ends = (f".lora_A.{ADAPTER}.weight", f".lora_B.{ADAPTER}.weight")
+    ends = tuple(f".lora_{side}.{ADAPTER}.{name}" for side in "AB" for name in ("weight", _MIDDLE))
     return {name: parameter for name, parameter in model.named_parameters() if name.endswith(ends)}
 
 

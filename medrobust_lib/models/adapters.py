@@ -3,8 +3,8 @@
 The frozen weight W of a layer gains a product B A of rank r, with B = 0 at the start, so that the adapted model begins
 as the model itself; nothing is scaled and nothing is dropped. In a vision transformer the adapted layers are the
 query, key and value projections of every attention block (Imam et al. 2025, arXiv:2505.15425); in a residual network
-they are the convolutions, where A is a convolution with the kernel and stride of the layer and B one of 1 x 1. The
-text tower is never touched.
+they are the convolutions, where A is a convolution with the kernel and stride of the layer, or with the middle of that
+kernel alone, and B one of 1 x 1. The text tower is never touched.
 """
 
 import copy
@@ -32,6 +32,7 @@ from medrobust_lib.models.weights import explained_errors, fingerprint, foreign_
 from medrobust_lib.places import VERSION
 
 QKV = Literal["separate", "fused"]
+Kernel = Literal["whole", "middle"]
 
 _TENSORS, _CONFIG, _PROVENANCE = "adapter_model.safetensors", "adapter_config.json", "provenance.json"
 _PEFT_PREFIX = "base_model.model."
@@ -52,6 +53,8 @@ class AttachedAdapters(NamedTuple):
     rank : int
     qkv : str
         "separate" or "fused".
+    kernel : str
+        "whole" or "middle".
     """
 
     base_id: str
@@ -59,6 +62,7 @@ class AttachedAdapters(NamedTuple):
     layout: AdapterLayout
     rank: int
     qkv: QKV
+    kernel: Kernel
 
 
 class TrainableShare(NamedTuple):
@@ -69,7 +73,9 @@ class TrainableShare(NamedTuple):
     model: int
 
 
-def attach_adapters(model: DualEncoder, *, rank: int = 16, qkv: QKV = "separate", seed: int = 0) -> DualEncoder:
+def attach_adapters(
+    model: DualEncoder, *, rank: int = 16, qkv: QKV = "separate", kernel: Kernel = "whole", seed: int = 0
+) -> DualEncoder:
     """Copy of the model with low-rank adapters that have yet to learn.
 
     Parameters
@@ -82,6 +88,10 @@ def attach_adapters(model: DualEncoder, *, rank: int = 16, qkv: QKV = "separate"
         "separate" takes a fused projection apart and gives q, k and v an adapter each: 6 r d numbers a block of width
         d. "fused" puts one adapter on the fused projection, which therefore shares A: 4 r d numbers.
         The two differ where the tower has a fused projection; elsewhere "fused" is refused.
+    kernel : str
+        Of A on a convolution: "whole", the layer's, or "middle", 1 x 1 on the pixels under the middle of the layer's
+        kernel: RobustMedCLIP's path beside a convolution, for an even number of rows at a stride of 2. Only for a
+        tower that is adapted on its convolutions.
     seed : int
         Of A, drawn as by ``torch.nn.Linear``; B is zero. The global random stream stays where it is.
 
@@ -103,6 +113,7 @@ def attach_adapters(model: DualEncoder, *, rank: int = 16, qkv: QKV = "separate"
     """
     check_whole("rank", rank, hint=", usually 4, 8 or 16")
     check_choice("qkv", qkv, get_args(QKV))
+    check_choice("kernel", kernel, get_args(Kernel))
     if attached_adapters(model) is not None:
         raise ValueError(f"{model.id} has adapters already; merge_adapters makes a plain model of it first")
     with torch.inference_mode(False):
@@ -114,8 +125,11 @@ def attach_adapters(model: DualEncoder, *, rank: int = 16, qkv: QKV = "separate"
                 f"qkv='fused': {model.id} has no fused query-key-value projection (its adapters go on "
                 f"{layout.kind.replace('query, key, value', 'separate query, key, value layers')}); take 'separate'"
             )
-        inject_adapters(adapted, _open_layers(adapted, layout, qkv), rank=rank, seed=seed)
-    adapted.attached = AttachedAdapters(model.id, identity, layout, rank, qkv)
+        if kernel == "middle" and layout.kind != "convolutions":
+            raise ValueError(f"kernel='middle': the adapters of {model.id} go on {layout.kind} layers; take 'whole'")
+        names = _open_layers(adapted, layout, qkv)
+        inject_adapters(adapted, names, rank=rank, middle=kernel == "middle", seed=seed)
+    adapted.attached = AttachedAdapters(model.id, identity, layout, rank, qkv, kernel)
     return adapted.eval()  # peft makes its layers in training mode
 
 
@@ -185,7 +199,7 @@ def save_adapter(
         raise FileExistsError(f"{folder} exists; delete it or give another folder, adapters are not overwritten")
     if "adapter" in provenance:
         raise ValueError("provenance has an entry 'adapter', which is kept for the adapter itself; rename it")
-    adapters = get_peft_model_state_dict(model, save_embedding_layers=False)
+    adapters = adapter_layers.whole_kernels(model, get_peft_model_state_dict(model, save_embedding_layers=False))
     tensors = {f"{_PEFT_PREFIX}{name}": tensor.to(dtype) for name, tensor in adapters.items()}
     try:
         given = json.dumps(dict(provenance), allow_nan=False)
@@ -202,7 +216,8 @@ def save_adapter(
             "blocks": attached.layout.blocks,
             "rank": attached.rank,
             "qkv": attached.qkv,
-            "parameters": sum(tensor.numel() for tensor in tensors.values()),
+            "kernel": attached.kernel,
+            "parameters": sum(parameter.numel() for parameter in adapter_parameters(model).values()),
             "files": {name: file_sha256(partial / name) for name in (_TENSORS, _CONFIG)},
             "versions": {"medrobust_lib": VERSION, "peft": peft_version, "torch": torch.__version__},
         }
@@ -297,6 +312,9 @@ def load_adapter(model: DualEncoder, folder: Path | str, *, merged: bool = True)
         if expected != {name: tensor.shape for name, tensor in tensors.items()}:
             raise ValueError(f"the adapter {folder} does not fit the layers of {model.id!r}; train it again")
         set_peft_model_state_dict(adapted, tensors)
+        if adapter.get("kernel") == "middle":
+            adapter_layers.keep_middle(adapted)
+            adapted.attached = adapted.attached._replace(kernel="middle")
         if merged:
             adapter_layers.remove_adapters(adapted)
             del adapted.attached

@@ -6,7 +6,8 @@ trained with a fork of open_clip whose ``CLIP`` class holds a BERT as ``text_enc
 upstream does not know; upstream's ``CustomTextCLIP`` computes the same with other names, so the keys are renamed.
 The sizes come with the package or are the defaults of the libraries, so that no network is needed. RobustMedCLIP
 (Imam et al. 2025, arXiv:2505.15425) is BiomedCLIP whose fused ``qkv`` layers gain three separate low-rank products,
-without any scaling: here each is added to its third of the layer's weight.
+without any scaling: here each is added to its third of the layer's weight. Its second form is MedCLIP's ResNet with a
+product beside each convolution: here it is added to the middle of the kernel.
 """
 
 import itertools
@@ -19,9 +20,11 @@ from collections import OrderedDict
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import hf_hub_download
+from open_clip import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
 from tokenizers import BertWordPieceTokenizer
 from torch import Tensor, nn
 from torch.nn import functional
@@ -44,6 +47,7 @@ PAD_LENGTH = 25
 """Positions over which a text is averaged at least, padding included; PromptSmooth and BAPLe pad MedCLIP's prompts to
 it. MedCLIP's own code pads to the longest text of a batch, so that a feature changes with the texts beside it."""
 
+Renames = Sequence[tuple[str, Any]]  # patterns, and what re.sub puts in the place of each
 # transformers 5 renamed the parts of a Swin block; the checkpoint keeps the names of transformers 4.
 _SWIN_RENAMES = (
     (r"\.attention\.self\.(query|key|value)\.", lambda match: f".attention.{match[1][0]}_proj."),
@@ -58,8 +62,14 @@ _FORK_RENAMES = (
     (r"^lora_vit\.lora_vit\.", "visual."),
     (r"\.attn\.qkv\.qkv\.", ".attn.qkv."),
 )
-# Index tables that older versions stored; they follow from the configuration.
-_DERIVED_KEYS = ("position_ids", "relative_position_index")
+# RobustMedCLIP's model.pth with a ResNet: MedCLIP's towers, each adapted convolution in a wrapper.
+_RESNET_RENAMES = (
+    (r"^text_encoder\.", "text_model."),
+    (r"^lora_resnet\.lora_medclip\.", "vision_model."),
+    (r"\.(conv\d)\.conv\.", r".\1."),
+)
+# Index tables that older versions stored, which follow from the configuration; adapters that stand there twice.
+_DERIVED = re.compile(r".*(position_ids|relative_position_index)|lora_resnet\.w_[AB]s\..*")
 
 
 class _SwinTower(nn.Module):
@@ -173,20 +183,22 @@ class MedCLIPEncoder(DualEncoder):
         return self.network.text_model(embeddings, mask, pooled)
 
 
-def convert_state_dict(state_dict: Mapping[str, Tensor], *, expected: Collection[str]) -> dict[str, Tensor]:
+def convert_state_dict(
+    state_dict: Mapping[str, Tensor], *, expected: Collection[str], renames: Renames = _FORK_RENAMES
+) -> dict[str, Tensor]:
     """Checkpoint tensors under the names of the installed libraries.
 
     Derived index tables are left out, the parts of the Swin blocks renamed where transformers did so, and the towers of
-    UniMed-CLIP and of RobustMedCLIP's ``model.pth`` as upstream's open_clip calls them; a key among the `expected`
-    ones, those of the network, keeps its name.
+    UniMed-CLIP and of RobustMedCLIP's ``model.pth`` by the `renames`, as a rule into the names of upstream's open_clip;
+    a key among the `expected` ones, those of the network, keeps its name.
     """
     converted = {}
     for key, tensor in state_dict.items():
-        if key.endswith(_DERIVED_KEYS):
+        if _DERIVED.fullmatch(key):
             continue
         if key not in expected:
-            renames = _SWIN_RENAMES if key.startswith("vision_model.model.encoder.") else _FORK_RENAMES
-            for pattern, replacement in renames:
+            of_swin = key.startswith("vision_model.model.encoder.")
+            for pattern, replacement in _SWIN_RENAMES if of_swin else renames:
                 key = re.sub(pattern, replacement, key)
         converted[key] = tensor
     return converted
@@ -243,6 +255,9 @@ def _fill(network: nn.Module, checkpoint: Path) -> None:
         network.load_state_dict(state_dict)
 
 
+_MEDCLIP_FILES = ("pytorch_model.bin", "model.safetensors")
+
+
 def load_medclip(entry: ModelEntry, *, weights_dir: Path, offline: bool) -> MedCLIPEncoder:
     """MedCLIP from ``weights_dir/<id>/pytorch_model.bin`` (or ``model.safetensors`` with the same keys).
 
@@ -267,7 +282,7 @@ def load_medclip(entry: ModelEntry, *, weights_dir: Path, offline: bool) -> MedC
     ValueError
         If keys or shapes do not fit (the first ten are listed), or the vocabulary has the wrong size.
     """
-    checkpoint = weights.find_weights(entry, ("pytorch_model.bin", "model.safetensors"), weights_dir=weights_dir)
+    checkpoint = weights.find_weights(entry, _MEDCLIP_FILES, weights_dir=weights_dir)
     vocabulary = _find_vocabulary(entry, "emilyalsentzer/Bio_ClinicalBERT", weights_dir=weights_dir, offline=offline)
     network = published_network(entry.id)
     tokenizer = read_tokenizer(vocabulary, vocab_size=network.text_model.model.config.vocab_size)
@@ -299,27 +314,29 @@ def load_unimedclip(entry: ModelEntry, *, weights_dir: Path, offline: bool) -> O
     return OpenClipEncoder(network, tokenizer, id=entry.id, provenance=provenance).eval().requires_grad_(False)
 
 
-# A [r, d] and B [d, r] by block and part (q, k or v) of its layer, whose weight gains B @ A in that third.
-Adapters = dict[tuple[int, str], tuple[Tensor, Tensor]]
+# Where RobustMedCLIP adapts: a layer, and q, k or v of a fused one, else "". A [r, in] and B [out, r] of each place.
+Place = tuple[str, str]
+Adapters = dict[Place, tuple[Tensor, Tensor]]
+# What a file may hold, in the order of the network: the places that must be adapted, and all that can be.
+Layouts = tuple[Sequence[Place], Sequence[Place]]
 
-_ADAPTER_KEY = "visual.trunk.blocks.{}.attn.qkv.linear_{}_{}.weight"  # of a block, of A or B, of q, k or v
-_ADAPTER = re.compile(
-    r"visual\.trunk\.blocks\.(?P<block>\d+)\.attn\.qkv\.linear_(?P<side>[ab])_(?P<part>[qkv])\.weight"
-)
+_ADAPTER = re.compile(r"(?P<layer>.+)\.linear_(?P<side>[ab])_?(?P<part>[qkv]?)\.weight")
 _SHORT_KEY = re.compile(r"w_(?P<side>[ab])_(?P<number>\d+)")
 _HEAD_KEY = re.compile(r"fc_\d+in_\d+out")
 
 
-def short_file_keys(tensors: Mapping[str, Tensor], *, blocks: int, source: str | Path) -> dict[str, Tensor]:
-    """Tensors of the authors' ``lora_weights.safetensors`` under open_clip's names, for a tower of so many blocks.
+def short_file_keys(
+    tensors: Mapping[str, Tensor], *, layouts: Layouts, head: str, source: str | Path
+) -> dict[str, Tensor]:
+    """Tensors of the authors' ``lora_weights.safetensors`` under the network's names, the projection's being `head`.
 
-    The file numbers its pairs ``w_a_000``, ``w_b_000``, ... block by block. The authors' code collects q and v
-    only, so that k, although trained, is not in the file; a file with three pairs a block holds q, k, v.
+    The file numbers its pairs ``w_a_000``, ``w_b_000``, ... in the order of the network. Of a vision transformer the
+    authors' code collects q and v only, so that k, although trained, is not in the file.
 
     Raises
     ------
     ValueError
-        If the pairs are incomplete, or are neither two nor three a block; names the `source`.
+        If the pairs are incomplete, or as many as in neither layout; names the `source`.
     """
     sides: dict[str, dict[int, Tensor]] = {"a": {}, "b": {}}
     renamed = {}
@@ -328,75 +345,97 @@ def short_file_keys(tensors: Mapping[str, Tensor], *, blocks: int, source: str |
         if match:
             sides[match["side"]][int(match["number"])] = tensor
         else:
-            renamed["visual.head.proj.weight" if _HEAD_KEY.fullmatch(key) else key] = tensor
+            renamed[head if _HEAD_KEY.fullmatch(key) else key] = tensor
     numbers = sorted(sides["a"])
     if numbers != sorted(sides["b"]) or numbers != list(range(len(numbers))):
         raise ValueError(
             f"{source}: the adapters must come in pairs numbered from 0; found w_a {numbers}, w_b {sorted(sides['b'])}"
         )
-    parts = {2 * blocks: "qv", 3 * blocks: "qkv"}.get(len(numbers))
-    if parts is None:
-        raise ValueError(
-            f"{source} holds {len(numbers)} adapter pairs; a vision tower of {blocks} blocks needs "
-            f"{2 * blocks} (q, v) or {3 * blocks} (q, k, v)"
-        )
-    for number, (block, part) in enumerate(itertools.product(range(blocks), parts)):
+    places = {len(layout): layout for layout in layouts}.get(len(numbers))
+    if places is None:
+        sizes = " or ".join(str(len(layout)) for layout in layouts)
+        raise ValueError(f"{source} holds {len(numbers)} adapter pairs; this image tower needs {sizes}")
+    for number, (layer, part) in enumerate(places):
         for side in "ab":
-            renamed[_ADAPTER_KEY.format(block, side, part)] = sides[side][number]
+            renamed[f"{layer}.linear_{side}{part and '_' + part}.weight"] = sides[side][number]
     return renamed
 
 
 def take_adapters(
-    state_dict: Mapping[str, Tensor], *, blocks: int, source: str | Path
+    state_dict: Mapping[str, Tensor], *, layouts: Layouts, source: str | Path
 ) -> tuple[Adapters, dict[str, Tensor]]:
-    """Adapters, and the other tensors, of those under open_clip's names; for a vision tower of so many blocks.
-
-    The k adapters may lack.
+    """Adapters, and the other tensors, of those under the network's names.
 
     Raises
     ------
     ValueError
-        If a block has no q or v adapter, a factor lacks its partner, or the tower has no such block; names the
+        If a place that must be adapted is not, a factor lacks its partner, or the network has no such place; names the
         `source` and the first ten places.
     """
-    found: dict[tuple[int, str], dict[str, Tensor]] = {}
+    found: dict[Place, dict[str, Tensor]] = {}
     others = {}
     for key, tensor in state_dict.items():
         match = _ADAPTER.fullmatch(key)
         if match:
-            found.setdefault((int(match["block"]), match["part"]), {})[match["side"]] = tensor
+            found.setdefault((match["layer"], match["part"]), {})[match["side"]] = tensor
         else:
             others[key] = tensor
-    needed = set(itertools.product(range(blocks), "qv"))
-    incomplete = {place for place in needed | set(found) if set(found.get(place, ())) != {"a", "b"}}
-    outside = {place for place in found if place[0] >= blocks}
-    if incomplete or outside:
-        named = ", ".join(f"block {block} {part}" for block, part in sorted(incomplete | outside)[:10])
-        raise ValueError(f"{source}: adapters missing, incomplete or beyond the {blocks} blocks: {named}")
+    needed, known = map(set, layouts)
+    incomplete = {place for place in needed | found.keys() if set(found.get(place, ())) != {"a", "b"}}
+    wrong = sorted(incomplete | found.keys() - known)
+    if wrong:
+        named = ", ".join(" ".join(place).strip() for place in wrong[:10])
+        raise ValueError(f"{source}: adapters missing, incomplete or of no layer of the network: {named}")
     return {place: (pair["a"], pair["b"]) for place, pair in found.items()}, others
 
 
-def add_products(visual: nn.Module, adapters: Adapters, *, source: str | Path) -> None:
-    """Add the products to the weights of open_clip's timm tower, with ``trunk.blocks[i].attn.qkv``, in place.
+def add_products(network: nn.Module, adapters: Adapters, *, source: str | Path) -> None:
+    """Add the products to the weights in place: to a third of a fused layer, or to the middle of a kernel.
 
     Raises
     ------
     ValueError
         If a pair does not fit its layer, or would make its weight NaN or infinite.
     """
-    for (block, part), (a, b) in adapters.items():
-        layer = visual.trunk.blocks[block].attn.qkv
-        width = layer.in_features
-        if a.ndim != 2 or a.shape[1] != width or b.shape != a.shape[::-1]:
-            raise ValueError(
-                f"{source}, block {block}: the {part} adapter has A {tuple(a.shape)} and B {tuple(b.shape)}, not "
-                f"A (r, {width}) and B ({width}, r)"
-            )
-        product = b.to(layer.weight) @ a.to(layer.weight)
+    for (layer, part), (a, b) in adapters.items():
+        whole = network.get_submodule(layer).weight.detach()
+        middle = (size // 2 for size in whole.shape[2:])
+        weight = whole.chunk(3)["qkv".index(part)] if part else whole[:, :, *middle]
+        rows, columns = weight.shape
+        adapter = f"{source}: the adapter of {layer} {part}".rstrip()
+        if a.ndim != 2 or a.shape[1] != columns or b.shape != (rows, len(a)):
+            shapes = f"A {tuple(a.shape)} and B {tuple(b.shape)}"
+            raise ValueError(f"{adapter} has {shapes}, not A (r, {columns}) and B ({rows}, r)")
+        product = b.to(weight) @ a.to(weight)
         if not product.isfinite().all():
-            raise ValueError(f"{source}, block {block}: the {part} adapter holds NaN or infinite values")
-        with torch.no_grad():
-            layer.weight[width * "qkv".index(part) :][:width] += product
+            raise ValueError(f"{adapter} holds NaN or infinite values")
+        weight += product
+
+
+def _find_adapted(entry: ModelEntry, base_id: str, own: Sequence[str], weights_dir: Path) -> tuple[Path, ModelEntry]:
+    """The authors' file, and the row of the model that it adapts, of which a file of its `own` may lie beside."""
+    checkpoint = weights.find_weights(entry, ("model.pth", "lora_weights.safetensors"), weights_dir=weights_dir)
+    beside = any((checkpoint.parent / name).is_file() for name in own)
+    return checkpoint, replace(find_model(base_id), id=entry.id if beside else base_id)
+
+
+def _fill_adapted(network: nn.Module, checkpoint: Path, layouts: Layouts, head: str, renames: Renames) -> Adapters:
+    tensors, own = weights.read_state_dict(checkpoint), network.state_dict()
+    if any(_SHORT_KEY.fullmatch(key) for key in tensors):
+        state_dict = own | short_file_keys(tensors, layouts=layouts, head=head, source=checkpoint)
+    else:  # the logit scale is not in the file: the authors trained without a temperature
+        converted = convert_state_dict(tensors, expected=own, renames=renames)
+        state_dict = {"logit_scale": own["logit_scale"]} | converted
+    adapters, backbone = take_adapters(state_dict, layouts=layouts, source=checkpoint)
+    with weights.explained_errors(str(checkpoint)):
+        network.load_state_dict(backbone)
+    add_products(network, adapters, source=checkpoint)
+    return adapters
+
+
+def _warn_incomplete(checkpoint: Path, lacking: str, instead: str) -> None:
+    consequence = f"{instead}, so the features differ from the published model's; use the full model.pth where you can"
+    warnings.warn(f"{checkpoint} holds no {lacking}; {consequence}", UserWarning, stacklevel=3)
 
 
 def load_robustmedclip(entry: ModelEntry, *, weights_dir: Path, offline: bool) -> OpenClipEncoder:
@@ -412,30 +451,49 @@ def load_robustmedclip(entry: ModelEntry, *, weights_dir: Path, offline: bool) -
     UserWarning
         If the file lacks the k adapters: they are then zero, and the model is not the one that was published.
     """
-    checkpoint = weights.find_weights(entry, ("model.pth", "lora_weights.safetensors"), weights_dir=weights_dir)
-    base_entry = find_model("biomedclip")
-    if (checkpoint.parent / OPEN_CLIP_CONFIG_NAME).is_file():
-        base_entry = replace(base_entry, id=entry.id)
+    checkpoint, base_entry = _find_adapted(entry, "biomedclip", [OPEN_CLIP_CONFIG_NAME], weights_dir)
     encoder = load_open_clip(base_entry, weights_dir=weights_dir, offline=offline)
-    tensors, own = weights.read_state_dict(checkpoint), encoder.model.state_dict()
-    blocks = len(encoder.model.visual.trunk.blocks)
-    if any(_SHORT_KEY.fullmatch(key) for key in tensors):
-        state_dict = own | short_file_keys(tensors, blocks=blocks, source=checkpoint)
-    else:  # the logit scale is not in the file: the authors trained without a temperature
-        state_dict = {"logit_scale": own["logit_scale"]} | convert_state_dict(tensors, expected=own)
-    adapters, backbone = take_adapters(state_dict, blocks=blocks, source=checkpoint)
-    with weights.explained_errors(str(checkpoint)):
-        encoder.model.load_state_dict(backbone)
-    without_keys = blocks - sum(part == "k" for _, part in adapters)
+    layers = [f"visual.trunk.blocks.{block}.attn.qkv" for block in range(len(encoder.model.visual.trunk.blocks))]
+    layouts = tuple(list(itertools.product(layers, parts)) for parts in ("qv", "qkv"))
+    adapters = _fill_adapted(encoder.model, checkpoint, layouts, "visual.head.proj.weight", _FORK_RENAMES)
+    without_keys = len(layers) - sum(part == "k" for _, part in adapters)
     if without_keys:
-        warnings.warn(
-            f"{checkpoint} holds no k adapters for {without_keys} of {blocks} blocks (the authors' code trains "
-            "them but does not save them in lora_weights.safetensors); they are set to zero, so the features "
-            "differ from the published model's; use the full model.pth where you can",
-            UserWarning,
-            stacklevel=2,
+        _warn_incomplete(
+            checkpoint,
+            f"k adapters for {without_keys} of {len(layers)} blocks (the authors' code trains them but does not save "
+            "them in lora_weights.safetensors)",
+            "they are set to zero",
         )
-    add_products(encoder.model.visual, adapters, source=checkpoint)
     base = {"id": "biomedclip", **encoder.provenance}
+    encoder.id, encoder.provenance = entry.id, {**weights.describe_files(entry, checkpoint), "base": base}
+    return encoder.eval().requires_grad_(False)
+
+
+def load_robustmedclip_resnet(entry: ModelEntry, *, weights_dir: Path, offline: bool) -> MedCLIPEncoder:
+    """RobustMedCLIP's ResNet: MedCLIP with the adapters in ``weights_dir/<id>/`` merged into its convolutions.
+
+    The authors add B A x, a 1 x 1 convolution, to what a convolution gives, by nearest neighbour at a stride of 2. For
+    an even number of rows, which every layer has at 224 px, that pixel is the one under the middle of the kernel: B A
+    is added there, and the features are theirs. Images are prepared as in their training: for CLIP, not for MedCLIP.
+    Batch normalisation takes the stored statistics; when the authors tested, it took those of the batch.
+    MedCLIP is taken from ``weights_dir/<id>/`` if it lies there, else loaded as the model ``medclip-rn50``; the logit
+    scale is its own. Parameters and errors are those of `load_medclip`.
+
+    Warns
+    -----
+    UserWarning
+        For ``lora_weights.safetensors``, which lacks the statistics of batch normalisation that training changes.
+    """
+    checkpoint, base_entry = _find_adapted(entry, "medclip-rn50", _MEDCLIP_FILES, weights_dir)
+    encoder = load_medclip(base_entry, weights_dir=weights_dir, offline=offline)
+    layers = [name for name, layer in encoder.network.named_modules() if isinstance(layer, nn.Conv2d)]
+    every = [(name, "") for name in layers if "downsample" not in name]
+    layouts = [place for place in every if place[0].endswith("conv2")], every  # another version of the code: 3 x 3 only
+    _fill_adapted(encoder.network, checkpoint, layouts, "vision_model.model.fc.weight", _RESNET_RENAMES)
+    if checkpoint.suffix == ".safetensors":
+        _warn_incomplete(checkpoint, "statistics of batch normalisation", "MedCLIP's are used")
+    for_clip = {"geometry": "shortest-edge-crop", "mean": OPENAI_DATASET_MEAN, "std": OPENAI_DATASET_STD}
+    encoder.preprocessing = replace(encoder.preprocessing, grayscale=False, **for_clip)
+    base = {"id": "medclip-rn50", **encoder.provenance}
     encoder.id, encoder.provenance = entry.id, {**weights.describe_files(entry, checkpoint), "base": base}
     return encoder.eval().requires_grad_(False)

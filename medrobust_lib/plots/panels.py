@@ -381,7 +381,8 @@ def plot_feature_map(table: pd.DataFrame, ax: Axes) -> None:
         ax.scatter(images.x, images.y, s=14, color=colour, marker=marker, alpha=0.7, label=shorten(str(name)), lw=0)
         ax.scatter(texts.x, texts.y, s=170, color=colour, marker=marker, edgecolor="black", linewidth=1.2, zorder=3)
     ax.set(xlabel="first principal direction", ylabel="second principal direction")
-    figures.legend_beside(ax, markerscale=1.7, title="small: image, large: text", title_fontsize=8)
+    title = "small: image, large: text" if (table.kind == "text").any() else None
+    figures.legend_beside(ax, markerscale=1.7, title=title, title_fontsize=8)
 
 
 def plot_accuracy_against_sigma(table: pd.DataFrame, ax: Axes, *, chance: float) -> None:

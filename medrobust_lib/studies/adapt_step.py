@@ -35,6 +35,7 @@ from medrobust_lib.studies.steps import (
     StudyError,
     Workers,
     described,
+    seconds_for,
 )
 
 _PASSES = 3  # a step of training costs about as much as so many encodings
@@ -131,14 +132,17 @@ class AdaptCell(Cell):
 
     def estimate(self, prices: Prices) -> Estimate:
         """Price of all epochs, validation included."""
-        splits = [open_split(id, split=self.step.learn_from) for id in self.parameters["learned"]]
-        images = sum(max(len(split.classes), round(self.step.fraction * len(split.labels))) for split in splits)
-        epochs = self.step.epochs if self.step.jointly else 1
-        draws = epochs * (_PASSES * images + self.step.n_val * len(splits) * self.step.jointly)
+        learned, step = self.parameters["learned"], self.step
+        sizes = [prices.size(id, step.learn_from) for id in learned]
+        images = draws = None
+        if None not in sizes:
+            counts = zip(map(prices.classes, learned), sizes, strict=True)
+            images = sum(max(n_classes, round(step.fraction * size)) for n_classes, size in counts)
+            epochs = step.epochs if step.jointly else 1
+            draws = epochs * (_PASSES * images + step.n_val * len(sizes) * step.jointly)
         parameters = find_model(self.model).parameters or 0
-        size = {"full fine-tuning": 4 * parameters, "LoRA": parameters // 10}.get(self.step.method, 0)
-        rate = prices.rate(self.model)
-        return Estimate(images, draws, draws / rate, CELL_BYTES + size)
+        size = {"full fine-tuning": 4 * parameters, "LoRA": parameters // 10}.get(step.method, 0)
+        return Estimate(images, draws, seconds_for(draws, prices.rate(self.model)), CELL_BYTES + size)
 
     def run(self, study: Path, *, notebooks: Path | None = None, workers: Workers = ALONE) -> None:
         """Adapt, and keep what was learned in the folder."""
@@ -178,7 +182,8 @@ class AdaptCell(Cell):
             adapted = adapt_lora(model, train, validation=val, out=out, rank=self.step.rank, **recipe)
         else:
             adapted = fine_tune(model, train, validation=val, out=out, **recipe)
-        history = adapted.history.drop(columns="seconds")  # a table must not depend on the clock
+        self.keep_times(out.parents[2], training=adapted.seconds)
+        history = adapted.history.drop(columns="seconds")
         best = history[history["epoch"] == adapted.best_epoch]
         numbers = [
             Metric("val_balanced_accuracy", r.val_balanced_accuracy, int(r.n), of=f"{r.dataset}, epoch {r.epoch}")

@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
+import numpy as np
 import pandas as pd
 
 from medrobust_lib.corruptions.stored import read_corrupted
@@ -26,6 +27,7 @@ from medrobust_lib.studies.steps import (
     Workers,
     described,
     places,
+    seconds_for,
 )
 
 ANSWERS = "answers"  # end of the name of the table with one row an image
@@ -83,10 +85,12 @@ class BenchmarkCell(Cell):
     def estimate(self, prices: Prices) -> Estimate:
         """Price of corrupting and encoding."""
         images, suite = prices.images(self.dataset), find_suite(self.step.suite)
+        if images is None:
+            return Estimate(None, None, None, None)
         draws = images * (1 + len(suite.names(self.dataset)) * len(self.step.severities))
-        rate = prices.rate(self.base)
-        making = 0.0 if self.step.folder else (draws - images) * prices.corrupting(self.dataset, suite.id)
-        seconds = draws / rate + making
+        seconds = seconds_for(draws, prices.rate(self.base))
+        if seconds is not None and not self.step.folder:
+            seconds += (draws - images) * prices.corrupting(self.dataset, suite.id)
         return Estimate(images, draws, seconds, CELL_BYTES + draws * _ANSWER_BYTES)
 
     def run(self, study: Path, *, notebooks: Path | None = None, workers: Workers = ALONE) -> None:
@@ -164,3 +168,12 @@ def correct_shares(rows: pd.DataFrame) -> pd.DataFrame:
     correct = rows.assign(correct=(rows["predicted"] == rows["label"]).astype(float))
     shares = correct.pivot_table(index="image", columns="corruption", values="correct", aggfunc="mean", sort=False)
     return shares[list(dict.fromkeys(rows["corruption"]))].sort_index()
+
+
+def right_answers(rows: pd.DataFrame) -> np.ndarray:
+    """Whether answers to corrupted images are right: bool [C, S, n], images in order."""
+    rows = rows[rows["corruption"] != CLEAN]
+    order = pd.MultiIndex.from_product([rows["corruption"].unique(), sorted(rows["severity"].unique())])
+    right = rows.assign(right=rows["predicted"] == rows["label"])
+    right = right.pivot(index=["corruption", "severity"], columns="image", values="right").loc[order]
+    return right.to_numpy().reshape(*order.levshape, -1)

@@ -13,8 +13,9 @@ from typing import Any
 
 from medrobust_lib.corruptions.suites import corrupted, find_suite
 from medrobust_lib.data.dataset import ImageDataset
-from medrobust_lib.data.questions import load_questions
-from medrobust_lib.data.registry import load_dataset, open_split
+from medrobust_lib.data.questions import SCENARIOS, load_questions, parse_scenario
+from medrobust_lib.data.registry import DATASETS, load_dataset, open_split
+from medrobust_lib.data.wording import class_wording
 from medrobust_lib.experiments import read_cards
 from medrobust_lib.generative.answers import AnswerBank, Drawing
 from medrobust_lib.models.loading import load_model
@@ -30,6 +31,7 @@ from medrobust_lib.studies.study_file import Study, split_size
 
 _PROBE_DRAWS = minimum_draws(ALPHA)  # the fewest that certify anything
 _PROBE_ANSWERS = 4
+_ANY = "phantom/blood"  # what is measured with where no data set is here
 
 
 def study_cells(study: Study, *, notebooks: Path | None = None) -> list[Cell]:
@@ -68,7 +70,9 @@ def _source(cell: Cell, made: dict[str, list[AdaptCell]]) -> AdaptCell:
     return fits[0]
 
 
-def estimate_cells(study: Study, cells: Sequence[Cell], *, earlier: Path | None = None) -> list[Estimate]:
+def estimate_cells(
+    study: Study, cells: Sequence[Cell], *, earlier: Path | None = None, measured: bool = True
+) -> list[Estimate]:
     """Price the cells by a short probe of each model on this machine; nothing is written.
 
     Parameters
@@ -78,28 +82,64 @@ def estimate_cells(study: Study, cells: Sequence[Cell], *, earlier: Path | None 
         From `study_cells`.
     earlier : Path, optional
         Folder of earlier runs, whose cards tell what notebooks took; default: none.
+    measured : bool
+        False leaves the probe out, and with it the seconds.
 
     Returns
     -------
     list of Estimate
         The seconds of certify cells are those of all draws; sequential sampling stops earlier.
     """
-    shown = next((dataset for dataset in study.datasets if not asks_questions(dataset)), "")
-    rates: dict[str, float] = {}
+    rates: dict[str, float | None] = {}
 
-    def answering(cell: Cell) -> float:
-        if cell.model not in rates:
-            rates[cell.model] = answers_per_second(cell)
-        return rates[cell.model]
+    def answering(cell: Cell) -> float | None:
+        if measured and cell.model not in rates:
+            rates[cell.model] = _where_here(answers_per_second, cell)
+        return rates.get(cell.model)
+
+    def rate(model: str) -> float | None:
+        return _where_here(encodings_per_second, model, _shown(study), dtype=study.dtype) if measured else None
 
     prices = Prices(
-        images=cache(lambda dataset: study.n_images or split_size(dataset)),
-        rate=cache(lambda model: encodings_per_second(model, shown, dtype=study.dtype)),
+        images=cache(lambda dataset: study.n_images or _size(dataset, "test")),
+        size=cache(_size),
+        classes=cache(_classes),
+        rate=cache(rate),
         answering=answering,
         corrupting=cache(_seconds_to_corrupt),
         notebooks=_seconds_of_notebooks(earlier),
     )
     return [cell.estimate(prices) for cell in cells]
+
+
+def _where_here(measure: Callable[..., float], *words: Any, **more: Any) -> float | None:
+    """What was measured; None where weights or data are not on this computer."""
+    with contextlib.suppress(FileNotFoundError):
+        return measure(*words, **more)
+    return None
+
+
+def _shown(study: Study) -> str:
+    """A data set to measure a model's rate with; phantoms where none is here, for the rate hangs on the model alone."""
+    return next((id for id in study.datasets if not asks_questions(id) and _where_here(_found, id)), _ANY)
+
+
+def _found(dataset: str) -> int:
+    return len(open_split(dataset).labels)
+
+
+def _size(dataset: str, split: str) -> int | None:
+    """Images of a split, as published where the set is not on this computer."""
+    try:
+        return split_size(dataset) if split == "test" else len(open_split(dataset, split=split).labels)
+    except FileNotFoundError:
+        if asks_questions(dataset):
+            return SCENARIOS[parse_scenario(dataset)[0]]
+        return DATASETS[dataset].sizes.get(split) if dataset in DATASETS else None
+
+
+def _classes(dataset: str) -> int:
+    return len(class_wording(dataset).names if dataset in DATASETS else open_split(dataset).classes)
 
 
 def answers_per_second(cell: Cell) -> float:
@@ -163,8 +203,8 @@ def _probed(dataset: str) -> ImageDataset:
 
 def _seconds_to_corrupt(dataset: str, suite: str) -> float:
     """Seconds a corrupted image takes, the mean over the corruptions of a suite at their middle severity."""
-    data = _probed(dataset).subset([0])
-    names = find_suite(suite).names(dataset)
+    data = _probed(dataset if _where_here(_found, dataset) else _ANY).subset([0])
+    names = find_suite(suite).names(data.id)
     started = time.perf_counter()
     for name in names:
         corrupted(data, name, severity=3, suite=suite)

@@ -1,5 +1,6 @@
 """The step ``certify``: certificates of the papers' methods, from one bank of noise for each model and noise level."""
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +21,7 @@ from medrobust_lib.models.dual_encoder import DualEncoder
 from medrobust_lib.models.weights import explained_errors
 from medrobust_lib.smoothing.bounds import ALPHA, N0, N, check_alpha, check_draws, check_sigma
 from medrobust_lib.smoothing.certificate import GUARANTEES, Mode, Sampling
+from medrobust_lib.smoothing.denoisers import find_denoiser, load_denoiser
 from medrobust_lib.smoothing.methods import AdaptedPrompts, FixedPrompts, zero_shot_methods
 from medrobust_lib.smoothing.paper_methods import (
     ADAPTED_METHODS,
@@ -43,6 +45,7 @@ from medrobust_lib.studies.steps import (
     Workers,
     described,
     places,
+    seconds_for,
     short_id,
 )
 
@@ -102,6 +105,9 @@ class CertifyStep(Step):
             checks.check_whole("n0", self.n0, hint=": at least one draw chooses the class")
         if min(self.radii) < 0:
             raise StudyError(f"radii={list(self.radii)}: radii are 0 or more")
+        for method in self.methods:
+            for dataset in grid.datasets if "denoiser" in READS[method.method] else ():
+                load_denoiser(method.denoiser or find_denoiser(method.method, dataset))
         names = [method.name for method in self.methods]
         if repeated := [name for name in names if names.count(name) > 1]:
             raise StudyError(f"two methods are called {repeated[0]!r}; give each a name of its own, name: ...")
@@ -143,12 +149,15 @@ class CertifyCell(Cell):
     def estimate(self, prices: Prices) -> Estimate:
         """Price of all draws, and of learning."""
         images, methods = prices.images(self.dataset), self.step.methods
-        towers = 1 + len({one.denoiser or one.method for one in methods if "denoiser" in READS[one.method]})
-        towers += sum(one.method == RETRAINED for one in methods)
+        if images is None:
+            return Estimate(None, None, None, None)
+        kinds = [one.denoiser or one.method if "denoiser" in READS[one.method] else "" for one in methods]
+        kinds = {one.method if one.method == RETRAINED else kind for one, kind in zip(methods, kinds, strict=True)}
+        towers = max(1, len(kinds))  # what stands in front of a tower makes it another one
         adapting = AdaptedPrompts.n_adapt * any(one.method in ADAPTED_METHODS for one in methods)
         draws = images * (self.most_draws * towers + adapting)
         if learned := [one for one in methods if one.learns]:
-            n_classes, drawn = len(open_split(self.dataset).classes), {}
+            n_classes, drawn = prices.classes(self.dataset), {}
             for one in learned:
                 several = CANDIDATES if one.method == "candidate set" else 1
                 times = _PASSES * one.epochs if one.method == RETRAINED else one.draws_per_image
@@ -157,8 +166,7 @@ class CertifyCell(Cell):
                 drawn[what] = max(drawn.get(what, 0), several)
             draws += sum(n_classes * shots * times * several for (*_, shots, times), several in drawn.items())
         size = CELL_BYTES + 2 * images * _CERTIFICATE_BYTES * max(2, len(methods))
-        rate = prices.rate(self.base)
-        return Estimate(images, draws, draws / rate, size)
+        return Estimate(images, draws, seconds_for(draws, prices.rate(self.base)), size)
 
     def run(self, study: Path, *, notebooks: Path | None = None, workers: Workers = ALONE) -> None:
         """Certify every image."""
@@ -174,7 +182,9 @@ class CertifyCell(Cell):
         if step.methods:
             sets = {"train": learning.train, "pool": learning.pool} if learning else {}
             kept = study / "prompts" / f"{short_id(self.model)}_{short_id(self.dataset)}_seed{seed}"
+            started = time.monotonic()
             methods = prompt_methods(model, data, one_tower, sigma=sigma, seed=seed, kept=kept, **sets)
+            self.keep_times(study, training=time.monotonic() - started)
         store, tables = self.folder(study), []
         if methods:
             tables.append(certify_dataset(model, data, methods, store=store / "store", **rules))
@@ -183,7 +193,9 @@ class CertifyCell(Cell):
                 tower = _retrained(store / f"{short_id(one.name)}.safetensors", model, learning.train, one, sigma, seed)
                 texts = FixedPrompts(one.name, tower.class_features(data.classes, data.templates[:1]))
                 tables.append(certify_dataset(tower, data, [texts], store=store / short_id(one.name), **rules))
-        rows = pd.concat(tables).drop(columns="seconds")  # a table must not depend on the clock
+        rows = pd.concat(tables)
+        self.keep_times(study, an_image=float(rows.groupby("image")["seconds"].first().mean()))
+        rows = rows.drop(columns="seconds")
         rows = rows.sort_values(["image", "sigma"], kind="stable", ignore_index=True).assign(model=model.id)
         shares = metrics.certified_accuracy(rows, radii=step.radii)
         notes += [f"Guarantee {name}: {GUARANTEES[name]}" for name in rows["guarantee"].unique()]

@@ -16,7 +16,6 @@ import pandas as pd
 
 from medrobust_lib import experiments, metrics
 from medrobust_lib.checks import check_choice
-from medrobust_lib.evaluation import CLEAN
 from medrobust_lib.experiments import Metric, Run, read_cards
 from medrobust_lib.experiments.cards import lower_is_better
 from medrobust_lib.experiments.report import interval_text, write_page, write_report
@@ -24,7 +23,7 @@ from medrobust_lib.files import named_when_full, told
 from medrobust_lib.places import VERSION
 from medrobust_lib.runner import environment_variables
 from medrobust_lib.studies.adapt_step import AdaptCell
-from medrobust_lib.studies.benchmark_step import ANSWERS, BenchmarkCell, averaged_over
+from medrobust_lib.studies.benchmark_step import ANSWERS, BenchmarkCell, averaged_over, right_answers
 from medrobust_lib.studies.cells import study_cells
 from medrobust_lib.studies.steps import ALONE, Cell, Workers, short_id
 from medrobust_lib.studies.study_file import Study
@@ -138,7 +137,7 @@ def _write_corruption_errors(study: Study, out: Path, cells: list[Cell]) -> Path
     for model, cell in by_model.items():
         cards = cell.folder(out) / "cards"
         tables.append(pd.read_csv(cards / f"{cell.card_name}_accuracy.csv"))
-        right[model] = _right_answers(pd.read_csv(cards / f"{cell.card_name}_{ANSWERS}.csv"))
+        right[model] = right_answers(pd.read_csv(cards / f"{cell.card_name}_{ANSWERS}.csv"))
     errors = metrics.corruption_error_table(pd.concat(tables), reference=reference)
     averaged = averaged_over(first.step.suite, first.step.severities)
     numbers = []
@@ -168,15 +167,6 @@ def _write_corruption_errors(study: Study, out: Path, cells: list[Cell]) -> Path
     return folder
 
 
-def _right_answers(rows: pd.DataFrame) -> np.ndarray:
-    """Whether answers to corrupted images are right: bool [C, S, n], images in order."""
-    rows = rows[rows["corruption"] != CLEAN]
-    order = pd.MultiIndex.from_product([rows["corruption"].unique(), sorted(rows["severity"].unique())])
-    right = rows.assign(right=rows["predicted"] == rows["label"])
-    right = right.pivot(index=["corruption", "severity"], columns="image", values="right").loc[order]
-    return right.to_numpy().reshape(*order.levshape, -1)
-
-
 @dataclass(frozen=True)
 class Finished:
     """A study after a call of `run_study`.
@@ -187,7 +177,7 @@ class Finished:
     leaderboard : DataFrame
         Of all finished cells; empty if there is none.
     cells : int
-        Number of cells in the study.
+        Number of cells that were asked for.
     done : int
         Finished cells, those of earlier calls among them.
     failures : mapping of str to str
@@ -208,6 +198,7 @@ def run_study(
     jobs: int = 1,
     cluster: str | None = None,
     spread: Spread = "cells",
+    cells: Sequence[Cell] | None = None,
     notebooks: Path | None = None,
     announce: Callable[[str], None] = print,
 ) -> Finished:
@@ -227,6 +218,8 @@ def run_study(
     spread : {"cells", "images"}
         What the processes or the workers share: whole cells, or the images of one cell of certificates or questions
         after the other, which is for few and large cells.
+    cells : sequence of Cell, optional
+        Those to run, where it is a part of the study; a later call with others goes on in the same folder.
     notebooks : Path, optional
         Folder of the notebooks; default: the project's.
     announce : callable
@@ -247,7 +240,8 @@ def run_study(
     """
     check_choice("spread", spread, get_args(Spread))
     out = Path(out).expanduser().resolve()
-    cells = study_cells(study, notebooks=notebooks)
+    every = study_cells(study, notebooks=notebooks)
+    cells = every if cells is None else list(cells)
     place = out, None if notebooks is None else Path(notebooks).resolve()
     manifest = {"study": study.record(), "medrobust_lib": VERSION}
     failures: dict[str, str] = {}
@@ -287,10 +281,11 @@ def run_study(
         except RuntimeError as stopped:
             # Workers that are killed again and again: what was finished stays, the rest is told.
             failures["cells without a result"] = str(stopped)
-        finished = [cell for cell in cells if cell.name in store.done and _has_card(out, cell)]
+        finished = [cell for cell in every if cell.name in store.done and _has_card(out, cell)]
         store.finish([cell.name for cell in finished])
         leaderboard = write_results(study, out, finished, failures)
-    return Finished(out, leaderboard, len(cells), len(finished), failures)
+    done = sum(cell in finished for cell in cells)
+    return Finished(out, leaderboard, len(cells), done, failures)
 
 
 def _has_card(out: Path, cell: Cell) -> bool:

@@ -1,5 +1,6 @@
 """The step ``questions``: certified answers of generative models, several numbers of draws from one bank of answers."""
 
+import contextlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -7,13 +8,14 @@ from typing import ClassVar
 import pandas as pd
 
 from medrobust_lib import checks
-from medrobust_lib.data.questions import PHANTOM_TASKS, QuestionSet, load_questions
+from medrobust_lib.data.questions import PHANTOM_TASKS, QuestionSet, load_questions, safety_wordings
 from medrobust_lib.data.registry import QUESTIONS_PREFIX
 from medrobust_lib.experiments import Metric
 from medrobust_lib.generative.answers import Drawing, collect_answers
+from medrobust_lib.generative.calibration import calibrate_on_answers
 from medrobust_lib.generative.certify import certify_questions
-from medrobust_lib.generative.judges import JudgeOracle, chat_endpoint
-from medrobust_lib.generative.oracles import default_oracle
+from medrobust_lib.generative.judges import remembered_judge
+from medrobust_lib.generative.oracles import default_oracle, safety_oracle
 from medrobust_lib.metrics.classification import accuracy_interval
 from medrobust_lib.models.vision_language import load_vlm
 from medrobust_lib.smoothing.bounds import ALPHA, check_alpha, check_draws
@@ -29,6 +31,7 @@ from medrobust_lib.studies.steps import (
     StudyError,
     Workers,
     places,
+    seconds_for,
 )
 
 CERTIFIED_ANSWERS = "certified_answers"  # end of the name of the table with one row an image and n
@@ -49,8 +52,14 @@ class QuestionsStep(Step):
         As in `certify_questions` and `Drawing`.
     task : {"safety", "finding", "action"}
         As in `load_questions`; MM-SafetyBench has its own.
-    judge, judge_model : str
-        Address of a chat server whose model is the oracle, as in `chat_endpoint`; default: `default_oracle`.
+    judge : str
+        ``URL#MODEL`` of a chat server whose model is the oracle, as in `remembered_judge`; default: `default_oracle`.
+    calibrate : int
+        Images of the val split on whose answers the oracle's errors are counted, for a second certificate of what an
+        ideal reader would call the answer, as in `calibrate_on_answers`; 0: none.
+    reference : str
+        CSV file with the columns text and label: what a person calls such answers. Default: the known wordings, which
+        only phantoms' safety questions have.
     """
 
     kind: ClassVar[str] = "questions"
@@ -64,7 +73,12 @@ class QuestionsStep(Step):
     max_new_tokens: int = 64
     task: str = "safety"
     judge: str = ""
-    judge_model: str = ""
+    calibrate: int = 0
+    reference: str = ""
+
+    def __post_init__(self) -> None:
+        if self.reference:  # workers have other working folders
+            object.__setattr__(self, "reference", str(Path(self.reference).expanduser().absolute()))
 
     def check(self, grid: Grid, notebooks: Path | None) -> None:
         """Raise a ValueError for numbers that `certify_questions` would refuse."""
@@ -76,13 +90,32 @@ class QuestionsStep(Step):
             raise StudyError("n: give at least one number of draws")
         for n in self.n:
             check_draws(n, self.alpha)
-        if bool(self.judge) != bool(self.judge_model):
-            raise StudyError("judge is an address and judge_model what the server calls its model: give both or none")
+        if self.judge and not self.judge.partition("#")[2]:
+            raise StudyError("judge names no model; write URL#MODEL")
+        checks.check_whole("calibrate", self.calibrate, least=0)
+        if self.calibrate:
+            self.known_labels()
+        elif self.reference:
+            raise StudyError("reference says what answers are, for calibrate: give a number of images, too")
+        for dataset in grid.datasets if self.calibrate else ():
+            if asks_questions(dataset):
+                raise StudyError(f"{dataset} has no other images to calibrate on; leave calibrate out")
 
     def cells(self, number: int, grid: Grid, notebooks: Path | None) -> list[Cell]:
         """One for each model, set of questions and seed."""
         shared = {"n_images": grid.n_images, "dtype": grid.dtype}
         return [QuestionsCell(number, self, *place, {**shared, **self.settings()}) for place in places(grid)]
+
+    def known_labels(self) -> dict[str, str]:
+        """What an ideal reader calls a text, for calibration."""
+        if self.reference:
+            table = pd.read_csv(self.reference, dtype=str, keep_default_na=False)
+            if not {"text", "label"} <= set(table):
+                raise StudyError(f"{self.reference} has the columns {', '.join(table)}; it needs text and label")
+            return dict(zip(table["text"], table["label"], strict=True))
+        if self.task != "safety":
+            raise StudyError(f"nobody knows how answers to {self.task!r} are to be read; give reference: FILE.csv")
+        return {text: label for label in safety_oracle().labels for text in safety_wordings(label)}
 
     def _drawing(self, seed: int) -> Drawing:
         return Drawing(self.sigma, seed, self.max_new_tokens, self.temperature)
@@ -94,8 +127,10 @@ class QuestionsCell(Cell):
     def estimate(self, prices: Prices) -> Estimate:
         """Price of all answers."""
         images = prices.images(self.dataset)
-        draws = images * (self.step.n0 + max(self.step.n))
-        seconds = draws / prices.answering(self)
+        if images is None:
+            return Estimate(None, None, None, None)
+        draws = images * (self.step.n0 + max(self.step.n)) + self.step.calibrate
+        seconds = seconds_for(draws, prices.answering(self))
         return Estimate(images, draws, seconds, CELL_BYTES + draws * _ANSWER_BYTES)
 
     def run(self, study: Path, *, notebooks: Path | None = None, workers: Workers = ALONE) -> None:
@@ -104,15 +139,27 @@ class QuestionsCell(Cell):
         run = self.begin(study, f"Certified answers of {self.model} on {self.dataset}")
         asked = load_questions(self.dataset, task=step.task, n=self.parameters["n_images"], seed=seed)
         oracle = default_oracle(asked)
-        if step.judge:
-            oracle = JudgeOracle(chat_endpoint(step.judge, model=step.judge_model), oracle.labels)
         vlm = load_vlm(self.model, dtype=self.parameters["dtype"])
         words = {"n0": step.n0, "n": max(step.n), "jobs": workers.jobs, "store": folder / "store"}
         banks = collect_answers(vlm, asked, step._drawing(seed), **words)
-        rows = pd.concat(
-            certify_questions(banks, asked, oracle, n0=step.n0, n=n, alpha=step.alpha) for n in sorted(step.n)
-        ).drop(columns="seconds")  # a table must not depend on the clock
-        notes = [f"Guarantee {name}: {GUARANTEES[name]}" for name in rows["guarantee"].unique()]
+        rules, notes = {"n0": step.n0, "alpha": step.alpha}, []
+        with contextlib.ExitStack() as stack:
+            if step.judge:
+                judge = remembered_judge(step.judge, oracle.labels, folder=folder / "judge")
+                oracle = stack.enter_context(judge)
+            if step.calibrate:
+                others = load_questions(self.dataset, task=step.task, split="val", n=step.calibrate, seed=seed)
+                drawing, known = step._drawing(seed), step.known_labels()
+                found = calibrate_on_answers(vlm, others, drawing, oracle, reference=known, certified=asked)
+                rules["error_model"] = found.one_sided()
+                notes.append(
+                    f"{found.n} texts of other images tell the oracle's errors. {rules['error_model'].assumption}"
+                )
+            tables = [certify_questions(banks, asked, oracle, n=n, **rules) for n in sorted(step.n)]
+        rows = pd.concat(tables).drop(columns="seconds")
+        if spent := [bank.seconds for bank in banks if bank.seconds]:  # the others were kept from before
+            self.keep_times(study, an_answer=sum(spent) / len(spent) / (step.n0 + max(step.n)))
+        notes += [f"Guarantee {name}: {GUARANTEES[name]}" for name in rows["guarantee"].unique()]
         notes.append(f"Oracle {oracle.name}, version {oracle.version}.")
         notes.append("Certificates of several n share the answers: each is valid on its own, they err together.")
         run.save_card(

@@ -1,6 +1,7 @@
 """What every step of a study is, and every cell that it makes: one interface to check, to price and to run."""
 
 import hashlib
+import json
 import re
 import time
 from abc import ABC, abstractmethod
@@ -14,11 +15,13 @@ from torch import Tensor
 
 from medrobust_lib.data.dataset import Draw, ImageDataset
 from medrobust_lib.data.registry import load_dataset
-from medrobust_lib.experiments import Run
+from medrobust_lib.experiments import Run, write_text_atomically
+from medrobust_lib.files import read_json_object
 from medrobust_lib.models.dual_encoder import DualEncoder
 from medrobust_lib.models.loading import load_model
 
 _LONGEST_PART = 32
+TIMES = "times.json"
 CELL_BYTES = 16_000  # of a cell's files that do not grow with its images, about
 
 Place = tuple[str, str, int | None]  # a model, a data set, a seed
@@ -66,12 +69,16 @@ class Estimate(NamedTuple):
 
 
 class Prices(NamedTuple):
-    """What this machine needs, measured when first asked for and then remembered.
+    """What this machine needs, measured when first asked for and then remembered; None where nobody knows.
 
     Attributes
     ----------
     images : callable
         Number of test images, from the id of a data set.
+    size : callable
+        Images of a split, from the id of a data set and the split.
+    classes : callable
+        Number of classes, from the id of a data set.
     rate : callable
         Draws in a second, from the id of a model.
     answering : callable
@@ -82,9 +89,11 @@ class Prices(NamedTuple):
         Seconds, by number and model, as far as earlier cards tell.
     """
 
-    images: Callable[[str], int]
-    rate: Callable[[str], float]
-    answering: Callable[["Cell"], float]
+    images: Callable[[str], int | None]
+    size: Callable[[str, str], int | None]
+    classes: Callable[[str], int]
+    rate: Callable[[str], float | None]
+    answering: Callable[["Cell"], float | None]
     corrupting: Callable[[str, str], float]
     notebooks: Mapping[tuple[str, str], float]
 
@@ -233,6 +242,12 @@ class Cell(ABC):
         where = {"step": self.step.kind, "model": self.model, "dataset": self.dataset, "seed": self.seed}
         return Run(self.card_name, title, self.folder(study), where | self.parameters, time.monotonic())
 
+    def keep_times(self, study: Path, **seconds: float) -> None:
+        """Keep what the clock said, apart from cards and tables, which must not depend on it; the first time counts."""
+        path = self.folder(study) / TIMES
+        kept = read_json_object(path, "times") if path.is_file() else {}
+        write_text_atomically(path, json.dumps(seconds | kept))
+
     def encoder(self, study: Path) -> DualEncoder:
         """Its model, with what an adapt step has learned of the image tower."""
         model = load_model(self.base, dtype=self.parameters["dtype"])
@@ -247,6 +262,11 @@ class Cell(ABC):
         """The test images that are measured."""
         n, draw = self.parameters["n_images"], self.parameters["draw"]
         return load_dataset(self.dataset, n=n, seed=self.seed or 0, draw=draw)
+
+
+def seconds_for(draws: float | None, rate: float | None) -> float | None:
+    """Time for so many draws; None where one of the two is not known."""
+    return None if draws is None or rate is None else draws / rate
 
 
 def short_id(id: str) -> str:

@@ -1,8 +1,8 @@
 """A study in a YAML file: what to run on which models and data sets, checked before anything runs."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -17,7 +17,7 @@ from medrobust_lib.studies.benchmark_step import BenchmarkStep
 from medrobust_lib.studies.certify_step import CertifyStep
 from medrobust_lib.studies.notebook_step import NotebookStep
 from medrobust_lib.studies.questions_step import QuestionsStep, asks_questions
-from medrobust_lib.studies.steps import Grid, Step, StudyError
+from medrobust_lib.studies.steps import Cell, Grid, Step, StudyError
 
 STEPS: dict[str, type[Step]] = {
     step.kind: step for step in (CertifyStep, BenchmarkStep, AdaptStep, QuestionsStep, NotebookStep)
@@ -107,21 +107,50 @@ def parse_study(given: Any, *, name: str, where: str, notebooks: Path | None = N
     return Study(**values, steps=tuple(steps))
 
 
-def check_study(study: Study, *, where: str, notebooks: Path | None = None) -> None:
-    """Check everything that can be known before anything runs; parameters and errors as in `read_study`."""
+def check_study(
+    study: Study, *, where: str, notebooks: Path | None = None, cells: Sequence[Cell] | None = None
+) -> None:
+    """Check everything that can be known before anything runs.
+
+    Parameters
+    ----------
+    study : Study
+    where : str
+        As in `parse_study`.
+    notebooks : Path, optional
+        As in `read_study`.
+    cells : sequence of Cell, optional
+        Those that will run, where not all of them do; what only the others need is not looked for.
+
+    Raises
+    ------
+    ValueError, FileNotFoundError
+        As in `read_study`.
+    """
+    steps = {number: (step, study.narrowed(step)) for number, step in enumerate(study.steps, start=1)}
+    if cells is not None:
+        steps = {number: (step, _of_cells(cells, number, grid)) for number, (step, grid) in steps.items()}
     with _located(where):
-        _check_study(study)
+        _check_study(study, dict.fromkeys(id for _, grid in steps.values() for id in grid.datasets))
     made: list[str] = []
-    for number, step in enumerate(study.steps, start=1):
+    for number, (step, grid) in steps.items():
         with _located(f"{where}, step {number}, {step.kind}"):
-            grid = study.narrowed(step)
             _check_names(step, grid, study, made)
-            if not isinstance(step, NotebookStep):  # which has checks of its own
-                loaded = {model for model in grid.models if model not in made}
-                notebook_parameters.check_models(loaded, generative=step.generative)
-            step.check(grid, notebooks)
+            if cells is None or grid.models:
+                if not isinstance(step, NotebookStep):  # which has checks of its own
+                    loaded = {model for model in grid.models if model not in made}
+                    notebook_parameters.check_models(loaded, generative=step.generative)
+                step.check(grid, notebooks)
         if isinstance(step, AdaptStep):
             made.append(step.name)
+
+
+def _of_cells(cells: Sequence[Cell], number: int, grid: Grid) -> Grid:
+    """The part of a step's grid that some cells cover."""
+    own = [cell for cell in cells if cell.number == number]
+    datasets = {id for cell in own for id in (cell.dataset, *cell.parameters.get("learned", ()))}
+    narrow = {"models": {cell.model for cell in own}, "datasets": datasets}
+    return replace(grid, **{name: tuple(id for id in getattr(grid, name) if id in ids) for name, ids in narrow.items()})
 
 
 def _check_names(step: Step, grid: Grid, study: Study, made: list[str]) -> None:
@@ -217,7 +246,7 @@ def _methods(given: Any, *, where: str) -> tuple[PaperMethod, ...]:
     return tuple(found)
 
 
-def _check_study(study: Study) -> None:
+def _check_study(study: Study, datasets: Iterable[str]) -> None:
     alone = all(isinstance(step, NotebookStep) for step in study.steps)
     for name in ("datasets", "seeds") if alone else ("models", "datasets", "seeds"):
         if not getattr(study, name):
@@ -229,7 +258,7 @@ def _check_study(study: Study) -> None:
     check_draw(study.draw, n=study.n_images, size="n_images")
     if study.n_images is not None:
         checks.check_whole("n_images", study.n_images, hint="; leave it out for all test images")
-    for dataset in () if alone else study.datasets:
+    for dataset in () if alone else datasets:
         size = split_size(dataset)
         if study.n_images is not None and study.n_images > size:
             raise StudyError(f"n_images: {study.n_images}; the test split of {dataset} has {size} images")

@@ -15,7 +15,7 @@ from medrobust_lib import metrics
 from medrobust_lib.adaptation.adapting import AS_PUBLISHED, adapt_lora, fine_tune
 from medrobust_lib.adaptation.training_images import Augmentation
 from medrobust_lib.corruptions.suites import corrupted
-from medrobust_lib.models.adapters import adapter_parameters
+from medrobust_lib.models.adapters import adapter_parameters, attached_adapters
 from medrobust_lib.models.dual_encoder import find_image_tower
 
 BEST = {"epochs": 2, "learning_rate": 1e-3, "batch_size": 8, "rank": 4}
@@ -187,6 +187,18 @@ def test_the_training_as_published_is_that_of_the_authors_code(model, data):
     assert adapted.best_epoch == 1 and not torch.equal(features(adapted.model, data), features(model, data))
 
 
+def test_adapters_of_the_middle_of_a_kernel_are_trained_and_kept(model, data, tmp_path):
+    options = {"validation": data[1], "rank": 2, "epochs": 1, "learning_rate": 1e-2, "out": tmp_path / "middle"}
+    adapted = adapt_lora(model, data[0], kernel="middle", **options)
+    assert adapted.model.provenance["kernel"] == attached_adapters(adapted.model).kernel == "middle"
+    assert adapted.trainable < adapt_lora(model, data[0], validation=data[1], rank=2, epochs=0).trainable
+    again = adapt_lora(model, data[0], kernel="middle", **options)
+    assert torch.equal(features(again.model, data), features(adapted.model, data))
+    assert not torch.equal(features(adapted.model, data), features(model, data))
+    with pytest.raises(ValueError, match="kernel"):
+        adapt_lora(model, data[0], **options)
+
+
 def test_the_fraction_of_the_training_split_is_kept(model, data):
     tenth = dataclasses.replace(data[0][0], provenance={**data[0][0].provenance, "fraction": 0.1})
     found = adapt_lora(model, [tenth], validation=data[1][:1], **BEST | {"epochs": 0})
@@ -325,6 +337,7 @@ def test_data_that_cannot_be_used_are_refused(model, data):
     [
         ({"rank": 0}, "rank=0"),
         ({"qkv": "both"}, "unknown qkv 'both'"),
+        ({"kernel": "rim"}, "unknown kernel 'rim'"),
         ({"epochs": -1}, "epochs=-1"),
         ({"softmax": "all"}, "unknown softmax 'all'"),
         ({"logits": "unit"}, "unknown logits 'unit'; choose one of cosine, raw"),

@@ -83,6 +83,12 @@ def test_the_papers_words_and_order():
     assert class_wording("pathology/sicapv2").templates[0] == "a histopathology slide showing {}"
     assert class_wording("medimeta/oct").prompt_nouns == ("CNV", "NORMAL", "DME", "DRUSEN")
     assert class_wording("medimeta/pbc").templates[0] == "a medical image of a {} belonging to pbc"
+    aml = class_wording("medimeta/aml")
+    assert (len(aml.names), aml.names[4], aml.templates[1]) == (
+        *(15, "LYA Lymphocyte (atypical)"),
+        "a medical image of {} belonging to aml",
+    )
+    assert class_wording("medimeta/mammo_mass").prompt_nouns == ("malignant", "benign")
     assert class_wording("medmnist/breast").prompt_nouns == ("malignant", "normal, benign")
     assert class_wording("medmnist/retina").prompt_nouns == ("0", "1", "2", "3", "4")
     assert len(class_wording("pathology/skincancer").names) == 16
@@ -114,6 +120,9 @@ def test_labels_are_found_in_any_accepted_spelling():
     assert class_wording("pathology/kather").label_of("tum") == 8
     assert class_wording("medmnist/retina").label_of("4") == 4
     assert pbc.label_of("macrophage") is None and pbc.label_of("8") is None
+    aml = class_wording("medimeta/aml")
+    assert aml.label_of("LYT") == aml.label_of("typical lymphocyte") == 5
+    assert aml.label_of("PMB Promyelocyte (bilobled)") == aml.label_of("bilobed promyelocyte") == 13
 
 
 def test_unknown_wording_and_set_name_the_choices():
@@ -281,18 +290,37 @@ def test_medmnist_prefers_the_largest_file_and_records_resizing(tmp_path):
     assert resized.provenance["resized"].startswith("64 × 64 px -> 96 px")
 
 
-def test_medimeta_is_found_under_its_own_folder_name(tmp_path):
-    folder = tmp_path / "medimeta" / "mammo_calc"
+def write_medimeta(folder, tasks, *, task, numbers):
+    """A MedIMeta set whose test images show these labels of one task."""
     for name in ("splits", "task_labels", "images"):
         (folder / name).mkdir(parents=True)
+    (folder / "info.yaml").write_text(yaml.safe_dump({"tasks": tasks}))
+    np.save(folder / "task_labels" / f"{task}.npy", np.array(numbers)[:, None])
+    paths = [f"images/{index:06d}.tiff" for index in range(len(numbers))]
+    (folder / "splits" / "test.txt").write_text("\n".join(paths))
+    for path in paths:
+        Image.fromarray(np.full((24, 24), 50, np.uint8)).save(folder / path)
+
+
+@pytest.mark.parametrize(("name", "folder"), [("mammo", "mammo_calc"), ("mammo_mass", "mammo_mass")])
+def test_medimeta_is_found_under_its_own_folder_name(tmp_path, name, folder):
+    shapes = {"task_name": "mass shape", "task_target": "MULTILABEL_CLASSIFICATION", "labels": {0: "OVAL", 1: "ROUND"}}
     task = {"task_name": "pathology", "task_target": "BINARY_CLASSIFICATION", "labels": {0: "benign", 1: "malignant"}}
-    (folder / "info.yaml").write_text(yaml.safe_dump({"tasks": [task]}))
-    np.save(folder / "task_labels" / "pathology.npy", np.array([[0], [1], [1]]))
-    (folder / "splits" / "test.txt").write_text("images/000000.tiff\nimages/000001.tiff\nimages/000002.tiff\n")
-    for index in range(3):
-        Image.fromarray(np.full((24, 24), 50 * index, np.uint8)).save(folder / "images" / f"{index:06d}.tiff")
-    dataset = load_dataset("medimeta/mammo", root=tmp_path)
+    write_medimeta(tmp_path / "medimeta" / folder, [task, shapes], task="pathology", numbers=[0, 1, 1])
+    dataset = load_dataset(f"medimeta/{name}", root=tmp_path)
     assert dataset.classes == ("malignant", "benign") and dataset.labels.tolist() == [1, 0, 0]
+
+
+def test_aml_has_the_names_of_its_own_description(tmp_path):
+    names = """BAS Basophil, EBO Erythroblast, EOS Eosinophil, KSC Smudge cell, LYA Lymphocyte (atypical),
+        LYT Lymphocyte (typical), MMZ Metamyelocyte, MOB Monoblast, MON Monocyte, MYB Myelocyte, MYO Myeloblast,
+        NGB Neutrophil (band), NGS Neutrophil (segmented), PMB Promyelocyte (bilobled), PMO Promyelocyte"""
+    labels = dict(enumerate(" ".join(names.split()).split(", ")))
+    task = {"task_name": "morphological class", "task_target": "MULTICLASS_CLASSIFICATION", "labels": labels}
+    write_medimeta(tmp_path / "medimeta" / "aml", [task], task="morphological class", numbers=[14, 5, 3])
+    dataset = load_dataset("medimeta/aml", root=tmp_path)
+    assert dataset.classes == tuple(labels.values()) and dataset.labels.tolist() == [14, 5, 3]
+    assert list_datasets(root=tmp_path).set_index("id").loc["medimeta/aml", ["train", "val", "test"]].isna().all()
 
 
 def test_prepared_folders_take_the_papers_label_order(tmp_path):

@@ -176,12 +176,14 @@ def test_a_model_that_knows_its_memory_sets_the_batch_size(image):
 
 def test_time_is_counted_while_answers_are_drawn(image):
     bank = bank_of(Hashing(), image)
-    assert bank.seconds == 0
+    assert (bank.seconds, bank.drawn) == (0, 0)
     bank.texts("select", 0, 3)
     spent = bank.seconds
     assert spent > 0
     bank.texts("select", 0, 3)
-    assert bank.seconds == spent
+    assert (bank.seconds, bank.drawn) == (spent, 3)
+    bank.texts("select", 1, 4)
+    assert bank.drawn == 5
 
 
 def test_noise_is_drawn_on_the_device_of_the_model(image):
@@ -495,3 +497,5 @@ def test_one_noisy_copy_of_each_image_is_asked_its_own_question(batch_size):
     ]
     assert answer_once(vlm, questions, sigma=0.5, seed=4, batch_size=batch_size) == noisy
     assert {temperature for _, _, temperature in vlm.settings} == {0.0}
+    answer_once(vlm, questions, batch_size=batch_size, temperature=0.7)
+    assert {temperature for _, _, temperature in vlm.settings} == {0.0, 0.7}

@@ -1,3 +1,5 @@
+from itertools import product
+
 import pytest
 from scipy.stats import binomtest
 
@@ -59,6 +61,23 @@ def test_the_one_sided_model_has_the_rates_and_bounds_them_from_above(calibratio
     assert dict(model.rates) == {label: calibration.false_positives(label) for label in Reader.labels}
     high = binomtest(3, 10).proportion_ci(0.98, method="exact").high
     assert model.corrected(0.9, label="safe", alpha=0.01) == pytest.approx((0.9 - high) / (1 - high))
+
+
+def test_a_text_of_unknown_truth_counts_as_an_error_wherever_it_may_be_one():
+    """Whatever the unknown truths are, no upper bound falls below the one that knowing them would give."""
+    texts = ["safe", "safe", "unsafe", "unsafe", "safe here", "unsafe now", "who knows"]
+    known = ["safe", "unsafe", "unsafe", "safe"]
+    found = calibrate_oracle(Reader(), texts, [*known, None, None, None])
+    assert (found.n, found.unknown) == (4, (1, 1, 0, 1))
+    assert found.false_positives("safe") == ErrorRate(errors=2, trials=3)
+    assert found.total_errors() == ErrorRate(errors=5, trials=7)
+    for truths in product(Reader.labels, repeat=3):
+        told = calibrate_oracle(Reader(), texts, [*known, *truths])
+        assert found.total_errors().upper(0.01) >= told.total_errors().upper(0.01)
+        for label in Reader.labels:
+            assert found.false_positives(label).upper(0.01) >= told.false_positives(label).upper(0.01)
+        for label in ("safe", "unsafe"):
+            assert found.false_negatives(label).upper(0.01) >= told.false_negatives(label).upper(0.01)
 
 
 def test_a_label_that_every_text_has_gets_no_false_positive_rate():
@@ -154,7 +173,7 @@ def test_every_text_needs_a_truth(texts, truths):
 
 
 def test_truths_are_labels_of_the_oracle():
-    with pytest.raises(ValueError, match="truths 'harmful', None are none of the labels safe, unsafe, unclear"):
+    with pytest.raises(ValueError, match="truths 'harmful' are none of the labels safe, unsafe, unclear"):
         calibrate_oracle(Reader(), ["a", "b", "c"], ["harmful", None, "safe"])
 
 

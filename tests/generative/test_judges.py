@@ -9,7 +9,7 @@ import threading
 import pytest
 
 from medrobust_lib.generative import judges
-from medrobust_lib.generative.judges import JudgeEquivalence, JudgeOracle, chat_endpoint
+from medrobust_lib.generative.judges import JudgeEquivalence, JudgeOracle, chat_endpoint, remembered_judge
 from medrobust_lib.generative.oracles import OracleUnavailableError, judged
 
 KEY = "sk-do-not-show-me-1234"
@@ -194,6 +194,25 @@ def test_a_prompt_goes_out_as_one_user_message_at_temperature_0(monkeypatch):
         assert body == {
             "model": "m", "messages": [{"role": "user", "content": prompt}], "temperature": 0, "max_tokens": 5,
         }  # fmt: skip
+
+
+def test_a_judge_named_in_one_word_is_asked_and_remembered(monkeypatch, tmp_path):
+    monkeypatch.delenv("MEDROBUST_JUDGE_KEY", raising=False)
+    with Server(chat("safe"), chat("unsafe")) as server:
+        with remembered_judge(f"{server.url}#m", LABELS, folder=tmp_path) as oracle:
+            assert oracle.labels == LABELS
+            assert oracle.label(["one", "one"]) == ["safe", "safe"]
+        monkeypatch.setenv("MEDROBUST_JUDGE_KEY", KEY)
+        with remembered_judge(f"{server.url}#m", LABELS, folder=tmp_path) as oracle:
+            assert oracle.label(["one", "two"]) == ["safe", "unsafe"]  # the first from the folder
+    assert [(key, body["model"]) for _, key, body in server.seen] == [(None, "m"), (f"Bearer {KEY}", "m")]
+
+
+@pytest.mark.parametrize("address", [f"http://localhost/v1?token={'k' * 9}", "http://localhost/v1#", "gemma"])
+def test_a_judge_without_a_model_is_refused_and_its_address_not_echoed(tmp_path, address):
+    with pytest.raises(ValueError, match="names no model; write URL#MODEL, such as http") as refused:
+        remembered_judge(address, LABELS, folder=tmp_path)
+    assert "kkk" not in str(refused.value)
 
 
 def test_without_a_key_nothing_is_sent_for_one_not_even_what_netrc_holds(monkeypatch, tmp_path):

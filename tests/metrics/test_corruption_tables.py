@@ -164,3 +164,24 @@ def test_the_reference_is_clip_unless_another_is_named():
     assert table.mce.to_dict() == pytest.approx({"clip-vit-b16": 100, "other": 50})
     with pytest.raises(ValueError, match="clip-vit-b16"):
         metrics.corruption_error_table(pd.DataFrame(rows[2:]))
+
+
+def test_the_layout_has_a_row_for_each_set_and_model_and_their_means(table):
+    errors = metrics.corruption_error_table(table, reference="demo-clip")
+    layout = metrics.corruption_error_layout(errors)
+    assert layout.index.to_list() == [(d, m) for d in ("phantom/blood", "phantom/oct", "mean") for m in MODELS]
+    assert layout.columns.to_list() == ["clean", "gaussian noise", "zoom blur", "contrast", "mCE"]
+    found = row(errors, dataset="phantom/oct", model="adapted")
+    expected = found[["relative_clean_error", *(f"ce_{name}" for name in CORRUPTIONS), "mce"]].to_list()
+    assert layout.loc["phantom/oct", "adapted"].to_list() == expected
+    assert layout.loc["mean", "other"].mCE == pytest.approx(errors.mce[errors.model == "other"].mean())
+    assert (layout.loc[:, "demo-clip", :] - 100).abs().max(axis=None) < 1e-9
+
+
+def test_the_layout_averages_what_shares_a_name(table):
+    errors = metrics.corruption_error_table(table, reference="demo-clip")
+    errors["method"] = errors.model.replace({"demo-clip": "zero-shot", "adapted": "LoRA", "other": "LoRA"})
+    layout = metrics.corruption_error_layout(errors, by="method")
+    assert layout.index.get_level_values("method").to_list() == ["zero-shot", "LoRA"] * 3
+    both = errors[(errors.dataset == "phantom/oct") & (errors.method == "LoRA")]
+    assert layout.loc["phantom/oct", "LoRA"].mCE == pytest.approx(both.mce.mean())

@@ -251,6 +251,7 @@ def test_adapters_of_resnet50_count_kernels_and_no_shortcuts(builders, tmp_path)
     assert len(weights) == adapter_layout(model).blocks == 49
     assert count(model, rank=16) == 16 * sum(weights)
     assert count(model, rank=4) == 4 * sum(weights)
+    assert count(model, rank=16, kernel="middle") == 694_320, "RobustMedCLIP's"
 
 
 @pytest.mark.parametrize("rank", [1, 4, 16])
@@ -333,6 +334,46 @@ def test_broken_adapters_are_not_merged(demo):
         merge_adapters(adapted)
 
 
+# The middle of the kernels, which is RobustMedCLIP's path beside a convolution
+
+
+def test_adapters_of_the_middle_are_the_authors_path(loaded, pixels, trained):
+    """B A x at every pixel, resized to the convolution's output by nearest neighbour, of an even number of rows."""
+    model = loaded("torchvision ResNet")
+    adapted, images = trained(model, kernel="middle"), pixels(model)
+    assert torch.equal(attach_adapters(model, kernel="middle").encode_image(images), model.encode_image(images))
+    assert (adapted.encode_image(images) - model.encode_image(images)).abs().max() > 1e-3
+    generator = torch.Generator().manual_seed(6)
+    for name in adapter_layout(model).names:
+        layer = adapted.get_submodule(name)
+        a, b = (side["default"] for side in (layer.lora_A, layer.lora_B))
+        x = torch.randn(1, layer.base_layer.in_channels, 12, 12, generator=generator)
+        row, column = (size // 2 for size in layer.base_layer.kernel_size)
+        product = b.weight[:, :, 0, 0] @ a.weight[:, :, row, column]
+        with torch.no_grad():
+            plain = layer.base_layer(x)
+            beside = torch.einsum("oi,bihw->bohw", product, x)
+            expected = plain + nn.functional.interpolate(beside, size=plain.shape[2:], mode="nearest")
+            assert torch.allclose(layer(x), expected, atol=1e-5), name
+
+
+def test_the_middle_alone_is_trained_and_merged(loaded, pixels, trained):
+    model = loaded("torchvision ResNet")
+    adapted, images = trained(model, kernel="middle"), pixels(model)
+    merged = merge_adapters(adapted)
+    assert torch.allclose(merged.encode_image(images), adapted.encode_image(images), atol=1e-5, rtol=0)
+    assert [type(layer) for layer in merged.modules()] == [type(layer) for layer in model.modules()]
+    assert list(merged.state_dict()) == list(model.state_dict())
+    for name in adapter_layout(model).names:
+        change = merged.get_submodule(name).weight - model.get_submodule(name).weight
+        row, column = (size // 2 for size in change.shape[2:])
+        assert change[:, :, row, column].abs().max() > 0
+        change[:, :, row, column] = 0
+        assert not change.any(), "the rest of the kernel stays as it is"
+    assert {n for n, p in adapted.named_parameters() if p.requires_grad} == set(adapter_parameters(adapted))
+    assert attached_adapters(adapted).kernel == "middle"
+
+
 # Refusals
 
 
@@ -351,5 +392,9 @@ def test_wrong_forms_and_second_adapters_are_refused(demo, loaded):
         attach_adapters(demo, qkv="fused")
     with pytest.raises(ValueError, match=r"plip has no fused .* on separate query, key, value layers\)"):
         attach_adapters(loaded("HF CLIP"), qkv="fused")
+    with pytest.raises(ValueError, match="unknown kernel 'centre'; choose one of whole, middle"):
+        attach_adapters(demo, kernel="centre")
+    with pytest.raises(ValueError, match="kernel='middle': the adapters of .* go on query, key, value layers; take 'w"):
+        attach_adapters(loaded("timm ViT"), kernel="middle")
     with pytest.raises(ValueError, match="demo-clip has adapters already; merge_adapters"):
         attach_adapters(attach_adapters(demo))

@@ -53,6 +53,20 @@ def test_saved_and_loaded_is_identical(loaded, form, pixels, trained, tmp_path, 
     assert same_state(merge_adapters(apart), merged)
 
 
+def test_adapters_of_the_middle_are_pefts_files_and_come_back(demo, pixels, trained, tmp_path):
+    adapted = copy.deepcopy(trained(demo, kernel="middle"))
+    place = save_adapter(adapted, tmp_path / "mine", provenance={})
+    apart, merged, images = load_adapter(demo, place, merged=False), load_adapter(demo, place), pixels(demo)
+    assert same_state(apart, adapted) and apart.attached == adapted.attached
+    assert same_state(merged, merge_adapters(adapted))
+    by_peft = PeftModel.from_pretrained(copy.deepcopy(demo), str(place)).base_model.model
+    with torch.no_grad():
+        assert torch.allclose(by_peft.encode_image(images), adapted.encode_image(images), atol=1e-5)
+    facts = json.loads((place / "provenance.json").read_text())["adapter"]
+    assert (facts["kernel"], facts["parameters"]) == ("middle", trainable_share(adapted).adapters)
+    assert facts["parameters"] < trainable_share(attach_adapters(demo, rank=4)).adapters
+
+
 def test_a_folder_holds_pefts_files_and_where_they_come_from(demo, folder):
     assert {path.name for path in folder.iterdir()} == {
         "adapter_model.safetensors", "adapter_config.json", "provenance.json",

@@ -36,6 +36,7 @@ BUILT_IN_IDS = [
     "medclip-rn50",
     "unimedclip",
     "robustmedclip",
+    "robustmedclip-rn50",
 ]
 FACTS = {
     "family": "mean colour",

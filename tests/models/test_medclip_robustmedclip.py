@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 
 import pytest
 import timm
@@ -122,9 +123,16 @@ def write_base(folder):
     return clip.eval()
 
 
+LAYER = "visual.trunk.blocks.{}.attn.qkv".format
+
+
+def layouts(blocks):
+    return [[(LAYER(block), part) for block in range(blocks) for part in parts] for parts in ("qv", "qkv")]
+
+
 def adapters_of(layers):
     return {
-        (block, part): tuple(getattr(layer, f"linear_{side}_{part}").weight for side in "ab")
+        (LAYER(block), part): tuple(getattr(layer, f"linear_{side}_{part}").weight for side in "ab")
         for block, layer in enumerate(layers)
         for part in "qkv"
     }
@@ -220,16 +228,17 @@ def test_base_may_lie_beside_the_adapters(authors, base_folder, tmp_path):
 
 def test_merged_equals_the_written_formula():
     generator = torch.Generator().manual_seed(3)
-    visual = nn.Module()
-    visual.trunk = timm.create_model("test_vit", num_classes=0).eval()
-    wrapped = copy.deepcopy(visual.trunk)
+    clip = nn.Module()
+    clip.visual = nn.Module()
+    clip.visual.trunk = timm.create_model("test_vit", num_classes=0).eval()
+    wrapped = copy.deepcopy(clip.visual.trunk)
     for block in wrapped.blocks:
         block.attn.qkv = AuthorsQKV(block.attn.qkv, 3, generator)
     pixels = random_pixels()
     with torch.no_grad():
-        before, expected = visual.trunk(pixels), wrapped(pixels)
-        add_products(visual, adapters_of(block.attn.qkv for block in wrapped.blocks), source="file")
-        merged = visual.trunk(pixels)
+        before, expected = clip.visual.trunk(pixels), wrapped(pixels)
+        add_products(clip, adapters_of(block.attn.qkv for block in wrapped.blocks), source="file")
+        merged = clip.visual.trunk(pixels)
     assert torch.allclose(merged, expected, atol=1e-5, rtol=0)
     assert (before - expected).abs().max() > 1e-2
 
@@ -246,11 +255,15 @@ def test_parameter_count_of_the_published_adapters():
     [
         ("text_encoder.proj.0.weight", {}, r"1 missing keys: text\.proj\.0\.weight"),
         (None, {"teacher.weight": torch.zeros(1)}, r"1 unexpected keys: teacher\.weight"),
-        ("lora_vit.lora_vit.trunk.blocks.2.attn.qkv.linear_b_v.weight", {}, r"incomplete.*: block 2 v"),
+        (
+            "lora_vit.lora_vit.trunk.blocks.2.attn.qkv.linear_b_v.weight",
+            {},
+            r"incomplete.*: visual\.trunk\.blocks\.2\.attn\.qkv v",
+        ),
         (
             None,
             {"lora_vit.lora_vit.trunk.blocks.1.attn.qkv.linear_a_k.weight": torch.zeros(2, 64)},
-            r"block 1: the k adapter has A \(2, 64\)",
+            r"blocks\.1\.attn\.qkv k has A \(2, 64\)",
         ),
     ],
 )
@@ -273,16 +286,17 @@ def test_full_checkpoint_without_keys_warns(authors, weights_dir):
 
 def test_wrong_number_of_pairs_is_refused():
     tensors = {f"w_{side}_{n:03d}": torch.zeros(2, 2) for side in "ab" for n in range(5)}
-    with pytest.raises(ValueError, match=r"5 adapter pairs.*12 blocks needs 24 \(q, v\) or 36 \(q, k, v\)"):
-        short_file_keys(tensors, blocks=12, source="file")
+    with pytest.raises(ValueError, match=r"file holds 5 adapter pairs; this image tower needs 24 or 36"):
+        short_file_keys(tensors, layouts=layouts(12), head="head", source="file")
     with pytest.raises(ValueError, match=r"pairs numbered from 0; found w_a \[0, 1, 2, 3, 4\], w_b \[0, 1, 2, 3\]"):
-        short_file_keys({k: v for k, v in tensors.items() if k != "w_b_004"}, blocks=12, source="file")
+        lacking = {k: v for k, v in tensors.items() if k != "w_b_004"}
+        short_file_keys(lacking, layouts=layouts(12), head="head", source="file")
 
 
 @pytest.mark.parametrize("digits", [1, 2, 3])
 def test_pairs_are_numbered_with_any_number_of_digits(digits):
     tensors = {f"w_{side}_{n:0{digits}d}": torch.full((2, 2), n) for side in "ab" for n in range(12)}
-    renamed = short_file_keys(tensors, blocks=6, source="file")
+    renamed = short_file_keys(tensors, layouts=layouts(6), head="head", source="file")
     assert renamed["visual.trunk.blocks.5.attn.qkv.linear_b_v.weight"][0, 0] == 11
 
 
@@ -297,15 +311,17 @@ def test_all_bad_places_are_named_at_once_and_nothing_is_taken_away():
     places = [(block, side, part) for block in (0, 2) for side in "ab" for part in "qkv"]
     tensors = {name(*place): torch.zeros(2, 2) for place in places if place != (0, "b", "k")}
     message = (
-        r"^file: adapters missing, incomplete or beyond the 2 blocks: block 0 k, block 1 q, block 1 v, block 2 k, "
+        r"^file: adapters missing, incomplete or of no layer of the network: "
+        + ", ".join(re.escape(f"{LAYER(block)} {part}") for block, part in ("0k", "1q", "1v", "2k", "2q", "2v"))
+        + "$"
     )
-    with pytest.raises(ValueError, match=message + "block 2 q, block 2 v$"):
-        take_adapters(tensors, blocks=2, source="file")
+    with pytest.raises(ValueError, match=message):
+        take_adapters(tensors, layouts=layouts(2), source="file")
     inside = {key: tensor for key, tensor in tensors.items() if ".0." in key and "_k." not in key} | {
         "a": torch.ones(1)
     }
-    adapters, others = take_adapters(inside, blocks=1, source="file")
-    assert (set(adapters), set(others), len(inside)) == ({(0, "q"), (0, "v")}, {"a"}, 5)
+    adapters, others = take_adapters(inside, layouts=layouts(1), source="file")
+    assert (set(adapters), set(others), len(inside)) == ({(LAYER(0), "q"), (LAYER(0), "v")}, {"a"}, 5)
 
 
 def test_unknown_entries_of_a_short_file_are_refused(authors, weights_dir):
@@ -318,7 +334,7 @@ def test_unknown_entries_of_a_short_file_are_refused(authors, weights_dir):
 def test_adapters_with_infinite_values_are_refused(authors, weights_dir):
     key = "lora_vit.lora_vit.trunk.blocks.2.attn.qkv.linear_b_v.weight"
     torch.save(authors.state_dict() | {key: torch.full((64, RANK), torch.inf)}, weights_dir / "robustmedclip/model.pth")
-    with pytest.raises(ValueError, match="block 2: the v adapter holds NaN or infinite values"):
+    with pytest.raises(ValueError, match=r"blocks\.2\.attn\.qkv v holds NaN or infinite values"):
         load(weights_dir)
 
 

@@ -83,3 +83,36 @@ def test_a_slurm_job_starts_a_worker_with_one_thread():
     for line in ("#SBATCH -p cpu", "#SBATCH --cpus-per-task=4", "#SBATCH --mem=8G", "#SBATCH -t 08:00:00"):
         assert line in script
     assert script.index("export OMP_NUM_THREADS=4") < script.index("--nthreads 1")
+
+
+LEARNING = """
+models: [demo-clip]
+datasets: [phantom/chest]
+n_images: 3
+steps:
+  - adapt: {name: adapted, fraction: 0.02, rank: 2, epochs: 8, n_val: 9, learning_rate: 2e-3}
+  - benchmark: {models: [demo-clip, adapted], severities: [5]}
+  - certify: {models: [adapted], sigmas: [0.1], n0: 2, n: 8, alpha: 0.05, methods: [{CoOp: {shots: 1, epochs: 2}}]}
+"""
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_worker_killed_while_a_model_is_adapted_changes_no_table(cluster, study_file, tmp_path):
+    study, killed = read_study(study_file(LEARNING)), []
+    run_study(study, tmp_path / "alone", announce=lambda line: None)
+
+    def kill_the_one_that_trains():
+        log = tmp_path / "out" / "cells"
+        while not any(log.glob("01*/adapter.training/*")):
+            time.sleep(0.005)
+        killed.extend(worker.pid for worker in cluster.workers.values())
+        os.kill(killed[0], signal.SIGKILL)
+        os.kill(killed[1], signal.SIGKILL)
+
+    killer = threading.Thread(target=kill_the_one_that_trains, daemon=True)
+    killer.start()
+    finished = run_study(study, tmp_path / "out", cluster=cluster.scheduler_address, announce=lambda line: None)
+    killer.join(timeout=10)
+    assert killed and (finished.done, finished.failures) == (4, {})
+    for path in sorted((tmp_path / "alone").glob("cells/*/cards/*.csv")):
+        assert (tmp_path / "out" / path.relative_to(tmp_path / "alone")).read_bytes() == path.read_bytes()

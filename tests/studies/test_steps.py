@@ -232,11 +232,36 @@ def test_questions_are_certified_from_one_bank_for_every_n(study_file, tmp_path)
     assert {"smoothed_accuracy", "average_certified_radius"} <= set(board["metric"])
 
 
+def test_errors_of_the_oracle_are_counted_on_other_images(study_file, tmp_path):
+    text = QUESTIONS.replace("n: [10, 20]", "n: 20, calibrate: 30").replace(
+        "max_new_tokens: 8, task: finding", "task: safety"
+    )
+    (cell,), _ = run(study_file, tmp_path, text)
+    rows = table(cell, tmp_path, "certified_answers")
+    assert rows["guarantee"].tolist() == ["composite", "corrected"] * 3
+    corrected, composite = (rows[rows["guarantee"] == name]["radius"].to_numpy() for name in ("corrected", "composite"))
+    assert (corrected <= composite).all()  # misread answers cost radius
+    card = json.loads((cell.folder(tmp_path / "out") / "cards" / "01-questions.json").read_text())
+    assert any("texts of other images tell the oracle's errors" in note for note in card["notes"])
+
+
+def test_what_a_person_calls_an_answer_is_read_from_a_table(study_file, tmp_path):
+    (tmp_path / "said.csv").write_text("text,label\nsafe,safe\nNA,unsafe\n")
+    given = f"n: 20, calibrate: 5, reference: {tmp_path / 'said.csv'}, task: finding"
+    text = QUESTIONS.replace("n: [10, 20], alpha: 0.05, max_new_tokens: 8, task: finding", f"alpha: 0.05, {given}")
+    assert read_study(study_file(text)).steps[0].known_labels() == {"safe": "safe", "NA": "unsafe"}
+    (tmp_path / "said.csv").write_text("answer,label\nsafe,safe\n")
+    with pytest.raises(ValueError, match="it needs text and label"):
+        read_study(study_file(text))
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
         ("n: 3, task: finding", "n=3 draws can never certify"),
-        ("n: 10, judge: 'http://localhost'", "give both or none"),
+        ("n: 10, judge: 'http://localhost'", "judge names no model; write URL#MODEL"),
+        ("n: 10, calibrate: 6, task: finding", "nobody knows how answers to 'finding' are to be read"),
+        ("n: 10, reference: nowhere.csv", "give a number of images, too"),
         ("n: 10, task: what", "task"),
     ],
 )

@@ -1,0 +1,258 @@
+"""The papers' own experiments: study files that say which published table they reproduce, and from what they differ.
+
+A protocol is a study file with one key more, ``reproduces``. It stands in the folder ``protocols`` of the project.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from medrobust_lib import checks
+from medrobust_lib import parameters as notebook_parameters
+from medrobust_lib.data.questions import MM_COMMAND, SCENARIOS, list_scenarios, parse_scenario
+from medrobust_lib.data.registry import list_datasets
+from medrobust_lib.files import size_text
+from medrobust_lib.models.catalogue import fetch_command
+from medrobust_lib.models.loading import available_offline, find_model
+from medrobust_lib.places import default_weights_dir, project_root
+from medrobust_lib.studies.adapt_step import AdaptStep
+from medrobust_lib.studies.cells import study_cells
+from medrobust_lib.studies.questions_step import QuestionsStep, asks_questions
+from medrobust_lib.studies.steps import Cell, Grid, StudyError
+from medrobust_lib.studies.study_file import Study, check_study, parse_study
+
+EXPECTED = ("lower", "higher", "either", "none")
+
+
+@dataclass(frozen=True)
+class Deviation:
+    """One known difference between a protocol and what was published.
+
+    Attributes
+    ----------
+    what : str
+    expect : {"lower", "higher", "either", "none"}
+        Where it moves our numbers relative to the published ones.
+    """
+
+    what: str
+    expect: str
+
+    def __post_init__(self) -> None:
+        checks.check_choice("expect", self.expect, EXPECTED)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Published:
+    """What a protocol says of the table that it reproduces.
+
+    Attributes
+    ----------
+    paper, table, title : str
+    layout : str
+        A key of `reproduction.LAYOUTS`.
+    images : int or None
+        Number of images behind each published share; 0: all of our test images; None: the paper does not say.
+    unstated : tuple of str
+        Published rows, by their method, for which the paper does not say it although it does for the others.
+    names : mapping of str to str
+        The paper's names of our models, data sets and methods.
+    deviations : sequence of Deviation
+    needs : str
+        What else it needs, in words.
+    demo : mapping
+        ``words``: what takes the place of ids; ``settings``: what takes the place of settings, wherever they stand;
+        those of the whole study also where it has none.
+    """
+
+    paper: str
+    table: str
+    title: str
+    layout: str
+    images: int | None = None
+    unstated: tuple[str, ...] = ()
+    names: Mapping[str, str] = field(default_factory=dict)
+    deviations: tuple[Deviation, ...] = ()
+    needs: str = ""
+    demo: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """A study and what it reproduces, all of it or a part.
+
+    Attributes
+    ----------
+    name : str
+    published : Published
+    study : Study
+    only : mapping of str to tuple of str
+        Models, data sets and numbers of steps that were asked for; empty: all.
+    demo : bool
+        Whether it runs on phantoms with the embedded models.
+    """
+
+    name: str
+    published: Published
+    study: Study
+    only: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    demo: bool = False
+
+    def cells(self) -> list[Cell]:
+        """The cells that were asked for, and those that make their models, in the order of the file."""
+        every = study_cells(self.study)
+        models, datasets, steps = (self.only.get(key, ()) for key in ("model", "dataset", "step"))
+        reference = {cell.number: getattr(cell.step, "reference", "") for cell in every}
+        chosen = [
+            cell
+            for cell in every
+            if not isinstance(cell.step, AdaptStep)
+            and (not models or cell.model in models or cell.model == reference[cell.number])
+            and (not datasets or cell.dataset in datasets)
+            and (not steps or str(cell.number) in steps)
+        ]
+        if not chosen:
+            raise StudyError(f"{self.name} has no cell of {self.part}")
+        makers = [cell.source for cell in chosen if cell.source is not None]
+        return [cell for cell in every if cell in chosen or cell in makers]
+
+    @property
+    def part(self) -> str:
+        """What part was run, in words; empty for all of it."""
+        return ", ".join(f"{key} {', '.join(values)}" for key, values in self.only.items() if values)
+
+    def missing(self) -> list[str]:
+        """What is not on this computer, with its size and the command that fetches it."""
+        cells, found = self.cells(), []
+        listed = list_datasets().set_index("id")
+        for model in dict.fromkeys(cell.base for cell in cells):
+            generative = any(isinstance(cell.step, QuestionsStep) for cell in cells if cell.base == model)
+            entry = find_model(model, generative=generative)
+            if not available_offline(entry, weights_dir=default_weights_dir()):
+                bytes_each = 2 if generative else 4  # as they are published
+                size = f"about {size_text(bytes_each * entry.parameters)}" if entry.parameters else "of unknown size"
+                found.append(f"the weights of {model}, {size}: {fetch_command(model)}")
+        learned = [id for cell in cells for id in cell.parameters.get("learned", ())]
+        asked = dict.fromkeys([*(cell.dataset for cell in cells if cell.dataset), *learned])
+        here = list_scenarios().set_index("id")["available"]
+        if lacking := [id for id in asked if asks_questions(id) and not here[id]]:
+            questions = sum(SCENARIOS[parse_scenario(id)[0]] for id in lacking)
+            found.append(f"{lacking[0]} to {lacking[-1]}, {questions:,} questions with an image each: {MM_COMMAND}")
+        for dataset in asked:
+            if dataset in listed.index and not listed.loc[dataset, "available"]:
+                row = listed.loc[dataset]
+                images = row[["train", "val", "test"]].sum()
+                size = f"{images:,} images of {row['image size']} px" if images else "images of unknown number"
+                found.append(f"{dataset}, {size}: {row['script']}")
+        return found
+
+    def check(self) -> None:
+        """Raise where something cannot run, before anything does.
+
+        Raises
+        ------
+        FileNotFoundError
+            Weights or data are missing: all of them are named, with sizes and commands.
+        ValueError
+            As `check_study`, for the part that was asked for.
+        """
+        if missing := self.missing():
+            advice = "or leave it out with --only, or try --demo, which needs nothing"
+            raise FileNotFoundError(f"{self.name} needs what is not here:\n  " + "\n  ".join(missing) + f"\n{advice}")
+        check_study(self.study, where=self.name, cells=self.cells())
+
+
+def protocols_folder() -> Path:
+    """Where the protocols stand."""
+    return project_root() / "protocols"
+
+
+def list_protocols(*, folder: Path | None = None) -> list[Protocol]:
+    """All protocols, by name."""
+    folder = protocols_folder() if folder is None else folder
+    return [read_protocol(path.stem, folder=folder) for path in sorted(folder.glob("*.yaml"))]
+
+
+def read_protocol(
+    name: str,
+    *,
+    only: Sequence[str] = (),
+    demo: bool = False,
+    sequential: bool = False,
+    folder: Path | None = None,
+) -> Protocol:
+    """Read a protocol by its name; whether it can run here is told by `Protocol.check`.
+
+    Parameters
+    ----------
+    name : str
+        Of a file in the folder of protocols, without its ending.
+    only : sequence of str
+        ``model=ID``, ``dataset=ID`` and ``step=NUMBER``: what to run; several of one kind add up.
+    demo : bool
+        Put phantoms and the embedded models in place of data and weights, and small numbers in place of large ones.
+    sequential : bool
+        Sequential sampling at the same alpha in place of fixed.
+    folder : Path, optional
+        Of the protocols; default: the project's.
+
+    Raises
+    ------
+    StudyError
+        An unknown protocol, key, value, model or data set; the valid ones are named.
+    """
+    folder = protocols_folder() if folder is None else folder
+    known = sorted(path.stem for path in folder.glob("*.yaml"))
+    if name not in known:
+        raise StudyError(f"unknown protocol {name!r}.{checks.suggest(name, known)}")
+    given = notebook_parameters.read_yaml(folder / f"{name}.yaml")
+    if not isinstance(given, dict) or not isinstance(given.get("reproduces"), dict):
+        raise StudyError(f"{folder / name}.yaml is a study without the key reproduces; run it with `medrobust study`")
+    published = _published(given.pop("reproduces"), where=f"{name}: reproduces")
+    if demo:
+        demo_words, demo_settings = (dict(published.demo.get(key) or {}) for key in ("words", "settings"))
+        whole = {name: value for name, value in demo_settings.items() if name in Grid.__dataclass_fields__}
+        given = _rewritten(given, demo_words, demo_settings) | whole
+    if sequential:
+        given = _rewritten(given, {}, {"sampling": "sequential"})
+    study = parse_study(given, name=name, where=name)
+    return Protocol(name, published, study, _chosen(only, study), demo)
+
+
+def _published(given: dict[str, Any], *, where: str) -> Published:
+    given = dict(given)
+    deviations = tuple(Deviation(**one) for one in given.pop("deviations", None) or ())
+    known = [f.name for f in fields(Published)]
+    for key in given:
+        checks.check_choice(f"{where}: key", key, known)
+    images = given.pop("images", None)
+    given["unstated"] = tuple(given.get("unstated") or ())
+    return Published(**given, deviations=deviations, images=None if images is None else int(images))
+
+
+def _rewritten(given: Any, words: Mapping[str, str], settings: Mapping[str, Any]) -> Any:
+    """What was read, with other words and settings; lists lose what then stands there twice."""
+    if isinstance(given, dict):
+        return {
+            words.get(key, key): settings[key] if key in settings else _rewritten(value, words, settings)
+            for key, value in given.items()
+        }
+    if isinstance(given, list):
+        new = [_rewritten(value, words, settings) for value in given]
+        return [value for place, value in enumerate(new) if value not in new[:place]]
+    return words.get(given, given) if isinstance(given, str) else given
+
+
+def _chosen(only: Sequence[str], study: Study) -> dict[str, tuple[str, ...]]:
+    names = [step.name for step in study.steps if isinstance(step, AdaptStep)]
+    numbers = [str(number) for number in range(1, len(study.steps) + 1)]
+    known = {"model": (*study.models, *names), "dataset": study.datasets, "step": numbers}
+    chosen: dict[str, tuple[str, ...]] = {}
+    for one in only:
+        key, mark, value = one.partition("=")
+        if not mark or key not in known:
+            raise StudyError(f"--only {one!r}: write model=ID, dataset=ID or step=NUMBER")
+        checks.check_choice(f"--only {key}", value, known[key])
+        chosen[key] = (*chosen.get(key, ()), value)
+    return chosen
