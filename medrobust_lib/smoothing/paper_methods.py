@@ -170,8 +170,8 @@ def prompt_methods(
         Of methods that have none of their own.
     kept : Path, optional
         Folder for the learned prompts: what is there already is not learned again, so that a run which was killed goes
-        on with the very same prompts. It belongs to this model, these images and this seed, which is the caller's to
-        see to; several noise levels share it.
+        on with the very same prompts. A file is named after the model, the images and all settings, so that several
+        noise levels, and several calls, can share the folder.
 
     Returns
     -------
@@ -211,7 +211,8 @@ def prompt_methods(
         """The prompts of a file that is named after what they were learned with."""
         if kept is None:
             return learn()
-        told = json.dumps(words, sort_keys=True, default=lambda value: asdict(value))
+        images = [None if data is None else [data.id, data.split, data.indices.tolist()] for data in (train, pool)]
+        told = json.dumps([model.id, images, words], sort_keys=True, default=asdict)
         path = kept / f"{hashlib.sha256(told.encode()).hexdigest()[:12]}.safetensors"
         if not path.is_file():
             kept.mkdir(parents=True, exist_ok=True)

@@ -175,7 +175,8 @@ def _finished(protocol: Protocol, folder: Path, kind: type[Cell], table: str) ->
 
 
 def _frame(rows: Iterable[Mapping[str, object]]) -> pd.DataFrame:
-    return pd.DataFrame(rows, columns=[*KEYS, *_OURS]).fillna({"detail": "", "guarantee": ""})
+    rows = [{"detail": "", "guarantee": ""} | row for row in rows]
+    return pd.DataFrame(rows, columns=[*KEYS, *_OURS]).astype(dict.fromkeys(("ours", "low", "high"), float))
 
 
 def _certified(protocol: Protocol, folder: Path) -> pd.DataFrame:
@@ -310,7 +311,8 @@ def _variants(protocol: Protocol, folder: Path) -> pd.DataFrame:
     kept = {(CLEAN, "accuracy"), ("mean", "accuracy")}
     kept |= {(name, "percent of the reference's error") for name in (CLEAN, "mean")}
     table = _benchmarks(protocol, folder)
-    table = table[[pair in kept for pair in zip(table["column"], table["measure"], strict=True)]]
+    chosen = [pair in kept for pair in zip(table["column"], table["measure"], strict=True)]
+    table = table[np.array(chosen, dtype=bool)]
     rows = []
     for cell, _ in _finished(protocol, folder, AdaptCell, "validation"):
         (card,) = read_cards(cell.folder(folder), nested=False)

@@ -101,6 +101,15 @@ def test_learned_prompts_are_kept_and_shared_by_noise_levels(model, splits, tmp_
     assert torch.equal(first[2].start.context, again[2].start.context)
 
 
+def test_prompts_of_other_images_are_learned_anew(model, splits, tmp_path):
+    first = made(model, splits, ["CoOp"], kept=tmp_path)
+    others = learning_splits("phantom/chest", shots=1, n_test=3, n_pool=3, seed=1)
+    assert others.train.indices.tolist() != splits.train.indices.tolist()
+    second = made(model, splits, ["CoOp"], kept=tmp_path, train=others.train)
+    assert len(list(tmp_path.iterdir())) == 2
+    assert not torch.equal(first[0].class_features, second[0].class_features)
+
+
 def test_all_of_them_are_certified_from_one_bank(model, splits):
     rows = certify_dataset(model, splits.test, made(model, splits), sigmas=[0.1], n0=5, n=20, alpha=0.05, radii=[0.02])
     assert rows["method"].tolist() == NAMES * 3
