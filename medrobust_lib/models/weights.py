@@ -390,7 +390,7 @@ def read_context(path: Path, *, width: int, id: str) -> "Tensor":
     context = tensors.get("ctx")
     if context is None or not context.is_floating_point() or str(context.layout) != "torch.strided":
         found = ", ".join(sorted(tensors)[:_LISTED_KEYS])
-        raise ValueError(f"{path} holds {found}, no 'ctx' of real numbers; give the prompt_learner/model.pth.tar-EPOCH of CoOp")
+        raise ValueError(f"{path} holds {found}, no 'ctx' of real numbers; give CoOp's prompt_learner/model.pth.tar-EPOCH")
     context = context.float()
     if context.ndim == 3:
         raise ValueError(

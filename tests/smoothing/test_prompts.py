@@ -485,7 +485,7 @@ def test_a_context_that_does_not_fit_is_refused(model, train, tmp_path, context,
 def test_a_checkpoint_without_a_context_is_refused_with_what_it_holds(model, train, tmp_path):
     path = write_checkpoint(tmp_path, torch.zeros(5, 128), state_dict={"visual.proj": torch.zeros(1)})
     with pytest.raises(
-        ValueError, match=r"tar-50 holds visual.proj, no 'ctx' of real numbers; give the prompt_l"
+        ValueError, match=r"tar-50 holds visual.proj, no 'ctx' of real numbers; give CoOp's prompt_l"
     ):
         prompts.load_coop_context(path, model, train.classes)
     for odd in (torch.zeros(5, 128, dtype=torch.complex64), torch.zeros(5, 128).to_sparse(), torch.zeros(5, 128).int()):
