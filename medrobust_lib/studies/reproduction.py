@@ -142,13 +142,15 @@ def _judged(row: NamedTuple, protocol: Protocol) -> dict[str, object]:
     nothing = {"difference_low": np.nan, "difference_high": np.nan}
     if pd.isna(row.reported):
         return {**nothing, "verdict": "not published", "remark": ""}
-    if pd.isna(row.ours):
-        return {**nothing, "verdict": "not measured", "remark": row.remark}
     images, share = protocol.published.images, row.measure.endswith("accuracy")
-    images = int(row.n) if images == 0 else images
+    if images == 0:  # of the whole split, which is known where all of it was measured
+        images = int(row.n) if row.n and protocol.study.n_images is None else None
     unstated = images is None or row.method in protocol.published.unstated
-    remark = row.remark or (_impossible(row.reported, images) if share and not unstated else "")
-    if unstated or pd.isna(row.low):
+    averaged = row.measure == "accuracy" and row.column != CLEAN  # over severities, so that no image is counted
+    remark = row.remark or (_impossible(row.reported, images) if share and not (unstated or averaged) else "")
+    if pd.isna(row.ours):
+        return {**nothing, "verdict": "not measured", "remark": remark}
+    if (share and unstated) or pd.isna(row.low):
         return {**nothing, "verdict": NO_NUMBER, "remark": remark}
     theirs = row.reported, row.reported, row.reported
     if share:
@@ -237,6 +239,7 @@ def _times(protocol: Protocol, folder: Path) -> pd.DataFrame:
     for cell, table in _finished(protocol, folder, CertifyCell, CERTIFICATES):
         times = read_json_object(cell.folder(folder) / TIMES, "times")
         spent = {"training": times.get("training", 0.0), "certification per sample": times["an_image"]}
+        spent["total"] = sum(spent.values())
         for name, seconds in spent.items():
             place = {"dataset": ALL, "model": cell.model, "method": table["method"].iloc[-1], "column": name}
             about = {"measure": "seconds", "n": table["image"].nunique(), "detail": cell.variant}
@@ -320,7 +323,7 @@ def _variants(protocol: Protocol, folder: Path) -> pd.DataFrame:
         hours = read_json_object(cell.folder(folder) / TIMES, "times")["training"] / 3600
         for name, value in (("training", hours), ("trained parameters", trained / 1e6)):
             unit = "hours" if name == "training" else "millions"
-            for dataset in protocol.study.datasets:
+            for dataset in table["dataset"].unique():
                 place = {"dataset": dataset, "model": cell.step.name, "method": "", "column": name, "measure": unit}
                 rows.append(place | {"ours": value, "low": np.nan, "high": np.nan, "n": 0, "detail": cell.step.method})
     return pd.concat([table, _frame(rows)], ignore_index=True) if rows else table
