@@ -330,9 +330,9 @@ def write_questions(root: Path) -> None:
     """Thirteen scenarios of harmless questions, each with its three kinds of images."""
     folder, draw = root / MM_FOLDER, np.random.default_rng(0)
     (folder / "processed_questions").mkdir(parents=True)
-    fields = dict.fromkeys(QUESTION_FIELDS.values())
+    fields = set(QUESTION_FIELDS.values())
     for scenario in SCENARIOS:
-        asked = {str(i): {name: f"what is in the image number {i} ?" for name in fields} for i in range(QUESTIONS)}
+        asked = {str(i): dict.fromkeys(fields, f"what is in the image number {i} ?") for i in range(QUESTIONS)}
         (folder / "processed_questions" / f"{scenario}.json").write_text(json.dumps(asked))
         for kind in IMAGE_TYPES:
             place = folder / "imgs" / scenario / kind

@@ -31,7 +31,7 @@ AGREES, DIFFERS, NO_NUMBER = "agrees within the interval", "differs", "no image 
 ALL = "all"
 _OURS = ["ours", "low", "high", "n", "detail", "guarantee"]
 _JUDGED = ["difference_low", "difference_high", "verdict", "remark"]
-_HALF = 0.5
+_HALF, _NOTHING = 0.5, "–"
 
 
 class Layout(NamedTuple):
@@ -120,7 +120,7 @@ def in_the_papers_layout(table: pd.DataFrame) -> pd.DataFrame:
     if not set(table["measure"]) <= {"certified accuracy", "clean accuracy"}:
         table = table.assign(method=table["method"].where(table["method"] != "", table["measure"]))
     shown = []
-    for source, nothing in (("ours", "–"), ("reported", "")):
+    for source, nothing in (("ours", _NOTHING), ("reported", "")):
         text = [nothing if pd.isna(value) else short_number(value, 3) for value in table[source]]
         shown.append(table[["dataset", "model", "method", "column"]].assign(source=source, text=text))
     rows = ["dataset", "model", "method", "source"]
@@ -134,7 +134,7 @@ def in_the_papers_layout(table: pd.DataFrame) -> pd.DataFrame:
 
 def _with_parentheses(texts: Iterable[str]) -> str:
     first, *others = texts
-    return first + "".join(f" ({text})" for text in others if text)
+    return first + "".join(f" ({text})" for text in others if text not in ("", _NOTHING))
 
 
 def _judged(row: NamedTuple, protocol: Protocol) -> dict[str, object]:
@@ -201,7 +201,7 @@ def _certified(protocol: Protocol, folder: Path) -> pd.DataFrame:
                 "n": 0,
                 "detail": "beyond the reach of the draws",
             }
-            rows.append(place | beyond | {"measure": "certified accuracy"})
+            rows += [place | beyond | {"measure": measure} for measure in ("certified accuracy", "clean accuracy")]
             continue
         r = best.loc[key]
         place |= {"n": int(r["n"]), "detail": f"sigma {r['sigma']:g}", "guarantee": r["guarantee"]}
