@@ -269,8 +269,8 @@ def _severity_curves(cards: Mapping[str, Card], folder: Path) -> Row | None:
 def _certified_curves(cards: Mapping[str, Card], folder: Path) -> Row | None:
     if "03" not in cards:
         return None
-    table = pd.read_csv(folder / "03_certified_accuracy.csv").rename(columns={"seed": "prompt_seed"})
-    table = table[table["method"].isin(PROMPT_METHODS)].drop(columns=["clean_accuracy", "dataset"])
+    table = pd.read_csv(folder / "03_certified_accuracy.csv")
+    table = table[table["method"].isin(PROMPT_METHODS)]
     summary = metrics.over_prompt_seeds(table).dropna(subset="certified_accuracy")  # beyond the reach of the draws
     shown = ["method", "guarantee", "sigma", "radius", "certified_accuracy", "low", "high", "seeds"]
     return {

@@ -10,8 +10,8 @@ notebook files of ``medrobust_lib``
 ======== =====================================================================================================
 01       data/dataset, models/dual_encoder, models/loading, metrics/classification
 02       smoothing/noise, smoothing/bounds, smoothing/certificate, smoothing/certify, smoothing/sequential
-03       smoothing/prompts, smoothing/methods, smoothing/table, metrics/certified
-03b      smoothing/prompts, smoothing/denoisers, data/splits
+03       smoothing/prompts, smoothing/methods, smoothing/paper_methods, metrics/certified
+03b      smoothing/table, smoothing/denoisers, data/splits
 04       models/adapters, adaptation/training_images, adaptation/training, adaptation/adapting
 05       corruptions/functions, corruptions/suites, evaluation, metrics/corruption
 06       generative/answers, generative/oracles, generative/errors, generative/certify

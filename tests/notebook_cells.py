@@ -26,7 +26,7 @@ from medrobust_lib.data import published
 CHEAPER = {
     "03": {
         "0.001, 50, 4, 6": "0.001, 1, 1, 1", "range(9)": "range(2)", "max(100, n_draws": "max(20, n_draws",
-        "max(50, n // 8)": "max(20, n // 8)", "n_inside = 100": "n_inside = 20",
+        "max(50, n // 8)": "max(20, n // 8)",
     },
     "03b": {
         "(1, 4, 16, most_shots)": "(1, 16)", "(1, 2, 5, 8)": "(2, 5)", "draws_per_image=4": "draws_per_image=1",

@@ -387,10 +387,11 @@ def read_context(path: Path, *, width: int, id: str) -> "Tensor":
         As `read_state_dict`; no ``ctx`` in it, one context per class, or another width than that of the model ``id``.
     """
     tensors = read_state_dict(path, passed_over=_OF_TRAINING)
-    if "ctx" not in tensors:
+    context = tensors.get("ctx")
+    if context is None or not context.is_floating_point() or str(context.layout) != "torch.strided":
         found = ", ".join(sorted(tensors)[:_LISTED_KEYS])
-        raise ValueError(f"{path} holds {found}, no context 'ctx'; give the prompt_learner/model.pth.tar-EPOCH of CoOp")
-    context = tensors["ctx"].float()
+        raise ValueError(f"{path} holds {found}, no 'ctx' of real numbers; give CoOp's prompt_learner/model.pth.tar-50")
+    context = context.float()
     if context.ndim == 3:
         raise ValueError(
             f"{path} holds {len(context)} contexts, one per class, and does not say which class each belongs to; give "

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from medrobust_lib.checks import check_choice, check_whole
 from medrobust_lib.data.dataset import ImageDataset
@@ -24,6 +24,7 @@ from medrobust_lib.smoothing.methods import (
 )
 from medrobust_lib.smoothing.prompts import (
     TRAINING_SIGMAS,
+    Position,
     PromptSet,
     learn_prompts,
     load_coop_context,
@@ -33,7 +34,7 @@ from medrobust_lib.smoothing.prompts import (
 CANDIDATES = 3  # seeds of few-shot prompts that have to agree
 RETRAINED = "re-trained"
 _LEARNING = ("seed", "shots", "epochs", "batch_size", "learning_rate")
-_PROMPTS = (*_LEARNING, "n_context", "draws_per_image", "sigmas", "crop")
+_PROMPTS = (*_LEARNING, "n_context", "class_specific", "position", "draws_per_image", "sigmas", "crop")
 # What each method reads; all but "re-trained", which is another image tower, are made by `prompt_methods`.
 READS: dict[str, tuple[str, ...]] = {
     "zero-shot": ("template",),
@@ -65,7 +66,7 @@ class PaperMethod:
     seed : int or None
         Of shots, their noise and the first context vectors; the candidate set takes the two after it as well.
         None: the seed of the whole.
-    shots, epochs, batch_size, learning_rate, n_context, draws_per_image, sigmas
+    shots, epochs, batch_size, learning_rate, n_context, class_specific, position, draws_per_image, sigmas
         As in `learn_prompts`; the first four also of re-training, where `learning_rate` has a default of its own.
     crop : float or None
         CoOp's random crop, which keeps at least this share of the area, and flip; None shows every copy whole.
@@ -95,6 +96,8 @@ class PaperMethod:
     batch_size: int = 16
     learning_rate: float | None = None
     n_context: int = 5
+    class_specific: bool = False
+    position: Position = "end"
     draws_per_image: int = 16
     sigmas: tuple[float, ...] = TRAINING_SIGMAS
     crop: float | None = None
@@ -118,6 +121,7 @@ class PaperMethod:
             check_whole("seed", self.seed, least=0)
         if self.tunable is not None:
             check_whole("tunable", self.tunable)
+        check_choice("position", self.position, get_args(Position))
         if self.crop is not None:
             CropAndFlip(crop=self.crop)
 
@@ -166,8 +170,8 @@ def prompt_methods(
         Of methods that have none of their own.
     kept : Path, optional
         Folder for the learned prompts: what is there already is not learned again, so that a run which was killed goes
-        on with the very same prompts. It belongs to this model, these images and this seed, which is the caller's to
-        see to; several noise levels share it.
+        on with the very same prompts. A file is named after the model, the images and all settings, so that several
+        noise levels, and several calls, can share the folder.
 
     Returns
     -------
@@ -207,7 +211,8 @@ def prompt_methods(
         """The prompts of a file that is named after what they were learned with."""
         if kept is None:
             return learn()
-        told = json.dumps(words, sort_keys=True, default=lambda value: asdict(value))
+        images = [None if data is None else [data.id, data.split, data.indices.tolist()] for data in (train, pool)]
+        told = json.dumps([model.id, images, words], sort_keys=True, default=asdict)
         path = kept / f"{hashlib.sha256(told.encode()).hexdigest()[:12]}.safetensors"
         if not path.is_file():
             kept.mkdir(parents=True, exist_ok=True)

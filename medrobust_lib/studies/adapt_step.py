@@ -62,6 +62,8 @@ class AdaptStep(Step):
         Which of a data set's templates is learned with, from 1; tests use the first.
     rank : int
         Of the adapters.
+    kernel : {"whole", "middle"}
+        Of the adapters of convolutions, as in `adapt_lora`; "middle" is for models with convolutions alone.
     epochs, batch_size, learning_rate, weight_decay, schedule, softmax, logits
         As in `adapt_lora`; prompts read the first three, a linear probe none.
     """
@@ -75,6 +77,7 @@ class AdaptStep(Step):
     n_val: int = 1_000
     template: int = 1
     rank: int = 16
+    kernel: Literal["whole", "middle"] = "whole"
     epochs: int = 20
     batch_size: int = 32
     learning_rate: float = 1e-4
@@ -179,7 +182,8 @@ class AdaptCell(Cell):
     ) -> tuple[list[Metric], pd.DataFrame]:
         recipe = vars(self.step._recipe(self.seed or 0))
         if self.step.method == "LoRA":
-            adapted = adapt_lora(model, train, validation=val, out=out, rank=self.step.rank, **recipe)
+            layers = {"rank": self.step.rank, "kernel": self.step.kernel}
+            adapted = adapt_lora(model, train, validation=val, out=out, **layers, **recipe)
         else:
             adapted = fine_tune(model, train, validation=val, out=out, **recipe)
         self.keep_times(out.parents[2], training=adapted.seconds)

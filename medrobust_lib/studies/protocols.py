@@ -4,7 +4,7 @@ A protocol is a study file with one key more, ``reproduces``. It stands in the f
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -216,6 +216,8 @@ def read_protocol(
         given = _rewritten(given, demo_words, demo_settings) | whole
     if sequential:
         given = _rewritten(given, {}, {"sampling": "sequential"})
+        told = "Sequential sampling at the same alpha: an image that the draws leave undecided counts as not certified."
+        published = replace(published, deviations=(Deviation(told, "lower"), *published.deviations))
     study = parse_study(given, name=name, where=name)
     return Protocol(name, published, study, _chosen(only, study), demo)
 

@@ -31,7 +31,7 @@ AGREES, DIFFERS, NO_NUMBER = "agrees within the interval", "differs", "no image 
 ALL = "all"
 _OURS = ["ours", "low", "high", "n", "detail", "guarantee"]
 _JUDGED = ["difference_low", "difference_high", "verdict", "remark"]
-_HALF = 0.5
+_HALF, _NOTHING = 0.5, "–"
 
 
 class Layout(NamedTuple):
@@ -120,7 +120,7 @@ def in_the_papers_layout(table: pd.DataFrame) -> pd.DataFrame:
     if not set(table["measure"]) <= {"certified accuracy", "clean accuracy"}:
         table = table.assign(method=table["method"].where(table["method"] != "", table["measure"]))
     shown = []
-    for source, nothing in (("ours", "–"), ("reported", "")):
+    for source, nothing in (("ours", _NOTHING), ("reported", "")):
         text = [nothing if pd.isna(value) else short_number(value, 3) for value in table[source]]
         shown.append(table[["dataset", "model", "method", "column"]].assign(source=source, text=text))
     rows = ["dataset", "model", "method", "source"]
@@ -134,7 +134,7 @@ def in_the_papers_layout(table: pd.DataFrame) -> pd.DataFrame:
 
 def _with_parentheses(texts: Iterable[str]) -> str:
     first, *others = texts
-    return first + "".join(f" ({text})" for text in others if text)
+    return first + "".join(f" ({text})" for text in others if text not in ("", _NOTHING))
 
 
 def _judged(row: NamedTuple, protocol: Protocol) -> dict[str, object]:
@@ -142,13 +142,15 @@ def _judged(row: NamedTuple, protocol: Protocol) -> dict[str, object]:
     nothing = {"difference_low": np.nan, "difference_high": np.nan}
     if pd.isna(row.reported):
         return {**nothing, "verdict": "not published", "remark": ""}
-    if pd.isna(row.ours):
-        return {**nothing, "verdict": "not measured", "remark": row.remark}
     images, share = protocol.published.images, row.measure.endswith("accuracy")
-    images = int(row.n) if images == 0 else images
+    if images == 0:  # of the whole split, which is known where all of it was measured
+        images = int(row.n) if row.n and protocol.study.n_images is None else None
     unstated = images is None or row.method in protocol.published.unstated
-    remark = row.remark or (_impossible(row.reported, images) if share and not unstated else "")
-    if unstated or pd.isna(row.low):
+    averaged = row.measure == "accuracy" and row.column != CLEAN  # over severities, so that no image is counted
+    remark = row.remark or (_impossible(row.reported, images) if share and not (unstated or averaged) else "")
+    if pd.isna(row.ours):
+        return {**nothing, "verdict": "not measured", "remark": remark}
+    if (share and unstated) or pd.isna(row.low):
         return {**nothing, "verdict": NO_NUMBER, "remark": remark}
     theirs = row.reported, row.reported, row.reported
     if share:
@@ -175,7 +177,8 @@ def _finished(protocol: Protocol, folder: Path, kind: type[Cell], table: str) ->
 
 
 def _frame(rows: Iterable[Mapping[str, object]]) -> pd.DataFrame:
-    return pd.DataFrame(rows, columns=[*KEYS, *_OURS]).fillna({"detail": "", "guarantee": ""})
+    rows = [{"detail": "", "guarantee": ""} | row for row in rows]
+    return pd.DataFrame(rows, columns=[*KEYS, *_OURS]).astype(dict.fromkeys(("ours", "low", "high"), float))
 
 
 def _certified(protocol: Protocol, folder: Path) -> pd.DataFrame:
@@ -198,7 +201,7 @@ def _certified(protocol: Protocol, folder: Path) -> pd.DataFrame:
                 "n": 0,
                 "detail": "beyond the reach of the draws",
             }
-            rows.append(place | beyond | {"measure": "certified accuracy"})
+            rows += [place | beyond | {"measure": measure} for measure in ("certified accuracy", "clean accuracy")]
             continue
         r = best.loc[key]
         place |= {"n": int(r["n"]), "detail": f"sigma {r['sigma']:g}", "guarantee": r["guarantee"]}
@@ -236,6 +239,7 @@ def _times(protocol: Protocol, folder: Path) -> pd.DataFrame:
     for cell, table in _finished(protocol, folder, CertifyCell, CERTIFICATES):
         times = read_json_object(cell.folder(folder) / TIMES, "times")
         spent = {"training": times.get("training", 0.0), "certification per sample": times["an_image"]}
+        spent["total"] = sum(spent.values())
         for name, seconds in spent.items():
             place = {"dataset": ALL, "model": cell.model, "method": table["method"].iloc[-1], "column": name}
             about = {"measure": "seconds", "n": table["image"].nunique(), "detail": cell.variant}
@@ -310,7 +314,8 @@ def _variants(protocol: Protocol, folder: Path) -> pd.DataFrame:
     kept = {(CLEAN, "accuracy"), ("mean", "accuracy")}
     kept |= {(name, "percent of the reference's error") for name in (CLEAN, "mean")}
     table = _benchmarks(protocol, folder)
-    table = table[[pair in kept for pair in zip(table["column"], table["measure"], strict=True)]]
+    chosen = [pair in kept for pair in zip(table["column"], table["measure"], strict=True)]
+    table = table[np.array(chosen, dtype=bool)]
     rows = []
     for cell, _ in _finished(protocol, folder, AdaptCell, "validation"):
         (card,) = read_cards(cell.folder(folder), nested=False)
@@ -318,7 +323,7 @@ def _variants(protocol: Protocol, folder: Path) -> pd.DataFrame:
         hours = read_json_object(cell.folder(folder) / TIMES, "times")["training"] / 3600
         for name, value in (("training", hours), ("trained parameters", trained / 1e6)):
             unit = "hours" if name == "training" else "millions"
-            for dataset in protocol.study.datasets:
+            for dataset in table["dataset"].unique():
                 place = {"dataset": dataset, "model": cell.step.name, "method": "", "column": name, "measure": unit}
                 rows.append(place | {"ours": value, "low": np.nan, "high": np.nan, "n": 0, "detail": cell.step.method})
     return pd.concat([table, _frame(rows)], ignore_index=True) if rows else table

@@ -43,9 +43,10 @@ sigmas, example = [0.0, 0.1, 0.5], 3
     + """
 from medrobust_lib.smoothing import prompts
 
-test, sigma, sigmas = data.subset(range(2)), 0.25, [0.25, 0.5]
-hand_written, one = (prompts.text_prompts(encoder, data.classes, template) for template in data.templates[:2])
-reach = {0.25: 0.5, 0.5: 1.0}
+sigma, sigmas = 0.25, [0.25, 0.5]
+named = zip(("hand-written prompt", "few-shot prompt"), data.templates)
+starts = {name: prompts.text_prompts(encoder, data.classes, template) for name, template in named}
+adaptation = explore.Adaptation(encoder, data.subset(range(2)), starts, seed=seed)
 guarantees = {"zero-shot": "standard", "PromptSmooth": "frozen-prompt"}
 summary = pd.DataFrame([
     {"method": name, "guarantee": guarantee, "sigma": level, "radius": r, "certified_accuracy": share - r}

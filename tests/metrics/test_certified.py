@@ -307,6 +307,15 @@ def by_seed(*shares, n=20, **columns):
     return pd.DataFrame(rows | columns)
 
 
+def test_certificates_of_one_method_with_prompts_of_several_seeds_are_summarised_seed_by_seed():
+    rows = pd.concat([certificates(prompt_seed=0), certificates(prompt_seed=1, predicted=[0, 0, 1, 1, 2])])
+    shares = metrics.certified_accuracy(rows, [0.0])
+    assert dict(zip(shares["prompt_seed"], shares["certified_accuracy"], strict=True)) == {0: 0.6, 1: 1.0}
+    assert metrics.over_prompt_seeds(shares)["certified_accuracy"].tolist() == [0.8]
+    with pytest.raises(ValueError, match="differ in prompt_seed"):
+        metrics.average_certified_radius(rows)
+
+
 def test_over_prompt_seeds_gives_mean_extremes_and_an_interval_over_images():
     summary = metrics.over_prompt_seeds(by_seed(0.5, 0.7, 0.45))
     assert len(summary) == 1

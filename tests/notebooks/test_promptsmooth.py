@@ -123,6 +123,8 @@ def test_notebook_runs_on_prepared_tiles_with_plip(user, tiles, sigmas, tested):
     assert (parameters | {"n_images": sum(tiles["test"].values())}).items() <= card["parameters"].items()
     assert (card["model"]["id"], card["model"]["image_size"]) == ("plip", 224)
     assert (card["dataset"]["n"], card["dataset"]["synthetic"]) == (tested, False)
+    left_out = [note.split(":")[1].strip() for note in card["notes"] if note.startswith("Left out: ")]
+    assert left_out == ["denoised", "diffusion"]  # nobody trained one for these tiles
     table = pd.read_csv(user / "out" / "cards" / "03_certified_accuracy.csv")
     assert {"standard", "frozen-prompt", "candidate-set"} <= set(table["guarantee"])
     within = table["radius"] <= table["radius_reach"]

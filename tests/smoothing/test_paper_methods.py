@@ -65,8 +65,11 @@ def test_settings_reach_what_they_are_for(model, splits):
         asked("zero-shot PromptSmooth", tunable=2, steps=3),
         asked("zero-shot PromptSmooth", name="other words", template="a picture of {}"),
         asked("few-shot PromptSmooth", n_context=2, seed=9, crop=0.5),
+        asked("PromptSmooth", class_specific=True, position="front"),
     ]
-    moved, other, learned = made(model, splits, methods)
+    moved, other, learned, own = made(model, splits, methods)
+    assert own.start.context.shape[:2] == (len(splits.test.classes), 5)
+    assert own.start.position == "front"
     assert (moved.start.context.shape[0], moved.steps) == (2, 3)
     assert (other.name, other.start.template) == ("other words", "a picture of {}")
     crops = methods[2].learning()["augmentation"]
@@ -96,6 +99,15 @@ def test_learned_prompts_are_kept_and_shared_by_noise_levels(model, splits, tmp_
     again = made(model, splits, names, kept=tmp_path, sigma=0.5)  # the pool is adapted to its noise, and only it
     assert len(list(tmp_path.iterdir())) == 4
     assert torch.equal(first[2].start.context, again[2].start.context)
+
+
+def test_prompts_of_other_images_are_learned_anew(model, splits, tmp_path):
+    first = made(model, splits, ["CoOp"], kept=tmp_path)
+    others = learning_splits("phantom/chest", shots=1, n_test=3, n_pool=3, seed=1)
+    assert others.train.indices.tolist() != splits.train.indices.tolist()
+    second = made(model, splits, ["CoOp"], kept=tmp_path, train=others.train)
+    assert len(list(tmp_path.iterdir())) == 2
+    assert not torch.equal(first[0].class_features, second[0].class_features)
 
 
 def test_all_of_them_are_certified_from_one_bank(model, splits):
@@ -133,6 +145,8 @@ def test_what_cannot_be_made_is_refused_before_anything_is_learned(model, splits
         ("PromptSmooth", {"steps": 0}, "steps=0"),
         ("few-shot PromptSmooth", {"crop": 2.0}, "crop=2.0"),
         ("few-shot PromptSmooth", {"seed": -1}, "seed=-1"),
+        ("few-shot PromptSmooth", {"position": "back"}, "position 'back'; choose one of end, middle, front"),
+        ("zero-shot", {"class_specific": True}, "class_specific=True means nothing to 'zero-shot'"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(method, settings, message):

@@ -3,6 +3,7 @@
 import importlib
 import math
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from unittest import mock
@@ -483,7 +484,12 @@ def test_a_context_that_does_not_fit_is_refused(model, train, tmp_path, context,
 
 def test_a_checkpoint_without_a_context_is_refused_with_what_it_holds(model, train, tmp_path):
     path = write_checkpoint(tmp_path, torch.zeros(5, 128), state_dict={"visual.proj": torch.zeros(1)})
-    with pytest.raises(ValueError, match=r"tar-50 holds visual.proj, no context 'ctx'; give the prompt_learner/model"):
+    with pytest.raises(ValueError, match=r"tar-50 holds visual.proj, no 'ctx' of real numbers; give CoOp's prompt_l"):
         prompts.load_coop_context(path, model, train.classes)
+    for odd in (torch.zeros(5, 128, dtype=torch.complex64), torch.zeros(5, 128).to_sparse(), torch.zeros(5, 128).int()):
+        shutil.rmtree(path.parent)
+        path = write_checkpoint(tmp_path, torch.zeros(5, 128), state_dict={"ctx": odd})
+        with pytest.raises(ValueError, match="holds ctx, no 'ctx' of real numbers"):
+            prompts.load_coop_context(path, model, train.classes)
     with pytest.raises(FileNotFoundError, match="missing"):
         prompts.load_coop_context(tmp_path / "missing", model, train.classes)

@@ -292,6 +292,22 @@ def test_the_papers_layout_prints_clean_accuracy_in_parentheses():
     assert printed.index.get_level_values("method").unique().tolist() == ["PromptSmooth, frozen-prompt"]
 
 
+def test_sequential_sampling_is_told_among_the_deviations():
+    plain, sequential = (read_protocol("promptsmooth-table2", sequential=chosen) for chosen in (False, True))
+    assert {step.sampling for step in plain.study.steps} == {"fixed"}
+    assert {step.sampling for step in sequential.study.steps} == {"sequential"}
+    assert "Sequential" in sequential.published.deviations[0].what
+    assert sequential.published.deviations[1:] == plain.published.deviations
+
+
+def test_without_any_result_there_is_a_page_and_an_empty_table(tmp_path):
+    for name in NAMES:
+        protocol = read_protocol(name, demo=True)
+        assert write_reproduction(protocol, tmp_path, {"1 certify": "OSError: <full>"}).empty
+        page = (tmp_path / "reproduction.html").read_text(encoding="utf-8")
+        assert "0 of" in page and "OSError: &lt;full&gt;" in page
+
+
 def test_steps_are_parts_and_a_part_without_cells_is_refused():
     only = ["step=2", "dataset=pathology/pannuke"]
     assert {cell.number for cell in read_protocol("promptsmooth-table2", only=only).cells()} == {2}
