@@ -124,6 +124,16 @@ def test_intervals_need_answers_of_the_reference(answers, data):
         corruption_intervals(answers, data, reference="as it", rng=np.random.default_rng(0))
 
 
+def test_a_suite_with_lists_for_each_modality_is_taken_by_its_id(model, data):
+    table = benchmark(model, data, suite="clinical-c", severities=(1, 5), batch_size=4)
+    assert list(table.index) == ["clean", *mr.SUITES["clinical-c"].names("histology"), "mean"]
+    shown = corrupted(data, "pen_mark", severity=5, suite="clinical-c")
+    answered = (
+        model.encode_image(model.prepare(shown.images)) @ model.class_features(data.classes, data.templates[:1]).T
+    )
+    assert table.severity_5["pen_mark"] == (answered.argmax(1).numpy() == data.labels).mean()
+
+
 def test_one_call_gives_the_whole_table(answers, model, data):
     options = {"severities": (2, 5), "seed": 3, "batch_size": 4}
     table = benchmark(model, data, **options)

@@ -73,6 +73,16 @@ def test_the_official_suite_is_written_in_its_layout(tmp_path):
     assert names == {"pixelate.npz", "contrast_down.npz", "clean.npz", "description.json"}
 
 
+def test_the_clinical_suite_is_written_gray_and_read_back(tmp_path):
+    options = ["phantom/oct-site-a", "--suite", "clinical-c", "--n", "2", "--image-size", "28", "--jobs", "1"]
+    invoke(load_script("make_medmnist_c"), *options, "--corruptions", "blink_line", "--root", tmp_path)
+    read = read_corrupted(tmp_path / "MedMNIST-C-clinical", "phantom/oct-site-a", "blink_line", severity=4)
+    data = load_dataset("phantom/oct-site-a", n=2, image_size=28)
+    made = corrupted(data, "blink_line", severity=4, suite="clinical-c")
+    np.testing.assert_array_equal(read.images, made.images)
+    assert (read.images == read.images[..., :1]).all() and (read.images != data.images).any()
+
+
 def test_medmnist_sets_are_found_below_the_root(tmp_path):
     script = load_script("make_medmnist_c")
     (tmp_path / "medmnist").mkdir()

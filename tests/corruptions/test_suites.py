@@ -92,4 +92,5 @@ def test_a_suite_is_found_by_its_id_or_is_one():
     with pytest.raises(ValueError, match="unknown suite 'imagenet-c'; choose one of medimeta-c, medmnist-c"):
         find_suite("imagenet-c")
     assert MEDMNIST_C.family("medimeta/fundus") == "retina"
+    assert MEDMNIST_C.family("phantom/blood-site-a") == "blood"
     assert check_severity(0) == 0

@@ -12,6 +12,7 @@ from medrobust_lib.adaptation.adapting import adapt_lora
 from medrobust_lib.adaptation.retraining import retrain_on_noise
 from medrobust_lib.corruptions.stored import read_corrupted
 from medrobust_lib.corruptions.suites import corrupted, find_suite
+from medrobust_lib.corruptions.writing import write_benchmark
 from medrobust_lib.data.questions import load_questions
 from medrobust_lib.data.registry import load_dataset
 from medrobust_lib.data.splits import fraction_splits
@@ -197,6 +198,21 @@ def test_corrupted_images_are_read_from_a_folder_in_the_authors_layout(study_fil
     for (corruption, severity), found in rows.groupby(["corruption", "severity"]):
         assert found["predicted"].tolist() == expected["here", corruption, severity].tolist()
     assert read_corrupted(tmp_path / "released", "phantom/blood").labels.tolist() == data.labels.tolist()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_clinical_suite_is_made_or_read_to_the_same_answers(study_file, tmp_path):
+    write_benchmark(tmp_path / "written", ["phantom/breast"], suite="clinical-c", severities=[2], n=8)
+    rows = {}
+    for folder in ("", f", folder: {tmp_path / 'written'}"):
+        step = f"{{benchmark: {{suite: clinical-c, severities: 2{folder}}}}}"
+        out = tmp_path / ("read" if folder else "made")
+        out.mkdir()
+        text = f"models: [demo-clip]\ndatasets: [phantom/breast]\nn_images: 8\nsteps: [{step}]\n"
+        (cell,), _ = run(study_file, out, text)
+        rows[bool(folder)] = table(cell, out, "answers")
+    assert rows[False]["corruption"].drop_duplicates().tolist() == ["clean", *find_suite("clinical-c").names("breast")]
+    assert rows[False]["predicted"].tolist() == rows[True]["predicted"].tolist()
 
 
 @pytest.mark.filterwarnings("ignore")
