@@ -36,7 +36,8 @@ def load_published(name: str) -> pd.DataFrame:
         ``promptsmooth_table2`` and ``_table3`` (certified and clean accuracy), ``_table4`` (initial
         context), ``_table5`` (times); ``robustmedclip_table2_mce``, ``robustmedclip_table3_accuracy``,
         ``robustmedclip_table3_average``, ``robustmedclip_table6`` (few-shot variants),
-        ``robustmedclip_readme`` (summary in the authors' repository); ``medmnist_c_alexnet`` (balanced errors
+        ``robustmedclip_readme`` (summary in the authors' repository); ``smoothing_vlms_draws`` (seconds and ratios of
+        100 and 1000 draws, from the text); ``medmnist_c_alexnet`` (balanced errors
         by which MedMNIST-C normalises; rounded to six decimals); ``test_class_counts`` (images of each class
         in the test splits of RobustMedCLIP's data sets, PBC's not among them).
 

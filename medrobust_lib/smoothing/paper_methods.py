@@ -9,7 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, get_args
 
-from medrobust_lib.checks import check_choice, check_whole
+from medrobust_lib.checks import check_choice, check_positive, check_whole
 from medrobust_lib.data.dataset import ImageDataset
 from medrobust_lib.models.dual_encoder import DualEncoder
 from medrobust_lib.models.geometry import CropAndFlip
@@ -124,6 +124,15 @@ class PaperMethod:
         check_choice("position", self.position, get_args(Position))
         if self.crop is not None:
             CropAndFlip(crop=self.crop)
+        if self.learning_rate is not None:
+            check_positive("learning_rate", self.learning_rate)
+        if not self.sigmas or min(self.sigmas) < 0:
+            raise ValueError(f"sigmas={list(self.sigmas)}: give noise levels of training, 0 or more")
+        if self.template and self.template.count("{}") != 1:
+            raise ValueError(f"template={self.template!r}: write one {{}} where the class name stands")
+        given = [own.name for own in fields(self) if own.name in _PROMPTS and getattr(self, own.name) != own.default]
+        if self.checkpoint and given:
+            raise ValueError(f"{given[0]} is for learning, and checkpoint={self.checkpoint!r} takes its place")
 
     @property
     def learns(self) -> bool:
@@ -217,7 +226,10 @@ def prompt_methods(
         if not path.is_file():
             kept.mkdir(parents=True, exist_ok=True)
             learn().save(path)
-        return PromptSet.load(path)
+        try:
+            return PromptSet.load(path)
+        except ValueError as error:
+            raise ValueError(f"{error} It was learned here: delete it, and it is learned again.") from error
 
     @cache
     def learned(one: PaperMethod, number: int = 0) -> PromptSet:

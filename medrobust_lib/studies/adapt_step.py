@@ -1,7 +1,7 @@
 """The step ``adapt``: a model that learns from a few clean images, for later steps to use under the step's name."""
 
 import warnings
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import ClassVar, Literal
 
@@ -39,6 +39,14 @@ from medrobust_lib.studies.steps import (
 )
 
 _PASSES = 3  # a step of training costs about as much as so many encodings
+_ALWAYS = ("name", "models", "datasets", "method", "fraction", "learn_from", "n_val")
+_TOWER = ("template", "epochs", "batch_size", "learning_rate", "weight_decay", "schedule", "softmax", "logits")
+_READS = {
+    "LoRA": ("rank", "kernel", *_TOWER),
+    "full fine-tuning": _TOWER,
+    "linear probe": (),
+    "prompts": ("epochs", "batch_size", "learning_rate"),
+}
 _ADAPTER, _PROBE, _PROMPTS = "adapter", "probe.safetensors", "prompts.safetensors"
 
 
@@ -65,7 +73,7 @@ class AdaptStep(Step):
     kernel : {"whole", "middle"}
         Of the adapters of convolutions, as in `adapt_lora`; "middle" is for models with convolutions alone.
     epochs, batch_size, learning_rate, weight_decay, schedule, softmax, logits
-        As in `adapt_lora`; prompts read the first three, a linear probe none.
+        As in `adapt_lora`; prompts read the first three, as `learn_prompts` does. None as rate: that of the method.
     """
 
     kind: ClassVar[str] = "adapt"
@@ -80,7 +88,7 @@ class AdaptStep(Step):
     kernel: Literal["whole", "middle"] = "whole"
     epochs: int = 20
     batch_size: int = 32
-    learning_rate: float = 1e-4
+    learning_rate: float | None = None
     weight_decay: float = 1e-4
     schedule: Schedule = "constant"
     softmax: Softmax = "masked"
@@ -95,6 +103,11 @@ class AdaptStep(Step):
         """Raise a ValueError for numbers out of range, for several models, and for images learned from and tested."""
         if len(grid.models) != 1:
             raise StudyError(f"{self.name!r} is one adapted model; name the one to adapt, models: [{grid.models[0]}]")
+        for own in fields(self):
+            value, read = getattr(self, own.name), (*_ALWAYS, *_READS[self.method])
+            if value != own.default and own.name not in read:
+                reads = ", ".join(_READS[self.method]) or "no setting of training"
+                raise StudyError(f"{own.name}={value!r} means nothing to {self.method!r}, which reads {reads}")
         checks.check_positive("fraction", self.fraction, most=1)
         for number in ("n_val", "template", "rank"):
             checks.check_whole(number, getattr(self, number))
@@ -122,7 +135,8 @@ class AdaptStep(Step):
 
     def _recipe(self, seed: int) -> Recipe:
         names = ("epochs", "batch_size", "learning_rate", "weight_decay", "schedule", "softmax", "logits")
-        return Recipe(**{name: getattr(self, name) for name in names}, seed=seed)
+        given = {name: getattr(self, name) for name in names}
+        return Recipe(**{name: value for name, value in given.items() if value is not None}, seed=seed)
 
 
 class AdaptCell(Cell):
@@ -204,7 +218,8 @@ class AdaptCell(Cell):
             write_tensors(folder / _PROBE, {"weights": probe.weights}, key="probe", header=header)
         if step.method == "prompts" and not (folder / _PROMPTS).is_file():
             most = int(pd.Series(train.labels).value_counts().max())
-            words = {"epochs": step.epochs, "batch_size": step.batch_size, "learning_rate": step.learning_rate}
+            words = {"epochs": step.epochs, "batch_size": step.batch_size}
+            words |= {} if step.learning_rate is None else {"learning_rate": step.learning_rate}
             with warnings.catch_warnings(action="ignore", category=UserWarning):  # classes of fewer images give all
                 prompts = learn_prompts(model, train, sigmas=(0.0,), shots=most, seed=self.seed or 0, **words)
             prompts.save(folder / _PROMPTS)
@@ -223,7 +238,9 @@ class AdaptCell(Cell):
         if self.step.method == "prompts":
             return PromptSet.load(folder / _PROMPTS).class_features(model, data.classes)
         if self.step.method == "linear probe":
-            tensors, header = read_tensors(folder / _PROBE, key="probe", kind="a linear probe", advice="Delete it.")
+            tensors, header = read_tensors(
+                folder / _PROBE, key="probe", kind="a linear probe", advice="Delete its cell."
+            )
             if header["classes"] != list(data.classes):
                 raise ValueError(f"{folder} holds a probe of the classes {header['classes']}, not {list(data.classes)}")
             return tensors["weights"].to(model.device)

@@ -118,7 +118,7 @@ class BenchmarkCell(Cell):
             f"Suite {suite}; severities are conventions.",
             *([f"Images read from {folder}; verified: {data.provenance['verified']}."] if folder else []),
         ]
-        run.save_card(metrics=numbers, tables=tables, prompts=prompts, **described(model, data, notes))
+        run.save_card(metrics=numbers, tables=tables, prompts=prompts, **described(model, data, notes, name=self.model))
 
     def _stored(self, corruption: str, *, severity: int) -> ImageDataset:
         """A set of the folder, as many of its images as the study asks for."""

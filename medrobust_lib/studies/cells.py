@@ -55,6 +55,11 @@ def study_cells(study: Study, *, notebooks: Path | None = None) -> list[Cell]:
         cells += [replace(cell, source=_source(cell, made)) if cell.model in made else cell for cell in found]
         if isinstance(step, AdaptStep):
             made[step.name] = [cell for cell in found if isinstance(cell, AdaptCell)]
+    labels: dict[str, str] = {}
+    for cell in cells:
+        if cell.name in labels:
+            raise StudyError(f"{labels[cell.name]!r} and {cell.label!r} would share the folder {cell.name}; rename one")
+        labels[cell.name] = cell.label
     return cells
 
 

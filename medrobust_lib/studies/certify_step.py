@@ -65,7 +65,7 @@ class CertifyStep(Step):
         Noise standard deviations, > 0, in [0, 1] pixel units; each is a cell of its own.
     n0, n, alpha, sampling, mode
         As in `certify_dataset`.
-    n_by_sigma : dict of str to int
+    n_by_sigma : dict of float to int
         Another n for some of the noise levels.
     radii : tuple of float
         L2 radii of the table, in [0, 1] pixel units; sequential sampling is asked for them.
@@ -78,7 +78,7 @@ class CertifyStep(Step):
     sigmas: tuple[float, ...]
     n0: int = N0
     n: int = N
-    n_by_sigma: dict[str, int] = field(default_factory=dict)
+    n_by_sigma: dict[float, int] = field(default_factory=dict)
     alpha: float = ALPHA
     sampling: Sampling = "sequential"
     mode: Mode = "predict"
@@ -89,28 +89,33 @@ class CertifyStep(Step):
 
     def draws_of(self, sigma: float) -> int:
         """The n of a noise level."""
-        return next((n for key, n in self.n_by_sigma.items() if float(key) == sigma), self.n)
+        return self.n_by_sigma.get(sigma, self.n)
 
     def check(self, grid: Grid, notebooks: Path | None) -> None:
         """Raise a ValueError for numbers that `certify_dataset` would refuse, and for classes nobody can learn."""
         if not self.sigmas or not self.radii:
             raise StudyError("give at least one value each for sigmas and radii")
         check_alpha(self.alpha)
+        for key in self.n_by_sigma:
+            if key not in self.sigmas:
+                raise StudyError(f"n_by_sigma: {key:g} is none of sigmas={list(self.sigmas)}")
         for sigma in self.sigmas:
             check_sigma(sigma)
             check_draws(self.draws_of(sigma), self.alpha)
-        if unknown := [key for key in self.n_by_sigma if key not in map(str, self.sigmas)]:
-            raise StudyError(f"n_by_sigma: {unknown[0]!r} is none of sigmas={list(self.sigmas)}")
-        if self.mode == "predict":
-            checks.check_whole("n0", self.n0, hint=": at least one draw chooses the class")
+        least = int(self.mode == "predict")
+        checks.check_whole("n0", self.n0, least=least, hint=": at least one draw chooses the class" if least else "")
         if min(self.radii) < 0:
             raise StudyError(f"radii={list(self.radii)}: radii are 0 or more")
         for method in self.methods:
             for dataset in grid.datasets if "denoiser" in READS[method.method] else ():
                 load_denoiser(method.denoiser or find_denoiser(method.method, dataset))
-        names = [method.name for method in self.methods]
+            if method.checkpoint and not Path(method.checkpoint).is_file():
+                raise StudyError(f"{method.name}: no checkpoint at {method.checkpoint}")
+        names = [short_id(method.name) for method in self.methods]
         if repeated := [name for name in names if names.count(name) > 1]:
-            raise StudyError(f"two methods are called {repeated[0]!r}; give each a name of its own, name: ...")
+            raise StudyError(
+                f"two methods are called {repeated[0]!r}, or nearly; give each a name of its own, name: ..."
+            )
         for dataset in grid.datasets if any(method.learns for method in self.methods) else ():
             found = open_split(dataset)
             found = open_split(dataset, split="train") if "train" in found.splits else found
@@ -190,13 +195,14 @@ class CertifyCell(Cell):
             tables.append(certify_dataset(model, data, methods, store=store / "store", **rules))
         for one in step.methods:
             if one.method == RETRAINED:
-                tower = _retrained(store / f"{short_id(one.name)}.safetensors", model, learning.train, one, sigma, seed)
+                kept = store / RETRAINED / short_id(one.name)
+                tower = _retrained(kept.with_suffix(".safetensors"), model, learning.train, one, sigma, seed)
                 texts = FixedPrompts(one.name, tower.class_features(data.classes, data.templates[:1]))
-                tables.append(certify_dataset(tower, data, [texts], store=store / short_id(one.name), **rules))
+                tables.append(certify_dataset(tower, data, [texts], store=kept, **rules))
         rows = pd.concat(tables)
         self.keep_times(study, an_image=float(rows.groupby("image")["seconds"].first().mean()))
         rows = rows.drop(columns="seconds")
-        rows = rows.sort_values(["image", "sigma"], kind="stable", ignore_index=True).assign(model=model.id)
+        rows = rows.sort_values(["image", "sigma"], kind="stable", ignore_index=True).assign(model=self.model)
         shares = metrics.certified_accuracy(rows, radii=step.radii)
         notes += [f"Guarantee {name}: {GUARANTEES[name]}" for name in rows["guarantee"].unique()]
         if step.mode == "evaluate":
@@ -204,7 +210,7 @@ class CertifyCell(Cell):
         numbers = _certificate_metrics(metrics.certification_summary(rows), shares)
         tables = {f"{run.number}_{CERTIFICATES}": rows, f"{run.number}_certified_accuracy": shares}
         prompts = {"templates": list(data.templates), "classes": list(data.classes)}
-        run.save_card(metrics=numbers, tables=tables, prompts=prompts, **described(model, data, notes))
+        run.save_card(metrics=numbers, tables=tables, prompts=prompts, **described(model, data, notes, name=self.model))
 
     def _splits(self) -> LearningSplits:
         """Images to learn from, to adapt to and to certify, none of them twice."""
@@ -232,14 +238,17 @@ def _retrained(
     path: Path, model: DualEncoder, train: ImageDataset, one: PaperMethod, sigma: float, seed: int
 ) -> DualEncoder:
     """The tower that was re-trained on this noise, from its file if it is there."""
+    header = {"sigma": sigma, "seed": seed if one.seed is None else one.seed, "method": repr(one)}
     if not path.is_file():
         rate = {} if one.learning_rate is None else {"learning_rate": one.learning_rate}
         words = {"shots": one.shots, "epochs": one.epochs, "batch_size": one.batch_size, **rate}
-        made = retrain_on_noise(model, train, sigma=sigma, seed=seed if one.seed is None else one.seed, **words)
+        made = retrain_on_noise(model, train, sigma=sigma, seed=header["seed"], **words)
         known = model.state_dict()
         changed = {name: value for name, value in made.state_dict().items() if not torch.equal(value, known[name])}
-        write_tensors(path, changed, key=_KEY, header={"sigma": sigma, "seed": made.provenance["seed"], **words})
-    changed, _ = read_tensors(path, key=_KEY, kind="a re-trained tower", advice="Delete it and train anew.")
+        write_tensors(path, changed, key=_KEY, header=header)
+    changed, found = read_tensors(path, key=_KEY, kind="a re-trained tower", advice="Delete it and train anew.")
+    if found != header:
+        raise ValueError(f"{path} holds a tower that was re-trained otherwise; delete it and train anew")
     tower = model.trainable_copy()
     with explained_errors(str(path)):
         tower.load_state_dict(tower.state_dict() | changed)

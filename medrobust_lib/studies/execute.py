@@ -289,7 +289,12 @@ def run_study(
 
 
 def _has_card(out: Path, cell: Cell) -> bool:
-    return any((cell.folder(out) / "cards").glob("[0-9]*.json"))
+    """Whether the result of a cell is there: its card, and every table that the card names."""
+    folder = cell.folder(out) / "cards"
+    with suppress(FileNotFoundError):
+        cards = read_cards(cell.folder(out), nested=False)
+        return all((folder / f"{name}.csv").is_file() for card in cards for name in card["tables"])
+    return False
 
 
 def _connect(stack: ExitStack, address: str, folder: Path) -> None:

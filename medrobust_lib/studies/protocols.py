@@ -3,8 +3,9 @@
 A protocol is a study file with one key more, ``reproduces``. It stands in the folder ``protocols`` of the project.
 """
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,34 @@ from medrobust_lib.files import size_text
 from medrobust_lib.models.catalogue import fetch_command
 from medrobust_lib.models.loading import available_offline, find_model
 from medrobust_lib.places import default_weights_dir, project_root
+from medrobust_lib.smoothing.paper_methods import PaperMethod
 from medrobust_lib.studies.adapt_step import AdaptStep
+from medrobust_lib.studies.benchmark_step import BenchmarkStep
 from medrobust_lib.studies.cells import study_cells
 from medrobust_lib.studies.questions_step import QuestionsStep, asks_questions
 from medrobust_lib.studies.steps import Cell, Grid, StudyError
-from medrobust_lib.studies.study_file import Study, check_study, parse_study
+from medrobust_lib.studies.study_file import (
+    STEPS,
+    Study,
+    check_keys,
+    check_study,
+    located,
+    parse_study,
+    typed_values,
+)
 
 EXPECTED = ("lower", "higher", "either", "none")
+# The kind of step that each layout of a table is made of; `reproduction` makes them.
+LAYOUTS = {
+    "certified accuracy": "certify",
+    "initial contexts": "certify",
+    "certified accuracy, not published": "certify",
+    "times": "certify",
+    "corruption errors": "benchmark",
+    "corruption errors, not published": "benchmark",
+    "few-shot variants": "benchmark",
+    "numbers of draws": "questions",
+}
 
 
 @dataclass(frozen=True)
@@ -51,7 +73,7 @@ class Published:
     ----------
     paper, table, title : str
     layout : str
-        A key of `reproduction.LAYOUTS`.
+        A key of `LAYOUTS`.
     images : int or None
         Number of images behind each published share; 0: all of our test images; None: the paper does not say.
     unstated : tuple of str
@@ -72,10 +94,18 @@ class Published:
     layout: str
     images: int | None = None
     unstated: tuple[str, ...] = ()
-    names: Mapping[str, str] = field(default_factory=dict)
+    names: dict[str, str] = field(default_factory=dict)
     deviations: tuple[Deviation, ...] = ()
     needs: str = ""
     demo: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        checks.check_choice("layout", self.layout, LAYOUTS)
+        if self.images is not None:
+            checks.check_whole("images", self.images, least=0)
+        twice = [name for name, count in Counter(self.names.values()).items() if count > 1]
+        if twice:
+            raise ValueError(f"names: two of ours are called {twice[0]!r}; rows would fall together")
 
 
 @dataclass(frozen=True)
@@ -103,12 +133,17 @@ class Protocol:
         """The cells that were asked for, and those that make their models, in the order of the file."""
         every = study_cells(self.study)
         models, datasets, steps = (self.only.get(key, ()) for key in ("model", "dataset", "step"))
-        reference = {cell.number: getattr(cell.step, "reference", "") for cell in every}
+        reference = {
+            number: getattr(step, "reference", "") or (*self.study.narrowed(step).models, "")[0]
+            for number, step in enumerate(self.study.steps, start=1)
+            if isinstance(step, BenchmarkStep)
+        }
+        base = {cell.model: cell.base for cell in every}
         chosen = [
             cell
             for cell in every
             if not isinstance(cell.step, AdaptStep)
-            and (not models or cell.model in models or cell.model == reference[cell.number])
+            and (not models or {cell.model, base[cell.model]} & {*models} or cell.model == reference.get(cell.number))
             and (not datasets or cell.dataset in datasets)
             and (not steps or str(cell.number) in steps)
         ]
@@ -209,28 +244,64 @@ def read_protocol(
     given = notebook_parameters.read_yaml(folder / f"{name}.yaml")
     if not isinstance(given, dict) or not isinstance(given.get("reproduces"), dict):
         raise StudyError(f"{folder / name}.yaml is a study without the key reproduces; run it with `medrobust study`")
-    published = _published(given.pop("reproduces"), where=f"{name}: reproduces")
+    with located(f"{name}: reproduces"):
+        published = _published(given.pop("reproduces"), where="the key")
     if demo:
         demo_words, demo_settings = (dict(published.demo.get(key) or {}) for key in ("words", "settings"))
+        _check_demo(given, published, where=f"{name}: reproduces: demo")
         whole = {name: value for name, value in demo_settings.items() if name in Grid.__dataclass_fields__}
         given = _rewritten(given, demo_words, demo_settings) | whole
     if sequential:
+        if not any("certify" in step for step in given.get("steps", ())):
+            raise StudyError(f"{name} certifies nothing by votes over classes, so nothing can be sequential")
         given = _rewritten(given, {}, {"sampling": "sequential"})
         told = "Sequential sampling at the same alpha: an image that the draws leave undecided counts as not certified."
         published = replace(published, deviations=(Deviation(told, "lower"), *published.deviations))
     study = parse_study(given, name=name, where=name)
+    _check_fits(published, study, where=f"{name}: reproduces")
     return Protocol(name, published, study, _chosen(only, study), demo)
 
 
+def _check_demo(given: dict[str, Any], published: Published, *, where: str) -> None:
+    """Raise for words that stand nowhere in the file, and for settings that nothing has."""
+    text, known = repr(given), {*Grid.__dataclass_fields__, *PaperMethod.__dataclass_fields__}
+    known |= {name for step in STEPS.values() for name in step.__dataclass_fields__}
+    for word in published.demo.get("words") or {}:
+        if word not in text:
+            raise StudyError(f"{where}: words: {word!r} stands nowhere in the file")
+    for setting in published.demo.get("settings") or {}:
+        checks.check_choice(f"setting of {where}", setting, sorted(known))
+
+
 def _published(given: dict[str, Any], *, where: str) -> Published:
-    given = dict(given)
-    deviations = tuple(Deviation(**one) for one in given.pop("deviations", None) or ())
-    known = [f.name for f in fields(Published)]
-    for key in given:
-        checks.check_choice(f"{where}: key", key, known)
-    images = given.pop("images", None)
-    given["unstated"] = tuple(given.get("unstated") or ())
-    return Published(**given, deviations=deviations, images=None if images is None else int(images))
+    """The key ``reproduces``, checked."""
+    check_keys(given, Published, where=where)
+    deviations, demo = given.get("deviations") or [], given.get("demo") or {}
+    for one in deviations if isinstance(deviations, list) else [deviations]:
+        if not isinstance(one, dict):
+            raise StudyError(f"{where}: deviations: {one!r}; write a list of {{what: ..., expect: ...}}")
+        check_keys(one, Deviation, where=f"{where}: deviations")
+    if not isinstance(demo, dict) or not set(demo) <= {"words", "settings"}:
+        raise StudyError(f"{where}: demo: {demo!r}; it has words and settings, each names with values")
+    plain = {name: value for name, value in given.items() if name not in ("deviations", "demo")}
+    values = typed_values(plain, Published, where=where)
+    return Published(**values, deviations=tuple(Deviation(**one) for one in deviations), demo=demo)
+
+
+def _check_fits(published: Published, study: Study, *, where: str) -> None:
+    """Raise where a table cannot be made of what the study measures."""
+    kind = LAYOUTS[published.layout]
+    steps = [step for step in study.steps if step.kind == kind]
+    if not steps:
+        raise StudyError(f"{where}: layout {published.layout!r} is made of {kind} steps, and there is none")
+    if len(study.seeds) != 1:
+        raise StudyError(f"{where}: seeds: {list(study.seeds)}; a table is of one seed, so give one")
+    if published.layout == "times" and any(len(step.methods) != 1 or len(step.sigmas) != 1 for step in steps):
+        raise StudyError(f"{where}: of times, each certify step has one method and one noise level")
+    if published.layout == "few-shot variants" and not all(
+        step.jointly for step in study.steps if isinstance(step, AdaptStep)
+    ):
+        raise StudyError(f"{where}: few-shot variants are LoRA or full fine-tuning; probes and prompts train no tower")
 
 
 def _rewritten(given: Any, words: Mapping[str, str], settings: Mapping[str, Any]) -> Any:

@@ -1,6 +1,7 @@
 """The step ``questions``: certified answers of generative models, several numbers of draws from one bank of answers."""
 
 import contextlib
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -9,7 +10,7 @@ import pandas as pd
 
 from medrobust_lib import checks
 from medrobust_lib.data.questions import PHANTOM_TASKS, QuestionSet, load_questions, safety_wordings
-from medrobust_lib.data.registry import QUESTIONS_PREFIX
+from medrobust_lib.data.registry import QUESTIONS_PREFIX, open_split
 from medrobust_lib.experiments import Metric
 from medrobust_lib.generative.answers import Drawing, collect_answers
 from medrobust_lib.generative.calibration import calibrate_on_answers
@@ -90,8 +91,8 @@ class QuestionsStep(Step):
             raise StudyError("n: give at least one number of draws")
         for n in self.n:
             check_draws(n, self.alpha)
-        if self.judge and not self.judge.partition("#")[2]:
-            raise StudyError("judge names no model; write URL#MODEL")
+        if self.judge and not re.match("https?://[^#]+#.", self.judge):
+            raise StudyError("judge is no address with a model; write URL#MODEL")
         checks.check_whole("calibrate", self.calibrate, least=0)
         if self.calibrate:
             self.known_labels()
@@ -100,6 +101,8 @@ class QuestionsStep(Step):
         for dataset in grid.datasets if self.calibrate else ():
             if asks_questions(dataset):
                 raise StudyError(f"{dataset} has no other images to calibrate on; leave calibrate out")
+            if self.calibrate > (size := len(open_split(dataset, split="val").labels)):
+                raise StudyError(f"calibrate: {self.calibrate}; the val split of {dataset} has {size} images")
 
     def cells(self, number: int, grid: Grid, notebooks: Path | None) -> list[Cell]:
         """One for each model, set of questions and seed."""
@@ -109,6 +112,8 @@ class QuestionsStep(Step):
     def known_labels(self) -> dict[str, str]:
         """What an ideal reader calls a text, for calibration."""
         if self.reference:
+            if not Path(self.reference).is_file():
+                raise StudyError(f"reference: no file at {self.reference}")
             table = pd.read_csv(self.reference, dtype=str, keep_default_na=False)
             if not {"text", "label"} <= set(table):
                 raise StudyError(f"{self.reference} has the columns {', '.join(table)}; it needs text and label")

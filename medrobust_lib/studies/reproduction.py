@@ -4,6 +4,7 @@ All frames here are tidy: a row for each number, addressed by dataset, model and
 column of the table, and by the measure.
 """
 
+import contextlib
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -28,6 +29,7 @@ from medrobust_lib.studies.steps import TIMES, Cell
 
 KEYS = ["dataset", "model", "method", "column", "measure"]
 AGREES, DIFFERS, NO_NUMBER = "agrees within the interval", "differs", "no image number reported"
+NO_INTERVAL = "no interval to judge by"
 ALL = "all"
 _OURS = ["ours", "low", "high", "n", "detail", "guarantee"]
 _JUDGED = ["difference_low", "difference_high", "verdict", "remark"]
@@ -150,9 +152,10 @@ def _judged(row: NamedTuple, protocol: Protocol) -> dict[str, object]:
     remark = row.remark or (_impossible(row.reported, images) if share and not (unstated or averaged) else "")
     if pd.isna(row.ours):
         return {**nothing, "verdict": "not measured", "remark": remark}
-    if (share and unstated) or pd.isna(row.low):
-        return {**nothing, "verdict": NO_NUMBER, "remark": remark}
-    theirs = row.reported, row.reported, row.reported
+    if unstated or pd.isna(row.low):
+        return {**nothing, "verdict": NO_NUMBER if unstated else NO_INTERVAL, "remark": remark}
+    # A ratio of errors of as many images is about as uncertain as ours.
+    theirs = row.reported, row.reported - (row.ours - row.low), row.reported + (row.high - row.ours)
     if share:
         theirs = row.reported, *accuracy_interval(round(row.reported * images), images)
     low, high = difference_interval(theirs, (row.ours, row.low, row.high))
@@ -173,7 +176,23 @@ def _finished(protocol: Protocol, folder: Path, kind: type[Cell], table: str) ->
     for cell in protocol.cells():
         path = cell.folder(folder) / "cards" / f"{cell.card_name}_{table}.csv"
         if isinstance(cell, kind) and path.is_file():
-            yield cell, pd.read_csv(path)
+            found = pd.read_csv(path)
+            (card,) = read_cards(cell.folder(folder), nested=False)
+            counts = found["image"].value_counts() if "image" in found else pd.Series(1, range(card["dataset"]["n"]))
+            whole = len(counts) == card["dataset"]["n"] and counts.nunique() == 1
+            if not path.read_bytes().endswith(b"\n") or not whole:
+                raise ValueError(
+                    f"{path} is damaged; delete {cell.folder(folder)}, and the same command makes it again"
+                )
+            yield cell, found
+
+
+def _times(cell: Cell, folder: Path) -> Mapping[str, float]:
+    """What the clock said of a cell; nothing where it was not kept."""
+    with contextlib.suppress(OSError, ValueError):
+        times = read_json_object(cell.folder(folder) / TIMES, "times")
+        return {name: float(seconds) for name, seconds in times.items()}
+    return {}
 
 
 def _frame(rows: Iterable[Mapping[str, object]]) -> pd.DataFrame:
@@ -189,19 +208,20 @@ def _certified(protocol: Protocol, folder: Path) -> pd.DataFrame:
     radii = sorted({0.0, *(radius for cell, _ in found for radius in cell.step.radii)})
     shown = {radius for cell, _ in found for radius in cell.step.radii}
     shares = pd.concat(metrics.certified_accuracy(rows, radii=radii) for _, rows in found)
-    best = metrics.certified_envelope(shares).set_index(["dataset", "model", "method", "radius"])
+    places = list(dict.fromkeys(shares[["dataset", "model", "method", "radius"]].itertuples(index=False, name=None)))
+    shares = shares.set_index(["dataset", "model", "method", "radius"]).sort_index()
+    best = metrics.certified_envelope(shares.reset_index()).set_index(shares.index.names)
     rows = []
-    for key in shares.set_index(["dataset", "model", "method", "radius"]).index.unique():
+    for key in places:
         *who, radius = key
         if radius not in shown:
             continue
         place = {"dataset": who[0], "model": who[1], "method": who[2], "column": f"{radius:g}"}
         if key not in best.index:
-            beyond = dict.fromkeys(("ours", "low", "high"), np.nan) | {
-                "n": 0,
-                "detail": "beyond the reach of the draws",
-            }
-            rows += [place | beyond | {"measure": measure} for measure in ("certified accuracy", "clean accuracy")]
+            reached = shares.loc[[key], "radius_reach"].max() >= radius
+            detail = "not asked for" if reached else "beyond the reach of the draws"
+            nothing = dict.fromkeys(("ours", "low", "high"), np.nan) | {"n": 0, "detail": detail}
+            rows += [place | nothing | {"measure": measure} for measure in ("certified accuracy", "clean accuracy")]
             continue
         r = best.loc[key]
         place |= {"n": int(r["n"]), "detail": f"sigma {r['sigma']:g}", "guarantee": r["guarantee"]}
@@ -233,12 +253,12 @@ def _melted(table: pd.DataFrame, measures: list[str]) -> pd.DataFrame:
     return long.dropna(subset="reported").assign(remark="")
 
 
-def _times(protocol: Protocol, folder: Path) -> pd.DataFrame:
+def _seconds(protocol: Protocol, folder: Path) -> pd.DataFrame:
     """Seconds of learning and of an image; every method has a step of its own."""
     rows = []
     for cell, table in _finished(protocol, folder, CertifyCell, CERTIFICATES):
-        times = read_json_object(cell.folder(folder) / TIMES, "times")
-        spent = {"training": times.get("training", 0.0), "certification per sample": times["an_image"]}
+        times = _times(cell, folder)
+        spent = {"training": times.get("training", np.nan), "certification per sample": times.get("an_image", np.nan)}
         spent["total"] = sum(spent.values())
         for name, seconds in spent.items():
             place = {"dataset": ALL, "model": cell.model, "method": table["method"].iloc[-1], "column": name}
@@ -320,7 +340,7 @@ def _variants(protocol: Protocol, folder: Path) -> pd.DataFrame:
     for cell, _ in _finished(protocol, folder, AdaptCell, "validation"):
         (card,) = read_cards(cell.folder(folder), nested=False)
         (trained,) = [one["value"] for one in card["metrics"] if one["name"] == "trained_parameters"]
-        hours = read_json_object(cell.folder(folder) / TIMES, "times")["training"] / 3600
+        hours = _times(cell, folder).get("training", np.nan) / 3600
         for name, value in (("training", hours), ("trained parameters", trained / 1e6)):
             unit = "hours" if name == "training" else "millions"
             for dataset in table["dataset"].unique():
@@ -358,11 +378,12 @@ def _draws(protocol: Protocol, folder: Path) -> pd.DataFrame:
     every: list[dict[str, object]] = []
     for model in dict.fromkeys(model for _, model, *_ in tables):
         own = [(cell, rows) for _, of, cell, rows in tables if of == model]
-        for dataset, group in [*((cell.dataset, [(cell, rows)]) for cell, rows in own), (ALL, own)]:
+        every_set = {cell.dataset for cell, _ in own} == set(protocol.study.datasets)
+        together = ALL if every_set else f"{len(own)} of {len(protocol.study.datasets)} sets"
+        for dataset, group in [*((cell.dataset, [(cell, rows)]) for cell, rows in own), (together, own)]:
             table = by_draws(pd.concat(rows for _, rows in group).query("guarantee == 'composite'"))
-            times = [cell.folder(folder) / TIMES for cell, _ in group]
-            spent = [read_json_object(path, "times")["an_answer"] for path in times if path.is_file()]
-            answer = np.mean(spent or [np.nan])
+            times = [_times(cell, folder) for cell, _ in group]
+            answer = np.mean([kept["an_answer"] for kept in times if "an_answer" in kept] or [np.nan])
             for r in table.itertuples():
                 place = {"dataset": dataset, "model": model, "method": "", "column": f"{r.n}", "n": r.questions}
                 share, nothing = r.certified / r.questions, (np.nan, np.nan)
@@ -397,7 +418,7 @@ LAYOUTS: Mapping[str, Layout] = {
     "certified accuracy": Layout(_certified, _reported_certified, _RADII),
     "initial contexts": Layout(_certified, _reported_contexts, _RADII),
     "certified accuracy, not published": Layout(_certified, _nothing_reported, _RADII),
-    "times": Layout(_times, _reported_times, "Seconds."),
+    "times": Layout(_seconds, _reported_times, "Seconds."),
     "corruption errors": Layout(_benchmarks, _reported_errors, _ERRORS),
     "corruption errors, not published": Layout(_benchmarks, _nothing_reported, _ERRORS),
     "few-shot variants": Layout(_variants, _reported_variants, _ERRORS),

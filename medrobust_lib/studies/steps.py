@@ -212,7 +212,7 @@ class Cell(ABC):
     def name(self) -> str:
         """Names the folder; unique in the study."""
         parts = [f"{self.number:02d}-{self.what.replace(' ', '-')}", short_id(self.model), short_id(self.dataset)]
-        parts += [self.variant.replace(" ", ""), "" if self.seed is None else f"seed{self.seed}"]
+        parts += [short_id(self.variant.replace(" ", "")), "" if self.seed is None else f"seed{self.seed}"]
         return "_".join(filter(None, parts))
 
     @property
@@ -277,14 +277,14 @@ def short_id(id: str) -> str:
     return f"{text[-_LONGEST_PART:].strip('-.')}-{hashlib.sha256(id.encode()).hexdigest()[:6]}"
 
 
-def described(model: DualEncoder, data: ImageDataset, notes: Sequence[str]) -> dict[str, Any]:
-    """Model, data set and notes of a card."""
+def described(model: DualEncoder, data: ImageDataset, notes: Sequence[str], *, name: str = "") -> dict[str, Any]:
+    """Model, under another name where it was adapted, data set and notes of a card."""
     notes = [*data.caveats, *notes]
     if data.synthetic:
         notes = ["The images are synthetic phantoms: nobody's images.", *notes]
     about = {"id": data.id, "split": data.split, "n": len(data), "synthetic": data.synthetic}
     return {
-        "model": {"id": model.id, "dtype": str(model.dtype), "image_size": model.image_size},
+        "model": {"id": name or model.id, "dtype": str(model.dtype), "image_size": model.image_size},
         "dataset": about | {"wording": data.provenance["wording"]},
         "notes": notes,
     }

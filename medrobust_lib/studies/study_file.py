@@ -10,6 +10,7 @@ from medrobust_lib import checks
 from medrobust_lib import parameters as notebook_parameters
 from medrobust_lib.data.dataset import check_draw
 from medrobust_lib.data.questions import scenario_size
+from medrobust_lib.models.loading import list_models
 from medrobust_lib.runner import find_notebooks
 from medrobust_lib.smoothing.paper_methods import PaperMethod
 from medrobust_lib.studies.adapt_step import AdaptStep
@@ -96,12 +97,12 @@ def parse_study(given: Any, *, name: str, where: str, notebooks: Path | None = N
     if not isinstance(given, dict):
         raise StudyError(f"{where} must hold a mapping with the keys {', '.join(f.name for f in fields(Study))}")
     given = {"name": name} | given
-    _check_keys(given, Study, where=where)
+    check_keys(given, Study, where=where)
     steps = given.pop("steps")
     if not isinstance(steps, list) or not steps:
         raise StudyError(f"{where}: steps is {_TAKES}")
     # Workers and notebooks work in other folders: paths in ids become absolute.
-    values = _values(given, Study, where=where)
+    values = typed_values(given, Study, where=where)
     values = {name: notebook_parameters.absolute_ids(name, value) for name, value in values.items()}
     steps = [_step(step, notebooks, where=f"{where}, step {place}") for place, step in enumerate(steps, start=1)]
     return Study(**values, steps=tuple(steps))
@@ -130,11 +131,11 @@ def check_study(
     steps = {number: (step, study.narrowed(step)) for number, step in enumerate(study.steps, start=1)}
     if cells is not None:
         steps = {number: (step, _of_cells(cells, number, grid)) for number, (step, grid) in steps.items()}
-    with _located(where):
+    with located(where):
         _check_study(study, dict.fromkeys(id for _, grid in steps.values() for id in grid.datasets))
     made: list[str] = []
     for number, (step, grid) in steps.items():
-        with _located(f"{where}, step {number}, {step.kind}"):
+        with located(f"{where}, step {number}, {step.kind}"):
             _check_names(step, grid, study, made)
             if cells is None or grid.models:
                 if not isinstance(step, NotebookStep):  # which has checks of its own
@@ -158,8 +159,12 @@ def _check_names(step: Step, grid: Grid, study: Study, made: list[str]) -> None:
     for key, known in (("models", [*study.models, *made]), ("datasets", study.datasets)):
         for name in getattr(step, key):
             checks.check_choice(f"{key} of a step", name, known)
-    if isinstance(step, AdaptStep) and step.name in (*study.models, *made):
-        raise StudyError(f"name: {step.name!r} is taken; give the adapted model a name of its own")
+    if isinstance(step, AdaptStep):
+        _check_name(step.name)
+        if step.name in (*study.models, *made, *list_models()["id"]):
+            raise StudyError(f"name: {step.name!r} is taken; give the adapted model a name of its own")
+        if twice := [model for model in grid.models if model in made]:
+            raise StudyError(f"{twice[0]!r} is adapted already; adapt a model of the study")
     if wrong := [dataset for dataset in grid.datasets if asks_questions(dataset) and not step.generative]:
         kind = step.kind
         if not isinstance(step, NotebookStep):
@@ -185,20 +190,22 @@ def _step(given: Any, notebooks: Path | None, *, where: str) -> Step:
     if not isinstance(settings, dict):
         first = fields(step)[0].name
         raise StudyError(f"{where}: {kind} takes settings with names, such as {kind}: {{{first}: ...}}")
-    _check_keys(settings, step, where=f"{where}, {kind}")
-    return step(**_values(settings, step, where=f"{where}, {kind}"))
+    check_keys(settings, step, where=f"{where}, {kind}")
+    return step(**typed_values(settings, step, where=f"{where}, {kind}"))
 
 
 def _notebook_step(given: dict[str, Any], notebooks: Path | None, *, where: str) -> NotebookStep:
-    _check_keys(given, NotebookStep, where=where)
+    check_keys(given, NotebookStep, where=where)
     number, parameters = given["notebook"], given.get("parameters") or {}
-    narrow = _values({key: given[key] for key in ("models", "datasets") if key in given}, NotebookStep, where=where)
+    narrow = typed_values(
+        {key: given[key] for key in ("models", "datasets") if key in given}, NotebookStep, where=where
+    )
     if not isinstance(number, str) or not isinstance(parameters, dict):
         raise StudyError(f'{where}: write `notebook: "02"` and, below it, parameters as names with values')
     for name in parameters:
         if name in _GRID:
             raise StudyError(f"{where}: {name!r} comes from the study; set `{_GRID[name]}` at the top of the file")
-    with _located(f"{where}, notebook"):
+    with located(f"{where}, notebook"):
         ((number, path),) = find_notebooks([number.zfill(2)], folder=notebooks).items()
         known = notebook_parameters.notebook_parameters(path)
         return NotebookStep(
@@ -206,7 +213,8 @@ def _notebook_step(given: dict[str, Any], notebooks: Path | None, *, where: str)
         )
 
 
-def _check_keys(given: Mapping[Any, Any], kind: type, *, where: str) -> None:
+def check_keys(given: Mapping[Any, Any], kind: type, *, where: str) -> None:
+    """Raise for a key that a dataclass has no field for, and for a field without default that is missing."""
     names = [f.name for f in fields(kind)]
     for key in given:
         if key not in names:
@@ -218,7 +226,7 @@ def _check_keys(given: Mapping[Any, Any], kind: type, *, where: str) -> None:
             raise StudyError(f"{where}: {f.name} is missing; it takes {takes}")
 
 
-def _values(given: Mapping[str, Any], kind: type, *, where: str) -> dict[str, Any]:
+def typed_values(given: Mapping[str, Any], kind: type, *, where: str) -> dict[str, Any]:
     """Values with the types of a dataclass's fields; a single value stands for a list of one."""
     types = {f.name: f.type for f in fields(kind)}
     return {
@@ -237,12 +245,17 @@ def _methods(given: Any, *, where: str) -> tuple[PaperMethod, ...]:
         if not isinstance(named, dict) or len(named) != 1:
             raise StudyError(f"{where}: methods: {entry!r}; write a name, or {{NAME: {{shots: 4}}}}")
         ((method, settings),) = named.items()
+        if not isinstance(settings, dict | None) or "method" in (settings or {}):
+            raise StudyError(f"{where}: methods, {method}: {settings!r}; settings are names with values, {{shots: 4}}")
         settings = {"method": method} | (settings or {})
-        for name in {"checkpoint", "denoiser"} & set(settings):  # workers have other working folders
-            settings[name] = str(Path(settings[name]).expanduser().absolute())
-        _check_keys(settings, PaperMethod, where=f"{where}: methods, {method}")
-        with _located(f"{where}: methods"):
-            found.append(PaperMethod(**_values(settings, PaperMethod, where=f"{where}: methods, {method}")))
+        settings |= {  # workers have other working folders
+            name: str(Path(settings[name]).expanduser().absolute())
+            for name in ("checkpoint", "denoiser")
+            if isinstance(settings.get(name), str)
+        }
+        check_keys(settings, PaperMethod, where=f"{where}: methods, {method}")
+        with located(f"{where}: methods"):
+            found.append(PaperMethod(**typed_values(settings, PaperMethod, where=f"{where}: methods, {method}")))
     return tuple(found)
 
 
@@ -251,8 +264,7 @@ def _check_study(study: Study, datasets: Iterable[str]) -> None:
     for name in ("datasets", "seeds") if alone else ("models", "datasets", "seeds"):
         if not getattr(study, name):
             raise StudyError(f"{name} is missing or empty; name at least one")
-    if not study.name or len(study.name) > _LONGEST_NAME or "/" in study.name:
-        raise StudyError(f"name: {study.name!r}; give 1 to {_LONGEST_NAME} characters without /")
+    _check_name(study.name)
     if min(study.seeds) < 0:
         raise StudyError(f"seeds: {list(study.seeds)}; seeds are 0 or more")
     check_draw(study.draw, n=study.n_images, size="n_images")
@@ -264,13 +276,18 @@ def _check_study(study: Study, datasets: Iterable[str]) -> None:
             raise StudyError(f"n_images: {study.n_images}; the test split of {dataset} has {size} images")
 
 
+def _check_name(name: str) -> None:
+    if not name or len(name) > _LONGEST_NAME or "/" in name or name.startswith("."):
+        raise StudyError(f"name: {name!r}; give 1 to {_LONGEST_NAME} characters without /, and no point in front")
+
+
 def split_size(dataset: str) -> int:
     """Test images, or questions, of a set."""
     return scenario_size(dataset) if asks_questions(dataset) else notebook_parameters.split_size(dataset)
 
 
 @contextmanager
-def _located(where: str) -> Iterator[None]:
+def located(where: str) -> Iterator[None]:
     """Say where in the file a value stands that cannot work."""
     try:
         yield

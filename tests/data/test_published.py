@@ -17,6 +17,7 @@ ROWS = {
     "robustmedclip_table3_accuracy": 400,
     "robustmedclip_table3_average": 50,
     "robustmedclip_table6": 8,
+    "smoothing_vlms_draws": 4,
     "test_class_counts": 32,
 }
 NUMBERED = [name for name in ROWS if "_table" in name]

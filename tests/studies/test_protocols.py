@@ -24,6 +24,7 @@ from medrobust_lib.studies.reproduction import (
     DIFFERS,
     LAYOUTS,
     NO_NUMBER,
+    _judged,
     compare_with_published,
     in_the_papers_layout,
     write_reproduction,
@@ -249,9 +250,8 @@ def compared(folder, *tables):
     """The comparison of a folder with such certificates of the prompts of PLIP on KatherColon."""
     protocol = read_protocol("promptsmooth-table2", only=["model=plip", "dataset=pathology/kather"])
     cell = next(cell for cell in protocol.cells() if cell.number == 2)
-    cards = cell.folder(folder) / "cards"
-    cards.mkdir(parents=True)
-    pd.concat(tables).to_csv(cards / f"{cell.card_name}_certificates.csv", index=False)
+    about = {"model": {"id": "plip"}, "dataset": {"id": cell.dataset, "n": 500}, "prompts": {}, "metrics": []}
+    cell.begin(folder, "Certificates").save_card(tables={f"{cell.card_name}_certificates": pd.concat(tables)}, **about)
     return compare_with_published(protocol, folder).set_index(["column", "measure"])
 
 
@@ -344,11 +344,91 @@ def test_a_key_that_is_none_and_a_plain_study_are_refused(tmp_path):
     (tmp_path / "mine.yaml").write_text("models: [demo-clip]\ndatasets: [phantom/oct]\nsteps: [benchmark]\n")
     with pytest.raises(StudyError, match="run it with `medrobust study`"):
         read_protocol("mine", folder=tmp_path)
-    (tmp_path / "mine.yaml").write_text(
-        "reproduces: {papr: x}\nmodels: [demo-clip]\ndatasets: [phantom/oct]\nsteps: [benchmark]\n"
-    )
-    with pytest.raises(ValueError, match="key 'papr'.*did you mean 'paper'"):
-        read_protocol("mine", folder=tmp_path)
+
+
+SAYS = {"paper": "p", "table": "t", "title": "x", "layout": "certified accuracy", "deviations": []}
+CERTIFY = {"certify": {"sigmas": [0.1], "n": 20, "alpha": 0.05}}
+
+
+@pytest.mark.parametrize(
+    ("says", "study", "message"),
+    [
+        ({"papr": "x"}, {}, "unknown key 'papr'; valid: paper, "),
+        ({"layout": "certified acc"}, {}, "unknown layout 'certified acc'.*did you mean 'certified accuracy'"),
+        ({"title": ["x"]}, {}, "title"),
+        ({"images": "many"}, {}, "images='many': give a whole number"),
+        ({"images": -5}, {}, "images=-5"),
+        ({"names": ["a"]}, {}, "names=.*a mapping of names"),
+        ({"names": {"a": "x", "b": "x"}}, {}, "two of ours are called 'x'"),
+        ({"deviations": "none"}, {}, "write a list of {what: ..., expect: ...}"),
+        ({"deviations": [{"what": "x"}]}, {}, "deviations: expect is missing"),
+        ({"deviations": [{"what": "x", "expect": "less"}]}, {}, "unknown expect 'less'"),
+        ({"demo": {"word": {}}}, {}, "demo: .*it has words and settings"),
+        ({"demo": {"words": {"plip": "demo-clip"}}}, {}, "words: 'plip' stands nowhere"),
+        ({"demo": {"settings": {"n_imagez": "3"}}}, {}, "n_imagez.*did you mean 'n_images'"),
+        ({"layout": "numbers of draws"}, {}, "is made of questions steps, and there is none"),
+        ({}, {"seeds": [0, 1]}, r"seeds: \[0, 1\]; a table is of one seed"),
+        ({"layout": "times"}, {}, "of times, each certify step has one method and one noise level"),
+    ],
+)
+def test_what_a_protocol_says_is_checked_before_anything_runs(tmp_path, says, study, message):
+    given = {"reproduces": SAYS | says, "models": ["demo-clip"], "datasets": ["phantom/oct"], "steps": [CERTIFY]}
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(given | study, sort_keys=False))
+    with pytest.raises(ValueError, match=f"(?s){message}"):
+        read_protocol("mine", folder=tmp_path, demo=True)
+
+
+def test_a_radius_that_nobody_asked_for_is_not_called_beyond_reach(tmp_path):
+    asked = {"n": 60, "n0": 5, "sampling": "sequential", "sigmas": [0.1], "methods": ["zero-shot"]}
+    steps = [
+        {"certify": asked | {"radii": [0.05]}},
+        {"certify": asked | {"radii": [0.1], "methods": ["zero-shot ensemble"]}},
+    ]
+    given = {"reproduces": SAYS, "models": ["demo-clip"], "datasets": ["phantom/oct"], "n_images": 3, "steps": steps}
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(given, sort_keys=False))
+    protocol = read_protocol("mine", folder=tmp_path)
+    run_study(protocol.study, tmp_path / "out", announce=quiet)
+    found = compare_with_published(protocol, tmp_path / "out").set_index(["method", "column", "measure"])
+    assert found.loc[("zero-shot", "0.1", "certified accuracy"), "detail"] == "not asked for"
+    assert found.loc[("zero-shot ensemble", "0.1", "certified accuracy"), "detail"] == "sigma 0.1"
+
+
+@pytest.mark.parametrize("rows", [0, 2], ids=["in a line", "some rows"])
+def test_a_cut_table_is_no_smaller_study(run_once, tmp_path, rows):
+    protocol, folder = run_once["promptsmooth-table4"]
+    shutil.copytree(folder, tmp_path / "out")
+    (path,) = (tmp_path / "out").glob("cells/*/cards/*_certificates.csv")
+    content = path.read_bytes()
+    path.write_bytes(b"".join(content.splitlines(keepends=True)[:-rows]) if rows else content[:-9])
+    with pytest.raises(ValueError, match=r"_certificates.csv is damaged; delete .*, and the same command makes"):
+        write_reproduction(protocol, tmp_path / "out", {})
+    path.unlink()
+    finished = run_study(protocol.study, tmp_path / "out", cells=protocol.cells(), announce=quiet)
+    assert finished.failures == {} and path.read_bytes() == content
+
+
+def test_lost_times_leave_a_dash(run_once, tmp_path):
+    protocol, folder = run_once["oracle-smoothing-draws"]
+    shutil.copytree(folder, tmp_path / "out")
+    for number, path in enumerate((tmp_path / "out").glob("cells/*/times.json")):
+        path.write_text('{"training": "x"}' if number else "{")
+    table = write_reproduction(protocol, tmp_path / "out", {}).set_index("measure")["ours"]
+    assert table["seconds a question"].isna().all() and table["mean radius"].notna().all()
+
+
+def test_a_ratio_of_errors_is_as_uncertain_as_ours():
+    protocol = read_protocol("robustmedclip-tables-2-3")
+    row = {"measure": ERROR, "column": "mean", "n": 156, "ours": 105.0, "low": 92.0, "high": 119.0, "remark": ""}
+    for reported, verdict in ((121.0, AGREES), (130.0, DIFFERS)):
+        (one,) = pd.DataFrame([row | {"reported": reported, "method": ""}]).itertuples()
+        assert _judged(one, protocol)["verdict"] == verdict
+
+
+def test_the_base_model_stands_for_what_was_adapted_from_it():
+    cells = read_protocol("robustmedclip-table6", only=["model=biomedclip", "dataset=medimeta/pbc"]).cells()
+    assert {cell.base for cell in cells} == {"biomedclip", "clip-vit-b16"}
+    with pytest.raises(StudyError, match="certifies nothing by votes"):
+        read_protocol("robustmedclip-table6", sequential=True)
 
 
 def test_the_command_lists_protocols_and_what_is_missing(monkeypatch, tmp_path):

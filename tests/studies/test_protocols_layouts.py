@@ -261,11 +261,9 @@ def test_a_part_of_a_benchmark_has_its_reference_and_that_of_an_adapted_model_it
     ]  # fmt: skip
 
 
-def test_a_part_of_the_questions_stands_beside_the_published_numbers_of_draws(user, monkeypatch):
+def test_a_part_of_the_questions_is_not_held_against_what_the_paper_says_of_all(user, monkeypatch):
     words = ("dataset=mm-safetybench/02-TYPO",)
     printed, table = reproduce(user, monkeypatch, DRAWS, *words, n=[100, 1000], n_images=1)
     assert "only a part was asked for: dataset mm-safetybench/02-TYPO" in printed and "1 of 1 cells" in printed
-    published = LAYOUTS["numbers of draws"].reported()
-    found = published.drop(columns="remark").merge(table, on=KEYS, suffixes=("", " of ours"))
-    assert len(found) == len(published) == 4 and (found["reported"] == found["reported of ours"]).all()
-    assert found["ours"].notna().all() and "not published" not in set(found["verdict"])
+    assert set(table["dataset"]) == {"mm-safetybench/02-TYPO", "1 of 39 sets"}
+    assert table["ours"].notna().all() and set(table["verdict"]) == {"not published"}

@@ -49,7 +49,7 @@ def test_denoised_diffusion_and_retrained_rows_stand_beside_the_others(study_fil
     rows = table(cell, tmp_path, "certificates")
     assert rows["method"].tolist() == ["zero-shot", "denoised", "diffusion", "re-trained"] * 2
     assert set(rows["guarantee"]) == {"standard"} and set(rows["model"]) == {"demo-clip"}
-    kept = cell.folder(tmp_path / "out") / "re-trained.safetensors"
+    kept = cell.folder(tmp_path / "out") / "re-trained" / "re-trained.safetensors"
     model = load_model("demo-clip")
     train = load_dataset("phantom/chest", split="train")
     # The tower in the file is the one that re-training with these words gives.
@@ -157,6 +157,45 @@ def test_adapted_models_are_priced_before_they_are_made(study_file, monkeypatch)
 def test_a_step_that_cannot_use_an_adapted_model_is_refused(study_file, steps, message):
     text = f"models: [demo-clip]\ndatasets: [phantom/chest, phantom/oct]\nsteps: {steps}\n"
     with pytest.raises(StudyError, match=message):
+        study_cells(read_study(study_file(text)))
+
+
+def test_probes_stand_in_the_leaderboard_under_their_names(adapted):
+    _, _, finished = adapted
+    assert {"tuned", "probed", "prompted", "with LoRA", "demo-clip"} <= set(finished.leaderboard["model"])
+
+
+@pytest.mark.parametrize(
+    ("step", "message"),
+    [
+        (
+            "{name: a, method: linear probe, rank: 64}",
+            "rank=64 means nothing to 'linear probe', which reads no",
+        ),
+        ("{name: a, method: prompts, template: 2}", "template=2 means nothing to 'prompts', which reads epochs"),
+        ("{name: a, method: full fine-tuning, kernel: middle}", "kernel='middle' means nothing"),
+        ("{name: demo-clip-vit}", "name: 'demo-clip-vit' is taken"),
+        ("{name: ../../escaped}", "characters without /, and no point in front"),
+        ("{name: ''}", "characters without /"),
+    ],
+)
+def test_what_an_adaptation_cannot_be_is_refused(study_file, step, message):
+    with pytest.raises(ValueError, match=message):
+        read_study(study_file(f"models: [demo-clip]\ndatasets: [phantom/chest]\nsteps: [{{adapt: {step}}}]\n"))
+
+
+def test_an_adapted_model_is_not_adapted_again(study_file):
+    steps = "steps: [{adapt: {name: a}}, {adapt: {name: b, models: [a], method: linear probe}}]\n"
+    with pytest.raises(StudyError, match="'a' is adapted already"):
+        read_study(study_file("models: [demo-clip]\ndatasets: [phantom/chest]\n" + steps))
+
+
+def test_two_cells_never_share_a_folder(study_file):
+    adapt = "{{adapt: {{name: {}, fraction: 0.01, epochs: 0}}}}"
+    both = "{benchmark: {models: [LoRA (1%), LoRA 1%]}}"
+    steps = ", ".join([adapt.format("LoRA (1%)"), adapt.format("LoRA 1%"), both])
+    text = f"models: [demo-clip]\ndatasets: [phantom/chest]\nsteps: [{steps}]\n"
+    with pytest.raises(StudyError, match="would share the folder 03-benchmark_LoRA-1_"):
         study_cells(read_study(study_file(text)))
 
 
@@ -275,7 +314,7 @@ def test_what_a_person_calls_an_answer_is_read_from_a_table(study_file, tmp_path
     ("given", "message"),
     [
         ("n: 3, task: finding", "n=3 draws can never certify"),
-        ("n: 10, judge: 'http://localhost'", "judge names no model; write URL#MODEL"),
+        ("n: 10, judge: 'http://localhost'", "judge is no address with a model; write URL#MODEL"),
         ("n: 10, calibrate: 6, task: finding", "nobody knows how answers to 'finding' are to be read"),
         ("n: 10, reference: nowhere.csv", "give a number of images, too"),
         ("n: 10, task: what", "task"),

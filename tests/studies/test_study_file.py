@@ -59,7 +59,7 @@ def test_a_notebook_may_be_written_as_a_number_and_repeats_only_over_what_it_has
         (HEAD + CERTIFY + "methods: [{CoOp: {tunable: 2}}]}}]\n", r"tunable=2 means nothing to"),
         (HEAD + CERTIFY + "methods: [CoOp, CoOp]}}]\n", r"two methods are called 'CoOp'"),
         (HEAD + CERTIFY + "methods: [{CoOp: {}, zero-shot: {}}]}}]\n", r"write a name, or {NAME: "),
-        (HEAD + CERTIFY + "n_by_sigma: {0.2: 50}}}]\n", r"n_by_sigma: '0.2' is none of sigmas"),
+        (HEAD + CERTIFY + "n_by_sigma: {0.2: 50}}}]\n", r"n_by_sigma: 0.2 is none of sigmas"),
         (HEAD + CERTIFY + "n_by_sigma: {0.1: 5}}}]\n", r"n=5 draws can never certify"),
         (HEAD + "steps: [{benchmark: {models: [plip]}}]\n", r"models of a step 'plip'"),
         (HEAD + "steps: [{benchmark: {datasets: [phantom/oct]}}]\n", r"datasets of a step 'phantom/oct'"),
