@@ -4,6 +4,7 @@ Severity 1 to 5 of every corruption has the same mean structural similarity (SSI
 .55, .40. The images are synthetic phantoms of the modality, 24 of each acquisition site's training split at 64 px:
 drawings, not patients' images. Where even the strongest parameter that somebody might have seen changes less, the
 parameters of the severities that are left go there in even steps, and the table says what they reach.
+The table also says what the same parameters reach at 224 px.
 
 `--sheets FOLDER` draws contact sheets instead: what to look at before one believes a table.
 """
@@ -22,7 +23,15 @@ from scipy.ndimage import gaussian_filter
 import medrobust_lib
 from medrobust_lib.corruptions import optics, radiology
 from medrobust_lib.corruptions.functions import Pixels
-from medrobust_lib.corruptions.suites import Corruption, corrupted, find_suite, keeps_gray, luma, random_stream
+from medrobust_lib.corruptions.suites import (
+    SEVERITIES,
+    Corruption,
+    corrupted,
+    find_suite,
+    keeps_gray,
+    luma,
+    random_stream,
+)
 from medrobust_lib.data.dataset import ImageDataset
 from medrobust_lib.data.registry import load_dataset
 from medrobust_lib.experiments import write_text_atomically
@@ -31,6 +40,7 @@ from medrobust_lib.files import reported_errors, whole_file
 TABLE = Path(medrobust_lib.__file__).parent / "corruptions" / "clinical.toml"
 TARGETS = (0.90, 0.80, 0.70, 0.55, 0.40)
 SIDE, EACH_SITE, STEPS = 64, 24, 10
+LARGE, FEW = 224, 4  # side, and images of each site, of what is only measured
 SHOWN = (1, 3, 5)
 
 
@@ -109,32 +119,39 @@ def main(
 
 def table() -> str:
     """Find every parameter, and write them down as TOML."""
-    lines = {
-        "families": [
-            "# Parameters of clinical-c and the similarities they reach, by data_scripts/calibrate_clinical.py."
-        ],
-        "similarity": [],
-    }
+    lines: dict[str, list[str]] = {"families": [], "similarity": [], "similarity_at_224": []}
     for family, (_, searches) in FAMILIES.items():
         for heading, part in lines.items():
             part += ["", f"[{heading}.{family}]"]
+        large = reference_sets(family, n=FEW, image_size=LARGE)
         for name, search in searches.items():
             found = calibrated(family, name, search)
+            corruption = Corruption(name, _function(name), tuple({search.parameter: value} for value, _ in found))
+            at_224 = [mean_similarity(large, partial(apply, corruption, severity=s)) for s in SEVERITIES]
             lines["families"].append(
-                f"{name} = {{ {search.parameter} = [{', '.join(f'{value:g}' for value, _ in found)}] }}"
+                f"{name} = {{ {search.parameter} = {_listed([f'{value:g}' for value, _ in found])} }}"
             )
-            lines["similarity"].append(f"{name} = [{', '.join(f'{reached:.3f}' for _, reached in found)}]")
-            typer.echo(f"{family:<10} {lines['families'][-1]:<70} {lines['similarity'][-1].partition('=')[2]}")
-    return "\n".join([*lines["families"], *lines["similarity"], ""])
+            lines["similarity"].append(f"{name} = {_listed([f'{reached:.3f}' for _, reached in found])}")
+            lines["similarity_at_224"].append(f"{name} = {_listed([f'{reached:.2f}' for reached in at_224])}")
+            typer.echo(" ".join(part[-1] for part in lines.values()))
+    head = "# Parameters of clinical-c and the similarities they reach, by data_scripts/calibrate_clinical.py."
+    return "\n".join([head, *(line for part in lines.values() for line in part), ""])
+
+
+def _listed(words: list[str]) -> str:
+    return f"[{', '.join(words)}]"
+
+
+def _function(name: str) -> Callable[..., Pixels]:
+    return getattr(radiology, name, None) or getattr(optics, name)
 
 
 def calibrated(family: str, name: str, search: Search) -> list[tuple[float, float]]:
     """Parameter of each severity, to three digits, and the similarity it reaches."""
     sets = reference_sets(family)
-    function = getattr(radiology, name, None) or getattr(optics, name)
 
     def reached(severity: int, value: float) -> float:
-        corruption = Corruption(name, function, ({search.parameter: value},) * len(TARGETS))
+        corruption = Corruption(name, _function(name), ({search.parameter: value},) * len(TARGETS))
         return mean_similarity(sets, partial(apply, corruption, severity=severity))
 
     found = []
@@ -160,11 +177,11 @@ def _between(search: Search, way: float) -> float:
     return math.exp((1 - way) * math.log(search.mild) + way * math.log(search.strong))
 
 
-def reference_sets(family: str) -> list[ImageDataset]:
-    """Training phantoms of both sites, at the size of the calibration."""
+def reference_sets(family: str, *, n: int = EACH_SITE, image_size: int = SIDE) -> list[ImageDataset]:
+    """Training phantoms of both sites, by default those of the calibration."""
     modality, _ = FAMILIES[family]
     ids = (f"phantom/{modality}", f"phantom/{modality}-site-a")
-    return [load_dataset(id, split="train", n=EACH_SITE, image_size=SIDE) for id in ids]
+    return [load_dataset(id, split="train", n=n, image_size=image_size) for id in ids]
 
 
 def apply(corruption: Corruption, data: ImageDataset, *, severity: int) -> Pixels:

@@ -290,9 +290,12 @@ def clinical_part(snapshot: Snapshot) -> str:
         for one in corruptions:
             (parameter,) = one.severities[0]
             values = ", ".join(f"{severity[parameter]:g}" for severity in one.severities)
-            reached = ", ".join(f"{value:.2f}".lstrip("0") for value in table["similarity"][family][one.name])
-            rows.append((family, f"`{one.name}`", _first_sentence(one.function), f"`{parameter}`: {values}", reached))
-    return _table(("family", "corruption", "what it does", "severity 1 to 5", "SSIM"), rows)
+            reached = [
+                ", ".join(f"{value:.2f}".removeprefix("0") for value in table[size][family][one.name])
+                for size in ("similarity", "similarity_at_224")
+            ]
+            rows.append((family, f"`{one.name}`", _first_sentence(one.function), f"`{parameter}`: {values}", *reached))
+    return _table(("family", "corruption", "what it does", "severity 1 to 5", "SSIM", "at 224 px"), rows)
 
 
 def guarantees_part(snapshot: Snapshot) -> str:

@@ -167,7 +167,7 @@ def patient_motion(image: Light, *, length: float, rng: np.random.Generator) -> 
     uint8 of the same shape
     """
     way, angle = length * min(image.shape[:2]), math.radians(rng.uniform(-30, 30))
-    steps = np.linspace(-way / 2, way / 2, 2 * math.ceil(way) + 1)
+    steps = np.linspace(-way / 2, way / 2, math.ceil(way) + 1)
     exposure = _exposure(image)
     moved = [
         ndimage.shift(exposure, (step * math.cos(angle), step * math.sin(angle), 0), order=1, mode="nearest")
