@@ -64,11 +64,11 @@ Job = namedtuple("Job", "method fraction rank seed")
 seed, fraction, rank, images = 1, 0.1, 16, data
 encoder = mr.load_model("demo-clip-vit")
 words = encoder.class_features(data.classes, data.templates[:1])
-corruptions = list(mr.SUITES[suite].names(data.id))
-trained = {
-    Job("LoRA", fraction, r, seed): {"model": load_adapter(encoder, adapting.find_demo_adapter(
-        encoder, adapting.DEMO_DATASETS, fraction=fraction, rank=r, seed=seed))}
-    for r in (4, 16)
+planned = [Job("LoRA", fraction, r, seed) for r in (4, 16)]
+towers = {
+    job: load_adapter(encoder, adapting.find_demo_adapter(
+        encoder, adapting.DEMO_DATASETS, fraction=fraction, rank=job.rank, seed=seed))
+    for job in planned
 }
 """,
     "05": CLASSIFIER
