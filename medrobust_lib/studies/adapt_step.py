@@ -27,6 +27,7 @@ from medrobust_lib.smoothing.prompts import PromptSet, learn_prompts
 from medrobust_lib.studies.steps import (
     ALONE,
     CELL_BYTES,
+    PASSES,
     Cell,
     Estimate,
     Grid,
@@ -38,9 +39,9 @@ from medrobust_lib.studies.steps import (
     seconds_for,
 )
 
-_PASSES = 3  # a step of training costs about as much as so many encodings
 _ALWAYS = ("name", "models", "datasets", "method", "fraction", "learn_from", "n_val")
-_TOWER = ("template", "epochs", "batch_size", "learning_rate", "weight_decay", "schedule", "softmax", "logits")
+_TRAINING = ("epochs", "batch_size", "learning_rate", "weight_decay", "schedule", "softmax", "logits")
+_TOWER = ("template", *_TRAINING)
 _READS = {
     "LoRA": ("rank", "kernel", *_TOWER),
     "full fine-tuning": _TOWER,
@@ -134,8 +135,7 @@ class AdaptStep(Step):
         ]
 
     def _recipe(self, seed: int) -> Recipe:
-        names = ("epochs", "batch_size", "learning_rate", "weight_decay", "schedule", "softmax", "logits")
-        given = {name: getattr(self, name) for name in names}
+        given = {name: getattr(self, name) for name in _TRAINING}
         return Recipe(**{name: value for name, value in given.items() if value is not None}, seed=seed)
 
 
@@ -156,7 +156,7 @@ class AdaptCell(Cell):
             counts = zip(map(prices.classes, learned), sizes, strict=True)
             images = sum(max(n_classes, round(step.fraction * size)) for n_classes, size in counts)
             epochs = step.epochs if step.jointly else 1
-            draws = epochs * (_PASSES * images + step.n_val * len(sizes) * step.jointly)
+            draws = epochs * (PASSES * images + step.n_val * len(sizes) * step.jointly)
         parameters = find_model(self.model).parameters or 0
         size = {"full fine-tuning": 4 * parameters, "LoRA": parameters // 10}.get(step.method, 0)
         return Estimate(images, draws, seconds_for(draws, prices.rate(self.model)), CELL_BYTES + size)

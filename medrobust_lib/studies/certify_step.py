@@ -36,6 +36,7 @@ from medrobust_lib.smoothing.table import certify_dataset
 from medrobust_lib.studies.steps import (
     ALONE,
     CELL_BYTES,
+    PASSES,
     Cell,
     Estimate,
     Grid,
@@ -51,7 +52,6 @@ from medrobust_lib.studies.steps import (
 
 CERTIFICATES = "certificates"  # end of the name of the table with one row an image
 _KEY = "re-trained"
-_PASSES = 3  # a step of training costs about as much as so many encodings
 _CERTIFICATE_BYTES = 1_100  # of a row, in the journal and in two tables, about
 
 
@@ -165,7 +165,7 @@ class CertifyCell(Cell):
             n_classes, drawn = prices.classes(self.dataset), {}
             for one in learned:
                 several = CANDIDATES if one.method == "candidate set" else 1
-                times = _PASSES * one.epochs if one.method == RETRAINED else one.draws_per_image
+                times = PASSES * one.epochs if one.method == RETRAINED else one.draws_per_image
                 # All but these two start from the same few-shot prompts.
                 what = (one.method in ("CoOp", RETRAINED) and one.method, one.seed, one.shots, times)
                 drawn[what] = max(drawn.get(what, 0), several)

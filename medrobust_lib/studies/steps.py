@@ -22,6 +22,7 @@ from medrobust_lib.models.loading import load_model
 
 _LONGEST_PART = 32
 TIMES = "times.json"
+PASSES = 3  # a step of training costs about as much as so many encodings
 CELL_BYTES = 16_000  # of a cell's files that do not grow with its images, about
 
 Place = tuple[str, str, int | None]  # a model, a data set, a seed
