@@ -1,14 +1,25 @@
 """What counts of noisy votes prove: confidence bounds, certified radii, and how many draws they take.
 
 Everywhere alpha is the one-sided probability of a false statement, k of n the votes for one class, and
-a radius an L2 distance in [0, 1] pixel units at the model's input size.
+a radius an L2 distance in [0, 1] pixel units at the model's input size, or a shift of the parameter that is smoothed.
+sigma is the standard deviation of the smoothing law.
+
+The law is normal, or exponential on [0, inf) for a parameter theta that only grows; its mean is sigma too. Shifted by
+theta >= 0 the exponential density is e^(theta / sigma) times the old one on [theta, inf) and 0 below, so that
+P_theta(A) >= 1 - e^(theta / sigma) (1 - p_A) and P_theta(B) <= e^(theta / sigma) p_B for every other class B: A stays
+ahead while theta < -sigma log(1 - p_A + p_B) (Li et al. 2021, TSS, arXiv:2002.12398).
 """
 
 import math
+from typing import Literal, get_args
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.stats import beta, binom, norm
+
+from medrobust_lib.checks import check_choice
+
+Law = Literal["normal", "exponential"]
 
 # The defaults of every certificate: the failure probability, the draws that choose a class, the draws that count.
 ALPHA, N0, N = 0.001, 100, 10_000
@@ -63,50 +74,70 @@ def upper_confidence_bound(k: ArrayLike, n: ArrayLike, alpha: float) -> float | 
     return float(bound) if bound.ndim == 0 else bound
 
 
-def certified_radius(p_lower: ArrayLike, sigma: float) -> float | NDArray[np.float64]:
-    """L2 radius within which the smoothed classifier cannot change its answer.
+def certified_radius(
+    p_lower: ArrayLike, sigma: float, *, p_upper: ArrayLike | None = None, law: Law = "normal"
+) -> float | NDArray[np.float64]:
+    """Radius within which the smoothed classifier cannot change its answer.
 
-    With the second class bounded by 1 - p_lower the radius is sigma * Phi^-1(p_lower); at or below one
-    half nothing is proved and the radius is 0.
+    sigma / 2 (Phi^-1(p_lower) - Phi^-1(p_upper)) for normal, -sigma log(1 - p_lower + p_upper) for exponential
+    smoothing; where p_lower does not exceed p_upper nothing is proved and the radius is 0.
 
     Parameters
     ----------
     p_lower : float or array in [0, 1]
         Lower bound of the probability that the base classifier gives the predicted class under noise.
     sigma : float
-        Noise standard deviation, > 0, in [0, 1] pixel units.
+        Standard deviation of the smoothing law, > 0.
+    p_upper : float or array in [0, 1], optional
+        Upper bound of the probability of every other class; None stands for 1 - p_lower.
+    law : {"normal", "exponential"}
+        Exponential smoothing proves shifts theta with 0 <= theta < radius only.
 
     Returns
     -------
     float or float64 array, >= 0
-        In the units of sigma; infinite only for p_lower = 1.
+        In the units of sigma; infinite only for p_lower = 1 or, normal smoothing, p_upper = 0.
 
     Raises
     ------
     ValueError
-        p_lower outside [0, 1] or sigma not positive.
+        A probability outside [0, 1], sigma not positive, or an unknown law.
 
     References
     ----------
-    Cohen et al. 2019, arXiv:1902.02918, Theorem 1 with p_B = 1 - p_A.
+    Cohen et al. 2019, arXiv:1902.02918, Theorem 1; exponential smoothing: Li et al. 2021, arXiv:2002.12398.
     """
     p_lower = checked_probabilities(p_lower, "p_lower")
-    check_sigma(sigma)
-    radius = np.where(p_lower > 0.5, sigma * norm.ppf(p_lower), 0.0)
+    check_sigma(sigma, law=law)
+    rival = 1 - p_lower if p_upper is None else checked_probabilities(p_upper, "p_upper")
+    with np.errstate(invalid="ignore", divide="ignore"):  # infinite quantiles, where nothing or everything is proved
+        if law == "exponential":
+            radius = -sigma * np.log(1 - p_lower + rival)
+        elif p_upper is None:
+            radius = sigma * norm.ppf(p_lower)
+        else:
+            radius = sigma / 2 * (norm.ppf(p_lower) - norm.ppf(rival))
+    radius = np.where(p_lower > rival, radius, 0.0)
     return float(radius) if radius.ndim == 0 else radius
 
 
-def needed_probability(radius: ArrayLike, sigma: float) -> float | NDArray[np.float64]:
-    """Probability that must be exceeded for a radius: Phi(radius / sigma), the inverse of `certified_radius`."""
-    check_sigma(sigma)
+def needed_probability(radius: ArrayLike, sigma: float, *, law: Law = "normal") -> float | NDArray[np.float64]:
+    """Probability that must be exceeded for a radius by one bound: the inverse of `certified_radius`.
+
+    Phi(radius / sigma) for normal, 1 - exp(-radius / sigma) / 2 for exponential smoothing.
+    """
+    check_sigma(sigma, law=law)
     radius = np.asarray(radius, dtype=np.float64)
     if not np.all((radius >= 0) & np.isfinite(radius)):
         raise ValueError(f"radius={radius}: certified radii are finite and >= 0")
-    probability = norm.cdf(radius / sigma)
+    level = radius / sigma
+    probability = norm.cdf(level) if law == "normal" else 1 - np.exp(-level) / 2
     return float(probability) if probability.ndim == 0 else probability
 
 
-def minimum_count(n: ArrayLike, alpha: float, *, radius: float = 0.0, sigma: float = 1.0) -> int | NDArray[np.int64]:
+def minimum_count(
+    n: ArrayLike, alpha: float, *, radius: float = 0.0, sigma: float = 1.0, law: Law = "normal"
+) -> int | NDArray[np.int64]:
     """Fewest votes of n that certify a radius; with radius 0 the fewest that do not abstain.
 
     Parameters
@@ -115,7 +146,8 @@ def minimum_count(n: ArrayLike, alpha: float, *, radius: float = 0.0, sigma: flo
         Draws.
     alpha : float in (0, 1)
     radius, sigma : float
-        Wanted L2 radius and noise level, in the same units.
+        Wanted radius and noise level, in the same units.
+    law : {"normal", "exponential"}
 
     Returns
     -------
@@ -135,17 +167,18 @@ def minimum_count(n: ArrayLike, alpha: float, *, radius: float = 0.0, sigma: flo
     _, n = _checked_counts(0, n)
     check_alpha(alpha)
     # The bound reaches p exactly if k or more successes have probability at most alpha at p.
-    count = binom.isf(alpha, n, needed_probability(radius, sigma)).astype(np.int64) + 1
+    count = binom.isf(alpha, n, needed_probability(radius, sigma, law=law)).astype(np.int64) + 1
     return int(count) if count.ndim == 0 else count
 
 
-def minimum_draws(alpha: float, *, radius: float = 0.0, sigma: float = 1.0) -> int:
+def minimum_draws(alpha: float, *, radius: float = 0.0, sigma: float = 1.0, law: Law = "normal") -> int:
     """Fewest draws with which a radius can be certified at all, all of them being successes.
 
     Parameters
     ----------
     alpha : float in (0, 1)
     radius, sigma : float
+    law : {"normal", "exponential"}
 
     Returns
     -------
@@ -158,17 +191,18 @@ def minimum_draws(alpha: float, *, radius: float = 0.0, sigma: float = 1.0) -> i
         radius is so many sigma that the needed probability cannot be told from 1.
     """
     check_alpha(alpha)
-    if needed_probability(radius, sigma) >= 1:
+    if needed_probability(radius, sigma, law=law) >= 1:
         raise ValueError(f"radius {radius} at sigma {sigma} needs probability 1: no number of draws proves it")
     # From the logarithm, which keeps its digits where the probability itself is rounded to nearly 1.
-    needed, allowed = float(norm.logcdf(radius / sigma)), math.log(alpha)
+    level, allowed = radius / sigma, math.log(alpha)
+    needed = float(norm.logcdf(level)) if law == "normal" else math.log1p(-math.exp(-level) / 2)
     draws = math.ceil(allowed / needed)
     return draws if draws * needed <= allowed else draws + 1
 
 
-def maximum_radius(n: int, alpha: float, sigma: float) -> float:
+def maximum_radius(n: int, alpha: float, sigma: float, *, law: Law = "normal") -> float:
     """Largest radius n draws can certify: all of them agree. 3.1986 sigma at n = 10,000, alpha = 0.001."""
-    return certified_radius(lower_confidence_bound(n, n, alpha), sigma)
+    return certified_radius(lower_confidence_bound(n, n, alpha), sigma, law=law)
 
 
 def expected_radius(p: ArrayLike, n: int, alpha: float, *, sigma: float = 1.0) -> float | NDArray[np.float64]:
@@ -247,13 +281,14 @@ def check_alpha(alpha: float) -> None:
         raise ValueError(f"alpha={alpha}: the failure probability of a certificate lies in (0, 1), usually {ALPHA}")
 
 
-def check_sigma(sigma: float) -> None:
-    """Refuse a noise level that smooths nothing."""
+def check_sigma(sigma: float, *, law: Law = "normal") -> None:
+    """Refuse a noise level that smooths nothing, and for normal noise one in other units; an unknown law too."""
+    check_choice("law", law, get_args(Law))
     if not 0 < sigma < math.inf:
         raise ValueError(
             f"sigma={sigma}: smoothing needs noise, a standard deviation > 0 in [0, 1] pixel units such as 0.25"
         )
-    if sigma > LARGEST_SIGMA:
+    if sigma > LARGEST_SIGMA and law == "normal":
         raise ValueError(
             f"sigma={sigma}: noise levels are in [0, 1] pixel units; divide a level in 0 to 255 units by 255 "
             f"({sigma / 255:.4g})"

@@ -53,15 +53,16 @@ class FixedPlan:
     Raises
     ------
     ValueError
-        sigma or alpha out of range, n too small to ever certify.
+        sigma, alpha or law out of range, n too small to ever certify.
     """
 
     sigma: float
     n: int
     alpha: float
+    law: bounds.Law = "normal"
 
     def __post_init__(self) -> None:
-        bounds.check_sigma(self.sigma)
+        bounds.check_sigma(self.sigma, law=self.law)
         bounds.check_alpha(self.alpha)
         bounds.check_draws(self.n, self.alpha)
 
@@ -73,12 +74,12 @@ class FixedPlan:
     @property
     def largest_radius(self) -> float:
         """Largest radius that can come out."""
-        return bounds.maximum_radius(self.n, self.alpha, self.sigma)
+        return bounds.maximum_radius(self.n, self.alpha, self.sigma, law=self.law)
 
     def step(self, look: int, k: int, proved: int = 0) -> Proof:
         """Take the only look, at k votes of n."""
         p_lower = bounds.lower_confidence_bound(k, self.looks[look], self.alpha)
-        return Proof(int(p_lower > 0.5), True, bounds.certified_radius(p_lower, self.sigma), p_lower)
+        return Proof(int(p_lower > 0.5), True, bounds.certified_radius(p_lower, self.sigma, law=self.law), p_lower)
 
 
 Plan = FixedPlan | SequentialPlan
@@ -123,18 +124,18 @@ class Rules:
         elif self.n0 < 1:
             raise ValueError(f"n0={self.n0}: choosing a class takes at least one selection draw (100 is usual)")
 
-    def plan(self, sigma: float, *, share: int = 1) -> Plan:
+    def plan(self, sigma: float, *, share: int = 1, law: bounds.Law = "normal") -> Plan:
         """When to look at one noise level, and what is proved then, for each of so many classifiers that share alpha.
 
         Raises
         ------
         ValueError
-            sigma, alpha or radii out of range, n too small to ever certify.
+            sigma, alpha, radii or law out of range, n too small to ever certify.
         """
         alpha = self.alpha if share == 1 else self.alpha / share
         if self.sampling == "fixed":
-            return FixedPlan(sigma=sigma, n=self.n, alpha=alpha)
-        return sequential_plan(sigma=sigma, radii=self.radii, n=self.n, alpha=alpha)
+            return FixedPlan(sigma=sigma, n=self.n, alpha=alpha, law=law)
+        return sequential_plan(sigma=sigma, radii=self.radii, n=self.n, alpha=alpha, law=law)
 
 
 def take_votes(answers: Answers, plans: Sequence[Plan], *, n0: int, label: int | None) -> list[Verdict]:

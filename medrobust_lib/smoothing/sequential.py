@@ -1,7 +1,7 @@
 r"""Exact group-sequential certificates: stop drawing as soon as the question is answered.
 
 A table of certified accuracy asks nested questions: does the probability p of the predicted class exceed
-p_1 < p_2 < ... < p_J with p_j = Phi(R_j / sigma)? After each of a few looks at the running count S_n, the
+p_1 < p_2 < ... < p_J with p_j = Phi(R_j / sigma), normal noise? After each of a few looks at the running count S_n, the
 boundary c_j(n) says whether p > p_j is proved.
 
 **Guarantee.** For every p, the probability that the procedure ever claims p > p_j for some p_j >= p is at
@@ -87,7 +87,9 @@ class SequentialPlan:
     hopeless : int64 [J, L]
         Largest count at each look at which the radius is given up; -1 where none is.
     error : float64 [J]
-        Exact probability of a false claim at the worst case p = Phi(R_j / sigma); at most alpha.
+        Exact probability of a false claim at the worst case, p = the threshold of the radius; at most alpha.
+    law : {"normal", "exponential"}
+        Of the noise; `bounds.certified_radius`.
     """
 
     radii: tuple[float, ...]
@@ -98,11 +100,12 @@ class SequentialPlan:
     success: NDArray[np.int64] = field(repr=False)
     hopeless: NDArray[np.int64] = field(repr=False)
     error: NDArray[np.float64] = field(repr=False)
+    law: bounds.Law = "normal"
 
     @cached_property
     def thresholds(self) -> NDArray[np.float64]:
         """float64 [J]: the probability that must be exceeded for each radius."""
-        return np.asarray(bounds.needed_probability(np.asarray(self.radii), self.sigma))
+        return np.asarray(bounds.needed_probability(np.asarray(self.radii), self.sigma, law=self.law))
 
     @property
     def largest_radius(self) -> float:
@@ -130,7 +133,12 @@ class SequentialPlan:
 
 
 def sequential_plan(
-    *, sigma: float, radii: Sequence[float] | None = None, n: int = bounds.N, alpha: float = bounds.ALPHA
+    *,
+    sigma: float,
+    radii: Sequence[float] | None = None,
+    n: int = bounds.N,
+    alpha: float = bounds.ALPHA,
+    law: bounds.Law = "normal",
 ) -> SequentialPlan:
     """Build the looks and boundaries for one noise level; equal questions are answered from a cache.
 
@@ -145,6 +153,8 @@ def sequential_plan(
         Most draws.
     alpha : float in (0, 1)
         Failure probability of a certificate.
+    law : {"normal", "exponential"}
+        Of the noise.
 
     Returns
     -------
@@ -153,21 +163,23 @@ def sequential_plan(
     Raises
     ------
     ValueError
-        sigma, radii, n or alpha out of range, or n too small to certify anything.
+        sigma, radii, n, alpha or law out of range, or n too small to certify anything.
     """
-    bounds.check_sigma(sigma)
+    bounds.check_sigma(sigma, law=law)
     bounds.check_alpha(alpha)
     bounds.check_draws(n, alpha)
-    reach = bounds.maximum_radius(n, alpha, sigma)
+    reach = bounds.maximum_radius(n, alpha, sigma, law=law)
     if radii is None:
         # Multiples are formed in units of sigma, so that every noise level shares one cached table.
         levels = tuple(step * GRID_STEP for step in range(math.floor(reach / sigma / GRID_STEP) + 1))
         kept = tuple(level * sigma for level in levels)
     else:
-        bounds.needed_probability(np.asarray(radii, dtype=np.float64), sigma)  # refuses negative and infinite radii
+        bounds.needed_probability(
+            np.asarray(radii, dtype=np.float64), sigma, law=law
+        )  # refuses negative and infinite radii
         kept = tuple(radius for radius in sorted({0.0, *map(float, radii)}) if radius <= reach)
         levels = tuple(radius / sigma for radius in kept)
-    return SequentialPlan(kept, sigma, alpha, n, *_tables(levels, int(n), float(alpha)))
+    return SequentialPlan(kept, sigma, alpha, n, *_tables(levels, int(n), float(alpha), law), law)
 
 
 def plan_constants() -> dict[str, float]:
@@ -334,10 +346,10 @@ def _law_of_sum(law: NDArray[np.float64], block: NDArray[np.float64]) -> NDArray
 
 @lru_cache(maxsize=64)
 def _tables(
-    levels: tuple[float, ...], n: int, alpha: float
+    levels: tuple[float, ...], n: int, alpha: float, law: bounds.Law = "normal"
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64], NDArray[np.float64]]:
-    """Looks, success and futility boundaries, exact errors, for thresholds Phi(levels)."""
-    thresholds = np.asarray(bounds.needed_probability(np.asarray(levels), 1.0))
+    """Looks, success and futility boundaries, exact errors, for the thresholds of radii in units of sigma."""
+    thresholds = np.asarray(bounds.needed_probability(np.asarray(levels), 1.0, law=law))
     first = np.array([_first_crossing(p, alpha) for p in thresholds])
     looks = _looks(first, n)
     raw = np.array([_boundary(p, looks, start, alpha) for p, start in zip(thresholds, first, strict=True)])

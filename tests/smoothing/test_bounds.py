@@ -3,7 +3,7 @@ import math
 import numpy as np
 import pytest
 from scipy.integrate import quad
-from scipy.stats import binom, binomtest, norm
+from scipy.stats import binom, binomtest, expon, norm
 
 from medrobust_lib.smoothing import bounds
 
@@ -338,6 +338,12 @@ def test_the_constant_of_the_rule_depends_on_the_distribution():
         (lambda: bounds.certified_radius(math.nan, 0.5), "p_lower=nan"),
         (lambda: bounds.certified_radius(0.7, 0.0), "sigma=0.0: smoothing needs noise"),
         (lambda: bounds.certified_radius(0.7, math.inf), "sigma=inf"),
+        (
+            lambda: bounds.certified_radius(0.7, 256),
+            r"sigma=256: noise levels are in \[0, 1\] pixel units; .* \(1.004\)",
+        ),
+        (lambda: bounds.certified_radius(0.7, 0.5, p_upper=-0.1), "p_upper=-0.1: a probability lies in"),
+        (lambda: bounds.certified_radius(0.7, 0.5, law="exp"), "unknown law 'exp'; choose one of normal, exponential"),
         (lambda: bounds.needed_probability(-0.1, 0.5), "radius=-0.1: certified radii are finite and >= 0"),
         (lambda: bounds.needed_probability(math.inf, 0.5), "radius=inf"),
         (lambda: bounds.minimum_draws(ALPHA, radius=1.5, sigma=0.1), "radius 1.5 at sigma 0.1 needs probability 1"),
@@ -371,3 +377,64 @@ def test_the_numbers_of_notebook_06s_first_exercise():
     rate, q = bounds.upper_confidence_bound(10, 100, 0.0005), bounds.lower_confidence_bound(90, 100, 0.0005)
     assert (round(rate, 3), round(q, 3), round(q - rate, 3)) == (0.234, 0.766, 0.532)
     assert round(bounds.certified_radius(q - rate, 0.5), 3) == 0.041
+
+
+# --- two bounds, and the exponential law
+
+
+@pytest.mark.parametrize(
+    ("law", "p_lower", "p_upper", "radius"),
+    [
+        ("normal", 0.5, norm.cdf(-1), 0.5),
+        ("normal", norm.cdf(0.7), norm.cdf(-0.3), 0.5),
+        ("normal", 0.4, 0.4, 0.0),
+        ("normal", 0.3, 0.4, 0.0),
+        ("normal", 0.0, 0.0, 0.0),
+        ("normal", 1.0, 1.0, 0.0),
+        ("normal", 1.0, 0.0, math.inf),
+        ("exponential", 0.75, None, math.log(2)),
+        ("exponential", 0.5, None, 0.0),
+        ("exponential", 0.5, 0.25, -math.log(0.75)),
+        ("exponential", 0.3, 0.4, 0.0),
+        ("exponential", 1.0, None, math.inf),
+    ],
+)
+def test_closed_forms_of_both_laws(law, p_lower, p_upper, radius):
+    assert bounds.certified_radius(p_lower, 1.0, p_upper=p_upper, law=law) == pytest.approx(radius, abs=1e-12)
+    found = bounds.certified_radius(p_lower, 20.0, p_upper=p_upper, law="exponential")
+    assert law == "normal" or found == pytest.approx(20 * radius, abs=1e-12)
+
+
+@pytest.mark.parametrize("law", ["normal", "exponential"])
+def test_a_second_bound_of_1_minus_the_first_changes_nothing(law):
+    p = np.linspace(0, 1, 101)[:-1]
+    one = bounds.certified_radius(p, 0.5, law=law)
+    np.testing.assert_allclose(bounds.certified_radius(p, 0.5, p_upper=1 - p, law=law), one, atol=1e-14)
+    proved = p > 0.5
+    np.testing.assert_allclose(bounds.needed_probability(one[proved], 0.5, law=law), p[proved])
+    assert np.all(one[~proved] == 0)
+
+
+@pytest.mark.parametrize("radius", [0.0, 0.1, 0.6, 1.5, 2.5])
+@pytest.mark.parametrize("law", ["normal", "exponential"])
+def test_fewest_votes_and_draws_of_both_laws(law, radius):
+    wanted = {"radius": radius, "sigma": 0.5, "law": law}
+    fewest = bounds.minimum_draws(ALPHA, **wanted)
+    assert bounds.maximum_radius(fewest, ALPHA, 0.5, law=law) >= radius
+    assert fewest == 1 or bounds.maximum_radius(fewest - 1, ALPHA, 0.5, law=law) <= radius
+    n = 2 * fewest + 100
+    k = bounds.minimum_count(n, ALPHA, **wanted)
+    above, below = (
+        bounds.certified_radius(bounds.lower_confidence_bound(v, n, ALPHA), 0.5, law=law) for v in (k, k - 1)
+    )
+    assert above >= radius >= below
+
+
+def test_the_exponential_radius_is_the_shift_that_the_worst_classifier_survives():
+    # f answers A up to an edge, the worst set of its mass: what a shift adds beyond the edge it takes from A.
+    p, rate = 0.8, 1 / 0.5
+    edge = expon.ppf(p, scale=1 / rate)
+    radius = bounds.certified_radius(p, 1 / rate, law="exponential")
+    share = expon.cdf(edge - np.array([0.0, radius - 1e-6, radius + 1e-6]), scale=1 / rate)
+    assert share[0] == pytest.approx(p)
+    assert share[1] > 0.5 > share[2]

@@ -68,6 +68,17 @@ def test_every_boundary_is_crossed_with_probability_at_most_alpha(sigma, alpha, 
     assert n < 1000 or crossed.min() > 0.4 * alpha
 
 
+@pytest.mark.parametrize("n", [50, 1000])
+def test_the_exponential_law_has_the_same_guarantee_at_its_own_thresholds(n):
+    plan = sequential_plan(sigma=20.0, radii=(0, 5, 10, 20, 40, 80), n=n, alpha=ALPHA, law="exponential")
+    np.testing.assert_allclose(plan.thresholds, 1 - np.exp(-np.array(plan.radii) / 20) / 2)
+    assert plan.radii[-1] == {50: 20, 1000: 80}[n] <= maximum_radius(n, ALPHA, 20.0, law="exponential")
+    assert worst_crossings(plan).max() <= ALPHA
+    look = len(plan.looks) - 1
+    proof = plan.step(look, n, 0)
+    assert (proof.radius, proof.p_lower) == (plan.radii[-1], plan.thresholds[-1])
+
+
 def test_every_boundary_of_the_fine_grid_is_crossed_with_probability_at_most_alpha():
     plan = sequential_plan(sigma=0.5)
     assert len(plan.radii) == 64
