@@ -28,26 +28,37 @@ from medrobust_lib.experiments import progress
 from medrobust_lib.models.dual_encoder import DualEncoder, find_image_tower
 from medrobust_lib.smoothing.certify import check_not_training
 from medrobust_lib.smoothing.noise import NoiseStream, noisy_copies, noisy_features
+from medrobust_lib.smoothing.perturbations import (
+    PIXEL_NOISE,
+    Perturbation,
+    Sigma,
+    check_levels,
+    find_perturbation,
+    level_in_words,
+)
+
+_WEIGHT_DECAY = 0.01
 
 
 def retrain_on_noise(
     model: DualEncoder,
     data: ImageDataset,
     *,
-    sigma: float,
+    sigma: Sigma,
+    perturbation: str | Perturbation = PIXEL_NOISE,
     shots: int | None = None,
     templates: Sequence[str] | None = None,
     epochs: int = 20,
     batch_size: int = 32,
     learning_rate: float = 3e-3,
-    weight_decay: float = 0.01,
     seed: int = 0,
 ) -> DualEncoder:
     """Train a copy of the image tower on noisy images against the fixed class features of the text tower.
 
     Minimises the cross-entropy of ``logit_scale`` times the cosine between class features and features of
-    ``x + sigma * N(0, I)``, with fresh noise in every epoch and nothing clipped. The copy exists before any
-    image is certified, so it is a fixed classifier of the noisy image and its certificates are the standard ones.
+    ``x + sigma * N(0, I)``, or of copies by another perturbation, with fresh noise in every epoch and nothing clipped.
+    The copy exists before any image is certified, so it is a fixed classifier of the noisy image and its certificates
+    are the standard ones.
 
     Trained are the parameters that image features depend on and text features do not; the text tower stays bit for
     bit. Batch normalisation of the image tower uses the statistics of the noisy batches; those that it keeps are
@@ -61,8 +72,10 @@ def retrain_on_noise(
         the copy returns: there the finest changes are rounded away.
     data : ImageDataset
         Labelled images to train on, never those that will be certified.
-    sigma : float
-        Noise level in [0, 1] pixel units, >= 0; 0 is ordinary fine-tuning.
+    sigma : float or tuple of float
+        Noise level, >= 0, in the units of the perturbation; 0 is ordinary fine-tuning.
+    perturbation : str or Perturbation
+        As in `certify_dataset`.
     shots : int, optional
         Images per class, the same as `learn_prompts` draws with this seed; a class with fewer gives all it has,
         with a warning. None takes all images.
@@ -71,9 +84,9 @@ def retrain_on_noise(
     epochs : int
     batch_size : int
         At most so many images a step; the steps of an epoch are of equal size, give or take one image.
-    learning_rate, weight_decay : float
-        AdamW; the rate falls to 0 along a cosine. The default suits demo-clip; large pre-trained transformers are
-        usually fine-tuned at about 1e-5.
+    learning_rate : float
+        Of AdamW (weight decay .01); the rate falls to 0 along a cosine. The default suits demo-clip; large pre-trained
+        transformers are usually fine-tuned at about 1e-5.
     seed : int
         Of shots, order and noise. Equal seeds give equal weights on the same CPU.
 
@@ -99,10 +112,12 @@ def retrain_on_noise(
     Cohen et al. 2019, arXiv:1902.02918, section 3.3; Lecuyer et al. 2019, arXiv:1802.03471.
     """
     check_not_training(model)
-    recipe = Recipe(check_whole("epochs", epochs), batch_size, learning_rate, weight_decay, seed=seed)
+    family = find_perturbation(perturbation)
+    (sigma,) = check_levels([sigma], family, model.image_size)
+    recipe = Recipe(check_whole("epochs", epochs), batch_size, learning_rate, _WEIGHT_DECAY, seed=seed)
     check_learnable(data)
     chosen = data if shots is None else draw_shots(data, shots, np.random.default_rng(seed))
-    streams = [NoiseStream(seed, data.id, int(index), sigma, "adapt") for index in chosen.indices]
+    streams = [NoiseStream(seed, data.id, int(index), sigma, "adapt", family) for index in chosen.indices]
     templates = templates_of(data, templates)
     # Notebooks often switch gradients off as a whole, some by inference mode.
     with torch.inference_mode(False), torch.enable_grad():
@@ -113,19 +128,21 @@ def retrain_on_noise(
     guessing = math.log(len(data.classes))
     if fitted["last_loss"] >= guessing:
         warnings.warn(
-            f"re-training {model.id} at sigma {sigma:g} ended at a loss of {fitted['last_loss']:.2f}, no better than "
-            f"guessing ({guessing:.2f}): try a lower learning_rate than {learning_rate:g} (large pre-trained towers "
-            f"take about 1e-5) or more epochs than {epochs}",
+            f"re-training {model.id} at sigma {level_in_words(sigma)} ended at a loss of {fitted['last_loss']:.2f}, no "
+            f"better than guessing ({guessing:.2f}): try a lower learning_rate than {learning_rate:g} (large pre-"
+            f"trained towers take about 1e-5) or more epochs than {epochs}",
             UserWarning,
             stacklevel=2,
         )
-    retrained.id = f"{model.id} retrained at sigma {sigma:g}"
+    words = "" if family == PIXEL_NOISE else f"on {family.name} "
+    retrained.id = f"{model.id} retrained {words}at sigma {level_in_words(sigma)}"
     retrained.provenance = {
         "method": "noise-augmented re-training", "base": {**model.provenance, **model.identity()},
         "dataset": data.id, "split": data.split,
         "images": [int(index) for index in chosen.indices], "shots": shots, "templates": templates,
-        "sigma": float(sigma), "epochs": epochs, "batch_size": batch_size, "optimiser": "AdamW, cosine to 0",
-        "learning_rate": learning_rate, "weight_decay": weight_decay, "seed": seed, **fitted,
+        "perturbation": family.name, "sigma": sigma,
+        "epochs": epochs, "batch_size": batch_size, "optimiser": "AdamW, cosine to 0",
+        "learning_rate": learning_rate, "weight_decay": _WEIGHT_DECAY, "seed": seed, **fitted,
     }  # fmt: skip
     return retrained
 
@@ -151,7 +168,7 @@ def _fit(
     for norm in tower.norms.values():
         norm.train().momentum = None  # a plain average since the last reset
     losses = []
-    described = f"re-train {model.id}, sigma {streams[0].sigma:g}"
+    described = f"re-train {model.id}, sigma {level_in_words(streams[0].sigma)}"
     for step in progress(range(total), total=total, unit="steps", resumes=False, description=described):
         epoch, place = divmod(step, per_epoch)
         if place == 0:

@@ -25,6 +25,7 @@ from medrobust_lib.experiments import open_store, progress
 from medrobust_lib.files import parsed, read_tensors, write_tensors
 from medrobust_lib.models.dual_encoder import BrokenFeaturesError, DualEncoder
 from medrobust_lib.smoothing.noise import Batches
+from medrobust_lib.smoothing.perturbations import PIXEL_NOISE
 
 _FILE = "state.safetensors"
 _HEADER = "training"
@@ -176,6 +177,8 @@ class Recipe:
         values = json.loads(json.dumps(asdict(self)))
         if self.logits == "cosine":  # records from before there was a choice are still those of the same training
             del values["logits"]
+        if self.augmentation.perturbation == PIXEL_NOISE.name:  # likewise
+            del values["augmentation"]["perturbation"]
         return values
 
 

@@ -1,6 +1,5 @@
 """Images to train on: several data sets as one numbered series, and random changes of each image."""
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -14,6 +13,7 @@ from medrobust_lib.corruptions.suites import MEDIMETA_C, SEVERITIES
 from medrobust_lib.data.dataset import ImageDataset
 from medrobust_lib.models.dual_encoder import DualEncoder
 from medrobust_lib.models.geometry import CropAndFlip, crop_and_flip
+from medrobust_lib.smoothing.perturbations import PIXEL_NOISE, Sigma, as_level, find_perturbation
 
 
 @dataclass(frozen=True)
@@ -26,8 +26,10 @@ class Augmentation(CropAndFlip):
     ----------
     crop, flip
         As in `CropAndFlip`.
-    sigmas : tuple of float
-        Noise levels in [0, 1] pixel units, one of them drawn for each noisy image; nothing is clipped.
+    sigmas : tuple of float, or of tuples of float
+        Noise levels in the units of the perturbation, one of them drawn for each noisy image; nothing is clipped.
+    perturbation : str
+        Name of what noisy images are made by, as in `certify_dataset`.
     corruptions : tuple of str
         Names of suite "medimeta-c", one of them drawn for each corrupted image, at severity 1 to 5, all equally
         likely. Corrupted is the image as it is stored, before the model's resize.
@@ -40,20 +42,22 @@ class Augmentation(CropAndFlip):
         A number out of range, or an unknown corruption (the closest names are given).
     """
 
-    sigmas: tuple[float, ...] = ()
+    sigmas: tuple[Sigma, ...] = ()
     corruptions: tuple[str, ...] = ()
     share: float = 0.5
+    perturbation: str = PIXEL_NOISE.name
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        object.__setattr__(self, "sigmas", tuple(float(sigma) for sigma in self.sigmas))
+        family = find_perturbation(self.perturbation)
+        object.__setattr__(self, "sigmas", tuple(map(as_level, self.sigmas)))
         names = (self.corruptions,) if isinstance(self.corruptions, str) else tuple(self.corruptions)
         object.__setattr__(self, "corruptions", names)
         if not 0 <= self.share <= 1:
             raise ValueError(f"share={self.share}: give the share of images that are degraded, 0 to 1")
         for sigma in self.sigmas:
-            if not 0 <= sigma < math.inf:
-                raise ValueError(f"sigma {sigma}: noise levels are standard deviations >= 0 in [0, 1] pixel units")
+            if sigma != 0:
+                family.check_sigma(sigma)
         for name in self.corruptions:
             MEDIMETA_C.corruption(name)
 
@@ -114,7 +118,7 @@ def corrupt_at_random(
 
 
 def add_noise(pixels: Tensor, augmentation: Augmentation, *, generator: torch.Generator) -> Tensor:
-    """Add Gaussian noise to each image, at a level of its own.
+    """Perturb each image, at a level of its own.
 
     Parameters
     ----------
@@ -130,8 +134,15 @@ def add_noise(pixels: Tensor, augmentation: Augmentation, *, generator: torch.Ge
     float [n, 3, H, W]
         Not clipped.
     """
-    levels = torch.tensor(augmentation.sigmas, dtype=pixels.dtype, device=pixels.device)
+    levels = augmentation.sigmas
     drawn = torch.randint(len(levels), (len(pixels),), generator=generator, device=pixels.device)
+    if augmentation.perturbation != PIXEL_NOISE.name:
+        family = find_perturbation(augmentation.perturbation)
+        theta = torch.empty(len(pixels), *family.shape(tuple(pixels.shape[1:])), device=pixels.device)
+        for row, level in zip(theta, drawn.tolist(), strict=True):
+            family.draw_into(row, levels[level], generator)
+        return family.apply(pixels, theta)
+    levels = torch.tensor(levels, dtype=pixels.dtype, device=pixels.device)
     noise = torch.randn(pixels.shape, generator=generator, dtype=pixels.dtype, device=pixels.device)
     return torch.addcmul(pixels, noise, levels[drawn].view(-1, 1, 1, 1))
 

@@ -8,7 +8,8 @@ import pandas as pd
 from medrobust_lib.metrics.classification import accuracy, accuracy_interval, majority_share
 
 CERTIFICATE_GROUPS = (
-    "dataset", "model", "method", "guarantee", "sampling", "mode", "alpha", "seed", "prompt_seed", "n_classes", "sigma",
+    "dataset", "model", "method", "guarantee", "sampling", "mode", "alpha", "seed", "prompt_seed", "n_classes",
+    "perturbation", "sigma",
 )  # fmt: skip
 # What a row measures; all other columns say of what.
 MEASURED = frozenset(
@@ -24,9 +25,10 @@ def certified_accuracy(rows: pd.DataFrame, radii: Sequence[float], *, per_class:
     rows : DataFrame
         One row per image, sigma and method as `certify_dataset` returns them: columns label, predicted (-1:
         abstain), radius, and any of dataset, model, method, guarantee, sampling, mode, alpha, seed, prompt_seed (which
-        methods may be ``about``), n_classes and sigma, by which the table is grouped.
+        methods may be ``about``), n_classes, perturbation and sigma, by which the table is grouped.
     radii : sequence of float
-        L2 radii >= 0 in [0, 1] pixel units. A certificate counts if its radius is at least the one asked for.
+        Radii >= 0 in the units of sigma: for pixel noise L2 radii in [0, 1] pixel units. A certificate counts if its
+        radius is at least the one asked for.
     per_class : bool
         Also group by label.
 

@@ -11,6 +11,7 @@ ahead while theta < -sigma log(1 - p_A + p_B) (Li et al. 2021, TSS, arXiv:2002.1
 """
 
 import math
+from decimal import ROUND_DOWN, ROUND_UP, Context
 from typing import Literal, get_args
 
 import numpy as np
@@ -318,6 +319,16 @@ def check_draws(n: int, alpha: float) -> None:
             f"n={n} draws can never certify at alpha={alpha}: even {n} of {n} give p_lower={best:.3f} <= 0.5; "
             f"use n >= {fewest}"
         )
+
+
+def rounded_down(bound: float) -> str:
+    """Four digits that do not promise more than the bound: 0.99996 is not 1."""
+    return str(Context(prec=4, rounding=ROUND_DOWN).create_decimal(repr(float(bound))))
+
+
+def rounded_up(bound: float) -> str:
+    """Four digits that are not below the bound."""
+    return str(Context(prec=4, rounding=ROUND_UP).create_decimal(repr(float(bound))))
 
 
 def _checked_counts(k: ArrayLike, n: ArrayLike) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

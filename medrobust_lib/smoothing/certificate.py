@@ -2,9 +2,11 @@
 
 import tomllib
 from dataclasses import dataclass
-from decimal import ROUND_DOWN, Context
 from importlib.resources import files
 from typing import Literal
+
+from medrobust_lib.smoothing.bounds import rounded_down
+from medrobust_lib.smoothing.perturbations import PIXEL_NOISE, Perturbation, Sigma, level_in_words
 
 ABSTAIN = -1
 
@@ -29,7 +31,8 @@ class Certificate:
     predicted : int
         Class, or -1 for an abstention.
     radius : float
-        L2 radius in [0, 1] pixel units at the size `image_shape`; 0 for an abstention.
+        In the units of the perturbation; 0 for an abstention. For pixel noise an L2 radius in [0, 1] pixel units at the
+        size `image_shape`.
     p_lower : float
         Lower bound of the probability that the base classifier gives `predicted` under noise; 0 where
         sequential sampling has proved nothing.
@@ -41,8 +44,8 @@ class Certificate:
         Estimation draws allowed.
     alpha : float
         Probability that the certificate is false is at most this.
-    sigma : float
-        Noise standard deviation in [0, 1] pixel units.
+    sigma : float or tuple of float
+        Standard deviation of the noise, in the units of the perturbation.
     sampling : {"fixed", "sequential"}
     mode : {"predict", "evaluate"}
         Whether the class came from selection draws, or was the known label (for tables of certified accuracy
@@ -54,6 +57,10 @@ class Certificate:
         The base classifier that was certified; a tower in bfloat16 is another classifier than one in float32.
     image_shape : tuple of int
         (3, H, W) of the certified pixels.
+    perturbation : Perturbation
+        What was smoothed over.
+    dataset : str
+        Id of the data set, where it is known; the suites' severities may depend on it.
     """
 
     predicted: int
@@ -64,7 +71,7 @@ class Certificate:
     n0: int
     n_max: int
     alpha: float
-    sigma: float
+    sigma: Sigma
     sampling: Sampling
     mode: Mode
     guarantee: Guarantee
@@ -73,6 +80,8 @@ class Certificate:
     dtype: str
     device: str
     image_shape: tuple[int, ...]
+    perturbation: Perturbation = PIXEL_NOISE
+    dataset: str = ""
 
     @property
     def draws(self) -> int:
@@ -87,29 +96,26 @@ class Certificate:
     @property
     def votes(self) -> str:
         """The votes in words."""
-        return f"{self.k} of {self.n} votes at sigma {self.sigma:g} ({self.sampling} sampling, alpha {self.alpha:g})"
+        level = level_in_words(self.sigma)
+        return f"{self.k} of {self.n} votes at sigma {level} ({self.sampling} sampling, alpha {self.alpha:g})"
 
     @property
-    def ball(self) -> str:
-        """The certified ball in words."""
-        size = " x ".join(map(str, self.image_shape))
-        return f"within L2 radius {_rounded_down(self.radius)} of this image ([0, 1] pixels, {size})"
+    def region(self) -> str:
+        """The certified region in words, and the severities of the suites that it holds."""
+        region = self.perturbation.describe(self.radius, self.sigma, image=self.image_shape)
+        reached = self.perturbation.reach(self.radius, self.sigma, dataset=self.dataset)
+        return f"{region} ({reached})" if reached else region
 
     @property
     def bound(self) -> str:
         """`p_lower` in words."""
-        return _rounded_down(self.p_lower)
+        return rounded_down(self.p_lower)
 
     def __str__(self) -> str:
         known = "; the class was the known label, so this serves evaluation only" if self.mode == "evaluate" else ""
         if self.abstained:
             return f"abstain: {self.votes} prove no majority{known}"
         return (
-            f"class {self.predicted} {self.ball}: {self.votes} prove a probability above {self.bound}{known}. "
+            f"class {self.predicted} {self.region}: {self.votes} prove a probability above {self.bound}{known}. "
             f"Guarantee ({self.guarantee}): {GUARANTEES[self.guarantee]}"
         )
-
-
-def _rounded_down(bound: float) -> str:
-    """Four digits that do not promise more than the bound: 0.99996 is not 1."""
-    return str(Context(prec=4, rounding=ROUND_DOWN).create_decimal(repr(float(bound))))

@@ -2,7 +2,9 @@
 
 The smoothed classifier g answers what its base classifier f answers most often under Gaussian noise,
 g(x) = argmax_y P[f(x + e) = y] with e ~ N(0, sigma^2 I). A certificate says: g(x') is the predicted class for every x'
-within an L2 radius of x. It is false with probability at most alpha, over the noise drawn to make it.
+within an L2 radius of x. It is false with probability at most alpha, over the noise drawn to make it. Where another
+perturbation is smoothed over, such as contrast, T_e(x) stands for x + e and the radius is one of its parameter
+(`medrobust_lib.smoothing.perturbations`).
 """
 
 import reprlib
@@ -21,6 +23,7 @@ from medrobust_lib.models.dual_encoder import DualEncoder
 from medrobust_lib.smoothing import bounds
 from medrobust_lib.smoothing.certificate import ABSTAIN, Certificate, Guarantee, Mode, Sampling
 from medrobust_lib.smoothing.noise import Batches, NoiseStream, Role, make_batches, map_copies
+from medrobust_lib.smoothing.perturbations import PIXEL_NOISE, Sigma, find_perturbation
 from medrobust_lib.smoothing.sequential import Proof, SequentialPlan, sequential_plan
 
 Classifier = Callable[[Tensor], Tensor]
@@ -29,7 +32,8 @@ Answers = Callable[[Role, int, int, Sequence[int]], Sequence[Tensor]]
 RADII = (0.0, 0.1, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
 """The radii of PromptSmooth's tables, in [0, 1] pixel units."""
 
-_ADDRESS = {"seed": 0, "dataset": "", "index": 0, "batch_size": None}  # what `certify` and `predict` pass on
+# What `certify` and `predict` pass on.
+_ADDRESS = {"seed": 0, "dataset": "", "index": 0, "batch_size": None, "perturbation": PIXEL_NOISE.name}
 
 LABEL_LIMIT = 1_000_000
 """Votes are counted in a table with a row for each class; a label from here on is a mistake."""
@@ -279,7 +283,7 @@ def predict(
     classifier: Classifier,
     image: Tensor,
     *,
-    sigma: float,
+    sigma: Sigma,
     n: int = bounds.FEW_N,
     alpha: float = bounds.ALPHA,
     **address: Any,
@@ -293,8 +297,8 @@ def predict(
         for no class.
     image : float32 [3, H, W]
         In [0, 1], at the classifier's size, not normalised.
-    sigma : float
-        Noise standard deviation, > 0, in [0, 1] pixel units.
+    sigma : float or tuple of float
+        Standard deviation of the noise, > 0, in the units of the perturbation; for pixel noise in [0, 1] pixel units.
     n : int
         Noisy copies.
     alpha : float in (0, 1)
@@ -319,7 +323,6 @@ def predict(
     Cohen et al. 2019, arXiv:1902.02918, section 3.2.1 and Proposition 1.
     """
     check_keywords(predict, address, _ADDRESS)
-    bounds.check_sigma(sigma)
     bounds.check_alpha(alpha)
     fewest = bounds.minimum_draws(alpha / 2)  # the test is two-sided
     if n < fewest:
@@ -337,7 +340,7 @@ def certify(
     classifier: Classifier,
     image: Tensor,
     *,
-    sigma: float,
+    sigma: Sigma,
     n0: int = bounds.N0,
     n: int = bounds.N,
     alpha: float = bounds.ALPHA,
@@ -357,8 +360,8 @@ def certify(
         recorded.
     image : float32 [3, H, W]
         In [0, 1], at the classifier's size, not normalised; noise is drawn on its device.
-    sigma : float
-        Noise standard deviation, > 0, in [0, 1] pixel units.
+    sigma : float or tuple of float
+        Standard deviation of the noise, > 0, in the units of the perturbation; for pixel noise in [0, 1] pixel units.
     n0 : int
         Selection draws that choose the class; they are never used again.
     n : int
@@ -376,7 +379,9 @@ def certify(
     **address
         ``seed`` (0), ``dataset`` ("") and ``index`` (0): address of the noise. Give every image an index of its own:
         certificates on the same noise are each valid, but err together. ``batch_size``: noisy copies at a time;
-        default: from the free memory. It is halved when memory runs out.
+        default: from the free memory. It is halved when memory runs out. ``perturbation``: "pixel-noise" (default),
+        "contrast", "brightness", "contrast-brightness" (a pair of sigmas), "gamma", "blur" or a `Perturbation`; sigma,
+        radii and the certificate's radius are in the units of its parameter.
 
     Returns
     -------
@@ -408,7 +413,8 @@ def certify(
     rules = Rules(n0=n0, n=n, alpha=alpha, sampling=sampling, mode=mode, radii=radii)
     if label is not None and label < 0:
         raise ValueError(f"label={label}: the known label is a class, 0 or higher; None lets selection draws choose")
-    (verdict,) = take_votes(answers, [rules.plan(sigma)], n0=n0, label=label)
+    plan = rules.plan(stream.perturbation.unit(sigma), law=stream.perturbation.law)
+    (verdict,) = take_votes(answers, [plan], n0=n0, label=label)
     return make_certificate(verdict, rules, stream, guarantee="standard", classifier=classifier, image=image)
 
 
@@ -430,11 +436,13 @@ def make_certificate(
         dtype=str(getattr(classifier, "dtype", torch.float32)).removeprefix("torch."),
         device=image.device.type,
         image_shape=tuple(image.shape),
+        perturbation=stream.perturbation,
+        dataset=stream.dataset,
     )
 
 
 def _answers(
-    classifier: Classifier, image: Tensor, sigma: float, address: Mapping[str, Any]
+    classifier: Classifier, image: Tensor, sigma: Sigma, address: Mapping[str, Any]
 ) -> tuple[Answers, NoiseStream]:
     """Let one classifier of pixels answer the noisy copies of one image; and the address of their noise."""
     check_classifier(classifier)
@@ -444,6 +452,9 @@ def _answers(
         return [checked_answers(classifier(copies), len(copies))]
 
     where = _ADDRESS | address
+    where["perturbation"] = find_perturbation(where["perturbation"])
+    where["perturbation"].check_sigma(sigma)
+    where["perturbation"].check_image(tuple(image.shape), sigma)
     batches = make_batches(where.pop("batch_size"), image.device, tuple(image.shape))
     stream = NoiseStream(**where, sigma=sigma, role="select")
     return answers_to_copies(label, image, stream, batches), stream

@@ -23,9 +23,8 @@ from medrobust_lib.checks import check_whole
 from medrobust_lib.data.dataset import ImageDataset
 from medrobust_lib.models.dual_encoder import DualEncoder
 from medrobust_lib.models.weights import fingerprint
-from medrobust_lib.smoothing.bounds import check_sigma
 from medrobust_lib.smoothing.certificate import ABSTAIN, Guarantee
-from medrobust_lib.smoothing.noise import Batches, NoiseStream, map_copies, noisy_bank
+from medrobust_lib.smoothing.noise import Batches, NoiseStream, map_copies
 from medrobust_lib.smoothing.prompts import PromptFrame, PromptSet, check_steps, mean_prediction_entropy, sharpen
 
 _COPIES_AT_A_TIME = 16  # that adapt to themselves, each with a text tower's pass for all classes
@@ -99,6 +98,8 @@ class PromptMethod:
     denoiser : callable or None
         (noisy pixels [b, 3, H, W], sigma) -> pixels [b, 3, H, W], in front of the image tower. Methods with the
         same denoiser share the features. A store asks for its attribute ``id``, a text that changes with its weights.
+    learned_on : str or None
+        Name of the perturbation that the prompts were learned on: they are certified for no other. None: for any.
     about : mapping
         JSON values that become columns of the method's rows, such as the seed of its prompts. Methods of one name
         differ in them.
@@ -109,6 +110,7 @@ class PromptMethod:
     n_adapt: int = 0
     n_candidates: int = 1
     denoiser: Denoiser | None = None
+    learned_on: str | None = None
     about: Mapping[str, Any] = MappingProxyType({})
 
     def classifier(self, adaptation: AdaptationFeatures | None) -> FeatureClassifier:
@@ -139,6 +141,7 @@ class _Prompts(PromptMethod):
 
     name: str
     denoiser: Denoiser | None = field(default=None, kw_only=True)
+    learned_on: str | None = field(default=None, kw_only=True)
     about: Mapping[str, Any] = field(default_factory=dict, kw_only=True)
 
 
@@ -151,7 +154,7 @@ class FixedPrompts(_Prompts):
     name : str
     class_features : float32 [K, d]
         Unit-norm text features.
-    denoiser, about
+    denoiser, learned_on, about
         As in `PromptMethod`.
 
     Raises
@@ -204,7 +207,7 @@ class CandidatePrompts(_Prompts):
     name : str
     candidates : tuple of float32 [K, d]
         Unit-norm text features of each prompt.
-    denoiser, about
+    denoiser, learned_on, about
         As in `PromptMethod`.
 
     Raises
@@ -331,6 +334,7 @@ class _MovedPrompts(_Prompts):
 
     def __post_init__(self) -> None:
         check_steps(self.steps, self.learning_rate)
+        object.__setattr__(self, "learned_on", self.learned_on or self.start.learned_on)
 
     def check_classes(self, classes: Sequence[str], dataset: str) -> None:
         """Raise ValueError for other classes than those of the start."""
@@ -360,7 +364,7 @@ class AdaptedPrompts(_MovedPrompts):
     steps : int
         AdamW steps on the entropy of the mean prediction.
     learning_rate : float
-    denoiser, about
+    denoiser, learned_on, about
         As in `PromptMethod`.
     n_adapt : int
         Noisy copies to adapt to, at the noise level of the certificate.
@@ -444,52 +448,6 @@ class PerSamplePrompts(_MovedPrompts):
             context = (context - self.learning_rate * gradient.sign()).detach().requires_grad_(True)
         with torch.no_grad():
             return nearest_class(logits())
-
-
-def adapt_to_pool(
-    model: DualEncoder,
-    start: PromptSet,
-    pool: ImageDataset,
-    *,
-    sigma: float,
-    steps: int = 1,
-    learning_rate: float = 5e-3,
-    seed: int = 0,
-) -> PromptSet:
-    """Lower the entropy on a pool of unlabelled images that will not be certified: a standard guarantee.
-
-    One noisy copy of each image is predicted, and the entropy of the predictions averaged over images.
-
-    Parameters
-    ----------
-    model : DualEncoder
-    start : PromptSet
-    pool : ImageDataset
-        Its labels are not looked at.
-    sigma : float
-        Noise level, > 0, in [0, 1] pixel units.
-    steps : int
-        AdamW steps over the whole pool. One, as for the per-image prompt: every further step makes answers surer,
-        right or wrong.
-    learning_rate : float
-    seed : int
-        Of the noise.
-
-    Returns
-    -------
-    PromptSet
-        To be used with `FixedPrompts`.
-    """
-    check_sigma(sigma)
-    check_steps(steps, learning_rate)
-    bank = noisy_bank(model, pool, sigmas=(sigma,), draws=1, seed=seed, choose=np.random.default_rng(seed))
-    context = start.context.to(model.device)
-    context = sharpen(model, start.frame(model), context, bank, steps=steps, learning_rate=learning_rate)
-    provenance = start.provenance | {
-        "pool": {"dataset": pool.id, "split": pool.split, "images": [int(index) for index in pool.indices],
-                 "sigma": sigma, "steps": steps, "learning_rate": learning_rate, "seed": seed},
-    }  # fmt: skip
-    return replace(start, context=context.cpu(), provenance=provenance)
 
 
 def disjoint(pool: ImageDataset, certified: ImageDataset) -> bool:

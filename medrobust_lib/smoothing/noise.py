@@ -1,10 +1,12 @@
 """The one place where noise meets a model: addressed noise, noisy copies, as many at a time as memory allows.
 
-Every draw is addressed by (seed, data set, image index, sigma, role, draw number). Results therefore do not depend on
-batch size, order, number of workers or on where an interrupted run resumed. The numbers themselves come from torch's
-generator of the device, so a CPU and a GPU draw different noise. On a CPU that generator takes 32 bits of an address:
-draws come from 4e9 fixed noise images, whose share of a class differs from its probability by about 1e-5 times the
-standard deviation of a vote, far less than any number of draws tells.
+Noise is what a perturbation draws (`medrobust_lib.smoothing.perturbations`): values for every pixel, or the parameters
+of a corruption; a noisy copy is the image that they make. Every
+draw is addressed by (seed, data set, image index, sigma, role, perturbation, draw number). Results therefore do not
+depend on batch size, order, number of workers or on where an interrupted run resumed. The numbers themselves come from
+torch's generator of the device, so a CPU and a GPU draw different noise. On a CPU that generator takes 32 bits of an
+address: draws come from 4e9 fixed noise images, whose share of a class differs from its probability by about 1e-5 times
+the standard deviation of a vote, far less than any number of draws tells.
 """
 
 import hashlib
@@ -23,6 +25,7 @@ from medrobust_lib.checks import check_choice
 from medrobust_lib.data.dataset import ImageDataset
 from medrobust_lib.models.dual_encoder import DualEncoder
 from medrobust_lib.models.geometry import CropAndFlip, crop_and_flip
+from medrobust_lib.smoothing.perturbations import PIXEL_NOISE, Perturbation, Sigma
 
 Result = TypeVar("Result")
 Role = Literal["adapt", "select", "estimate"]
@@ -39,7 +42,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class NoiseStream:
-    """An endless, addressable sequence of Gaussian noise images for one image.
+    """An endless, addressable sequence of noise for one image: Gaussian noise images, or a corruption's parameters.
 
     Attributes
     ----------
@@ -48,11 +51,13 @@ class NoiseStream:
         Id of the data set.
     index : int
         Position of the image in its full split.
-    sigma : float
-        Standard deviation in [0, 1] pixel units, >= 0.
+    sigma : float or tuple of float
+        Standard deviation, >= 0, in the units of the perturbation: for pixel noise [0, 1] pixel units. A pair for two
+        parameters.
     role : {"adapt", "select", "estimate"}
         What the noise is for. Prompts may only ever see "adapt"; a certificate's class comes from
         "select" and its bound from "estimate".
+    perturbation : Perturbation
 
     Raises
     ------
@@ -63,18 +68,22 @@ class NoiseStream:
     seed: int
     dataset: str
     index: int
-    sigma: float
+    sigma: Sigma
     role: Role
+    perturbation: Perturbation = PIXEL_NOISE
 
     def __post_init__(self) -> None:
-        if not 0 <= self.sigma < float("inf"):
-            raise ValueError(f"sigma={self.sigma}: noise levels are standard deviations >= 0 in [0, 1] pixel units")
+        levels = self.sigma if isinstance(self.sigma, tuple) else (self.sigma,)
+        if not all(0 <= level < float("inf") for level in levels):
+            raise ValueError(
+                f"sigma={self.sigma}: noise levels are standard deviations >= 0 in {self.perturbation.units}"
+            )
         check_choice("noise role", self.role, get_args(Role))
 
     def draw(
         self, shape: tuple[int, ...], *, first: int = 0, count: int = 1, device: torch.device | str = "cpu"
     ) -> Tensor:
-        """Draw noise images number `first` to ``first + count - 1``.
+        """Draw noise number `first` to ``first + count - 1``.
 
         Parameters
         ----------
@@ -86,13 +95,13 @@ class NoiseStream:
 
         Returns
         -------
-        float32 [count, *shape]
-            N(0, sigma^2), independent over draws and pixels.
+        float32 [count, *shape] for pixel noise, [count, m] for m parameters
+            N(0, sigma^2), or exponential of mean sigma; independent over draws, pixels and parameters.
         """
-        noise = torch.empty(count, *shape, device=device)
+        noise = torch.empty(count, *self.perturbation.shape(shape), device=device)
         generator = torch.Generator(noise.device)
-        for row, seed in enumerate(self._draw_seeds(first, count)):
-            noise[row].normal_(0, self.sigma, generator=generator.manual_seed(seed))
+        for row, seed in zip(noise, self._draw_seeds(first, count), strict=True):
+            self.perturbation.draw_into(row, self.sigma, generator.manual_seed(seed))
         return noise
 
     def decoding_seeds(self, first: int, count: int) -> list[int]:
@@ -108,7 +117,9 @@ class NoiseStream:
     def _draw_seeds(self, first: int, count: int, *, purpose: str = "") -> Iterator[int]:
         """Hash the address of each draw; hashing the common beginning once takes most of the cost away."""
         # 1 and 1.0, or numpy's numbers, are the same address.
-        address = json.dumps([int(self.seed), self.dataset, int(self.index), float(self.sigma), self.role])
+        sigma = [float(level) for level in self.sigma] if isinstance(self.sigma, tuple) else float(self.sigma)
+        other = [] if self.perturbation == PIXEL_NOISE else [self.perturbation.name]
+        address = json.dumps([int(self.seed), self.dataset, int(self.index), sigma, self.role, *other])
         common = hashlib.blake2b(address.removesuffix("]").encode(), digest_size=8)
         for number in range(first, first + count):
             whole = common.copy()
@@ -117,7 +128,7 @@ class NoiseStream:
 
 
 def noisy_copies(pixels: Tensor, stream: NoiseStream, *, first: int = 0, count: int = 1) -> Tensor:
-    """Add a stream's noise to copies of one image; nothing is clipped, as in Cohen et al. (2019).
+    """Perturb copies of one image by a stream's noise; nothing is clipped, as in Cohen et al. (2019).
 
     Parameters
     ----------
@@ -132,7 +143,8 @@ def noisy_copies(pixels: Tensor, stream: NoiseStream, *, first: int = 0, count: 
     float32 [count, 3, H, W]
         On the device of the pixels, where the noise is drawn too.
     """
-    return stream.draw(tuple(pixels.shape), first=first, count=count, device=pixels.device).add_(pixels)
+    noise = stream.draw(tuple(pixels.shape), first=first, count=count, device=pixels.device)
+    return stream.perturbation.apply(pixels.to(noise.dtype), noise)
 
 
 @dataclass
@@ -299,8 +311,7 @@ def noisy_features(
     for start in range(0, len(dataset), batch_size):
         pixels = model.prepare(dataset.images[start : start + batch_size])  # [b, 3, H, W]
         for row, index in enumerate(dataset.indices[start : start + batch_size] if sigma else ()):
-            stream = NoiseStream(seed, dataset.id, int(index), sigma, role)
-            pixels[row] += stream.draw(tuple(pixels.shape[1:]))[0]
+            pixels[row] = noisy_copies(pixels[row], NoiseStream(seed, dataset.id, int(index), sigma, role))[0]
         features.append(model.encode_image(pixels).float().cpu())
     return torch.cat(features)
 
@@ -310,11 +321,12 @@ def noisy_bank(
     model: DualEncoder,
     dataset: ImageDataset,
     *,
-    sigmas: Sequence[float],
+    sigmas: Sequence[Sigma],
     draws: int,
     seed: int,
     choose: np.random.Generator,
     augmentation: CropAndFlip | None = None,
+    perturbation: Perturbation = PIXEL_NOISE,
 ) -> Tensor:
     """Encode noisy copies of every image, each at a noise level drawn from a set and, if asked, cropped before.
 
@@ -334,12 +346,12 @@ def noisy_bank(
             f"augmentation={augmentation!r}: give None or CropAndFlip(crop=..., flip=...); copies are cropped and "
             "mirrored, their noise is that of `sigmas`"
         )
-    levels = choose.choice(np.asarray(sigmas, dtype=np.float64), size=(len(dataset), draws))
+    levels = choose.choice(len(sigmas), size=(len(dataset), draws))
     batches = make_batches(None, model.device, (3, model.image_size, model.image_size))
     rows = []
     for image, index, drawn in zip(dataset.images, dataset.indices, levels, strict=True):
         pixels = model.prepare(image[None])[0].to(model.device)
-        streams = [NoiseStream(seed, dataset.id, int(index), float(sigma), "adapt") for sigma in drawn]
+        streams = [NoiseStream(seed, dataset.id, int(index), sigmas[level], "adapt", perturbation) for level in drawn]
 
         def encode(first: int, count: int, pixels: Tensor = pixels, streams: list[NoiseStream] = streams) -> Tensor:
             def copy(number: int) -> Tensor:

@@ -4,30 +4,36 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, get_args
 
+import numpy as np
+
 from medrobust_lib.checks import check_choice, check_positive, check_whole
 from medrobust_lib.data.dataset import ImageDataset
+from medrobust_lib.files import file_sha256
 from medrobust_lib.models.dual_encoder import DualEncoder
 from medrobust_lib.models.geometry import CropAndFlip
-from medrobust_lib.smoothing.bounds import check_sigma
+from medrobust_lib.models.weights import read_context
 from medrobust_lib.smoothing.denoisers import find_denoiser, load_denoiser
 from medrobust_lib.smoothing.methods import (
     AdaptedPrompts,
     CandidatePrompts,
     FixedPrompts,
     PromptMethod,
-    adapt_to_pool,
 )
+from medrobust_lib.smoothing.noise import noisy_bank
+from medrobust_lib.smoothing.perturbations import PIXEL_NOISE, Perturbation, Sigma, check_levels, find_perturbation
 from medrobust_lib.smoothing.prompts import (
     TRAINING_SIGMAS,
     Position,
     PromptSet,
+    check_learns,
+    check_steps,
     learn_prompts,
-    load_coop_context,
+    sharpen,
     text_prompts,
 )
 
@@ -149,12 +155,94 @@ class PaperMethod:
         return words | {"augmentation": None if self.crop is None else CropAndFlip(crop=self.crop)}
 
 
+def load_coop_context(path: Path | str, model: DualEncoder, classes: Sequence[str]) -> PromptSet:
+    """Few-shot prompts that CoOp's code learned, such as the ``prompt_learner/model.pth.tar-50`` of PromptSmooth.
+
+    Parameters
+    ----------
+    path : Path or str
+        Checkpoint of its prompt learner with one context for all classes, before the class name.
+    model : DualEncoder
+        The one they were learned for, which the file does not name.
+    classes : sequence of str
+        Prompt nouns, in label order; they may be others than the learned ones.
+
+    Returns
+    -------
+    PromptSet
+
+    Raises
+    ------
+    FileNotFoundError, ValueError
+        As `read_context`, or a model for which `why_not_learned` has an answer.
+    """
+    check_learns(model)
+    context = read_context(Path(path), width=model.embed_tokens(model.tokenize(["x"])).shape[2], id=model.id)
+    provenance = {"method": "CoOp's code", "file": Path(path).name, "sha256": file_sha256(path)}
+    return PromptSet(context, tuple(classes), model.id, provenance=provenance)
+
+
+def adapt_to_pool(
+    model: DualEncoder,
+    start: PromptSet,
+    pool: ImageDataset,
+    *,
+    sigma: Sigma,
+    perturbation: str | Perturbation = PIXEL_NOISE,
+    steps: int = 1,
+    learning_rate: float = 5e-3,
+    seed: int = 0,
+) -> PromptSet:
+    """Lower the entropy on a pool of unlabelled images that will not be certified: a standard guarantee.
+
+    One noisy copy of each image is predicted, and the entropy of the predictions averaged over images.
+
+    Parameters
+    ----------
+    model : DualEncoder
+    start : PromptSet
+    pool : ImageDataset
+        Its labels are not looked at.
+    sigma : float or tuple of float
+        Noise level, > 0, in the units of the perturbation.
+    perturbation : str or Perturbation
+        As in `certify_dataset`.
+    steps : int
+        AdamW steps over the whole pool. One, as for the per-image prompt: every further step makes answers surer,
+        right or wrong.
+    learning_rate : float
+    seed : int
+        Of the noise.
+
+    Returns
+    -------
+    PromptSet
+        To be used with `FixedPrompts`.
+    """
+    family = find_perturbation(perturbation)
+    levels = check_levels([sigma], family, model.image_size, clean=False)
+    check_steps(steps, learning_rate)
+    if start.learned_on not in (None, family.name):
+        raise ValueError(f"prompts learned on {start.learned_on!r} cannot be adapted to a pool under {family.name!r}")
+    choose = np.random.default_rng(seed)
+    bank = noisy_bank(model, pool, sigmas=levels, draws=1, seed=seed, choose=choose, perturbation=family)
+    context = start.context.to(model.device)
+    context = sharpen(model, start.frame(model), context, bank, steps=steps, learning_rate=learning_rate)
+    provenance = start.provenance | {
+        "pool": {"dataset": pool.id, "split": pool.split, "images": [int(index) for index in pool.indices],
+                 "sigma": sigma, "steps": steps, "learning_rate": learning_rate, "seed": seed},
+        "perturbation": family.name,
+    }  # fmt: skip
+    return replace(start, context=context.cpu(), provenance=provenance)
+
+
 def prompt_methods(
     model: DualEncoder,
     data: ImageDataset,
     methods: Sequence[PaperMethod | str],
     *,
-    sigma: float,
+    sigma: Sigma,
+    perturbation: str | Perturbation = PIXEL_NOISE,
     train: ImageDataset | None = None,
     pool: ImageDataset | None = None,
     seed: int = 0,
@@ -169,8 +257,11 @@ def prompt_methods(
         What will be certified; gives classes and templates.
     methods : sequence of PaperMethod or str
         In the order of the table's rows; a text is the name of a method with the papers' settings.
-    sigma : float
-        Noise level of the certificates, > 0, in [0, 1] pixel units; the pool is adapted to it.
+    sigma : float or tuple of float
+        Noise level of the certificates, > 0, in the units of the perturbation; the pool is adapted to it.
+    perturbation : str or Perturbation
+        As in `certify_dataset`. Where it is another than pixel noise, prompts are learned at `sigma`, if the method has
+        no ``sigmas`` of its own.
     train : ImageDataset, optional
         Labelled images for the methods of `LEARNED_METHODS`, none of them in `data`.
     pool : ImageDataset, optional
@@ -194,7 +285,8 @@ def prompt_methods(
     FileNotFoundError
         No denoiser for this data set.
     """
-    check_sigma(sigma)
+    family = find_perturbation(perturbation)
+    (sigma,) = check_levels([sigma], family, model.image_size, clean=False)
     asked = [PaperMethod(one) if isinstance(one, str) else one for one in methods]
     if repeated := [name for name, count in Counter(one.name for one in asked).items() if count > 1]:
         raise ValueError(f"two methods are called {repeated[0]!r}; give each a name of its own")
@@ -236,7 +328,10 @@ def prompt_methods(
         if one.checkpoint:
             return load_coop_context(one.checkpoint, model, data.classes)
         words = one.learning() | {"seed": number + (seed if one.seed is None else one.seed)}
-        return kept_or(words, lambda: learn_prompts(model, train, **words))
+        if family != PIXEL_NOISE:
+            own = (sigma,) if words["sigmas"] == TRAINING_SIGMAS else words["sigmas"]
+            words |= {"perturbation": family.name, "sigmas": own}
+        return kept_or(words, lambda: learn_prompts(model, train, **words | {"perturbation": family}))
 
     def few_shot(one: PaperMethod, number: int = 0) -> PromptSet:
         # Methods that differ in what happens afterwards share what was learned.
@@ -245,15 +340,17 @@ def prompt_methods(
 
     def pooled(one: PaperMethod) -> PromptSet:
         start, own = few_shot(one), seed if one.seed is None else one.seed
-        words = {"start": start.provenance, "sigma": sigma, "steps": one.steps, "seed": own}
-        return kept_or(words, lambda: adapt_to_pool(model, start, pool, sigma=sigma, steps=one.steps, seed=own))
+        moves = {"sigma": sigma, "steps": one.steps, "seed": own}
+        words = {"start": start.provenance, **moves}
+        return kept_or(words, lambda: adapt_to_pool(model, start, pool, perturbation=family, **moves))
 
     def fixed(one: PaperMethod, prompt: PromptSet) -> PromptMethod:
-        return FixedPrompts(one.name, prompt.class_features(model, data.classes))
+        return FixedPrompts(one.name, prompt.class_features(model, data.classes), learned_on=prompt.learned_on)
 
     def candidates(one: PaperMethod) -> PromptMethod:
         prompts = [few_shot(one, number) for number in range(CANDIDATES)]
-        return CandidatePrompts(one.name, tuple(prompt.class_features(model, data.classes) for prompt in prompts))
+        features = tuple(prompt.class_features(model, data.classes) for prompt in prompts)
+        return CandidatePrompts(one.name, features, learned_on=prompts[0].learned_on)
 
     def written(one: PaperMethod, templates: Sequence[str]) -> PromptMethod:
         features = model.class_features(data.classes, [one.template] if one.template else templates)

@@ -18,12 +18,12 @@ from torch.nn import functional
 
 from medrobust_lib.checks import check_choice, check_keywords, check_positive, check_whole
 from medrobust_lib.data.dataset import ImageDataset, draw_shots
-from medrobust_lib.files import file_sha256, parsed, read_tensors, write_tensors
+from medrobust_lib.files import parsed, read_tensors, write_tensors
 from medrobust_lib.models.dual_encoder import DualEncoder, Tokens
 from medrobust_lib.models.geometry import CropAndFlip
 from medrobust_lib.models.loading import why_not_learned
-from medrobust_lib.models.weights import read_context
 from medrobust_lib.smoothing.noise import noisy_bank
+from medrobust_lib.smoothing.perturbations import PIXEL_NOISE, Sigma, check_levels, find_perturbation
 
 TRAINING_SIGMAS = (0.25, 0.5, 0.75, 1.0)
 """Noise levels that the authors of PromptSmooth train few-shot prompts with (issue 3 of their repository)."""
@@ -194,6 +194,12 @@ class PromptSet:
                 "diverged (lower learning_rate), or the text tower broke (load it in float32)"
             )
 
+    @property
+    def learned_on(self) -> str | None:
+        """Name of the perturbation they were learned on; None where there was none, so that they suit any."""
+        clean = "pool" not in self.provenance and not any(self.provenance.get("sigmas", ()))
+        return None if clean else self.provenance.get("perturbation", PIXEL_NOISE.name)
+
     def frame(self, model: DualEncoder) -> PromptFrame:
         """Build the prompts' tokens for a model.
 
@@ -272,36 +278,9 @@ def text_prompts(model: DualEncoder, classes: Sequence[str], template: str, *, t
     The authors' code counts words where it tunes tokens: 5 of "An H&E image patch of", of which CLIP makes 7, and 4 of
     the 7 of "a histopathology slide showing".
     """
-    _check_learns(model)
+    check_learns(model)
     context = frame_from_template(model, classes, template, tunable=tunable).text_context
     return PromptSet(context, tuple(classes), model.id, template=template, provenance={"method": "hand-written"})
-
-
-def load_coop_context(path: Path | str, model: DualEncoder, classes: Sequence[str]) -> PromptSet:
-    """Few-shot prompts that CoOp's code learned, such as the ``prompt_learner/model.pth.tar-50`` of PromptSmooth.
-
-    Parameters
-    ----------
-    path : Path or str
-        Checkpoint of its prompt learner with one context for all classes, before the class name.
-    model : DualEncoder
-        The one they were learned for, which the file does not name.
-    classes : sequence of str
-        Prompt nouns, in label order; they may be others than the learned ones.
-
-    Returns
-    -------
-    PromptSet
-
-    Raises
-    ------
-    FileNotFoundError, ValueError
-        As `read_context`, or a model for which `why_not_learned` has an answer.
-    """
-    _check_learns(model)
-    context = read_context(Path(path), width=model.embed_tokens(model.tokenize(["x"])).shape[2], id=model.id)
-    provenance = {"method": "CoOp's code", "file": Path(path).name, "sha256": file_sha256(path)}
-    return PromptSet(context, tuple(classes), model.id, provenance=provenance)
 
 
 @torch.enable_grad()  # notebooks often switch gradients off as a whole
@@ -309,7 +288,7 @@ def learn_prompts(
     model: DualEncoder,
     dataset: ImageDataset,
     *,
-    sigmas: Sequence[float] = TRAINING_SIGMAS,
+    sigmas: Sequence[Sigma] | None = None,
     shots: int = 16,
     epochs: int = 50,
     batch_size: int = 16,
@@ -331,8 +310,9 @@ def learn_prompts(
         Frozen.
     dataset : ImageDataset
         Labelled images, never those that will be certified.
-    sigmas : sequence of float
-        Noise levels in [0, 1] pixel units, >= 0; each noisy copy draws one of them.
+    sigmas : sequence of float, or of tuples of float
+        Noise levels, >= 0, in the units of the perturbation; each noisy copy draws one of them. Default:
+        `TRAINING_SIGMAS` for pixel noise, otherwise the perturbation's ``usual_sigma``.
     shots : int
         Images per class, drawn with the seed; a class with fewer gives all it has.
     epochs, batch_size, learning_rate
@@ -347,7 +327,8 @@ def learn_prompts(
         ``n_context`` (5) context tokens; ``class_specific`` (False): one context per class instead of a shared one;
         ``position`` ("end", "middle", "front"): where the class name stands; ``template``: start from this hand-written
         prompt, whose tokens are the context, instead of from random vectors (standard deviation 0.02); ``tunable``:
-        learn only the first so many of its tokens.
+        learn only the first so many of its tokens; ``perturbation`` ("pixel-noise"): what makes the copies, as in
+        `certify_dataset`, which certifies the prompts for no other.
 
     Returns
     -------
@@ -362,11 +343,13 @@ def learn_prompts(
     ----------
     Zhou et al. 2022 (CoOp), arXiv:2109.01134; PromptSmooth, Eq. 1.
     """
-    check_keywords(learn_prompts, form, ("n_context", "class_specific", "position", "template", "tunable"))
-    _check_learns(model)
-    sigmas = tuple(float(sigma) for sigma in np.atleast_1d(sigmas))
-    if not sigmas or not all(0 <= sigma < math.inf for sigma in sigmas):
-        raise ValueError(f"sigmas={sigmas}: give noise levels >= 0 in [0, 1] pixel units; (0.0,) is CoOp without noise")
+    known = ("perturbation", "n_context", "class_specific", "position", "template", "tunable")
+    check_keywords(learn_prompts, form, known)
+    check_learns(model)
+    family = find_perturbation(form.pop("perturbation", PIXEL_NOISE))
+    if sigmas is None:
+        sigmas = TRAINING_SIGMAS if family == PIXEL_NOISE else (family.usual_sigma,)
+    sigmas = check_levels(sigmas, family, model.image_size)
     for name, value in {"epochs": epochs, "batch_size": batch_size, "draws_per_image": draws_per_image}.items():
         check_whole(name, value)
     check_positive("learning_rate", learning_rate)
@@ -375,7 +358,7 @@ def learn_prompts(
     generator = torch.Generator().manual_seed(seed)
     start = _start(model, dataset.classes, generator, **form)
     frame = start.frame(model)
-    copies = {"sigmas": sigmas, "draws": draws_per_image, "augmentation": augmentation}
+    copies = {"sigmas": sigmas, "draws": draws_per_image, "augmentation": augmentation, "perturbation": family}
     bank = noisy_bank(model, chosen, **copies, seed=seed, choose=draw)
     labels = torch.from_numpy(chosen.labels).to(bank.device)
     # In float32 whatever the model computes in.
@@ -399,7 +382,7 @@ def learn_prompts(
         "dataset": dataset.id, "split": dataset.split, "images": [int(index) for index in chosen.indices],
         "shots": shots, "sigmas": list(sigmas), "epochs": epochs, "batch_size": batch_size,
         "learning_rate": learning_rate, "draws_per_image": draws_per_image,
-        "class_specific": start.context.ndim == 3, "seed": seed,
+        "class_specific": start.context.ndim == 3, "seed": seed, "perturbation": family.name,
         **({} if augmentation is None else {"crop": augmentation.crop, "flip": augmentation.flip}),
     }  # fmt: skip
     return replace(start, context=context.detach().cpu(), provenance=provenance)
@@ -495,6 +478,7 @@ def check_steps(steps: int, learning_rate: float) -> None:
     check_positive("learning_rate", learning_rate)
 
 
-def _check_learns(model: DualEncoder) -> None:
+def check_learns(model: DualEncoder) -> None:
+    """Refuse to learn prompts for a model that takes none."""
     if reason := why_not_learned(model):
         raise ValueError(f"{reason}; hand-written prompts work with it (class_features)")

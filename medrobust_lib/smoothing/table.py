@@ -39,9 +39,15 @@ from medrobust_lib.smoothing.methods import (
     zero_shot_methods,
 )
 from medrobust_lib.smoothing.noise import Batches, NoiseStream, make_batches
+from medrobust_lib.smoothing.perturbations import (
+    PIXEL_NOISE,
+    Perturbation,
+    Sigma,
+    check_levels,
+    find_perturbation,
+    level_in_words,
+)
 from medrobust_lib.smoothing.sequential import plan_constants
-
-SIGMAS = (0.25,)
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,7 +58,8 @@ class _Study:
     data: ImageDataset
     methods: tuple[PromptMethod, ...]
     rules: Rules
-    plans: dict[tuple[float, int], Plan]  # by sigma and by the number of candidates that share alpha
+    plans: dict[tuple[Sigma, int], Plan]  # by sigma and by the number of candidates that share alpha
+    perturbation: Perturbation
     seed: int
     batches: Batches
 
@@ -62,7 +69,8 @@ def certify_dataset(
     data: ImageDataset,
     methods: Sequence[PromptMethod] | None = None,
     *,
-    sigmas: Sequence[float] = SIGMAS,
+    sigmas: Sequence[Sigma] | None = None,
+    perturbation: str | Perturbation = PIXEL_NOISE,
     seed: int = 0,
     store: Path | str | None = None,
     jobs: int = 1,
@@ -82,8 +90,12 @@ def certify_dataset(
     data : ImageDataset
     methods : sequence of PromptMethod, optional
         Default: `zero_shot_methods`. Names must differ, or what the methods are ``about``.
-    sigmas : sequence of float
-        Noise standard deviations, > 0, in [0, 1] pixel units at the model's input size.
+    sigmas : sequence of float, or of tuples of float
+        Standard deviations of the noise, > 0, in the units of the perturbation: for pixel noise in [0, 1] pixel units
+        at the model's input size; tuples for a perturbation with several parameters. Default: its ``usual_sigma``.
+    perturbation : str or Perturbation
+        What is smoothed over: "pixel-noise", "contrast", "brightness", "contrast-brightness", "gamma", "blur", or an
+        object of your own. Sigmas, radii and the radii of the table are in the units of its parameter.
     seed : int
         Of the noise.
     store : Path, optional
@@ -97,16 +109,16 @@ def certify_dataset(
         Noisy copies at a time. Default: from the free memory; halved when memory runs out.
     **rules
         Fields of `Rules`: ``n0`` (100) and ``n`` (10,000) draws, ``alpha`` (0.001), ``sampling`` ("sequential"), \
-``mode`` ("predict"), ``radii`` (those of PromptSmooth's tables).
+``mode`` ("predict"), ``radii`` (those of the perturbation: for pixel noise of PromptSmooth's tables).
 
     Returns
     -------
     DataFrame
         One row per image, sigma and method, in this order, with columns dataset, image (index in the full
-        split), label, model, method, guarantee, n_classes, sigma, predicted (-1: abstain), radius,
-        radius_tested (the largest that was asked for and can be certified), radius_reach (the largest that
-        n draws can certify), p_lower, k, n, n0, draws, alpha, sampling, mode, seed, what the methods are about, and
-        seconds (of the image at this sigma, all methods together; the same in every row of it).
+        split), label, model, method, guarantee, n_classes, perturbation, sigma (a text for a tuple), predicted (-1:
+        abstain), radius, radius_tested (the largest that was asked for and can be certified), radius_reach (the
+        largest that n draws can certify), p_lower, k, n, n0, draws, alpha, sampling, mode, seed, what the methods
+        are about, and seconds (of the image at this sigma, all methods together; the same in every row of it).
 
     Raises
     ------
@@ -122,15 +134,22 @@ def certify_dataset(
     check_keywords(certify_dataset, rules, Rules.__dataclass_fields__)
     _check_kinds(model, data)
     methods = tuple(zero_shot_methods(model, data) if methods is None else methods)
-    sigmas = tuple(dict.fromkeys(float(sigma) for sigma in np.atleast_1d(sigmas)))
-    _check_methods(methods, data)
-    if not methods or not sigmas:
-        raise ValueError(f"nothing to certify: {len(methods)} methods and {len(sigmas)} noise levels were given")
-    asked = Rules(**rules)
+    perturbation = find_perturbation(perturbation)
+    sigmas = [perturbation.usual_sigma] if sigmas is None else sigmas
+    sigmas = check_levels(sigmas, perturbation, model.image_size, clean=False)
+    _check_methods(methods, data, perturbation)
+    if not methods:
+        raise ValueError("nothing to certify: no method was given")
+    asked = Rules(**{"radii": perturbation.radii} | rules)
     shares = {method.n_candidates for method in methods}
     study = _Study(
         model=model, data=data, methods=methods, rules=asked, seed=seed,
-        plans={(sigma, share): asked.plan(sigma, share=share) for sigma in sigmas for share in shares},
+        plans={
+            (sigma, share): asked.plan(perturbation.unit(sigma), share=share, law=perturbation.law)
+            for sigma in sigmas
+            for share in shares
+        },
+        perturbation=perturbation,
         batches=make_batches(batch_size, model.device, (3, model.image_size, model.image_size)),
     )  # fmt: skip
     _warn_of_unreachable_radii(study)
@@ -159,7 +178,7 @@ def certify_dataset(
     return pd.DataFrame([{**row, "seconds": finished[key][1]} for key in items for row in finished[key][0]])
 
 
-def _certify_item(study: _Study, item: tuple[int, float]) -> tuple[list[dict[str, Any]], float]:
+def _certify_item(study: _Study, item: tuple[int, Sigma]) -> tuple[list[dict[str, Any]], float]:
     """Certify one image at one noise level with every method."""
     started = time.perf_counter()
     position, sigma = item
@@ -167,7 +186,7 @@ def _certify_item(study: _Study, item: tuple[int, float]) -> tuple[list[dict[str
     index, label = int(study.data.indices[position]), int(study.data.labels[position])
     pixels = study.model.prepare(study.data.images[position : position + 1])[0].to(study.model.device)
     # Classifiers are complete before any noise of a certificate exists.
-    stream = NoiseStream(study.seed, study.data.id, index, sigma, "adapt")
+    stream = NoiseStream(study.seed, study.data.id, index, sigma, "adapt", study.perturbation)
     classifiers = _classifiers(study, pixels, stream)
     answers = _bank(study, [member for members in classifiers for member in members], pixels, stream)
     plans = [study.plans[sigma, len(members)] for members in classifiers for _ in members]
@@ -179,10 +198,13 @@ def _certify_item(study: _Study, item: tuple[int, float]) -> tuple[list[dict[str
         plan = study.plans[sigma, len(members)]
         rows.append({
             "dataset": study.data.id, "image": index, "label": label, "model": study.model.id, "method": method.name,
-            "guarantee": method.guarantee, "n_classes": len(study.data.classes), "sigma": sigma,
+            "guarantee": method.guarantee, "n_classes": len(study.data.classes),
+            "perturbation": study.perturbation.name,
+            "sigma": level_in_words(sigma) if isinstance(sigma, tuple) else sigma,
             "predicted": verdict.predicted, "radius": verdict.radius, "radius_tested": plan.largest_radius,
-            "radius_reach": maximum_radius(plan.n, plan.alpha, sigma), "p_lower": verdict.p_lower, "k": verdict.k,
-            "n": verdict.n, "n0": rules.n0, "draws": rules.n0 + verdict.n, "alpha": rules.alpha,
+            "radius_reach": maximum_radius(plan.n, plan.alpha, plan.sigma, law=plan.law),
+            "p_lower": verdict.p_lower, "k": verdict.k, "n": verdict.n,
+            "n0": rules.n0, "draws": rules.n0 + verdict.n, "alpha": rules.alpha,
             "sampling": rules.sampling, "mode": rules.mode, "seed": study.seed, **method.about,
         })  # fmt: skip
     return rows, time.perf_counter() - started
@@ -228,14 +250,14 @@ def _manifest(study: _Study) -> dict[str, Any]:
         "medrobust_lib": VERSION, "model": model.id, "weights": model.identity()["weights"],
         "preprocessing": asdict(model.preprocessing), "dtype": model.precision,
         "device": model.device.type, "dataset": data.id, "split": data.split, "classes": list(data.classes),
-        "methods": [method.record() for method in study.methods],
+        "methods": [method.record() for method in study.methods], "perturbation": study.perturbation.name,
         "n0": rules.n0, "n": rules.n, "alpha": rules.alpha, "sampling": rules.sampling, "mode": rules.mode,
         "radii": [float(radius) for radius in rules.radii] if named else None,
         "boundaries": plan_constants() if sequential else None, "seed": study.seed,
     }  # fmt: skip
 
 
-def _key(data: ImageDataset, position: int, sigma: float) -> str:
+def _key(data: ImageDataset, position: int, sigma: Sigma) -> str:
     # The content is part of the name: a folder of images may change between two runs.
     # Copies, because torch takes neither read-only arrays nor mirrored views.
     content = [torch.from_numpy(np.array(data.images[position])), torch.tensor(int(data.labels[position]))]
@@ -259,16 +281,16 @@ def _warn_of_unreachable_radii(study: _Study) -> None:
         return
     for (sigma, _), plan in study.plans.items():
         if plan.largest_radius == 0:
-            reach = maximum_radius(plan.n, plan.alpha, sigma)
+            reach = maximum_radius(plan.n, plan.alpha, plan.sigma, law=plan.law)
             warnings.warn(
-                f"at sigma {sigma:g} {plan.n} draws reach radius {reach:.3g}, so none of the radii asked for can be "
-                "certified there and every radius will be 0; ask for smaller radii or for more draws",
+                f"at sigma {level_in_words(sigma)} {plan.n} draws reach radius {reach:.3g}, so none of the radii asked "
+                "for can be certified there and every radius will be 0; ask for smaller radii or for more draws",
                 stacklevel=3,
             )
 
 
-def _check_methods(methods: tuple[PromptMethod, ...], data: ImageDataset) -> None:
-    """Raise for what is no method, for two that could not be told apart, and for prompts of other classes."""
+def _check_methods(methods: tuple[PromptMethod, ...], data: ImageDataset, perturbation: Perturbation) -> None:
+    """Raise for what is no method, for two that could not be told apart, and for prompts made for something else."""
     for method in methods:
         if not isinstance(method, PromptMethod):
             raise TypeError(
@@ -280,6 +302,13 @@ def _check_methods(methods: tuple[PromptMethod, ...], data: ImageDataset) -> Non
                 f"{', '.join(GUARANTEES)}"
             )
         method.check_classes(data.classes, data.id)
+        if method.learned_on not in (None, perturbation.name):
+            raise ValueError(
+                f"method {method.name!r} has prompts that were learned on {method.learned_on!r} and is to be "
+                f"certified for {perturbation.name!r}; learn them with perturbation={perturbation.name!r}"
+            )
+        if method.denoiser is not None and perturbation != PIXEL_NOISE:
+            raise ValueError(f"method {method.name!r} removes noise from pixels, and {perturbation.name!r} adds none")
     told = [(method.name, *sorted(method.about.items())) for method in methods]
     repeated = sorted({name for name, *about in told if told.count((name, *about)) > 1})
     if repeated:

@@ -264,15 +264,14 @@ def test_half_precision_is_trained_in_float32_and_comes_back(train, monkeypatch)
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"sigma": -0.1}, "sigma=-0.1: noise levels are standard deviations >= 0"),
-        ({"sigma": float("nan")}, "sigma=nan: noise levels"),
+        ({"sigma": -0.1}, "sigma=-0.1: smoothing needs noise"),
+        ({"sigma": float("nan")}, "sigma=nan: smoothing needs noise"),
         ({"shots": 0}, "shots=0 is no whole number of 1 or more: few-shot learning"),
         ({"epochs": 0}, "epochs=0 is no whole number of 1"),
         ({"batch_size": 0}, "batch_size=0 is no whole number of 1"),
         ({"batch_size": 1}, "batch_size=1: 72 images would be split into steps of one image, .* batch_size of 3"),
         ({"learning_rate": 0.0}, "learning_rate=0.0 is no number above 0"),
         ({"learning_rate": 1e30}, r"training diverged in epoch \d+: lower learning_rate=1e\+30"),
-        ({"weight_decay": -1.0}, "weight_decay=-1.0: must be >= 0"),
         ({"templates": ["no place"]}, "template 'no place' lacks '{}'"),
     ],
 )

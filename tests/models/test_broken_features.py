@@ -11,8 +11,9 @@ from medrobust_lib.adaptation.retraining import linear_probe
 from medrobust_lib.evaluation import Candidate, corruption_answers
 from medrobust_lib.models.dual_encoder import BrokenFeaturesError, DualEncoder
 from medrobust_lib.models.geometry import Preprocessing
-from medrobust_lib.smoothing.methods import AdaptedPrompts, FixedPrompts, PromptClassifier, adapt_to_pool
+from medrobust_lib.smoothing.methods import AdaptedPrompts, FixedPrompts, PromptClassifier
 from medrobust_lib.smoothing.noise import NoiseStream, vote
+from medrobust_lib.smoothing.paper_methods import adapt_to_pool
 from medrobust_lib.smoothing.prompts import PromptSet, learn_prompts, text_prompts
 
 FEW = {"epochs": 1, "shots": 1, "draws_per_image": 1}

@@ -11,6 +11,7 @@ import medrobust_lib as mr
 from medrobust_lib.smoothing.certificate import ABSTAIN, GUARANTEES, Certificate, Guarantee
 from medrobust_lib.smoothing.certify import certify, predict
 from medrobust_lib.smoothing.noise import NoiseStream, noisy_copies
+from medrobust_lib.smoothing.perturbations import PIXEL_NOISE
 from medrobust_lib.smoothing.sequential import sequential_plan
 
 SIGMA = 0.25
@@ -251,6 +252,8 @@ def test_a_certificate_records_how_it_was_made(image):
         "dtype": "bfloat16",
         "device": "cpu",
         "image_shape": SHAPE,
+        "perturbation": PIXEL_NOISE,
+        "dataset": "",
     }
 
 

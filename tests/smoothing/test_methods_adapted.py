@@ -11,9 +11,9 @@ from medrobust_lib.smoothing.methods import (
     AdaptedPrompts,
     FixedPrompts,
     PerSamplePrompts,
-    adapt_to_pool,
 )
 from medrobust_lib.smoothing.noise import NoiseStream
+from medrobust_lib.smoothing.paper_methods import adapt_to_pool
 from medrobust_lib.smoothing.prompts import mean_prediction_entropy
 
 SIGMA = 0.1

@@ -6,8 +6,8 @@ import torch
 from medrobust_lib.data.splits import learning_splits
 from medrobust_lib.smoothing import paper_methods
 from medrobust_lib.smoothing.denoisers import load_demo_denoisers
-from medrobust_lib.smoothing.methods import adapt_to_pool, zero_shot_methods
-from medrobust_lib.smoothing.paper_methods import READS, RETRAINED, PaperMethod, prompt_methods
+from medrobust_lib.smoothing.methods import zero_shot_methods
+from medrobust_lib.smoothing.paper_methods import READS, RETRAINED, PaperMethod, adapt_to_pool, prompt_methods
 from medrobust_lib.smoothing.prompts import PromptSet, learn_prompts
 from medrobust_lib.smoothing.table import certify_dataset
 

@@ -21,7 +21,7 @@ from medrobust_lib.files import file_sha256
 from medrobust_lib.models.dual_encoder import Tokens
 from medrobust_lib.models.geometry import CropAndFlip
 from medrobust_lib.models.weights import read_context, read_state_dict
-from medrobust_lib.smoothing import prompts
+from medrobust_lib.smoothing import paper_methods, prompts
 from medrobust_lib.smoothing.noise import NoiseStream
 from medrobust_lib.smoothing.prompts import PromptSet, learn_prompts, mean_prediction_entropy, sharpen
 
@@ -324,8 +324,8 @@ def test_coop_is_the_noiseless_case(model, train):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"sigmas": ()}, r"sigmas=\(\): give noise levels >= 0"),
-        ({"sigmas": (-0.1,)}, r"sigmas=\(-0.1,\): give noise levels >= 0"),
+        ({"sigmas": ()}, r"sigmas=\(\): give at least one level in \[0, 1\] pixel units"),
+        ({"sigmas": (-0.1,)}, "sigma=-0.1: smoothing needs noise"),
         ({"shots": 0}, "shots=0 is no whole number of 1 or more: few-shot learning"),
         ({"epochs": 0}, "epochs=0 is no whole number of 1"),
         ({"draws_per_image": 0}, "draws_per_image=0 is no whole number of 1"),
@@ -444,7 +444,7 @@ def write_checkpoint(folder, context, **more):
 def test_a_context_of_coops_code_stands_before_the_class_names(model, train, tmp_path, dtype):
     context = torch.randn(5, 128, generator=torch.Generator().manual_seed(0)).to(dtype)
     path, safe = write_checkpoint(tmp_path, context), torch.serialization.get_safe_globals()
-    found = prompts.load_coop_context(path, model, train.classes)
+    found = paper_methods.load_coop_context(path, model, train.classes)
     assert torch.equal(found.context, context.float())
     # The prompt written out with placeholders, as CoOp does.
     tokens = model.tokenize([f"x x x x x {noun}." for noun in train.classes])
@@ -479,17 +479,17 @@ def test_a_checkpoint_makes_no_object_of_training(tmp_path):
 )
 def test_a_context_that_does_not_fit_is_refused(model, train, tmp_path, context, message):
     with pytest.raises(ValueError, match=message):
-        prompts.load_coop_context(write_checkpoint(tmp_path, context), model, train.classes)
+        paper_methods.load_coop_context(write_checkpoint(tmp_path, context), model, train.classes)
 
 
 def test_a_checkpoint_without_a_context_is_refused_with_what_it_holds(model, train, tmp_path):
     path = write_checkpoint(tmp_path, torch.zeros(5, 128), state_dict={"visual.proj": torch.zeros(1)})
     with pytest.raises(ValueError, match=r"tar-50 holds visual.proj, no 'ctx' of real numbers; give CoOp's prompt_l"):
-        prompts.load_coop_context(path, model, train.classes)
+        paper_methods.load_coop_context(path, model, train.classes)
     for odd in (torch.zeros(5, 128, dtype=torch.complex64), torch.zeros(5, 128).to_sparse(), torch.zeros(5, 128).int()):
         shutil.rmtree(path.parent)
         path = write_checkpoint(tmp_path, torch.zeros(5, 128), state_dict={"ctx": odd})
         with pytest.raises(ValueError, match="holds ctx, no 'ctx' of real numbers"):
-            prompts.load_coop_context(path, model, train.classes)
+            paper_methods.load_coop_context(path, model, train.classes)
     with pytest.raises(FileNotFoundError, match="missing"):
-        prompts.load_coop_context(tmp_path / "missing", model, train.classes)
+        paper_methods.load_coop_context(tmp_path / "missing", model, train.classes)

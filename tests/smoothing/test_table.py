@@ -34,7 +34,8 @@ from medrobust_lib.smoothing.table import certify_dataset
 SIGMAS = (0.1, 0.25)
 NUMBERS = {"sigmas": SIGMAS, "n0": 20, "n": 80, "alpha": 0.05, "radii": (0, 0.1, 0.25)}
 COLUMNS = [
-    *["dataset", "image", "label", "model", "method", "guarantee", "n_classes", "sigma", "predicted", "radius"],
+    *["dataset", "image", "label", "model", "method", "guarantee", "n_classes", "perturbation"],
+    *["sigma", "predicted", "radius"],
     *[
         "radius_tested",
         "radius_reach",
@@ -176,6 +177,7 @@ def test_one_row_per_image_sigma_and_method_in_this_order(encoder, data):
         "model": "colours",
         "guarantee": "standard",
         "n_classes": 3,
+        "perturbation": "pixel-noise",
         "n0": 20,
         "alpha": 0.05,
         "sampling": "sequential",
@@ -682,8 +684,8 @@ def test_killed_at_any_moment_and_resumed_the_table_is_the_same_byte_for_byte(tm
     ("change", "message"),
     [
         ({"methods": [prompts(), prompts(seed=1)]}, "methods need distinct names, 'axes' occurs more than once"),
-        ({"methods": []}, "nothing to certify: 0 methods and 2 noise levels were given"),
-        ({"sigmas": []}, "nothing to certify: 1 methods and 0 noise levels were given"),
+        ({"methods": []}, "nothing to certify: no method was given"),
+        ({"sigmas": []}, "give at least one level in .0, 1. pixel units"),
         ({"mode": "test"}, "unknown mode 'test'; choose one of predict, evaluate"),
         ({"sampling": "all"}, "unknown sampling 'all'; choose one of fixed, sequential"),
         ({"sigmas": [0.1, 0]}, r"sigma=0\.0: smoothing needs noise"),
