@@ -12,7 +12,9 @@ from medrobust_lib.explore.images import (
     explore_adapters,
     explore_corruptions,
     explore_noise,
+    explore_ranges,
     noise_view,
+    range_view,
 )
 from medrobust_lib.explore.instrument import Instrument
 from medrobust_lib.explore.methods import (

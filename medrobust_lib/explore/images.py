@@ -21,13 +21,14 @@ from medrobust_lib.evaluation import Candidate
 from medrobust_lib.experiments import progress
 from medrobust_lib.explore.instrument import Instrument, control, image_slider, level_slider
 from medrobust_lib.models.dual_encoder import DualEncoder
-from medrobust_lib.plots import leading, panels, shorten, shown_of
+from medrobust_lib.plots import CLASS_COLOURS, leading, panels, shorten, shown_of
 from medrobust_lib.smoothing import bounds
 from medrobust_lib.smoothing.bounds import ALPHA, FEW_N, FEW_N0
 from medrobust_lib.smoothing.certificate import ABSTAIN, GUARANTEES
-from medrobust_lib.smoothing.certify import FixedPlan, Verdict, take_votes
-from medrobust_lib.smoothing.methods import FixedPrompts
+from medrobust_lib.smoothing.certify import FixedPlan, Verdict, certify, take_votes
+from medrobust_lib.smoothing.methods import FixedPrompts, PromptClassifier
 from medrobust_lib.smoothing.noise import NoiseStream, Role, make_batches, noisy_copies
+from medrobust_lib.smoothing.perturbations import find_perturbation
 
 _KEPT = 256  # feature sets: some tens of megabytes
 
@@ -50,7 +51,7 @@ class EncodedImages:
 
     def __post_init__(self) -> None:
         # Caches of this object, not of the class: they go when it goes.
-        for name, most in {"clean": _KEPT, "noisy": _KEPT, "text": 1024}.items():
+        for name, most in {"clean": _KEPT, "noisy": _KEPT, "transformed": _KEPT, "text": 1024}.items():
             object.__setattr__(self, name, lru_cache(most)(getattr(self, name)))
 
     def pixels(self, index: int) -> Tensor:
@@ -117,6 +118,12 @@ class EncodedImages:
             return Verdict(predicted=ABSTAIN, radius=0.0, p_lower=0.0, k=0, n=0), votes
         plan = FixedPlan(sigma=sigma, n=n, alpha=alpha)
         return take_votes(answers, [plan], n0=n0, label=None)[0], votes
+
+    @torch.no_grad()
+    def transformed(self, index: int, perturbation: str, parameters: tuple[float, ...]) -> Tensor:
+        """Features of an image under a perturbation of one parameter, float32 [G, d], unit norm."""
+        theta = torch.tensor(parameters, device=self.model.device)[:, None]
+        return self.model.encode_image(find_perturbation(perturbation).apply(self.pixels(index), theta)).float()
 
     def prepare(self, indices: Sequence[int], *, sigmas: Sequence[float], draws: Sequence[tuple[Role, int]]) -> None:
         """Encode noisy copies ahead, and show how far it is."""
@@ -230,6 +237,91 @@ def explore_noise(
     encoded = EncodedImages(model, dataset, seed)
     controls = {"index": image_slider(len(dataset), index), "sigma": level_slider(SIGMAS, 0.1)}
     draw = partial(noise_view, model, dataset, class_features, n=n, seed=seed, encoded=encoded)
+    return Instrument(draw, controls)
+
+
+ONE_PARAMETER = ("contrast", "brightness", "gamma", "blur")
+"""Perturbations that a slider can move."""
+
+
+@torch.no_grad()
+def range_view(
+    model: DualEncoder,
+    dataset: ImageDataset,
+    class_features: Tensor,
+    *,
+    perturbation: str,
+    index: int,
+    share: float,
+    n: int = FEW_N,
+    seed: int = 0,
+    encoded: EncodedImages | None = None,
+) -> Figure:
+    """Draw one image under a corruption, the bare and the smoothed answers along its parameter, and what is certified.
+
+    Parameters
+    ----------
+    model, dataset, class_features, index, n, seed, encoded
+        As in `noise_view`.
+    perturbation : {"contrast", "brightness", "gamma", "blur"}
+        Smoothed over at its ``usual_sigma``.
+    share : float in [-1, 1]
+        Place of the shown image in the range of the parameter, which is two sigma to both sides; of a blur, which has
+        no other side, the size counts and the range is four sigma.
+    """
+    encoded, family = encoded or EncodedImages(model, dataset, seed), find_perturbation(perturbation)
+    sigma, one_sided = family.usual_sigma, family.law == "exponential"
+    most = (4 if one_sided else 2) * sigma
+    theta = most * (abs(share) if one_sided else share)
+    grid = np.arange(0 if one_sided else -50, 101 if one_sided else 51) * sigma / 10
+    labels = (encoded.transformed(index, perturbation, tuple(grid.tolist())) @ class_features.T).argmax(1).cpu()
+    shown = np.abs(grid) <= most + 1e-9
+    points = torch.from_numpy(grid)[:, None]
+    answers, shares = family.smoothed(
+        labels[None], points, at=points[shown], sigma=sigma, n_classes=len(class_features)
+    )
+    address = {"dataset": dataset.id, "index": int(dataset.indices[index]), "seed": seed, "perturbation": family}
+    classifier = PromptClassifier(model, class_features)
+    found = certify(classifier, encoded.pixels(index), sigma=sigma, n0=FEW_N0, n=n, **address)
+    truth, names = int(dataset.labels[index]), dataset.classes
+    figure = panels.fixed_figure(10.2, 4.1)
+    panels.add_picture(figure, (0.1, 0.4, 2.3, 2.3), encoded.pixels(index), f"truth: {shorten(names[truth], 26)}")
+    moved = family.apply(encoded.pixels(index), torch.tensor([[theta]], device=model.device))[0]
+    panels.add_picture(figure, (2.6, 0.4, 2.3, 2.3), moved, f"{perturbation} {theta:+.2f}")
+    ax = panels.add_panel(figure, (5.6, 0.4, 4.4, 2.3), f"answers along {perturbation}")
+    told = list(dict.fromkeys([*labels[shown].tolist(), *answers[0].tolist()]))
+    for place, label in enumerate(told):
+        colour = CLASS_COLOURS[place % len(CLASS_COLOURS)]
+        name = f"{shorten(names[label], 20)}{' (true)' if label == truth else ''}"
+        ax.plot(grid[shown], np.where(labels[shown] == label, -0.08, np.nan), "|", color=colour, ms=7, label=name)
+        ax.plot(grid[shown], np.where(answers[0] == label, shares[0], np.nan), color=colour, lw=2)
+    if not found.abstained:
+        ax.axvspan(0 if one_sided else -found.radius, found.radius, color="0.9", zorder=0)
+    ax.axvline(theta, color="0.4", lw=1, ls=":")
+    ax.set(xlabel=family.units, ylabel="share of the smoothed answer", ylim=(-0.15, 1.02), xlim=grid[shown][[0, -1]])
+    ax.legend(fontsize=7, loc="lower right", framealpha=0.9)
+    where = "ticks: bare answers; curves: smoothed answers on a grid; gray: certified range; dotted: the shown image"
+    panels.add_caption(figure, 3.3, f"{found}. {where[0].upper()}{where[1:]}.")
+    return figure
+
+
+def explore_ranges(
+    model: DualEncoder, dataset: ImageDataset, class_features: Tensor, *, n: int = FEW_N, index: int = 0, seed: int = 0
+) -> Instrument:
+    """Build the instrument of notebook 08: move a corruption, see image, answers and certified range.
+
+    Parameters
+    ----------
+    model, dataset, class_features, n, index, seed
+        As in `explore_noise`.
+    """
+    encoded = EncodedImages(model, dataset, seed)
+    controls = {
+        "perturbation": control("Dropdown", "corruption", options=ONE_PARAMETER),
+        "index": image_slider(len(dataset), index),
+        "share": control("FloatSlider", "how far", value=0.5, min=-1.0, max=1.0, step=0.05),
+    }
+    draw = partial(range_view, model, dataset, class_features, n=n, seed=seed, encoded=encoded)
     return Instrument(draw, controls)
 
 

@@ -131,6 +131,39 @@ class Perturbation:
             raise ValueError(f"suite {suite.id}{on} has no corruption of the family {self.name!r}{where}")
         return found
 
+    def smoothed(
+        self, labels: Tensor, grid: Tensor, *, at: Tensor, sigma: Sigma, n_classes: int
+    ) -> tuple[Tensor, Tensor]:
+        """Answers of the smoothed classifier to T_theta(x), by a sum over a grid instead of by draws.
+
+        A check of certificates, and no certificate: the base classifier may do anything between the points.
+
+        Parameters
+        ----------
+        labels : int64 [n, G]
+            Answers of the base classifier to n images at the points of the grid; below 0 for no class.
+        grid : float [G, m]
+            Evenly spaced, and three standard deviations wider than `at` to every side that the law reaches.
+        at : float [C, m]
+            Values of theta.
+        sigma : float or tuple of float
+        n_classes : int
+
+        Returns
+        -------
+        answers : int64 [n, C]
+        shares : float64 [n, C]
+            Probability of the answer.
+        """
+        scales = torch.tensor(sigma if isinstance(sigma, tuple) else (sigma,), dtype=torch.float64)
+        away = (grid.double()[None] - at.double()[:, None]) / scales  # [C, G, m]
+        logs = -away.square().sum(-1) / 2
+        if self.law == "exponential":
+            logs = torch.where((away >= -1e-6).all(-1), -away.sum(-1), -torch.inf)
+        weights = logs.softmax(1).T  # [G, C]
+        shares = torch.stack([(labels == k).double() @ weights for k in range(n_classes)])  # [K, n, C]
+        return shares.argmax(0), shares.amax(0)
+
     def _knows(self, suite: Suite) -> bool:
         rows = (corruption for family in suite.families.values() for corruption in family)
         return any(corruption.function.__name__ in self.counterparts for corruption in rows)
@@ -193,7 +226,7 @@ class Contrast(Perturbation):
     """The distance of every pixel value to its channel's mean, multiplied by e^k."""
 
     name = "contrast"
-    usual_sigma = 0.4
+    usual_sigma = 0.5
     radii = (0.0, 0.1, 0.25, 0.5, 0.75, 1.0, 1.25)
     units = "log contrast factor"
     counterparts = MappingProxyType({
@@ -278,7 +311,7 @@ class Gamma(Perturbation):
     """Pixel values in [0, 1] raised to the power e^g."""
 
     name = "gamma"
-    usual_sigma = 0.6
+    usual_sigma = 0.5
     radii = (0.0, 0.1, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
     units = "log gamma"
     counterparts = MappingProxyType({"gamma_correction": lambda exponent: (math.log(exponent),)})
