@@ -226,7 +226,7 @@ class Contrast(Perturbation):
     """The distance of every pixel value to its channel's mean, multiplied by e^k."""
 
     name = "contrast"
-    usual_sigma = 0.5
+    usual_sigma = 0.6
     radii = (0.0, 0.1, 0.25, 0.5, 0.75, 1.0, 1.25)
     units = "log contrast factor"
     counterparts = MappingProxyType({
