@@ -2,9 +2,11 @@
 
 import tomllib
 from dataclasses import dataclass
-from decimal import ROUND_DOWN, Context
+from decimal import ROUND_DOWN, ROUND_UP, Context
 from importlib.resources import files
 from typing import Literal
+
+from medrobust_lib.smoothing.bounds import Bounds
 
 ABSTAIN = -1
 
@@ -33,6 +35,9 @@ class Certificate:
     p_lower : float
         Lower bound of the probability that the base classifier gives `predicted` under noise; 0 where
         sequential sampling has proved nothing.
+    p_upper : float
+        Upper bound of the probability of every other class, answers that are no class among them: 1 - p_lower
+        where one bound is used, 1 where nothing is proved.
     k, n : int
         Votes for the tested class among the estimation draws made.
     n0 : int
@@ -43,6 +48,8 @@ class Certificate:
         Probability that the certificate is false is at most this.
     sigma : float
         Noise standard deviation in [0, 1] pixel units.
+    bounds : {"one", "two"}
+        Whether `p_upper` was bounded by itself, with half of alpha for each of the two.
     sampling : {"fixed", "sequential"}
     mode : {"predict", "evaluate"}
         Whether the class came from selection draws, or was the known label (for tables of certified accuracy
@@ -59,12 +66,14 @@ class Certificate:
     predicted: int
     radius: float
     p_lower: float
+    p_upper: float
     k: int
     n: int
     n0: int
     n_max: int
     alpha: float
     sigma: float
+    bounds: Bounds
     sampling: Sampling
     mode: Mode
     guarantee: Guarantee
@@ -100,16 +109,29 @@ class Certificate:
         """`p_lower` in words."""
         return _rounded_down(self.p_lower)
 
+    @property
+    def rivals(self) -> str:
+        """`p_upper` in words, where it says more than `p_lower`."""
+        if self.bounds == "one":
+            return ""
+        return f", and below {_digits(self.p_upper, ROUND_UP)} for every other class"
+
     def __str__(self) -> str:
         known = "; the class was the known label, so this serves evaluation only" if self.mode == "evaluate" else ""
         if self.abstained:
-            return f"abstain: {self.votes} prove no majority{known}"
+            missing = "majority" if self.bounds == "one" else "lead over every other class"
+            return f"abstain: {self.votes} prove no {missing}{known}"
         return (
-            f"class {self.predicted} {self.ball}: {self.votes} prove a probability above {self.bound}{known}. "
+            f"class {self.predicted} {self.ball}: {self.votes} prove a probability above {self.bound}{self.rivals}"
+            f"{known}. "
             f"Guarantee ({self.guarantee}): {GUARANTEES[self.guarantee]}"
         )
 
 
 def _rounded_down(bound: float) -> str:
     """Four digits that do not promise more than the bound: 0.99996 is not 1."""
-    return str(Context(prec=4, rounding=ROUND_DOWN).create_decimal(repr(float(bound))))
+    return _digits(bound, ROUND_DOWN)
+
+
+def _digits(bound: float, rounding: str) -> str:
+    return str(Context(prec=4, rounding=rounding).create_decimal(repr(float(bound))))
