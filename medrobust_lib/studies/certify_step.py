@@ -109,7 +109,9 @@ class CertifyStep(Step):
             check_sigma(sigma)
             check_draws(self.draws_of(sigma), self.alpha)
         least = int(self.selects)
-        checks.check_whole("n0", self.n0, least=least, hint=": at least one draw chooses" if least else "")
+        what = "the class" if self.mode == "predict" else "between one bound and two"
+        hint = f": at least one draw chooses {what}" if least else ""
+        checks.check_whole("n0", self.n0, least=least, hint=hint)
         if min(self.radii) < 0:
             raise StudyError(f"radii={list(self.radii)}: radii are 0 or more")
         for method in self.methods:
