@@ -4,6 +4,7 @@ Everything that is compared runs in one call of this script, on the same images,
 
     python benchmarks/certification.py                    # all parts, about ten minutes on two cores
     python benchmarks/certification.py draws sharing      # some of them
+    python benchmarks/certification.py bounds             # one bound and two on the same draws, a few minutes
     python benchmarks/certification.py rate --out FILE    # on an accelerator: less than ten minutes
 """
 
@@ -27,6 +28,7 @@ import pandas as pd
 import torch
 import typer
 
+from medrobust_lib import metrics
 from medrobust_lib.experiments import write_text_atomically
 from medrobust_lib.experiments.cards import environment
 from medrobust_lib.models.loading import resolve_device
@@ -99,6 +101,22 @@ def draws(dataset: str, images: int, probe: int) -> pd.DataFrame:
 def price(sigma: float = 0.5) -> pd.DataFrame:
     """Draws that each radius costs at sigma, for an image that every noisy copy classifies alike."""
     return price_of_radii(RADII, sigma=sigma, n=N, alpha=ALPHA)
+
+
+def two_bounds(images: int, n: int = 1000, sigma: float = 0.25) -> pd.DataFrame:
+    """Certified accuracy by one bound and by two, and draws, of zero-shot demo-clip on the same noise."""
+    model, radii, rows = mr.load_model("demo-clip"), (0.0, 0.05, 0.1, 0.25, 0.5), []
+    for dataset, sampling in itertools.product(("phantom/histology", "phantom/blood"), ("fixed", "sequential")):
+        data = mr.load_dataset(dataset, n=images)
+        method = zero_shot_methods(model, data)[0]
+        for bounds in ("one", "two"):
+            asked = {"sigmas": [sigma], "n0": N0, "n": n, "alpha": ALPHA, "radii": radii, "sampling": sampling}
+            table = mr.certify_dataset(model, data, [method], bounds=bounds, **asked)
+            shares = metrics.certified_accuracy(table, radii=radii).set_index("radius")["certified_accuracy"]
+            row = {"dataset": dataset, "images": len(data), "sampling": sampling, "bounds": bounds}
+            row |= {"by two": int((table["bounds"] == "two").sum()), "draws": table["draws"].mean()}
+            rows.append(row | {f"r = {radius:g}": shares[radius] for radius in radii})
+    return pd.DataFrame(rows)
 
 
 def speed(repeats: int, n: int = 1000) -> pd.DataFrame:
@@ -271,7 +289,7 @@ def _synchronise(device: torch.device) -> None:
 def main(
     parts: Annotated[list[str] | None, typer.Argument(help="Some of the parts; default: all.")] = None,
     dataset: Annotated[str, typer.Option(help="Data set of part draws.")] = "phantom/blood",
-    images: Annotated[int, typer.Option(help="Images of part draws.")] = 48,
+    images: Annotated[int, typer.Option(help="Images of parts draws and bounds.")] = 48,
     probe: Annotated[int, typer.Option(help="Noisy copies that estimate each vote share.")] = 500,
     n: Annotated[int, typer.Option(help="Draws per image of parts loops and rate on a CPU.")] = 2000,
     repeats: Annotated[int, typer.Option(help="Repetitions of timings; medians are printed.")] = 3,
@@ -282,6 +300,7 @@ def main(
     on_cpu = resolve_device(device).type == "cpu"
     known: dict[str, tuple[str, Callable[[], pd.DataFrame]]] = {
         "draws": (f"(a) draws, {dataset}, n={N:,}, alpha={ALPHA}", lambda: draws(dataset, images, probe)),
+        "bounds": (f"(a) one bound and two, zero-shot, sigma 0.25, n=1,000, alpha={ALPHA}", lambda: two_bounds(images)),
         "price": ("(a) price of each radius at sigma 0.5, in draws of a unanimous image", price),
         "speed": ("(a) both demo models against a plain loop around open_clip, 64 px", lambda: speed(repeats)),
         "sharing": ("(b) seven prompt methods, one bank", lambda: sharing(repeats)),

@@ -97,7 +97,7 @@ class EncodedImages:
         Returns
         -------
         verdict : Verdict
-            As `certify` gives it, with fixed sampling; at sigma 0 nothing is certified.
+            As `certify` gives it, with fixed sampling and one bound; at sigma 0 nothing is certified.
         votes : int64 [K]
             Of the estimation draws.
 
@@ -117,7 +117,7 @@ class EncodedImages:
         if sigma == 0:
             return Verdict(predicted=ABSTAIN, radius=0.0, p_lower=0.0, k=0, n=0), votes
         plan = FixedPlan(sigma=sigma, n=n, alpha=alpha)
-        return take_votes(answers, [plan], n0=n0, label=None)[0], votes
+        return take_votes(answers, [plan], n0=n0, label=None, bounds="one")[0], votes
 
     @torch.no_grad()
     def transformed(self, index: int, perturbation: str, parameters: tuple[float, ...]) -> Tensor:

@@ -214,7 +214,8 @@ def certify_answers(
     if sampling == "fixed" and radii is not None:
         raise ValueError(f"radii={radii!r}: only sampling='sequential' takes radii of interest; leave them out")
     labelled = callable(getattr(oracle, "label", None))
-    rules = Rules(n0=n0, n=n, alpha=alpha, sampling=sampling, radii=radii)
+    # Errors of the oracle are taken off p_lower, and all answers but one count alike: one bound, above one half.
+    rules = Rules(n0=n0, n=n, alpha=alpha, sampling=sampling, radii=radii, bounds="one")
     _check_number_of_labels(error_model, len(oracle.labels) if labelled else 2, oracle.name)
     alpha_votes, alpha_rate = errors.split_alpha(error_model, alpha, share=alpha_share)
     plans = [replace(rules, alpha=level).plan(bank.how.sigma) for level in (alpha, alpha_votes)]
@@ -239,7 +240,7 @@ def certify_answers(
 
     verdicts = [Verdict() for _ in plans]
     if answer is not None:
-        verdicts = take_votes(votes, plans, n0=n0, label=_TESTED)
+        verdicts = take_votes(votes, plans, n0=n0, label=_TESTED, bounds="one")
     n_drawn = max(verdict.n for verdict in verdicts)
     composite = _certificate(bank, verdicts[0], number, "composite", rules)
     corrected, refusal = None, ""
@@ -396,8 +397,9 @@ def _corrected(
     if not 0 <= p_lower <= 1:  # also catches NaN
         raise ValueError(f"the error model {error_model!r} gave the lower bound {p_lower}, which is no probability")
     if p_lower <= 0.5:
-        return replace(strict, predicted=ABSTAIN, radius=0.0, p_lower=p_lower)
-    return replace(strict, predicted=number, radius=certified_radius(p_lower, strict.sigma), p_lower=p_lower)
+        return replace(strict, predicted=ABSTAIN, radius=0.0, p_lower=p_lower, p_upper=1 - p_lower)
+    radius = certified_radius(p_lower, strict.sigma)
+    return replace(strict, predicted=number, radius=radius, p_lower=p_lower, p_upper=1 - p_lower)
 
 
 def _certificates(found: GenerativeCertificate) -> list[Certificate]:
@@ -405,7 +407,7 @@ def _certificates(found: GenerativeCertificate) -> list[Certificate]:
         return [found.composite, found.corrected]
     if not found.refusal:
         return [found.composite]
-    refused = replace(found.composite, predicted=ABSTAIN, radius=0.0, p_lower=0.0, guarantee="corrected")
+    refused = replace(found.composite, predicted=ABSTAIN, radius=0.0, p_lower=0.0, p_upper=1.0, guarantee="corrected")
     return [found.composite, refused]
 
 
@@ -414,7 +416,7 @@ def _limits(certificate: Certificate, label: str | None, asked: Mapping[str, Any
     rate = asked.get("error_model") if certificate.guarantee == "corrected" else None
     sigma, n, alpha = certificate.sigma, certificate.n_max, certificate.alpha
     alpha_votes, alpha_rate = errors.split_alpha(rate, alpha, share=asked.get("alpha_share", ALPHA_SHARE))
-    rules = Rules(n=n, alpha=alpha_votes, sampling=certificate.sampling, radii=asked.get("radii"))
+    rules = Rules(n=n, alpha=alpha_votes, sampling=certificate.sampling, radii=asked.get("radii"), bounds="one")
     largest = {
         "radius_tested": rules.plan(sigma).largest_radius,
         "radius_reach": maximum_radius(n, alpha_votes, sigma),

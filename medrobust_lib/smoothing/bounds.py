@@ -11,8 +11,9 @@ ahead while theta < -sigma log(1 - p_A + p_B) (Li et al. 2021, TSS, arXiv:2002.1
 """
 
 import math
+from dataclasses import dataclass, replace
 from decimal import ROUND_DOWN, ROUND_UP, Context
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, Self, get_args
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -21,11 +22,102 @@ from scipy.stats import beta, binom, norm
 from medrobust_lib.checks import check_choice
 
 Law = Literal["normal", "exponential"]
+Bounds = Literal["one", "two"]
 
 # The defaults of every certificate: the failure probability, the draws that choose a class, the draws that count.
 ALPHA, N0, N = 0.001, 100, 10_000
 FEW_N0, FEW_N = 20, 100  # where a draw is a generated answer, or a person waits for the picture
 LARGEST_SIGMA = 10.0  # no image survives this; 0 to 255 units begin here
+
+
+class Proof(NamedTuple):
+    """What a look at the votes proves.
+
+    Attributes
+    ----------
+    proved : int
+        Number of radii proved by now; 0 is an abstention.
+    finished : bool
+        Whether drawing on is pointless.
+    radius : float
+        Largest proved radius.
+    p_lower : float
+        Probability that is proved to be exceeded; 0 where nothing is known.
+    p_upper : float
+        Probability that every other class is proved to stay below; 1 where nothing is known.
+    """
+
+    proved: int
+    finished: bool
+    radius: float = 0.0
+    p_lower: float = 0.0
+    p_upper: float = 1.0
+
+
+@dataclass(frozen=True)
+class FixedPlan:
+    """One look after n draws: CERTIFY of Cohen et al. 2019, or two Clopper-Pearson bounds at alpha / 2 each.
+
+    The second bound is the largest of all other classes' bounds: it fails only if that of the class that is truly
+    second does, so alpha is not divided by the number of classes (intersection-union).
+
+    Raises
+    ------
+    ValueError
+        sigma, alpha or law out of range, n too small to ever certify.
+    """
+
+    sigma: float
+    n: int
+    alpha: float
+    law: Law = "normal"
+    bounds: Bounds = "one"
+
+    def __post_init__(self) -> None:
+        check_sigma(self.sigma, law=self.law)
+        check_alpha(self.alpha)
+        check_draws(self.n, self.alpha)
+
+    @property
+    def looks(self) -> tuple[int]:
+        """Numbers of draws after which the votes are looked at."""
+        return (self.n,)
+
+    @property
+    def largest_radius(self) -> float:
+        """Largest radius that can come out, by either rule."""
+        return maximum_radius(self.n, self.alpha, self.sigma, law=self.law)
+
+    def step(self, look: int, k: int, proved: int = 0, rival: int = 0) -> Proof:
+        """Take the only look, at k votes of n; rival is the largest count of another class."""
+        n = self.looks[look]
+        if self.bounds == "one":
+            p_lower = lower_confidence_bound(k, n, self.alpha)
+            radius = certified_radius(p_lower, self.sigma, law=self.law)
+            return Proof(int(p_lower > 0.5), True, radius, p_lower, 1 - p_lower)
+        p_lower = lower_confidence_bound(k, n, self.alpha / 2)
+        p_upper = min(upper_confidence_bound(rival, n, self.alpha / 2), 1 - p_lower)
+        radius = certified_radius(p_lower, self.sigma, p_upper=p_upper, law=self.law)
+        return Proof(int(p_lower > p_upper), True, radius, p_lower, p_upper)
+
+    def chosen(self, k: int, rival: int, draws: int) -> Self:
+        """Take the rule that would prove more if all draws had the shares of the selection draws; ties: one bound.
+
+        Parameters
+        ----------
+        k, rival : int
+            Votes for the tested class, and for its strongest rival.
+        draws : int
+            Selection draws. They are independent of those that count, so the choice costs nothing.
+        """
+        k, rival = expected_counts(k, rival, draws, self.n)
+        two = replace(self, bounds="two")
+        one_proof, two_proof = self.step(0, k), two.step(0, k, 0, rival)
+        # Where neither proves a radius, the wider gap is nearer to one.
+        gain = two_proof.radius - one_proof.radius or (
+            two_proof.p_lower - two_proof.p_upper - one_proof.p_lower + one_proof.p_upper
+        )
+        return two if gain > 0 else self
 
 
 def lower_confidence_bound(k: ArrayLike, n: ArrayLike, alpha: float) -> float | NDArray[np.float64]:
@@ -329,6 +421,11 @@ def rounded_down(bound: float) -> str:
 def rounded_up(bound: float) -> str:
     """Four digits that are not below the bound."""
     return str(Context(prec=4, rounding=ROUND_UP).create_decimal(repr(float(bound))))
+
+
+def expected_counts(k: int, rival: int, draws: int, n: int) -> tuple[int, int]:
+    """Bring two counts of so many draws to n draws, rounded against the first: those of two classes still sum to n."""
+    return k * n // draws, -(-rival * n // draws)
 
 
 def _checked_counts(k: ArrayLike, n: ArrayLike) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from importlib.resources import files
 from typing import Literal
 
-from medrobust_lib.smoothing.bounds import rounded_down
+from medrobust_lib.smoothing.bounds import Bounds, rounded_down, rounded_up
 from medrobust_lib.smoothing.perturbations import PIXEL_NOISE, Perturbation, Sigma, level_in_words
 
 ABSTAIN = -1
@@ -36,6 +36,9 @@ class Certificate:
     p_lower : float
         Lower bound of the probability that the base classifier gives `predicted` under noise; 0 where
         sequential sampling has proved nothing.
+    p_upper : float
+        Upper bound of the probability of every other class, answers that are no class among them: 1 - p_lower
+        where one bound is used, 1 where nothing is proved.
     k, n : int
         Votes for the tested class among the estimation draws made.
     n0 : int
@@ -46,6 +49,8 @@ class Certificate:
         Probability that the certificate is false is at most this.
     sigma : float or tuple of float
         Standard deviation of the noise, in the units of the perturbation.
+    bounds : {"one", "two"}
+        Whether `p_upper` was bounded by itself, with half of alpha for each of the two.
     sampling : {"fixed", "sequential"}
     mode : {"predict", "evaluate"}
         Whether the class came from selection draws, or was the known label (for tables of certified accuracy
@@ -66,12 +71,14 @@ class Certificate:
     predicted: int
     radius: float
     p_lower: float
+    p_upper: float
     k: int
     n: int
     n0: int
     n_max: int
     alpha: float
     sigma: Sigma
+    bounds: Bounds
     sampling: Sampling
     mode: Mode
     guarantee: Guarantee
@@ -111,11 +118,19 @@ class Certificate:
         """`p_lower` in words."""
         return rounded_down(self.p_lower)
 
+    @property
+    def rivals(self) -> str:
+        """`p_upper` in words, where it says more than `p_lower`."""
+        if self.bounds == "one":
+            return ""
+        return f", and below {rounded_up(self.p_upper)} for every other class"
+
     def __str__(self) -> str:
         known = "; the class was the known label, so this serves evaluation only" if self.mode == "evaluate" else ""
         if self.abstained:
-            return f"abstain: {self.votes} prove no majority{known}"
+            missing = "majority" if self.bounds == "one" else "lead over every other class"
+            return f"abstain: {self.votes} prove no {missing}{known}"
         return (
-            f"class {self.predicted} {self.region}: {self.votes} prove a probability above {self.bound}{known}. "
-            f"Guarantee ({self.guarantee}): {GUARANTEES[self.guarantee]}"
+            f"class {self.predicted} {self.region}: {self.votes} prove a probability above {self.bound}{self.rivals}"
+            f"{known}. Guarantee ({self.guarantee}): {GUARANTEES[self.guarantee]}"
         )

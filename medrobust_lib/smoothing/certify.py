@@ -8,6 +8,7 @@ perturbation is smoothed over, such as contrast, T_e(x) stands for x + e and the
 """
 
 import reprlib
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -21,10 +22,11 @@ from torch import Tensor
 from medrobust_lib.checks import check_choice, check_keywords
 from medrobust_lib.models.dual_encoder import DualEncoder
 from medrobust_lib.smoothing import bounds
+from medrobust_lib.smoothing.bounds import Bounds, FixedPlan, Law
 from medrobust_lib.smoothing.certificate import ABSTAIN, Certificate, Guarantee, Mode, Sampling
 from medrobust_lib.smoothing.noise import Batches, NoiseStream, Role, make_batches, map_copies
 from medrobust_lib.smoothing.perturbations import PIXEL_NOISE, Sigma, find_perturbation
-from medrobust_lib.smoothing.sequential import Proof, SequentialPlan, sequential_plan
+from medrobust_lib.smoothing.sequential import SequentialPlan, sequential_plan
 
 Classifier = Callable[[Tensor], Tensor]
 Answers = Callable[[Role, int, int, Sequence[int]], Sequence[Tensor]]
@@ -36,7 +38,7 @@ RADII = (0.0, 0.1, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
 _ADDRESS = {"seed": 0, "dataset": "", "index": 0, "batch_size": None, "perturbation": PIXEL_NOISE.name}
 
 LABEL_LIMIT = 1_000_000
-"""Votes are counted in a table with a row for each class; a label from here on is a mistake."""
+"""Votes of selection are counted in a table with a row for each class; a label from here on is a mistake."""
 
 
 @dataclass(frozen=True)
@@ -48,42 +50,8 @@ class Verdict:
     p_lower: float = 0.0
     k: int = 0
     n: int = 0
-
-
-@dataclass(frozen=True)
-class FixedPlan:
-    """One look after n draws, with the Clopper-Pearson bound: CERTIFY of Cohen et al. 2019.
-
-    Raises
-    ------
-    ValueError
-        sigma, alpha or law out of range, n too small to ever certify.
-    """
-
-    sigma: float
-    n: int
-    alpha: float
-    law: bounds.Law = "normal"
-
-    def __post_init__(self) -> None:
-        bounds.check_sigma(self.sigma, law=self.law)
-        bounds.check_alpha(self.alpha)
-        bounds.check_draws(self.n, self.alpha)
-
-    @property
-    def looks(self) -> tuple[int]:
-        """Numbers of draws after which the votes are looked at."""
-        return (self.n,)
-
-    @property
-    def largest_radius(self) -> float:
-        """Largest radius that can come out."""
-        return bounds.maximum_radius(self.n, self.alpha, self.sigma, law=self.law)
-
-    def step(self, look: int, k: int, proved: int = 0) -> Proof:
-        """Take the only look, at k votes of n."""
-        p_lower = bounds.lower_confidence_bound(k, self.looks[look], self.alpha)
-        return Proof(int(p_lower > 0.5), True, bounds.certified_radius(p_lower, self.sigma, law=self.law), p_lower)
+    p_upper: float = 1.0
+    bounds: Bounds = "one"
 
 
 Plan = FixedPlan | SequentialPlan
@@ -106,11 +74,15 @@ class Rules:
     radii : sequence of float, optional
         Radii of interest of sequential sampling; 0 is always among them. Few of them spare many draws. None: a grid
         of 0.05 sigma, which spares few.
+    bounds : {"two", "one"}, optional
+        "one" is the published procedure: the other classes have at most 1 - p_lower. "two" bounds the strongest of them
+        by itself on those images where the selection draws promise more of it. None: "two" where there are selection
+        draws anyway, "one" in evaluate mode, where "two" takes n0 draws for this choice alone.
 
     Raises
     ------
     ValueError
-        An unknown mode or sampling, or a selection without draws.
+        An unknown mode, sampling or number of bounds, or a selection without draws.
     """
 
     n0: int = bounds.N0
@@ -119,17 +91,22 @@ class Rules:
     sampling: Sampling = "sequential"
     mode: Mode = "predict"
     radii: Sequence[float] | None = RADII
+    bounds: Bounds | None = None
 
     def __post_init__(self) -> None:
         check_choice("mode", self.mode, get_args(Mode))
         check_choice("sampling", self.sampling, get_args(Sampling))
-        if self.mode == "evaluate":
+        if self.bounds is None:
+            object.__setattr__(self, "bounds", "two" if self.mode == "predict" else "one")
+        check_choice("bounds", self.bounds, get_args(Bounds))
+        if self.mode == "evaluate" and self.bounds == "one":
             object.__setattr__(self, "n0", 0)
         elif self.n0 < 1:
-            raise ValueError(f"n0={self.n0}: choosing a class takes at least one selection draw (100 is usual)")
+            what = "a class" if self.mode == "predict" else "between one bound and two"
+            raise ValueError(f"n0={self.n0}: choosing {what} takes at least one selection draw (100 is usual)")
 
-    def plan(self, sigma: float, *, share: int = 1, law: bounds.Law = "normal") -> Plan:
-        """When to look at one noise level, and what is proved then, for each of so many classifiers that share alpha.
+    def plan(self, sigma: float, *, share: int = 1, law: Law = "normal") -> Plan:
+        """When to look at one noise level, and what one bound proves then, for each of so many that share alpha.
 
         Raises
         ------
@@ -142,7 +119,9 @@ class Rules:
         return sequential_plan(sigma=sigma, radii=self.radii, n=self.n, alpha=alpha, law=law)
 
 
-def take_votes(answers: Answers, plans: Sequence[Plan], *, n0: int, label: int | None) -> list[Verdict]:
+def take_votes(
+    answers: Answers, plans: Sequence[Plan], *, n0: int, label: int | None, bounds: Bounds = "one"
+) -> list[Verdict]:
     """Run selection and estimation for several base classifiers on the same noise.
 
     Parameters
@@ -155,6 +134,8 @@ def take_votes(answers: Answers, plans: Sequence[Plan], *, n0: int, label: int |
         Selection draws.
     label : int or None
         Class to test for all classifiers, instead of selecting one.
+    bounds : {"one", "two"}
+        Two: the selection draws also choose between each plan and its like with two bounds, with a known label, too.
 
     Returns
     -------
@@ -163,30 +144,32 @@ def take_votes(answers: Answers, plans: Sequence[Plan], *, n0: int, label: int |
     """
     everyone = range(len(plans))
     # 1. Choose a class for each classifier: what it answers to most of n0 noisy copies, or the known label.
-    if label is None:
-        tested = [_favourite(labels) for labels in answers("select", 0, n0, everyone)]
-    else:
-        tested = [label] * len(plans)
+    drawn = answers("select", 0, n0, everyone) if label is None or bounds == "two" else []
+    tested = [_favourite(labels) for labels in drawn] if label is None else [label] * len(plans)
+    if bounds == "two":
+        shares = [_leading(_tally(labels), of) for labels, of in zip(drawn, tested, strict=True)]
+        plans = [plan.chosen(*counts, n0) for plan, counts in zip(plans, shares, strict=True)]
     # 2. Count how many fresh noisy copies get that class, and look at the count when the plan says so.
     looks = [{int(draws): look for look, draws in enumerate(plan.looks)} for plan in plans]
     verdicts = [Verdict() for _ in plans]
-    counts, proved, done = [0] * len(plans), [0] * len(plans), 0
+    votes, proved, done = [Counter() for _ in plans], [0] * len(plans), 0
     active = [position for position in everyone if tested[position] != ABSTAIN]
     for draws in sorted(set().union(*looks)):
         if not active:
             break
         for position, labels in zip(active, answers("estimate", done, draws - done, active), strict=True):
-            counts[position] += int((labels == tested[position]).sum())
+            votes[position] += _tally(labels)
         done = draws
         for position in [position for position in active if draws in looks[position]]:
-            k = counts[position]
-            # 3. Bound the probability of the class from below: what do k of so many draws prove?
-            proof = plans[position].step(looks[position][draws], k, proved[position])
+            k, rival = _leading(votes[position], tested[position])
+            # 3. Bound the probability of the class from below, and of its rivals from above: what do the counts prove?
+            proof = plans[position].step(looks[position][draws], k, proved[position], rival)
             proved[position] = proof.proved
             if proof.finished:
-                # 4. A majority is proved: that class, within that radius. Otherwise abstain.
+                # 4. It is proved to be ahead: that class, within that radius. Otherwise abstain.
                 predicted = tested[position] if proof.proved else ABSTAIN
-                verdicts[position] = Verdict(predicted, proof.radius, proof.p_lower, k, draws)
+                about = {"p_upper": proof.p_upper, "bounds": plans[position].bounds}
+                verdicts[position] = Verdict(predicted, proof.radius, proof.p_lower, k, draws, **about)
                 active.remove(position)
     return verdicts
 
@@ -199,7 +182,8 @@ def agreement(verdicts: Sequence[Verdict]) -> Verdict:
     """
     weakest = replace(min(verdicts, key=lambda verdict: verdict.radius), n=max(verdict.n for verdict in verdicts))
     if len({verdict.predicted for verdict in verdicts}) > 1 or weakest.predicted == ABSTAIN:
-        return replace(weakest, predicted=ABSTAIN, radius=0.0, p_lower=min(verdict.p_lower for verdict in verdicts))
+        p_lower, p_upper = min(verdict.p_lower for verdict in verdicts), max(verdict.p_upper for verdict in verdicts)
+        return replace(weakest, predicted=ABSTAIN, radius=0.0, p_lower=p_lower, p_upper=p_upper)
     return weakest
 
 
@@ -279,6 +263,16 @@ def _favourite(labels: Tensor) -> int:
     return int(votes.argmax()) if votes.any() else ABSTAIN
 
 
+def _tally(labels: Tensor) -> Counter[int]:
+    """Votes per class; all answers below 0 together are one class that no other may fall behind."""
+    return Counter(labels.clamp(min=ABSTAIN).tolist())
+
+
+def _leading(votes: Counter[int], tested: int) -> tuple[int, int]:
+    """Votes for the tested class, and for its strongest rival."""
+    return votes[tested], max((count for label, count in votes.items() if label != tested), default=0)
+
+
 def predict(
     classifier: Classifier,
     image: Tensor,
@@ -347,6 +341,7 @@ def certify(
     sampling: Sampling = "fixed",
     radii: Sequence[float] | None = None,
     label: int | None = None,
+    bounds: Bounds | None = None,
     **address: Any,
 ) -> Certificate:
     """Certify the smoothed classifier's answer on one image.
@@ -376,6 +371,8 @@ def certify(
         spares few. Fixed sampling needs none.
     label : int, optional
         Evaluate mode: test this known label directly, without selection. For certified-accuracy tables only.
+    bounds : {"two", "one"}, optional
+        As in `Rules`: "one" is the published procedure, None two bounds where they promise more, without a label.
     **address
         ``seed`` (0), ``dataset`` ("") and ``index`` (0): address of the noise. Give every image an index of its own:
         certificates on the same noise are each valid, but err together. ``batch_size``: noisy copies at a time;
@@ -396,12 +393,15 @@ def certify(
 
     Notes
     -----
-    The fixed procedure is CERTIFY of Cohen et al. (2019), with f the classifier:
+    The fixed procedure with one bound is CERTIFY of Cohen et al. (2019), with f the classifier:
 
     1. choose    class = the most frequent f(image + noise) over n0 draws (role "select")
     2. count     k = how many of n fresh draws (role "estimate") give that class
     3. bound     p_lower = Clopper-Pearson(k, n, alpha), one-sided
     4. answer    p_lower > 1/2: class, with radius sigma Phi^-1(p_lower); else abstain with radius 0
+
+    Two bounds are the theorem's own: both at alpha / 2, p_upper the largest upper bound of another class, and radius
+    sigma / 2 (Phi^-1(p_lower) - Phi^-1(p_upper)) where p_lower > p_upper, which may be below 1/2.
 
     References
     ----------
@@ -410,11 +410,11 @@ def certify(
     check_keywords(certify, address, _ADDRESS)
     answers, stream = _answers(classifier, image, sigma, address)
     mode = "predict" if label is None else "evaluate"
-    rules = Rules(n0=n0, n=n, alpha=alpha, sampling=sampling, mode=mode, radii=radii)
+    rules = Rules(n0=n0, n=n, alpha=alpha, sampling=sampling, mode=mode, radii=radii, bounds=bounds)
     if label is not None and label < 0:
         raise ValueError(f"label={label}: the known label is a class, 0 or higher; None lets selection draws choose")
     plan = rules.plan(stream.perturbation.unit(sigma), law=stream.perturbation.law)
-    (verdict,) = take_votes(answers, [plan], n0=n0, label=label)
+    (verdict,) = take_votes(answers, [plan], n0=rules.n0, label=label, bounds=rules.bounds)
     return make_certificate(verdict, rules, stream, guarantee="standard", classifier=classifier, image=image)
 
 

@@ -18,6 +18,20 @@ alpha by (1). So every threshold is tested at full alpha, without a union bound.
 further, because a radius is reached, because the next one is hopeless or for any other reason, removes chances
 of crossing and adds none. Futility stops therefore cost no alpha. QED
 
+**Two bounds.** With more than two classes a class may win with less than one half. For a center m <= 0, fixed before
+the first look, a_j = Phi(m + R_j / sigma) and b_j = Phi(m - R_j / sigma) are the shares with radius R_j (exponential
+law: 1/2 + m +- (1 - exp(-R_j / sigma)) / 2); m = 0 is the one bound above. Claim j, "p_A > a_j and p_y < b_j for every
+other class y", is made at a look where the count of A has reached the boundary c_j for a_j, and for every y the walk
+n - S_y, the draws without y, the boundary d_j for 1 - b_j. Both are built as above, at alpha / 2.
+
+*Proof* that a false claim has probability at most alpha, for any number of classes. (1) It is false because of A,
+p_A <= a_j: by the proof above this has probability at most alpha / 2 for all radii together. (2) It is false because
+of a rival. Let y* be the rival with the largest probability and j* the smallest j with p_y* >= b_j; since b_j falls
+in j, every claim that is false because of any rival has j >= j*. Making it takes that y*'s own walk, too, has reached
+d_j, and by d_j >= d_j* (non-decreasing boundaries) d_j*. Its success probability is 1 - p_y* <= 1 - b_j*, so that the
+one event "y*'s walk ever reaches d_j*" has probability at most alpha / 2: no union over classes, nor over radii.
+(3) y* and j* depend on the true probabilities alone, and m on selection draws, which are independent of the walks. QED
+
 **What it saves** depends on what is asked: draws go on until the next radius is decided, so few radii are several times
 cheaper than fixed sampling, while a fine grid always has a next one and spares little (`price_of_radii`, and the
 benchmark ``certification.py draws``).
@@ -28,56 +42,39 @@ Testing a Clopper-Pearson bound again and again instead has no such guarantee: r
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
-from typing import NamedTuple
+from typing import Self
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
-from scipy.stats import beta, binom
+from scipy.stats import beta, binom, norm
 
 from medrobust_lib.smoothing import bounds
+from medrobust_lib.smoothing.bounds import Bounds, Law, Proof
 
 LOOK_RATIO = 1.2  # each look comes after 20 % more draws
 FUTILITY = 0.005  # stop when the next radius is reached with less than this predictive probability
 GRID_STEP = 0.05  # of sigma: the radii asked for where none are named
+CENTER_STEP = {"normal": 0.1, "exponential": 0.02}  # centers of two bounds lie on a grid, so that images share tables
 _EARLY_SHARE = 0.5  # of alpha, spent before the last look
 _FIRST_SHARE = 0.6  # of the early share, spent when an unbroken run of successes may first cross
 _NEGLIGIBLE = 1e-22  # probability mass that is booked as crossed instead of being carried along
 _ROUNDING = 1e-9  # relative safety margin for sums of floating-point numbers
 
 
-class Proof(NamedTuple):
-    """What a look at the votes proves.
-
-    Attributes
-    ----------
-    proved : int
-        Number of radii proved by now; 0 is an abstention.
-    finished : bool
-        Whether drawing on is pointless.
-    radius : float
-        Largest proved radius.
-    p_lower : float
-        Probability that is proved to be exceeded; 0 where nothing is known.
-    """
-
-    proved: int
-    finished: bool
-    radius: float = 0.0
-    p_lower: float = 0.0
-
-
 @dataclass(frozen=True, eq=False)
 class SequentialPlan:
-    """Looks and boundaries for one noise level; made by `sequential_plan`.
+    """Looks and boundaries for one noise level; made by `sequential_plan`, those of two bounds by `chosen`.
 
     Attributes
     ----------
     radii : tuple of float
         R_1 = 0 < ... < R_J, the radii that can be certified, in [0, 1] pixel units.
-    sigma, alpha : float
+    sigma : float
+    alpha : float
+        Of these boundaries; `rival` has as much of its own.
     n : int
         Most draws.
     looks : int64 [L]
@@ -90,6 +87,10 @@ class SequentialPlan:
         Exact probability of a false claim at the worst case, p = the threshold of the radius; at most alpha.
     law : {"normal", "exponential"}
         Of the noise; `bounds.certified_radius`.
+    center : float
+        m of two bounds; 0 for one.
+    rival : SequentialPlan, optional
+        Of the draws without a rival, at -m; None for one bound.
     """
 
     radii: tuple[float, ...]
@@ -100,20 +101,27 @@ class SequentialPlan:
     success: NDArray[np.int64] = field(repr=False)
     hopeless: NDArray[np.int64] = field(repr=False)
     error: NDArray[np.float64] = field(repr=False)
-    law: bounds.Law = "normal"
+    law: Law = "normal"
+    center: float = 0.0
+    rival: Self | None = field(default=None, repr=False)
+
+    @property
+    def bounds(self) -> Bounds:
+        """Which rule this is."""
+        return "one" if self.rival is None else "two"
 
     @cached_property
     def thresholds(self) -> NDArray[np.float64]:
         """float64 [J]: the probability that must be exceeded for each radius."""
-        return np.asarray(bounds.needed_probability(np.asarray(self.radii), self.sigma, law=self.law))
+        return _thresholds(np.asarray(self.radii) / self.sigma, self.law, self.center)
 
     @property
     def largest_radius(self) -> float:
         """Largest radius that can come out."""
         return self.radii[-1]
 
-    def step(self, look: int, k: int, proved: int) -> Proof:
-        """Take one look at the count.
+    def step(self, look: int, k: int, proved: int, rival: int = 0) -> Proof:
+        """Take one look at the counts.
 
         Parameters
         ----------
@@ -123,13 +131,60 @@ class SequentialPlan:
             Successes among the first ``looks[look]`` draws.
         proved : int
             Number of radii proved at earlier looks.
+        rival : int
+            Largest count of another class; one bound has no use for it.
         """
-        proved = max(proved, int(np.searchsorted(self.success[:, look], k, side="right")))
-        last = look == len(self.looks) - 1
-        finished = last or proved == len(self.radii) or k <= int(self.hopeless[proved, look])
+        walks = [(self, k)] if self.rival is None else [(self, k), (self.rival, int(self.looks[look]) - rival)]
+        reached = [int(np.searchsorted(plan.success[:, look], count, side="right")) for plan, count in walks]
+        proved = max(proved, min(reached))
+        finished = proved == len(self.radii) or look == len(self.looks) - 1
+        finished = finished or any(count <= int(plan.hopeless[proved, look]) for plan, count in walks)
         if not proved:
             return Proof(0, finished)
-        return Proof(proved, finished, self.radii[proved - 1], float(self.thresholds[proved - 1]))
+        p_lower, *others = (float(plan.thresholds[proved - 1]) for plan, _ in walks)
+        return Proof(proved, finished, self.radii[proved - 1], p_lower, 1 - (others or [p_lower])[0])
+
+    def chosen(self, k: int, rival: int, draws: int) -> Self:
+        """Take two bounds where they would prove more if all draws had the shares of the selection draws.
+
+        Parameters
+        ----------
+        k, rival : int
+            Votes for the tested class, and for its strongest rival.
+        draws : int
+            Selection draws.
+
+        Returns
+        -------
+        SequentialPlan
+            Itself, with one bound, or the plan of two bounds at alpha / 2 each whose center fits these shares.
+        """
+        two = self._centered(k, rival, draws)
+        if two is None:
+            return self
+        k, rival = bounds.expected_counts(k, rival, draws, self.n)
+        last = len(self.looks) - 1
+        one_proved, two_proved = self.step(last, k, 0).proved, two.step(last, k, 0, rival).proved
+        # A minority can prove nothing by one bound, but may by two.
+        return two if two_proved > one_proved or (not one_proved and 2 * k < self.n) else self
+
+    def _centered(self, k: int, rival: int, draws: int) -> Self | None:
+        """The plan of two bounds that leaves both as much room; None where the center is that of one bound."""
+        shares = (np.array([k, rival]) + 0.5) / (draws + 1)  # which leaves shares of 0 and 1 finite quantiles
+        middle = norm.ppf(shares).mean() if self.law == "normal" else shares.mean() - 0.5
+        center = CENTER_STEP[self.law] * round(float(middle) / CENTER_STEP[self.law])
+        levels = np.asarray(self.radii) / self.sigma
+        provable = bounds.lower_confidence_bound(self.n, self.n, self.alpha / 2)
+        levels = levels[_thresholds(levels, self.law, -center) <= provable]
+        if center >= 0 or not len(levels):
+            return None
+        key = tuple(levels.tolist()), int(self.n), self.alpha / 2, self.law
+        plans = []
+        for own in (-center, center):
+            looks, success, hopeless, error = _tables(*key, own, tuple(self.looks.tolist()))
+            made = {"looks": looks, "success": success, "hopeless": hopeless, "error": error, "center": own}
+            plans.append(replace(self, radii=self.radii[: len(levels)], alpha=self.alpha / 2, **made))
+        return replace(plans[1], rival=plans[0])
 
 
 def sequential_plan(
@@ -138,7 +193,7 @@ def sequential_plan(
     radii: Sequence[float] | None = None,
     n: int = bounds.N,
     alpha: float = bounds.ALPHA,
-    law: bounds.Law = "normal",
+    law: Law = "normal",
 ) -> SequentialPlan:
     """Build the looks and boundaries for one noise level; equal questions are answered from a cache.
 
@@ -182,11 +237,11 @@ def sequential_plan(
     return SequentialPlan(kept, sigma, alpha, n, *_tables(levels, int(n), float(alpha), law), law)
 
 
-def plan_constants() -> dict[str, float]:
+def plan_constants() -> dict[str, float | dict[str, float]]:
     """The choices behind every plan: rows made under other ones must not be mixed in one table."""
     return {
         "look_ratio": LOOK_RATIO, "futility": FUTILITY, "grid_step": GRID_STEP, "early_share": _EARLY_SHARE,
-        "first_share": _FIRST_SHARE,
+        "first_share": _FIRST_SHARE, "center_step": CENTER_STEP,
     }  # fmt: skip
 
 
@@ -344,14 +399,26 @@ def _law_of_sum(law: NDArray[np.float64], block: NDArray[np.float64]) -> NDArray
     return total
 
 
-@lru_cache(maxsize=64)
+def _thresholds(levels: NDArray[np.float64], law: Law, center: float) -> NDArray[np.float64]:
+    """Probabilities that must be exceeded for radii in units of sigma: a_j, or 1 - b_j for the center -m."""
+    if law == "normal":
+        return norm.cdf(levels + center)
+    return np.asarray(bounds.needed_probability(levels, 1.0, law=law)) + center
+
+
+@lru_cache(maxsize=256)
 def _tables(
-    levels: tuple[float, ...], n: int, alpha: float, law: bounds.Law = "normal"
+    levels: tuple[float, ...],
+    n: int,
+    alpha: float,
+    law: Law = "normal",
+    center: float = 0.0,
+    looks: tuple[int, ...] | None = None,
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64], NDArray[np.float64]]:
     """Looks, success and futility boundaries, exact errors, for the thresholds of radii in units of sigma."""
-    thresholds = np.asarray(bounds.needed_probability(np.asarray(levels), 1.0, law=law))
+    thresholds = _thresholds(np.asarray(levels), law, center)
     first = np.array([_first_crossing(p, alpha) for p in thresholds])
-    looks = _looks(first, n)
+    looks = _looks(first, n) if looks is None else np.array(looks, dtype=np.int64)
     raw = np.array([_boundary(p, looks, start, alpha) for p, start in zip(thresholds, first, strict=True)])
     success = np.maximum.accumulate(raw, axis=0)
     error = np.array([crossing_probability(c, looks, p)[-1] for c, p in zip(success, thresholds, strict=True)])

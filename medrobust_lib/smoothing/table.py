@@ -109,7 +109,8 @@ def certify_dataset(
         Noisy copies at a time. Default: from the free memory; halved when memory runs out.
     **rules
         Fields of `Rules`: ``n0`` (100) and ``n`` (10,000) draws, ``alpha`` (0.001), ``sampling`` ("sequential"), \
-``mode`` ("predict"), ``radii`` (those of the perturbation: for pixel noise of PromptSmooth's tables).
+``mode`` ("predict"), ``radii`` (those of the perturbation: for pixel noise of PromptSmooth's tables), ``bounds`` \
+("two"; "one" to evaluate).
 
     Returns
     -------
@@ -117,7 +118,8 @@ def certify_dataset(
         One row per image, sigma and method, in this order, with columns dataset, image (index in the full
         split), label, model, method, guarantee, n_classes, perturbation, sigma (a text for a tuple), predicted (-1:
         abstain), radius, radius_tested (the largest that was asked for and can be certified), radius_reach (the
-        largest that n draws can certify), p_lower, k, n, n0, draws, alpha, sampling, mode, seed, what the methods
+        largest that n draws can certify), p_lower, p_upper, bounds, k, n, n0, draws, alpha, sampling, mode, seed, what
+        the methods
         are about, and seconds (of the image at this sigma, all methods together; the same in every row of it).
 
     Raises
@@ -191,7 +193,7 @@ def _certify_item(study: _Study, item: tuple[int, Sigma]) -> tuple[list[dict[str
     answers = _bank(study, [member for members in classifiers for member in members], pixels, stream)
     plans = [study.plans[sigma, len(members)] for members in classifiers for _ in members]
     tested = label if rules.mode == "evaluate" else None
-    verdicts = iter(take_votes(answers, plans, n0=rules.n0, label=tested))
+    verdicts = iter(take_votes(answers, plans, n0=rules.n0, label=tested, bounds=rules.bounds))
     rows = []
     for method, members in zip(study.methods, classifiers, strict=True):
         verdict = agreement([next(verdicts) for _ in members])
@@ -202,8 +204,8 @@ def _certify_item(study: _Study, item: tuple[int, Sigma]) -> tuple[list[dict[str
             "perturbation": study.perturbation.name,
             "sigma": level_in_words(sigma) if isinstance(sigma, tuple) else sigma,
             "predicted": verdict.predicted, "radius": verdict.radius, "radius_tested": plan.largest_radius,
-            "radius_reach": maximum_radius(plan.n, plan.alpha, plan.sigma, law=plan.law),
-            "p_lower": verdict.p_lower, "k": verdict.k, "n": verdict.n,
+            "radius_reach": maximum_radius(plan.n, plan.alpha, plan.sigma, law=plan.law), "p_lower": verdict.p_lower,
+            "p_upper": verdict.p_upper, "bounds": verdict.bounds, "k": verdict.k, "n": verdict.n,
             "n0": rules.n0, "draws": rules.n0 + verdict.n, "alpha": rules.alpha,
             "sampling": rules.sampling, "mode": rules.mode, "seed": study.seed, **method.about,
         })  # fmt: skip
@@ -252,6 +254,7 @@ def _manifest(study: _Study) -> dict[str, Any]:
         "device": model.device.type, "dataset": data.id, "split": data.split, "classes": list(data.classes),
         "methods": [method.record() for method in study.methods], "perturbation": study.perturbation.name,
         "n0": rules.n0, "n": rules.n, "alpha": rules.alpha, "sampling": rules.sampling, "mode": rules.mode,
+        "bounds": rules.bounds,
         "radii": [float(radius) for radius in rules.radii] if named else None,
         "boundaries": plan_constants() if sequential else None, "seed": study.seed,
     }  # fmt: skip

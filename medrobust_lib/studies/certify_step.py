@@ -19,7 +19,7 @@ from medrobust_lib.experiments import Metric
 from medrobust_lib.files import read_tensors, write_tensors
 from medrobust_lib.models.dual_encoder import DualEncoder
 from medrobust_lib.models.weights import explained_errors
-from medrobust_lib.smoothing.bounds import ALPHA, N0, N, check_alpha, check_draws, check_sigma
+from medrobust_lib.smoothing.bounds import ALPHA, N0, Bounds, N, check_alpha, check_draws, check_sigma
 from medrobust_lib.smoothing.certificate import GUARANTEES, Mode, Sampling
 from medrobust_lib.smoothing.denoisers import find_denoiser, load_denoiser
 from medrobust_lib.smoothing.methods import AdaptedPrompts, FixedPrompts, zero_shot_methods
@@ -63,7 +63,7 @@ class CertifyStep(Step):
     ----------
     sigmas : tuple of float
         Noise standard deviations, > 0, in [0, 1] pixel units; each is a cell of its own.
-    n0, n, alpha, sampling, mode
+    n0, n, alpha, sampling, mode, bounds
         As in `certify_dataset`.
     n_by_sigma : dict of float to int
         Another n for some of the noise levels.
@@ -82,10 +82,16 @@ class CertifyStep(Step):
     alpha: float = ALPHA
     sampling: Sampling = "sequential"
     mode: Mode = "predict"
+    bounds: Bounds | None = None
     radii: tuple[float, ...] = (0.0, 0.1, 0.25, 0.5)
     methods: tuple[PaperMethod, ...] = field(
         default=(), metadata={"takes": f"names, or {{NAME: {{shots: 4}}}}, of {', '.join(READS)}"}
     )
+
+    @property
+    def selects(self) -> bool:
+        """Whether selection draws choose a class, or between one bound and two."""
+        return self.mode == "predict" or self.bounds == "two"
 
     def draws_of(self, sigma: float) -> int:
         """The n of a noise level."""
@@ -102,8 +108,10 @@ class CertifyStep(Step):
         for sigma in self.sigmas:
             check_sigma(sigma)
             check_draws(self.draws_of(sigma), self.alpha)
-        least = int(self.mode == "predict")
-        checks.check_whole("n0", self.n0, least=least, hint=": at least one draw chooses the class" if least else "")
+        least = int(self.selects)
+        what = "the class" if self.mode == "predict" else "between one bound and two"
+        hint = f": at least one draw chooses {what}" if least else ""
+        checks.check_whole("n0", self.n0, least=least, hint=hint)
         if min(self.radii) < 0:
             raise StudyError(f"radii={list(self.radii)}: radii are 0 or more")
         for method in self.methods:
@@ -143,7 +151,7 @@ class CertifyCell(Cell):
     @property
     def most_draws(self) -> int:
         """Draws of one image, selection draws included; sequential sampling stops earlier."""
-        return (self.step.n0 if self.step.mode == "predict" else 0) + self.parameters["n"]
+        return (self.step.n0 if self.step.selects else 0) + self.parameters["n"]
 
     def unanimous_draws(self) -> float:
         """Expected draws of an image whose noisy copies all get the same answer, in sequential sampling."""
@@ -180,7 +188,7 @@ class CertifyCell(Cell):
         learning = self._splits() if any(one.learns for one in step.methods) else None
         data = learning.test if learning else self.images()
         notes = self._learned_from(learning)
-        rules = {name: self.parameters[name] for name in ("n0", "n", "alpha", "sampling", "mode", "radii")}
+        rules = {name: self.parameters[name] for name in ("n0", "n", "alpha", "sampling", "mode", "bounds", "radii")}
         rules |= {"sigmas": [sigma], "seed": seed, **workers._asdict()}
         one_tower = [one for one in step.methods if one.method != RETRAINED]
         methods = zero_shot_methods(model, data)

@@ -19,7 +19,7 @@ PAIRED, UNPAIRED = "paired", "unpaired"
 _IMAGE_COLUMNS = {"image", "label", "predicted", "dataset", "model"}
 # What may differ between two runs and must then be told, or tells two results of one run apart.
 _SETTINGS = (
-    "n_images", "draw", "n0", "n", "n_draws", "alpha", "sampling", "mode", "radii", "methods",
+    "n_images", "draw", "n0", "n", "n_draws", "alpha", "sampling", "mode", "bounds", "radii", "methods",
     "suite", "severities", "dtype",
 )  # fmt: skip
 _CIRCUMSTANCES = ("dtype", "commit", "python", "torch", "medrobust-lib", "open_clip_torch", "transformers", "numpy")

@@ -31,7 +31,7 @@ def test_the_certificate_is_that_of_certify(model, data, texts, index, sigma):
     expected = certify(
         PromptClassifier(model, texts), model.prepare(data.images[index : index + 1])[0], sigma=sigma,
         n0=FEW_N0, n=FEW_N,
-        alpha=ALPHA, seed=3, dataset=data.id, index=int(data.indices[index]),
+        alpha=ALPHA, bounds="one", seed=3, dataset=data.id, index=int(data.indices[index]),
     )  # fmt: skip
     assert (verdict.predicted, verdict.k, verdict.n) == (expected.predicted, expected.k, expected.n)
     assert verdict.radius == pytest.approx(expected.radius)

@@ -82,6 +82,8 @@ def test_a_certificate_records_how_it_was_made():
         "predicted": 0,
         "radius": pytest.approx(found.composite.radius),
         "p_lower": lower_confidence_bound(50, 50, 0.01),
+        "p_upper": 1 - lower_confidence_bound(50, 50, 0.01),
+        "bounds": "one",
         "k": 50,
         "n": 50,
         "n0": 12,
@@ -278,9 +280,8 @@ def test_a_corrected_certificate_stands_beside_the_composite_one():
     corrected = found.corrected
     assert corrected.p_lower == pytest.approx(0.680563, abs=1e-6)
     assert corrected.radius == pytest.approx(0.2346, abs=5e-5)
-    assert corrected == dataclasses.replace(
-        found.composite, guarantee="corrected", p_lower=corrected.p_lower, radius=corrected.radius
-    )
+    bounds = {"p_lower": corrected.p_lower, "p_upper": 1 - corrected.p_lower}
+    assert corrected == dataclasses.replace(found.composite, guarantee="corrected", radius=corrected.radius, **bounds)
     assert found.assumption == model.assumption
     lines = str(found).splitlines()
     assert any(line.startswith("without any assumption: 'yes' within L2 radius 0.2803") for line in lines)

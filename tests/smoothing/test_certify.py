@@ -62,11 +62,43 @@ def test_fixed_sampling_is_the_published_procedure(image, share):
     classifier = brighter_than(of_mean_pixel(image, SIGMA, share))
     numbers = {"sigma": SIGMA, "n0": 50, "n": 400, "alpha": 0.001}
     predicted, radius, p_lower, k = cohen_certify(classifier, image, **numbers)
-    found = certify(classifier, image, **numbers, **ADDRESS)
+    found = certify(classifier, image, **numbers, bounds="one", **ADDRESS)
     assert (found.predicted, found.k, found.n, found.n0) == (predicted, k, 400, 50)
+    assert (found.bounds, found.p_upper) == ("one", 1 - found.p_lower)
+    # Two classes leave nothing to bound a second time.
+    assert certify(classifier, image, **numbers, bounds="two", **ADDRESS) == found
     assert found.radius == pytest.approx(radius, abs=1e-12)
     assert found.p_lower == pytest.approx(p_lower, abs=1e-12)
     assert found.abstained == (predicted == -1)
+
+
+@pytest.mark.parametrize("n_classes", [3, 5])
+def test_one_bound_is_the_published_procedure_for_many_classes_too(image, n_classes):
+    numbers = {"sigma": SIGMA, "n0": 50, "n": 400, "alpha": 0.001}
+    edges = torch.tensor([of_mean_pixel(image, SIGMA, 0.7), of_mean_pixel(image, SIGMA, 0.15)])
+    for classifier in (bands(image, SIGMA, n_classes), lambda x: torch.bucketize(x.flatten(1).mean(1), edges)):
+        found = certify(classifier, image, **numbers, bounds="one", **ADDRESS)
+        assert (found.predicted, found.radius, found.p_lower, found.k) == cohen_certify(classifier, image, **numbers)
+
+
+@pytest.mark.parametrize("sampling", ["fixed", "sequential"])
+def test_two_bounds_certify_an_answer_below_one_half(image, sampling):
+    """Class 1 has .45, of nine others none more than .07: the first bound alone proves nothing."""
+    edges = [of_mean_pixel(image, SIGMA, 1 - share) for share in (0.07, 0.14, 0.21, 0.28, 0.73, 0.8, 0.86, 0.93)]
+
+    def classifier(pixels):
+        return torch.bucketize(pixels.flatten(1).mean(1), torch.tensor(edges))
+
+    numbers = {"sigma": SIGMA, "n": 1000, "sampling": sampling, **ADDRESS}
+    radii = [0.05, 0.1, 0.15, 0.3] if sampling == "sequential" else None
+    one, two = (certify(classifier, image, **numbers, radii=radii, bounds=bounds) for bounds in ("one", None))
+    assert one.abstained
+    assert (two.predicted, two.bounds) == (4, "two")
+    assert 0.1 <= two.radius < SIGMA / 2 * (norm.ppf(0.45) - norm.ppf(0.07))
+    assert two.p_lower < 0.45
+    assert 0.07 < two.p_upper < two.p_lower
+    assert two.radius <= SIGMA / 2 * (norm.ppf(two.p_lower) - norm.ppf(two.p_upper)) + 1e-12
+    assert f"prove a probability above {str(two.p_lower)[:6]}, and below " in str(two)
 
 
 def test_the_true_radius_is_approached_from_below(image):
@@ -218,6 +250,21 @@ def test_evaluate_mode_tests_the_given_label_without_selection(image):
     assert certify(classifier, image, sigma=SIGMA, n0=0, n=500, label=1, **ADDRESS) == right
 
 
+def test_two_bounds_of_a_known_label_take_selection_draws_for_the_choice_alone(image):
+    seen = []
+
+    def classifier(pixels):
+        seen.append(len(pixels))
+        return torch.arange(len(pixels)) % 5 // 2  # .4, .4, .2: selection would take class 0
+
+    numbers = {"sigma": SIGMA, "n0": 100, "n": 2000, "label": 2, "batch_size": 10_000, **ADDRESS}
+    assert (certify(classifier, image, **numbers).bounds, seen) == ("one", [2000])
+    two = certify(classifier, image, **numbers, bounds="two")
+    assert seen[1:] == [100, 2000]
+    assert (two.mode, two.n0, two.draws, two.k, two.predicted) == ("evaluate", 100, 2100, 400, ABSTAIN)
+    assert two.bounds == "two"
+
+
 # Records and words
 
 
@@ -240,6 +287,8 @@ def test_a_certificate_records_how_it_was_made(image):
         "predicted": 1,
         "radius": 0.1,
         "p_lower": pytest.approx(norm.cdf(0.4)),
+        "p_upper": pytest.approx(norm.cdf(-0.4)),
+        "bounds": "one",
         "n0": 20,
         "n_max": 200,
         "alpha": 0.01,
@@ -281,6 +330,9 @@ def test_the_words_never_promise_more_than_the_numbers(image):
     text = str(dataclasses.replace(certificate, p_lower=0.99996, radius=0.98599))
     assert "a probability above 0.9999." in text
     assert "within L2 radius 0.9859 of" in text
+    assert "for every other class" not in text
+    text = str(dataclasses.replace(certificate, bounds="two", p_lower=0.41236, p_upper=0.21231))
+    assert "prove a probability above 0.4123, and below 0.2124 for every other class. Guarantee" in text
     certificate = certify(constant(1), image, sigma=SIGMA, n=100, sampling="sequential", radii=[0.3])
     assert "within L2 radius 0.3 of" in str(certificate)
 
@@ -296,6 +348,12 @@ def test_an_abstention_promises_nothing(image):
     assert text.startswith("abstain: ")
     assert "radius" not in text
     assert "Guarantee" not in text
+
+
+def test_an_abstention_of_two_bounds_says_what_they_lack(image):
+    text = str(certify(bands(image, SIGMA, 9), image, sigma=SIGMA, n=100, **ADDRESS))
+    assert "prove no lead over every other class" in text
+    assert "radius" not in text
 
 
 def test_certify_is_a_public_name():
@@ -367,6 +425,8 @@ def test_predict_is_wrong_no_more_often_than_alpha(image):
         ({"sigma": float("nan")}, "sigma=nan"),
         ({"sampling": "adaptive"}, "unknown sampling 'adaptive'; choose one of fixed, sequential"),
         ({"n0": 0}, "n0=0: choosing a class takes at least one selection draw"),
+        ({"bounds": "three"}, "unknown bounds 'three'; choose one of one, two"),
+        ({"bounds": "two", "label": 0, "n0": 0}, "n0=0: choosing between one bound and two takes at least one"),
         ({"label": -1}, "label=-1: the known label is a class, 0 or higher"),
         ({"batch_size": 0}, "batch_size=0: at least one noisy copy"),
         ({"sampling": "sequential", "radii": [-0.1]}, r"certified radii are finite and >= 0"),

@@ -7,12 +7,12 @@ Phi((w.x + b) / (sigma ||w||)), and its smoothed answer changes exactly at the d
 import numpy as np
 import pytest
 import torch
-from scipy.stats import binomtest, norm
+from scipy.stats import binomtest, multinomial, norm
 
 from medrobust_lib.smoothing import bounds
 from medrobust_lib.smoothing.certificate import ABSTAIN, GUARANTEES
 from medrobust_lib.smoothing.certify import FixedPlan, Rules, Verdict, certify, take_votes
-from medrobust_lib.smoothing.sequential import Proof, operating_characteristics
+from medrobust_lib.smoothing.sequential import Proof, operating_characteristics, sequential_plan
 
 ALPHA = 0.05  # far larger than in use, so that a few thousand cases can tell a broken bound
 N, N0, SIGMA = 300, 30, 0.5
@@ -78,14 +78,14 @@ def test_certificates_are_false_no_more_often_than_alpha(sampling, mode):
 class UnboundedPlan(FixedPlan):
     """Broken on purpose: trusts the share of votes."""
 
-    def step(self, look, k, proved):
+    def step(self, look, k, proved=0, rival=0):
         return Proof(k > self.n / 2, True, bounds.certified_radius(k / self.n, self.sigma), k / self.n)
 
 
 class TwiceAlphaPlan(FixedPlan):
     """Broken on purpose: the lower end of a two-sided interval at the wrong alpha."""
 
-    def step(self, look, k, proved):
+    def step(self, look, k, proved=0, rival=0):
         return FixedPlan(self.sigma, self.n, 2 * self.alpha).step(look, k, proved)
 
 
@@ -96,7 +96,7 @@ class RepeatedPlan(FixedPlan):
     def looks(self):
         return tuple(range(20, self.n + 1, 20))
 
-    def step(self, look, k, proved):
+    def step(self, look, k, proved=0, rival=0):
         found = super().step(look, k, proved)
         return found._replace(finished=bool(found.proved) or look == len(self.looks) - 1)
 
@@ -240,3 +240,115 @@ def test_adaptation_inside_the_base_classifier_is_certified_for_what_it_is():
     certificate = certify(per_sample, at(0.9), sigma=0.25, n=1000)
     assert certificate.predicted == 1
     assert 0.3 < certificate.radius <= 0.4  # the true distance to the change at 0.5 is 0.4
+
+
+# Two bounds
+
+
+TWO_N = 30
+
+
+@pytest.fixture(scope="module")
+def trinomial():
+    """Every outcome of 30 draws of three classes, and true probabilities: a grid, and ties for the first place."""
+    outcomes = np.array([(a, b, TWO_N - a - b) for a in range(TWO_N + 1) for b in range(TWO_N + 1 - a)])
+    grid = np.array([(a, b, 40 - a - b) for a in range(41) for b in range(41 - a)]) / 40
+    return outcomes, grid, np.array([multinomial.pmf(outcomes, TWO_N, p) for p in grid])
+
+
+def proofs_of(plan, outcomes):
+    return [plan.step(0, int(k), 0, int(max(others))) for k, *others in outcomes]
+
+
+@pytest.mark.parametrize("law", ["normal", "exponential"])
+def test_two_fixed_bounds_fail_with_probability_at_most_alpha_exactly(trinomial, law):
+    outcomes, grid, chances = trinomial
+
+    def worst(alpha):
+        proofs = proofs_of(FixedPlan(1.0, TWO_N, alpha, law, "two"), outcomes)
+        lower, upper, radius = (
+            np.array([getattr(p, name) for p in proofs]) for name in ("p_lower", "p_upper", "radius")
+        )
+        assert np.all(upper <= 1 - lower)
+        true, second = grid[:, :1], grid[:, 1:].max(axis=1, keepdims=True)
+        false_bound = (lower > true) | (upper < second)
+        false_ball = radius > bounds.certified_radius(true, 1.0, p_upper=second, law=law) + 1e-12
+        assert not np.any(false_ball & ~false_bound)
+        return [(chances * false).sum(axis=1).max() for false in (false_bound, false_ball)]
+
+    for found in worst(ALPHA):
+        assert 0.2 * ALPHA < found <= ALPHA
+    assert worst(2 * ALPHA)[0] > ALPHA, "a whole alpha for each of the two is too much"
+
+
+@pytest.mark.parametrize("law", ["normal", "exponential"])
+def test_selection_that_sees_the_counts_takes_the_rule_with_the_larger_radius(trinomial, law):
+    outcomes, *_ = trinomial
+    one = FixedPlan(1.0, TWO_N, ALPHA, law)
+    two = FixedPlan(1.0, TWO_N, ALPHA, law, "two")
+    rules = set()
+    for (k, *others), by_one, by_two in zip(outcomes, proofs_of(one, outcomes), proofs_of(two, outcomes), strict=True):
+        chosen = one.chosen(int(k), int(max(others)), TWO_N)
+        assert chosen.step(0, int(k), 0, int(max(others))).radius == max(by_one.radius, by_two.radius)
+        rules.add((chosen.bounds, by_one.radius > 0, by_two.radius > 0))
+    assert {("one", True, True), ("two", True, True), ("two", False, True)} <= rules
+
+
+@pytest.mark.parametrize("law", ["normal", "exponential"])
+@pytest.mark.parametrize(("n0", "n"), [(1, 30), (2, 31), (7, 100), (100, 1000)])
+def test_two_classes_have_no_use_for_a_second_bound(n0, n, law):
+    fixed = FixedPlan(SIGMA, n, ALPHA, law)
+    sequential = sequential_plan(sigma=SIGMA, radii=RADII, n=n, alpha=ALPHA, law=law)
+    for plan in (fixed, sequential):
+        assert all(plan.chosen(k, n0 - k, n0) is plan for k in range(n0 + 1))
+
+
+def of_many(p, rng):
+    """Answers of a classifier with these probabilities, the last of which is for no class."""
+
+    def answers(role, first, count, positions):
+        drawn = rng.choice(len(p), size=count, p=p)
+        return [torch.from_numpy(np.where(drawn == len(p) - 1, -1 - drawn % 3, drawn)) for _ in positions]
+
+    return answers
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("sampling", SAMPLINGS)
+def test_certificates_by_two_bounds_are_false_no_more_often_than_alpha(sampling, mode):
+    """Nine classes and no class, two or more of them close; no class, too, must never be first."""
+    rng, plan, wrong, by_two = np.random.default_rng(9), plan_of(sampling), 0, 0
+    for case in range(700):
+        shares = rng.dirichlet(np.full(10, 0.5))
+        shares = np.sort(shares)[::-1]
+        if case % 2:  # the worst case: two are equal
+            shares[:2] = shares[:2].mean()
+        rng.shuffle(shares)
+        label = int(rng.integers(9)) if mode == "evaluate" else None
+        (verdict,) = take_votes(of_many(shares, rng), [plan], n0=N0, label=label, bounds="two")
+        by_two += verdict.bounds == "two"
+        if verdict.predicted != ABSTAIN:
+            true = shares[verdict.predicted]
+            second = np.delete(shares, verdict.predicted).max()
+            wrong += true <= second or verdict.radius > SIGMA / 2 * (norm.ppf(true) - norm.ppf(second))
+    assert more_often_than_alpha(wrong, 700) > 0.01
+    assert by_two > 100
+
+
+@pytest.mark.parametrize("sampling", SAMPLINGS)
+def test_answers_that_are_no_class_are_one_rival(sampling):
+    rng, plan = np.random.default_rng(10), plan_of(sampling)
+
+    def certified(p):
+        return [take_votes(of_many(p, rng), [plan], n0=200, label=0, bounds="two")[0] for _ in range(40)]
+
+    # .4 for class 0; what is left goes to eight classes, or is spread over three labels below 0.
+    spread, together = certified([0.4, *[0.07] * 8, 0.04]), certified([0.4, *[0.02] * 8, 0.44])
+    assert all(verdict.predicted == 0 and verdict.bounds == "two" for verdict in spread)
+    assert sum(verdict.predicted == 0 for verdict in together) <= 40 * 3 * ALPHA
+
+
+def test_classes_that_were_never_seen_are_rivals_without_votes():
+    proof = FixedPlan(SIGMA, 200, ALPHA, bounds="two").step(0, 60, 0, 0)
+    assert proof.proved
+    assert proof.p_upper == bounds.upper_confidence_bound(0, 200, ALPHA / 2) > 0

@@ -75,6 +75,10 @@ def test_agreement_takes_the_weakest():
     assert agreement([strong, weak]) == Verdict(predicted=2, radius=0.1, p_lower=0.6, k=70, n=120)
     other = Verdict(predicted=1, radius=0.3, p_lower=0.8, k=80, n=90)
     assert agreement([strong, other]).predicted == ABSTAIN
+    rest = [Verdict(predicted=1, p_lower=0.4, p_upper=upper, bounds="two") for upper in (0.3, 0.2)]
+    assert agreement(rest) == rest[0]
+    apart = agreement([rest[0], Verdict(predicted=2, radius=0.1, p_lower=0.6, p_upper=0.4)])
+    assert (apart.predicted, apart.p_lower, apart.p_upper) == (ABSTAIN, 0.4, 0.4)
     nothing = Verdict(predicted=ABSTAIN, radius=0.0, p_lower=0.0, k=3, n=12)
     assert agreement([strong, nothing]).predicted == agreement([nothing, nothing]).predicted == ABSTAIN
 

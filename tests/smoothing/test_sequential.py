@@ -4,10 +4,11 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from scipy.stats import binom, norm
+from scipy.stats import binom, binomtest, norm
 
 from medrobust_lib.smoothing import sequential
 from medrobust_lib.smoothing.bounds import (
+    certified_radius,
     lower_confidence_bound,
     maximum_radius,
     minimum_count,
@@ -306,6 +307,91 @@ def test_futility_stops_cost_little_power_and_no_error():
         assert draws <= longest
 
 
+# --- two bounds
+
+
+LAWS = {"normal": 0.25, "exponential": 20.0}
+
+
+def two_bounds(law="normal", *, k=40, rival=10, n=1000, alpha=ALPHA, levels=(0, 0.1, 0.25, 0.5, 1)):
+    sigma = LAWS[law]
+    return sequential_plan(sigma=sigma, radii=[x * sigma for x in levels], n=n, alpha=alpha, law=law).chosen(
+        k, rival, 100
+    )
+
+
+@pytest.mark.parametrize("law", LAWS)
+def test_both_thresholds_of_a_radius_prove_it_and_no_more(law):
+    plan = two_bounds(law)
+    assert (plan.bounds, plan.center < 0, plan.rival.center) == ("two", True, -plan.center)
+    a, b = plan.thresholds, 1 - plan.rival.thresholds
+    assert np.all(np.diff(a) > 0)
+    assert np.all(np.diff(b) < 0)
+    assert a[0] == pytest.approx(b[0])
+    np.testing.assert_allclose(certified_radius(a[1:], plan.sigma, p_upper=b[1:], law=law), plan.radii[1:])
+
+
+@pytest.mark.parametrize("law", LAWS)
+@pytest.mark.parametrize("alpha", [0.05, ALPHA])
+def test_each_of_the_two_boundaries_has_half_of_alpha(law, alpha):
+    plan = two_bounds(law, alpha=alpha)
+    for side in (plan, plan.rival):
+        crossed = worst_crossings(side)
+        assert 0.2 * alpha < crossed.max() <= alpha / 2
+        assert np.all(np.diff(side.success, axis=0) >= 0)
+        np.testing.assert_array_equal(side.looks, plan.looks)
+
+
+def test_a_center_of_zero_is_the_one_bound_with_the_whole_of_alpha():
+    plan = sequential_plan(sigma=0.25, radii=RADII, n=1000)
+    assert plan.chosen(70, 30, 100) is plan
+    assert plan.chosen(100, 0, 100) is plan
+    assert (plan.bounds, plan.center) == ("one", 0.0)
+    assert plan.chosen(80, 3, 100).bounds == "two"
+    assert sequential_plan(sigma=0.25, radii=[0], n=1000).chosen(80, 3, 100).bounds == "one", "no radius to gain"
+
+
+@pytest.mark.parametrize("law", LAWS)
+@pytest.mark.parametrize("true", ["level", "behind", "far"])
+def test_nine_classes_at_the_worst_case_are_claimed_falsely_no_more_often_than_alpha(law, true):
+    """Without futility stops; false are claims about class 0 whose thresholds it, or a rival, does not meet."""
+    alpha, n, trials = 0.05, 300, 1500
+    shares = {"k": 11, "rival": 11} if true == "level" else {"k": 45, "rival": 10}
+    plan = two_bounds(law, **shares, n=n, alpha=alpha, levels=(0, 0.05, 0.1, 0.2, 0.4))
+    plan = replace(without_futility(plan), rival=without_futility(plan.rival))
+    a, b = plan.thresholds, 1 - plan.rival.thresholds
+    p = {
+        "level": np.full(9, 1 / 9),  # the center is there
+        "behind": np.array([0.9 - b[2], b[2], *[0.1 / 7] * 7]),  # one rival just at the third radius
+        "far": np.array([a[2], *[(1 - a[2]) / 8] * 8]),  # class 0 just at the third radius, no rival near it
+    }[true]
+    wrong_from = int(np.argmax((p[0] <= a + 1e-12) | (p[1:].max() >= b - 1e-12))) + 1
+    rng = np.random.default_rng(11)
+    walks = np.cumsum(
+        rng.multinomial(np.diff(plan.looks, prepend=0)[:, None], p, size=(len(plan.looks), trials)), axis=0
+    )
+    wrong = 0
+    for trial in range(trials):
+        proved = 0
+        for look, (k, *others) in enumerate(walks[:, trial].tolist()):
+            proved, finished, *_ = plan.step(look, k, proved, max(others))
+            if finished:
+                break
+        wrong += proved >= wrong_from
+    assert binomtest(wrong, trials, alpha, alternative="greater").pvalue > 0.01
+    assert true == "level" or wrong > 0
+
+
+def test_a_hopeless_rival_stops_as_a_hopeless_class_does():
+    plan = two_bounds()
+    look = len(plan.looks) // 2
+    draws = int(plan.looks[look])
+    k = draws // 2
+    assert not plan.step(look, k, 0, 0).finished or plan.step(look, k, 0, 0).proved == len(plan.radii)
+    stopped = plan.step(look, k, 0, draws - k)
+    assert (stopped.proved, stopped.finished) == (0, True)
+
+
 # --- the plan as an object
 
 
@@ -314,8 +400,8 @@ def test_a_count_that_is_hopeless_stops_without_proving_anything():
     look = 5
     hopeless = int(plan.hopeless[0, look])
     assert 0 <= hopeless < plan.looks[look] / 2
-    assert plan.step(look, hopeless, 0) == (0, True, 0.0, 0.0)
-    assert plan.step(look, hopeless + 1, 0) == (0, False, 0.0, 0.0)
+    assert plan.step(look, hopeless, 0) == (0, True, 0.0, 0.0, 1.0)
+    assert plan.step(look, hopeless + 1, 0) == (0, False, 0.0, 0.0, 1.0)
 
 
 def test_the_last_look_finishes_whatever_the_count():
@@ -332,7 +418,7 @@ def test_proving_the_largest_radius_finishes():
     plan = sequential_plan(sigma=1, radii=[0.25])
     look = int(np.flatnonzero(plan.success[-1] <= plan.looks)[0])
     k = int(plan.success[-1, look])
-    assert plan.step(look, k, 0) == (2, True, 0.25, pytest.approx(norm.cdf(0.25)))
+    assert plan.step(look, k, 0) == (2, True, 0.25, pytest.approx(norm.cdf(0.25)), pytest.approx(norm.cdf(-0.25)))
     assert plan.step(look, k - 1, 0)[0] < 2
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from scipy.stats import norm
 from torch.nn import functional
 
 import medrobust_lib as mr
@@ -40,6 +41,8 @@ COLUMNS = [
         "radius_tested",
         "radius_reach",
         "p_lower",
+        "p_upper",
+        "bounds",
         "k",
         "n",
         "n0",
@@ -252,6 +255,23 @@ def test_a_model_and_data_alone_give_the_zero_shot_methods_at_a_quarter():
     table = mr.certify_dataset(model, phantoms, n=20)
     assert list(table.method) == ["zero-shot", "zero-shot ensemble"]
     assert (table.sigma == 0.25).all() and (table.sampling == "sequential").all()
+
+
+@pytest.mark.parametrize("sampling", ["fixed", "sequential"])
+def test_rows_say_by_how_many_bounds_they_were_proved(data, sampling):
+    numbers = {**NUMBERS, "sigmas": [0.25], "n": 500, "radii": (0, 0.005, 0.01, 0.05), "sampling": sampling}
+    one, two, evaluated, asked = (
+        certify_dataset(ColourEncoder(), data, [prompts()], **numbers, **change)
+        for change in ({"bounds": "one"}, {}, {"mode": "evaluate"}, {"mode": "evaluate", "bounds": "two"})
+    )
+    assert (one.bounds == "one").all() and (evaluated.bounds == "one").all()
+    assert ((evaluated.n0 == 0) & (asked.n0 == 20)).all()
+    rival = two[two.bounds == "two"]
+    assert len(rival) > 0 and len(asked[asked.bounds == "two"]) > 0
+    assert_same(two[two.bounds == "one"], one[two.bounds == "one"])
+    ahead = rival[rival.predicted != ABSTAIN]
+    np.testing.assert_allclose(ahead.radius, 0.25 / 2 * (norm.ppf(ahead.p_lower) - norm.ppf(ahead.p_upper)), atol=1e-12)
+    assert (ahead.radius >= one.radius[ahead.index]).all() and len(ahead) > 0
 
 
 def test_repeated_sigmas_count_once_and_a_fine_grid_of_radii_may_be_asked_for(encoder, data, tmp_path):
@@ -559,6 +579,7 @@ def other_mean():
         ({"n0": 21}, "n0: the store has 20, this run asks 21"),
         ({"alpha": 0.01}, "alpha: the store has 0.05, this run asks 0.01"),
         ({"seed": 1}, "seed: the store has 0, this run asks 1"),
+        ({"bounds": "one"}, 'bounds: the store has "two", this run asks "one"'),
         ({"mode": "evaluate"}, 'mode: the store has "predict", this run asks "evaluate"'),
         ({"sampling": "fixed"}, 'sampling: the store has "sequential", this run asks "fixed"'),
         ({"radii": (0, 0.1)}, "radii: the store has [0.0, 0.1, 0.25], this run asks [0.0, 0.1]"),

@@ -68,6 +68,19 @@ def test_every_noise_level_may_have_its_own_n(study_file):
     assert (small.most_draws, large.most_draws) == (1100, 2100)
 
 
+@pytest.mark.parametrize(
+    ("settings", "draws", "bounds"),
+    [("", 1100, None), ("bounds: one", 1100, "one"), ("mode: evaluate", 1000, None),
+     ("mode: evaluate, bounds: two", 1100, "two")],
+)  # fmt: skip
+def test_the_number_of_bounds_is_a_parameter_of_the_cell_and_may_cost_selection_draws(
+    study_file, settings, draws, bounds
+):
+    steps = f"steps: [{{certify: {{sigmas: [0.1], n: 1000, {settings}}}}}]\n"
+    (cell,) = study_cells(read_study(study_file(HEAD + steps)))
+    assert (cell.most_draws, cell.parameters["bounds"]) == (draws, bounds)
+
+
 LEARNING = """
 datasets: [phantom/chest, phantom/blood]
 models: [demo-clip]

@@ -52,6 +52,8 @@ def test_a_notebook_may_be_written_as_a_number_and_repeats_only_over_what_it_has
         (HEAD + "steps: [{certify: {sigmas: [64]}}]\n", r"step 1, certify: sigma=64.*divide .* by 255"),
         (HEAD + "steps: [{certify: {sigmas: [0.1], n: 5}}]\n", r"n=5 draws can never certify at alpha=0.001"),
         (HEAD + "steps: [{certify: {sigmas: [0.1], sampling: seq}}]\n", r"sampling='seq': give one of fixed, "),
+        (HEAD + "steps: [{certify: {sigmas: [0.1], bounds: three}}]\n", r"bounds='three': give one of one, two"),
+        (HEAD + CERTIFY + "mode: evaluate, bounds: two, n0: 0}}]\n", r"n0=0 .*one draw chooses between one bound"),
         (HEAD + "steps: [{certify: {sigmas: [0.1], radii: [-1]}}]\n", r"radii are 0 or more"),
         (HEAD + CERTIFY + "methods: [coop]}}]\n", r"method 'coop'.*CoOp"),
         (HEAD + CERTIFY + "methods: [{CoOp: {shots: 0}}]}}]\n", r"step 1, certify: methods: shots=0"),
