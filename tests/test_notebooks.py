@@ -26,6 +26,7 @@ SHORTER = {  # notebooks that keep a stricter rule, one a line
     "04": 15,
     "05": 15,
     "06": 15,
+    "08": 15,
 }
 NEEDS_GUARD = re.compile(r"^\s*(?:import|from)\s+(torchvision|timm|open_clip|peft|transformers)\b", re.MULTILINE)
 

@@ -169,9 +169,9 @@ class Perturbation:
         return any(corruption.function.__name__ in self.counterparts for corruption in rows)
 
     def covers(self, theta: Sequence[float], radius: float, sigma: Sigma) -> bool:
-        """Whether theta lies in the certified region of a radius."""
+        """Whether theta lies in the certified region of a radius, whose rim counts, as in certified accuracy."""
         scales = sigma if isinstance(sigma, tuple) else (1.0,)
-        inside = math.hypot(*(value / scale for value, scale in zip(theta, scales, strict=True))) < radius
+        inside = math.hypot(*(value / scale for value, scale in zip(theta, scales, strict=True))) <= radius
         return inside and (self.law == "normal" or min(theta) >= 0)
 
     def reach(self, radius: float, sigma: Sigma, *, dataset: str = "") -> str:
