@@ -91,8 +91,8 @@ class Perturbation:
         """Refuse images [3, H, W] that are too small to be transformed."""
 
     def draw_into(self, row: Tensor, sigma: Sigma, generator: torch.Generator) -> None:
-        """Fill the parameters of one copy, float32 of `shape`."""
-        for place, level in enumerate(sigma if isinstance(sigma, tuple) else (sigma,)):
+        """Fill the parameters of one copy, float32 of `shape`; one number is the sigma of each of them."""
+        for place, level in enumerate(sigma if isinstance(sigma, tuple) else (sigma,) * len(row)):
             if self.law == "exponential" and level:
                 row[place : place + 1].exponential_(1 / level, generator=generator)
             else:
@@ -125,21 +125,29 @@ class Perturbation:
             if (function := corruption.function.__name__) in self.counterparts
         }
         if not found:
-            knowing = [other.id for other in SUITES.values() if self._knows(other)]
-            where = f"; {' and '.join(knowing)} has some" if knowing else ", and no suite has one"
+            knowing = " and ".join(filter(None, map(self._known_to, SUITES.values())))
+            where = f"; choose {knowing}" if knowing else ", and no suite has one"
             on = f" on {dataset}" if dataset else ""
             raise ValueError(f"suite {suite.id}{on} has no corruption of the family {self.name!r}{where}")
         return found
 
-    def _knows(self, suite: Suite) -> bool:
-        rows = (corruption for family in suite.families.values() for corruption in family)
-        return any(corruption.function.__name__ in self.counterparts for corruption in rows)
+    def _known_to(self, suite: Suite) -> str:
+        """A suite that has corruptions of this family, with the kinds of data sets that have them; empty for none."""
+        own = [
+            kind for kind, rows in suite.families.items() if any(r.function.__name__ in self.counterparts for r in rows)
+        ]
+        return f"{suite.id} for {', '.join(own)}" if any(own) else suite.id if own else ""
 
     def covers(self, theta: Sequence[float], radius: float, sigma: Sigma) -> bool:
-        """Whether theta lies in the certified region of a radius."""
-        scales = sigma if isinstance(sigma, tuple) else (1.0,)
-        inside = math.hypot(*(value / scale for value, scale in zip(theta, scales, strict=True))) < radius
-        return inside and (self.law == "normal" or min(theta) >= 0)
+        """Whether theta lies in the certified region of a radius.
+
+        Several exponential parameters: densities multiply, so it is the sum of the shifts that counts.
+        """
+        scales = sigma if isinstance(sigma, tuple) else (1.0,) * len(theta)
+        levels = [value / scale for value, scale in zip(theta, scales, strict=True)]
+        if self.law == "exponential":
+            return min(levels) >= 0 and sum(levels) < radius
+        return math.hypot(*levels) < radius
 
     def reach(self, radius: float, sigma: Sigma, *, dataset: str = "") -> str:
         """The suites' severities within a radius, in words; empty where no suite has a corruption of this family.
@@ -319,7 +327,7 @@ class Blur(Perturbation):
             size = " x ".join(map(str, image[-2:]))
             raise ValueError(
                 f"sigma={sigma:g}: a blur of so many square pixels is {width:.0f} pixels wide, the image has {size}; "
-                f"take sigma up to {(min(image[-2:]) / 6) ** 2:.2g}"
+                f"take sigma up to {rounded_down((min(image[-2:]) / 6) ** 2)}"
             )
 
     def apply(self, pixels: Tensor, theta: Tensor) -> Tensor:
@@ -367,7 +375,7 @@ def find_perturbation(perturbation: str | Perturbation) -> Perturbation:
 
 def as_level(sigma: Any) -> Sigma:
     """A noise level as a float, or as a tuple of floats."""
-    return float(sigma) if np.isscalar(sigma) else tuple(float(level) for level in sigma)
+    return float(sigma) if np.ndim(sigma) == 0 else tuple(float(level) for level in sigma)
 
 
 def level_in_words(sigma: Sigma) -> str:
