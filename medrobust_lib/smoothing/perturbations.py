@@ -41,11 +41,14 @@ from torch import Tensor
 
 from medrobust_lib.checks import check_choice, check_positive
 from medrobust_lib.corruptions.suites import SUITES, Suite, find_suite
+from medrobust_lib.models.geometry import PIXEL_LIMIT
 from medrobust_lib.smoothing.bounds import Law, check_sigma, rounded_down, rounded_up
 
 Sigma = float | tuple[float, ...]
 
-_LARGEST_LOG = 3.0  # a contrast of e^3 = 20 times, or a twentieth, is no image any more
+# Six sigmas of contrast make pixels as large as models take them for scaled: a draw beyond would end the run.
+_LARGEST_CONTRAST = math.log(PIXEL_LIMIT) / 6
+_LARGEST_GAMMA = 3.0  # exponents of e^3 = 20, or a twentieth, leave no image
 
 
 @dataclass(frozen=True)
@@ -212,7 +215,7 @@ class Contrast(Perturbation):
 
     def check_sigma(self, sigma: Sigma) -> None:
         """Refuse what smooths nothing, and percents or factors."""
-        _check_log("contrast", _one(self, sigma))
+        _check_log("contrast", _one(self, sigma), most=_LARGEST_CONTRAST)
 
     def apply(self, pixels: Tensor, theta: Tensor) -> Tensor:
         """Multiply the contrast."""
@@ -265,7 +268,7 @@ class ContrastBrightness(Perturbation):
         """Refuse anything but two levels, each in its own units."""
         if not isinstance(sigma, tuple) or len(sigma) != 2:
             raise ValueError(f"sigma={sigma!r}: contrast-brightness takes a pair such as {self.usual_sigma}")
-        _check_log("contrast", sigma[0])
+        _check_log("contrast", sigma[0], most=_LARGEST_CONTRAST)
         _check_brightness(sigma[1])
 
     def apply(self, pixels: Tensor, theta: Tensor) -> Tensor:
@@ -293,7 +296,7 @@ class Gamma(Perturbation):
 
     def check_sigma(self, sigma: Sigma) -> None:
         """Refuse what smooths nothing, and percents or exponents."""
-        _check_log("gamma", _one(self, sigma))
+        _check_log("gamma", _one(self, sigma), most=_LARGEST_GAMMA)
 
     def apply(self, pixels: Tensor, theta: Tensor) -> Tensor:
         """Raise to the power."""
@@ -416,11 +419,11 @@ def _one(perturbation: Perturbation, sigma: Sigma) -> float:
     return sigma
 
 
-def _check_log(what: str, sigma: float) -> None:
+def _check_log(what: str, sigma: float, *, most: float) -> None:
     hint = (
         f": the standard deviation of the log of the {what} factor; 0.4 draws two thirds of the factors in 0.67 to 1.5"
     )
-    check_positive("sigma", sigma, most=_LARGEST_LOG, hint=hint)
+    check_positive("sigma", sigma, most=most, hint=hint)
 
 
 def _check_brightness(sigma: float) -> None:

@@ -321,7 +321,7 @@ def test_counts_do_not_depend_on_the_batch_size(name):
     ("name", "sigma", "message"),
     [
         ("pixel-noise", 64, r"divide a level in 0 to 255 units by 255"),
-        ("contrast", 25, r"sigma=25\.0 is no number above 0 and up to 3: the standard deviation of the log of"),
+        ("contrast", 25, r"sigma=25\.0 is no number above 0 and up to 0.577623: .* of the log of the contrast"),
         ("contrast", 0, r"sigma=0\.0 is no number above 0"),
         ("contrast", math.nan, r"sigma=nan is no number"),
         ("contrast", (0.4, 0.2), r"sigma=\(0\.4, 0\.2\): contrast has one parameter; give one number"),
@@ -655,3 +655,16 @@ def test_evaluate_mode_tests_the_label(encoder, colours):
     rows = mr.certify_dataset(encoder, colours, AXES, perturbation="contrast", mode="evaluate", **NUMBERS)
     assert (rows["n0"] == 0).all()
     assert (rows["predicted"] == rows["label"]).all()
+
+
+def test_no_draw_of_the_largest_contrast_is_refused_by_a_model(encoder):
+    """Six sigmas, on an image whose one white pixel is far from the mean."""
+    image = torch.zeros(3, 12, 12)
+    image[:, 0, 0] = 1
+    family = find_perturbation("contrast")
+    largest = 0.577
+    family.check_sigma(largest)
+    for k in (-6 * largest, 6 * largest):
+        assert encoder.encode_image(moved("contrast", image, k)).isfinite().all()
+    with pytest.raises(ValueError, match=r"sigma=0\.58 is no number above 0 and up to 0\.577623"):
+        family.check_sigma(0.58)
