@@ -267,7 +267,10 @@ class ContrastBrightness(Perturbation):
     def check_sigma(self, sigma: Sigma) -> None:
         """Refuse anything but two levels, each in its own units."""
         if not isinstance(sigma, tuple) or len(sigma) != 2:
-            raise ValueError(f"sigma={sigma!r}: contrast-brightness takes a pair such as {self.usual_sigma}")
+            raise ValueError(
+                f"sigma={sigma!r}: contrast-brightness takes a pair such as {self.usual_sigma}; several levels are a list "
+                "of pairs"
+            )
         _check_log("contrast", sigma[0], most=_LARGEST_CONTRAST)
         _check_brightness(sigma[1])
 
