@@ -268,8 +268,8 @@ class ContrastBrightness(Perturbation):
         """Refuse anything but two levels, each in its own units."""
         if not isinstance(sigma, tuple) or len(sigma) != 2:
             raise ValueError(
-                f"sigma={sigma!r}: contrast-brightness takes a pair such as {self.usual_sigma}; several levels are a list "
-                "of pairs"
+                f"sigma={sigma!r}: contrast-brightness takes a pair such as {self.usual_sigma}; several levels are a "
+                "list of pairs"
             )
         _check_log("contrast", sigma[0], most=_LARGEST_CONTRAST)
         _check_brightness(sigma[1])
