@@ -37,6 +37,7 @@ from medrobust_lib.smoothing.bounds import probability_of_radius
 from medrobust_lib.smoothing.certify import RADII
 from medrobust_lib.smoothing.methods import FixedPrompts, PromptClassifier, zero_shot_methods
 from medrobust_lib.smoothing.noise import NoiseStream, noisy_copies, suggested_batch_size
+from medrobust_lib.smoothing.perturbations import PERTURBATIONS, PIXEL_NOISE, Perturbation
 from medrobust_lib.smoothing.sequential import operating_characteristics, price_of_radii, sequential_plan
 
 ALPHA, N0, N = 0.001, 100, 10_000
@@ -172,8 +173,24 @@ def sharing(repeats: int, images: int = 3, n: int = 500) -> pd.DataFrame:
     return _ratios(seconds, base="one method")
 
 
+def perturbations(repeats: int, n: int = 1000, images: int = 2) -> pd.DataFrame:
+    """(c) Time of a draw under every perturbation, against pixel noise; rounds are interleaved."""
+    model, data = mr.load_model("demo-clip"), mr.load_dataset("phantom/blood", n=8)
+    classifier = PromptClassifier(model, model.class_features(data.classes, data.templates[:1]))
+    prepared = model.prepare(data.images[:images])
+
+    def certify(family: Perturbation) -> Callable[[], object]:
+        words = {"sigma": family.usual_sigma, "perturbation": family, "n0": N0, "n": n - N0}
+        return lambda: [mr.certify(classifier, image, **words) for image in prepared]
+
+    timed = {name: certify(family) for name, family in PERTURBATIONS.items()}
+    seconds = _alternate(timed, repeats)
+    table = _ratios(seconds, base=PIXEL_NOISE.name)
+    return table.assign(**{"ms per draw": 1e3 * table["seconds"] / (n * images)})
+
+
 def loops(n: int, art_n: int, repeats: int) -> pd.DataFrame:
-    """(c) Seconds and peak memory of one image against a plain Cohen loop and, if installed, ART.
+    """(d) Seconds and peak memory of one image against a plain Cohen loop and, if installed, ART.
 
     Each runs in a process of its own, since peak memory is a property of processes; the memory of the process
     before certifying is taken off.
@@ -211,7 +228,7 @@ def loops(n: int, art_n: int, repeats: int) -> pd.DataFrame:
 
 
 def rate(device: str, n: int, methods: int = 5, images: int = 3) -> pd.DataFrame:
-    """(d) Seconds an image, share of the device's bfloat16 peak, and wait on the host, of three image towers."""
+    """(e) Seconds an image, share of the device's bfloat16 peak, and wait on the host, of three image towers."""
     from torch.utils.flop_counter import FlopCounterMode
 
     target = resolve_device(device)
@@ -304,9 +321,10 @@ def main(
         "price": ("(a) price of each radius at sigma 0.5, in draws of a unanimous image", price),
         "speed": ("(a) both demo models against a plain loop around open_clip, 64 px", lambda: speed(repeats)),
         "sharing": ("(b) seven prompt methods, one bank", lambda: sharing(repeats)),
-        "loops": ("(c) one 64 px image, demo-clip", lambda: loops(n, min(n, 1000), repeats)),
+        "perturbations": ("(c) a draw under every perturbation, demo-clip", lambda: perturbations(repeats)),
+        "loops": ("(d) one 64 px image, demo-clip", lambda: loops(n, min(n, 1000), repeats)),
         "rate": (
-            "(d) demo-clip, and two transformers at 224 px with random weights",
+            "(e) demo-clip, and two transformers at 224 px with random weights",
             lambda: rate(device, 200 if on_cpu else N),
         ),
     }

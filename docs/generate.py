@@ -47,6 +47,7 @@ READING = {
     "05": ["corruptions/functions", "corruptions/suites", "evaluation", "metrics/corruption"],
     "06": ["generative/answers", "generative/oracles", "generative/errors", "generative/certify"],
     "07": ["data/readers", "data/decoding", "data/inspection"],
+    "08": ["smoothing/perturbations"],
 }
 _PART = re.compile(r"(<!-- generated: (?P<name>[\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 

@@ -16,6 +16,7 @@ notebook files of ``medrobust_lib``
 05       corruptions/functions, corruptions/suites, evaluation, metrics/corruption
 06       generative/answers, generative/oracles, generative/errors, generative/certify
 07       data/readers, data/decoding, data/inspection
+08       smoothing/perturbations
 ======== =====================================================================================================
 
 The rest (experiments, studies, plots, explore, the command line) runs, keeps and shows what these compute.

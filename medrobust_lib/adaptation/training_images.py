@@ -9,11 +9,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from medrobust_lib.checks import check_choice
 from medrobust_lib.corruptions.suites import MEDIMETA_C, SEVERITIES
 from medrobust_lib.data.dataset import ImageDataset
 from medrobust_lib.models.dual_encoder import DualEncoder
 from medrobust_lib.models.geometry import CropAndFlip, crop_and_flip
-from medrobust_lib.smoothing.perturbations import PIXEL_NOISE, Sigma, as_level, find_perturbation
+from medrobust_lib.smoothing.perturbations import PERTURBATIONS, PIXEL_NOISE, Sigma, as_level, find_perturbation
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,7 @@ class Augmentation(CropAndFlip):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_choice("perturbation", self.perturbation, PERTURBATIONS)  # a name: it is written beside the adapter
         family = find_perturbation(self.perturbation)
         object.__setattr__(self, "sigmas", tuple(map(as_level, self.sigmas)))
         names = (self.corruptions,) if isinstance(self.corruptions, str) else tuple(self.corruptions)

@@ -25,7 +25,7 @@ from medrobust_lib.smoothing import bounds
 from medrobust_lib.smoothing.bounds import Bounds, FixedPlan, Law
 from medrobust_lib.smoothing.certificate import ABSTAIN, Certificate, Guarantee, Mode, Sampling
 from medrobust_lib.smoothing.noise import Batches, NoiseStream, Role, make_batches, map_copies
-from medrobust_lib.smoothing.perturbations import PIXEL_NOISE, Sigma, find_perturbation
+from medrobust_lib.smoothing.perturbations import PIXEL_NOISE, Sigma, as_level, find_perturbation
 from medrobust_lib.smoothing.sequential import SequentialPlan, sequential_plan
 
 Classifier = Callable[[Tensor], Tensor]
@@ -413,7 +413,7 @@ def certify(
     rules = Rules(n0=n0, n=n, alpha=alpha, sampling=sampling, mode=mode, radii=radii, bounds=bounds)
     if label is not None and label < 0:
         raise ValueError(f"label={label}: the known label is a class, 0 or higher; None lets selection draws choose")
-    plan = rules.plan(stream.perturbation.unit(sigma), law=stream.perturbation.law)
+    plan = rules.plan(stream.perturbation.unit(stream.sigma), law=stream.perturbation.law)
     (verdict,) = take_votes(answers, [plan], n0=rules.n0, label=label, bounds=rules.bounds)
     return make_certificate(verdict, rules, stream, guarantee="standard", classifier=classifier, image=image)
 
@@ -453,6 +453,7 @@ def _answers(
 
     where = _ADDRESS | address
     where["perturbation"] = find_perturbation(where["perturbation"])
+    sigma = as_level(sigma)
     where["perturbation"].check_sigma(sigma)
     where["perturbation"].check_image(tuple(image.shape), sigma)
     batches = make_batches(where.pop("batch_size"), image.device, tuple(image.shape))

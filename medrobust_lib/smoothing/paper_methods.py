@@ -342,6 +342,8 @@ def prompt_methods(
         start, own = few_shot(one), seed if one.seed is None else one.seed
         moves = {"sigma": sigma, "steps": one.steps, "seed": own}
         words = {"start": start.provenance, **moves}
+        if family != PIXEL_NOISE:  # a start from a file does not tell
+            words["perturbation"] = family.name
         return kept_or(words, lambda: adapt_to_pool(model, start, pool, perturbation=family, **moves))
 
     def fixed(one: PaperMethod, prompt: PromptSet) -> PromptMethod:

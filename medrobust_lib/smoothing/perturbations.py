@@ -41,11 +41,14 @@ from torch import Tensor
 
 from medrobust_lib.checks import check_choice, check_positive
 from medrobust_lib.corruptions.suites import SUITES, Suite, find_suite
+from medrobust_lib.models.geometry import PIXEL_LIMIT
 from medrobust_lib.smoothing.bounds import Law, check_sigma, rounded_down, rounded_up
 
 Sigma = float | tuple[float, ...]
 
-_LARGEST_LOG = 3.0  # a contrast of e^3 = 20 times, or a twentieth, is no image any more
+# Six sigmas of contrast make pixels as large as models take them for scaled: a draw beyond would end the run.
+_LARGEST_CONTRAST = math.log(PIXEL_LIMIT) / 6
+_LARGEST_GAMMA = 3.0  # exponents of e^3 = 20, or a twentieth, leave no image
 
 
 @dataclass(frozen=True)
@@ -91,8 +94,8 @@ class Perturbation:
         """Refuse images [3, H, W] that are too small to be transformed."""
 
     def draw_into(self, row: Tensor, sigma: Sigma, generator: torch.Generator) -> None:
-        """Fill the parameters of one copy, float32 of `shape`."""
-        for place, level in enumerate(sigma if isinstance(sigma, tuple) else (sigma,)):
+        """Fill the parameters of one copy, float32 of `shape`; one number is the sigma of each of them."""
+        for place, level in enumerate(sigma if isinstance(sigma, tuple) else (sigma,) * len(row)):
             if self.law == "exponential" and level:
                 row[place : place + 1].exponential_(1 / level, generator=generator)
             else:
@@ -125,8 +128,8 @@ class Perturbation:
             if (function := corruption.function.__name__) in self.counterparts
         }
         if not found:
-            knowing = [other.id for other in SUITES.values() if self._knows(other)]
-            where = f"; {' and '.join(knowing)} has some" if knowing else ", and no suite has one"
+            knowing = " and ".join(filter(None, map(self._known_to, SUITES.values())))
+            where = f"; choose {knowing}" if knowing else ", and no suite has one"
             on = f" on {dataset}" if dataset else ""
             raise ValueError(f"suite {suite.id}{on} has no corruption of the family {self.name!r}{where}")
         return found
@@ -164,15 +167,23 @@ class Perturbation:
         shares = torch.stack([(labels == k).double() @ weights for k in range(n_classes)])  # [K, n, C]
         return shares.argmax(0), shares.amax(0)
 
-    def _knows(self, suite: Suite) -> bool:
-        rows = (corruption for family in suite.families.values() for corruption in family)
-        return any(corruption.function.__name__ in self.counterparts for corruption in rows)
+    def _known_to(self, suite: Suite) -> str:
+        """A suite that has corruptions of this family, with the kinds of data sets that have them; empty for none."""
+        own = [
+            kind for kind, rows in suite.families.items() if any(r.function.__name__ in self.counterparts for r in rows)
+        ]
+        return f"{suite.id} for {', '.join(own)}" if any(own) else suite.id if own else ""
 
     def covers(self, theta: Sequence[float], radius: float, sigma: Sigma) -> bool:
-        """Whether theta lies in the certified region of a radius, whose rim counts, as in certified accuracy."""
-        scales = sigma if isinstance(sigma, tuple) else (1.0,)
-        inside = math.hypot(*(value / scale for value, scale in zip(theta, scales, strict=True))) <= radius
-        return inside and (self.law == "normal" or min(theta) >= 0)
+        """Whether theta lies in the certified region of a radius, whose rim counts, as in certified accuracy.
+
+        Several exponential parameters: densities multiply, so it is the sum of the shifts that counts.
+        """
+        scales = sigma if isinstance(sigma, tuple) else (1.0,) * len(theta)
+        levels = [value / scale for value, scale in zip(theta, scales, strict=True)]
+        if self.law == "exponential":
+            return min(levels) >= 0 and sum(levels) <= radius
+        return math.hypot(*levels) <= radius
 
     def reach(self, radius: float, sigma: Sigma, *, dataset: str = "") -> str:
         """The suites' severities within a radius, in words; empty where no suite has a corruption of this family.
@@ -226,7 +237,7 @@ class Contrast(Perturbation):
     """The distance of every pixel value to its channel's mean, multiplied by e^k."""
 
     name = "contrast"
-    usual_sigma = 0.6
+    usual_sigma = 0.55
     radii = (0.0, 0.1, 0.25, 0.5, 0.75, 1.0, 1.25)
     units = "log contrast factor"
     counterparts = MappingProxyType({
@@ -237,7 +248,7 @@ class Contrast(Perturbation):
 
     def check_sigma(self, sigma: Sigma) -> None:
         """Refuse what smooths nothing, and percents or factors."""
-        _check_log("contrast", _one(self, sigma))
+        _check_log("contrast", _one(self, sigma), most=_LARGEST_CONTRAST)
 
     def apply(self, pixels: Tensor, theta: Tensor) -> Tensor:
         """Multiply the contrast."""
@@ -289,8 +300,11 @@ class ContrastBrightness(Perturbation):
     def check_sigma(self, sigma: Sigma) -> None:
         """Refuse anything but two levels, each in its own units."""
         if not isinstance(sigma, tuple) or len(sigma) != 2:
-            raise ValueError(f"sigma={sigma!r}: contrast-brightness takes a pair such as {self.usual_sigma}")
-        _check_log("contrast", sigma[0])
+            raise ValueError(
+                f"sigma={sigma!r}: contrast-brightness takes a pair such as {self.usual_sigma}; several levels are a "
+                "list of pairs"
+            )
+        _check_log("contrast", sigma[0], most=_LARGEST_CONTRAST)
         _check_brightness(sigma[1])
 
     def apply(self, pixels: Tensor, theta: Tensor) -> Tensor:
@@ -318,7 +332,7 @@ class Gamma(Perturbation):
 
     def check_sigma(self, sigma: Sigma) -> None:
         """Refuse what smooths nothing, and percents or exponents."""
-        _check_log("gamma", _one(self, sigma))
+        _check_log("gamma", _one(self, sigma), most=_LARGEST_GAMMA)
 
     def apply(self, pixels: Tensor, theta: Tensor) -> Tensor:
         """Raise to the power."""
@@ -352,7 +366,7 @@ class Blur(Perturbation):
             size = " x ".join(map(str, image[-2:]))
             raise ValueError(
                 f"sigma={sigma:g}: a blur of so many square pixels is {width:.0f} pixels wide, the image has {size}; "
-                f"take sigma up to {(min(image[-2:]) / 6) ** 2:.2g}"
+                f"take sigma up to {rounded_down((min(image[-2:]) / 6) ** 2)}"
             )
 
     def apply(self, pixels: Tensor, theta: Tensor) -> Tensor:
@@ -400,7 +414,7 @@ def find_perturbation(perturbation: str | Perturbation) -> Perturbation:
 
 def as_level(sigma: Any) -> Sigma:
     """A noise level as a float, or as a tuple of floats."""
-    return float(sigma) if np.isscalar(sigma) else tuple(float(level) for level in sigma)
+    return float(sigma) if np.ndim(sigma) == 0 else tuple(float(level) for level in sigma)
 
 
 def level_in_words(sigma: Sigma) -> str:
@@ -441,11 +455,11 @@ def _one(perturbation: Perturbation, sigma: Sigma) -> float:
     return sigma
 
 
-def _check_log(what: str, sigma: float) -> None:
+def _check_log(what: str, sigma: float, *, most: float) -> None:
     hint = (
         f": the standard deviation of the log of the {what} factor; 0.4 draws two thirds of the factors in 0.67 to 1.5"
     )
-    check_positive("sigma", sigma, most=_LARGEST_LOG, hint=hint)
+    check_positive("sigma", sigma, most=most, hint=hint)
 
 
 def _check_brightness(sigma: float) -> None:

@@ -18,8 +18,9 @@ from medrobust_lib.data.splits import LearningSplits, learning_splits
 from medrobust_lib.experiments import Metric
 from medrobust_lib.files import read_tensors, write_tensors
 from medrobust_lib.models.dual_encoder import DualEncoder
+from medrobust_lib.models.loading import list_models
 from medrobust_lib.models.weights import explained_errors
-from medrobust_lib.smoothing.bounds import ALPHA, N0, Bounds, N, check_alpha, check_draws, check_sigma
+from medrobust_lib.smoothing.bounds import ALPHA, N0, Bounds, N, check_alpha, check_draws
 from medrobust_lib.smoothing.certificate import GUARANTEES, Mode, Sampling
 from medrobust_lib.smoothing.denoisers import find_denoiser, load_denoiser
 from medrobust_lib.smoothing.methods import AdaptedPrompts, FixedPrompts, zero_shot_methods
@@ -31,6 +32,8 @@ from medrobust_lib.smoothing.paper_methods import (
     PaperMethod,
     prompt_methods,
 )
+from medrobust_lib.smoothing.perturbations import PIXEL_NOISE, Perturbation, find_perturbation
+from medrobust_lib.smoothing.prompts import TRAINING_SIGMAS
 from medrobust_lib.smoothing.sequential import operating_characteristics, sequential_plan
 from medrobust_lib.smoothing.table import certify_dataset
 from medrobust_lib.studies.steps import (
@@ -62,13 +65,16 @@ class CertifyStep(Step):
     Attributes
     ----------
     sigmas : tuple of float
-        Noise standard deviations, > 0, in [0, 1] pixel units; each is a cell of its own.
+        Noise standard deviations, > 0, in the units of the perturbation; each is a cell of its own.
+    perturbation : str
+        Name of what is smoothed over, one with a single parameter: contrast-brightness takes pairs of sigmas.
     n0, n, alpha, sampling, mode, bounds
         As in `certify_dataset`.
     n_by_sigma : dict of float to int
         Another n for some of the noise levels.
     radii : tuple of float
-        L2 radii of the table, in [0, 1] pixel units; sequential sampling is asked for them.
+        Radii of the table in the units of the perturbation, for pixel noise L2 in [0, 1] pixel units; sequential
+        sampling is asked for them.
     methods : tuple of PaperMethod
         None: zero-shot and its ensemble.
     """
@@ -76,6 +82,7 @@ class CertifyStep(Step):
     kind: ClassVar[str] = "certify"
 
     sigmas: tuple[float, ...]
+    perturbation: str = PIXEL_NOISE.name
     n0: int = N0
     n: int = N
     n_by_sigma: dict[float, int] = field(default_factory=dict)
@@ -93,6 +100,11 @@ class CertifyStep(Step):
         """Whether selection draws choose a class, or between one bound and two."""
         return self.mode == "predict" or self.bounds == "two"
 
+    @property
+    def family(self) -> Perturbation:
+        """What is smoothed over."""
+        return find_perturbation(self.perturbation)
+
     def draws_of(self, sigma: float) -> int:
         """The n of a noise level."""
         return self.n_by_sigma.get(sigma, self.n)
@@ -102,11 +114,11 @@ class CertifyStep(Step):
         if not self.sigmas or not self.radii:
             raise StudyError("give at least one value each for sigmas and radii")
         check_alpha(self.alpha)
+        self._check_perturbation(grid)
         for key in self.n_by_sigma:
             if key not in self.sigmas:
                 raise StudyError(f"n_by_sigma: {key:g} is none of sigmas={list(self.sigmas)}")
         for sigma in self.sigmas:
-            check_sigma(sigma)
             check_draws(self.draws_of(sigma), self.alpha)
         least = int(self.selects)
         what = "the class" if self.mode == "predict" else "between one bound and two"
@@ -130,6 +142,29 @@ class CertifyStep(Step):
             if missing := [found.classes[k] for k in set(range(len(found.classes))) - set(found.labels.tolist())]:
                 raise StudyError(f"{dataset}: no image to learn from of class {', '.join(map(repr, missing))}")
 
+    def _check_perturbation(self, grid: Grid) -> None:
+        """Raise for levels of other units, also of learning, and for methods that need noise on pixels."""
+        family = self.family
+        if isinstance(family.usual_sigma, tuple):
+            raise StudyError(
+                f"perturbation={self.perturbation!r} takes pairs of sigmas, and a cell has one number; call "
+                f"certify_dataset(..., sigmas=[{family.usual_sigma}], perturbation={self.perturbation!r})"
+            )
+        known = list_models()
+        sides = known.loc[known["id"].isin(grid.models), "image_size"].unique().tolist()
+        for sigma in self.sigmas:
+            family.check_sigma(sigma)
+            for side in sides:
+                family.check_image((3, side, side), sigma)
+        for method in self.methods if family != PIXEL_NOISE else ():
+            if "denoiser" in READS[method.method]:
+                raise StudyError(
+                    f"{method.name} removes noise from pixels, and {self.perturbation!r} adds none; leave it out"
+                )
+            for level in method.sigmas if method.sigmas != TRAINING_SIGMAS else ():
+                if level:
+                    family.check_sigma(level)
+
     def cells(self, number: int, grid: Grid, notebooks: Path | None) -> list[Cell]:
         """One for each model, data set, seed and noise level."""
         own = {name: value for name, value in self.settings().items() if name not in ("sigmas", "n_by_sigma")}
@@ -146,7 +181,7 @@ class CertifyCell(Cell):
     @property
     def variant(self) -> str:
         """The noise level."""
-        return f"sigma {self.parameters['sigma']:g}"
+        return f"{_named(self.step.perturbation)}sigma {self.parameters['sigma']:g}"
 
     @property
     def most_draws(self) -> int:
@@ -155,8 +190,9 @@ class CertifyCell(Cell):
 
     def unanimous_draws(self) -> float:
         """Expected draws of an image whose noisy copies all get the same answer, in sequential sampling."""
-        step, sigma, n = self.step, self.parameters["sigma"], self.parameters["n"]
-        plan = sequential_plan(sigma=sigma, radii=step.radii, n=n, alpha=step.alpha)
+        step, family, n = self.step, self.step.family, self.parameters["n"]
+        sigma = family.unit(self.parameters["sigma"])
+        plan = sequential_plan(sigma=sigma, radii=step.radii, n=n, alpha=step.alpha, law=family.law)
         return operating_characteristics(plan, 1.0)[1] + self.most_draws - n
 
     def estimate(self, prices: Prices) -> Estimate:
@@ -189,14 +225,15 @@ class CertifyCell(Cell):
         data = learning.test if learning else self.images()
         notes = self._learned_from(learning)
         rules = {name: self.parameters[name] for name in ("n0", "n", "alpha", "sampling", "mode", "bounds", "radii")}
-        rules |= {"sigmas": [sigma], "seed": seed, **workers._asdict()}
+        rules |= {"sigmas": [sigma], "perturbation": step.family, "seed": seed, **workers._asdict()}
         one_tower = [one for one in step.methods if one.method != RETRAINED]
         methods = zero_shot_methods(model, data)
         if step.methods:
             sets = {"train": learning.train, "pool": learning.pool} if learning else {}
             kept = study / "prompts" / f"{short_id(self.model)}_{short_id(self.dataset)}_seed{seed}"
             started = time.monotonic()
-            methods = prompt_methods(model, data, one_tower, sigma=sigma, seed=seed, kept=kept, **sets)
+            sets |= {"sigma": sigma, "perturbation": step.family}
+            methods = prompt_methods(model, data, one_tower, seed=seed, kept=kept, **sets)
             self.keep_times(study, training=time.monotonic() - started)
         store, tables = self.folder(study), []
         if methods:
@@ -204,7 +241,8 @@ class CertifyCell(Cell):
         for one in step.methods:
             if one.method == RETRAINED:
                 kept = store / RETRAINED / short_id(one.name)
-                tower = _retrained(kept.with_suffix(".safetensors"), model, learning.train, one, sigma, seed)
+                path = kept.with_suffix(".safetensors")
+                tower = _retrained(path, model, learning.train, one, sigma=sigma, perturbation=step.family, seed=seed)
                 texts = FixedPrompts(one.name, tower.class_features(data.classes, data.templates[:1]))
                 tables.append(certify_dataset(tower, data, [texts], store=kept, **rules))
         rows = pd.concat(tables)
@@ -243,14 +281,27 @@ class CertifyCell(Cell):
 
 
 def _retrained(
-    path: Path, model: DualEncoder, train: ImageDataset, one: PaperMethod, sigma: float, seed: int
+    path: Path,
+    model: DualEncoder,
+    train: ImageDataset,
+    one: PaperMethod,
+    *,
+    sigma: float,
+    perturbation: Perturbation,
+    seed: int,
 ) -> DualEncoder:
     """The tower that was re-trained on this noise, from its file if it is there."""
-    header = {"sigma": sigma, "seed": seed if one.seed is None else one.seed, "method": repr(one)}
+    header = {
+        "sigma": sigma,
+        "seed": seed if one.seed is None else one.seed,
+        "method": repr(one),
+        **_setting(perturbation.name),
+    }
     if not path.is_file():
         rate = {} if one.learning_rate is None else {"learning_rate": one.learning_rate}
         words = {"shots": one.shots, "epochs": one.epochs, "batch_size": one.batch_size, **rate}
-        made = retrain_on_noise(model, train, sigma=sigma, seed=header["seed"], **words)
+        words |= {"sigma": sigma, "perturbation": perturbation, "seed": header["seed"]}
+        made = retrain_on_noise(model, train, **words)
         known = model.state_dict()
         changed = {name: value for name, value in made.state_dict().items() if not torch.equal(value, known[name])}
         write_tensors(path, changed, key=_KEY, header=header)
@@ -266,15 +317,31 @@ def _retrained(
 def _certificate_metrics(summary: pd.DataFrame, shares: pd.DataFrame) -> Sequence[Metric]:
     numbers = []
     for r in summary.itertuples():
-        of = f"{r.method} ({r.guarantee}), sigma={r.sigma:g}"
-        about: dict[str, Any] = {"of": of, "settings": {"method": r.method, "guarantee": r.guarantee, "sigma": r.sigma}}
+        about: dict[str, Any] = {"of": _group_in_words(r), "settings": _group(r)}
         numbers.append(Metric("smoothed_accuracy", r.smoothed_accuracy, r.n, r.low, r.high, **about))
         numbers.append(Metric("average_certified_radius", r.average_certified_radius, r.n, **about))
         numbers.append(Metric("abstain_rate", r.abstain_rate, r.n, **about))
     for r in shares[shares["radius"] > 0].itertuples():
-        of = f"{r.method} ({r.guarantee}), sigma={r.sigma:g}, radius={r.radius:g}"
+        of = f"{_group_in_words(r)}, radius={r.radius:g}"
         of += f" (the draws reach {r.radius_reach:.4g})" if np.isnan(r.certified_accuracy) else ""
-        settings = {"method": r.method, "guarantee": r.guarantee, "sigma": r.sigma, "radius": r.radius}
         share = r.certified_accuracy, r.n, r.low, r.high
-        numbers.append(Metric("certified_accuracy", *share, of=of, settings=settings))
+        numbers.append(Metric("certified_accuracy", *share, of=of, settings=_group(r) | {"radius": r.radius}))
     return numbers
+
+
+def _group(row: Any) -> dict[str, Any]:
+    named = {"method": row.method, "guarantee": row.guarantee, "sigma": row.sigma}
+    return named | _setting(row.perturbation)
+
+
+def _group_in_words(row: Any) -> str:
+    return f"{row.method} ({row.guarantee}), {_named(row.perturbation)}sigma={row.sigma:g}"
+
+
+def _setting(perturbation: str) -> dict[str, str]:
+    """Pixel noise goes without saying: results from before there was a choice are still matched with new ones."""
+    return {} if perturbation == PIXEL_NOISE.name else {"perturbation": perturbation}
+
+
+def _named(perturbation: str) -> str:
+    return "".join(f"{name} " for name in _setting(perturbation).values())

@@ -88,8 +88,8 @@ def test_random_corruptions_differ_between_images_and_follow_the_generator():
         ({"crop": 0}, "crop=0: give the least share of the area that is kept"),
         ({"crop": 1.5}, "crop=1.5"),
         ({"share": -0.1}, "share=-0.1: give the share of images"),
-        ({"sigmas": (0.1, -1)}, "sigma -1.0: noise levels are standard deviations >= 0"),
-        ({"sigmas": (float("nan"),)}, "sigma nan"),
+        ({"sigmas": (0.1, -1)}, r"sigma=-1\.0: smoothing needs noise, a standard deviation > 0"),
+        ({"sigmas": (float("nan"),)}, "sigma=nan"),
         ({"corruptions": ("contrst",)}, "unknown corruption 'contrst' in suite medimeta-c.*contrast"),
     ],
 )

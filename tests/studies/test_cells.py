@@ -1,9 +1,11 @@
 import json
+import math
 
 import numpy as np
 import pandas as pd
 import pytest
 from PIL import Image
+from scipy.stats import norm
 
 from medrobust_lib.corruptions.suites import find_suite
 from medrobust_lib.data.registry import load_dataset
@@ -173,3 +175,48 @@ def test_a_cell_goes_on_with_the_prompts_that_it_learned(study_file, tmp_path, m
     before = table.read_bytes()
     cell.run(tmp_path)
     assert table.read_bytes() == before
+
+
+CONTRAST = f"""
+models: [demo-clip]
+datasets: [phantom/chest]
+n_images: 2
+steps:
+  - certify: {{sigmas: [0.4], perturbation: contrast, n0: 5, n: 40, alpha: 0.05, radii: [0.1, 0.25],
+              methods: [zero-shot, {{few-shot PromptSmooth: {LITTLE}}}, {{re-trained: {LITTLE}}}]}}
+"""
+
+
+@pytest.mark.filterwarnings("ignore:re-training demo-clip")
+def test_a_step_certifies_for_a_corruption_with_what_is_learned_on_it(study_file, tmp_path):
+    (cell,) = study_cells(read_study(study_file(CONTRAST)))
+    assert cell.label == "1 certify, demo-clip, phantom/chest, contrast sigma 0.4, seed 0"
+    cell.run(tmp_path)
+    cards = cell.folder(tmp_path) / "cards"
+    rows = pd.read_csv(cards / "01-certify_certificates.csv")
+    assert rows["method"].tolist() == ["zero-shot", "few-shot PromptSmooth", "re-trained"] * 2
+    assert set(rows["perturbation"]) == {"contrast"}
+    assert set(rows["radius"]) <= {0.0, 0.1, 0.25}
+    metric = next(m for m in json.loads((cards / "01-certify.json").read_text())["metrics"] if "radius=0.25" in m["of"])
+    assert metric["of"] == "zero-shot (standard), contrast sigma=0.4, radius=0.25"
+    assert metric["settings"]["perturbation"] == "contrast"
+    (learned,) = (tmp_path / "prompts").glob("*/*.safetensors")
+    assert PromptSet.load(learned).provenance["perturbation"] == "contrast"
+    (tower,) = cell.folder(tmp_path).glob("re-trained/*.safetensors")
+    before = tower.read_bytes()
+    cell.run(tmp_path)  # from its files
+    assert tower.read_bytes() == before
+    assert pd.read_csv(cards / "01-certify_certificates.csv").equals(rows)
+
+
+def test_the_price_of_a_step_follows_the_law_of_its_perturbation(study_file):
+    def draws(name, sigma, radius):
+        asked = f"{{sigmas: [{sigma}], perturbation: {name}, n: 2000, radii: [{radius}]}}"
+        text = f"models: [demo-clip]\ndatasets: [phantom/chest]\nsteps: [{{certify: {asked}}}]\n"
+        return study_cells(read_study(study_file(text)))[0].unanimous_draws()
+
+    # A normal and an exponential radius that need the same probability, .8, and another.
+    assert draws("blur", 2.0, 2 * -math.log(0.4)) == pytest.approx(
+        draws("contrast", 0.4, 0.4 * norm.ppf(0.8)), rel=0.02
+    )
+    assert draws("blur", 2.0, 4.0) > draws("contrast", 0.4, 0.4)
