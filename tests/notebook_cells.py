@@ -38,6 +38,10 @@ CHEAPER = {
     },
     "05": {'len(levels), "epochs": 20': 'len(levels), "epochs": 1'},
     "06": {"runs = [], 4000": "runs = [], 10", "0.001, 20": "0.001, 5"},
+    "08": {
+        "epochs=20, draws_per_image=4": "epochs=1, draws_per_image=1", '{"epochs": 20,': '{"epochs": 1,',
+        "per_side = both.usual_sigma, 41": "per_side = both.usual_sigma, 9",
+    },
     "07": {
         'RECIPE if model.startswith("demo-clip") else {"epochs": 20,': 'RECIPE | {"epochs": 1} if 1 else {"epochs": 1,',
         '"batch_size": 32}': '"batch_size": 32, "epochs": 1}',
