@@ -221,6 +221,20 @@ def _results_07(card: Card, folder: Path) -> list[Row]:
     ]
 
 
+def _results_08(card: Card, folder: Path) -> list[Row]:
+    suites = {"contrast": "MediMeta-C", "gamma": "MedMNIST-C", "blur": "MedMNIST-C"}
+    return [
+        _from_metric(
+            card,
+            "certified_accuracy",
+            f"certified for every {name} up to severity 1 of {suite}, {_dataset(card)}: zero-shot "
+            "(guarantee: standard)",
+            of=f"zero-shot (standard), {name} up to severity 1",
+        )
+        for name, suite in suites.items()
+    ]
+
+
 def _first_metric(card: Card, folder: Path) -> list[Row]:
     """Of a notebook without rows of its own: its first metric, one with an interval if there is any."""
     metric = next((one for one in card["metrics"] if one["low"] is not None), card["metrics"][0])
@@ -239,6 +253,7 @@ _RESULTS: dict[str, Callable[[Card, Path], list[Row]]] = {
     "05": _results_05,
     "06": _results_06,
     "07": _results_07,
+    "08": _results_08,
 }
 
 

@@ -81,6 +81,11 @@ compared = {data.id: {
     for name, template in (("demo-clip", data.templates[0]), ("another template", data.templates[1]))
 }}
 """,
+    "08": CLASSIFIER
+    + """
+test = data
+texts = {(model, test.id): encoder.class_features(data.classes, data.templates[:1])}
+""",
     "06": COMMON
     + """
 from medrobust_lib.generative.answers import Drawing, collect_answers
