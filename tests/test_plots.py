@@ -184,6 +184,23 @@ def test_a_curve_ends_at_the_reach_of_the_draws_and_names_it(ax):
     assert np.isnan(ax.lines[0].get_ydata()).tolist() == [False, True]
 
 
+def test_radii_of_a_corruption_are_no_distances_between_pixels(ax):
+    pairs = certified_table().assign(perturbation="contrast-brightness")
+    pairs = pairs.assign(sigma=pairs.sigma.map("{} and 0.2".format))
+    plots.plot_certified_accuracy(pairs, ax)
+    assert legend_texts(ax) == ["sigma = 0.1 and 0.2", "sigma = 0.25 and 0.2"]
+    assert ax.get_xlabel() == "radius of contrast-brightness"
+    mixed = pd.concat([pairs, certified_table().assign(perturbation="pixel-noise")])
+    with pytest.raises(ValueError, match="radii of contrast-brightness, pixel-noise are in units of their own"):
+        plots.plot_certified_accuracy(mixed, ax)
+    methods = methods_table(plain="standard").assign(perturbation="blur")
+    plots.plot_certified_methods(methods, ax)
+    assert ax.get_xlabel() == "radius of blur"
+    two = pd.concat([methods.assign(sigma=level) for level in ("0.1 and 0.2", "0.2 and 0.2")])
+    with pytest.raises(ValueError, match="the table holds sigma 0.1 and 0.2, 0.2 and 0.2"):
+        plots.plot_certified_methods(two, ax)
+
+
 def test_certified_methods_are_broken_where_only_the_frozen_prompt_is_certified(ax):
     kinds = {"plain": "standard", "adapted": "frozen-prompt", "pool": "standard", "set": "candidate-set"}
     plots.plot_certified_methods(methods_table(**kinds), ax, chance=0.125)

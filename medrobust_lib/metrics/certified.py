@@ -137,14 +137,14 @@ def over_prompt_seeds(table: pd.DataFrame) -> pd.DataFrame:
         repeated = table[table.duplicated([*keys, "prompt_seed"])].iloc[0]
         raise ValueError(
             f"prompt seed {repeated['prompt_seed']} occurs twice for {repeated['method']!r} at sigma "
-            f"{repeated['sigma']:g} and radius {repeated['radius']:g}"
+            f"{repeated['sigma']} and radius {repeated['radius']:g}"
         )
     summary = []
     for key, group in table.groupby(keys, sort=False, dropna=False):
         shares, images = group["certified_accuracy"], group["n"].unique()
         if len(images) > 1:
             raise ValueError(
-                f"the seeds of {group['method'].iloc[0]!r} at sigma {group['sigma'].iloc[0]:g} were measured on "
+                f"the seeds of {group['method'].iloc[0]!r} at sigma {group['sigma'].iloc[0]} were measured on "
                 f"{', '.join(map(str, images))} images; their mean would compare nothing, summarise them separately"
             )
         n = int(images[0])
@@ -207,7 +207,7 @@ def average_certified_radius(rows: pd.DataFrame) -> float:
 
     Returns
     -------
-    float, >= 0, in [0, 1] pixel units
+    float, >= 0, in the units of the perturbation
 
     References
     ----------
@@ -247,16 +247,25 @@ def certified_envelope(table: pd.DataFrame) -> pd.DataFrame:
     Raises
     ------
     ValueError
-        Columns are missing.
+        Columns are missing, or one group has several levels of several parameters (texts such as "0.5 and 0.2"): its
+        radii count standard deviations, so that at another level the same radius is another region.
     """
     _require(table, "sigma", "radius", "certified_accuracy")
     groups = [column for column in table.columns if column not in MEASURED | {"sigma"}]
     table = table.reset_index(drop=True)  # tables are often concatenated with repeating row numbers
+    texts = table[table["sigma"].map(lambda sigma: isinstance(sigma, str))]
+    if (texts.groupby(groups, dropna=False)["sigma"].nunique() > 1).any():
+        raise ValueError(
+            f"sigma {', '.join(map(repr, texts['sigma'].unique()))}: radii of several parameters count standard "
+            "deviations and are other regions at another sigma, so none is the best; give one sigma at a time"
+        )
     others = [column for column in (*groups, "sigma") if column != "radius"]
     clean = table.loc[table["radius"] == 0, [*others, "certified_accuracy"]].drop_duplicates(others)
     clean = clean.rename(columns={"certified_accuracy": "clean_accuracy"})
     table = table.drop(columns="clean_accuracy", errors="ignore").merge(clean, on=others, how="left")
-    ordered = table[table["certified_accuracy"].notna()].sort_values("sigma", kind="stable")
+    numbers = pd.to_numeric(table["sigma"], errors="coerce")  # texts stand alone in their groups
+    ordered = table.loc[numbers.sort_values(kind="stable").index]
+    ordered = ordered[ordered["certified_accuracy"].notna()]
     best = ordered.groupby(groups, sort=False, dropna=False)["certified_accuracy"].idxmax()
     return table.loc[best].sort_index().assign(convention="best sigma per radius").reset_index(drop=True)
 
@@ -269,10 +278,10 @@ def table_of_radii(table: pd.DataFrame, radii: Sequence[float]) -> pd.DataFrame:
     Parameters
     ----------
     table : DataFrame
-        As in `certified_envelope`, of one model and data set, with columns method, guarantee and radius_reach and with
-        the radius 0, whose certified accuracy is called clean. Methods may differ in noise levels, radii and n.
+        As in `certified_envelope`, of one model, data set and perturbation, with columns method, guarantee and
+        radius_reach and with the radius 0, whose certified accuracy is called clean. Methods may differ in noise levels, radii and n.
     radii : sequence of float
-        Which radii to show, in [0, 1] pixel units.
+        Which radii to show, in the units of sigma.
 
     Returns
     -------
@@ -284,7 +293,7 @@ def table_of_radii(table: pd.DataFrame, radii: Sequence[float]) -> pd.DataFrame:
     Raises
     ------
     ValueError
-        Columns or radii are missing, or rows occur twice (for instance of two data sets).
+        Columns or radii are missing, rows occur twice (for instance of two data sets), or several perturbations.
     """
     keys = ["method", "guarantee", "sigma", "radius"]
     _require(table, *keys, "certified_accuracy", "radius_reach")
@@ -297,6 +306,9 @@ def table_of_radii(table: pd.DataFrame, radii: Sequence[float]) -> pd.DataFrame:
     if table.duplicated(keys).any():
         mixed = [column for column in table.columns if column not in MEASURED | {*keys} and table[column].nunique() > 1]
         raise ValueError(f"rows occur twice for one {', '.join(keys)}; give one at a time of: {', '.join(mixed)}")
+    if "perturbation" in table and table["perturbation"].nunique() > 1:
+        names = ", ".join(table["perturbation"].unique())
+        raise ValueError(f"radii of {names} are in units of their own; give one perturbation at a time")
     best = certified_envelope(table[[*keys, "certified_accuracy"]])
     texts = [
         f"{100 * share:.1f} ({'not measured' if pd.isna(clean) else f'{100 * clean:.1f}'})"

@@ -145,6 +145,17 @@ def _check_once(table: pd.DataFrame, name: str, at: str, advice: str) -> None:
         raise ValueError(f"{name} {first[name]!r} occurs twice at {at} {first[at]:g}; {advice}")
 
 
+def _level(sigma: float | str) -> str:
+    return sigma if isinstance(sigma, str) else f"{sigma:g}"
+
+
+def _radius_in_words(table: pd.DataFrame) -> str:
+    names = table["perturbation"].unique().tolist() if "perturbation" in table else ["pixel-noise"]
+    if len(names) > 1:
+        raise ValueError(f"radii of {', '.join(names)} are in units of their own; draw one perturbation per axes")
+    return "L2 radius ([0, 1] pixel units)" if names == ["pixel-noise"] else f"radius of {names[0]}"
+
+
 def plot_certified_accuracy(table: pd.DataFrame, ax: Axes, *, chance: float | None = None) -> None:
     """Draw certified accuracy over the radius with its interval, a line of steps per sigma, method or both.
 
@@ -162,7 +173,7 @@ def plot_certified_accuracy(table: pd.DataFrame, ax: Axes, *, chance: float | No
     widest = float(table.radius.max()) or 1.0
     for i, (key, rows) in enumerate(groups):
         named = dict(zip(varying, key, strict=True))
-        label = ", ".join(f"sigma = {value:g}" if name == "sigma" else str(value) for name, value in named.items())
+        label = ", ".join(f"sigma = {_level(own)}" if name == "sigma" else str(own) for name, own in named.items())
         if rows.certified_accuracy.isna().any() and "radius_reach" in rows:
             label += f" (draws reach {rows.radius_reach.max():.3g})"
         rows = rows.sort_values("radius")
@@ -174,7 +185,7 @@ def plot_certified_accuracy(table: pd.DataFrame, ax: Axes, *, chance: float | No
         ax.vlines(beside, rows.low, rows.high, color=colour, alpha=0.5, lw=1.5)
         ax.scatter(beside, rows.certified_accuracy, color=colour, marker=MARKERS[i % 10], s=26, zorder=3)
         ax.plot([], [], color=colour, marker=MARKERS[i % 10], ms=5, label=label)
-    accuracy_axis(ax, chance, xlabel="L2 radius ([0, 1] pixel units)", ylabel="certified accuracy", ylim=(0, 1.02))
+    accuracy_axis(ax, chance, xlabel=_radius_in_words(table), ylabel="certified accuracy", ylim=(0, 1.02))
     ax.set_xlim(left=-0.03 * widest)
     ax.legend(fontsize=8)
 
@@ -201,8 +212,9 @@ def plot_certified_methods(table: pd.DataFrame, ax: Axes, *, chance: float | Non
         The table holds several noise levels.
     """
     if "sigma" in table and table.sigma.nunique() > 1:
-        levels = ", ".join(f"{sigma:g}" for sigma in table.sigma.unique())
-        raise ValueError(f"one noise level per axes; the table holds sigma {levels}")
+        raise ValueError(
+            f"one noise level per axes; the table holds sigma {', '.join(map(_level, table.sigma.unique()))}"
+        )
     groups = list(table.groupby(["method", "guarantee"], sort=False))
     apart = 0.06 * min(np.diff(np.unique(table.radius)), default=1.0)
     for i, ((method, guarantee), rows) in enumerate(groups):
@@ -214,7 +226,7 @@ def plot_certified_methods(table: pd.DataFrame, ax: Axes, *, chance: float | Non
         rim = {"markeredgecolor": "0.25", "markeredgewidth": 0.7}
         style = {"color": colour, "ls": line, "lw": 1.8, "marker": MARKERS[i % 10], "ms": 6}
         ax.plot(beside, rows.certified_accuracy, label=str(method), zorder=3, **style, **rim)
-    accuracy_axis(ax, chance, xlabel="L2 radius ([0, 1] pixel units)", ylabel="certified accuracy", ylim=(-0.02, 1.02))
+    accuracy_axis(ax, chance, xlabel=_radius_in_words(table), ylabel="certified accuracy", ylim=(-0.02, 1.02))
     if legend:
         legend_beside(ax, handlelength=4, title="broken: frozen prompt only", title_fontsize=8, alignment="left")
 

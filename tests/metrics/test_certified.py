@@ -423,6 +423,19 @@ def test_reach_may_differ_from_method_to_method():
     assert table["1"].tolist() == ["–", "60.0 (70.0)", ""]
 
 
+def in_pairs(table):
+    """The same shares at two levels, as a perturbation of two parameters has them."""
+    return table.assign(sigma=table.sigma.map("{} and 0.1".format))
+
+
+def test_the_envelope_takes_one_number_and_pairs_side_by_side():
+    table = levels_table().query("method == 'zero-shot'").assign(perturbation="contrast")
+    pairs = in_pairs(table[table.sigma == 1]).assign(perturbation="contrast-brightness")
+    found = metrics.certified_envelope(pd.concat([pairs, table])).groupby("perturbation")["sigma"].unique()
+    assert found["contrast-brightness"].tolist() == ["1.0 and 0.1"]
+    assert set(found["contrast"]) == set(metrics.certified_envelope(table)["sigma"])
+
+
 def test_untested_shares_are_left_empty():
     table = levels_table().query("method == 'zero-shot'")
     unknown = table.assign(certified_accuracy=table.certified_accuracy.where(table.radius < 1.0))
@@ -473,6 +486,24 @@ def test_the_envelope_keeps_the_numbers_behind_the_table():
         (
             lambda: metrics.table_of_radii(pd.concat([levels_table().assign(dataset=name) for name in "ab"]), [0.1]),
             "rows occur twice for one method, guarantee, sigma, radius; give one at a time of: dataset",
+        ),
+        (
+            lambda: metrics.table_of_radii(
+                levels_table().assign(perturbation=lambda t: np.where(t.sigma == 1, "contrast", "pixel-noise")), [0.1]
+            ),
+            "radii of pixel-noise, contrast are in units of their own; give one perturbation at a time",
+        ),
+        (
+            lambda: metrics.certified_envelope(in_pairs(levels_table().query("method == 'zero-shot'"))),
+            "sigma '0.25 and 0.1', '1.0 and 0.1': radii of several parameters count standard deviations",
+        ),
+        (
+            lambda: metrics.over_prompt_seeds(in_pairs(by_seed(0.5, 0.6, prompt_seed=7))),
+            "prompt seed 7 occurs twice for 'few-shot' at sigma 0.25 and 0.1 and radius 0.1",
+        ),
+        (
+            lambda: metrics.over_prompt_seeds(in_pairs(by_seed(0.5, 0.6, n=[20, 9]))),
+            "the seeds of 'few-shot' at sigma 0.25 and 0.1 were measured on 20, 9 images",
         ),
     ],
 )
