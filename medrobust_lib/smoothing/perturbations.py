@@ -42,7 +42,7 @@ from torch import Tensor
 from medrobust_lib.checks import check_choice, check_positive
 from medrobust_lib.corruptions.suites import SUITES, Suite, find_suite
 from medrobust_lib.models.geometry import PIXEL_LIMIT
-from medrobust_lib.smoothing.bounds import Law, check_sigma, rounded_down, rounded_up
+from medrobust_lib.smoothing.bounds import Law, check_pixel_sigma, rounded_down, rounded_up
 
 Sigma = float | tuple[float, ...]
 
@@ -218,7 +218,7 @@ class PixelNoise(Perturbation):
 
     def check_sigma(self, sigma: Sigma) -> None:
         """Refuse what smooths nothing, and levels in 0 to 255."""
-        check_sigma(_one(self, sigma))
+        check_pixel_sigma(_one(self, sigma))
 
     def draw_into(self, row: Tensor, sigma: Sigma, generator: torch.Generator) -> None:
         """Fill an image of noise."""
