@@ -413,8 +413,11 @@ def find_perturbation(perturbation: str | Perturbation) -> Perturbation:
 
 
 def as_level(sigma: Any) -> Sigma:
-    """A noise level as a float, or as a tuple of floats."""
-    return float(sigma) if np.ndim(sigma) == 0 else tuple(float(level) for level in sigma)
+    """A noise level as a float, or as a tuple of floats; a TypeError for anything else."""
+    try:
+        return float(sigma) if np.ndim(sigma) == 0 else tuple(float(level) for level in sigma)
+    except (TypeError, ValueError):
+        raise TypeError(f"sigma={sigma!r}: give a number, or a tuple of numbers for several parameters") from None
 
 
 def level_in_words(sigma: Sigma) -> str:
@@ -439,7 +442,8 @@ def check_levels(sigmas: Any, perturbation: Perturbation, image_size: int, *, cl
     ValueError
         No level, one out of range, or images that are too small for it.
     """
-    levels = [as_level(sigma) for sigma in ([sigmas] if np.isscalar(sigmas) else sigmas)]
+    alone = np.isscalar(sigmas) or getattr(sigmas, "shape", None) == ()
+    levels = [as_level(sigma) for sigma in ([sigmas] if alone else sigmas)]
     if not levels:
         raise ValueError(f"sigmas={sigmas!r}: give at least one level in {perturbation.units}")
     for level in levels:

@@ -673,6 +673,17 @@ def test_no_draw_of_the_largest_contrast_is_refused_by_a_model(encoder):
         family.check_sigma(0.58)
 
 
+@pytest.mark.parametrize("sigma", [None, "a lot", ((0.5, 0.2),), (0.5, None)])
+def test_what_is_no_level_is_named(sigma):
+    with pytest.raises(TypeError, match=r"sigma=.*: give a number, or a tuple of numbers for several parameters"):
+        certify(darker, torch.zeros(3, 4, 4), sigma=sigma, perturbation="contrast-brightness")
+
+
+def test_a_level_may_come_as_an_array_of_no_dimension():
+    assert check_levels(np.array(0.5), PERTURBATIONS["contrast"], 64) == (0.5,)
+    assert check_levels(torch.tensor(0.5), PERTURBATIONS["contrast"], 64) == (0.5,)
+
+
 class Shift(Perturbation):
     """A brightness in grey levels of 8 bits."""
 
