@@ -454,8 +454,8 @@ def _show_estimates(read: "Study", notebooks: Path | None, chosen: "Sequence[Cel
         "of rows. ?: unknown. Nothing was run or written."
     )
     sequential = [cell for cell in cells if isinstance(cell, CertifyCell) and cell.step.sampling == "sequential"]
-    stops = {(cell.parameters["sigma"], cell.most_draws): cell.unanimous_draws() for cell in sequential}
+    stops = {(cell.variant, cell.most_draws): cell.unanimous_draws() for cell in sequential}
     if sequential:
         typer.echo("Sequential sampling stops earlier than the table says; an image whose copies all agree takes")
-    for (sigma, most), expected in stops.items():
-        typer.echo(f"  {expected:,.0f} of {most:,} draws at sigma {sigma:g}")
+    for (variant, most), expected in stops.items():
+        typer.echo(f"  {expected:,.0f} of {most:,} draws at {variant}")

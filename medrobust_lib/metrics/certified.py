@@ -279,7 +279,8 @@ def table_of_radii(table: pd.DataFrame, radii: Sequence[float]) -> pd.DataFrame:
     ----------
     table : DataFrame
         As in `certified_envelope`, of one model, data set and perturbation, with columns method, guarantee and
-        radius_reach and with the radius 0, whose certified accuracy is called clean. Methods may differ in noise levels, radii and n.
+        radius_reach and with the radius 0, whose certified accuracy is called clean. Methods may differ in noise
+        levels, radii and n.
     radii : sequence of float
         Which radii to show, in the units of sigma.
 

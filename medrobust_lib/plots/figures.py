@@ -145,15 +145,11 @@ def _check_once(table: pd.DataFrame, name: str, at: str, advice: str) -> None:
         raise ValueError(f"{name} {first[name]!r} occurs twice at {at} {first[at]:g}; {advice}")
 
 
-def _level(sigma: float | str) -> str:
-    return sigma if isinstance(sigma, str) else f"{sigma:g}"
-
-
 def _radius_in_words(table: pd.DataFrame) -> str:
-    names = table["perturbation"].unique().tolist() if "perturbation" in table else ["pixel-noise"]
-    if len(names) > 1:
-        raise ValueError(f"radii of {', '.join(names)} are in units of their own; draw one perturbation per axes")
-    return "L2 radius ([0, 1] pixel units)" if names == ["pixel-noise"] else f"radius of {names[0]}"
+    name, *others = table["perturbation"].unique() if "perturbation" in table else ["pixel-noise"]
+    if others:
+        raise ValueError(f"radii of {name}, {', '.join(others)} are in units of their own; draw one per axes")
+    return "L2 radius ([0, 1] pixel units)" if name == "pixel-noise" else f"radius of {name}"
 
 
 def plot_certified_accuracy(table: pd.DataFrame, ax: Axes, *, chance: float | None = None) -> None:
@@ -173,7 +169,7 @@ def plot_certified_accuracy(table: pd.DataFrame, ax: Axes, *, chance: float | No
     widest = float(table.radius.max()) or 1.0
     for i, (key, rows) in enumerate(groups):
         named = dict(zip(varying, key, strict=True))
-        label = ", ".join(f"sigma = {_level(own)}" if name == "sigma" else str(own) for name, own in named.items())
+        label = ", ".join(f"sigma = {own}" if name == "sigma" else str(own) for name, own in named.items())
         if rows.certified_accuracy.isna().any() and "radius_reach" in rows:
             label += f" (draws reach {rows.radius_reach.max():.3g})"
         rows = rows.sort_values("radius")
@@ -212,9 +208,8 @@ def plot_certified_methods(table: pd.DataFrame, ax: Axes, *, chance: float | Non
         The table holds several noise levels.
     """
     if "sigma" in table and table.sigma.nunique() > 1:
-        raise ValueError(
-            f"one noise level per axes; the table holds sigma {', '.join(map(_level, table.sigma.unique()))}"
-        )
+        levels = ", ".join(map(str, table.sigma.unique()))
+        raise ValueError(f"one noise level per axes; the table holds sigma {levels}")
     groups = list(table.groupby(["method", "guarantee"], sort=False))
     apart = 0.06 * min(np.diff(np.unique(table.radius)), default=1.0)
     for i, ((method, guarantee), rows) in enumerate(groups):

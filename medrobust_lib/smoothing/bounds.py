@@ -375,13 +375,18 @@ def check_alpha(alpha: float) -> None:
 
 
 def check_sigma(sigma: float, *, law: Law = "normal") -> None:
-    """Refuse a noise level that smooths nothing, and for normal noise one in other units; an unknown law too."""
+    """Refuse a level that smooths nothing, in whatever units, and an unknown law."""
     check_choice("law", law, get_args(Law))
     if not 0 < sigma < math.inf:
         raise ValueError(
             f"sigma={sigma}: smoothing needs noise, a standard deviation > 0 in [0, 1] pixel units such as 0.25"
         )
-    if sigma > LARGEST_SIGMA and law == "normal":
+
+
+def check_pixel_sigma(sigma: float) -> None:
+    """Refuse a level of noise on pixels that smooths nothing, and one in 0 to 255 units."""
+    check_sigma(sigma)
+    if sigma > LARGEST_SIGMA:
         raise ValueError(
             f"sigma={sigma}: noise levels are in [0, 1] pixel units; divide a level in 0 to 255 units by 255 "
             f"({sigma / 255:.4g})"

@@ -42,7 +42,7 @@ class Certificate:
     k, n : int
         Votes for the tested class among the estimation draws made.
     n0 : int
-        Selection draws that chose the tested class; 0 if its label was given.
+        Selection draws, which chose the tested class and between one bound and two; 0 where neither was chosen.
     n_max : int
         Estimation draws allowed.
     alpha : float

@@ -42,7 +42,7 @@ from torch import Tensor
 from medrobust_lib.checks import check_choice, check_positive
 from medrobust_lib.corruptions.suites import SUITES, Suite, find_suite
 from medrobust_lib.models.geometry import PIXEL_LIMIT
-from medrobust_lib.smoothing.bounds import Law, check_sigma, rounded_down, rounded_up
+from medrobust_lib.smoothing.bounds import Law, check_pixel_sigma, rounded_down, rounded_up
 
 Sigma = float | tuple[float, ...]
 
@@ -218,7 +218,7 @@ class PixelNoise(Perturbation):
 
     def check_sigma(self, sigma: Sigma) -> None:
         """Refuse what smooths nothing, and levels in 0 to 255."""
-        check_sigma(_one(self, sigma))
+        check_pixel_sigma(_one(self, sigma))
 
     def draw_into(self, row: Tensor, sigma: Sigma, generator: torch.Generator) -> None:
         """Fill an image of noise."""
@@ -413,8 +413,11 @@ def find_perturbation(perturbation: str | Perturbation) -> Perturbation:
 
 
 def as_level(sigma: Any) -> Sigma:
-    """A noise level as a float, or as a tuple of floats."""
-    return float(sigma) if np.ndim(sigma) == 0 else tuple(float(level) for level in sigma)
+    """A noise level as a float, or as a tuple of floats; a TypeError for anything else."""
+    try:
+        return float(sigma) if np.ndim(sigma) == 0 else tuple(float(level) for level in sigma)
+    except (TypeError, ValueError):
+        raise TypeError(f"sigma={sigma!r}: give a number, or a tuple of numbers for several parameters") from None
 
 
 def level_in_words(sigma: Sigma) -> str:
@@ -439,7 +442,8 @@ def check_levels(sigmas: Any, perturbation: Perturbation, image_size: int, *, cl
     ValueError
         No level, one out of range, or images that are too small for it.
     """
-    levels = [as_level(sigma) for sigma in ([sigmas] if np.isscalar(sigmas) else sigmas)]
+    alone = np.isscalar(sigmas) or getattr(sigmas, "shape", None) == ()
+    levels = [as_level(sigma) for sigma in ([sigmas] if alone else sigmas)]
     if not levels:
         raise ValueError(f"sigmas={sigmas!r}: give at least one level in {perturbation.units}")
     for level in levels:

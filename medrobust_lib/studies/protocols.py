@@ -18,6 +18,7 @@ from medrobust_lib.models.catalogue import fetch_command
 from medrobust_lib.models.loading import available_offline, find_model
 from medrobust_lib.places import default_weights_dir, project_root
 from medrobust_lib.smoothing.paper_methods import PaperMethod
+from medrobust_lib.smoothing.perturbations import PIXEL_NOISE
 from medrobust_lib.studies.adapt_step import AdaptStep
 from medrobust_lib.studies.benchmark_step import BenchmarkStep
 from medrobust_lib.studies.cells import study_cells
@@ -298,6 +299,11 @@ def _check_fits(published: Published, study: Study, *, where: str) -> None:
         raise StudyError(f"{where}: seeds: {list(study.seeds)}; a table is of one seed, so give one")
     if published.layout == "times" and any(len(step.methods) != 1 or len(step.sigmas) != 1 for step in steps):
         raise StudyError(f"{where}: of times, each certify step has one method and one noise level")
+    over = {step.perturbation for step in steps if kind == "certify"} - {PIXEL_NOISE.name}
+    if over and not published.layout.endswith("not published"):
+        raise StudyError(f"{where}: the published certificates are for pixel noise, and a step's are for {min(over)}")
+    if over and len({step.perturbation for step in steps}) > 1:
+        raise StudyError(f"{where}: radii of several perturbations are in units of their own; make a table of each")
     if published.layout == "few-shot variants" and not all(
         step.jointly for step in study.steps if isinstance(step, AdaptStep)
     ):

@@ -13,6 +13,7 @@ from medrobust_lib.models.vision_language import Completion
 from medrobust_lib.smoothing.bounds import certified_radius, lower_confidence_bound
 from medrobust_lib.smoothing.certificate import ABSTAIN, GUARANTEES
 from medrobust_lib.smoothing.noise import NoiseStream, noisy_copies
+from medrobust_lib.smoothing.perturbations import PIXEL_NOISE
 from medrobust_lib.smoothing.sequential import sequential_plan
 
 PROMPT = "Is it safe?"
@@ -78,7 +79,7 @@ def test_known_radii():
 
 def test_a_certificate_records_how_it_was_made():
     found = certified(["no"] * 12, ["no"] * 50, alpha=0.01, max_new_tokens=9, temperature=0.5)
-    assert dataclasses.asdict(found.composite) == {
+    assert vars(found.composite) == {
         "predicted": 0,
         "radius": pytest.approx(found.composite.radius),
         "p_lower": lower_confidence_bound(50, 50, 0.01),
@@ -98,6 +99,8 @@ def test_a_certificate_records_how_it_was_made():
         "dtype": "float32",
         "device": "cpu",
         "image_shape": (3, 8, 8),
+        "perturbation": PIXEL_NOISE,
+        "dataset": "phantom/test",
     }
     assert (found.oracle, found.oracle_version, found.prompt) == ("option", YES_NO.version, PROMPT)
     assert (found.max_new_tokens, found.temperature) == (9, 0.5)

@@ -20,6 +20,7 @@ from medrobust_lib import metrics
 from medrobust_lib.corruptions.suites import MEDIMETA_C, find_suite
 from medrobust_lib.data.dataset import ImageDataset
 from medrobust_lib.models.dual_encoder import DualEncoder, Preprocessing
+from medrobust_lib.smoothing.bounds import maximum_radius
 from medrobust_lib.smoothing.certificate import Certificate
 from medrobust_lib.smoothing.certify import certify, predict
 from medrobust_lib.smoothing.methods import FixedPrompts
@@ -670,3 +671,42 @@ def test_no_draw_of_the_largest_contrast_is_refused_by_a_model(encoder):
         assert encoder.encode_image(moved("contrast", image, k)).isfinite().all()
     with pytest.raises(ValueError, match=r"sigma=0\.58 is no number above 0 and up to 0\.577623"):
         family.check_sigma(0.58)
+
+
+@pytest.mark.parametrize("sigma", [None, "a lot", ((0.5, 0.2),), (0.5, None)])
+def test_what_is_no_level_is_named(sigma):
+    with pytest.raises(TypeError, match=r"sigma=.*: give a number, or a tuple of numbers for several parameters"):
+        certify(darker, torch.zeros(3, 4, 4), sigma=sigma, perturbation="contrast-brightness")
+
+
+def test_a_level_may_come_as_an_array_of_no_dimension():
+    assert check_levels(np.array(0.5), PERTURBATIONS["contrast"], 64) == (0.5,)
+    assert check_levels(torch.tensor(0.5), PERTURBATIONS["contrast"], 64) == (0.5,)
+
+
+class Shift(Perturbation):
+    """A brightness in grey levels of 8 bits."""
+
+    name, usual_sigma, units = "grey levels", 51.0, "grey levels"
+
+    def check_sigma(self, sigma):
+        """Take any."""
+
+    def apply(self, pixels, theta):
+        return pixels + theta[:, :1, None, None] / 255
+
+    def describe(self, radius, sigma, *, image):
+        return f"{radius:.4f} grey levels"
+
+
+@pytest.mark.parametrize("sampling", ["fixed", "sequential"])
+def test_an_own_perturbation_has_units_of_its_own(sampling):
+    """Sigmas above 10 are noise of 0 to 255 on pixels only; radii follow the units."""
+    words = {"n0": 20, "n": 60, "sampling": sampling}
+    found = certify(darker, torch.full((3, 4, 4), 0.1), sigma=51, perturbation=Shift(), radii=[10, 500], **words)
+    assert found.predicted == 1
+    assert found.radius == (10 if sampling == "sequential" else pytest.approx(maximum_radius(60, 0.001, 51)))
+
+
+def darker(pixels):
+    return (pixels.mean((1, 2, 3)) < 1).long()

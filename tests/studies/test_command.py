@@ -58,6 +58,17 @@ def test_a_dry_run_prices_every_cell_and_writes_nothing(invoke, study_file, tmp_
     assert "of 25 draws at sigma 0.05" in text
 
 
+def test_a_dry_run_tells_perturbations_of_one_sigma_apart(invoke, study_file, monkeypatch):
+    monkeypatch.setattr("medrobust_lib.studies.cells.encodings_per_second", lambda model, dataset, *, dtype: 10.0)
+    steps = [f"{{sigmas: [2], n: 2000, radii: [0, 4], perturbation: {name}}}" for name in ("pixel-noise", "blur")]
+    text = "models: [demo-clip]\ndatasets: [phantom/chest]\nn_images: 4\n"
+    text += f"steps: [{', '.join(f'{{certify: {step}}}' for step in steps)}]\n"
+    code, text, _ = invoke("study", study_file(text), "--dry-run")
+    assert code == 0
+    stops = dict(line.strip().split(" of 2,100 draws at ") for line in text.splitlines() if "draws at" in line)
+    assert list(stops.values()) == ["sigma 2", "blur sigma 2"]
+
+
 def test_a_study_prints_its_leaderboard_and_two_runs_compare(invoke, study_file, tmp_path, undisturbed):
     shutil.copytree(undisturbed, tmp_path / "out")
     code, text, _ = invoke("study", study_file(), "--out", tmp_path / "out")

@@ -348,6 +348,7 @@ def test_a_key_that_is_none_and_a_plain_study_are_refused(tmp_path):
 
 SAYS = {"paper": "p", "table": "t", "title": "x", "layout": "certified accuracy", "deviations": []}
 CERTIFY = {"certify": {"sigmas": [0.1], "n": 20, "alpha": 0.05}}
+CONTRAST = {"certify": CERTIFY["certify"] | {"perturbation": "contrast"}}
 
 
 @pytest.mark.parametrize(
@@ -369,6 +370,12 @@ CERTIFY = {"certify": {"sigmas": [0.1], "n": 20, "alpha": 0.05}}
         ({"layout": "numbers of draws"}, {}, "is made of questions steps, and there is none"),
         ({}, {"seeds": [0, 1]}, r"seeds: \[0, 1\]; a table is of one seed"),
         ({"layout": "times"}, {}, "of times, each certify step has one method and one noise level"),
+        ({}, {"steps": [CERTIFY, CONTRAST]}, "certificates are for pixel noise, and a step's are for contrast"),
+        (
+            {"layout": "certified accuracy, not published"},
+            {"steps": [CERTIFY, CONTRAST]},
+            "several perturbations are in units of their own",
+        ),
     ],
 )
 def test_what_a_protocol_says_is_checked_before_anything_runs(tmp_path, says, study, message):
