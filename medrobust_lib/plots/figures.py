@@ -169,6 +169,8 @@ def plot_certified_accuracy(table: pd.DataFrame, ax: Axes, *, chance: float | No
     widest = float(table.radius.max()) or 1.0
     for i, (key, rows) in enumerate(groups):
         named = dict(zip(varying, key, strict=True))
+        if not isinstance(named.get("sigma", ""), str):
+            named["sigma"] = f"{named['sigma']:g}"
         label = ", ".join(f"sigma = {own}" if name == "sigma" else str(own) for name, own in named.items())
         if rows.certified_accuracy.isna().any() and "radius_reach" in rows:
             label += f" (draws reach {rows.radius_reach.max():.3g})"
@@ -208,7 +210,7 @@ def plot_certified_methods(table: pd.DataFrame, ax: Axes, *, chance: float | Non
         The table holds several noise levels.
     """
     if "sigma" in table and table.sigma.nunique() > 1:
-        levels = ", ".join(map(str, table.sigma.unique()))
+        levels = ", ".join(one if isinstance(one, str) else f"{one:g}" for one in table.sigma.unique())
         raise ValueError(f"one noise level per axes; the table holds sigma {levels}")
     groups = list(table.groupby(["method", "guarantee"], sort=False))
     apart = 0.06 * min(np.diff(np.unique(table.radius)), default=1.0)

@@ -73,7 +73,8 @@ class PaperMethod:
         Of shots, their noise and the first context vectors; the candidate set takes the two after it as well.
         None: the seed of the whole.
     shots, epochs, batch_size, learning_rate, n_context, class_specific, position, draws_per_image, sigmas
-        As in `learn_prompts`; the first four also of re-training, where `learning_rate` has a default of its own.
+        As in `learn_prompts`; without sigmas its default, or for a corruption the level of the certificates. The first
+        four also of re-training, where `learning_rate` has a default of its own.
     crop : float or None
         CoOp's random crop, which keeps at least this share of the area, and flip; None shows every copy whole.
     checkpoint : str
@@ -105,7 +106,7 @@ class PaperMethod:
     class_specific: bool = False
     position: Position = "end"
     draws_per_image: int = 16
-    sigmas: tuple[float, ...] = TRAINING_SIGMAS
+    sigmas: tuple[float, ...] = ()
     crop: float | None = None
     checkpoint: str = ""
     template: str = ""
@@ -132,7 +133,7 @@ class PaperMethod:
             CropAndFlip(crop=self.crop)
         if self.learning_rate is not None:
             check_positive("learning_rate", self.learning_rate)
-        if not self.sigmas or min(self.sigmas) < 0:
+        if min(self.sigmas, default=0.0) < 0:
             raise ValueError(f"sigmas={list(self.sigmas)}: give noise levels of training, 0 or more")
         if self.template and self.template.count("{}") != 1:
             raise ValueError(f"template={self.template!r}: write one {{}} where the class name stands")
@@ -145,13 +146,12 @@ class PaperMethod:
         """Whether labelled images are learned from."""
         return self.method in LEARNED_METHODS and not self.checkpoint
 
-    def learning(self) -> dict[str, Any]:
-        """Words for `learn_prompts`."""
+    def learning(self, sigmas: tuple[Sigma, ...] = TRAINING_SIGMAS) -> dict[str, Any]:
+        """Words for `learn_prompts`; its noise levels where the method has none of its own."""
         words = {name: getattr(self, name) for name in _PROMPTS if name not in ("seed", "crop", "learning_rate")}
         if self.learning_rate is not None:
             words["learning_rate"] = self.learning_rate
-        if self.method == "CoOp":
-            words["sigmas"] = (0.0,)
+        words["sigmas"] = (0.0,) if self.method == "CoOp" else self.sigmas or sigmas
         return words | {"augmentation": None if self.crop is None else CropAndFlip(crop=self.crop)}
 
 
@@ -291,6 +291,8 @@ def prompt_methods(
     if repeated := [name for name, count in Counter(one.name for one in asked).items() if count > 1]:
         raise ValueError(f"two methods are called {repeated[0]!r}; give each a name of its own")
     for one in asked:
+        if "denoiser" in READS[one.method] and family != PIXEL_NOISE:
+            raise ValueError(f"{one.name} removes noise from pixels, and {family.name!r} adds none; leave it out")
         if one.method == RETRAINED:
             raise ValueError(f"{RETRAINED!r} is another image tower: certify the model that `retrain_on_noise` makes")
         needed = "pool" if one.method == "few-shot + pool" and pool is None else "train"
@@ -327,10 +329,8 @@ def prompt_methods(
     def learned(one: PaperMethod, number: int = 0) -> PromptSet:
         if one.checkpoint:
             return load_coop_context(one.checkpoint, model, data.classes)
-        words = one.learning() | {"seed": number + (seed if one.seed is None else one.seed)}
-        if family != PIXEL_NOISE:
-            own = (sigma,) if words["sigmas"] == TRAINING_SIGMAS else words["sigmas"]
-            words |= {"perturbation": family.name, "sigmas": own}
+        own = one.learning() if family == PIXEL_NOISE else one.learning((sigma,)) | {"perturbation": family.name}
+        words = own | {"seed": number + (seed if one.seed is None else one.seed)}
         return kept_or(words, lambda: learn_prompts(model, train, **words | {"perturbation": family}))
 
     def few_shot(one: PaperMethod, number: int = 0) -> PromptSet:

@@ -33,7 +33,6 @@ from medrobust_lib.smoothing.paper_methods import (
     prompt_methods,
 )
 from medrobust_lib.smoothing.perturbations import PIXEL_NOISE, Perturbation, find_perturbation
-from medrobust_lib.smoothing.prompts import TRAINING_SIGMAS
 from medrobust_lib.smoothing.sequential import operating_characteristics, sequential_plan
 from medrobust_lib.smoothing.table import certify_dataset
 from medrobust_lib.studies.steps import (
@@ -161,7 +160,7 @@ class CertifyStep(Step):
                 raise StudyError(
                     f"{method.name} removes noise from pixels, and {self.perturbation!r} adds none; leave it out"
                 )
-            for level in method.sigmas if method.sigmas != TRAINING_SIGMAS else ():
+            for level in method.sigmas:
                 if level:
                     family.check_sigma(level)
 
