@@ -72,7 +72,10 @@ def resolve_dtype(dtype: "str | torch.dtype", device: "torch.device") -> "torch.
     known = {name: getattr(torch, name) for name in _DTYPES}
     if dtype in (*known, *known.values()):
         return known.get(dtype, dtype)
-    raise ValueError(f"dtype must be 'auto', {', '.join(map(repr, _DTYPES))}, not {dtype!r}")
+    raise ValueError(
+        f"dtype must be 'auto', {', '.join(map(repr, _DTYPES))}, not {dtype!r}; load_vlm also takes "
+        f"{' and '.join(map(repr, QUANTISED))}"
+    )
 
 
 def quantised_options(dtype: str, device: "torch.device") -> dict[str, Any]:
