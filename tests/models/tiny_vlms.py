@@ -431,7 +431,7 @@ def as_published(folder: Path) -> None:
     images = processor.pop("image_processor") | {"processor_class": processor["processor_class"]}
     (folder / "processor_config.json").write_text(json.dumps(processor))
     config = json.loads((folder / "config.json").read_text())
-    if config["model_type"] == "llava_next":
+    if config["model_type"] in ("llava", "llava_next", "gemma3"):
         split_weights(folder)
     if config["model_type"] in ("qwen2_vl", "qwen2_5_vl"):
         (folder / "processor_config.json").unlink()
@@ -446,7 +446,7 @@ def as_published(folder: Path) -> None:
 
 
 def split_weights(folder: Path) -> None:
-    """Name the tensors of the image tower as LLaVA-1.6's checkpoints do, in two files with an index."""
+    """Name the tensors of the image tower as checkpoints of LLaVA and of Gemma 3 do, in two files with an index."""
     whole = folder / "model.safetensors"
     tensors = {
         name.replace("vision_tower.", "vision_tower.vision_model."): tensor for name, tensor in load_file(whole).items()
