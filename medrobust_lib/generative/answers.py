@@ -304,7 +304,7 @@ def open_answers(
         "revision": provenance.get("revision"),
         **({} if version is None else {"version": str(version)}),
         "image_size": getattr(vlm, "image_size", None),
-        "dtype": str(getattr(vlm, "dtype", "unknown")).removeprefix("torch."),
+        "dtype": getattr(vlm, "precision", str(getattr(vlm, "dtype", "unknown")).removeprefix("torch.")),
         "device": _device(vlm).type,
         "dataset": dataset,
         "prompts": sorted(set(prompts)),

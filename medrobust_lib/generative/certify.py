@@ -66,6 +66,8 @@ class GenerativeCertificate:
         Different texts among the estimation draws; 1 means that the model may answer the same to any image.
     clusters : tuple of Cluster
         Of the selection draws, in the order of their first text; empty for an oracle with labels.
+    caveats : tuple of str
+        What must be said of the model, such as that its answers may depend on their batch.
     """
 
     answer: str | None
@@ -81,6 +83,7 @@ class GenerativeCertificate:
     tally: Tally
     n_distinct: int
     clusters: tuple[Cluster, ...] = field(default=(), repr=False)
+    caveats: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         return _template().render(found=self).rstrip()
@@ -265,6 +268,7 @@ def certify_answers(
         tally=_tally(bank.answers("select", 0, n0) + bank.answers("estimate", 0, n_drawn), readings),
         n_distinct=len(set(bank.texts("estimate", 0, composite.n))),
         clusters=tuple(clusters),
+        caveats=tuple(getattr(bank.vlm, "caveats", ())),
     )
 
 

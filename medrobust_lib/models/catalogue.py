@@ -46,7 +46,7 @@ class ModelEntry:
         Architecture and training data in a few words.
     image_size : int
         Side of the image that a dual encoder reads, in pixels. Of a generative model: noise is added to [0, 1] pixels
-        of this size, before the model's own processor resizes or tiles them.
+        of this size, before the model's own processor resizes or tiles them. 0 where the files say it.
     licence : str
         Licence of the weights.
     source : str
@@ -127,8 +127,7 @@ def own_entry(id: str, *, generative: bool = False) -> ModelEntry | None:
         loader = _own_loader(id, *place.partition(":")[::2])
     else:
         return None
-    size = 336 if generative else 0  # of the image tower of LLaVA; the files of a dual encoder say it
-    return ModelEntry(id, "own model", size, "not stated", id, citation="", loader="" if generative else loader)
+    return ModelEntry(id, "own model", 0, "not stated", id, citation="", loader="" if generative else loader)
 
 
 def _own_loader(id: str, module: str, function: str) -> Loader:
@@ -217,7 +216,8 @@ def vlm_caveats(vlm: Any, questions: "QuestionSet") -> list[str]:
         found += [CAVEATS["synthetic"], CAVEATS["made_up_answers"]]
     else:
         found += [CAVEATS["synthetic"], CAVEATS["made_up_answers"], CAVEATS["other_models_on_phantoms"]]
-    return [*found, *questions.provenance.get("caveats", ()), CAVEATS["not_clinical"]]
+    of_model = getattr(vlm, "caveats", ())
+    return [*found, *of_model, *questions.provenance.get("caveats", ()), CAVEATS["not_clinical"]]
 
 
 def _size_caveats(model: Any, dataset: "ImageDataset") -> list[str]:

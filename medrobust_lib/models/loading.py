@@ -1,9 +1,11 @@
 """Models by name: which there are, whether their weights are here, where and how they compute, what they can learn."""
 
 import inspect
+import logging
 import os
 import pkgutil
 from collections.abc import Iterable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +24,12 @@ if TYPE_CHECKING:
 
 _DTYPES = ("float32", "bfloat16", "float16")
 _COLUMNS = ["id", "family", "image_size", "parameters", "licence", "source", "sha256", "available_offline", "citation"]
+
+QUANTISED: dict[Any, dict[str, Any]] = {
+    "int8": {"load_in_8bit": True},
+    "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": "bfloat16"},
+}
+"""Names of quantised types, and what transformers' BitsAndBytesConfig is told for them."""
 
 # The one place that grows at run time: what register_model was given in this process.
 _REGISTERED: dict[str, ModelEntry] = {}
@@ -64,7 +72,36 @@ def resolve_dtype(dtype: "str | torch.dtype", device: "torch.device") -> "torch.
     known = {name: getattr(torch, name) for name in _DTYPES}
     if dtype in (*known, *known.values()):
         return known.get(dtype, dtype)
-    raise ValueError(f"dtype must be 'auto', {', '.join(map(repr, _DTYPES))}, not {dtype!r}")
+    raise ValueError(
+        f"dtype must be 'auto', {', '.join(map(repr, _DTYPES))}, not {dtype!r}; load_vlm also takes "
+        f"{' and '.join(map(repr, QUANTISED))}"
+    )
+
+
+def quantised_options(dtype: str, device: "torch.device") -> dict[str, Any]:
+    """Options of transformers' ``from_pretrained`` that quantise weights, by a name of `QUANTISED`, as they are read.
+
+    Raises
+    ------
+    ImportError
+        A package is missing; names the command that installs it.
+    ValueError
+        bitsandbytes does not compute on this device; names those on which it does.
+    """
+    missing = " ".join(package for package in ("bitsandbytes", "accelerate") if find_spec(package) is None)
+    if missing:
+        raise ImportError(f"dtype={dtype!r} needs more packages: pip install {missing}; or choose dtype='bfloat16'")
+    from bitsandbytes import supported_torch_devices
+    from transformers import BitsAndBytesConfig
+
+    if device.type not in supported_torch_devices:
+        raise ValueError(
+            f"dtype={dtype!r}: bitsandbytes does not compute on {device.type!r}, only on "
+            f"{', '.join(sorted(supported_torch_devices))}; choose such a device, or dtype='bfloat16'"
+        )
+    # It says of every product of matrices that its inputs are cast to float16.
+    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
+    return {"quantization_config": BitsAndBytesConfig(**QUANTISED[dtype]), "device_map": {"": device}}
 
 
 def settled(

@@ -10,10 +10,11 @@ import re
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
@@ -22,33 +23,20 @@ from torch.nn import functional
 
 from medrobust_lib.checks import check_whole
 from medrobust_lib.models import weights
-from medrobust_lib.models.catalogue import CONFIG_NAME, HUB_PREFIX
+from medrobust_lib.models.catalogue import CAVEATS, CONFIG_NAME, HUB_PREFIX
+from medrobust_lib.models.decoding import Completion, RowSampler
 from medrobust_lib.models.dual_encoder import SOUND_TYPES, BrokenFeaturesError
 from medrobust_lib.models.geometry import ImageInput, Preprocessing, check_pixels, prepare_images
-from medrobust_lib.models.loading import check_kind, find_model, settled
+from medrobust_lib.models.loading import QUANTISED, check_kind, find_model, quantised_options, settled
 
 if TYPE_CHECKING:
     from transformers import ProcessorMixin
 
 _RESCALING: weights.Settings = {"do_rescale": (True,), "rescale_factor": (1 / 255,)}
+_TILING = ("do_image_splitting", "crop_to_patches", "do_pan_and_scan")  # what image processors call it
+_ANY_RESOLUTION = 448  # where the tower states no size: a whole number of patches of 14 and of 16 px, merged by two
 _IGNORED_LABEL = -100  # of tokens that the loss of transformers' models leaves out
 _TOWER_WORKING_SET = 64  # activations of an image tower, in float32 copies of its input, with a margin
-
-
-@dataclass(frozen=True)
-class Completion:
-    """One generated text.
-
-    Attributes
-    ----------
-    text : str
-        Without special tokens and surrounding white space; may be empty.
-    finished : bool
-        Whether the model ended it; otherwise it was cut at the largest number of tokens.
-    """
-
-    text: str
-    finished: bool
 
 
 class VisionLanguageModel(torch.nn.Module):
@@ -68,6 +56,8 @@ class VisionLanguageModel(torch.nn.Module):
         Settings of the image processor that differ from its own.
     provenance : dict
         JSON values: source, files with their SHA-256, licence.
+    caveats : sequence of str
+        What certificates and result cards of this model must say.
     """
 
     def __init__(
@@ -79,6 +69,7 @@ class VisionLanguageModel(torch.nn.Module):
         image_size: int,
         image_options: dict[str, Any],
         provenance: dict[str, Any],
+        caveats: Sequence[str] = (),
     ) -> None:
         from transformers import GenerationConfig  # transformers takes seconds to import
 
@@ -89,6 +80,7 @@ class VisionLanguageModel(torch.nn.Module):
         self.image_size = image_size
         self.image_options = image_options
         self.provenance = provenance
+        self.caveats = tuple(caveats)
         tokenizer = processor.tokenizer
         tokenizer.padding_side = "left"  # a decoder goes on from the last position of every row
         if tokenizer.pad_token is None:
@@ -108,8 +100,17 @@ class VisionLanguageModel(torch.nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Floating-point type of the weights."""
+        """Floating-point type of the weights, those that are quantised left out."""
         return self.model.dtype
+
+    @property
+    def precision(self) -> str:
+        """Name of `dtype`, and in front of it that of the quantisation, if there is one."""
+        name, found = str(self.dtype).removeprefix("torch."), getattr(self.model.config, "quantization_config", None)
+        if found is None:
+            return name
+        eight = getattr(found, "load_in_8bit", False)
+        return f"{'int8' if eight else getattr(found, 'bnb_4bit_quant_type', found.quant_method)} with {name}"
 
     def prepare(self, images: ImageInput | Sequence[Any]) -> Tensor:
         """Bring images to the size at which noise is added; nothing is cut off.
@@ -197,7 +198,7 @@ class VisionLanguageModel(torch.nn.Module):
         broken = int(rows_without_best.sum())
         if broken:
             raise BrokenFeaturesError(
-                f"{self.id} in {str(self.dtype).removeprefix('torch.')}: the scores of the next token are not finite "
+                f"{self.id} in {self.precision}: the scores of the next token are not finite "
                 f"for {broken} of {len(pixels)} images, so what it wrote is no answer. {SOUND_TYPES}"
             )
         new = ids[:, inputs["input_ids"].shape[1] :]
@@ -226,9 +227,12 @@ class VisionLanguageModel(torch.nn.Module):
             If the pixels require a gradient and the model's image processor passes none on.
         """
         check_pixels(pixels, image_size=self.image_size, model=self.id)
-        asked, end = self._chat(prompt), self.processor.tokenizer.eos_token or ""
+        asked, tokenizer = self._chat(prompt), self.processor.tokenizer
+        # Of several tokens that end an answer the one that ends a turn of the chat: Gemma's is not the tokenizer's.
+        ends = np.atleast_1d(self.model.generation_config.eos_token_id).tolist()
+        end = next((token for token in tokenizer.convert_ids_to_tokens(ends) if token in asked), tokenizer.eos_token)
         space = "" if asked[-1:].isspace() or not answer else " "
-        inputs = self._inputs(pixels, [f"{asked}{space}{answer}{end}"] * len(pixels))
+        inputs = self._inputs(pixels, [f"{asked}{space}{answer}{end or ''}"] * len(pixels))
         question = self._inputs(pixels[:1].detach(), [asked])["input_ids"][0].tolist()
         both = zip(question, inputs["input_ids"][0].tolist(), strict=False)
         n_asked = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], both))
@@ -289,7 +293,9 @@ class VisionLanguageModel(torch.nn.Module):
     def __reduce__(self) -> tuple[Any, ...]:
         # Workers get a copy. transformers hangs functions on a used model that cannot be sent, and keeps facts about
         # its class in the process that built it; so the copy is built there, from the configuration and the weights.
-        facts = {name: getattr(self, name) for name in ("id", "image_size", "image_options", "provenance")}
+        if getattr(self.model.config, "quantization_config", None) is not None:
+            raise TypeError(f"{self.id} in {self.precision} cannot be sent to another process: use jobs=1")
+        facts = {name: getattr(self, name) for name in ("id", "image_size", "image_options", "provenance", "caveats")}
         network = (type(self.model), self.model.config, self.model.generation_config, self.model.state_dict())
         return _rebuilt, (network, self.processor, facts)
 
@@ -297,7 +303,7 @@ class VisionLanguageModel(torch.nn.Module):
         # The network's hundreds of layers would drown the facts; print(model.model) shows them.
         return (
             f"VisionLanguageModel(id={self.id!r}, {type(self.model).__name__}, noise at {self.image_size} px, "
-            f"dtype={self.dtype}, device={str(self.device)!r})"
+            f"dtype={self.precision}, device={str(self.device)!r})"
         )
 
     def _chat(self, prompt: str) -> str:
@@ -310,6 +316,9 @@ class VisionLanguageModel(torch.nn.Module):
     def _inputs(self, pixels: Tensor, texts: Sequence[str]) -> dict[str, Tensor]:
         """What the network reads, on its device; pixels keep their gradient if they have one."""
         options = {"do_rescale": False, "return_tensors": "pt", **self.image_options}
+        start = self.processor.tokenizer.bos_token
+        if start and texts[0].startswith(start):  # the template wrote it; the tokenizer must not write a second one
+            options["add_special_tokens"] = False
         images = [[image] for image in pixels.float()]
         inputs = self.processor(images=images, text=list(texts), padding=True, **options)
         if pixels.requires_grad and torch.is_grad_enabled() and not inputs["pixel_values"].requires_grad:
@@ -333,35 +342,6 @@ def _rebuilt(network: tuple[Any, ...], processor: Any, facts: dict[str, Any]) ->
     return VisionLanguageModel(model.requires_grad_(False).eval(), processor, **facts).eval()
 
 
-class RowSampler:
-    """Makes greedy decoding draw from the softmax: the largest of logits plus Gumbel noise is such a draw.
-
-    A processor of logits for transformers' ``generate``. Every row has a generator of its own, so what it draws does
-    not depend on the batch, and torch's global random state stays untouched.
-
-    Parameters
-    ----------
-    temperature : float
-        Above 0.
-    seeds : sequence of int
-        One a row.
-    device : torch.device
-        Where the logits are.
-    """
-
-    def __init__(self, temperature: float, seeds: Sequence[int], device: torch.device) -> None:
-        self.temperature = temperature
-        self.generators = [torch.Generator(device).manual_seed(int(seed) % 2**63) for seed in seeds]
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """Logits [n, vocabulary] over the temperature plus Gumbel noise."""
-        scores = scores.float()
-        waits = [
-            torch.empty_like(row).exponential_(generator=g) for row, g in zip(scores, self.generators, strict=True)
-        ]
-        return scores / self.temperature - torch.stack(waits).log()
-
-
 def load_vlm(
     id: str,
     *,
@@ -380,9 +360,12 @@ def load_vlm(
     id : str
         An id of `list_vlms`, ``local-dir:PATH`` for a folder in transformers' format, or ``hf:OWNER/NAME``.
     device, dtype, weights_dir, offline
-        As in `load_model`. bfloat16 answers may depend on the batch they are computed in; float32 ones do not.
+        As in `load_model`; dtype also ``"int8"`` or ``"nf4"``, by the package bitsandbytes, beside bfloat16. Answers
+        may depend on the batch they are computed in. In float32 this is tried on two images; if they do, and in every
+        other type, `caveats` says so.
     image_size : int, optional
-        S, the side in pixels at which noise is added and radii are meant; default: the table's.
+        S, the side in pixels at which noise is added and radii are meant; default: the table's, else that of the image
+        tower. The tiles that an image processor would cut are switched off where it has a switch.
     revision : str, optional
         Commit of the hub repository, 40 hexadecimal digits.
     trust_remote_code : bool
@@ -400,7 +383,7 @@ def load_vlm(
     FileNotFoundError
         If the weights are missing; names the places looked at and the command that fetches them.
     ImportError
-        If transformers needs another package for this model (num2words for SmolVLM2); names it.
+        If transformers needs another package for this model (num2words for SmolVLM2) or type (bitsandbytes); names it.
     """
     entry = find_model(id, generative=True)
     if trust_remote_code and not re.fullmatch("[0-9a-f]{40}", revision or ""):
@@ -409,8 +392,10 @@ def load_vlm(
             f"(40 hexadecimal digits, not {revision!r}), and read it first"
         )
     if image_size is not None:
-        check_whole("image_size", image_size, hint=f" pixels, nor None for {entry.image_size}")
-    target, precision, weights_dir, offline = settled(device, dtype, weights_dir, offline)
+        check_whole("image_size", image_size, hint=" pixels, nor None for the model's own")
+    plain = "bfloat16" if dtype in QUANTISED else dtype  # of what is not quantised
+    target, precision, weights_dir, offline = settled(device, plain, weights_dir, offline)
+    quantised = quantised_options(dtype, target) if dtype in QUANTISED else {}
     check_kind(entry, weights_dir=weights_dir)
     from transformers import AutoModelForImageTextToText  # transformers takes seconds to import
 
@@ -420,9 +405,10 @@ def load_vlm(
     pinned = {"revision": revision} if folder is None else {}
     # Code may also lie in another repository than the weights: it is pinned, too.
     code = {"trust_remote_code": trust_remote_code, **({"code_revision": revision} if trust_remote_code else {})}
+    options = {"dtype": precision, **quantised, **pinned, **code}
     try:
         with weights.hub_access(offline=offline), _no_progress_bar(), torch.random.fork_rng(devices=[]):
-            network = weights.read_pretrained(AutoModelForImageTextToText, place, dtype=precision, **pinned, **code)
+            network = weights.read_pretrained(AutoModelForImageTextToText, place, **options)
             processor = _read_processor(place, **pinned, **code)
     except OSError as error:
         raise weights.missing_weights(entry, weights_dir=weights_dir, offline=offline, reason=error) from error
@@ -430,14 +416,29 @@ def load_vlm(
         snapshot = try_to_load_from_cache(place, CONFIG_NAME, revision=revision)
         if isinstance(snapshot, str):
             revision, files = Path(snapshot).parent.name, weights.file_hashes(Path(snapshot).parent)
-    return VisionLanguageModel(
+    size_of_tower = getattr(getattr(network.config, "vision_config", None), "image_size", _ANY_RESOLUTION)
+    switches = {name: False for name in _TILING if hasattr(processor.image_processor, name)}
+    vlm = VisionLanguageModel(
         network.requires_grad_(False).eval().to(target),
         processor,
         id=id,
-        image_size=image_size or entry.image_size,
-        image_options=dict(entry.image_options),
+        image_size=image_size or entry.image_size or int(np.max(size_of_tower)),
+        image_options={**switches, **entry.image_options},
         provenance={**weights.provenance(entry, files), "revision": revision},
     ).eval()
+    vlm.caveats = _batch_caveats(vlm)
+    return vlm
+
+
+def _batch_caveats(vlm: VisionLanguageModel) -> tuple[str, ...]:
+    """What must be said of a model whose answers depend on their batch, or may."""
+    model = f"{vlm.id} in {vlm.precision}"
+    if vlm.precision != "float32":
+        return (CAVEATS["batch_untried"].format(model=model),)
+    noisy = 0.5 + 0.5 * torch.randn(2, 3, *[vlm.image_size] * 2, generator=torch.Generator().manual_seed(0))
+    answers = partial(vlm.generate, prompt="What is in this image?", max_new_tokens=4)
+    same = answers(noisy) == answers(noisy[:1]) + answers(noisy[1:])
+    return () if same else (CAVEATS["batch_differs"].format(model=model),)
 
 
 def _read_processor(place: str, **options: Any) -> "ProcessorMixin":

@@ -433,7 +433,7 @@ def make_certificate(
         guarantee=guarantee,
         seed=stream.seed,
         model=getattr(classifier, "id", "own classifier"),
-        dtype=str(getattr(classifier, "dtype", torch.float32)).removeprefix("torch."),
+        dtype=getattr(classifier, "precision", str(getattr(classifier, "dtype", torch.float32)).removeprefix("torch.")),
         device=image.device.type,
         image_shape=tuple(image.shape),
         perturbation=stream.perturbation,

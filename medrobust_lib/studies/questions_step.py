@@ -169,7 +169,7 @@ class QuestionsCell(Cell):
         notes.append("Certificates of several n share the answers: each is valid on its own, they err together.")
         run.save_card(
             metrics=_answer_metrics(rows), tables={f"{run.number}_{CERTIFIED_ANSWERS}": rows}, prompts={},
-            model={"id": vlm.id, "dtype": str(vlm.dtype), "image_size": vlm.image_size},
+            model={"id": vlm.id, "dtype": vlm.precision, "image_size": vlm.image_size},
             dataset=_described(asked), notes=notes,
         )  # fmt: skip
 

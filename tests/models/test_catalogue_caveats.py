@@ -8,7 +8,7 @@ import pytest
 from medrobust_lib import load_dataset, load_questions
 from medrobust_lib.data.dataset import ImageDataset
 from medrobust_lib.data.questions import ask
-from medrobust_lib.models import catalogue
+from medrobust_lib.models import catalogue, vision_language
 from medrobust_lib.models.catalogue import (
     CAVEATS,
     caveats,
@@ -127,11 +127,14 @@ def test_the_generative_demo_says_which_modalities_it_never_saw(modality, seen, 
 def test_generative_models_on_real_images():
     real = ask(images(), "finding")
     assert vlm_caveats(SimpleNamespace(id="smolvlm-256m"), real) == [CAVEATS["not_clinical"]]
+    said = "smolvlm-256m in bfloat16 may answer differently alone and in a batch"
+    assert vlm_caveats(SimpleNamespace(id="smolvlm-256m", caveats=(said,)), real) == [said, CAVEATS["not_clinical"]]
     assert vlm_caveats(SimpleNamespace(id="demo-vlm"), real)[0].startswith("demo-vlm was trained on synthetic phantoms")
 
 
 def test_every_sentence_can_be_said_and_is():
-    used = re.findall(r'CAVEATS\["(\w+)"\]', Path(catalogue.__file__).read_text(encoding="utf-8"))
+    sources = [Path(module.__file__).read_text(encoding="utf-8") for module in (catalogue, vision_language)]
+    used = re.findall(r'CAVEATS\["(\w+)"\]', "".join(sources))
     assert set(used) == set(CAVEATS)
     for sentence in CAVEATS.values():
         said = sentence.format(model="a model")

@@ -175,7 +175,7 @@ def test_bfloat16_answers_and_workers_copies(models, pixels, tmp_path):
 def test_repr_tells_the_facts(llava):
     assert re.fullmatch(
         r"VisionLanguageModel\(id='local-dir:.*llava', LlavaForConditionalGeneration, noise at 32 px, "
-        r"dtype=torch.float32, device='cpu'\)",
+        r"dtype=float32, device='cpu'\)",
         repr(llava),
     )
 

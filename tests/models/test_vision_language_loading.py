@@ -1,9 +1,13 @@
+import functools
 import importlib.util
 import json
 import shutil
+import sys
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
+import cloudpickle
 import numpy as np
 import pytest
 import torch
@@ -16,6 +20,9 @@ from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
     CLIPVisionConfig,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
+    Gemma3TextConfig,
     Idefics3Config,
     Idefics3ForConditionalGeneration,
     LlamaConfig,
@@ -23,12 +30,20 @@ from transformers import (
     LlavaNextConfig,
     LlavaNextForConditionalGeneration,
     MistralConfig,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
     Qwen2VLConfig,
     Qwen2VLForConditionalGeneration,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
+    SiglipVisionConfig,
 )
 from transformers.utils import logging
 
 from medrobust_lib.files import file_sha256
+from medrobust_lib.generative.certify import certify_generative
+from medrobust_lib.generative.oracles import ExactMatch
+from medrobust_lib.models import loading, vision_language
 from medrobust_lib.models.loading import check_kind, find_model, list_vlms
 from medrobust_lib.models.vision_language import load_vlm
 
@@ -85,8 +100,9 @@ def set_images(folder, **settings):
     ],
     ids=str,
 )
-def test_every_setting_of_the_image_processor_is_followed(folder, settings, levels):
+def test_every_setting_of_the_image_processor_is_followed(folder, monkeypatch, settings, levels):
     set_images(folder, **settings)
+    monkeypatch.setattr(vision_language, "_batch_caveats", lambda vlm: ())  # the tower does not take every size
     vlm = load(folder)
     image = np.random.default_rng(0).integers(60, 180, (SIZE, SIZE, 3), dtype=np.uint8)
     processor = AutoProcessor.from_pretrained(folder).image_processor
@@ -136,7 +152,8 @@ def test_a_folder_without_tokenizer_says_which_files_it_lacks(folder, tmp_path):
 
 
 @pytest.mark.parametrize("name", tiny_vlms.IN_TABLE)
-def test_published_layouts_load_from_the_weights_folder(tmp_path, pixels, name):
+def test_published_layouts_load_from_the_weights_folder(tmp_path, monkeypatch, pixels, name):
+    monkeypatch.setattr(tiny_vlms.processing_smolvlm, "num2words", str)
     state = torch.random.get_rng_state()
     published = tiny_vlms.load(name, tmp_path)
     assert torch.equal(torch.random.get_rng_state(), state)
@@ -150,14 +167,14 @@ def test_published_layouts_load_from_the_weights_folder(tmp_path, pixels, name):
     assert published.provenance["source"] == entry.source
     assert published.provenance["licence"] == entry.licence
     weights = sorted((tmp_path / name).glob("*.safetensors"))
-    assert len(weights) == (2 if "llava" in name else 1)
+    assert len(weights) == (2 if "llava" in name or name == "medgemma-4b" else 1)
     for path in weights:
         assert published.provenance["files"][path.name] == file_sha256(path)
 
     # The same model as transformers writes it today.
     tiny_vlms.write(tmp_path / "present", tiny_vlms.FAMILIES[name])
     present = load(tmp_path / "present")
-    present.image_options = published.image_options
+    present.image_options = published.image_options  # the table's, beside the switches for tiles
     likely = published.log_likelihood(pixels, PROMPT, ANSWER)
     assert torch.allclose(present.log_likelihood(pixels, PROMPT, ANSWER), likely, atol=1e-3)
     assert likely.std() > 0.1
@@ -170,8 +187,14 @@ def test_the_size_of_the_noise_is_the_tables_unless_asked_for(folder):
         "llava-1.6-vicuna-7b": 336,
         "smolvlm-256m": 512,
         "qwen2-vl-2b": 448,
+        "qwen2.5-vl-3b": 448,
+        "qwen3-vl-4b": 448,
+        "medgemma-4b": 896,
+        "llava-med-1.5": 336,
+        "internvl3-2b": 448,
+        "smolvlm2-500m": 512,
     }
-    assert load(folder, image_size=None).image_size == 336
+    assert load(folder, image_size=None).image_size == SIZE, "that of the image tower of an own model"
     assert load(folder, image_size=48).prepare([Path(__file__).parents[2] / "docs" / "phantoms.png"]).shape[2:] == (
         48,
         48,
@@ -217,17 +240,125 @@ def test_a_pinned_commit_is_the_one_that_is_loaded(hub_cache, tmp_path, pixels):
     assert file_sha256(newest / "model.safetensors") != file_sha256(older / "model.safetensors")
 
 
+@pytest.mark.parametrize(("name", "size"), [("internvl3-2b", SIZE), ("medgemma-4b", SIZE), ("qwen3-vl-4b", 448)])
+def test_an_own_model_is_certified_at_the_size_of_its_tower_in_one_tile(tmp_path, name, size):
+    tiny_vlms.write(tmp_path / "own", tiny_vlms.FAMILIES[name])
+    own = load(tmp_path / "own", image_size=None)
+    assert own.image_size == size
+    tiles = {"internvl3-2b": {"crop_to_patches": False}, "medgemma-4b": {"do_pan_and_scan": False}}
+    assert own.image_options == tiles.get(name, {})
+
+
 def find_row(name, weights_dir):
     return list_vlms(weights_dir=weights_dir).set_index("id").loc[name]
 
 
 def test_smolvlm2_says_which_package_it_needs(tmp_path):
-    tiny_vlms.load("smolvlm2", tmp_path)
+    tiny_vlms.load("smolvlm2-500m", tmp_path)
     if importlib.util.find_spec("num2words") is None:
         with pytest.raises(ImportError, match="num2words"):
-            load(tmp_path / "smolvlm2")
+            load_vlm("smolvlm2-500m", device="cpu", image_size=SIZE, weights_dir=tmp_path)
     else:
-        assert load(tmp_path / "smolvlm2").image_size == SIZE
+        vlm = load_vlm("smolvlm2-500m", device="cpu", image_size=SIZE, weights_dir=tmp_path)
+        assert vlm.image_size == SIZE
+
+
+# Batches and types
+
+
+def test_a_model_that_answers_alone_as_in_a_batch_has_no_caveat(folder):
+    assert load(folder).caveats == ()
+    for dtype in ("bfloat16", "float16"):
+        (said,) = load(folder, dtype=dtype).caveats
+        assert said.startswith(f"local-dir:{folder} in {dtype} may answer differently alone and in a batch: what is")
+
+
+def test_a_model_that_answers_otherwise_in_a_batch_says_so_and_so_do_its_copies(folder, monkeypatch):
+    forward = LlavaForConditionalGeneration.forward
+
+    @functools.wraps(forward)
+    def dependent(self, *arguments, **options):
+        found = forward(self, *arguments, **options)
+        if len(found.logits) > 1:
+            found.logits = found.logits.flip(-1)
+        return found
+
+    monkeypatch.setattr(LlavaForConditionalGeneration, "forward", dependent)
+    vlm = load(folder)
+    (said,) = vlm.caveats
+    assert said.startswith(f"local-dir:{folder} in float32 answers differently alone and in a batch")
+    assert cloudpickle.loads(cloudpickle.dumps(vlm)).caveats == vlm.caveats
+    image = vlm.prepare([np.zeros((SIZE, SIZE, 3), dtype=np.uint8)])[0]
+    found = certify_generative(vlm, image, PROMPT, ExactMatch(), n0=2, n=20, max_new_tokens=1, batch_size=2)
+    assert found.caveats == (said,)
+    assert said in str(found)
+
+
+@pytest.mark.parametrize("dtype", ["int8", "nf4"])
+def test_a_quantised_type_without_its_package_is_refused_with_the_command(folder, monkeypatch, dtype):
+    monkeypatch.setattr(loading, "find_spec", lambda name: None if name == "bitsandbytes" else name)
+    message = rf"dtype='{dtype}' needs more packages: pip install bitsandbytes; or choose dtype='bfloat16'"
+    with pytest.raises(ImportError, match=message):
+        load(folder, dtype=dtype)
+
+
+def test_a_device_on_which_quantised_weights_do_not_compute_is_refused(folder, monkeypatch):
+    package = SimpleNamespace(supported_torch_devices={"cuda", "xpu"})
+    monkeypatch.setattr(loading, "find_spec", lambda name: name)
+    monkeypatch.setitem(sys.modules, "bitsandbytes", package)
+    with pytest.raises(ValueError, match=r"bitsandbytes does not compute on 'cpu', only on cuda, xpu; choose such"):
+        load(folder, dtype="nf4")
+
+
+@pytest.mark.parametrize(
+    ("dtype", "settings"),
+    [
+        ("int8", {"load_in_8bit": True, "load_in_4bit": False}),
+        ("nf4", {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.bfloat16}),
+    ],
+)
+def test_a_quantised_type_is_asked_of_transformers_and_named(folder, monkeypatch, dtype, settings):
+    """What transformers is asked for; the arithmetic is that of bitsandbytes, and the test below runs it."""
+    asked = {}
+    real = AutoModelForImageTextToText.from_pretrained
+
+    def from_pretrained(place, *, quantization_config, device_map, **options):
+        asked.update({name: getattr(quantization_config, name) for name in settings}, device=device_map)
+        network, report = real(place, **options)
+        network.config.quantization_config = quantization_config
+        return network, report
+
+    monkeypatch.setattr(loading, "find_spec", lambda name: name)
+    monkeypatch.setitem(sys.modules, "bitsandbytes", SimpleNamespace(supported_torch_devices={"cpu"}))
+    monkeypatch.setattr(AutoModelForImageTextToText, "from_pretrained", from_pretrained)
+    vlm = load(folder, dtype=dtype)
+    assert asked == {**settings, "device": {"": torch.device("cpu")}}
+    assert vlm.precision == f"{dtype} with bfloat16"
+    assert vlm.dtype == torch.bfloat16
+    assert f"in {dtype} with bfloat16 may answer differently" in vlm.caveats[0]
+    image = vlm.prepare([np.zeros((SIZE, SIZE, 3), dtype=np.uint8)])[0]
+    found = certify_generative(vlm, image, PROMPT, ExactMatch(), n0=2, n=20, max_new_tokens=1)
+    assert found.composite.dtype == f"{dtype} with bfloat16"
+    with pytest.raises(TypeError, match=f"in {dtype} with bfloat16 cannot be sent to another process: use jobs=1"):
+        cloudpickle.dumps(vlm)
+
+
+@pytest.mark.parametrize("dtype", ["int8", "nf4"])
+def test_quantised_weights_answer(tmp_path, monkeypatch, pixels, dtype):
+    pytest.importorskip("bitsandbytes")
+    monkeypatch.setitem(tiny_vlms.LAYERS, "hidden_size", 64)  # quantised in blocks of 64 weights
+    monkeypatch.setitem(tiny_vlms.LAYERS, "intermediate_size", 128)
+    monkeypatch.setitem(tiny_vlms.VISION, "hidden_size", 64)
+    monkeypatch.setitem(tiny_vlms.VISION, "intermediate_size", 128)
+    tiny_vlms.write(tmp_path / "llava", tiny_vlms.plain_llava)
+    vlm, plain = (load(tmp_path / "llava", dtype=kind) for kind in (dtype, "bfloat16"))
+    assert vlm.precision == f"{dtype} with bfloat16"
+    likely = vlm.log_likelihood(pixels, PROMPT, ANSWER)
+    assert likely.isfinite().all()
+    assert not torch.equal(likely, plain.log_likelihood(pixels, PROMPT, ANSWER))
+    assert type(vlm.model.model.language_model.layers[0].mlp.up_proj).__module__.startswith("bitsandbytes")
+    answers = vlm.generate(pixels, PROMPT, max_new_tokens=4)
+    assert vlm.generate(pixels, PROMPT, max_new_tokens=4) == answers
 
 
 @pytest.mark.parametrize("shown", [True, False])
@@ -309,6 +440,29 @@ def qwen2_vl():
     return Qwen2VLForConditionalGeneration(config)
 
 
+def qwen25_vl():
+    vision = {"depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16, "out_hidden_size": 2048}
+    text = {"hidden_size": 2048, "intermediate_size": 11008, "num_hidden_layers": 36, "num_attention_heads": 16}
+    more = {"num_key_value_heads": 2, "vocab_size": 151936, "tie_word_embeddings": True}
+    config = Qwen2_5_VLConfig(vision_config=vision, text_config={**text, **more}, tie_word_embeddings=True)
+    return Qwen2_5_VLForConditionalGeneration(config)
+
+
+def qwen3_vl():
+    vision = {"depth": 24, "hidden_size": 1024, "intermediate_size": 4096, "num_heads": 16, "out_hidden_size": 2560}
+    text = {"hidden_size": 2560, "intermediate_size": 9728, "num_hidden_layers": 36, "num_attention_heads": 32}
+    more = {"num_key_value_heads": 8, "vocab_size": 151936, "tie_word_embeddings": True}
+    config = Qwen3VLConfig(vision_config=vision, text_config={**text, **more}, tie_word_embeddings=True)
+    return Qwen3VLForConditionalGeneration(config)
+
+
+def gemma3():
+    vision = {"hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 27, "num_attention_heads": 16}
+    text = {"hidden_size": 2560, "intermediate_size": 10240, "num_hidden_layers": 34}
+    tower = SiglipVisionConfig(**vision, image_size=896, patch_size=14, vision_use_head=False)
+    return Gemma3ForConditionalGeneration(Gemma3Config(vision_config=tower, text_config=Gemma3TextConfig(**text)))
+
+
 SEVEN_BILLION = {"vocab_size": 32064, "hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32}
 PUBLISHED_SIZES = {
     "llava-1.6-mistral-7b": lambda: llava_next(
@@ -322,6 +476,9 @@ PUBLISHED_SIZES = {
         hidden_size=960, intermediate_size=2560, num_hidden_layers=32, num_attention_heads=15, num_key_value_heads=5
     ),
     "qwen2-vl-2b": qwen2_vl,
+    "qwen2.5-vl-3b": qwen25_vl,
+    "qwen3-vl-4b": qwen3_vl,
+    "medgemma-4b": gemma3,
 }
 
 
@@ -338,8 +495,9 @@ def test_numbers_of_parameters_are_those_of_the_published_configurations(name):
 def test_unknown_names_are_refused(folder):
     with pytest.raises(ValueError, match=r"unknown vision-language model 'smolvlm-265m'.*smolvlm-256m.*local-dir:PATH"):
         load_vlm("smolvlm-265m")
-    with pytest.raises(ValueError, match="dtype must be 'auto', 'float32', 'bfloat16', 'float16', not 'int8'"):
-        load(folder, dtype="int8")
+    types = "'auto', 'float32', 'bfloat16', 'float16', not 'int4'; load_vlm also takes 'int8' and 'nf4'"
+    with pytest.raises(ValueError, match=f"dtype must be {types}"):
+        load(folder, dtype="int4")
     with pytest.raises(ValueError, match="device 'abacus' cannot be used here"):
         load(folder, device="abacus")
 

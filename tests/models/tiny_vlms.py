@@ -15,10 +15,20 @@ from torch import Tensor
 from transformers import (
     CLIPImageProcessor,
     CLIPVisionConfig,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
+    Gemma3ImageProcessor,
+    Gemma3Processor,
+    Gemma3TextConfig,
+    GotOcr2ImageProcessor,
     Idefics3Config,
     Idefics3ForConditionalGeneration,
     Idefics3ImageProcessor,
     Idefics3Processor,
+    InternVLConfig,
+    InternVLForConditionalGeneration,
+    InternVLProcessor,
+    InternVLVideoProcessor,
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
@@ -32,11 +42,20 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerFast,
     ProcessorMixin,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2_5_VLProcessor,
+    Qwen2Config,
     Qwen2VLConfig,
     Qwen2VLForConditionalGeneration,
     Qwen2VLImageProcessor,
     Qwen2VLProcessor,
     Qwen2VLVideoProcessor,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
+    Qwen3VLProcessor,
+    Qwen3VLVideoProcessor,
+    SiglipVisionConfig,
     SmolVLMConfig,
     SmolVLMForConditionalGeneration,
     SmolVLMImageProcessor,
@@ -61,11 +80,16 @@ PARTS = (
     "{% endfor %}"
 )
 TURNS = "{% for message in messages %}" + PARTS + "{% endfor %}"
+VICUNA = TURNS.replace("IMAGE", "USER: <image> ") + " ASSISTANT:"
+MISTRAL = TURNS.replace("IMAGE", "[INST] <image>\n") + " [/INST]"
 
 
-def word_tokenizer(*special: str, start: str | None, end: str, padding: str) -> PreTrainedTokenizerFast:
-    """Make a vocabulary of whole words; a start token, if there is one, is put in front of every text."""
-    names = dict.fromkeys(["<unk>", *([start] if start else []), end, padding, *special, *WORDS])
+def word_tokenizer(*special: str, start: str | None, end: str, padding: str, **named: str) -> PreTrainedTokenizerFast:
+    """Make a vocabulary of whole words; a start token, if there is one, is put in front of every text.
+
+    ``named`` are special tokens that a processor asks its tokenizer for by a name.
+    """
+    names = dict.fromkeys(["<unk>", *([start] if start else []), end, padding, *special, *named.values(), *WORDS])
     tokenizer = Tokenizer(WordLevel({name: index for index, name in enumerate(names)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.add_special_tokens([name for name in names if name not in WORDS])
@@ -74,8 +98,18 @@ def word_tokenizer(*special: str, start: str | None, end: str, padding: str) -> 
             single=f"{start} $A", special_tokens=[(start, tokenizer.token_to_id(start))]
         )
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, unk_token="<unk>", bos_token=start, eos_token=end, pad_token=padding
+        tokenizer_object=tokenizer,
+        unk_token="<unk>",
+        bos_token=start,
+        eos_token=end,
+        pad_token=padding,
+        **({"extra_special_tokens": named} if named else {}),
     )
+
+
+def end_of_answer(tokenizer: PreTrainedTokenizerFast) -> str:
+    """The token that ends an answer: Gemma's ends a turn, and is not its tokenizer's end of a text."""
+    return "<end_of_turn>" if "<end_of_turn>" in tokenizer.get_vocab() else tokenizer.eos_token
 
 
 def text_settings(tokenizer: PreTrainedTokenizerFast, **more: object) -> dict:
@@ -97,8 +131,10 @@ def image_settings(tokenizer: PreTrainedTokenizerFast, token: str = "<image>") -
     return {"image_token_index": tokenizer.convert_tokens_to_ids(token), "vision_feature_layer": -2}
 
 
-def plain_llava() -> tuple[PreTrainedModel, ProcessorMixin]:
-    """LLaVA on Llama, as demo-vlm: noise and network have the same size."""
+def plain_llava(
+    text_config: type[PreTrainedConfig] = LlamaConfig, template: str = VICUNA
+) -> tuple[PreTrainedModel, ProcessorMixin]:
+    """LLaVA, on Llama as demo-vlm: noise and network have the same size."""
     tokenizer = word_tokenizer("<image>", start="<s>", end="</s>", padding="<pad>")
     size = {"height": SIZE, "width": SIZE}
     processor = LlavaProcessor(
@@ -109,15 +145,20 @@ def plain_llava() -> tuple[PreTrainedModel, ProcessorMixin]:
         patch_size=PATCH,
         vision_feature_select_strategy="default",
         num_additional_image_tokens=1,
-        chat_template=TURNS.replace("IMAGE", "USER: <image> ") + " ASSISTANT:",
+        chat_template=template,
     )
     config = LlavaConfig(
         vision_config=CLIPVisionConfig(**VISION),
-        text_config=LlamaConfig(**text_settings(tokenizer)),
+        text_config=text_config(**text_settings(tokenizer)),
         image_seq_length=(SIZE // PATCH) ** 2,
         **image_settings(tokenizer),
     )
     return LlavaForConditionalGeneration(config), processor
+
+
+def llava_med() -> tuple[PreTrainedModel, ProcessorMixin]:
+    """LLaVA-Med 1.5, converted: a plain LLaVA on Mistral."""
+    return plain_llava(MistralConfig, MISTRAL)
 
 
 def llava_next(text_config: type[PreTrainedConfig], template: str) -> tuple[PreTrainedModel, ProcessorMixin]:
@@ -145,7 +186,7 @@ def llava_next(text_config: type[PreTrainedConfig], template: str) -> tuple[PreT
 
 def llava_next_mistral() -> tuple[PreTrainedModel, ProcessorMixin]:
     """LLaVA-1.6 on Mistral."""
-    return llava_next(MistralConfig, TURNS.replace("IMAGE", "[INST] <image>\n") + " [/INST]")
+    return llava_next(MistralConfig, MISTRAL)
 
 
 def llava_next_vicuna() -> tuple[PreTrainedModel, ProcessorMixin]:
@@ -208,37 +249,128 @@ def smolvlm2() -> tuple[PreTrainedModel, ProcessorMixin]:
     return SmolVLMForConditionalGeneration(config), processor
 
 
-def qwen2_vl() -> tuple[PreTrainedModel, ProcessorMixin]:
-    """Qwen2-VL: any resolution, no start token, tied embeddings."""
+def qwen_parts(
+    processor: type[ProcessorMixin], videos: type[ProcessorMixin], **images: object
+) -> tuple[ProcessorMixin, dict]:
+    """The processor of a Qwen-VL, and what its configuration says about tokens."""
     tokenizer = word_tokenizer(
         "<|im_start|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>",
         start=None, end="<|im_end|>", padding="<|endoftext|>",
     )  # fmt: skip
-    images = {"patch_size": 4, "size": {"shortest_edge": 16**2, "longest_edge": 64**2}}
-    processor = Qwen2VLProcessor(
+    images = {"patch_size": 4, "size": {"shortest_edge": 16**2, "longest_edge": 64**2}, **images}
+    made = processor(
         Qwen2VLImageProcessor(**images),
         tokenizer,
-        Qwen2VLVideoProcessor(**images),
+        videos(**images),
         chat_template="{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
         + PARTS.replace("IMAGE", "<|vision_start|><|image_pad|><|vision_end|>")
         + "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
     )
-    tokens = ("vision_start", "vision_end", "image_pad", "video_pad")
-    start, end, image, video = (tokenizer.convert_tokens_to_ids(f"<|{name}|>") for name in tokens)
+    tokens = {
+        "vision_start_token_id": "<|vision_start|>",
+        "vision_end_token_id": "<|vision_end|>",
+        "image_token_id": "<|image_pad|>",
+        "video_token_id": "<|video_pad|>",
+    }
+    return made, {name: tokenizer.convert_tokens_to_ids(token) for name, token in tokens.items()}
+
+
+ROPE = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 1, 1]}
+
+
+def qwen2_vl() -> tuple[PreTrainedModel, ProcessorMixin]:
+    """Qwen2-VL: any resolution, no start token, tied embeddings."""
+    processor, tokens = qwen_parts(Qwen2VLProcessor, Qwen2VLVideoProcessor)
     config = Qwen2VLConfig(
         vision_config={"depth": 2, "embed_dim": 32, "hidden_size": 32, "num_heads": 4, "mlp_ratio": 2, "patch_size": 4},
-        text_config=text_settings(
-            tokenizer,
-            rope_parameters={"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 1, 1]},
-            tie_word_embeddings=True,
-        ),
-        image_token_id=image,
-        video_token_id=video,
-        vision_start_token_id=start,
-        vision_end_token_id=end,
+        text_config=text_settings(processor.tokenizer, rope_parameters=ROPE, tie_word_embeddings=True),
         tie_word_embeddings=True,
+        **tokens,
     )
     return Qwen2VLForConditionalGeneration(config), processor
+
+
+def qwen25_vl() -> tuple[PreTrainedModel, ProcessorMixin]:
+    """Qwen2.5-VL: most layers of its image tower attend within windows."""
+    processor, tokens = qwen_parts(Qwen2_5_VLProcessor, Qwen2VLVideoProcessor)
+    vision = {"depth": 2, "hidden_size": 32, "out_hidden_size": 32, "intermediate_size": 64, "num_heads": 4}
+    config = Qwen2_5_VLConfig(
+        vision_config={**vision, "patch_size": 4, "window_size": 16, "fullatt_block_indexes": [1]},
+        text_config=text_settings(processor.tokenizer, rope_parameters=ROPE, tie_word_embeddings=True),
+        tie_word_embeddings=True,
+        **tokens,
+    )
+    return Qwen2_5_VLForConditionalGeneration(config), processor
+
+
+def qwen3_vl() -> tuple[PreTrainedModel, ProcessorMixin]:
+    """Qwen3-VL: features of several layers of the image tower enter the decoder."""
+    half = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    processor, tokens = qwen_parts(Qwen3VLProcessor, Qwen3VLVideoProcessor, **half)
+    vision = {"depth": 3, "hidden_size": 32, "out_hidden_size": 32, "intermediate_size": 64, "num_heads": 4}
+    config = Qwen3VLConfig(
+        vision_config={**vision, "patch_size": 4, "num_position_embeddings": 64, "deepstack_visual_indexes": [0, 1]},
+        text_config=text_settings(processor.tokenizer, head_dim=8, rope_parameters={**ROPE, "mrope_interleaved": True}),
+        tie_word_embeddings=False,
+        **tokens,
+    )
+    return Qwen3VLForConditionalGeneration(config), processor
+
+
+def gemma3() -> tuple[PreTrainedModel, ProcessorMixin]:
+    """Gemma 3, which MedGemma is: the template writes the start token, and an answer ends with its turn."""
+    tokenizer = word_tokenizer(
+        "<start_of_turn>", "<end_of_turn>", start="<bos>", end="<eos>", padding="<pad>",
+        boi_token="<start_of_image>", eoi_token="<end_of_image>", image_token="<image_soft_token>",
+    )  # fmt: skip
+    processor = Gemma3Processor(
+        Gemma3ImageProcessor(size={"height": SIZE, "width": SIZE}),
+        tokenizer,
+        image_seq_length=4,
+        chat_template="{{ bos_token }}{% for message in messages %}<start_of_turn>{{ message['role'] }}\n"
+        + PARTS.replace("IMAGE", "<start_of_image>")
+        + "<end_of_turn>\n{% endfor %}{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}",
+    )
+    config = Gemma3Config(
+        vision_config=SiglipVisionConfig(**VISION, vision_use_head=False),
+        text_config=Gemma3TextConfig(
+            **text_settings(tokenizer, head_dim=8, layer_types=["sliding_attention", "full_attention"])
+        ),
+        mm_tokens_per_image=4,
+        boi_token_index=tokenizer.boi_token_id,
+        eoi_token_index=tokenizer.eoi_token_id,
+        image_token_index=tokenizer.image_token_id,
+        tie_word_embeddings=False,
+    )
+    network = Gemma3ForConditionalGeneration(config)
+    network.generation_config.eos_token_id = [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<end_of_turn>")]
+    return network, processor
+
+
+def internvl() -> tuple[PreTrainedModel, ProcessorMixin]:
+    """InternVL 3 in transformers' own layout: tiles unless told otherwise, no start token."""
+    tokenizer = word_tokenizer(
+        "<|im_start|>", start=None, end="<|im_end|>", padding="<|endoftext|>",
+        start_image_token="<img>", end_image_token="</img>", context_image_token="<IMG_CONTEXT>", video_token="<video>",
+    )  # fmt: skip
+    size = {"size": {"height": SIZE, "width": SIZE}}
+    processor = InternVLProcessor(
+        GotOcr2ImageProcessor(**size, crop_to_patches=True, min_patches=2, max_patches=4),
+        tokenizer,
+        InternVLVideoProcessor(**size),
+        image_seq_length=4,
+        chat_template="{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
+        + PARTS.replace("IMAGE", "<IMG_CONTEXT>\n")
+        + "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
+    )
+    config = InternVLConfig(
+        vision_config={**VISION, "attention_bias": True},
+        text_config=Qwen2Config(**text_settings(tokenizer)),
+        image_token_id=tokenizer.context_image_token_id,
+        image_seq_length=4,
+        tie_word_embeddings=False,
+    )
+    return InternVLForConditionalGeneration(config), processor
 
 
 # By the id under which the public checkpoint is loaded, or by a name for what the table does not have.
@@ -247,10 +379,15 @@ FAMILIES = {
     "llava-1.6-mistral-7b": llava_next_mistral,
     "llava-1.6-vicuna-7b": llava_next_vicuna,
     "smolvlm-256m": smolvlm,
-    "smolvlm2": smolvlm2,
+    "smolvlm2-500m": smolvlm2,
     "qwen2-vl-2b": qwen2_vl,
+    "qwen2.5-vl-3b": qwen25_vl,
+    "qwen3-vl-4b": qwen3_vl,
+    "medgemma-4b": gemma3,
+    "llava-med-1.5": llava_med,
+    "internvl3-2b": internvl,
 }
-IN_TABLE = tuple(name for name in FAMILIES if name not in ("llava", "smolvlm2"))
+IN_TABLE = tuple(name for name in FAMILIES if name != "llava")
 
 
 def load(name: str, weights: Path, **options: object) -> VisionLanguageModel:
@@ -278,7 +415,7 @@ def write(folder: Path, build: Callable[[], tuple[PreTrainedModel, ProcessorMixi
                     parameter.normal_(std=2 / parameter[0].numel() ** 0.5)
             # Words and the end alone are ever said, so that an answer's text tells its tokens.
             tokenizer = processor.tokenizer
-            silent = set(tokenizer.all_special_ids) - {tokenizer.eos_token_id}
+            silent = set(tokenizer.all_special_ids) - {tokenizer.convert_tokens_to_ids(end_of_answer(tokenizer))}
             model.get_output_embeddings().weight[sorted(silent)] = 0
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
@@ -294,9 +431,9 @@ def as_published(folder: Path) -> None:
     images = processor.pop("image_processor") | {"processor_class": processor["processor_class"]}
     (folder / "processor_config.json").write_text(json.dumps(processor))
     config = json.loads((folder / "config.json").read_text())
-    if config["model_type"] == "llava_next":
+    if config["model_type"] in ("llava", "llava_next", "gemma3"):
         split_weights(folder)
-    if config["model_type"] == "qwen2_vl":
+    if config["model_type"] in ("qwen2_vl", "qwen2_5_vl"):
         (folder / "processor_config.json").unlink()
         size = images.pop("size")
         images |= {"min_pixels": size["shortest_edge"], "max_pixels": size["longest_edge"]}
@@ -309,7 +446,7 @@ def as_published(folder: Path) -> None:
 
 
 def split_weights(folder: Path) -> None:
-    """Name the tensors of the image tower as LLaVA-1.6's checkpoints do, in two files with an index."""
+    """Name the tensors of the image tower as checkpoints of LLaVA and of Gemma 3 do, in two files with an index."""
     whole = folder / "model.safetensors"
     tensors = {
         name.replace("vision_tower.", "vision_tower.vision_model."): tensor for name, tensor in load_file(whole).items()
@@ -362,7 +499,7 @@ def next_logits(network: PreTrainedModel, inputs: dict[str, Tensor], new: list[i
     """Logits [L, vocabulary] of one question followed by the tokens ``new``, without a cache."""
     row = torch.tensor([new], dtype=torch.int64)
     longer = {"input_ids": torch.cat([inputs["input_ids"], row], dim=1)}
-    for name, fill in (("attention_mask", 1), ("mm_token_type_ids", 0)):
+    for name, fill in (("attention_mask", 1), ("mm_token_type_ids", 0), ("token_type_ids", 0)):
         if name in inputs:
             longer[name] = torch.cat([inputs[name], torch.full_like(row, fill)], dim=1)
     images = {name: inputs[name] for name in inputs if "pixel" in name or "image" in name}
