@@ -70,5 +70,7 @@ def test_a_misspelled_keyword_names_the_function_that_was_called_and_the_one_mea
 
 
 def test_a_keyword_like_no_other_is_answered_with_all_of_them():
-    with pytest.raises(TypeError, match=r"takes no 'zzz'\. Choose one of: .*sigmas, seed.*, n0, n, alpha, "):
+    with pytest.raises(
+        TypeError, match=r"takes no 'zzz'\. Choose one of: .*sigmas, perturbation, seed.*, n0, n, alpha, "
+    ):
         mr.certify_dataset(None, None, zzz=1)
