@@ -113,6 +113,23 @@ def test_too_few_images_to_divide_are_measured_and_nothing_is_learned(user, no_k
     assert len(certificates) == 2
 
 
+def test_a_torchvision_resnet_is_measured_and_adapted_as_a_dual_encoder_is(user, no_kernel):
+    write_images(user / "breast", healthy=12, lesion=12)
+    given = {"model": "python:tiny_encoders:load_resnet", "images": f"folder:{user / 'breast'}", "sigma": 0.05}
+    card = run_notebook(user, **given)
+    assert card["model"]["id"] == "ResNet"
+    reason = "ResNet is a classifier and reads no texts, so there are no prompts"
+    assert f"Left out: learned prompts: {reason}" in card["notes"]
+    accuracy, corruptions, certificates = read_tables(user)
+    assert list(accuracy.name) == ["zero-shot", "LoRA"]
+    # What its weights were set to tell apart it tells apart, by nothing but its own scores.
+    assert accuracy.accuracy[0] == accuracy.balanced_accuracy[0] == 1
+    plain = certificates[certificates.method == "zero-shot"]
+    assert set(plain.model) == {"ResNet"} and set(certificates.guarantee) == {"standard"}
+    assert len(plain) == 12 and (plain[plain.predicted != -1].radius > 0).any()
+    assert corruptions[corruptions.corruption != "clean"].groupby("model").size().tolist() == [7 * 3] * 2
+
+
 @pytest.mark.skipif(
     not (REAL / "folders" / "breast_us").is_dir(),
     reason=f"no real images at {REAL}; name their folder with MEDROBUST_REAL_DATA",
