@@ -241,8 +241,11 @@ def _networks(function: Any) -> list[nn.Module]:
         function = function.func
     known += [function, getattr(function, "__self__", None)]
     if inspect.isfunction(function):
-        outer = inspect.getclosurevars(function)
-        known += [*outer.nonlocals.values(), *outer.globals.values()]
+        known += inspect.getclosurevars(function).nonlocals.values()
+        codes = [function.__code__]
+        for code in codes:  # grows: a comprehension or an inner function has a code of its own
+            codes += filter(inspect.iscode, code.co_consts)
+            known += [function.__globals__.get(name) for name in code.co_names]
     return list(dict.fromkeys(one for one in known if isinstance(one, nn.Module)))
 
 

@@ -73,7 +73,7 @@ def test_functions_of_a_model_give_its_features_bit_for_bit():
     assert model.identity()["weights"] == inner.identity()["weights"]
 
 
-@pytest.mark.parametrize("kind", ["network", "bound", "closure", "partial"])
+@pytest.mark.parametrize("kind", ["network", "bound", "closure", "partial", "inner"])
 def test_the_weights_behind_a_function_tell_it_from_another(kind):
     def made(seed):
         net = network(seed)
@@ -84,7 +84,11 @@ def test_the_weights_behind_a_function_tell_it_from_another(kind):
         def apply(module, pixels):
             return module(pixels)
 
-        function = {"network": net, "bound": net.forward, "closure": closure}.get(kind) or functools.partial(apply, net)
+        # A global of its module, which only a comprehension names.
+        scope = {"net": net, "torch": torch}
+        exec("def inner(pixels):\n    return torch.cat([net(one[None]) for one in pixels])", scope)
+        known = {"network": net, "bound": net.forward, "closure": closure, "inner": scope["inner"]}
+        function = known.get(kind) or functools.partial(apply, net)
         return Classifier(function, n_classes=3, image_size=SIDE)
 
     first, again, other = (made(seed).identity() for seed in (0, 0, 1))
