@@ -26,7 +26,8 @@ FLOORS = (
     ("adaptation", "generative"),
     ("explore", "parameters"),
     ("runner",),
-    ("doctor", "studies"),
+    ("studies",),
+    ("doctor",),
     ("cli",),
     ("__main__",),
 )
