@@ -47,6 +47,8 @@ class _OfFunctions(DualEncoder):
 
     def _call(self, what: str, given: Any) -> Tensor:
         """What a function gives, as a tensor on the model's device."""
+        if what in self._untold and isinstance(given, Tensor):
+            given = given.float()  # NumPy knows no bfloat16
         found = self._given[what](given)
         try:
             return torch.as_tensor(found, device=self.device)
@@ -114,7 +116,8 @@ def wrap(
     Parameters
     ----------
     image_features : callable
-        Pixels float [b, 3, S, S], normalised, in the model's device and dtype, to features [b, d] of any norm.
+        Pixels float [b, 3, S, S], normalised, on the model's device and in its dtype (float32 where no network is
+        found behind the function), to features [b, d] of any norm.
     text_features : callable
         A list of k texts to features [k, d] of any norm.
     image_size : int
@@ -131,7 +134,8 @@ def wrap(
     Returns
     -------
     DualEncoder
-        Not changed are the networks behind the functions: evaluation mode is asked for, gradients stay as they are.
+        In evaluation mode. The networks behind the functions are parts of it and must be in evaluation mode, too;
+        nothing about them is changed.
 
     Raises
     ------
@@ -234,12 +238,13 @@ class Classifier(_OfFunctions):
 
 
 def _networks(function: Any) -> list[nn.Module]:
-    """Networks that a function is, is bound to, or names in its source."""
+    """Networks that a function is, is bound to, also as attributes of an object, or names in its source."""
     known = [function]
     while isinstance(function, functools.partial):
         known += [*function.args, *function.keywords.values()]
         function = function.func
-    known += [function, getattr(function, "__self__", None)]
+    owner = getattr(function, "__self__", function)
+    known += [function, owner, *getattr(owner, "__dict__", {}).values()]
     if inspect.isfunction(function):
         known += inspect.getclosurevars(function).nonlocals.values()
         codes = [function.__code__]

@@ -2,6 +2,7 @@
 
 import functools
 import re
+from types import MethodType, SimpleNamespace
 
 import numpy as np
 import pytest
@@ -73,7 +74,7 @@ def test_functions_of_a_model_give_its_features_bit_for_bit():
     assert model.identity()["weights"] == inner.identity()["weights"]
 
 
-@pytest.mark.parametrize("kind", ["network", "bound", "closure", "partial", "inner"])
+@pytest.mark.parametrize("kind", ["network", "bound", "closure", "partial", "inner", "object"])
 def test_the_weights_behind_a_function_tell_it_from_another(kind):
     def made(seed):
         net = network(seed)
@@ -87,9 +88,16 @@ def test_the_weights_behind_a_function_tell_it_from_another(kind):
         # A global of its module, which only a comprehension names.
         scope = {"net": net, "torch": torch}
         exec("def inner(pixels):\n    return torch.cat([net(one[None]) for one in pixels])", scope)
-        known = {"network": net, "bound": net.forward, "closure": closure, "inner": scope["inner"]}
+        owner = SimpleNamespace(net=net)
+        known = {
+            "object": MethodType(lambda self, pixels: self.net(pixels), owner),
+            "network": net,
+            "bound": net.forward,
+            "closure": closure,
+            "inner": scope["inner"],
+        }
         function = known.get(kind) or functools.partial(apply, net)
-        return Classifier(function, n_classes=3, image_size=SIDE)
+        return Classifier(function, n_classes=3, image_size=SIDE, id="object" if kind == "object" else "")
 
     first, again, other = (made(seed).identity() for seed in (0, 0, 1))
     assert first == again != other
@@ -131,6 +139,14 @@ def test_a_classifier_is_given_pixels_as_they_are_unless_it_says_otherwise():
     for settings in ({}, {"mean": 0.5, "std": 0.25}):
         Classifier(watch, n_classes=2, image_size=SIDE, **settings).encode_image(torch.full((1, 3, SIDE, SIDE), 0.25))
     assert [float(pixels.mean()) for pixels in seen] == [0.25, -1.0]
+
+
+def test_functions_of_numpy_are_given_what_numpy_knows():
+    def labels(pixels):
+        return (pixels.numpy().mean((1, 2, 3)) > 0.5).astype(int)
+
+    model = Classifier(labels, n_classes=2, image_size=SIDE).to(torch.bfloat16)
+    assert model.encode_image(torch.full((2, 3, SIDE, SIDE), 0.75)).tolist() == [[0, 1]] * 2
 
 
 def test_prompts_are_refused_with_the_reason():
