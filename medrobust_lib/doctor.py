@@ -21,6 +21,7 @@ REFERENCE_FILE = Path(__file__).parent / "models" / "demo" / "demo-clip" / "refe
 # Different processors sum in a different order; a wrong preprocessing or weight moves far more.
 REFERENCE_TOLERANCE = 1e-3
 _LEVELS = 2  # of 256, by which the resize of torchvision, in processors of transformers, may differ from Pillow's
+_EXPECTED = (ValueError, TypeError, RuntimeError, OSError, ImportError)
 
 
 class Finding(NamedTuple):
@@ -48,30 +49,29 @@ def examine_model(id: str) -> Iterator[Finding]:
     Yields
     ------
     Finding
-        The model; its preprocessing beside that of its own library, where there is one; whether features are finite;
-        whether they depend on the rest of a batch; and draws of noise a second, with what a certificate would cost.
+        The model; its preprocessing beside that of its own library, where there is one; whether features are finite
+        and independent of the rest of a batch; and draws of noise a second, with what a certificate would cost.
         After a model that cannot be loaded there are no others.
     """
     from medrobust_lib.data.registry import load_dataset
     from medrobust_lib.models.loading import load_model
 
-    loaded: list[DualEncoder] = []
-
-    def model() -> str:
-        loaded.append(load_model(id))
-        return repr(loaded[0])
-
-    yield _found(model)
+    try:
+        model = load_model(id)
+    except _EXPECTED as error:
+        yield Finding("model", False, told(error))
+        return
+    yield Finding("model", True, repr(model))
     data = load_dataset("phantom/blood", n=8)
-    for check in (_preprocessing, _features, _batches, _speed) if loaded else ():
-        yield _found(check, loaded[0], data, id)
+    for check in (_preprocessing, _features, _speed):
+        yield _found(check, model, data, id)
 
 
 def _found(check: Callable[..., str], *given: Any) -> Finding:
     name = check.__name__.lstrip("_").replace("_", " ")
     try:
         return Finding(name, True, check(*given))
-    except (ValueError, TypeError, RuntimeError, OSError, ImportError) as error:
+    except _EXPECTED as error:
         return Finding(name, False, told(error))
 
 
@@ -213,34 +213,17 @@ def _own_processor(model: "DualEncoder", id: str) -> tuple[str, Callable[[Any], 
     return type(processor).__name__, lambda image: processor(image, return_tensors="np")["pixel_values"][0]
 
 
-def _noisy(model: "DualEncoder", data: "ImageDataset") -> Any:
-    """Images, the same under two levels of noise, black and white: float32 [26, 3, S, S]."""
-    import torch
-
-    pixels = model.prepare(data.images)
-    noise = torch.randn(pixels.shape, generator=torch.Generator().manual_seed(0))
-    plain = torch.stack([torch.zeros_like(pixels[0]), torch.ones_like(pixels[0])])
-    return torch.cat([pixels, pixels + 0.25 * noise, pixels + noise, plain])
-
-
 def _features(model: "DualEncoder", data: "ImageDataset", id: str) -> str:
     import torch
 
     from medrobust_lib.models.own import Classifier
 
-    with torch.inference_mode():
-        images = model.encode_image(_noisy(model, data))  # raises where they are not finite
-        if isinstance(model, Classifier):
-            return f"the scores of {len(images)} images, clean, noisy, black and white, are finite"
-        texts = model.class_features(data.classes, data.templates)
-    return f"those of {len(images)} images, clean, noisy, black and white, and of {len(texts)} class texts are finite"
-
-
-def _batches(model: "DualEncoder", data: "ImageDataset", id: str) -> str:
-    import torch
-
-    pixels = _noisy(model, data)
-    with torch.inference_mode():
+    pixels = model.prepare(data.images)
+    noise, blank = torch.randn(pixels.shape, generator=torch.Generator().manual_seed(0)), torch.zeros_like(pixels[:1])
+    pixels = torch.cat([pixels, pixels + 0.25 * noise, pixels + noise, blank, blank + 1])
+    with torch.inference_mode():  # features that are not finite raise an error of their own
+        if not isinstance(model, Classifier):
+            model.class_features(data.classes, data.templates)
         together, alone = model.encode_image(pixels), torch.cat([model.encode_image(one[None]) for one in pixels])
     gap, rounding = float((together - alone).abs().max()), 1e-4 if model.dtype == torch.float32 else 0.02
     if gap > rounding:
@@ -248,7 +231,7 @@ def _batches(model: "DualEncoder", data: "ImageDataset", id: str) -> str:
             f"features alone and in a batch differ by {gap:.2g} (rounding: {rounding:g}): an answer hangs on the other "
             "copies, which no certificate allows; look for statistics of the batch, or certify with batch_size=1"
         )
-    return f"features alone and in a batch of {len(pixels)} agree within {gap:.1e}"
+    return f"finite, and the same alone and in a batch within {gap:.1e}: {len(pixels)} images, clean, noisy and blank"
 
 
 def _speed(model: "DualEncoder", data: "ImageDataset", id: str) -> str:

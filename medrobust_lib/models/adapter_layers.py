@@ -81,16 +81,9 @@ class SelfAttention(nn.Module):
         self.heads = attention.num_heads
 
     def forward(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        *,
-        need_weights: bool = False,
-        attn_mask: Tensor | None = None,
-        key_padding_mask: None = None,
-        is_causal: bool = False,
-    ) -> tuple[Tensor, None]:
+        self, query: Tensor, key: Tensor, value: Tensor, *, need_weights: bool = False, attn_mask: Tensor | None = None,
+        key_padding_mask: None = None, is_causal: bool = False,
+    ) -> tuple[Tensor, None]:  # fmt: skip
         """[b, L, d] and a mask [L, L] or [b * heads, L, L] -> [b, L, d], and None for the weights."""
         if key is not query or value is not query or need_weights or key_padding_mask is not None or is_causal:
             raise ValueError(

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from medrobust_lib.checks import check_whole
-from medrobust_lib.models.dual_encoder import TEXT_CHUNK, DualEncoder, Tokens, text_list
+from medrobust_lib.models.dual_encoder import TEXT_CHUNK, DualEncoder, text_list
 from medrobust_lib.models.geometry import Geometry, Interpolation, Preprocessing, per_channel
 
 
@@ -28,18 +28,18 @@ class _OfFunctions(DualEncoder):
                 raise TypeError(f"{what} must be a function, not {type(function).__name__}")
         id = id or _name_of(next(iter(given.values())))
         networks = {what: _networks(function) for what, function in given.items()}
-        for network in (network for found in networks.values() for network in found):
-            if network.training:
-                raise ValueError(
-                    f"{id}: {type(network).__name__} is in training mode, so an answer depends on the rest of its "
-                    "batch and is no fixed function of the image; call .eval() first"
-                )
+        parts = list(dict.fromkeys(network for found in networks.values() for network in found))
+        if training := [type(network).__name__ for network in parts if network.training]:
+            raise ValueError(
+                f"{id}: {training[0]} is in training mode, so an answer depends on the rest of its batch and is no "
+                "fixed function of the image; call .eval() first"
+            )
         super().__init__(
             id=id, preprocessing=preprocessing, embed_dim=0, context_length=0, logit_scale=logit_scale,
             provenance={"source": "functions of one's own"},
         )  # fmt: skip
         self._given = dict(given)  # not as attributes: a network among them would be a part twice
-        self.networks = nn.ModuleList(dict.fromkeys(network for found in networks.values() for network in found))
+        self.networks = nn.ModuleList(parts)
         self._untold = [what for what, found in networks.items() if not found]
         if (first := next(self.networks.parameters(), None)) is not None and first.is_floating_point():
             self._anchor = self._anchor.to(first)
@@ -65,16 +65,11 @@ class _OfFunctions(DualEncoder):
             )
         return super().identity()
 
-    def tokenize(self, texts: Sequence[str]) -> Tokens:
-        """Not offered: the functions take texts as they are."""
+    def tokenize(self, *given: Any) -> Any:
+        """Not offered, nor what builds on it: the functions take texts as they are."""
         raise NotImplementedError
 
-    def embed_tokens(self, tokens: Tokens) -> Tensor:
-        """Not offered: no word embeddings are known."""
-        raise NotImplementedError
-
-    def _text_features(self, embeddings: Tensor, tokens: Tokens) -> Tensor:
-        raise NotImplementedError
+    embed_tokens = _text_features = tokenize
 
 
 class Wrapped(_OfFunctions):
@@ -218,8 +213,8 @@ class Classifier(_OfFunctions):
             raise ValueError(f"{self.id} answered with the label {int(wrong[0])}: classes are 0 to {n_classes - 1}")
         return functional.one_hot(labels, n_classes).float()
 
-    def tokenize(self, texts: Sequence[str]) -> Tokens:
-        """Not offered, nor is what needs it: a classifier reads no texts."""
+    def tokenize(self, *given: Any) -> Any:
+        """Not offered, nor what builds on it: a classifier reads no texts."""
         raise NotImplementedError(f"{self.id} is a classifier and reads no texts, so there are no prompts")
 
     def class_features(self, classes: Sequence[str], templates: Sequence[str] = ()) -> Tensor:
