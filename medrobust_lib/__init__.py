@@ -38,6 +38,7 @@ _NAMES = {
     "generative.certify": ["GenerativeCertificate", "certify_generative"],
     "models.dual_encoder": ["DualEncoder"],
     "models.loading": ["list_models", "list_vlms", "load_model", "register_model"],
+    "models.own": ["Classifier", "wrap"],
     "models.vision_language": ["load_vlm"],
     "smoothing.certificate": ["Certificate"],
     "smoothing.certify": ["certify", "predict"],

@@ -353,12 +353,14 @@ def compare(
 
 
 @app.command()
-def doctor() -> None:
-    """Check environment, kernel, weights, data, and demo-clip's reference prediction."""
-    from medrobust_lib.doctor import examine
+def doctor(
+    model: Annotated[str | None, Option(help="Check this model instead, and price a certificate.")] = None,
+) -> None:
+    """Check environment, kernel, weights, data, and demo-clip's reference prediction; or a model."""
+    from medrobust_lib.doctor import examine, examine_model
 
     failed = 0
-    for finding in examine():
+    for finding in examine() if model is None else examine_model(model):
         failed += not finding.passed
         typer.echo(f"{'ok  ' if finding.passed else 'FAIL'} {finding.check:<20} {finding.detail}")
     if failed:

@@ -1,21 +1,27 @@
-"""Is this installation sound? Every check says what it found and how to mend it."""
+"""Is this installation sound, and is a model? Every check says what it found and how to mend it."""
 
 import json
 import platform
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from medrobust_lib import _torchvision, runner
 from medrobust_lib.files import told
-from medrobust_lib.places import project_root
+from medrobust_lib.places import default_weights_dir, project_root
+
+if TYPE_CHECKING:
+    from medrobust_lib.data.dataset import ImageDataset
+    from medrobust_lib.models.dual_encoder import DualEncoder
 
 REFERENCE_FILE = Path(__file__).parent / "models" / "demo" / "demo-clip" / "reference_prediction.json"
 # Different processors sum in a different order; a wrong preprocessing or weight moves far more.
 REFERENCE_TOLERANCE = 1e-3
+_LEVELS = 2  # of 256, by which the resize of torchvision, in processors of transformers, may differ from Pillow's
+_EXPECTED = (ValueError, TypeError, RuntimeError, OSError, ImportError)
 
 
 class Finding(NamedTuple):
@@ -29,11 +35,44 @@ class Finding(NamedTuple):
 def examine() -> Iterator[Finding]:
     """Run all checks, one finding at a time."""
     for check in (_python, _packages, _torchvision_import, _kernel, _accelerator, _weights, _data, _reference):
-        name = check.__name__.lstrip("_").replace("_", " ")
-        try:
-            yield Finding(name, True, check())
-        except (ValueError, RuntimeError, OSError, ImportError) as error:
-            yield Finding(name, False, told(error))
+        yield _found(check)
+
+
+def examine_model(id: str) -> Iterator[Finding]:
+    """Load a dual encoder and check what a certificate relies on, one finding at a time.
+
+    Parameters
+    ----------
+    id : str
+        As for `load_model`.
+
+    Yields
+    ------
+    Finding
+        The model; its preprocessing beside that of its own library, where there is one; whether features are finite
+        and independent of the rest of a batch; and draws of noise a second, with what a certificate would cost.
+        After a model that cannot be loaded there are no others.
+    """
+    from medrobust_lib.data.registry import load_dataset
+    from medrobust_lib.models.loading import load_model
+
+    try:
+        model = load_model(id)
+    except _EXPECTED as error:
+        yield Finding("model", False, told(error))
+        return
+    yield Finding("model", True, repr(model))
+    data = load_dataset("phantom/blood", n=8)
+    for check in (_preprocessing, _features, _speed):
+        yield _found(check, model, data, id)
+
+
+def _found(check: Callable[..., str], *given: Any) -> Finding:
+    name = check.__name__.lstrip("_").replace("_", " ")
+    try:
+        return Finding(name, True, check(*given))
+    except _EXPECTED as error:
+        return Finding(name, False, told(error))
 
 
 def reference_prediction() -> dict[str, object]:
@@ -125,3 +164,87 @@ def _reference() -> str:
             "the weights, the preprocessing or a library changed: reinstall with constraints.txt"
         )
     return f"demo-clip equals its reference prediction within {gap:.1e}"
+
+
+def _preprocessing(model: "DualEncoder", data: "ImageDataset", id: str) -> str:
+    from PIL import Image
+
+    name, own = _own_processor(model, id)
+    if own is None:
+        return f"{name}; to {model.image_size} px, {model.preprocessing.geometry}, {model.preprocessing.interpolation}"
+    wide = Image.fromarray(data.images[0]).resize((301, 200))
+    images = [Image.fromarray(data.images[1]), wide, wide.rotate(90, expand=True), wide.resize((61, 47))]
+    mean, std = (np.reshape(values, (3, 1, 1)) for values in (model.preprocessing.mean, model.preprocessing.std))
+    found = [np.asarray(own(image)) for image in images]
+    shapes, side = {one.shape for one in found}, model.image_size
+    if shapes != {(3, side, side)}:
+        raise ValueError(f"{name} makes {shapes} of images, this library (3, {side}, {side})")
+    # Where the normalisation differs, so do the pixels that would have given the same values.
+    gap = max(
+        np.abs(one * std + mean - ours).max() for one, ours in zip(found, model.prepare(images).numpy(), strict=True)
+    )
+    if gap > _LEVELS / 255 + 1e-4:
+        raise ValueError(
+            f"pixels differ by {gap * 255:.1f} of 256 levels from those of {name}: size, crop, filter or normalisation "
+            f"are not the model's ({model.preprocessing})"
+        )
+    return f"that of {name} within {gap * 255:.1f} of 256 levels, on four sizes"
+
+
+def _own_processor(model: "DualEncoder", id: str) -> tuple[str, Callable[[Any], Any] | None]:
+    """Name of what prepares an image in the model's own library, and a function that does; None without one."""
+    from medrobust_lib.models import catalogue, weights
+    from medrobust_lib.models.loading import find_model
+
+    settings = getattr(getattr(getattr(model, "model", None), "visual", None), "preprocess_cfg", None)
+    if settings is not None:
+        from open_clip.transform import PreprocessCfg, image_transform_v2
+
+        return "open_clip", image_transform_v2(PreprocessCfg(**settings), is_train=False)
+    entry = find_model(id)
+    folder = weights.model_folder(entry, default_weights_dir())
+    if folder is None and entry.source.startswith(catalogue.HUB_PREFIX):
+        folder = weights.hub_snapshot(entry.source.removeprefix(catalogue.HUB_PREFIX), catalogue.CONFIG_NAME)
+    if folder is None or not {"preprocessor_config.json", "processor_config.json"} & {x.name for x in folder.iterdir()}:
+        return "no processor of its own to compare with", None
+    from transformers import AutoImageProcessor
+
+    processor = AutoImageProcessor.from_pretrained(folder, local_files_only=True)
+    return type(processor).__name__, lambda image: processor(image, return_tensors="np")["pixel_values"][0]
+
+
+def _features(model: "DualEncoder", data: "ImageDataset", id: str) -> str:
+    import torch
+
+    from medrobust_lib.models.own import Classifier
+
+    pixels = model.prepare(data.images)
+    noise, blank = torch.randn(pixels.shape, generator=torch.Generator().manual_seed(0)), torch.zeros_like(pixels[:1])
+    pixels = torch.cat([pixels, pixels + 0.25 * noise, pixels + noise, blank, blank + 1])
+    with torch.inference_mode():  # features that are not finite raise an error of their own
+        if not isinstance(model, Classifier):
+            model.class_features(data.classes, data.templates)
+        together, alone = model.encode_image(pixels), torch.cat([model.encode_image(one[None]) for one in pixels])
+    gap, rounding = float((together - alone).abs().max()), 1e-4 if model.dtype == torch.float32 else 0.02
+    if gap > rounding:
+        raise ValueError(
+            f"features alone and in a batch differ by {gap:.2g} (rounding: {rounding:g}): an answer hangs on the other "
+            "copies, which no certificate allows; look for statistics of the batch, or certify with batch_size=1"
+        )
+    return f"finite, and the same alone and in a batch within {gap:.1e}: {len(pixels)} images, clean, noisy and blank"
+
+
+def _speed(model: "DualEncoder", data: "ImageDataset", id: str) -> str:
+    from dataclasses import replace
+
+    from medrobust_lib.models.own import Classifier
+    from medrobust_lib.smoothing.bounds import N0, N
+    from medrobust_lib.studies.cells import measured_rate
+
+    if isinstance(model, Classifier):  # of other classes
+        data = replace(data, classes=tuple(map(str, range(model.embed_dim))), labels=data.labels * 0)
+    rate = measured_rate(model, data)
+    return (
+        f"{rate:,.0f} draws a second on {model.device} in {model.precision}; a certificate of n={N:,} takes at most "
+        f"{(N0 + N) / rate / 60:.2g} minutes an image, sequential sampling less"
+    )

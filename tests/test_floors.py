@@ -26,14 +26,16 @@ FLOORS = (
     ("adaptation", "generative"),
     ("explore", "parameters"),
     ("runner",),
-    ("doctor", "studies"),
+    ("studies",),
+    ("doctor",),
     ("cli",),
     ("__main__",),
 )
 
 
-# Each kind of step of a study has a file of its own.
-MOST_MODULES, MOST_LINES, MOST_PARAMETERS = 94, 500, 10
+# Each kind of step of a study has a file of its own, and so have what a generative model writes and functions that
+# become a model.
+MOST_MODULES, MOST_LINES, MOST_PARAMETERS = 95, 500, 10
 
 
 def rooms_by_floor():

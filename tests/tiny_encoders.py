@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from medrobust_lib.models.dual_encoder import DualEncoder, Preprocessing, Tokens
+from medrobust_lib.models.own import Classifier, wrap
 
 SIDE, WIDTH, CONTEXT, VOCABULARY = 28, 8, 48, 512
 
@@ -90,9 +91,31 @@ def load_tiny(entry: object, *, weights_dir: object, offline: bool) -> Tiny:
     return Tiny("tiny")
 
 
-def load_least(entry: object, *, weights_dir: object, offline: bool) -> Least:
-    return Least("least")
+def load_least(entry: object, *, weights_dir: object, offline: bool) -> DualEncoder:
+    """Nothing but two functions is known of it."""
+    inner = Least("least").eval()
+    functions = {"image_features": inner._image_features, "text_features": inner.encode_text}
+    return wrap(**functions, image_size=SIDE, mean=0.5, std=0.5, id="least", geometry="squash", logit_scale=20.0)
 
 
 def load_sure(entry: object, *, weights_dir: object, offline: bool) -> Sure:
     return Sure("sure")
+
+
+def load_resnet(entry: object, *, weights_dir: object, offline: bool) -> Classifier:
+    """One of torchvision's architectures with random weights: it changes its mind between dark and bright middles."""
+    from torchvision.models.resnet import BasicBlock, ResNet  # after medrobust_lib, which lets it import
+
+    torch.manual_seed(0)
+    network = ResNet(BasicBlock, [1, 1, 1, 1], num_classes=2).eval()
+    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    middles = torch.full((2, 3, 64, 64), 0.25)
+    middles[1, :, 20:44, 20:44] += 0.45
+    middles = (middles - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
+    with torch.no_grad():
+        head, network.fc = network.fc, nn.Identity()
+        dark, bright = network(middles)  # [512]
+        network.fc = head
+        head.weight[0], head.weight[1] = dark - bright, bright - dark
+        head.bias.copy_(-head.weight @ (dark + 2 * bright) / 3)
+    return Classifier(network, n_classes=2, image_size=64, mean=mean, std=std)

@@ -66,6 +66,9 @@ class SelfAttention(nn.Module):
         The layer does more than self-attention over batches [b, L, d], or has dropout.
     """
 
+    # What torch's transformer layer asks for; without a bias it takes no shortcut past the adapters.
+    batch_first, in_proj_bias = True, None
+
     def __init__(self, attention: nn.MultiheadAttention) -> None:
         super().__init__()
         if not is_plain(attention):
@@ -78,11 +81,14 @@ class SelfAttention(nn.Module):
         self.heads = attention.num_heads
 
     def forward(
-        self, query: Tensor, key: Tensor, value: Tensor, *, need_weights: bool = False, attn_mask: Tensor | None = None
-    ) -> tuple[Tensor, None]:
+        self, query: Tensor, key: Tensor, value: Tensor, *, need_weights: bool = False, attn_mask: Tensor | None = None,
+        key_padding_mask: None = None, is_causal: bool = False,
+    ) -> tuple[Tensor, None]:  # fmt: skip
         """[b, L, d] and a mask [L, L] or [b * heads, L, L] -> [b, L, d], and None for the weights."""
-        if key is not query or value is not query or need_weights:
-            raise ValueError("this layer computes self-attention only, and returns no attention weights")
+        if key is not query or value is not query or need_weights or key_padding_mask is not None or is_causal:
+            raise ValueError(
+                "this layer computes self-attention only, without padding, and returns no attention weights"
+            )
         batch, length, width = query.shape
         # Sequence first and the same strides as torch's layer: the order in which sums are taken decides the last bit.
         joint = self.qkv(query.transpose(0, 1)).unflatten(-1, (3, width))

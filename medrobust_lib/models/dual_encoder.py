@@ -303,7 +303,7 @@ class DualEncoder(torch.nn.Module, abc.ABC):
         BrokenFeaturesError
             If a feature is not finite, or zero.
         """
-        tokens = self.tokenize(_text_list(texts))
+        tokens = self.tokenize(text_list(texts))
         chunks = [tokens[start : start + TEXT_CHUNK] for start in range(0, len(tokens), TEXT_CHUNK)]
         return torch.cat([self.encode_embeddings(self.embed_tokens(chunk), chunk) for chunk in chunks])
 
@@ -361,7 +361,7 @@ class DualEncoder(torch.nn.Module, abc.ABC):
         ----------
         Radford et al. 2021, arXiv:2103.00020, section 3.1.4.
         """
-        classes, templates = _text_list(classes), _text_list(templates)
+        classes, templates = text_list(classes), text_list(templates)
         for template in templates:
             if "{}" not in template:
                 raise ValueError(f"the template {template!r} lacks '{{}}', the place of the class name")
@@ -422,7 +422,7 @@ class DualEncoder(torch.nn.Module, abc.ABC):
         )
 
 
-def _text_list(texts: Sequence[str]) -> list[str]:
+def text_list(texts: Sequence[str]) -> list[str]:
     """Texts as a checked, non-empty list of strings."""
     texts = [texts] if isinstance(texts, str) else list(texts)
     if not texts:
@@ -472,7 +472,7 @@ def layers_run(
 ) -> dict[str, tuple[Any, ...]]:
     """Names of the layers of these kinds that run in a call, and their inputs; what features come out is not asked."""
     found: dict[str, tuple[Any, ...]] = {}
-    with contextlib.ExitStack() as hooks, contextlib.suppress(BrokenFeaturesError):
+    with contextlib.ExitStack() as hooks, contextlib.suppress(BrokenFeaturesError, NotImplementedError):
         for name, layer in model.named_modules():
             if isinstance(layer, kinds):
                 hook = layer.register_forward_hook(lambda _, inputs, __, name=name: found.update({name: inputs}))

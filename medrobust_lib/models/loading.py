@@ -242,8 +242,11 @@ def why_not_learned(model: "DualEncoder") -> str:
             tokens = model.tokenize([""])
             embeddings = model.embed_tokens(tokens).detach().float().requires_grad_(True)
             features = model.encode_embeddings(embeddings, tokens)
-        except NotImplementedError:
-            return f"{model.id} reads whole texts only: prompts are learned among word embeddings (embed_tokens)"
+        except NotImplementedError as error:
+            return (
+                str(error)
+                or f"{model.id} reads whole texts only: prompts are learned among word embeddings (embed_tokens)"
+            )
     if int(tokens.mask.sum()) != 2:
         return f"{model.id} does not frame a text by one start and one end token, between which prompts are learned"
     if not features.requires_grad:

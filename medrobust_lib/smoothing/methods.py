@@ -22,6 +22,7 @@ from torch import Tensor
 from medrobust_lib.checks import check_whole
 from medrobust_lib.data.dataset import ImageDataset
 from medrobust_lib.models.dual_encoder import DualEncoder
+from medrobust_lib.models.own import Classifier
 from medrobust_lib.models.weights import fingerprint
 from medrobust_lib.smoothing.certificate import ABSTAIN, Guarantee
 from medrobust_lib.smoothing.noise import Batches, NoiseStream, map_copies
@@ -282,7 +283,12 @@ def nearest_class(scores: Tensor) -> Tensor:
 
 
 def zero_shot_methods(model: DualEncoder, data: ImageDataset) -> list[FixedPrompts]:
-    """Zero-shot prompts of a data set: its first template, and the ensemble of all where there are several."""
+    """Zero-shot prompts of a data set: its first template, and the ensemble of all where there are several.
+
+    Of a classifier, which reads none, the one method that it is, under its own name.
+    """
+    if isinstance(model, Classifier):
+        return [FixedPrompts(model.id, model.class_features(data.classes))]
     methods = [FixedPrompts("zero-shot", model.class_features(data.classes, data.templates[:1]))]
     if len(data.templates) > 1:
         methods.append(FixedPrompts("zero-shot ensemble", model.class_features(data.classes, data.templates)))

@@ -2,7 +2,7 @@
 
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,6 +17,7 @@ from medrobust_lib.checks import check_keywords
 from medrobust_lib.data.dataset import ImageDataset
 from medrobust_lib.experiments import map_items, open_store, progress
 from medrobust_lib.models.dual_encoder import DualEncoder
+from medrobust_lib.models.own import Classifier
 from medrobust_lib.models.weights import fingerprint
 from medrobust_lib.places import VERSION
 from medrobust_lib.smoothing.bounds import maximum_radius
@@ -65,7 +66,7 @@ class _Study:
 
 
 def certify_dataset(
-    model: DualEncoder,
+    model: DualEncoder | Callable[[Tensor], Any],
     data: ImageDataset,
     methods: Sequence[PromptMethod] | None = None,
     *,
@@ -86,10 +87,14 @@ def certify_dataset(
 
     Parameters
     ----------
-    model : DualEncoder
+    model : DualEncoder or callable
+        A callable is a classifier of pixels float32 [b, 3, H, W] in [0, 1], which gives labels, whole numbers [b], or
+        scores, float [b, K]: class k is the k-th of `data`. H = W is its attribute ``image_size``, or the side of the
+        images of `data`; `Classifier` takes more settings.
     data : ImageDataset
     methods : sequence of PromptMethod, optional
-        Default: `zero_shot_methods`. Names must differ, or what the methods are ``about``.
+        Default: `zero_shot_methods`; of a classifier the one that has its name. Names must differ, or what the methods
+        are ``about``.
     sigmas : sequence of float, or of tuples of float
         Standard deviations of the noise, > 0, in the units of the perturbation: for pixel noise in [0, 1] pixel units
         at the model's input size; tuples for a perturbation with several parameters. Default: its ``usual_sigma``.
@@ -134,7 +139,7 @@ def certify_dataset(
     within the rounding of floating-point sums.
     """
     check_keywords(certify_dataset, rules, Rules.__dataclass_fields__)
-    _check_kinds(model, data)
+    model = _checked_model(model, data)
     methods = tuple(zero_shot_methods(model, data) if methods is None else methods)
     perturbation = find_perturbation(perturbation)
     sigmas = [perturbation.usual_sigma] if sigmas is None else sigmas
@@ -267,15 +272,25 @@ def _key(data: ImageDataset, position: int, sigma: Sigma) -> str:
     return f"image {int(data.indices[position])} ({fingerprint(content)}), sigma {sigma!r}"
 
 
-def _check_kinds(model: Any, data: Any) -> None:
-    if not isinstance(model, DualEncoder):
-        raise TypeError(
-            f"certify_dataset scores prompts with a DualEncoder (`load_model` gives one), not {type(model).__name__}; "
-            "for any other classifier call `certify(classifier, image, index=i, ...)` image by image"
-        )
+def _checked_model(model: Any, data: Any) -> DualEncoder:
+    """The model, or a classifier in the form of one; raises for what is neither, and for data of another kind."""
     if not isinstance(data, ImageDataset):
         raise TypeError(f"data must be an ImageDataset (`load_dataset` gives one), not {type(data).__name__}")
     check_not_training(model)
+    if isinstance(model, DualEncoder):
+        return model
+    if not callable(model):
+        raise TypeError(
+            "certify_dataset takes a DualEncoder (`load_model` gives one) or a function from pixels to labels, not "
+            f"{type(model).__name__}"
+        )
+    sides = {model.image_size} if hasattr(model, "image_size") else {*data.images.shape[1:3]}
+    if len(sides) > 1:
+        raise ValueError(
+            f"the images of {data.id} are {data.images.shape[1]} x {data.images.shape[2]} px: give the classifier an "
+            "attribute image_size, the side of the square that it reads, or make it with Classifier(image_size=...)"
+        )
+    return Classifier(model, n_classes=len(data.classes), image_size=sides.pop())
 
 
 def _warn_of_unreachable_radii(study: _Study) -> None:

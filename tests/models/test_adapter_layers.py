@@ -135,3 +135,18 @@ def test_what_counts_as_fused():
     assert not is_fused("visual.attn.kv", nn.Linear(8, 24))
     assert not is_fused("visual.attn.qkv", nn.Conv2d(8, 24, 1))
     assert is_fused("visual.attn", nn.MultiheadAttention(8, 2, batch_first=True))
+
+
+def test_torchs_own_transformer_runs_on_opened_attention():
+    torch.manual_seed(0)
+    layer = torch.nn.TransformerEncoderLayer(16, 4, 32, dropout=0, batch_first=True)
+    tower, x = torch.nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).eval(), torch.randn(3, 5, 16)
+    mask = torch.zeros(5, 5).masked_fill(torch.ones(5, 5).triu(1).bool(), -torch.inf)
+    with torch.no_grad():
+        expected = [tower(x), tower(x, mask=mask, is_causal=False)]
+        split_qkv(tower)
+        torch.testing.assert_close([tower(x), tower(x, mask=mask, is_causal=False)], expected, rtol=0, atol=1e-5)
+        tower.layers[0].self_attn.qkv.q.weight.add_(1)  # it is asked, not passed by
+        assert not torch.allclose(tower(x), expected[0], atol=1e-3)
+    with pytest.raises(ValueError, match="without padding"):
+        tower(x, src_key_padding_mask=torch.zeros(3, 5, dtype=torch.bool))

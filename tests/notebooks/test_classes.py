@@ -143,6 +143,20 @@ def test_a_notebook_about_prompts_refuses_at_once_a_model_without_words(finish, 
 
 
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("number", ["02", "05"])
+def test_a_classifier_that_reads_no_texts_is_measured(finish, number):
+    card, _ = finish(number, "2 classes", model="resnet")
+    assert card["metrics"] and card["tables"]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("number", ["01", *OF_PROMPTS])
+def test_a_notebook_about_texts_refuses_a_classifier_at_once(finish, number):
+    with pytest.raises(ValueError, match="ResNet (is a classifier and )?reads no texts"):
+        finish(number, "2 classes", model="resnet")
+
+
+@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("number", OF_ERRORS)
 def test_a_model_without_an_error_has_no_corruption_error_to_compare_with(finish, tmp_path, number):
     for name, colour in (("class 000", (230, 40, 40)), ("class 001", (40, 40, 230))):

@@ -10,14 +10,15 @@ import notebook_cells
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from PIL import Image
 from typer.testing import CliRunner
 
 from medrobust_lib import cli
 from medrobust_lib.data.registry import load_dataset
-from medrobust_lib.models.adapters import load_adapter
-from medrobust_lib.models.catalogue import CAVEATS, caveats
-from medrobust_lib.models.loading import load_model
+from medrobust_lib.models.adapters import attach_adapters, load_adapter, trainable_share
+from medrobust_lib.models.loading import load_model, why_not_learned
+from medrobust_lib.smoothing.prompts import learn_prompts
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 REAL = Path(os.environ.get("MEDROBUST_REAL_DATA") or Path(__file__).parents[3] / "shared" / "data" / "real")
@@ -113,6 +114,23 @@ def test_too_few_images_to_divide_are_measured_and_nothing_is_learned(user, no_k
     assert len(certificates) == 2
 
 
+def test_a_torchvision_resnet_is_measured_and_adapted_as_a_dual_encoder_is(user, no_kernel):
+    write_images(user / "breast", healthy=12, lesion=12)
+    given = {"model": "python:tiny_encoders:load_resnet", "images": f"folder:{user / 'breast'}", "sigma": 0.05}
+    card = run_notebook(user, **given)
+    assert card["model"]["id"] == "ResNet"
+    reason = "ResNet is a classifier and reads no texts, so there are no prompts"
+    assert f"Left out: learned prompts: {reason}" in card["notes"]
+    accuracy, corruptions, certificates = read_tables(user)
+    assert list(accuracy.name) == ["zero-shot", "LoRA"]
+    # What its weights were set to tell apart it tells apart, by nothing but its own scores.
+    assert accuracy.accuracy[0] == accuracy.balanced_accuracy[0] == 1
+    plain = certificates[certificates.method == "zero-shot"]
+    assert set(plain.model) == {"ResNet"} and set(certificates.guarantee) == {"standard"}
+    assert len(plain) == 12 and (plain[plain.predicted != -1].radius > 0).any()
+    assert corruptions[corruptions.corruption != "clean"].groupby("model").size().tolist() == [7 * 3] * 2
+
+
 @pytest.mark.skipif(
     not (REAL / "folders" / "breast_us").is_dir(),
     reason=f"no real images at {REAL}; name their folder with MEDROBUST_REAL_DATA",
@@ -135,16 +153,29 @@ def test_the_examples_of_the_page_about_own_images_and_models_run(tmp_path, monk
         (tmp_path / "my_images" / name).mkdir(parents=True)
         Image.new("RGB", (16, 16)).save(tmp_path / "my_images" / name / "1.png")
     page = (Path(__file__).parents[2] / "docs" / "your_own.md").read_text(encoding="utf-8")
-    data, model = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    data, functions, classifiers, model = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     run(data)
     assert "folder:my_images" in capsys.readouterr().out
-    found = run(model)["model"]
-    image = np.random.default_rng(0).integers(0, 256, (1, 64, 64, 3), dtype=np.uint8)
-    features = [found.encode_image(found.prepare(shown)) for shown in (image, image[:, :, ::-1].copy())]
-    assert found.id == "mirrored"
-    # It has seen what the model it wraps has seen.
-    assert caveats(found, load_dataset("phantom/blood-site-a", n=8))[1] == CAVEATS["own_site"].format(model="demo-clip")
-    np.testing.assert_allclose(*features, atol=1e-5)
+    wrapped = run(functions)
+    assert wrapped["model"].identity()["id"] == "two-functions" and len(wrapped["model"].networks) == 2
+    assert set(wrapped["rows"].method) == {"zero-shot", "zero-shot ensemble"} and "mean" in wrapped["table"].index
+    found = run(classifiers)
+    assert [rows.method.unique().tolist() for rows in found["rows"]] == [["ResNet"], ["nearest"]]
+    # A picture is its own nearest neighbour, and those beside it in pixel space are the same.
+    assert (found["rows"][1].predicted == found["rows"][1].label).all()
+    loaded = found["load_resnet"](None, weights_dir=None, offline=True)
+    assert (loaded.image_size, loaded.embed_dim, len(loaded.networks)) == (224, 2, 1)
+    small = run(model)["model"]
+    assert small.id == "small" and why_not_learned(small) == ""
+    few = load_dataset("phantom/breast", n=6)
+    texts = [f"{'a ' * place}b" for place in range(4)]
+    alone = torch.cat([small.encode_text([text]) for text in texts])
+    torch.testing.assert_close(small.encode_text(texts), alone, rtol=0, atol=1e-5)  # padding changes nothing
+    learned = learn_prompts(small, few, shots=1, sigmas=(0.0,), epochs=1, seed=0)
+    assert not torch.equal(
+        learned.class_features(small, few.classes), small.class_features(few.classes, ["a photo of {}"])
+    )
+    assert trainable_share(attach_adapters(small, rank=2)).adapters > 0
 
 
 def run(example: str) -> dict:

@@ -826,7 +826,7 @@ def test_a_level_at_which_no_radius_asked_for_can_be_certified_is_told(encoder, 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model": torch.nn.Identity()}, r"scores prompts with a DualEncoder .* not Identity; .* call `certify\("),
+        ({"model": "demo-clip"}, r"takes a DualEncoder .* or a function from pixels to labels, not str"),
         ({"data": "phantom/blood"}, "data must be an ImageDataset .* not str"),
         ({"methods": ["zero-shot"]}, "'zero-shot' is no PromptMethod; `FixedPrompts"),
         ({"methods": [MeanShift]}, "MeanShift'> is no PromptMethod; `FixedPrompts"),

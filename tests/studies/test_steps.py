@@ -61,6 +61,22 @@ def test_denoised_diffusion_and_retrained_rows_stand_beside_the_others(study_fil
     assert tensors and all(torch.equal(tensors[name], by_hand.state_dict()[name]) for name in tensors)
 
 
+def test_functions_and_a_torchvision_resnet_are_models_of_a_study(study_file, tmp_path):
+    head = "models: [python:tiny_encoders:load_least, python:tiny_encoders:load_resnet]\ndatasets: [phantom/breast]\n"
+    text = head + "n_images: 4\nsteps:\n" + CERTIFY + "}\n  - benchmark: {severities: [2]}\n"
+    (least, resnet, *benchmarks), finished = run(study_file, tmp_path, text)
+    rows = [table(cell, tmp_path, "certificates") for cell in (least, resnet)]
+    assert [found["method"].unique().tolist() for found in rows] == [["zero-shot", "zero-shot ensemble"], ["ResNet"]]
+    assert [len(table(cell, tmp_path, "accuracy")) for cell in benchmarks] == [8, 8]
+    data = load_dataset("phantom/breast", n=4)
+    model = load_model("python:tiny_encoders:load_resnet", dtype="float32")
+    clean = table(benchmarks[1], tmp_path, "answers").query("corruption == 'clean'")
+    assert clean["predicted"].tolist() == model.encode_image(model.prepare(data.images)).argmax(1).tolist()
+    assert finished.done == 4
+    again = run_study(read_study(study_file(text)), tmp_path / "out", announce=quiet)
+    assert (again.done, again.failures) == (4, {})
+
+
 def test_every_noise_level_may_have_its_own_n(study_file):
     steps = "steps: [{certify: {sigmas: [0.1, 0.5], n: 1000, n_by_sigma: {0.5: 2000}, sampling: fixed}}]\n"
     small, large = study_cells(read_study(study_file(HEAD + steps)))
