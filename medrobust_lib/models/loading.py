@@ -192,28 +192,6 @@ def load_model(
     return model.requires_grad_(False).eval()
 
 
-def why_not_learned(model: "DualEncoder") -> str:
-    """Why no prompt can be learned for a model; empty where one can.
-
-    Learning puts vectors among the word embeddings of a text, so a model must embed tokens of its own, between one
-    start and one end token, and pass a gradient from the text's features back to them.
-    """
-    import torch  # deferred: listing models needs none
-
-    with torch.inference_mode(False), torch.enable_grad():
-        try:
-            tokens = model.tokenize([""])
-            embeddings = model.embed_tokens(tokens).detach().float().requires_grad_(True)
-            features = model.encode_embeddings(embeddings, tokens)
-        except NotImplementedError:
-            return f"{model.id} reads whole texts only: prompts are learned among word embeddings (embed_tokens)"
-    if int(tokens.mask.sum()) != 2:
-        return f"{model.id} does not frame a text by one start and one end token, between which prompts are learned"
-    if not features.requires_grad:
-        return f"{model.id} passes no gradient from the features of a text back to its word embeddings"
-    return ""
-
-
 def list_models(*, weights_dir: str | Path | None = None) -> pd.DataFrame:
     """Table of the models that :func:`load_model` knows.
 
