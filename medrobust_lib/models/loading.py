@@ -11,7 +11,7 @@ import pandas as pd
 
 from medrobust_lib.checks import closest
 from medrobust_lib.files import read_sums
-from medrobust_lib.models import catalogue, weights
+from medrobust_lib.models import catalogue, kinds, weights
 from medrobust_lib.models.catalogue import DUAL_ENCODERS, GENERATIVE, Loader, ModelEntry, own_entry, place_hint
 from medrobust_lib.places import default_weights_dir
 
@@ -141,7 +141,7 @@ def load_model(
     ----------
     id : str
         An id of :func:`list_models`; ``local-dir:PATH`` for a folder in open_clip's or transformers' format;
-        ``hf:OWNER/NAME`` for a CLIP on the hub, which is downloaded into the hub cache once; or
+        ``hf:OWNER/NAME`` for one on the hub, which is downloaded into the hub cache once; or
         ``python:MODULE:FUNCTION`` for a loader of one's own, as in :func:`register_model`.
     device : str or torch.device
         ``"auto"`` takes the accelerator if there is one, else the CPU.
@@ -163,7 +163,7 @@ def load_model(
     Raises
     ------
     ValueError
-        For an unknown id, device or dtype, a model that is no CLIP (its type named), weights that do not fit (keys
+        For an unknown id, device or dtype, a model that is no dual encoder (its type named), weights that do not fit (keys
         listed), a wrong SHA-256, or an adapter that is damaged or of another model.
     FileNotFoundError
         If the weights are missing; names the places looked at and the command that fetches them. If the adapter is.
@@ -319,8 +319,8 @@ def check_kind(entry: ModelEntry, *, weights_dir: Path | None = None) -> None:
 
 def _check_vlm_folder(folder: Path, *, id: str) -> None:
     """`check_kind` for what is here of a generative model."""
-    weights.check_no_adapter(folder, id=id)
-    weights.check_writes_text(folder, id=id)
+    kinds.check_no_adapter(folder, id=id)
+    kinds.check_writes_text(folder, id=id)
     if id.startswith(catalogue.LOCAL_DIR_PREFIX):
         checkpoints = [path.name for path in folder.glob("*") if path.suffix in weights.CHECKPOINT_SUFFIXES]
         wanted = {catalogue.CONFIG_NAME: [catalogue.CONFIG_NAME], "model weights": checkpoints}
@@ -330,10 +330,10 @@ def _check_vlm_folder(folder: Path, *, id: str) -> None:
 
 def _check_snapshot(folder: Path, *, id: str) -> None:
     """`check_kind` for what is here of a repository of the hub."""
-    if (folder / catalogue.OPEN_CLIP_CONFIG_NAME).is_file() and not weights.is_clip(folder):
+    if (folder / catalogue.OPEN_CLIP_CONFIG_NAME).is_file() and not kinds.is_dual(folder):
         back_end = "open_clip"
     else:
-        weights.check_clip_type(folder, id=id)
+        kinds.check_dual(folder, id=id)
         back_end = "transformers_clip"
     if weights.has_checkpoint(folder):  # else the rest is still to be fetched
         _from_room(f"{back_end}:check_folder")(folder, id=id)

@@ -1,11 +1,44 @@
-"""What a tokenizer puts around the words of a text, and whether prompts can be learned among them."""
+"""Texts as a back end takes them apart: what stands around their words, and whether prompts can be learned there."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
+from torch.nn import functional
 
 from medrobust_lib.models.dual_encoder import DualEncoder
+
+
+@torch.no_grad()
+def check_text_path(encoder: DualEncoder, own: Callable[[list[str]], Tensor]) -> None:
+    """Raise unless walking through the parts of a text tower gives what the library's own forward pass gives.
+
+    A back end has to take the pass apart to let prompts be learned; this is where a setting of the tower or of its
+    tokenizer would show that the walk does not follow.
+
+    Parameters
+    ----------
+    encoder : DualEncoder
+    own : callable
+        The library's features [k, d], of any norm, of k texts.
+
+    Raises
+    ------
+    ValueError
+        The features differ by more than rounding does.
+    """
+    texts = ["x", "x x x"]
+    tokens = encoder.tokenize(texts).to(encoder.device)
+    walked = functional.normalize(encoder._text_features(encoder.embed_tokens(tokens), tokens).float(), dim=-1)
+    expected = functional.normalize(own(texts).float(), dim=-1)
+    rounding = 1e-3 if encoder.dtype == torch.float32 else 0.05
+    if not torch.allclose(walked, expected, rtol=0, atol=rounding, equal_nan=True):
+        raise ValueError(
+            f"{encoder.id}: text features differ by {(walked - expected).abs().max():.2g} from those of the library's "
+            "own forward pass: a setting of its text tower or tokenizer is not supported; wrap the model in a "
+            "DualEncoder of your own"
+        )
 
 
 class TextFrame(NamedTuple):
