@@ -163,8 +163,8 @@ def load_model(
     Raises
     ------
     ValueError
-        For an unknown id, device or dtype, a model that is no dual encoder (its type named), weights that do not fit (keys
-        listed), a wrong SHA-256, or an adapter that is damaged or of another model.
+        For an unknown id, device or dtype, a model that is no dual encoder (its type named), weights that do not fit
+        (keys listed), a wrong SHA-256, or an adapter that is damaged or of another model.
     FileNotFoundError
         If the weights are missing; names the places looked at and the command that fetches them. If the adapter is.
     """
@@ -389,5 +389,5 @@ def _cached_folder(entry: ModelEntry) -> Path | None:
 
 def _in_hub_cache(repository: str, name: str) -> bool:
     """Whether a file is in the hub cache; a checkpoint counts in any of its formats."""
-    names = weights.HUB_CHECKPOINTS if name.endswith(weights.CHECKPOINT_SUFFIXES) else (name,)
+    names = (name, *weights.HUB_CHECKPOINTS) if name.endswith(weights.CHECKPOINT_SUFFIXES) else (name,)
     return weights.hub_snapshot(repository, *names) is not None

@@ -11,6 +11,7 @@ from typing import Any
 
 import open_clip
 import torch
+from huggingface_hub import hf_hub_download
 from open_clip import CLIPTextCfg, CLIPVisionCfg
 from open_clip.hf_model import HFTextEncoder
 from open_clip.transform import PreprocessCfg, merge_preprocess_dict
@@ -18,7 +19,7 @@ from open_clip.transformer import TextTransformer, text_global_pool
 from torch import Tensor
 from torch.nn import functional
 
-from medrobust_lib.files import parsed, read_json_object
+from medrobust_lib.files import file_sha256, parsed, read_json_object
 from medrobust_lib.models import kinds, weights
 from medrobust_lib.models.catalogue import CONFIG_NAME, OPEN_CLIP_CONFIG_NAME, ModelEntry, read_table
 from medrobust_lib.models.dual_encoder import DualEncoder, Tokens, check_text_lengths
@@ -237,7 +238,7 @@ def load_open_clip(entry: ModelEntry, *, weights_dir: Path, offline: bool) -> Op
     try:
         with weights.hub_access(offline=offline), weights.explained_errors(entry.source):
             if scheme == "open_clip":
-                return _load_named(entry, folder, *place.split("/"))
+                return _load_named(entry, folder, *place.split("/", 1))
             model = open_clip.create_model_from_pretrained(entry.source, return_transform=False)
             tokenizer = open_clip.get_tokenizer(entry.source)
     except (OSError, RuntimeError) as error:
@@ -329,9 +330,12 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
 
 def _load_named(entry: ModelEntry, folder: Path | None, architecture: str, tag: str) -> OpenClipEncoder:
-    """A built-in architecture with a published tag, or with the checkpoint in ``folder``."""
+    """A built-in architecture with a published tag, or with the checkpoint in ``folder`` or in a repository."""
     hashes = {} if folder is None else weights.check_hashes(folder)
     pretrained = tag if folder is None else str(_checkpoint(folder, entry.files))
+    if folder is None and "/" in tag:  # a repository with nothing but the checkpoint
+        path = Path(hf_hub_download(tag, entry.files[0].rpartition("/")[2]))
+        pretrained, folder, hashes = str(path), path.parent, {path.name: file_sha256(path)}
     with weights.explained_errors(pretrained):
         model = open_clip.create_model_from_pretrained(architecture, pretrained=pretrained, return_transform=False)
     if folder is None:

@@ -367,7 +367,7 @@ def missing_weights(entry: ModelEntry, *, weights_dir: Path, offline: bool, reas
     return FileNotFoundError(
         f"the weights of {entry.id!r} are not here: looked in {weights_dir / entry.id} and the hub cache "
         f"{constants.HF_HUB_CACHE} ({tried}). Run `{fetch_command(entry.id)}` where there is a network{later}; source: "
-        f"{entry.source}. Reason: {why}"
+        f"{entry.source}.{catalogue.gate_hint(entry, reason)} Reason: {why}"
     )
 
 

@@ -15,7 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch.nn import functional
 
-from medrobust_lib.models.loading import check_kind, find_model, load_model
+from medrobust_lib.models.loading import available_offline, check_kind, find_model, load_model
 from medrobust_lib.models.text_frame import find_text_frame
 
 spec = importlib.util.spec_from_file_location("tiny_kinds", Path(__file__).with_name("tiny_kinds.py"))
@@ -135,3 +135,84 @@ def test_a_bias_that_is_not_finite_is_refused(folders, tmp_path):
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ValueError, match=r"logit_bias=nan is not finite; the weights are damaged"):
         load_model(f"local-dir:{folder}", device="cpu")
+
+
+# Rows of the table
+
+
+@pytest.mark.parametrize(
+    ("id", "kind"), [("medsiglip-448", "SigLIP"), ("siglip2-base", "SigLIP 2"), ("pubmedclip", "CLIP")]
+)
+@pytest.mark.parametrize("place", ["folder", "hub"])
+def test_rows_load_from_their_folder_and_from_the_hub_cache(id, kind, place, folders, loaded, hub_cache, tmp_path):
+    entry = find_model(id)
+    target = tmp_path / "weights" / id if place == "folder" else hub_cache(entry.source.removeprefix("hf:"))
+    shutil.copytree(folders(kind), target, dirs_exist_ok=True)
+    assert available_offline(entry, weights_dir=tmp_path / "weights") or entry.files  # of another name in this test
+    model = load_model(id, device="cpu", weights_dir=tmp_path / "weights", offline=True)
+    assert torch.equal(model.encode_text(TEXTS), loaded(kind).encode_text(TEXTS))
+    assert model.provenance["licence"] == entry.licence
+
+
+def test_a_gated_row_says_how_to_accept_its_terms(hub_cache, tmp_path):
+    hub_cache("nothing/here")
+    with pytest.raises(FileNotFoundError) as caught:
+        load_model("medsiglip-448", device="cpu", weights_dir=tmp_path, offline=True)
+    message = str(caught.value)
+    assert "python data_scripts/fetch_weights.py medsiglip-448" in message
+    assert "accepted first (https://developers.google.com/health-ai-developer-foundations/terms)" in message
+    assert "log in at https://huggingface.co/google/medsiglip-448, agree, then run `hf auth login` here" in message
+
+
+def test_any_repository_that_the_hub_guards_says_so(tmp_path, monkeypatch, hub_cache):
+    hub_cache("nothing/here")
+
+    def guarded(*arguments, **options):
+        raise OSError("You are trying to access a gated repo.\nMake sure to have access to it.")
+
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", guarded)
+    monkeypatch.setattr(transformers.CLIPImageProcessor, "get_image_processor_dict", lambda place: (CLIP_IMAGES, {}))
+    with pytest.raises(FileNotFoundError, match=r"accepted first: log in at https://huggingface.co/owner/name, agree"):
+        load_model("hf:owner/name", device="cpu", weights_dir=tmp_path, offline=False)
+
+
+CLIP_IMAGES = {"size": {"shortest_edge": 224}, "crop_size": {"height": 224, "width": 224}}
+
+
+@pytest.mark.parametrize("place", ["folder", "hub"])
+def test_bmc_clip_is_a_checkpoint_of_training_on_an_architecture(place, hub_cache, tmp_path, monkeypatch, images):
+    native = {"image_size": 32, "layers": 2, "width": 32, "patch_size": 8, "head_width": 16}
+    text = {"context_length": 77, "vocab_size": 49_408, "width": 32, "heads": 2, "layers": 2}
+    architecture = {"embed_dim": 24, "vision_cfg": native, "text_cfg": text}
+    monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, "ViT-L-14", architecture)
+    network = tiny_kinds.randomise(open_clip.create_model("ViT-L-14", pretrained_text=False))
+    folder = tmp_path / "weights" / "bmc-clip" if place == "folder" else hub_cache("BIOMEDICA/BMC_CLIP_CF")
+    folder.mkdir(parents=True, exist_ok=True)
+    hub_cache("nothing/here")
+    assert not available_offline(find_model("bmc-clip"), weights_dir=tmp_path / "weights")
+    with pytest.raises(FileNotFoundError, match=r"fetch_weights\.py bmc-clip"):  # and no other weights in their place
+        load_model("bmc-clip", device="cpu", weights_dir=tmp_path / "weights", offline=True)
+    state = {f"module.{key}": value for key, value in network.state_dict().items()}
+    torch.save({"epoch": 1, "name": "run", "state_dict": state, "optimizer": {}}, folder / "BMC_CLIP_CF.pt")
+    model = load_model("bmc-clip", device="cpu", weights_dir=tmp_path / "weights", offline=True)
+    pixels = model.prepare(images)
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (model.preprocessing.mean, model.preprocessing.std))
+    with torch.no_grad():
+        expected = network.encode_image((pixels - mean) / std, normalize=True)
+    torch.testing.assert_close(model.encode_image(pixels), expected, atol=1e-5, rtol=0)
+    assert model.preprocessing.mean == open_clip.OPENAI_DATASET_MEAN
+    assert set(model.provenance["files"]) == {"BMC_CLIP_CF.pt"}
+    assert available_offline(find_model("bmc-clip"), weights_dir=tmp_path / "weights")
+
+
+def test_numbers_of_parameters_are_those_of_the_published_configurations():
+    def parameters(network):
+        return sum(parameter.numel() for parameter in network.parameters())
+
+    with torch.device("meta"):
+        siglip_2 = transformers.SiglipConfig(text_config={"vocab_size": 256_000})
+        assert parameters(transformers.SiglipModel(siglip_2)) == find_model("siglip2-base").parameters
+        assert siglip_2.vision_config.image_size == find_model("siglip2-base").image_size
+        large = open_clip.create_model("ViT-L-14", device="meta", load_weights=False, pretrained_text=False)
+        assert parameters(large) == find_model("bmc-clip").parameters
+    assert find_model("pubmedclip").parameters == find_model("plip").parameters  # both are ViT-B/32
