@@ -24,7 +24,7 @@ from medrobust_lib.models import kinds, weights
 from medrobust_lib.models.catalogue import CONFIG_NAME, OPEN_CLIP_CONFIG_NAME, ModelEntry, read_table
 from medrobust_lib.models.dual_encoder import DualEncoder, Tokens, check_text_lengths
 from medrobust_lib.models.geometry import Preprocessing, per_channel
-from medrobust_lib.models.text_frame import check_text_path
+from medrobust_lib.models.text_frame import check_text_path, given_embeddings
 
 _GEOMETRIES = {"shortest": "shortest-edge-crop", "squash": "squash"}
 # open_clip's own inference transform reads "random" as bicubic.
@@ -160,7 +160,7 @@ class OpenClipEncoder(DualEncoder):
             mask = tokens.mask.long()
             return tower.proj(tower.pooler(tower.transformer(inputs_embeds=embeddings, attention_mask=mask), mask))
         if self._appends:
-            with tower.token_embedding.register_forward_hook(lambda *_: embeddings):
+            with given_embeddings(tower.token_embedding, embeddings):
                 return self.model.encode_text(tokens.ids)
         length = embeddings.shape[1]
         mask = None if tower.attn_mask is None else tower.attn_mask[:length, :length]

@@ -1,11 +1,13 @@
 """Texts as a back end takes them apart: what stands around their words, and whether prompts can be learned there."""
 
+import threading
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.hooks import RemovableHandle
 
 from medrobust_lib.models.dual_encoder import DualEncoder
 
@@ -39,6 +41,12 @@ def check_text_path(encoder: DualEncoder, own: Callable[[list[str]], Tensor]) ->
             "own forward pass: a setting of its text tower or tokenizer is not supported; wrap the model in a "
             "DualEncoder of your own"
         )
+
+
+def given_embeddings(layer: nn.Module, embeddings: Tensor) -> RemovableHandle:
+    """Context in which a layer of word embeddings gives these, whatever the tokens, to this thread alone."""
+    thread = threading.get_ident()
+    return layer.register_forward_hook(lambda *_: embeddings if threading.get_ident() == thread else None)
 
 
 class TextFrame(NamedTuple):

@@ -20,7 +20,7 @@ from medrobust_lib.models import kinds, weights
 from medrobust_lib.models.catalogue import CONFIG_NAME, HUB_PREFIX, OPEN_CLIP_CONFIG_NAME, ModelEntry, read_table
 from medrobust_lib.models.dual_encoder import DualEncoder, Tokens, check_text_lengths
 from medrobust_lib.models.geometry import Preprocessing, per_channel
-from medrobust_lib.models.text_frame import check_text_path
+from medrobust_lib.models.text_frame import check_text_path, given_embeddings
 
 _WEIGHT_NAMES = (utils.SAFE_WEIGHTS_NAME, utils.SAFE_WEIGHTS_INDEX_NAME, utils.WEIGHTS_NAME, utils.WEIGHTS_INDEX_NAME)
 # Pillow's number of the filter in preprocessor_config.json.
@@ -125,7 +125,7 @@ class TransformersClipEncoder(DualEncoder):
         return self._words(tokens.ids.to(self.device))
 
     def _text_features(self, embeddings: Tensor, tokens: Tokens) -> Tensor:
-        with self._words.register_forward_hook(lambda *_: embeddings):
+        with given_embeddings(self._words, embeddings):
             return self._features(tokens)
 
 

@@ -1,9 +1,12 @@
 """Kinds of dual encoders: the features of each are those of its own library, and what it can do is what is written."""
 
+import dataclasses
 import functools
 import importlib.util
 import json
 import shutil
+import tomllib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -15,14 +18,24 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch.nn import functional
 
+from medrobust_lib.adaptation.retraining import retrain_on_noise
+from medrobust_lib.models.adapters import adapter_layout, adapter_parameters, attach_adapters, merge_adapters
 from medrobust_lib.models.loading import available_offline, check_kind, find_model, load_model
-from medrobust_lib.models.text_frame import find_text_frame
+from medrobust_lib.models.open_clip import OpenClipEncoder
+from medrobust_lib.models.text_frame import find_text_frame, why_not_learned
+from medrobust_lib.models.transformers_clip import TransformersClipEncoder
+from medrobust_lib.models.weights import missing_weights
+from medrobust_lib.smoothing.methods import AdaptedPrompts, FixedPrompts
+from medrobust_lib.smoothing.prompts import learn_prompts, text_prompts
+from medrobust_lib.smoothing.table import certify_dataset
 
 spec = importlib.util.spec_from_file_location("tiny_kinds", Path(__file__).with_name("tiny_kinds.py"))
 tiny_kinds = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(tiny_kinds)
 
 KINDS = tuple(tiny_kinds.KINDS)
+_TABLE_FILE = Path(__file__).parents[2] / "docs" / "model_kinds.toml"
+TABLE = {row["kind"]: row for row in tomllib.loads(_TABLE_FILE.read_text(encoding="utf-8"))["kinds"]}
 TEXTS = ["an image of debris.", "a histology patch of tissue, of lymphocytes", "tissue"]
 
 
@@ -120,6 +133,13 @@ def test_a_sigmoid_loss_means_scores_of_each_class_by_itself(kind, folders, load
     assert not torch.allclose(scores.sum(1), torch.ones(len(images)), atol=0.05)
 
 
+def test_a_model_without_a_scale_of_its_cosines_is_refused(folders):
+    network = transformers.AutoModel.from_pretrained(folders("CLIP"))
+    del network.logit_scale
+    with pytest.raises(ValueError, match="a CLIPModel has no logit_scale, by which cosines become probabilities"):
+        TransformersClipEncoder(network, None, preprocessing=None, id="x", provenance={})
+
+
 def test_a_model_trained_with_softmax_has_no_such_scores(loaded):
     model = loaded("CLIP")
     assert model.logit_bias is None
@@ -135,6 +155,98 @@ def test_a_bias_that_is_not_finite_is_refused(folders, tmp_path):
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ValueError, match=r"logit_bias=nan is not finite; the weights are damaged"):
         load_model(f"local-dir:{folder}", device="cpu")
+
+
+# What each kind can do
+
+
+@pytest.fixture(scope="module")
+def drawn(phantoms):
+    """Eight images of two classes whose names the tiny tokenizers know."""
+    words = {"classes": ("tissue", "debris"), "templates": ("an image of {}.",)}
+    few = phantoms("breast", split="train", n=8)
+    return dataclasses.replace(few, images=few.images.copy(), labels=few.labels.copy(), **words)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_cell_of_the_table_in_the_documentation(kind, loaded, drawn):
+    row, model = TABLE[kind], loaded(kind)
+    assert row["library"] == ("open_clip" if isinstance(model, OpenClipEncoder) else "transformers")
+    assert row["start_token"] == bool(find_text_frame(model).start)
+    assert row["scores"] == ["softmax", *(["sigmoid"] if model.logit_bias is not None else [])]
+    assert row["prompts"] == (not why_not_learned(model))
+    assert row["adapters"] == adapters_of(model)
+    assert row["retraining"]
+    assert set(row) - {"kind", "such_as"} == {"library", "start_token", "prompts", "adapters", "retraining", "scores"}
+
+
+def test_the_table_in_the_documentation_has_every_kind():
+    assert tuple(TABLE) == KINDS
+
+
+def adapters_of(model):
+    try:
+        layout = adapter_layout(model)
+    except ValueError as error:
+        assert "no place for adapters: the image tower has neither query, key and value" in str(error)
+        return "refused"
+    return "fused" if layout.fused else {"convolutions": "convolutions"}.get(layout.kind, "layers")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.filterwarnings("ignore:re-training", "ignore:at sigma 0.1 16 draws reach")
+def test_prompts_adaptation_retraining_and_certificates(kind, loaded, drawn):
+    model = loaded(kind)
+    form = {"sigmas": (0.1,), "shots": 2, "epochs": 2, "draws_per_image": 2, "template": "an image of {}."}
+    learned = learn_prompts(model, drawn, **form)
+    written = text_prompts(model, drawn.classes, "an image of {}.")
+    texts = model.encode_text(["an image of tissue.", "an image of debris."])
+    torch.testing.assert_close(written.class_features(model), texts, atol=1e-6, rtol=0)
+    assert not torch.equal(learned.context, written.context)
+    retrained = retrain_on_noise(model, drawn, sigma=0.1, epochs=1)
+    pixels = model.prepare(drawn.images[:3])
+    assert (retrained.encode_image(pixels) - model.encode_image(pixels)).abs().max() > 1e-3
+    torch.testing.assert_close(retrained.encode_text(TEXTS), model.encode_text(TEXTS), atol=1e-6, rtol=0)
+    methods = [FixedPrompts("fixed", learned.class_features(model)), AdaptedPrompts("adapted", model, learned)]
+    for encoder in (model, retrained):
+        rows = certify_dataset(encoder, drawn, methods, sigmas=[0.1], n0=8, n=16)
+        assert set(rows.guarantee) == {"standard", "frozen-prompt"}
+        assert len(rows) == 16
+
+
+@pytest.mark.parametrize("kind", [kind for kind, row in TABLE.items() if row["adapters"] != "refused"])
+def test_adapters_learn_on_every_transformer_tower_and_never_on_its_pooling(kind, loaded):
+    model = loaded(kind)
+    adapted, layout = attach_adapters(model, rank=2), adapter_layout(model)
+    assert layout.kind == "convolutions" or layout.blocks == 2
+    pixels = torch.rand(3, 3, model.image_size, model.image_size, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(adapted.encode_image(pixels), model.encode_image(pixels), atol=1e-5, rtol=0)
+    parameters = adapter_parameters(adapted)
+    assert not [name for name in parameters if "pool" in name or ".head." in name]
+    optimiser = torch.optim.SGD(parameters.values(), lr=1.0)
+    adapted.encode_image(pixels)[:, 0].sum().backward()
+    assert all(parameter.grad.abs().sum() > 0 for name, parameter in parameters.items() if ".lora_B." in name)
+    optimiser.step()
+    moved = adapted.encode_image(pixels).detach()
+    assert (moved - model.encode_image(pixels)).abs().max() > 1e-4
+    merged = merge_adapters(adapted)
+    torch.testing.assert_close(merged.encode_image(pixels), moved, atol=1e-5, rtol=0)
+    assert merged.state_dict().keys() == model.state_dict().keys()
+
+
+@pytest.mark.parametrize("kind", ["SigLIP", "open_clip CoCa"])
+def test_embeddings_of_one_thread_are_not_those_of_another(kind, loaded):
+    model = loaded(kind)
+    tokens = model.tokenize(TEXTS)
+    given = [
+        torch.randn(model.embed_tokens(tokens).shape, generator=torch.Generator().manual_seed(n)) for n in range(4)
+    ]
+    expected = [model.encode_embeddings(embeddings, tokens) for embeddings in given]
+    with ThreadPoolExecutor(4) as threads:
+        for _ in range(10):
+            found = threads.map(lambda embeddings: model.encode_embeddings(embeddings, tokens), given)
+            assert all(torch.allclose(one, other, atol=1e-6) for one, other in zip(found, expected, strict=True))
+    assert not model._text_features(given[0], tokens).equal(model._text_features(given[1], tokens))
 
 
 # Rows of the table
@@ -164,19 +276,14 @@ def test_a_gated_row_says_how_to_accept_its_terms(hub_cache, tmp_path):
     assert "log in at https://huggingface.co/google/medsiglip-448, agree, then run `hf auth login` here" in message
 
 
-def test_any_repository_that_the_hub_guards_says_so(tmp_path, monkeypatch, hub_cache):
-    hub_cache("nothing/here")
-
-    def guarded(*arguments, **options):
-        raise OSError("You are trying to access a gated repo.\nMake sure to have access to it.")
-
-    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", guarded)
-    monkeypatch.setattr(transformers.CLIPImageProcessor, "get_image_processor_dict", lambda place: (CLIP_IMAGES, {}))
-    with pytest.raises(FileNotFoundError, match=r"accepted first: log in at https://huggingface.co/owner/name, agree"):
-        load_model("hf:owner/name", device="cpu", weights_dir=tmp_path, offline=False)
-
-
-CLIP_IMAGES = {"size": {"shortest_edge": 224}, "crop_size": {"height": 224, "width": 224}}
+def test_any_repository_that_the_hub_guards_says_so(tmp_path):
+    entry, guarded = (
+        find_model("hf:owner/name"),
+        OSError("You are trying to access a gated repo.\nMake sure to have it."),
+    )
+    message = str(missing_weights(entry, weights_dir=tmp_path, offline=False, reason=guarded))
+    assert "accepted first: log in at https://huggingface.co/owner/name, agree, then run `hf auth login`" in message
+    assert "accepted" not in str(missing_weights(entry, weights_dir=tmp_path, offline=False, reason=OSError("no net")))
 
 
 @pytest.mark.parametrize("place", ["folder", "hub"])
