@@ -289,7 +289,14 @@ def check_folder(folder: Path, *, id: str) -> None:
 def _read_parts(place: str, *, id: str) -> tuple[Any, Preprocessing]:
     """Tokenizer and preprocessing of a folder or repository."""
     settings, _ = CLIPImageProcessor.get_image_processor_dict(place)
-    return AutoTokenizer.from_pretrained(place), read_preprocessing(settings, source=f"{id}, preprocessor_config.json")
+    preprocessing = read_preprocessing(settings, source=f"{id}, preprocessor_config.json")
+    try:
+        return AutoTokenizer.from_pretrained(place), preprocessing
+    except ImportError as error:  # SigLIP's, of which no other form need be published
+        needed = " ".join(str(error).split())[:120]
+        raise ValueError(
+            f"{id}: run `pip install sentencepiece protobuf` for its tokenizer. Reason: {needed}"
+        ) from error
 
 
 def _hub_folder(repository: str, name: str, *, offline: bool) -> Path | None:

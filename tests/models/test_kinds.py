@@ -157,6 +157,17 @@ def test_a_bias_that_is_not_finite_is_refused(folders, tmp_path):
         load_model(f"local-dir:{folder}", device="cpu")
 
 
+def test_a_tokenizer_that_needs_more_packages_says_which(folders, monkeypatch):
+    def lacking(place):
+        raise ImportError("\nSiglipTokenizer requires the SentencePiece library but it was not found")
+
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lacking)
+    id = f"local-dir:{folders('SigLIP')}"
+    for refused in (lambda: load_model(id, device="cpu"), lambda: check_kind(find_model(id))):
+        with pytest.raises(ValueError, match=r"run `pip install sentencepiece protobuf` .* SiglipTokenizer requires"):
+            refused()
+
+
 # What each kind can do
 
 
