@@ -18,7 +18,7 @@ from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, Offl
 
 from medrobust_lib.files import DownloadError, check_sums, file_sha256, named_when_full, read_sums, reported_errors
 from medrobust_lib.models.catalogue import GENERATIVE as VLMS
-from medrobust_lib.models.catalogue import HUB_PREFIX, HUB_URL, ModelEntry, fetch_command
+from medrobust_lib.models.catalogue import HUB_PREFIX, HUB_URL, ModelEntry, fetch_command, gate_hint
 from medrobust_lib.models.loading import find_model, list_models
 from medrobust_lib.places import default_weights_dir
 from preparing.archives import OF_THE_DISK, extract
@@ -31,7 +31,7 @@ HUB_PATTERNS = {
     "robustmedclip": (AUTHORS_HUB, ("*exp-rank-16/vit/fewshot_100_percent/checkpoints/best_model/*",)),
     "robustmedclip-rn50": (AUTHORS_HUB, ("*exp-rank-16/resnet/fewshot_100_percent/checkpoints/best_model/*",)),
 }
-# Of a generative model's repository: no second copy of the weights in another format.
+# Of a whole repository: no second copy of the weights in another format.
 REPOSITORY_SUFFIXES = (".json", ".jinja", ".model", ".safetensors", ".txt")
 REPOSITORY_FILES = [f"*{suffix}" for suffix in REPOSITORY_SUFFIXES]
 HUB_ERRORS = (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError)
@@ -67,7 +67,7 @@ def main(
         # All ids are looked up before anything is fetched.
         for entry in [generative.get(model) or find_model(model) for model in models]:
             folder = (weights_dir or default_weights_dir()) / entry.id
-            if entry.generative:
+            if entry.generative or (entry.source.startswith(HUB_PREFIX) and not entry.files):
                 fetch_repository(entry, folder)
             else:
                 for file in published_files(entry):
@@ -77,11 +77,11 @@ def main(
 
 
 def fetch_repository(entry: ModelEntry, folder: Path) -> None:
-    """Put the files of a generative model's hub repository into the folder, and record their SHA-256."""
+    """Put the files of a model's hub repository into the folder, and record their SHA-256."""
     if not entry.source.startswith(HUB_PREFIX):
         raise ValueError(f"{entry.id} needs no download ({entry.source})")
     repository = entry.source.removeprefix(HUB_PREFIX)
-    with from_hub(f"{HUB_URL}{repository} (save its files in {folder})", folder):
+    with from_hub(f"{HUB_URL}{repository} (save its files in {folder})", folder, gate_hint(entry)):
         # It goes on where it stopped, and each file takes its name when it is whole.
         snapshot_download(repository, local_dir=folder, allow_patterns=REPOSITORY_FILES)
     fetched = [path.name for path in sorted(folder.iterdir()) if path.is_file() and path.suffix in REPOSITORY_SUFFIXES]
@@ -139,7 +139,7 @@ def fetch_from_hub(file: WeightFile, path: Path) -> None:
 
 
 @contextmanager
-def from_hub(what: str, place: Path = Path()) -> Iterator[None]:
+def from_hub(what: str, place: Path = Path(), hint: str = "") -> Iterator[None]:
     """Say what to do about a hub that did not give a file; troubles of the disk below `place` stay what they are."""
     try:
         with named_when_full(place, "what came is kept"):
@@ -149,8 +149,8 @@ def from_hub(what: str, place: Path = Path()) -> Iterator[None]:
             raise
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise DownloadError(
-            f"cannot fetch {what}: {reason} Check the network or the proxy settings, unset HF_HUB_OFFLINE (it forbids "
-            "downloads), log in with `hf auth login` if the repository asks for it, or fetch it with a browser."
+            f"cannot fetch {what}: {reason}{hint} Check the network or the proxy settings, unset HF_HUB_OFFLINE (it "
+            "forbids downloads), log in with `hf auth login` if the repository asks for it, or fetch it with a browser."
         ) from error
 
 

@@ -322,6 +322,29 @@ def citations_part(snapshot: Snapshot) -> str:
     return "\n".join(["```bibtex", *entries, "```"])
 
 
+def kinds_part(_: Snapshot) -> str:
+    """Table of kinds of dual encoders and what each can do, from docs/model_kinds.toml, which a test holds to them."""
+    kinds = tomllib.loads((ROOT / "docs" / "model_kinds.toml").read_text(encoding="utf-8"))["kinds"]
+    adapters = {
+        "layers": "on q, k and v",
+        "fused": "on q, k and v, taken apart",
+        "convolutions": "on its convolutions",
+        "refused": "refused",
+    }
+    rows = [
+        (
+            f"{row['kind']} ({row['library']})" if row["library"] not in row["kind"] else row["kind"],
+            row["such_as"],
+            ("yes" if row["start_token"] else "yes, without a start token") if row["prompts"] else "refused",
+            adapters[row["adapters"]],
+            "yes" if row["retraining"] else "refused",
+            " and ".join(row["scores"]),
+        )
+        for row in kinds
+    ]
+    return _table(("kind", "such as", "prompts", "low-rank adapters", "re-training, certificates", "scores"), rows)
+
+
 PARTS: dict[str, Callable[[Snapshot], str]] = {
     "output": output_part,
     "notebooks": notebooks_part,
@@ -332,6 +355,7 @@ PARTS: dict[str, Callable[[Snapshot], str]] = {
     "protocols": protocols_part,
     "clinical": clinical_part,
     "guarantees": guarantees_part,
+    "kinds": kinds_part,
     "reading": reading_part,
     "citations": citations_part,
 }

@@ -590,6 +590,12 @@ def test_weights_offline_or_unknown(scripts, tmp_path):
     assert "unset HF_HUB_OFFLINE" in result.stderr
     result = invoke(script, "unimedclip", "--weights-dir", tmp_path, exit_code=1)
     assert "unset HF_HUB_OFFLINE" in result.stderr
+    result = invoke(script, "medsiglip-448", "--weights-dir", tmp_path, exit_code=1)
+    assert (
+        f"error: cannot fetch https://huggingface.co/google/medsiglip-448 (save its files in {tmp_path}"
+        in result.stderr
+    )
+    assert "Its terms must be accepted first (https://developers.google.com/" in result.stderr
     result = invoke(script, "plib", "--weights-dir", tmp_path, exit_code=1)
     assert "error: unknown model 'plib': did you mean 'plip'" in result.stderr
     result = invoke(script, "lava", "--weights-dir", tmp_path, exit_code=1)

@@ -65,12 +65,39 @@ class NoGradient(Tiny):
         return super()._text_features(embeddings, tokens).detach()
 
 
-class NoFrame(Tiny):
+class NoStart(Tiny):
     """Texts end in one token and begin with none."""
 
     def tokenize(self, texts: Sequence[str]) -> Tokens:
         whole = super().tokenize(texts)
         return Tokens(whole.ids[:, 1:], whole.mask[:, 1:])
+
+
+class Filled(NoStart):
+    """As SigLIP: no start token, and every position is real; a text is read off the last one."""
+
+    def __init__(self, id: str) -> None:
+        super().__init__(id)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(1)
+            self.places = nn.Embedding(CONTEXT - 1, WIDTH)
+        self.context_length = CONTEXT - 1
+
+    def tokenize(self, texts: Sequence[str]) -> Tokens:
+        ids = super().tokenize(texts).ids
+        return Tokens(ids, torch.ones_like(ids, dtype=torch.bool))
+
+    def _text_features(self, embeddings: Tensor, tokens: Tokens) -> Tensor:
+        placed = embeddings + self.places.weight
+        return self.text(torch.softmax(placed @ placed[:, -1:].mT, dim=1).mul(placed).sum(1))
+
+
+class PadsInFront(Tiny):
+    """Its padding comes before the text."""
+
+    def tokenize(self, texts: Sequence[str]) -> Tokens:
+        whole = super().tokenize(texts)
+        return Tokens(whole.ids.flip(1), whole.mask.flip(1))
 
 
 class Sure(Tiny):
@@ -119,3 +146,7 @@ def load_resnet(entry: object, *, weights_dir: object, offline: bool) -> Classif
         head.weight[0], head.weight[1] = dark - bright, bright - dark
         head.bias.copy_(-head.weight @ (dark + 2 * bright) / 3)
     return Classifier(network, n_classes=2, image_size=64, mean=mean, std=std)
+
+
+def load_filled(entry: object, *, weights_dir: object, offline: bool) -> Filled:
+    return Filled("filled")

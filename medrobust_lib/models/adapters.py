@@ -28,7 +28,8 @@ from medrobust_lib.files import file_sha256, parsed, save_tensors
 from medrobust_lib.models import adapter_layers
 from medrobust_lib.models.adapter_layers import AdapterLayout, adapter_layout, adapter_parameters, inject_adapters
 from medrobust_lib.models.dual_encoder import DualEncoder, find_image_tower
-from medrobust_lib.models.weights import explained_errors, fingerprint, foreign_adapter
+from medrobust_lib.models.kinds import foreign_adapter
+from medrobust_lib.models.weights import explained_errors, fingerprint
 from medrobust_lib.places import VERSION
 
 QKV = Literal["separate", "fused"]

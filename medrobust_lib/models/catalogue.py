@@ -50,7 +50,8 @@ class ModelEntry:
     licence : str
         Licence of the weights.
     source : str
-        Where the weights come from: ``open_clip:ARCHITECTURE/TAG``, ``hf-hub:OWNER/NAME`` (open_clip),
+        Where the weights come from: ``open_clip:ARCHITECTURE/TAG``, ``open_clip:ARCHITECTURE/OWNER/NAME`` for the
+        only file of `files` in a repository without a configuration, ``hf-hub:OWNER/NAME`` (open_clip),
         ``hf:OWNER/NAME`` (transformers), ``local-dir:PATH`` (either), a URL, or a sentence for what is shipped.
     citation : str
         Paper to cite.
@@ -62,6 +63,8 @@ class ModelEntry:
     loader : str or callable
         Of a dual encoder: ``"module:function"`` of this room or a function, called as
         ``loader(entry, weights_dir=..., offline=...)``; it returns a float32 model on the CPU.
+    terms : str
+        Address of what must be accepted on the hub before it gives the files; empty where nothing must.
     image_options : mapping
         Settings of a generative model's image processor that differ from the model's own.
     """
@@ -75,6 +78,7 @@ class ModelEntry:
     parameters: int | None = None
     files: Sequence[str] = ()
     loader: str | Loader = ""
+    terms: str = ""
     image_options: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -158,6 +162,15 @@ def fetch_command(id: str) -> str:
     if id.startswith(HUB_PREFIX):
         return f"hf download {id.removeprefix(HUB_PREFIX)}"
     return f"python data_scripts/fetch_weights.py {id}"
+
+
+def gate_hint(entry: ModelEntry, reason: Exception | None = None) -> str:
+    """Part of an error message for weights that the hub gives only to those who accepted their terms; else empty."""
+    if not entry.terms and "gated repo" not in str(reason):
+        return ""
+    named = f" ({entry.terms})" if entry.terms else ""
+    page = f"{HUB_URL}{entry.source.partition(':')[2]}"
+    return f" Its terms must be accepted first{named}: log in at {page}, agree, then run `hf auth login` here."
 
 
 # From here on the model sees either blown-up pixels or a thumbnail of what a reader of the images saw.

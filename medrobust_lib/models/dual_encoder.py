@@ -99,37 +99,6 @@ class BrokenFeaturesError(ValueError):
     """Features without a direction: not finite, or of length zero. The largest of NaN would be class 0, a vote."""
 
 
-@torch.no_grad()
-def check_text_path(encoder: "DualEncoder", own: Callable[[list[str]], Tensor]) -> None:
-    """Raise unless walking through the parts of a text tower gives what the library's own forward pass gives.
-
-    A back end has to take the pass apart to let prompts be learned; this is where a setting of the tower or of its
-    tokenizer would show that the walk does not follow.
-
-    Parameters
-    ----------
-    encoder : DualEncoder
-    own : callable
-        The library's features [k, d], of any norm, of k texts.
-
-    Raises
-    ------
-    ValueError
-        The features differ by more than rounding does.
-    """
-    texts = ["x", "x x x"]
-    tokens = encoder.tokenize(texts).to(encoder.device)
-    walked = functional.normalize(encoder._text_features(encoder.embed_tokens(tokens), tokens).float(), dim=-1)
-    expected = functional.normalize(own(texts).float(), dim=-1)
-    rounding = 1e-3 if encoder.dtype == torch.float32 else 0.05
-    if not torch.allclose(walked, expected, rtol=0, atol=rounding, equal_nan=True):
-        raise ValueError(
-            f"{encoder.id}: text features differ by {(walked - expected).abs().max():.2g} from those of the library's "
-            "own forward pass: a setting of its text tower or tokenizer is not supported; wrap the model in a "
-            "DualEncoder of your own"
-        )
-
-
 class DualEncoder(torch.nn.Module, abc.ABC):
     """An image tower and a text tower whose unit-norm features meet in one space.
 
@@ -152,11 +121,13 @@ class DualEncoder(torch.nn.Module, abc.ABC):
         Multiplicative scale of the cosine (already exponentiated; about 100 for CLIP).
     provenance : dict
         JSON values: source, files with their SHA-256, licence.
+    logit_bias : float, optional
+        What a model trained with a sigmoid loss (SigLIP) adds to the scaled cosine; None for one without.
 
     Raises
     ------
     ValueError
-        A scale that is not finite or not above 0.
+        A scale that is not finite or not above 0, or a bias that is not finite.
     """
 
     def __init__(
@@ -168,6 +139,7 @@ class DualEncoder(torch.nn.Module, abc.ABC):
         context_length: int,
         logit_scale: float,
         provenance: dict[str, Any],
+        logit_bias: float | None = None,
     ) -> None:
         super().__init__()
         self.id = id
@@ -177,6 +149,9 @@ class DualEncoder(torch.nn.Module, abc.ABC):
         self.logit_scale = float(logit_scale)
         if not 0 < self.logit_scale < math.inf:
             raise ValueError(f"{id}: logit_scale={self.logit_scale} is not finite and above 0; the weights are damaged")
+        self.logit_bias = None if logit_bias is None else float(logit_bias)
+        if self.logit_bias is not None and not math.isfinite(self.logit_bias):
+            raise ValueError(f"{id}: logit_bias={self.logit_bias} is not finite; the weights are damaged")
         self.provenance = provenance
         # Follows every .to(...): tells device and dtype even for a model without parameters.
         self.register_buffer("_anchor", torch.zeros(()), persistent=False)
@@ -389,6 +364,35 @@ class DualEncoder(torch.nn.Module, abc.ABC):
         BrokenFeaturesError
             For features that are not finite, whatever made them: softmax and argmax would take them for class 0.
         """
+        return functional.softmax(self.logit_scale * self._cosine(image_features, class_features), dim=-1)
+
+    def sigmoid_scores(self, image_features: Tensor, class_features: Tensor) -> Tensor:
+        """How well each class fits by itself: sigmoid of ``logit_scale`` times the cosine plus ``logit_bias``.
+
+        What a model trained with a sigmoid loss (SigLIP) means by its numbers; arguments and errors are those of
+        :meth:`probabilities`, and so is the best class, up to ties by rounding. As a confidence the two differ: these
+        do not sum to 1, and the bias, which softmax does not see, makes all of them low where no class fits.
+
+        Returns
+        -------
+        Tensor
+            float32 [n, K] in [0, 1].
+
+        Raises
+        ------
+        ValueError
+            The model has no ``logit_bias``: it was trained with softmax.
+
+        References
+        ----------
+        Zhai et al. 2023, arXiv:2303.15343, section 3.2.
+        """
+        if self.logit_bias is None:
+            raise ValueError(f"{self.id} was trained with softmax and has no logit_bias; take probabilities")
+        return torch.sigmoid(self.logit_scale * self._cosine(image_features, class_features) + self.logit_bias)
+
+    def _cosine(self, image_features: Tensor, class_features: Tensor) -> Tensor:
+        """Cosines float32 [n, K], checked to be finite."""
         cosine = image_features.float() @ class_features.to(image_features.device).float().T
         if not cosine.detach().isfinite().all():
             images, classes = (int((~x.isfinite()).any(dim=1).sum()) for x in (image_features, class_features))
@@ -396,7 +400,7 @@ class DualEncoder(torch.nn.Module, abc.ABC):
                 f"{self.id}: the features of {images} of {len(image_features)} images and of {classes} of "
                 f"{len(class_features)} classes are not finite, so they have no probabilities"
             )
-        return functional.softmax(self.logit_scale * cosine, dim=-1)
+        return cosine
 
     def _unit(self, features: Tensor, *, of: str) -> Tensor:
         """Features [n, d] at norm 1, float32; ``of`` says in the error what they are features of."""

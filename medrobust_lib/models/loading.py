@@ -13,7 +13,7 @@ import pandas as pd
 
 from medrobust_lib.checks import closest
 from medrobust_lib.files import read_sums
-from medrobust_lib.models import catalogue, weights
+from medrobust_lib.models import catalogue, kinds, weights
 from medrobust_lib.models.catalogue import DUAL_ENCODERS, GENERATIVE, Loader, ModelEntry, own_entry, place_hint
 from medrobust_lib.places import default_weights_dir
 
@@ -178,7 +178,7 @@ def load_model(
     ----------
     id : str
         An id of :func:`list_models`; ``local-dir:PATH`` for a folder in open_clip's or transformers' format;
-        ``hf:OWNER/NAME`` for a CLIP on the hub, which is downloaded into the hub cache once; or
+        ``hf:OWNER/NAME`` for one on the hub, which is downloaded into the hub cache once; or
         ``python:MODULE:FUNCTION`` for a loader of one's own, as in :func:`register_model`.
     device : str or torch.device
         ``"auto"`` takes the accelerator if there is one, else the CPU.
@@ -200,8 +200,8 @@ def load_model(
     Raises
     ------
     ValueError
-        For an unknown id, device or dtype, a model that is no CLIP (its type named), weights that do not fit (keys
-        listed), a wrong SHA-256, or an adapter that is damaged or of another model.
+        For an unknown id, device or dtype, a model that is no dual encoder (its type named), weights that do not fit
+        (keys listed), a wrong SHA-256, or an adapter that is damaged or of another model.
     FileNotFoundError
         If the weights are missing; names the places looked at and the command that fetches them. If the adapter is.
     """
@@ -227,31 +227,6 @@ def load_model(
     # Convolutions run up to twice as fast with the channels innermost; other layers do not mind.
     model.to(device=target, dtype=precision, memory_format=torch.channels_last)
     return model.requires_grad_(False).eval()
-
-
-def why_not_learned(model: "DualEncoder") -> str:
-    """Why no prompt can be learned for a model; empty where one can.
-
-    Learning puts vectors among the word embeddings of a text, so a model must embed tokens of its own, between one
-    start and one end token, and pass a gradient from the text's features back to them.
-    """
-    import torch  # deferred: listing models needs none
-
-    with torch.inference_mode(False), torch.enable_grad():
-        try:
-            tokens = model.tokenize([""])
-            embeddings = model.embed_tokens(tokens).detach().float().requires_grad_(True)
-            features = model.encode_embeddings(embeddings, tokens)
-        except NotImplementedError as error:
-            return (
-                str(error)
-                or f"{model.id} reads whole texts only: prompts are learned among word embeddings (embed_tokens)"
-            )
-    if int(tokens.mask.sum()) != 2:
-        return f"{model.id} does not frame a text by one start and one end token, between which prompts are learned"
-    if not features.requires_grad:
-        return f"{model.id} passes no gradient from the features of a text back to its word embeddings"
-    return ""
 
 
 def list_models(*, weights_dir: str | Path | None = None) -> pd.DataFrame:
@@ -381,8 +356,8 @@ def check_kind(entry: ModelEntry, *, weights_dir: Path | None = None) -> None:
 
 def _check_vlm_folder(folder: Path, *, id: str) -> None:
     """`check_kind` for what is here of a generative model."""
-    weights.check_no_adapter(folder, id=id)
-    weights.check_writes_text(folder, id=id)
+    kinds.check_no_adapter(folder, id=id)
+    kinds.check_writes_text(folder, id=id)
     if id.startswith(catalogue.LOCAL_DIR_PREFIX):
         checkpoints = [path.name for path in folder.glob("*") if path.suffix in weights.CHECKPOINT_SUFFIXES]
         wanted = {catalogue.CONFIG_NAME: [catalogue.CONFIG_NAME], "model weights": checkpoints}
@@ -392,10 +367,10 @@ def _check_vlm_folder(folder: Path, *, id: str) -> None:
 
 def _check_snapshot(folder: Path, *, id: str) -> None:
     """`check_kind` for what is here of a repository of the hub."""
-    if (folder / catalogue.OPEN_CLIP_CONFIG_NAME).is_file() and not weights.is_clip(folder):
+    if (folder / catalogue.OPEN_CLIP_CONFIG_NAME).is_file() and not kinds.is_dual(folder):
         back_end = "open_clip"
     else:
-        weights.check_clip_type(folder, id=id)
+        kinds.check_dual(folder, id=id)
         back_end = "transformers_clip"
     if weights.has_checkpoint(folder):  # else the rest is still to be fetched
         _from_room(f"{back_end}:check_folder")(folder, id=id)
@@ -451,5 +426,5 @@ def _cached_folder(entry: ModelEntry) -> Path | None:
 
 def _in_hub_cache(repository: str, name: str) -> bool:
     """Whether a file is in the hub cache; a checkpoint counts in any of its formats."""
-    names = weights.HUB_CHECKPOINTS if name.endswith(weights.CHECKPOINT_SUFFIXES) else (name,)
+    names = (name, *weights.HUB_CHECKPOINTS) if name.endswith(weights.CHECKPOINT_SUFFIXES) else (name,)
     return weights.hub_snapshot(repository, *names) is not None

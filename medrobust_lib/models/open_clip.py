@@ -11,6 +11,7 @@ from typing import Any
 
 import open_clip
 import torch
+from huggingface_hub import hf_hub_download
 from open_clip import CLIPTextCfg, CLIPVisionCfg
 from open_clip.hf_model import HFTextEncoder
 from open_clip.transform import PreprocessCfg, merge_preprocess_dict
@@ -18,11 +19,12 @@ from open_clip.transformer import TextTransformer, text_global_pool
 from torch import Tensor
 from torch.nn import functional
 
-from medrobust_lib.files import parsed, read_json_object
-from medrobust_lib.models import weights
+from medrobust_lib.files import file_sha256, parsed, read_json_object
+from medrobust_lib.models import kinds, weights
 from medrobust_lib.models.catalogue import CONFIG_NAME, OPEN_CLIP_CONFIG_NAME, ModelEntry, read_table
-from medrobust_lib.models.dual_encoder import DualEncoder, Tokens, check_text_lengths, check_text_path
+from medrobust_lib.models.dual_encoder import DualEncoder, Tokens, check_text_lengths
 from medrobust_lib.models.geometry import Preprocessing, per_channel
+from medrobust_lib.models.text_frame import check_text_path, given_embeddings
 
 _GEOMETRIES = {"shortest": "shortest-edge-crop", "squash": "squash"}
 # open_clip's own inference transform reads "random" as bicubic.
@@ -34,7 +36,11 @@ _TRANSLATED: weights.Settings = MappingProxyType(
 )
 _KNOWN_TO_OPEN_CLIP: Mapping[str, Sequence[str]] = MappingProxyType(
     {
-        "model_cfg": (*inspect.signature(open_clip.CLIP).parameters, "custom_text"),
+        "model_cfg": (
+            *inspect.signature(open_clip.CoCa).parameters,
+            *inspect.signature(open_clip.CLIP).parameters,
+            "custom_text",
+        ),
         "vision_cfg": tuple(field.name for field in fields(CLIPVisionCfg)),
         "text_cfg": tuple(field.name for field in fields(CLIPTextCfg)),
     }
@@ -50,7 +56,7 @@ class OpenClipEncoder(DualEncoder):
 
     Parameters
     ----------
-    model : open_clip.CLIP or open_clip.CustomTextCLIP
+    model : open_clip.CLIP, open_clip.CustomTextCLIP or open_clip.CoCa
         The network, with its weights.
     tokenizer : callable
         open_clip's tokenizer of the same model.
@@ -66,21 +72,24 @@ class OpenClipEncoder(DualEncoder):
     """
 
     def __init__(self, model: torch.nn.Module, tokenizer: Any, *, id: str, provenance: dict[str, Any]) -> None:
+        bias = getattr(model, "logit_bias", None)
         super().__init__(
             id=id,
             preprocessing=read_preprocessing(model.visual.preprocess_cfg, source=id),
             embed_dim=_embed_dim(model),
             context_length=tokenizer.context_length,
             logit_scale=float(model.logit_scale.detach().exp()),
+            logit_bias=None if bias is None else float(bias.detach()),
             provenance=provenance,
         )
+        for layer in model.modules():
+            if getattr(layer, "qkv", None) is not None and hasattr(layer, "qkv_bias_separate"):
+                layer.qkv_bias_separate = True  # EVA hands its weights to a function else, past any adapter on them
         self.model = model
         self._tokenizer = tokenizer
         tower = self._text_tower
         if not isinstance(tower, (open_clip.CLIP, TextTransformer, HFTextEncoder)):
             raise ValueError(f"{self.id}: a text tower of type {type(tower).__name__} is not supported")
-        if getattr(tower, "cls_emb", None) is not None:
-            raise ValueError(f"{self.id}: a text tower with an appended class token (CoCa) is not supported")
         if getattr(tokenizer, "tokenizer_mode", None):
             raise ValueError(f"{self.id}: the tokenizer mode {tokenizer.tokenizer_mode!r} is not supported")
         _check_tokenizer(tokenizer, tower.vocab_size, id=id)
@@ -122,7 +131,7 @@ class OpenClipEncoder(DualEncoder):
         real = (ids != (0 if inner is None else inner.pad_token_id)).flip(1).cummax(dim=1).values.flip(1)
         if inner is not None and inner.pad_token_id == inner.eos_token_id:
             # Padded with end tokens: the first of them belongs to the text.
-            real = real | functional.pad(real[:, :-1], (1, 0))
+            real = real | functional.pad(real[:, :-1], (1, 0), value=True)
         return real
 
     def _padding_is_inert(self) -> bool:
@@ -130,7 +139,12 @@ class OpenClipEncoder(DualEncoder):
         tower = self._text_tower
         if isinstance(tower, HFTextEncoder):
             return True
-        return tower.attn_mask is not None and self._pooling[0] in ("argmax", "eos")
+        return not self._appends and tower.attn_mask is not None and self._pooling[0] in ("argmax", "eos")
+
+    @property
+    def _appends(self) -> bool:
+        """Whether a class token stands behind the whole width of a text and pools it (CoCa)."""
+        return getattr(self._text_tower, "cls_emb", None) is not None
 
     def embed_tokens(self, tokens: Tokens) -> Tensor:
         """Word embeddings [k, L, w], without positions, on the model's device."""
@@ -145,6 +159,9 @@ class OpenClipEncoder(DualEncoder):
         if isinstance(tower, HFTextEncoder):
             mask = tokens.mask.long()
             return tower.proj(tower.pooler(tower.transformer(inputs_embeds=embeddings, attention_mask=mask), mask))
+        if self._appends:
+            with given_embeddings(tower.token_embedding, embeddings):
+                return self.model.encode_text(tokens.ids)
         length = embeddings.shape[1]
         mask = None if tower.attn_mask is None else tower.attn_mask[:length, :length]
         hidden = tower.ln_final(tower.transformer(embeddings + tower.positional_embedding[:length], attn_mask=mask))
@@ -221,7 +238,7 @@ def load_open_clip(entry: ModelEntry, *, weights_dir: Path, offline: bool) -> Op
     try:
         with weights.hub_access(offline=offline), weights.explained_errors(entry.source):
             if scheme == "open_clip":
-                return _load_named(entry, folder, *place.split("/"))
+                return _load_named(entry, folder, *place.split("/", 1))
             model = open_clip.create_model_from_pretrained(entry.source, return_transform=False)
             tokenizer = open_clip.get_tokenizer(entry.source)
     except (OSError, RuntimeError) as error:
@@ -258,7 +275,7 @@ def check_folder(folder: Path, *, id: str, published: Collection[str] = ()) -> P
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"no folder {folder} for the model {id!r}")
-    weights.check_no_adapter(folder, id=id)
+    kinds.check_no_adapter(folder, id=id)
     if not (folder / OPEN_CLIP_CONFIG_NAME).is_file():
         raise FileNotFoundError(
             f"{folder} holds no {OPEN_CLIP_CONFIG_NAME}: it is not a model folder in open_clip's format, nor, without "
@@ -296,9 +313,14 @@ def _read_config(folder: Path) -> dict[str, Any]:
     with parsed(f"{source} is not a configuration of open_clip"):
         parts = {"model_cfg": dict(config["model_cfg"]), "preprocess_cfg": dict(config.get("preprocess_cfg") or {})}
         parts |= {name: dict(parts["model_cfg"][name]) for name in ("vision_cfg", "text_cfg")}
+    coca = "multimodal_cfg" in parts["model_cfg"]
     for part, names in _KNOWN_TO_OPEN_CLIP.items():
         supported = dict.fromkeys(names, weights.ANY) | _SETTINGS.get(part, {})
         weights.check_settings(parts[part], supported, source=f"{source}, {part}")
+        if part != "model_cfg":  # CoCa's towers give the tokens beside the feature, those of all others do not
+            given = {name: parts[part].get(name, False) for name in ("output_tokens", "embed_cls")}
+            allowed = {"output_tokens": (coca,), "embed_cls": (False, coca)}
+            weights.check_settings(given, allowed, source=f"{source}, {part}")
     images = parts["preprocess_cfg"]
     read = read_preprocessing(images, source=f"{source}, preprocess_cfg")
     size = parts["vision_cfg"].get("image_size", CLIPVisionCfg.image_size)
@@ -308,9 +330,12 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
 
 def _load_named(entry: ModelEntry, folder: Path | None, architecture: str, tag: str) -> OpenClipEncoder:
-    """A built-in architecture with a published tag, or with the checkpoint in ``folder``."""
+    """A built-in architecture with a published tag, or with the checkpoint in ``folder`` or in a repository."""
     hashes = {} if folder is None else weights.check_hashes(folder)
     pretrained = tag if folder is None else str(_checkpoint(folder, entry.files))
+    if folder is None and "/" in tag:  # a repository with nothing but the checkpoint
+        path = Path(hf_hub_download(tag, entry.files[0].rpartition("/")[2]))
+        pretrained, folder, hashes = str(path), path.parent, {path.name: file_sha256(path)}
     with weights.explained_errors(pretrained):
         model = open_clip.create_model_from_pretrained(architecture, pretrained=pretrained, return_transform=False)
     if folder is None:

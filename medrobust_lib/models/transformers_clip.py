@@ -1,5 +1,6 @@
-"""CLIP models in the format of Hugging Face transformers: PLIP, ``hf:OWNER/NAME`` and anyone's folder."""
+"""Dual encoders in the format of Hugging Face transformers: PLIP, SigLIP, ``hf:OWNER/NAME``, anyone's folder."""
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -7,15 +8,19 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
+import transformers
 from huggingface_hub import hf_hub_download
 from torch import Tensor
-from transformers import AutoTokenizer, CLIPConfig, CLIPImageProcessor, CLIPModel, utils
+from torch.nn import functional
+from torch.nn.utils.rnn import pad_sequence
+from transformers import AutoConfig, AutoModel, AutoTokenizer, CLIPImageProcessor, CLIPTextConfig, utils
 
 from medrobust_lib.files import parsed
-from medrobust_lib.models import weights
+from medrobust_lib.models import kinds, weights
 from medrobust_lib.models.catalogue import CONFIG_NAME, HUB_PREFIX, OPEN_CLIP_CONFIG_NAME, ModelEntry, read_table
-from medrobust_lib.models.dual_encoder import DualEncoder, Tokens, check_text_lengths, check_text_path
+from medrobust_lib.models.dual_encoder import DualEncoder, Tokens, check_text_lengths
 from medrobust_lib.models.geometry import Preprocessing, per_channel
+from medrobust_lib.models.text_frame import check_text_path, given_embeddings
 
 _WEIGHT_NAMES = (utils.SAFE_WEIGHTS_NAME, utils.SAFE_WEIGHTS_INDEX_NAME, utils.WEIGHTS_NAME, utils.WEIGHTS_INDEX_NAME)
 # Pillow's number of the filter in preprocessor_config.json.
@@ -29,14 +34,16 @@ _PROCESSOR_SETTINGS: weights.Settings = MappingProxyType(
 
 
 class TransformersClipEncoder(DualEncoder):
-    """A ``transformers.CLIPModel`` behind the common interface.
+    """A class of transformers with ``get_image_features`` and ``get_text_features`` behind the common interface.
 
-    transformers' text tower takes token ids only, so :meth:`encode_embeddings` walks through its parts: positions,
-    encoder under a causal mask, final norm, pooling at the end token, projection.
+    The class itself computes all features, so masks, pooling and projections are its own. Its text tower takes token
+    ids only: :meth:`encode_embeddings` puts the embeddings in the place of what its word embedding gives for them.
+    A tower whose features depend on masked padding, too (SigLIP, which pools at the last position), gets texts of the
+    full width, and the mask only if its tokenizer gives one.
 
     Parameters
     ----------
-    model : transformers.CLIPModel
+    model : transformers.PreTrainedModel
         The network, with its weights.
     tokenizer : transformers tokenizer
         Of the same model.
@@ -50,60 +57,85 @@ class TransformersClipEncoder(DualEncoder):
     Raises
     ------
     ValueError
-        If the tokenizer does not belong to the text tower, or the images are not those that the image tower reads.
+        If the tokenizer does not belong to the text tower, or the images are not those that the image tower reads, or
+        the model has no ``logit_scale``.
     """
 
+    @torch.no_grad()
     def __init__(
-        self, model: CLIPModel, tokenizer: Any, *, preprocessing: Preprocessing, id: str, provenance: dict[str, Any]
+        self, model: Any, tokenizer: Any, *, preprocessing: Preprocessing, id: str, provenance: dict[str, Any]
     ) -> None:
+        if not hasattr(model, "logit_scale"):
+            raise ValueError(
+                f"{id}: a {type(model).__name__} has no logit_scale, by which cosines become probabilities"
+            )
+        text, bias = model.config.text_config, getattr(model, "logit_bias", None)
         super().__init__(
             id=id,
             preprocessing=preprocessing,
-            embed_dim=model.config.projection_dim,
-            context_length=min(model.config.text_config.max_position_embeddings, tokenizer.model_max_length),
+            embed_dim=getattr(model.config, "projection_dim", None) or text.projection_size,
+            context_length=min(text.max_position_embeddings - _reserved(model), tokenizer.model_max_length),
             logit_scale=float(model.logit_scale.detach().exp()),
+            logit_bias=None if bias is None else float(bias.detach()),
             provenance=provenance,
         )
         self.model = model
         self._tokenizer = tokenizer
         _check_parts(model.config, tokenizer, preprocessing, id=id)
+        own, wide = (self._features(self._tokens(["x"], full_width=full)) for full in (False, True))
+        self._full_width = not torch.allclose(own, wide, rtol=0, atol=1e-3 * float(own.norm()))
         check_text_path(self, self._own_text_features)
 
     def _image_features(self, pixels: Tensor) -> Tensor:
         return self.model.get_image_features(pixel_values=pixels).pooler_output
 
+    def _features(self, tokens: Tokens) -> Tensor:
+        tokens = tokens.to(self.device)
+        return self.model.get_text_features(tokens.ids, attention_mask=tokens.mask.long()).pooler_output
+
     def _own_text_features(self, texts: list[str]) -> Tensor:
-        inputs = self._tokenizer(texts, padding=True, return_tensors="pt").to(self.device)
-        features = self.model.get_text_features(inputs["input_ids"], attention_mask=inputs["attention_mask"])
-        return features.pooler_output
+        padding = (
+            {"padding": "max_length", "max_length": self.context_length} if self._full_width else {"padding": True}
+        )
+        inputs = self._tokenizer(texts, return_tensors="pt", **padding).to(self.device)
+        return self.model.get_text_features(inputs["input_ids"], inputs.get("attention_mask")).pooler_output
 
     def tokenize(self, texts: Sequence[str]) -> Tokens:
-        """Tokens of k texts, on the CPU, padded to the longest of them."""
-        texts = [texts] if isinstance(texts, str) else list(texts)
-        encoded = self._tokenizer(texts, padding=True, truncation=False, return_tensors="pt")
-        mask = encoded["attention_mask"].bool()
-        check_text_lengths(texts, mask.sum(dim=1).tolist(), context_length=self.context_length, model_id=self.id)
-        return Tokens(encoded["input_ids"], mask)
+        """Tokens of k texts, on the CPU, padded to the longest of them or to the width that the tower reads."""
+        return self._tokens([texts] if isinstance(texts, str) else list(texts), full_width=self._full_width)
+
+    def _tokens(self, texts: list[str], *, full_width: bool) -> Tokens:
+        rows = self._tokenizer(texts, truncation=False)["input_ids"]
+        counts = torch.tensor([len(row) for row in rows])
+        check_text_lengths(texts, counts.tolist(), context_length=self.context_length, model_id=self.id)
+        padding = self._tokenizer.pad_token_id or 0
+        ids = pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=padding)
+        if full_width:
+            ids = functional.pad(ids, (0, self.context_length - ids.shape[1]), value=padding)
+        real = torch.arange(ids.shape[1]) < counts[:, None]
+        masked = not full_width or "attention_mask" in self._tokenizer.model_input_names
+        return Tokens(ids, real if masked else torch.ones_like(real))
+
+    @property
+    def _words(self) -> torch.nn.Module:
+        return self.model.text_model.get_input_embeddings()
 
     def embed_tokens(self, tokens: Tokens) -> Tensor:
         """Word embeddings [k, L, w], without positions, on the model's device."""
-        return self.model.text_model.embeddings.token_embedding(tokens.ids.to(self.device))
+        return self._words(tokens.ids.to(self.device))
 
     def _text_features(self, embeddings: Tensor, tokens: Tokens) -> Tensor:
-        tower = self.model.text_model
-        length = embeddings.shape[1]
-        hidden = tower.embeddings(inputs_embeds=embeddings)
-        causal = torch.full((length, length), torch.finfo(hidden.dtype).min, device=hidden.device).triu(1)
-        hidden = tower.encoder(inputs_embeds=hidden, attention_mask=causal.to(hidden.dtype)[None, None])
-        hidden = tower.final_layer_norm(hidden.last_hidden_state)
-        rows = torch.arange(len(hidden), device=hidden.device)
-        end = self.model.config.text_config.eos_token_id
-        # A text is pooled at its first end token.
-        is_end = tokens.ids if end == _UNKNOWN_END else (tokens.ids == end).int()
-        return self.model.text_projection(hidden[rows, is_end.argmax(dim=1)])
+        with given_embeddings(self._words, embeddings):
+            return self._features(tokens)
 
 
-def _check_parts(config: CLIPConfig, tokenizer: Any, preprocessing: Preprocessing, *, id: str) -> None:
+def _reserved(model: Any) -> int:
+    """Positions that no token gets: RoBERTa counts from behind that of the padding."""
+    tables = (part for name, part in model.text_model.named_modules() if name.endswith("position_embeddings"))
+    return sum(table.padding_idx + 1 for table in tables if getattr(table, "padding_idx", None) is not None)
+
+
+def _check_parts(config: Any, tokenizer: Any, preprocessing: Preprocessing, *, id: str) -> None:
     """Raise ValueError unless tokenizer and preprocessing are those of the two towers."""
     text, vision = config.text_config, config.vision_config
     weights.check_vocabulary(len(tokenizer), text.vocab_size, tokenizer.padding_side, id=id)
@@ -114,7 +146,7 @@ def _check_parts(config: CLIPConfig, tokenizer: Any, preprocessing: Preprocessin
         )
     weights.check_settings({"num_channels": vision.num_channels}, {"num_channels": (3,)}, source=f"{id}, config.json")
     written = tokenizer("x")["input_ids"]
-    if text.eos_token_id not in (_UNKNOWN_END, *written):
+    if isinstance(text, CLIPTextConfig) and text.eos_token_id not in (_UNKNOWN_END, *written):
         # transformers would pool every text at its first token, whatever it says.
         raise ValueError(
             f"{id}, config.json: texts are pooled at the token eos_token_id={text.eos_token_id} of text_config, which "
@@ -123,7 +155,7 @@ def _check_parts(config: CLIPConfig, tokenizer: Any, preprocessing: Preprocessin
 
 
 def read_preprocessing(settings: Mapping[str, Any], *, source: str) -> Preprocessing:
-    """Preprocessing from the settings of a ``CLIPImageProcessor``, as ``preprocessor_config.json`` holds them.
+    """Preprocessing from the settings of an image processor, as ``preprocessor_config.json`` holds them.
 
     Noise is added to [0, 1] pixels before anything else, so another scale or none goes into mean and standard
     deviation, where it has exactly the same effect.
@@ -134,7 +166,11 @@ def read_preprocessing(settings: Mapping[str, Any], *, source: str) -> Preproces
         A setting that would have to be passed over, or sizes and a crop that do not lead to one square.
     """
     weights.check_settings(settings, _PROCESSOR_SETTINGS, source=source)
-    processor = CLIPImageProcessor(**settings)
+    named = settings.get("image_processor_type") or settings.get("feature_extractor_type") or "CLIPImageProcessor"
+    # Its kinds differ in what they do by default.
+    processor = getattr(transformers, re.sub("(Fast|Pil)$", "", named.replace("FeatureExtractor", "ImageProcessor")))(
+        **settings
+    )
     size, crop = _plain(processor.size), _plain(processor.crop_size) if processor.do_center_crop else None
     edge = size.get("shortest_edge") or size.get("height") or 0
     square = {"height": edge, "width": edge}
@@ -170,18 +206,18 @@ def load_hub_clip(entry: ModelEntry, *, weights_dir: Path, offline: bool) -> Dua
     repository = entry.source.removeprefix(HUB_PREFIX)
     folder = weights.model_folder(entry, weights_dir) or _hub_folder(repository, CONFIG_NAME, offline=offline)
     # Beside open_clip's own configuration may lie that of a text tower or of a timm model.
-    is_clip = folder is not None and weights.is_clip(folder)
-    if not is_clip and _hub_folder(repository, OPEN_CLIP_CONFIG_NAME, offline=offline) is not None:
+    is_dual = folder is not None and kinds.is_dual(folder)
+    if not is_dual and _hub_folder(repository, OPEN_CLIP_CONFIG_NAME, offline=offline) is not None:
         from medrobust_lib.models.open_clip import load_open_clip
 
         return load_open_clip(replace(entry, source=f"hf-hub:{repository}"), weights_dir=weights_dir, offline=offline)
     if folder is not None and (folder / CONFIG_NAME).is_file():
-        weights.check_clip_type(folder, id=entry.id)
+        kinds.check_dual(folder, id=entry.id)
     return load_transformers_clip(entry, weights_dir=weights_dir, offline=offline)
 
 
 def load_transformers_clip(entry: ModelEntry, *, weights_dir: Path, offline: bool) -> TransformersClipEncoder:
-    """Load a ``CLIPModel`` from a folder or through transformers' own call to the hub.
+    """Load a dual encoder from a folder or through transformers' own call to the hub.
 
     Parameters
     ----------
@@ -202,7 +238,7 @@ def load_transformers_clip(entry: ModelEntry, *, weights_dir: Path, offline: boo
     FileNotFoundError
         If the weights are missing, naming where they were looked for.
     ValueError
-        If the model is another than CLIP, keys do not fit, a file is damaged or has a wrong SHA-256, or the tokenizer
+        If the model is no dual encoder, keys do not fit, a file is damaged or has a wrong SHA-256, or the tokenizer
         is not the model's.
     """
     place = entry.source.removeprefix(HUB_PREFIX)
@@ -214,7 +250,7 @@ def load_transformers_clip(entry: ModelEntry, *, weights_dir: Path, offline: boo
     try:
         with weights.hub_access(offline=offline or folder is not None), weights.explained_errors(place):
             tokenizer, preprocessing = _read_parts(place, id=entry.id)
-            model = weights.read_pretrained(CLIPModel, place, dtype=torch.float32)
+            model = weights.read_pretrained(AutoModel, place, dtype=torch.float32)
     except OSError as error:
         raise weights.missing_weights(entry, weights_dir=weights_dir, offline=offline, reason=error) from error
     folder = folder or weights.hub_snapshot(place, CONFIG_NAME)
@@ -223,18 +259,18 @@ def load_transformers_clip(entry: ModelEntry, *, weights_dir: Path, offline: boo
 
 
 def check_folder(folder: Path, *, id: str) -> None:
-    """Raise unless a folder holds a CLIP that can be loaded, as far as this is known without reading its weights.
+    """Raise unless a folder holds a dual encoder that can be loaded, as far as this is known without its weights.
 
     Raises
     ------
     FileNotFoundError
         A file is missing; names it.
     ValueError
-        The model is another than CLIP, or one of its settings is not supported.
+        The model is no dual encoder, or one of its settings is not supported.
     """
-    weights.check_no_adapter(folder, id=id)
+    kinds.check_no_adapter(folder, id=id)
     if (folder / CONFIG_NAME).is_file():
-        weights.check_clip_type(folder, id=id)
+        kinds.check_dual(folder, id=id)
     wanted = {
         CONFIG_NAME: [CONFIG_NAME],
         # Newer processors keep the settings of images among their own.
@@ -242,16 +278,25 @@ def check_folder(folder: Path, *, id: str) -> None:
         " or ".join(_WEIGHT_NAMES): _WEIGHT_NAMES,
     }
     weights.check_complete(folder, wanted, id=id)
-    # Nearly every CLIP shares this vocabulary.
-    weights.check_tokenizer(folder, id=id, published="openai/clip-vit-base-patch32")
     with weights.hub_access(offline=True), weights.explained_errors(str(folder)):
-        _check_parts(CLIPConfig.from_pretrained(str(folder)), *_read_parts(str(folder), id=id), id=id)
+        config = AutoConfig.from_pretrained(str(folder))
+        # Nearly every CLIP shares this vocabulary.
+        published = "openai/clip-vit-base-patch32" if isinstance(config.text_config, CLIPTextConfig) else ""
+        weights.check_tokenizer(folder, id=id, published=published)
+        _check_parts(config, *_read_parts(str(folder), id=id), id=id)
 
 
 def _read_parts(place: str, *, id: str) -> tuple[Any, Preprocessing]:
     """Tokenizer and preprocessing of a folder or repository."""
     settings, _ = CLIPImageProcessor.get_image_processor_dict(place)
-    return AutoTokenizer.from_pretrained(place), read_preprocessing(settings, source=f"{id}, preprocessor_config.json")
+    preprocessing = read_preprocessing(settings, source=f"{id}, preprocessor_config.json")
+    try:
+        return AutoTokenizer.from_pretrained(place), preprocessing
+    except ImportError as error:  # SigLIP's, of which no other form need be published
+        needed = " ".join(str(error).split())[:120]
+        raise ValueError(
+            f"{id}: run `pip install sentencepiece protobuf` for its tokenizer. Reason: {needed}"
+        ) from error
 
 
 def _hub_folder(repository: str, name: str, *, offline: bool) -> Path | None:

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 from huggingface_hub import constants, try_to_load_from_cache
 from safetensors import SafetensorError
 
-from medrobust_lib.files import file_sha256, parsed, read_json_object, read_sums
+from medrobust_lib.files import file_sha256, parsed, read_sums
 from medrobust_lib.models import catalogue
-from medrobust_lib.models.catalogue import CONFIG_NAME, HUB_PREFIX, OPEN_CLIP_CONFIG_NAME, ModelEntry, fetch_command
+from medrobust_lib.models.catalogue import HUB_PREFIX, ModelEntry, fetch_command
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -29,11 +29,15 @@ HUB_CHECKPOINTS = (
     "model.safetensors",
     "pytorch_model.bin",
 )
-ADAPTER_CONFIG_NAME = "adapter_config.json"  # of peft
 # A tokenizer is complete with any of these.
-TOKENIZER_FILES = (("tokenizer.json",), ("vocab.json", "merges.txt"), ("vocab.txt",), ("tokenizer.model",))
+TOKENIZER_FILES = (
+    ("tokenizer.json",),
+    ("vocab.json", "merges.txt"),
+    ("vocab.txt",),
+    ("tokenizer.model",),
+    ("spiece.model",),
+)
 VOCABULARY_NAME = "vocab.txt"
-CLIP_TYPE = "clip"  # of the configuration of a transformers CLIPModel
 FOLDER_CONTENT = (
     "the folder must hold config.json, model.safetensors, preprocessor_config.json or processor_config.json, and the "
     "tokenizer's files"
@@ -65,64 +69,6 @@ def hub_snapshot(repository: str, *names: str) -> Path | None:
     """Folder of a hub repository's cached main revision, if one of these files is in it."""
     paths = (try_to_load_from_cache(repository, name) for name in names)
     return next((Path(path).parent for path in paths if isinstance(path, str)), None)
-
-
-def check_clip_type(folder: Path, *, id: str) -> None:
-    """Raise unless the ``config.json`` of a folder is that of a ``CLIPModel`` of transformers.
-
-    Raises
-    ------
-    ValueError
-        Naming the ``model_type`` found, what is supported, and the other loader if the model writes text.
-    """
-    found = _model_type(folder)
-    if found == CLIP_TYPE:
-        return
-    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as GENERATIVE
-
-    if found in GENERATIVE:
-        advice = f"It writes text: load it with load_vlm({id!r}) (notebooks: the parameter `vlm`)"
-    else:
-        advice = (
-            f"Supported are model_type {CLIP_TYPE!r} (CLIPModel) and folders or repositories with "
-            f"{OPEN_CLIP_CONFIG_NAME}; wrap any other model in a DualEncoder and name it with register_model"
-        )
-    raise ValueError(f"{id!r} is no CLIP: its {CONFIG_NAME} has model_type {found!r}. {advice}")
-
-
-def is_clip(folder: Path) -> bool:
-    """Whether a folder holds the ``config.json`` of a ``CLIPModel`` of transformers."""
-    return (folder / CONFIG_NAME).is_file() and _model_type(folder) == CLIP_TYPE
-
-
-def check_no_adapter(folder: Path, *, id: str) -> None:
-    """Raise ValueError if a folder holds an adapter that peft wrote: transformers would load another base for it."""
-    if (folder / ADAPTER_CONFIG_NAME).is_file():
-        raise ValueError(f"{id!r} is no model of its own: {foreign_adapter(folder)}")
-
-
-def foreign_adapter(folder: Path) -> str:
-    """What an adapter folder of peft is, and the lines that make a model of it with the base it was trained on."""
-    config = read_json_object(folder / ADAPTER_CONFIG_NAME, "the configuration of an adapter")
-    base = config.get("base_model_name_or_path") or "BASE"
-    kind = (config.get("auto_mapping") or {}).get("base_model_class") or "CLIPModel"
-    return (
-        f"{folder} holds an adapter that peft wrote ({config.get('peft_type')}, trained on {base}); merge it into its "
-        "base with peft, which knows all its settings, and load the result:\n"
-        "    from peft import PeftModel\n"
-        f"    from transformers import {kind}\n"
-        f"    base = {kind}.from_pretrained({str(base)!r})\n"
-        f"    PeftModel.from_pretrained(base, {str(folder)!r}).merge_and_unload().save_pretrained('merged')\n"
-        "Then copy the base's preprocessor_config.json and tokenizer's files into 'merged', which is local-dir:merged"
-    )
-
-
-def check_writes_text(folder: Path, *, id: str) -> None:
-    """Raise ValueError if a folder that somebody wants to load with `load_vlm` holds a CLIP, which writes no text."""
-    if (folder / OPEN_CLIP_CONFIG_NAME).is_file() or is_clip(folder):
-        raise ValueError(
-            f"{id!r} is a CLIP and writes no text: load it with load_model({id!r}) (notebooks: the parameter `model`)"
-        )
 
 
 def check_tokenizer(folder: Path, *, id: str, published: str = "") -> None:
@@ -164,11 +110,6 @@ def check_vocabulary(n_tokens: int, vocab_size: int, padding_side: str, *, id: s
             f"{id}: the tokenizer knows {n_tokens} tokens, the text tower {vocab_size}; are the tokenizer files beside "
             "the weights (tokenizer.json, or vocab.json and merges.txt, or vocab.txt and config.json)?"
         )
-
-
-def _model_type(folder: Path) -> str | None:
-    """``model_type`` of the ``config.json`` in a folder."""
-    return read_json_object(folder / CONFIG_NAME, "a model's configuration", "Fetch it again.").get("model_type")
 
 
 def fingerprint(tensors: Sequence["Tensor"]) -> str:
@@ -426,7 +367,7 @@ def missing_weights(entry: ModelEntry, *, weights_dir: Path, offline: bool, reas
     return FileNotFoundError(
         f"the weights of {entry.id!r} are not here: looked in {weights_dir / entry.id} and the hub cache "
         f"{constants.HF_HUB_CACHE} ({tried}). Run `{fetch_command(entry.id)}` where there is a network{later}; source: "
-        f"{entry.source}. Reason: {why}"
+        f"{entry.source}.{catalogue.gate_hint(entry, reason)} Reason: {why}"
     )
 
 

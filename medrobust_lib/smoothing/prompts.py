@@ -21,7 +21,7 @@ from medrobust_lib.data.dataset import ImageDataset, draw_shots
 from medrobust_lib.files import parsed, read_tensors, write_tensors
 from medrobust_lib.models.dual_encoder import DualEncoder, Tokens
 from medrobust_lib.models.geometry import CropAndFlip
-from medrobust_lib.models.loading import why_not_learned
+from medrobust_lib.models.text_frame import TextFrame, find_text_frame, why_not_learned
 from medrobust_lib.smoothing.noise import noisy_bank
 from medrobust_lib.smoothing.perturbations import PIXEL_NOISE, Sigma, check_levels, find_perturbation
 
@@ -89,15 +89,18 @@ def empty_frame(
     check_whole("n_context", n_context, hint=": a learned prompt needs at least one context token")
     check_choice("position", position, get_args(Position))
     before = {"end": n_context, "middle": n_context // 2, "front": 0}[position]
-    (filler,) = _inner(model, ["x"])[0][:1]
+    frame = find_text_frame(model)
+    (filler,) = _inner(model, frame, ["x"])[0][:1]
+    names, wholes = _inner(model, frame, classes), _inner(model, frame, [noun + suffix for noun in classes])
+    first = len(frame.start)
     rows, places = [], []
-    for name, whole in zip(_inner(model, classes), _inner(model, [noun + suffix for noun in classes]), strict=True):
+    for name, whole in zip(names, wholes, strict=True):
         if before < n_context and whole[: len(name)] != name:
             raise ValueError(f"the tokenizer joins a class name and the text {suffix!r} after it; use position 'end'")
         body = len(name) if before < n_context else len(whole)
         rows.append([filler] * before + whole[:body] + [filler] * (n_context - before) + whole[body:])
-        places.append([*range(1, 1 + before), *range(1 + before + body, 1 + body + n_context)])
-    return _frame(model, rows, places)
+        places.append([*range(first, first + before), *range(first + before + body, first + body + n_context)])
+    return _framed(model, frame, rows, places)
 
 
 def frame_from_template(
@@ -115,27 +118,29 @@ def frame_from_template(
     prefix, found, _ = template.partition("{}")
     if not found or not prefix.strip():
         raise ValueError(f"the template {template!r} needs text before the class name {{}}, which becomes the context")
-    start = _inner(model, [prefix.strip()])[0]
-    rows = _inner(model, [template.replace("{}", noun) for noun in classes])
+    frame = find_text_frame(model)
+    start = _inner(model, frame, [prefix.strip()])[0]
+    rows = _inner(model, frame, [template.replace("{}", noun) for noun in classes])
     for noun, row in zip(classes, rows, strict=True):
         if row[: len(start)] != start:
             raise ValueError(f"the tokenizer joins {prefix!r} and {noun!r}; end the text before {{}} with a space")
     hint = f": {prefix.strip()!r} has {len(start)} tokens for {model.id}; None tunes all of them"
     n_context = len(start) if tunable is None else check_whole("tunable", tunable, most=len(start), hint=hint)
-    return _frame(model, rows, [range(1, 1 + n_context)] * len(rows))
+    first = len(frame.start)
+    return _framed(model, frame, rows, [range(first, first + n_context)] * len(rows))
 
 
-def _inner(model: DualEncoder, texts: Sequence[str]) -> list[list[int]]:
-    """Token ids of each text without its start and end token."""
+def _inner(model: DualEncoder, frame: TextFrame, texts: Sequence[str]) -> list[list[int]]:
+    """Token ids of each text without those of the frame."""
     tokens = model.tokenize(list(texts))
-    return [ids[mask].tolist()[1:-1] for ids, mask in zip(tokens.ids, tokens.mask, strict=True)]
+    return [frame.content(ids[mask].tolist()) for ids, mask in zip(tokens.ids, tokens.mask, strict=True)]
 
 
-def _frame(model: DualEncoder, rows: Sequence[Sequence[int]], places: Sequence[Sequence[int]]) -> PromptFrame:
-    """Put start and end tokens around rows of ids and pad them as the model's tokenizer does."""
-    reference = model.tokenize([""])
-    start, end = reference.ids[0, reference.mask[0]].tolist()
-    rows = [[start, *row, end] for row in rows]
+def _framed(
+    model: DualEncoder, frame: TextFrame, rows: Sequence[Sequence[int]], places: Sequence[Sequence[int]]
+) -> PromptFrame:
+    """Put rows of ids into their frame and pad them as the model's tokenizer does."""
+    rows = [frame.row(row) for row in rows]
     longest = max(map(len, rows))
     if longest > model.context_length:
         raise ValueError(
@@ -143,6 +148,7 @@ def _frame(model: DualEncoder, rows: Sequence[Sequence[int]], places: Sequence[S
             f"{model.context_length}; use fewer context tokens or shorter class names"
         )
     # A tokenizer that pads to a fixed width (MedCLIP's 25) does so because its features depend on the width.
+    reference = model.tokenize([""])
     length = max(longest, reference.ids.shape[1])
     pad = int(reference.ids[0, -1]) if not reference.mask[0, -1] else 0
     ids = torch.tensor([row + [pad] * (length - len(row)) for row in rows])

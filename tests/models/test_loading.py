@@ -37,6 +37,10 @@ BUILT_IN_IDS = [
     "unimedclip",
     "robustmedclip",
     "robustmedclip-rn50",
+    "medsiglip-448",
+    "siglip2-base",
+    "pubmedclip",
+    "bmc-clip",
 ]
 FACTS = {
     "family": "mean colour",

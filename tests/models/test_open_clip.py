@@ -476,7 +476,7 @@ def test_every_setting_of_images_is_followed_as_open_clip_does(demo_folder, sett
         ("preprocess_cfg", {"size": 64}, "preprocess_cfg has images of 64 px, vision_cfg reads 32 px"),
         ("preprocess_cfg", {"std": [0.0, 1, 1]}, "std above 0"),
         ("model_cfg", {"foo": 1}, "model_cfg: the setting foo=1 is not supported; supported are embed_dim"),
-        ("model_cfg", {"multimodal_cfg": {}}, "the setting multimodal_cfg={} is not supported"),
+        ("model_cfg", {"multimodal_cfg": {}}, "vision_cfg: output_tokens=False is not supported; supported is True"),
         ("model_cfg.vision_cfg", {"foo": 1}, "vision_cfg: the setting foo=1 is not supported; supported are layers"),
         (
             "model_cfg.text_cfg",
@@ -484,6 +484,7 @@ def test_every_setting_of_images_is_followed_as_open_clip_does(demo_folder, sett
             "text_cfg: the setting foo=1 is not supported; supported are context_length",
         ),
         ("model_cfg.text_cfg", {"embed_cls": True}, "embed_cls=True is not supported; supported is False"),
+        ("model_cfg.text_cfg", {"output_tokens": True}, "output_tokens=True is not supported; supported is False"),
         ("model_cfg.text_cfg", {"tokenizer_mode": "clips"}, "tokenizer_mode='clips' is not supported"),
         (
             "",
@@ -503,10 +504,7 @@ def test_settings_that_cannot_be_followed_are_refused(demo_folder, part, setting
 
 def test_unsupported_text_towers_are_refused(builders, tmp_path):
     size = builders.write_word_tokenizer(tmp_path, context_length=16)
-    for settings, message in (
-        ({"embed_cls": True}, "appended class token"),
-        ({"tokenizer_mode": "clips"}, "mode 'clips'"),
-    ):
+    for settings, message in (({"tokenizer_mode": "clips"}, "mode 'clips'"),):
         configuration = builders.tiny_configuration(size, hf_tokenizer_name="x", **settings)
         configuration["model_cfg"]["custom_text"] = True
         builders.write_weights(tmp_path, configuration)

@@ -13,7 +13,7 @@ from torch.nn import functional
 import medrobust_lib as mr
 from medrobust_lib.models.adapters import attach_adapters
 from medrobust_lib.models.dual_encoder import BrokenFeaturesError
-from medrobust_lib.models.loading import why_not_learned
+from medrobust_lib.models.text_frame import why_not_learned
 from medrobust_lib.models.own import Classifier, wrap
 
 SIDE = 8

@@ -13,9 +13,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, CLIPConfig, CLIPImageProcessorPil, CLIPModel
 
 from medrobust_lib.models.geometry import prepare_images
+from medrobust_lib.models.kinds import check_writes_text
 from medrobust_lib.models.loading import available_offline, check_kind, find_model, load_model
 from medrobust_lib.models.transformers_clip import read_preprocessing
-from medrobust_lib.models.weights import check_writes_text
 
 END_OF_TEXT = 49407
 
@@ -271,8 +271,8 @@ def test_features_are_those_of_transformers_whatever_the_settings(safe_folder, i
         ({"do_pad": True}, "do_pad=True is not supported; supported is False"),
         ({"crop_pct": 0.9}, "the setting crop_pct=0.9 is not supported; supported are size, crop_size, "),
         (
-            {"image_processor_type": "SiglipImageProcessor"},
-            "image_processor_type='SiglipImageProcessor' is not supported",
+            {"image_processor_type": "ViTImageProcessor"},
+            "image_processor_type='ViTImageProcessor' is not supported",
         ),
         ({"auto_map": {"AutoImageProcessor": "x.Y"}}, "the setting auto_map="),
         ({"do_center_crop": False}, "unsupported preprocessing: size {'shortest_edge': 32}, .*do_center_crop=False"),
@@ -436,9 +436,11 @@ def test_a_repository_in_open_clips_format_only_is_loaded_by_open_clip(builders,
 @pytest.mark.parametrize(
     ("model_type", "advice"),
     [
-        ("siglip", "Supported are model_type 'clip' .* register_model"),
-        ("vit", "Supported are model_type 'clip' .* register_model"),
-        (None, "Supported are model_type 'clip' .* register_model"),
+        ("siglip2", "It reads patches of images of any shape .* google/siglip2-base-patch16-224"),
+        ("xclip", "It reads videos"),
+        ("flava", "Supported are the classes of transformers with get_image_features .* register_model"),
+        ("vit", "Supported are the classes of transformers with get_image_features .* register_model"),
+        (None, "Supported are the classes of transformers with get_image_features .* register_model"),
         ("llava_next", r"It writes text: load it with load_vlm\('{id}'\)"),
     ],
 )

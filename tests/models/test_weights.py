@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 import torch
 
-from medrobust_lib.models.weights import explained_errors, fingerprint, is_clip, read_state_dict
+from medrobust_lib.models.kinds import is_dual
+from medrobust_lib.models.weights import explained_errors, fingerprint, read_state_dict
 
 
 def test_a_fingerprint_changes_with_one_bit():
@@ -78,4 +79,4 @@ def test_a_configuration_that_is_a_list_is_told_so(tmp_path):
     with pytest.raises(
         ValueError, match=r"config\.json is not a model's configuration: it holds a list, not an object\."
     ):
-        is_clip(tmp_path)
+        is_dual(tmp_path)

@@ -121,6 +121,14 @@ def test_it_reaches_its_end(finish, number, folder, model):
 
 
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("number", ["03", "07"])
+def test_an_encoder_that_reads_texts_as_siglip_does_learns_prompts(finish, number):
+    card, _ = finish(number, "2 classes", model="filled")
+    assert card["metrics"]
+    assert not [note for note in card["notes"] if "prompts" in note and note.startswith("Left out")]
+
+
+@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("number", ["05", "07", "08"])
 def test_where_nothing_can_be_learned_the_model_is_measured_all_the_same(finish, number):
     card, _ = finish(number, "30 classes of one image")

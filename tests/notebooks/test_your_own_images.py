@@ -17,7 +17,8 @@ from typer.testing import CliRunner
 from medrobust_lib import cli
 from medrobust_lib.data.registry import load_dataset
 from medrobust_lib.models.adapters import attach_adapters, load_adapter, trainable_share
-from medrobust_lib.models.loading import load_model, why_not_learned
+from medrobust_lib.models.loading import load_model
+from medrobust_lib.models.text_frame import why_not_learned
 from medrobust_lib.smoothing.prompts import learn_prompts
 
 pytestmark = pytest.mark.filterwarnings("ignore")

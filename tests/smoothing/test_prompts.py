@@ -22,6 +22,7 @@ from medrobust_lib.models.dual_encoder import Tokens
 from medrobust_lib.models.geometry import CropAndFlip
 from medrobust_lib.models.weights import read_context, read_state_dict
 from medrobust_lib.smoothing import paper_methods, prompts
+from medrobust_lib.smoothing.methods import AdaptedPrompts, FixedPrompts
 from medrobust_lib.smoothing.noise import NoiseStream
 from medrobust_lib.smoothing.prompts import PromptSet, learn_prompts, mean_prediction_entropy, sharpen
 
@@ -51,7 +52,11 @@ def tiny(monkeypatch):
     [
         ("Least", "x reads whole texts only: prompts are learned among word embeddings (embed_tokens)"),
         ("NoGradient", "x passes no gradient from the features of a text back to its word embeddings"),
-        ("NoFrame", "x does not frame a text by one start and one end token, between which prompts are learned"),
+        (
+            "PadsInFront",
+            "x does not frame every text by the same tokens with its padding at the end, so that there is no place "
+            "among its words where prompts are learned",
+        ),
     ],
 )
 def test_a_model_that_learns_no_prompts_says_why_before_an_image_is_encoded(tiny, kind, reason, train, monkeypatch):
@@ -71,6 +76,48 @@ def test_models_that_learn_prompts_have_no_reason_not_to_in_any_gradient_mode(ti
 
 
 # Tokens
+
+
+@pytest.mark.parametrize("kind", ["Tiny", "NoStart", "Filled"])
+def test_prompts_of_every_tokenizer_stand_where_its_text_stands(tiny, kind):
+    model, template = getattr(tiny, kind)("x"), "a picture of {}, seen."
+    classes = ("dense tissue", "bone")
+    frame = prompts.frame_from_template(model, classes, template)
+    texts = [template.replace("{}", noun) for noun in classes]
+    tokens = model.tokenize(texts)
+    assert torch.equal(frame.tokens.ids, tokens.ids)
+    assert torch.equal(frame.tokens.mask, tokens.mask)
+    first = 1 if kind == "Tiny" else 0
+    assert frame.places.tolist() == [[first, first + 1, first + 2]] * 2
+    assert torch.equal(frame.features(model, frame.text_context), model.encode_text(texts))
+    # "." after the name, then the end token, then what fills the rest.
+    names, end = model.tokenize(["dense tissue.", "bone."]).ids, [2, 0, 0]
+    for position, places in {"end": (0, 1, 2), "middle": (0, 3, 4), "front": (2, 3, 4)}.items():
+        empty = prompts.empty_frame(model, classes, n_context=3, position=position)
+        expected = [first + place for place in places]
+        assert empty.places[0].tolist() == expected
+        kept = [value for place, value in enumerate(empty.tokens.ids[0].tolist()) if place not in expected]
+        assert kept[: first + 6] == [*names[0].tolist()[: first + 3], *end]
+        assert (
+            empty.tokens.mask.sum(1).tolist() == [first + 7, first + 6] if kind != "Filled" else [tiny.CONTEXT - 1] * 2
+        )
+    most = model.context_length - first - 3  # beside "bone", "." and the end token
+    assert prompts.empty_frame(model, ("bone",), n_context=most).tokens.ids.shape[1] == model.context_length
+    with pytest.raises(ValueError, match="reads at most"):
+        prompts.empty_frame(model, ("bone",), n_context=most + 1)
+
+
+@pytest.mark.parametrize("kind", ["NoStart", "Filled"])
+def test_prompts_are_learned_and_certified_with_every_tokenizer(tiny, kind, train, phantoms):
+    model = getattr(tiny, kind)("x").eval()
+    learned = learn_prompts(
+        model, train, sigmas=(0.1,), shots=2, epochs=2, draws_per_image=2, template="a picture of {}"
+    )
+    assert learned.class_features(model).shape == (len(train.classes), tiny.WIDTH)
+    few = phantoms("breast", n=2)
+    methods = [FixedPrompts("learned", learned.class_features(model)), AdaptedPrompts("adapted", model, learned)]
+    rows = mr.certify_dataset(model, few, methods, sigmas=[0.1], n0=8, n=16)
+    assert set(rows.guarantee) == {"standard", "frozen-prompt"}
 
 
 @pytest.mark.parametrize("dataset", ["phantom/histology", "phantom/chest"])
