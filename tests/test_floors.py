@@ -33,8 +33,8 @@ FLOORS = (
 )
 
 
-# Each kind of step of a study has a file of its own, and so have what a generative model writes and functions that
-# become a model.
+# Each kind of step of a study has a file of its own; of models, what stands around their texts, what kinds there are,
+# what generative ones write, and functions that become one.
 MOST_MODULES, MOST_LINES, MOST_PARAMETERS = 97, 500, 10
 
 
