@@ -32,8 +32,8 @@ FLOORS = (
 )
 
 
-# Each kind of step of a study has a file of its own.
-MOST_MODULES, MOST_LINES, MOST_PARAMETERS = 93, 500, 10
+# Each kind of step of a study has a file of its own, and so has what needs an extra (int8).
+MOST_MODULES, MOST_LINES, MOST_PARAMETERS = 94, 500, 10
 
 
 def rooms_by_floor():
