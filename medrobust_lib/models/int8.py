@@ -102,7 +102,7 @@ def int8_tower(model: DualEncoder) -> Int8Tower:
     """Export and quantise the image tower of a model; nothing is left on the disk.
 
     Matrix products with weights become int8, convolutions and attention stay in float32: ONNX Runtime's integer
-    convolutions are several times slower than its own in float32. Weights have seven bits and a scale a channel, so
+    convolutions are several times slower than those in float32. Weights have seven bits and a scale a channel, so
     that no processor saturates, and all give the same integers.
 
     Parameters
