@@ -44,7 +44,7 @@ def quantised():
 
 
 @pytest.fixture(scope="module")
-def pixels(whole, data):
+def prepared(whole, data):
     return whole.prepare(data.images)
 
 
@@ -96,12 +96,14 @@ def test_features_are_those_of_float32_up_to_rounding(id, data):
 
 
 @needs_extra
-def test_features_of_an_image_do_not_depend_on_its_batch(quantised, pixels):
-    together = quantised.encode_image(pixels)
-    loud = torch.cat([pixels[:1], 3 * torch.randn(3, *pixels.shape[1:], generator=torch.Generator().manual_seed(0))])
-    assert torch.equal(together[:1], quantised.encode_image(pixels[:1]))
+def test_features_of_an_image_do_not_depend_on_its_batch(quantised, prepared):
+    together = quantised.encode_image(prepared)
+    loud = torch.cat(
+        [prepared[:1], 3 * torch.randn(3, *prepared.shape[1:], generator=torch.Generator().manual_seed(0))]
+    )
+    assert torch.equal(together[:1], quantised.encode_image(prepared[:1]))
     assert torch.equal(together[:1], quantised.encode_image(loud)[:1])
-    assert torch.equal(together.flip(0), quantised.encode_image(pixels.flip(0)))
+    assert torch.equal(together.flip(0), quantised.encode_image(prepared.flip(0)))
 
 
 @needs_extra
@@ -129,9 +131,9 @@ def test_a_batch_through_dynamic_quantisation_would_depend_on_it(tmp_path):
 
 
 @needs_extra
-def test_workers_get_the_same_tower(quantised, pixels):
+def test_workers_get_the_same_tower(quantised, prepared):
     packed = cloudpickle.loads(cloudpickle.dumps(quantised))
-    assert torch.equal(packed.encode_image(pixels), quantised.encode_image(pixels))
+    assert torch.equal(packed.encode_image(prepared), quantised.encode_image(prepared))
     assert [field.name for field in fields(Int8Tower)] == ["network"]
 
 
@@ -150,9 +152,9 @@ def test_loading_leaves_the_random_stream_and_no_file(monkeypatch, tmp_path):
 
 
 @needs_extra
-def test_certificates_manifests_cards_and_identity_say_int8(whole, quantised, pixels, data, tmp_path):
+def test_certificates_manifests_cards_and_identity_say_int8(whole, quantised, prepared, data, tmp_path):
     classifier = PromptClassifier(quantised, quantised.class_features(data.classes, data.templates[:1]))
-    found = certify(classifier, pixels[0], index=0, sigma=0.1, n0=10, n=50, dataset=data.id)
+    found = certify(classifier, prepared[0], index=0, sigma=0.1, n0=10, n=50, dataset=data.id)
     assert (found.dtype, found.guarantee) == ("int8", "standard")
     assert quantised.identity() == whole.identity() | {"dtype": "int8"}
     assert described(quantised, data, [])["model"]["dtype"] == "int8"
@@ -192,13 +194,13 @@ def test_the_tower_does_not_learn(train, quantised):
 
 
 @needs_extra
-def test_a_gradient_of_pixels_is_refused(quantised, pixels):
+def test_a_gradient_of_pixels_is_refused(quantised, prepared):
     with pytest.raises(ValueError, match=r"in int8 has no gradient; load the model with dtype='float32' or 'bfloat16'"):
-        quantised.encode_image(pixels[:1].clone().requires_grad_(True))
+        quantised.encode_image(prepared[:1].clone().requires_grad_(True))
 
 
 @needs_extra
-def test_an_adapter_is_merged_before(whole, pixels, tmp_path):
+def test_an_adapter_is_merged_before(whole, prepared, tmp_path):
     adapted = attach_adapters(whole, rank=2)
     with torch.no_grad():
         for name, parameter in adapted.named_parameters():
@@ -207,7 +209,7 @@ def test_an_adapter_is_merged_before(whole, pixels, tmp_path):
     save_adapter(adapted, tmp_path / "adapter", provenance={})
     exact = load_model(whole.id, device="cpu", adapter=tmp_path / "adapter")
     rounded = load_model(whole.id, dtype="int8", adapter=tmp_path / "adapter")
-    base, expected, found = (model.encode_image(pixels) for model in (whole, exact, rounded))
+    base, expected, found = (model.encode_image(prepared) for model in (whole, exact, rounded))
     assert ((found * expected).sum(dim=1) > (found * base).sum(dim=1)).all()
 
 
@@ -247,3 +249,13 @@ class Moody(Tiny):
 def test_towers_that_cannot_be_quantised_are_refused(kind, reason):
     with pytest.raises(ValueError, match=f"^tiny: {reason}"):
         int8_tower(kind("tiny").eval())
+
+
+@needs_extra
+def test_every_kind_of_tower_goes_through(loaded, pixels, each_kind):
+    model = loaded(each_kind)
+    tower, seen = int8_tower(model), pixels(model)
+    with torch.no_grad():
+        found, expected = tower(seen), model._image_features(seen)
+    assert nn.functional.cosine_similarity(found, expected).min() > 0.98
+    assert torch.equal(tower(seen[:1]), found[:1])
