@@ -5,9 +5,11 @@ Everything that is compared runs in one call of this script, on the same images,
     python benchmarks/certification.py                    # all parts, about ten minutes on two cores
     python benchmarks/certification.py draws sharing      # some of them
     python benchmarks/certification.py bounds             # one bound and two on the same draws, a few minutes
+    python benchmarks/certification.py precision          # bfloat16 and int8 against float32 on the CPU, two minutes
     python benchmarks/certification.py rate --out FILE    # on an accelerator: less than ten minutes
 """
 
+import copy
 import itertools
 import json
 import resource
@@ -17,6 +19,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -31,6 +34,7 @@ import typer
 from medrobust_lib import metrics
 from medrobust_lib.experiments import write_text_atomically
 from medrobust_lib.experiments.cards import environment
+from medrobust_lib.models.int8 import PACKAGES, int8_tower
 from medrobust_lib.models.loading import resolve_device
 from medrobust_lib.models.weights import DEMO_FOLDER
 from medrobust_lib.smoothing.bounds import probability_of_radius
@@ -39,6 +43,7 @@ from medrobust_lib.smoothing.methods import FixedPrompts, PromptClassifier, zero
 from medrobust_lib.smoothing.noise import NoiseStream, noisy_copies, suggested_batch_size
 from medrobust_lib.smoothing.perturbations import PERTURBATIONS, PIXEL_NOISE, Perturbation
 from medrobust_lib.smoothing.sequential import operating_characteristics, price_of_radii, sequential_plan
+from medrobust_lib.studies.cells import measured_rate
 
 ALPHA, N0, N = 0.001, 100, 10_000
 SIGMAS = (0.1, 0.25, 0.5, 1.0)
@@ -270,14 +275,58 @@ def rate(device: str, n: int, methods: int = 5, images: int = 3) -> pd.DataFrame
     return pd.DataFrame(rows).assign(device=_device_name(target))
 
 
+def precision(images: int, repeats: int, copies: int = 200, sigmas: Sequence[float] = (0.1, 0.25)) -> pd.DataFrame:
+    """(f) Draws a second of one thread on the CPU, in its own seconds, and votes that are others than in float32.
+
+    All votes are on the same noisy copies. Votes of random weights would say nothing, so they are left out.
+    """
+    asked = ("float32", "bfloat16", *(["int8"] if all(map(find_spec, PACKAGES)) else []))
+    data, threads, rows = mr.load_dataset("phantom/blood", n=images), torch.get_num_threads(), []
+    torch.set_num_threads(1)
+    for name in ("demo-clip", "demo-clip-vit", "ViT-B-16"):
+        whole = _tower(name, torch.device("cpu"))
+        models = {kind: _in_precision(whole, kind) for kind in asked}
+        probe = partial(measured_rate, data=data, seconds=2.0, clock=time.process_time)
+        rates = pd.DataFrame([{kind: probe(model) for kind, model in models.items()} for _ in range(repeats)])
+        ratios = rates.div(rates["float32"], axis=0)
+        votes = {
+            kind: np.stack([_votes(model, data, _zero_shot(model, data), sigma=sigma, n=copies) for sigma in sigmas])
+            for kind, model in models.items()
+            if whole.id == name
+        }
+        for kind in asked:
+            row = {"tower": name, "dtype": models[kind].precision, "draws/s": rates[kind].median()}
+            row |= {"ratio": ratios[kind].median(), "lowest": ratios[kind].min(), "highest": ratios[kind].max()}
+            row |= {f"differ, sigma {sigma}": np.nan for sigma in sigmas}
+            if votes:
+                differ = (votes[kind] != votes["float32"]).mean(axis=(1, 2))
+                row |= {f"differ, sigma {sigma}": share for sigma, share in zip(sigmas, differ, strict=True)}
+            rows.append(row | {"votes": votes[kind][0].size if votes else 0})
+    torch.set_num_threads(threads)
+    return pd.DataFrame(rows)
+
+
+def _in_precision(model: Any, precision: str) -> Any:
+    """Copy of a model in float32 whose towers, in int8 the image tower, compute in another precision."""
+    found = copy.deepcopy(model)
+    if precision != "int8":
+        return found.to(getattr(torch, precision))
+    found.int8 = int8_tower(model)
+    return found
+
+
+def _zero_shot(model: Any, data: Any) -> torch.Tensor:
+    return model.class_features(data.classes, data.templates[:1])
+
+
 def _tower(name: str, device: torch.device) -> Any:
-    """demo-clip, or an architecture of open_clip with random weights; bfloat16 on an accelerator."""
+    """A demo model, or an architecture of open_clip with random weights; bfloat16 on an accelerator."""
     import open_clip
 
     from medrobust_lib.models.open_clip import OpenClipEncoder
 
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
-    if name == "demo-clip":
+    if name.startswith("demo-"):
         return mr.load_model(name, device=str(device), dtype=dtype)
     network = open_clip.create_model(name, pretrained=None)
     model = OpenClipEncoder(network, open_clip.get_tokenizer(name), id=f"random-{name}", provenance={})
@@ -326,6 +375,10 @@ def main(
         "rate": (
             "(e) demo-clip, and two transformers at 224 px with random weights",
             lambda: rate(device, 200 if on_cpu else N),
+        ),
+        "precision": (
+            "(f) a thread of the CPU by precision, and votes unlike float32",
+            lambda: precision(images, repeats),
         ),
     }
     unknown = sorted(set(parts or ()) - set(known))
@@ -409,15 +462,22 @@ def _art(model: Any, features: torch.Tensor, image: torch.Tensor, *, sigma: floa
 @torch.inference_mode()
 def _vote_shares(model: Any, data: Any, features: torch.Tensor, *, sigma: float, n: int) -> np.ndarray:
     """Shares of n votes, float64 [images, K]."""
+    votes = _votes(model, data, features, sigma=sigma, n=n)
+    return np.stack([np.bincount(row, minlength=len(features)) for row in votes]) / n
+
+
+@torch.inference_mode()
+def _votes(model: Any, data: Any, features: torch.Tensor, *, sigma: float, n: int) -> np.ndarray:
+    """Labels of n noisy copies of each image, int64 [images, n]."""
     answer = PromptClassifier(model, features)
     batch = suggested_batch_size(model.device, (3, model.image_size, model.image_size))
-    shares = np.zeros((len(data), len(features)))
+    votes = np.empty((len(data), n), dtype=np.int64)
     for row, pixels in enumerate(model.prepare(data.images)):
         stream = NoiseStream(0, data.id, int(data.indices[row]), sigma, "estimate")
         for first in range(0, n, batch):
             labels = answer(noisy_copies(pixels, stream, first=first, count=min(batch, n - first)))
-            shares[row] += np.bincount(labels.cpu().numpy(), minlength=len(features))
-    return shares / n
+            votes[row, first : first + batch] = labels.cpu().numpy()
+    return votes
 
 
 def _alternate(timed: dict[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 from textwrap import dedent
 from typing import TYPE_CHECKING, Any
@@ -42,6 +43,7 @@ BY_HAND = "by-hand"  # the run of notebooks that a person executes
 CAPTION_KEY = "Description"  # the PNG specification's keyword for a caption
 LOWER_IS_BETTER = ("error", "ece", "mce", "degradation", "majority_share", "abstain_rate")
 _RECORDED_PACKAGES = ("medrobust-lib", "torch", "open_clip_torch", "transformers", "peft", "numpy", "scipy")
+_RECORDED_EXTRAS = ("onnxruntime",)  # computes image towers in int8
 
 
 @dataclass(frozen=True)
@@ -353,7 +355,8 @@ def is_headless() -> bool:
 def environment() -> dict[str, str]:
     """Versions of Python, the operating system and the packages that shape numbers."""
     versions = {"python": platform.python_version(), "system": platform.system(), "machine": platform.machine()}
-    return versions | {name: metadata.version(name) for name in _RECORDED_PACKAGES}
+    names = (*_RECORDED_PACKAGES, *filter(find_spec, _RECORDED_EXTRAS))
+    return versions | {name: metadata.version(name) for name in names}
 
 
 def git_state() -> dict[str, Any]:

@@ -130,6 +130,9 @@ class DualEncoder(torch.nn.Module, abc.ABC):
         A scale that is not finite or not above 0, or a bias that is not finite.
     """
 
+    # Instead of `_image_features` in a model of int8, whose tower is no network of torch (`models.int8`).
+    int8: Callable[[Tensor], Tensor] | None = None
+
     def __init__(
         self,
         *,
@@ -195,15 +198,20 @@ class DualEncoder(torch.nn.Module, abc.ABC):
 
     @property
     def precision(self) -> str:
-        """Name of `dtype`, such as "float32"."""
-        return str(self.dtype).removeprefix("torch.")
+        """Name of `dtype`, such as "float32"; "int8" where the image tower is quantised, the texts' in `dtype`."""
+        return str(self.dtype).removeprefix("torch.") if self.int8 is None else "int8"
 
     def identity(self) -> dict[str, str]:
-        """What tells this model from any other in a record: id, dtype, and the fingerprint of its weights."""
+        """What tells this model from any other in a record: id, precision, and the fingerprint of its weights."""
         return {"id": self.id, "dtype": self.precision, "weights": fingerprint(list(self.state_dict().values()))}
 
     def trainable_copy(self) -> Self:
-        """Copy in evaluation mode, in float32 or what is more precise."""
+        """Copy in evaluation mode, in float32 or what is more precise; ValueError in int8."""
+        if self.int8 is not None:
+            raise ValueError(
+                f"{self.id} is in int8: its image tower has no gradient and cannot learn. Train it in float32, then "
+                "load it with dtype='int8'; adapters are merged before (load_model's adapter)"
+            )
         return copy.deepcopy(self).eval().to(torch.promote_types(self.dtype, torch.float32))
 
     def prepare(self, images: ImageInput) -> Tensor:
@@ -255,7 +263,7 @@ class DualEncoder(torch.nn.Module, abc.ABC):
         std = pixels.new_tensor(self.preprocessing.std).view(1, 3, 1, 1)
         # (pixels - mean) / std in one pass over memory.
         normalised = torch.addcmul(-mean / std, pixels, 1 / std)
-        features = self._image_features(normalised.to(self.dtype))
+        features = (self.int8 or self._image_features)(normalised.to(self.dtype))
         return self._unit(features, of="images") if unit else features.float()
 
     def encode_text(self, texts: Sequence[str]) -> Tensor:
@@ -422,7 +430,7 @@ class DualEncoder(torch.nn.Module, abc.ABC):
         # The towers' hundreds of layers would drown the facts; print(model.model) shows them.
         return (
             f"{type(self).__name__}(id={self.id!r}, image_size={self.image_size}, embed_dim={self.embed_dim}, "
-            f"context_length={self.context_length}, dtype={self.dtype}, device={str(self.device)!r})"
+            f"context_length={self.context_length}, dtype={self.precision}, device={str(self.device)!r})"
         )
 
 

@@ -73,7 +73,7 @@ def resolve_dtype(dtype: "str | torch.dtype", device: "torch.device") -> "torch.
     if dtype in (*known, *known.values()):
         return known.get(dtype, dtype)
     raise ValueError(
-        f"dtype must be 'auto', {', '.join(map(repr, _DTYPES))}, not {dtype!r}; load_vlm also takes "
+        f"dtype must be 'auto', {', '.join(map(repr, _DTYPES))}, not {dtype!r}; load_model also takes 'int8', load_vlm "
         f"{' and '.join(map(repr, QUANTISED))}"
     )
 
@@ -184,7 +184,8 @@ def load_model(
         ``"auto"`` takes the accelerator if there is one, else the CPU.
     dtype : str or torch.dtype
         ``"auto"`` is float32 on the CPU and bfloat16 on an accelerator; or ``"float32"``, ``"bfloat16"``,
-        ``"float16"``. Features are float32 in any case.
+        ``"float16"``. ``"int8"``, on the CPU alone, quantises the image tower for ONNX Runtime (the ``onnx`` extra):
+        texts stay in float32, prompts can be learned, towers cannot. Features are float32 in any case.
     weights_dir : path, optional
         Folder with ``<model id>/<files>``; by default :func:`default_weights_dir`. The hub cache comes next.
     offline : bool, optional
@@ -201,15 +202,24 @@ def load_model(
     ------
     ValueError
         For an unknown id, device or dtype, a model that is no dual encoder (its type named), weights that do not fit
-        (keys listed), a wrong SHA-256, or an adapter that is damaged or of another model.
+        (keys listed), a wrong SHA-256, an adapter that is damaged or of another model, or int8 on another device or of
+        a tower that cannot be quantised.
     FileNotFoundError
         If the weights are missing; names the places looked at and the command that fetches them. If the adapter is.
+    ImportError
+        For int8, if the ``onnx`` extra is missing; names the line that installs it.
     """
     import torch  # deferred, with the encoder: the table above needs neither
 
     from medrobust_lib.models.dual_encoder import DualEncoder
 
     entry = find_model(id)
+    in_int8 = dtype in ("int8", torch.int8)
+    if in_int8:
+        from medrobust_lib.models.int8 import check_int8, int8_tower
+
+        device, dtype = resolve_device("cpu" if device == "auto" else device), torch.float32
+        check_int8(device)
     target, precision, folder, offline = settled(device, dtype, weights_dir, offline)
     loader = _resolve_loader(entry)
     # Building a network draws its first weights from torch's global stream; a load must not move the caller's.
@@ -224,6 +234,8 @@ def load_model(
         from medrobust_lib.models.adapters import load_adapter  # peft is slow to import
 
         model = load_adapter(model.eval(), adapter)
+    if in_int8:
+        model.int8 = int8_tower(model.eval())
     # Convolutions run up to twice as fast with the channels innermost; other layers do not mind.
     model.to(device=target, dtype=precision, memory_format=torch.channels_last)
     return model.requires_grad_(False).eval()

@@ -267,9 +267,9 @@ class PromptClassifier:
         return self.model.id
 
     @property
-    def dtype(self) -> torch.dtype:
-        """Floating-point type of the model's towers."""
-        return self.model.dtype
+    def dtype(self) -> str:
+        """Precision of the model, such as "float32" or "int8"."""
+        return self.model.precision
 
     def __call__(self, pixels: Tensor) -> Tensor:
         """Labels int64 [b] of pixels float32 [b, 3, H, W]."""

@@ -104,6 +104,8 @@ class AdaptStep(Step):
         """Raise a ValueError for numbers out of range, for several models, and for images learned from and tested."""
         if len(grid.models) != 1:
             raise StudyError(f"{self.name!r} is one adapted model; name the one to adapt, models: [{grid.models[0]}]")
+        if self.jointly and grid.dtype == "int8":
+            raise StudyError(f"dtype: int8; an image tower in int8 cannot learn by {self.method!r}, take float32")
         for own in fields(self):
             value, read = getattr(self, own.name), (*_ALWAYS, *_READS[self.method])
             if value != own.default and own.name not in read:

@@ -126,6 +126,8 @@ class CertifyStep(Step):
         if min(self.radii) < 0:
             raise StudyError(f"radii={list(self.radii)}: radii are 0 or more")
         for method in self.methods:
+            if method.method == RETRAINED and grid.dtype == "int8":
+                raise StudyError(f"dtype: int8; an image tower in int8 cannot learn ({method.name}), take float32")
             for dataset in grid.datasets if "denoiser" in READS[method.method] else ():
                 load_denoiser(method.denoiser or find_denoiser(method.method, dataset))
             if method.checkpoint and not Path(method.checkpoint).is_file():

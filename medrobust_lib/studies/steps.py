@@ -124,7 +124,7 @@ class Grid:
     seeds: tuple[int, ...] = (0,)
     n_images: int | None = None
     draw: Draw = "stratified"
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    dtype: Literal["auto", "float32", "bfloat16", "float16", "int8"] = "auto"
 
     @property
     def shared(self) -> dict[str, Any]:
@@ -285,7 +285,7 @@ def described(model: DualEncoder, data: ImageDataset, notes: Sequence[str], *, n
         notes = ["The images are synthetic phantoms: nobody's images.", *notes]
     about = {"id": data.id, "split": data.split, "n": len(data), "synthetic": data.synthetic}
     return {
-        "model": {"id": name or model.id, "dtype": str(model.dtype), "image_size": model.image_size},
+        "model": {"id": name or model.id, "dtype": model.precision, "image_size": model.image_size},
         "dataset": about | {"wording": data.provenance["wording"]},
         "notes": notes,
     }

@@ -304,7 +304,7 @@ def test_device_and_dtype_follow_the_model_and_features_stay_float32(encoder, im
 
 def test_repr_shows_the_facts_in_one_line(encoder):
     assert repr(encoder) == (
-        "LetterEncoder(id='letters', image_size=32, embed_dim=3, context_length=8, dtype=torch.float32, device='cpu')"
+        "LetterEncoder(id='letters', image_size=32, embed_dim=3, context_length=8, dtype=float32, device='cpu')"
     )
 
 

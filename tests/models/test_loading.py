@@ -276,7 +276,7 @@ def test_dtype_is_what_was_asked_for(dtype, expected, images):
 
 
 @pytest.mark.usefixtures("registered")
-@pytest.mark.parametrize("dtype", ["int8", "double", torch.int64, 3])
+@pytest.mark.parametrize("dtype", ["int4", "double", torch.int64, 3])
 def test_wrong_dtypes_are_refused(dtype):
     register_model("mine", lambda entry, **_: MeanColour(), **FACTS)
     with pytest.raises(ValueError, match="dtype must be 'auto', 'float32', 'bfloat16', 'float16', not"):
