@@ -377,19 +377,14 @@ class DualEncoder(torch.nn.Module, abc.ABC):
     def sigmoid_scores(self, image_features: Tensor, class_features: Tensor) -> Tensor:
         """How well each class fits by itself: sigmoid of ``logit_scale`` times the cosine plus ``logit_bias``.
 
-        What a model trained with a sigmoid loss (SigLIP) means by its numbers; arguments and errors are those of
-        :meth:`probabilities`, and so is the best class, up to ties by rounding. As a confidence the two differ: these
-        do not sum to 1, and the bias, which softmax does not see, makes all of them low where no class fits.
-
-        Returns
-        -------
-        Tensor
-            float32 [n, K] in [0, 1].
+        What a model trained with a sigmoid loss (SigLIP) means by its numbers, float32 [n, K] in [0, 1]; arguments are
+        those of :meth:`probabilities`, and so is the best class, up to ties by rounding. As a confidence the two
+        differ: these do not sum to 1, and the bias, which softmax does not see, makes all low where no class fits.
 
         Raises
         ------
         ValueError
-            The model has no ``logit_bias``: it was trained with softmax.
+            As `probabilities`; or the model has no ``logit_bias``: it was trained with softmax.
 
         References
         ----------

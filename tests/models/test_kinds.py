@@ -100,6 +100,15 @@ def test_features_are_those_of_its_library(kind, folders, loaded, images):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_half_precision_gives_nearly_the_same_features(kind, folders, loaded, images):
+    exact, rounded = loaded(kind), load_model(f"local-dir:{folders(kind)}", device="cpu", dtype="bfloat16")
+    for encode in (lambda model: model.encode_image(model.prepare(images)), lambda model: model.encode_text(TEXTS)):
+        ours, theirs = encode(rounded), encode(exact)
+        assert ours.dtype == torch.float32
+        assert 0.98 < (ours * theirs).sum(dim=-1).min() < 1 - 1e-7
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_texts_of_the_whole_context_are_read_and_longer_ones_refused(kind, loaded):
     model = loaded(kind)
     longest = "x " * (model.context_length - len(find_text_frame(model).start) - 1)

@@ -13,8 +13,8 @@ from torch.nn import functional
 import medrobust_lib as mr
 from medrobust_lib.models.adapters import attach_adapters
 from medrobust_lib.models.dual_encoder import BrokenFeaturesError
-from medrobust_lib.models.text_frame import why_not_learned
 from medrobust_lib.models.own import Classifier, wrap
+from medrobust_lib.models.text_frame import why_not_learned
 
 SIDE = 8
 GIVEN = {"image_size": SIDE, "mean": (0.1, 0.2, 0.3), "std": (0.5, 0.25, 1.0)}
