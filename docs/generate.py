@@ -25,7 +25,7 @@ from demo_snapshot import INTERVAL, ROOT, SEEDS, SNAPSHOT, changed_parameters, r
 from medrobust_lib.data import published, questions
 from medrobust_lib.data.published import load_published
 from medrobust_lib.experiments import write_text_atomically
-from medrobust_lib.models.catalogue import DUAL_ENCODERS
+from medrobust_lib.models.catalogue import DUAL_ENCODERS, KINDS
 from medrobust_lib.runner import find_notebooks
 from medrobust_lib.smoothing.certificate import GUARANTEES
 from medrobust_lib.studies.cells import estimate_cells
@@ -323,8 +323,7 @@ def citations_part(snapshot: Snapshot) -> str:
 
 
 def kinds_part(_: Snapshot) -> str:
-    """Table of kinds of dual encoders and what each can do, from docs/model_kinds.toml, which a test holds to them."""
-    kinds = tomllib.loads((ROOT / "docs" / "model_kinds.toml").read_text(encoding="utf-8"))["kinds"]
+    """Table of kinds of dual encoders and what each can do, which a test holds to them."""
     adapters = {
         "layers": "on q, k and v",
         "fused": "on q, k and v, taken apart",
@@ -334,13 +333,13 @@ def kinds_part(_: Snapshot) -> str:
     rows = [
         (
             f"{row['kind']} ({row['library']})" if row["library"] not in row["kind"] else row["kind"],
-            row["such_as"],
+            " ".join(filter(None, (", ".join(f"`{id}`" for id in row["models"]), row.get("such_as", "")))),
             ("yes" if row["start_token"] else "yes, without a start token") if row["prompts"] else "refused",
             adapters[row["adapters"]],
             "yes" if row["retraining"] else "refused",
             " and ".join(row["scores"]),
         )
-        for row in kinds
+        for row in KINDS
     ]
     return _table(("kind", "such as", "prompts", "low-rank adapters", "re-training, certificates", "scores"), rows)
 

@@ -26,7 +26,8 @@ if TYPE_CHECKING:
     from medrobust_lib.studies.study_file import Study
 
 # What fits a terminal; --json gives everything, with hashes, sources and citations.
-MODEL_COLUMNS = ("id", "family", "image_size", "parameters", "available_offline")
+MODEL_COLUMNS = ("id", "kind", "image_size", "learns", "available_offline")
+VLM_COLUMNS = ("id", "family", "image_size", "parameters", "available_offline")
 DATASET_COLUMNS = ("id", "modality", "classes", "test", "available")
 _SHOWN_ROWS, _MOST_COLUMNS = 120, 7
 # What the first look shows.
@@ -259,12 +260,15 @@ def models(as_json: Annotated[bool, Option("--json", help="JSON instead of a tab
     from medrobust_lib.experiments.report import show, show_json
     from medrobust_lib.models.loading import list_models, list_vlms
 
-    tables = {"models": list_models(), "generative models (vlm)": list_vlms()}
     if as_json:
-        show_json(pd.concat(tables.values()))
+        show_json(pd.concat([list_models(), list_vlms()]))
         return
-    for title, table in tables.items():
-        show(table[list(MODEL_COLUMNS)], title=title)
+    table = list_models()
+    prompts = table["prompts"].map({"yes": "prompts"}).fillna("")
+    adapters = (~table["adapters"].isin(["", "refused"])).map({True: "adapters", False: ""})
+    table["learns"] = [", ".join(filter(None, pair)) for pair in zip(prompts, adapters, strict=True)]
+    show(table[list(MODEL_COLUMNS)], title="models")
+    show(list_vlms()[list(VLM_COLUMNS)], title="generative models (vlm)")
 
 
 @app.command()

@@ -51,7 +51,8 @@ def examine_model(id: str) -> Iterator[Finding]:
     ------
     Finding
         The model; its preprocessing beside that of its own library, where there is one; whether features are finite
-        and independent of the rest of a batch; and draws of noise a second, with what a certificate would cost.
+        and independent of the rest of a batch; whether prompts and adapters can be learned; and draws of noise a
+        second, with what a certificate would cost.
         After a model that cannot be loaded there are no others.
     """
     from medrobust_lib.data.registry import load_dataset
@@ -64,7 +65,7 @@ def examine_model(id: str) -> Iterator[Finding]:
         return
     yield Finding("model", True, repr(model))
     data = load_dataset("phantom/blood", n=8)
-    for check in (_preprocessing, _features, _speed):
+    for check in (_preprocessing, _features, _capabilities, _speed):
         yield _found(check, model, data, id)
 
 
@@ -238,6 +239,18 @@ def _features(model: "DualEncoder", data: "ImageDataset", id: str) -> str:
             "copies, which no certificate allows; look for statistics of the batch, or certify with batch_size=1"
         )
     return f"finite, and the same alone and in a batch within {gap:.1e}: {len(pixels)} images, clean, noisy and blank"
+
+
+def _capabilities(model: "DualEncoder", data: "ImageDataset", id: str) -> str:
+    from medrobust_lib.models.adapters import adapter_layout
+    from medrobust_lib.models.text_frame import why_not_learned
+
+    try:
+        adapter_layout(model)
+        adapters = "low-rank adapters have their place"
+    except ValueError as error:
+        adapters = str(error)
+    return f"zero-shot, corruptions and certificates; {why_not_learned(model) or 'prompts can be learned'}; {adapters}"
 
 
 def _speed(model: "DualEncoder", data: "ImageDataset", id: str) -> str:

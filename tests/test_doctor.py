@@ -16,7 +16,7 @@ from medrobust_lib.models.loading import load_model
 from medrobust_lib.models.own import Classifier
 from medrobust_lib.models.weights import DEMO_FOLDER
 
-CHECKS = ["model", "preprocessing", "features", "speed"]
+CHECKS = ["model", "preprocessing", "features", "capabilities", "speed"]
 
 
 @pytest.fixture(autouse=True)
@@ -49,6 +49,7 @@ def test_a_sound_model_passes_and_a_certificate_is_priced():
     assert result.exit_code == 0, result.output
     assert re.findall(r"^ok   (\w+)", result.output, re.MULTILINE) == CHECKS
     assert "that of open_clip within 0.0 of 256 levels, on four sizes" in result.output
+    assert "prompts can be learned; low-rank adapters have their place" in " ".join(result.output.split())
     assert re.search(
         r"101 draws a second on \w+ in \w+; a certificate of n=10,000 takes at most 1.7 minut", result.output
     )

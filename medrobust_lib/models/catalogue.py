@@ -102,6 +102,9 @@ def _rows(kind: str) -> tuple[ModelEntry, ...]:
     return tuple(ModelEntry(**{**row, "files": tuple(row.get("files", ()))}) for row in rows)
 
 
+KINDS: tuple[Mapping[str, Any], ...] = tuple(read_table("kinds.toml")["kinds"])
+"""Kinds of dual encoders: which models are of it, and what it can do; each is held against a tiny model."""
+
 DUAL_ENCODERS = _rows("dual_encoders")
 GENERATIVE = _rows("generative")
 

@@ -14,7 +14,7 @@ import pandas as pd
 from medrobust_lib.checks import closest
 from medrobust_lib.files import read_sums
 from medrobust_lib.models import catalogue, kinds, weights
-from medrobust_lib.models.catalogue import DUAL_ENCODERS, GENERATIVE, Loader, ModelEntry, own_entry, place_hint
+from medrobust_lib.models.catalogue import DUAL_ENCODERS, GENERATIVE, KINDS, Loader, ModelEntry, own_entry, place_hint
 from medrobust_lib.places import default_weights_dir
 
 if TYPE_CHECKING:
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 _DTYPES = ("float32", "bfloat16", "float16")
 _COLUMNS = ["id", "family", "image_size", "parameters", "licence", "source", "sha256", "available_offline", "citation"]
+_CAPABILITIES = ["kind", "prompts", "adapters"]
 
 QUANTISED: dict[Any, dict[str, Any]] = {
     "int8": {"load_in_8bit": True},
@@ -253,9 +254,13 @@ def list_models(*, weights_dir: str | Path | None = None) -> pd.DataFrame:
     -------
     DataFrame
         One row per model: id, family, image_size (pixels), parameters, licence, source, sha256 (by file, where
-        known), available_offline, citation.
+        known), available_offline, citation, and of a kind that ``kinds.toml`` describes: kind, prompts (whether they
+        can be learned) and adapters (where low-rank adapters go).
     """
-    return _table(_dual_encoders(), _weights_dir(weights_dir))
+    of_kinds = {id: {**row, "prompts": "yes" if row["prompts"] else "no"} for row in KINDS for id in row["models"]}
+    table = _table(_dual_encoders(), _weights_dir(weights_dir))
+    told = [[of_kinds.get(id, {}).get(name, "") for name in _CAPABILITIES] for id in table["id"]]
+    return pd.concat([table, pd.DataFrame(told, columns=_CAPABILITIES)], axis=1)
 
 
 def list_vlms(*, weights_dir: str | Path | None = None) -> pd.DataFrame:

@@ -5,7 +5,6 @@ import functools
 import importlib.util
 import json
 import shutil
-import tomllib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -20,7 +19,9 @@ from torch.nn import functional
 
 from medrobust_lib.adaptation.retraining import retrain_on_noise
 from medrobust_lib.models.adapters import adapter_layout, adapter_parameters, attach_adapters, merge_adapters
-from medrobust_lib.models.loading import available_offline, check_kind, find_model, load_model
+from medrobust_lib.models.catalogue import DUAL_ENCODERS
+from medrobust_lib.models.catalogue import KINDS as KINDS_TABLE
+from medrobust_lib.models.loading import available_offline, check_kind, find_model, list_models, load_model
 from medrobust_lib.models.open_clip import OpenClipEncoder
 from medrobust_lib.models.text_frame import find_text_frame, why_not_learned
 from medrobust_lib.models.transformers_clip import TransformersClipEncoder
@@ -34,8 +35,7 @@ tiny_kinds = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(tiny_kinds)
 
 KINDS = tuple(tiny_kinds.KINDS)
-_TABLE_FILE = Path(__file__).parents[2] / "docs" / "model_kinds.toml"
-TABLE = {row["kind"]: row for row in tomllib.loads(_TABLE_FILE.read_text(encoding="utf-8"))["kinds"]}
+TABLE = {row["kind"]: row for row in KINDS_TABLE}
 TEXTS = ["an image of debris.", "a histology patch of tissue, of lymphocytes", "tissue"]
 
 
@@ -197,7 +197,14 @@ def test_every_cell_of_the_table_in_the_documentation(kind, loaded, drawn):
     assert row["prompts"] == (not why_not_learned(model))
     assert row["adapters"] == adapters_of(model)
     assert row["retraining"]
-    assert set(row) - {"kind", "such_as"} == {"library", "start_token", "prompts", "adapters", "retraining", "scores"}
+    assert set(row) - {"kind", "models", "such_as"} == {
+        "library",
+        "start_token",
+        "prompts",
+        "adapters",
+        "retraining",
+        "scores",
+    }
 
 
 def test_the_table_in_the_documentation_has_every_kind():
@@ -343,3 +350,17 @@ def test_numbers_of_parameters_are_those_of_the_published_configurations():
         large = open_clip.create_model("ViT-L-14", device="meta", load_weights=False, pretrained_text=False)
         assert parameters(large) == find_model("bmc-clip").parameters
     assert find_model("pubmedclip").parameters == find_model("plip").parameters  # both are ViT-B/32
+
+
+def test_every_model_is_listed_once_and_the_table_of_models_says_its_kind():
+    named = [id for row in KINDS_TABLE for id in row["models"]]
+    assert len(named) == len(set(named))
+    assert set(named) <= {entry.id for entry in DUAL_ENCODERS}
+    table = list_models().set_index("id")
+    assert table.loc["demo-clip", ["kind", "prompts", "adapters"]].tolist() == [
+        "open_clip ResNet",
+        "yes",
+        "convolutions",
+    ]
+    assert table.loc["medsiglip-448", ["kind", "prompts", "adapters"]].tolist() == ["SigLIP", "yes", "layers"]
+    assert table.loc["medclip-vit", "kind"] == ""  # a back end of its own
