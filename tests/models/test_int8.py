@@ -1,6 +1,5 @@
 """Image towers in int8: one image at a time, named in every record, and refused where they cannot be had or learn."""
 
-import copy
 import importlib.util
 from dataclasses import fields
 
@@ -75,9 +74,12 @@ def test_generative_models_do_not_take_it():
         mr.load_vlm("demo-vlm", device="cpu", dtype="int8")
 
 
-def test_a_model_without_int8_says_its_own_type(whole):
+def test_a_model_without_int8_says_its_own_type(whole, prepared, data):
     assert (whole.precision, whole.identity()["dtype"]) == ("float32", "float32")
-    assert copy.deepcopy(whole).to(torch.bfloat16).precision == "bfloat16"
+    half = load_model("demo-clip-vit", device="cpu", dtype="bfloat16")
+    classifier = PromptClassifier(half, half.class_features(data.classes, data.templates[:1]))
+    found = certify(classifier, prepared[0], index=0, sigma=0.1, n0=10, n=50, dataset=data.id)
+    assert (half.precision, found.dtype, found.guarantee) == ("bfloat16", "bfloat16", "standard")
 
 
 # ---- features ----
