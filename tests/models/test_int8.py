@@ -16,7 +16,8 @@ from medrobust_lib.experiments.cards import environment
 from medrobust_lib.models import int8, loading
 from medrobust_lib.models.adapters import attach_adapters, save_adapter
 from medrobust_lib.models.int8 import Int8Tower, check_int8, int8_tower
-from medrobust_lib.models.loading import load_model, register_model, why_not_learned
+from medrobust_lib.models.loading import load_model, register_model
+from medrobust_lib.models.text_frame import why_not_learned
 from medrobust_lib.smoothing.certify import certify
 from medrobust_lib.smoothing.methods import PromptClassifier
 from medrobust_lib.smoothing.prompts import learn_prompts
@@ -67,11 +68,6 @@ def test_nothing_is_loaded_before_the_refusal(monkeypatch):
 def test_int8_is_of_the_cpu():
     with pytest.raises(ValueError, match=r"dtype='int8' computes on the CPU, not on 'cuda:0'; take device='cpu'"):
         check_int8(torch.device("cuda:0"))
-
-
-def test_generative_models_do_not_take_it():
-    with pytest.raises(ValueError, match=r"dtype must be 'auto', .* not 'int8'; dual encoders take 'int8', too"):
-        mr.load_vlm("demo-vlm", device="cpu", dtype="int8")
 
 
 def test_a_model_without_int8_says_its_own_type(whole, prepared, data):
