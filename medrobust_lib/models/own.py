@@ -29,7 +29,7 @@ class _OfFunctions(DualEncoder):
         id = id or _name_of(next(iter(given.values())))
         networks = {what: _networks(function) for what, function in given.items()}
         parts = list(dict.fromkeys(network for found in networks.values() for network in found))
-        if training := [type(network).__name__ for network in parts if network.training]:
+        if training := [type(part).__name__ for network in parts for part in network.modules() if part.training]:
             raise ValueError(
                 f"{id}: {training[0]} is in training mode, so an answer depends on the rest of its batch and is no "
                 "fixed function of the image; call .eval() first"
@@ -233,14 +233,16 @@ class Classifier(_OfFunctions):
 
 
 def _networks(function: Any) -> list[nn.Module]:
-    """Networks that a function is, is bound to, also as attributes of an object, or names in its source."""
+    """Networks that a function is, is bound to, also as attributes or defaults, or names in its source."""
     known = [function]
     while isinstance(function, functools.partial):
         known += [*function.args, *function.keywords.values()]
         function = function.func
     owner = getattr(function, "__self__", function)
     known += [function, owner, *getattr(owner, "__dict__", {}).values()]
+    function = inspect.unwrap(function)  # of torch.no_grad and other decorators
     if inspect.isfunction(function):
+        known += [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
         known += inspect.getclosurevars(function).nonlocals.values()
         codes = [function.__code__]
         for code in codes:  # grows: a comprehension or an inner function has a code of its own

@@ -246,9 +246,10 @@ def check_classifier(classifier: Any) -> None:
 
 def check_not_training(classifier: Any) -> None:
     """Refuse a network whose answers depend on the batch or on chance of its own (batch norm, dropout)."""
-    if getattr(classifier, "training", False):
+    parts = classifier.modules() if isinstance(classifier, torch.nn.Module) else [classifier]
+    if training := [type(part).__name__ for part in parts if getattr(part, "training", False)]:
         raise ValueError(
-            f"{type(classifier).__name__} is in training mode, so an answer depends on the rest of its batch and is "
+            f"{training[0]} is in training mode, so an answer depends on the rest of its batch and is "
             "no fixed function of the noisy image; call .eval() first"
         )
 

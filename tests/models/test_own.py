@@ -74,13 +74,25 @@ def test_functions_of_a_model_give_its_features_bit_for_bit():
     assert model.identity()["weights"] == inner.identity()["weights"]
 
 
-@pytest.mark.parametrize("kind", ["network", "bound", "closure", "partial", "inner", "object"])
+@pytest.mark.parametrize(
+    "kind", ["network", "bound", "closure", "partial", "inner", "object", "decorated", "default", "keyword"]
+)
 def test_the_weights_behind_a_function_tell_it_from_another(kind):
     def made(seed):
         net = network(seed)
 
         def closure(pixels):
             return net(pixels)
+
+        @torch.no_grad()
+        def decorated(pixels):
+            return net(pixels)
+
+        def default(pixels, module=net):
+            return module(pixels)
+
+        def keyword(pixels, *, module=net):
+            return module(pixels)
 
         def apply(module, pixels):
             return module(pixels)
@@ -94,6 +106,9 @@ def test_the_weights_behind_a_function_tell_it_from_another(kind):
             "network": net,
             "bound": net.forward,
             "closure": closure,
+            "decorated": decorated,
+            "default": default,
+            "keyword": keyword,
             "inner": scope["inner"],
         }
         function = known.get(kind) or functools.partial(apply, net)
@@ -103,6 +118,16 @@ def test_the_weights_behind_a_function_tell_it_from_another(kind):
     assert first == again != other
     assert first["id"] == {"network": "Sequential", "bound": "Sequential.forward", "partial": "apply"}.get(kind, kind)
     assert made(0).double().encode_image(torch.zeros(1, 3, SIDE, SIDE)).shape == (1, 3)  # the network went along
+
+
+def test_a_part_in_training_mode_is_refused_when_a_model_is_made_and_when_it_is_certified():
+    net = nn.Sequential(network(), nn.Dropout(0.5)).eval()
+    model = Classifier(net, n_classes=3, image_size=SIDE)
+    net[1].train()
+    with pytest.raises(ValueError, match="Dropout is in training mode"):
+        Classifier(net, n_classes=3, image_size=SIDE)
+    with pytest.raises(ValueError, match="Dropout is in training mode"):
+        mr.certify_dataset(model, mr.load_dataset("phantom/histology", n=9), n=50)
 
 
 def test_where_no_weights_are_found_a_record_says_that_it_cannot_tell_them():
