@@ -1,9 +1,10 @@
 """Image towers in int8 on the CPU: exported by torch, quantised and run by ONNX Runtime (the ``onnx`` extra)."""
 
+import io
 import logging
 import tempfile
 import warnings
-from contextlib import ExitStack
+from contextlib import ExitStack, redirect_stderr
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib.util import find_spec
@@ -129,6 +130,7 @@ def int8_tower(model: DualEncoder) -> Int8Tower:
         afterwards.enter_context(warnings.catch_warnings(action="ignore"))
         afterwards.callback(logging.disable, logging.root.manager.disable)
         logging.disable(logging.WARNING)  # the advice of both packages is to those who export by hand
+        afterwards.enter_context(redirect_stderr(io.StringIO()))  # a graph that fails is printed whole
         whole, quantised = folder / "float32.onnx", folder / "int8.onnx"
         try:
             torch.onnx.export(_Tower(model).eval(), (ramp,), whole, dynamo=True, verbose=False)

@@ -231,6 +231,13 @@ def load_model(
             f"the loader of {id!r} must return a DualEncoder, not {type(model).__name__} ({model!r:.60}); its form is "
             "loader(entry, *, weights_dir, offline) -> DualEncoder in float32 on the CPU"
         )
+    types = {tensor.dtype for tensor in model.parameters() if tensor.is_floating_point()}
+    if rounded := types - {torch.float32, torch.float64, precision}:
+        raise ValueError(
+            f"the loader of {id!r} returned weights in {rounded.pop()}, not in float32, so {precision} would be a name "
+            "for rounded numbers. A network that is made outside of the loader keeps the type of an earlier load: make "
+            "it, or read its weights, within the loader; a checkpoint in that type needs .float() there"
+        )
     if adapter is not None:
         from medrobust_lib.models.adapters import load_adapter  # peft is slow to import
 

@@ -244,9 +244,19 @@ class Moody(Tiny):
         (Moody, r"in int8 the features of an image have the cosine -\d.* with those in float32, below 0.9"),
     ],
 )
-def test_towers_that_cannot_be_quantised_are_refused(kind, reason):
+def test_towers_that_cannot_be_quantised_are_refused(kind, reason, capfd):
     with pytest.raises(ValueError, match=f"^tiny: {reason}"):
         int8_tower(kind("tiny").eval())
+    assert capfd.readouterr() == ("", "")
+
+
+@needs_extra
+def test_a_classifier_that_gives_labels_is_refused_in_one_message(capfd):
+    net = nn.Sequential(nn.Flatten(), nn.Linear(3 * SIDE**2, 3)).eval()
+    model = mr.Classifier(lambda pixels: net(pixels).argmax(1), n_classes=3, image_size=SIDE, id="tiny")
+    with pytest.raises(ValueError, match="^tiny: the image tower cannot be exported"):
+        int8_tower(model)
+    assert capfd.readouterr() == ("", "")
 
 
 @needs_extra

@@ -246,6 +246,16 @@ def test_a_loader_must_return_a_dual_encoder(made, named):
 
 
 @pytest.mark.usefixtures("registered")
+def test_weights_that_an_earlier_load_rounded_are_not_called_float32():
+    shared = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(3, 2)).eval()
+    register_model("mine", lambda entry, **_: medrobust_lib.Classifier(shared, n_classes=2, image_size=8), **FACTS)
+    for dtype in ("float32", "bfloat16", "bfloat16"):
+        assert load_model("mine", device="cpu", dtype=dtype).precision == dtype
+    with pytest.raises(ValueError, match=r"'mine' returned weights in torch.bfloat16, not in float32.* within the load"):
+        load_model("mine", device="cpu", dtype="float32")
+
+
+@pytest.mark.usefixtures("registered")
 @pytest.mark.parametrize("loader", [os.getcwd, lambda: None, lambda entry: None, lambda weights_dir, offline: None])
 def test_a_loader_must_take_what_loaders_are_called_with(loader):
     with pytest.raises(
