@@ -98,6 +98,9 @@ def test_list_models_is_one_row_per_model(tmp_path, hub_cache):
         "sha256",
         "available_offline",
         "citation",
+        "kind",
+        "prompts",
+        "adapters",
     ]
     table = table.set_index("id")
     assert table.loc["clip-vit-b16", "licence"] == "MIT"
