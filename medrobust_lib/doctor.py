@@ -242,13 +242,13 @@ def _features(model: "DualEncoder", data: "ImageDataset", id: str) -> str:
 
 
 def _capabilities(model: "DualEncoder", data: "ImageDataset", id: str) -> str:
-    from medrobust_lib.models.adapters import adapter_layout
+    from medrobust_lib.models.adapters import attach_adapters
     from medrobust_lib.models.text_frame import why_not_learned
 
     try:
-        adapter_layout(model)
+        attach_adapters(model, rank=1)  # to a copy, which a function may not be part of
         adapters = "low-rank adapters have their place"
-    except ValueError as error:
+    except (ValueError, TypeError) as error:  # a server or a session cannot be copied
         adapters = str(error)
     return f"zero-shot, corruptions and certificates; {why_not_learned(model) or 'prompts can be learned'}; {adapters}"
 

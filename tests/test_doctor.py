@@ -3,6 +3,7 @@
 import importlib.util
 import re
 import sys
+import threading
 import types
 from dataclasses import replace
 from pathlib import Path
@@ -94,6 +95,25 @@ def test_a_classifier_has_no_processor_to_compare_with_and_any_number_of_classes
     assert found["preprocessing"].detail == (
         "no processor of its own to compare with; to 8 px, shortest-edge-crop, bicubic"
     )
+
+
+def test_adapters_have_a_place_only_where_a_copy_takes_them(examined):
+    tower = torch.nn.Sequential(torch.nn.Conv2d(3, 3, 8), torch.nn.Flatten()).eval()
+    places = "low-rank adapters have their place"
+    for function, fits in ((tower, True), (lambda pixels: tower(pixels), False)):
+        found = examined(lambda function=function: Classifier(function, n_classes=3, image_size=8, id="x"))
+        assert found["capabilities"].passed and (places in found["capabilities"].detail) is fits
+
+    class Session:
+        def __init__(self):
+            self.lock = threading.Lock()
+
+        def __call__(self, pixels):
+            return pixels.mean((2, 3)) + 1
+
+    found = examined(lambda: Classifier(Session(), n_classes=3, image_size=8))
+    assert [one.check for one in found.values() if one.passed] == CHECKS
+    assert "cannot pickle" in found["capabilities"].detail
 
 
 def test_answers_that_hang_on_the_batch_and_features_that_are_not_finite_are_found(examined):

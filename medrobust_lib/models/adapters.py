@@ -27,7 +27,7 @@ from medrobust_lib.checks import check_choice, check_whole
 from medrobust_lib.files import file_sha256, parsed, save_tensors
 from medrobust_lib.models import adapter_layers
 from medrobust_lib.models.adapter_layers import AdapterLayout, adapter_layout, adapter_parameters, inject_adapters
-from medrobust_lib.models.dual_encoder import DualEncoder, find_image_tower
+from medrobust_lib.models.dual_encoder import DualEncoder, find_image_tower, probes
 from medrobust_lib.models.kinds import foreign_adapter
 from medrobust_lib.models.weights import explained_errors, fingerprint
 from medrobust_lib.places import VERSION
@@ -106,7 +106,8 @@ def attach_adapters(
     Raises
     ------
     ValueError
-        A parameter out of range, a model that has adapters already or is in float16, or a tower without a place.
+        A parameter out of range, a model that has adapters already or is in float16, or a tower without a place or a
+        gradient.
 
     References
     ----------
@@ -130,6 +131,12 @@ def attach_adapters(
             raise ValueError(f"kernel='middle': the adapters of {model.id} go on {layout.kind} layers; take 'whole'")
         names = _open_layers(adapted, layout, qkv)
         inject_adapters(adapted, names, rank=rank, middle=kernel == "middle", seed=seed)
+        with torch.enable_grad():
+            if not probes(adapted.eval())[0]().requires_grad:
+                raise ValueError(
+                    f"{model.id}: adapters cannot learn, since no gradient reaches them from the features of an image: "
+                    "labels have none, scores do"
+                )
     adapted.attached = AttachedAdapters(model.id, identity, layout, rank, qkv, kernel)
     return adapted.eval()  # peft makes its layers in training mode
 

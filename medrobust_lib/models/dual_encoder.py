@@ -492,8 +492,8 @@ def _reached(model: DualEncoder, encode: Callable[[], Tensor]) -> set[str]:
     """Names of the parameters and batch normalisation layers that features depend on."""
     features: list[Tensor] = []
     found = set(layers_run(model, lambda: features.append(encode()), (_BatchNorm,)))
-    if features and features[0].requires_grad:
-        names, parameters = zip(*model.named_parameters(), strict=True)
-        gradients = torch.autograd.grad(features[0].sum(), parameters, allow_unused=True)
-        found.update(name for name, gradient in zip(names, gradients, strict=True) if gradient is not None)
+    named = dict(model.named_parameters())
+    if named and features and features[0].requires_grad:
+        gradients = torch.autograd.grad(features[0].sum(), list(named.values()), allow_unused=True)
+        found.update(name for name, gradient in zip(named, gradients, strict=True) if gradient is not None)
     return found

@@ -254,7 +254,9 @@ def test_weights_that_an_earlier_load_rounded_are_not_called_float32():
     register_model("mine", lambda entry, **_: medrobust_lib.Classifier(shared, n_classes=2, image_size=8), **FACTS)
     for dtype in ("float32", "bfloat16", "bfloat16"):
         assert load_model("mine", device="cpu", dtype=dtype).precision == dtype
-    with pytest.raises(ValueError, match=r"'mine' returned weights in torch.bfloat16, not in float32.* within the load"):
+    with pytest.raises(
+        ValueError, match=r"'mine' returned weights in torch.bfloat16, not in float32.* within the load"
+    ):
         load_model("mine", device="cpu", dtype="float32")
 
 

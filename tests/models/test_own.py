@@ -12,7 +12,7 @@ from torch.nn import functional
 
 import medrobust_lib as mr
 from medrobust_lib.models.adapters import attach_adapters
-from medrobust_lib.models.dual_encoder import BrokenFeaturesError
+from medrobust_lib.models.dual_encoder import BrokenFeaturesError, find_image_tower
 from medrobust_lib.models.own import Classifier, wrap
 from medrobust_lib.models.text_frame import why_not_learned
 
@@ -204,8 +204,23 @@ def test_a_network_that_is_copied_with_the_model_takes_adapters_and_one_that_is_
     def closure(pixels):
         return tower(pixels)
 
+    closed = Classifier(closure, n_classes=3, image_size=SIDE)
     with pytest.raises(ValueError, match="no place for adapters"):
-        attach_adapters(Classifier(closure, n_classes=3, image_size=SIDE))
+        attach_adapters(closed)
+    with pytest.raises(ValueError, match="no image tower to train"):
+        find_image_tower(closed.trainable_copy())
+    with pytest.raises(ValueError, match="no image tower to train"):
+        find_image_tower(Classifier(lambda p: [tower][0](p), n_classes=3, image_size=SIDE, id="x").trainable_copy())
+
+
+def test_labels_of_a_network_take_no_adapters():
+    class Labels(nn.Sequential):
+        def forward(self, pixels):
+            return super().forward(pixels).argmax(1)
+
+    model = Classifier(Labels(nn.Conv2d(3, 3, SIDE), nn.Flatten()).eval(), n_classes=3, image_size=SIDE)
+    with pytest.raises(ValueError, match="Labels: adapters cannot learn, since no gradient reaches them"):
+        attach_adapters(model)
 
 
 @pytest.mark.parametrize(

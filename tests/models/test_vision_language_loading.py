@@ -495,7 +495,9 @@ def test_numbers_of_parameters_are_those_of_the_published_configurations(name):
 def test_unknown_names_are_refused(folder):
     with pytest.raises(ValueError, match=r"unknown vision-language model 'smolvlm-265m'.*smolvlm-256m.*local-dir:PATH"):
         load_vlm("smolvlm-265m")
-    types = "'auto', 'float32', 'bfloat16', 'float16', not 'int4'; load_model also takes 'int8', load_vlm 'int8' and 'nf4'"
+    types = (
+        "'auto', 'float32', 'bfloat16', 'float16', not 'int4'; load_model also takes 'int8', load_vlm 'int8' and 'nf4'"
+    )
     with pytest.raises(ValueError, match=f"dtype must be {types}"):
         load(folder, dtype="int4")
     with pytest.raises(ValueError, match="device 'abacus' cannot be used here"):
