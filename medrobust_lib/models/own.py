@@ -201,7 +201,8 @@ class Classifier(_OfFunctions):
     def _image_features(self, pixels: Tensor) -> Tensor:
         found, n_classes = self._call("the classifier", pixels), self.embed_dim
         if found.shape == (len(pixels), n_classes) and found.is_floating_point():
-            return found
+            # Features are float32, where log-likelihoods, far from 0, would tie; the largest is at 1 instead.
+            return found - found.amax(1, keepdim=True) + 1 if found.dtype == torch.float64 else found
         if found.shape != (len(pixels),) or found.is_floating_point() or found.is_complex():
             raise TypeError(
                 f"{self.id} must map {len(pixels)} images to labels, whole numbers [{len(pixels)}], or to scores, "

@@ -213,6 +213,15 @@ def test_a_network_that_is_copied_with_the_model_takes_adapters_and_one_that_is_
         find_image_tower(Classifier(lambda p: [tower][0](p), n_classes=3, image_size=SIDE, id="x").trainable_copy())
 
 
+def test_scores_in_float64_that_float32_cannot_tell_apart_keep_their_order():
+    scores = torch.tensor([[-1e5, -1e5 + 1e-4], [-1e5 + 1e-4, -1e5], [0.5, 0.5]], dtype=torch.float64)
+    found = Classifier(lambda pixels: scores.numpy(), n_classes=2, image_size=SIDE, id="x").encode_image(
+        torch.zeros(3, 3, SIDE, SIDE)
+    )
+    assert found.argmax(1).tolist() == [1, 0, 0] and float(found[2, 0]) == float(found[2, 1]) > 0
+    assert (found[:2].amax(1) > found[:2].amin(1)).all()
+
+
 def test_labels_of_a_network_take_no_adapters():
     class Labels(nn.Sequential):
         def forward(self, pixels):
