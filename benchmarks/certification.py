@@ -38,7 +38,6 @@ from medrobust_lib.models.int8 import PACKAGES, int8_tower
 from medrobust_lib.models.loading import resolve_device
 from medrobust_lib.models.weights import DEMO_FOLDER
 from medrobust_lib.smoothing.bounds import probability_of_radius
-from medrobust_lib.smoothing.certify import RADII
 from medrobust_lib.smoothing.methods import FixedPrompts, PromptClassifier, zero_shot_methods
 from medrobust_lib.smoothing.noise import NoiseStream, noisy_copies, suggested_batch_size
 from medrobust_lib.smoothing.perturbations import PERTURBATIONS, PIXEL_NOISE, Perturbation
@@ -65,7 +64,7 @@ def draws(dataset: str, images: int, probe: int) -> pd.DataFrame:
     rows = []
     for sigma in SIGMAS:
         plans = {
-            "papers'": sequential_plan(sigma=sigma, radii=RADII, n=N, alpha=ALPHA),
+            "papers'": sequential_plan(sigma=sigma, radii=PIXEL_NOISE.radii, n=N, alpha=ALPHA),
             "grid": sequential_plan(sigma=sigma, n=N, alpha=ALPHA),
         }
         shares = _vote_shares(model, data, features, sigma=sigma, n=probe)
@@ -106,7 +105,7 @@ def draws(dataset: str, images: int, probe: int) -> pd.DataFrame:
 
 def price(sigma: float = 0.5) -> pd.DataFrame:
     """Draws that each radius costs at sigma, for an image that every noisy copy classifies alike."""
-    return price_of_radii(RADII, sigma=sigma, n=N, alpha=ALPHA)
+    return price_of_radii(PIXEL_NOISE.radii, sigma=sigma, n=N, alpha=ALPHA)
 
 
 def two_bounds(images: int, n: int = 1000, sigma: float = 0.25) -> pd.DataFrame:
@@ -405,7 +404,7 @@ def contender(name: str, n: int) -> dict[str, float]:
     certify = {
         "medrobust, fixed": lambda: mr.certify(classifier, image, sigma=sigma, n0=N0, n=n).draws,
         "medrobust, sequential": lambda: (
-            mr.certify(classifier, image, sigma=sigma, n0=N0, n=n, sampling="sequential", radii=RADII).draws
+            mr.certify(classifier, image, sigma=sigma, n0=N0, n=n, sampling="sequential", radii=PIXEL_NOISE.radii).draws
         ),
         "plain Cohen loop": lambda: _cohen_loop(model, method.class_features, image, sigma=sigma, n=n),
         "ART": lambda: _art(model, method.class_features, image, sigma=sigma, n=n),

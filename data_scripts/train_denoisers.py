@@ -33,7 +33,7 @@ from medrobust_lib.experiments.report import duration
 from medrobust_lib.files import disk_full, parsed, reported_errors, size_text
 from medrobust_lib.models.dual_encoder import DualEncoder
 from medrobust_lib.models.loading import resolve_device
-from medrobust_lib.smoothing.bounds import check_pixel_sigma
+from medrobust_lib.smoothing.bounds import check_sigma
 from medrobust_lib.smoothing.denoisers import (
     DEMO_FILES,
     DiffusionDenoiser,
@@ -127,7 +127,7 @@ def main(
     with parsed(f"--sigmas {sigmas}", "Give noise levels with commas between them, such as 0.25,0.5."):
         levels = tuple(sorted({float(sigma) for sigma in sigmas.split(",")}))
     for sigma in levels:
-        check_pixel_sigma(sigma)
+        check_sigma(sigma)
     place, judge, begin = resolve_device(device), None, None
     if (kind == "stability") != (model is not None) or (start is not None and kind != "stability"):
         raise ValueError(

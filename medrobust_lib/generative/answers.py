@@ -20,7 +20,7 @@ from medrobust_lib.experiments import RowStore, map_items, open_store, progress
 from medrobust_lib.models.vision_language import Completion
 from medrobust_lib.models.weights import fingerprint
 from medrobust_lib.places import VERSION
-from medrobust_lib.smoothing.bounds import check_pixel_sigma
+from medrobust_lib.smoothing.bounds import check_sigma
 from medrobust_lib.smoothing.certify import check_image, check_not_training
 from medrobust_lib.smoothing.noise import NoiseStream, Role, make_batches, noisy_copies
 
@@ -141,7 +141,7 @@ class Drawing:
         for name, plain in (("sigma", float), ("temperature", float), ("seed", operator.index)):
             object.__setattr__(self, name, plain(getattr(self, name)))
         object.__setattr__(self, "max_new_tokens", operator.index(self.max_new_tokens))
-        check_pixel_sigma(self.sigma)
+        check_sigma(self.sigma)
         check_whole("max_new_tokens", self.max_new_tokens, hint="; an answer has at least one token")
         if not 0 <= self.temperature < float("inf"):
             raise ValueError(f"temperature={self.temperature}: 0 (greedy) or a finite number above")

@@ -375,21 +375,16 @@ def check_alpha(alpha: float) -> None:
 
 
 def check_sigma(sigma: float, *, law: Law = "normal") -> None:
-    """Refuse a level that smooths nothing, in whatever units, and an unknown law."""
+    """Refuse a level that smooths nothing, for the normal law one in other units, and an unknown law."""
     check_choice("law", law, get_args(Law))
     if not 0 < sigma < math.inf:
         raise ValueError(
             f"sigma={sigma}: smoothing needs noise, a standard deviation > 0 in [0, 1] pixel units such as 0.25"
         )
-
-
-def check_pixel_sigma(sigma: float) -> None:
-    """Refuse a level of noise on pixels that smooths nothing, and one in 0 to 255 units."""
-    check_sigma(sigma)
-    if sigma > LARGEST_SIGMA:
+    if sigma > LARGEST_SIGMA and law == "normal":
         raise ValueError(
             f"sigma={sigma}: noise levels are in [0, 1] pixel units; divide a level in 0 to 255 units by 255 "
-            f"({sigma / 255:.4g})"
+            f"({sigma / 255:.4g}); a parameter of your own takes units in which sigma is at most {LARGEST_SIGMA:g}"
         )
 
 

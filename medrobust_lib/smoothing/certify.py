@@ -28,11 +28,8 @@ from medrobust_lib.smoothing.noise import Batches, NoiseStream, Role, make_batch
 from medrobust_lib.smoothing.perturbations import PIXEL_NOISE, Sigma, as_level, find_perturbation
 from medrobust_lib.smoothing.sequential import SequentialPlan, sequential_plan
 
-Classifier = Callable[[Tensor], Tensor]
+BaseClassifier = Callable[[Tensor], Tensor]
 Answers = Callable[[Role, int, int, Sequence[int]], Sequence[Tensor]]
-
-RADII = (0.0, 0.1, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
-"""The radii of PromptSmooth's tables, in [0, 1] pixel units."""
 
 # What `certify` and `predict` pass on.
 _ADDRESS = {"seed": 0, "dataset": "", "index": 0, "batch_size": None, "perturbation": PIXEL_NOISE.name}
@@ -90,7 +87,7 @@ class Rules:
     alpha: float = bounds.ALPHA
     sampling: Sampling = "sequential"
     mode: Mode = "predict"
-    radii: Sequence[float] | None = RADII
+    radii: Sequence[float] | None = PIXEL_NOISE.radii
     bounds: Bounds | None = None
 
     def __post_init__(self) -> None:
@@ -275,7 +272,7 @@ def _leading(votes: Counter[int], tested: int) -> tuple[int, int]:
 
 
 def predict(
-    classifier: Classifier,
+    classifier: BaseClassifier,
     image: Tensor,
     *,
     sigma: Sigma,
@@ -332,7 +329,7 @@ def predict(
 
 
 def certify(
-    classifier: Classifier,
+    classifier: BaseClassifier,
     image: Tensor,
     *,
     sigma: Sigma,
@@ -443,7 +440,7 @@ def make_certificate(
 
 
 def _answers(
-    classifier: Classifier, image: Tensor, sigma: Sigma, address: Mapping[str, Any]
+    classifier: BaseClassifier, image: Tensor, sigma: Sigma, address: Mapping[str, Any]
 ) -> tuple[Answers, NoiseStream]:
     """Let one classifier of pixels answer the noisy copies of one image; and the address of their noise."""
     check_classifier(classifier)

@@ -42,7 +42,7 @@ from torch import Tensor
 from medrobust_lib.checks import check_choice, check_positive
 from medrobust_lib.corruptions.suites import SUITES, Suite, find_suite
 from medrobust_lib.models.geometry import PIXEL_LIMIT
-from medrobust_lib.smoothing.bounds import Law, check_pixel_sigma, rounded_down, rounded_up
+from medrobust_lib.smoothing.bounds import Law, check_sigma, rounded_down, rounded_up
 
 Sigma = float | tuple[float, ...]
 
@@ -87,8 +87,9 @@ class Perturbation:
         return (len(self.usual_sigma) if isinstance(self.usual_sigma, tuple) else 1,)
 
     def check_sigma(self, sigma: Sigma) -> None:
-        """Refuse a level in the units of another family: a ValueError that says what it would do."""
-        raise NotImplementedError
+        """Refuse a level that smooths nothing; a family refuses those of other units, too, with a ValueError."""
+        for level in sigma if isinstance(sigma, tuple) else (sigma,):
+            check_sigma(level, law=self.law)
 
     def check_image(self, image: tuple[int, ...], sigma: Sigma) -> None:
         """Refuse images [3, H, W] that are too small to be transformed."""
@@ -103,7 +104,7 @@ class Perturbation:
 
     def apply(self, pixels: Tensor, theta: Tensor) -> Tensor:
         """T_theta of one image [3, H, W] or of b images [b, 3, H, W], for theta [b, m]: float [b, 3, H, W]."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} has no apply(pixels, theta), which makes T_theta of images")
 
     def unit(self, sigma: Sigma) -> float:
         """Sigma in the units of the radius: 1 for several parameters, whose radius counts their sigmas."""
@@ -111,7 +112,7 @@ class Perturbation:
 
     def describe(self, radius: float, sigma: Sigma, *, image: tuple[int, ...]) -> str:
         """The certified region in words: for every T_theta(x) of which the answer is that of x."""
-        raise NotImplementedError
+        return f"under every {self.name} up to {rounded_down(radius)} {self.units}"
 
     def severities(self, suite: str | Suite, *, dataset: str = "") -> dict[str, tuple[tuple[float, ...], ...]]:
         """Theta of severity 1 to 5 of every corruption of a suite that is of this family.
@@ -218,7 +219,7 @@ class PixelNoise(Perturbation):
 
     def check_sigma(self, sigma: Sigma) -> None:
         """Refuse what smooths nothing, and levels in 0 to 255."""
-        check_pixel_sigma(_one(self, sigma))
+        check_sigma(_one(self, sigma))
 
     def draw_into(self, row: Tensor, sigma: Sigma, generator: torch.Generator) -> None:
         """Fill an image of noise."""
@@ -413,8 +414,10 @@ def find_perturbation(perturbation: str | Perturbation) -> Perturbation:
 
 
 def as_level(sigma: Any) -> Sigma:
-    """A noise level as a float, or as a tuple of floats; a TypeError for anything else."""
+    """A noise level as a float, or as a tuple of floats; a TypeError for anything else, texts and truth values too."""
     try:
+        if isinstance(sigma, str | bytes | bool):
+            raise TypeError
         return float(sigma) if np.ndim(sigma) == 0 else tuple(float(level) for level in sigma)
     except (TypeError, ValueError):
         raise TypeError(f"sigma={sigma!r}: give a number, or a tuple of numbers for several parameters") from None

@@ -339,7 +339,7 @@ def test_the_constant_of_the_rule_depends_on_the_distribution():
         (lambda: bounds.certified_radius(0.7, 0.0), "sigma=0.0: smoothing needs noise"),
         (lambda: bounds.certified_radius(0.7, math.inf), "sigma=inf"),
         (
-            lambda: bounds.check_pixel_sigma(256),
+            lambda: bounds.certified_radius(0.7, 256),
             r"sigma=256: noise levels are in \[0, 1\] pixel units; .* \(1.004\)",
         ),
         (lambda: bounds.certified_radius(0.7, 0.5, p_upper=-0.1), "p_upper=-0.1: a probability lies in"),

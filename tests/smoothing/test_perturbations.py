@@ -673,7 +673,7 @@ def test_no_draw_of_the_largest_contrast_is_refused_by_a_model(encoder):
         family.check_sigma(0.58)
 
 
-@pytest.mark.parametrize("sigma", [None, "a lot", ((0.5, 0.2),), (0.5, None)])
+@pytest.mark.parametrize("sigma", [None, "a lot", "0.5", True, ((0.5, 0.2),), (0.5, None)])
 def test_what_is_no_level_is_named(sigma):
     with pytest.raises(TypeError, match=r"sigma=.*: give a number, or a tuple of numbers for several parameters"):
         certify(darker, torch.zeros(3, 4, 4), sigma=sigma, perturbation="contrast-brightness")
@@ -685,27 +685,35 @@ def test_a_level_may_come_as_an_array_of_no_dimension():
 
 
 class Shift(Perturbation):
-    """A brightness in grey levels of 8 bits."""
+    """A brightness in steps of 16 grey levels; its level and its words are those of the base class."""
 
-    name, usual_sigma, units = "grey levels", 51.0, "grey levels"
-
-    def check_sigma(self, sigma):
-        """Take any."""
+    name, usual_sigma, units = "shift", 3.0, "steps of 16 grey levels"
 
     def apply(self, pixels, theta):
-        return pixels + theta[:, :1, None, None] / 255
-
-    def describe(self, radius, sigma, *, image):
-        return f"{radius:.4f} grey levels"
+        return pixels + theta[:, :1, None, None] * 16 / 255
 
 
 @pytest.mark.parametrize("sampling", ["fixed", "sequential"])
 def test_an_own_perturbation_has_units_of_its_own(sampling):
-    """Sigmas above 10 are noise of 0 to 255 on pixels only; radii follow the units."""
     words = {"n0": 20, "n": 60, "sampling": sampling}
-    found = certify(darker, torch.full((3, 4, 4), 0.1), sigma=51, perturbation=Shift(), radii=[10, 500], **words)
+    found = certify(darker, torch.full((3, 4, 4), 0.1), sigma=3, perturbation=Shift(), radii=[0.5, 30], **words)
     assert found.predicted == 1
-    assert found.radius == (10 if sampling == "sequential" else pytest.approx(maximum_radius(60, 0.001, 51)))
+    assert found.radius == (0.5 if sampling == "sequential" else pytest.approx(maximum_radius(60, 0.001, 3)))
+
+
+def test_an_own_perturbation_says_its_region_and_refuses_levels():
+    assert Shift().describe(0.5, 3.0, image=(3, 4, 4)) == "under every shift up to 0.5 steps of 16 grey levels"
+    for sigma, words in ((51, "own takes units in which sigma is at most 10"), (0, "smoothing needs noise")):
+        with pytest.raises(ValueError, match=rf"sigma={sigma}.*{words}"):
+            certify(darker, torch.zeros(3, 4, 4), sigma=sigma, perturbation=Shift())
+
+
+def test_an_own_perturbation_without_a_transformation_is_named():
+    class Nothing(Perturbation):
+        name, usual_sigma, units = "nothing", 1.0, ""
+
+    with pytest.raises(NotImplementedError, match=r"Nothing has no apply\(pixels, theta\)"):
+        certify(darker, torch.zeros(3, 4, 4), sigma=1, perturbation=Nothing())
 
 
 def darker(pixels):
