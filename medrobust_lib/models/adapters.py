@@ -27,15 +27,15 @@ from medrobust_lib.checks import check_choice, check_whole
 from medrobust_lib.files import file_sha256, parsed, save_tensors
 from medrobust_lib.models import adapter_layers
 from medrobust_lib.models.adapter_layers import AdapterLayout, adapter_layout, adapter_parameters, inject_adapters
+from medrobust_lib.models.catalogue import ADAPTER_CONFIG_NAME, foreign_adapter
 from medrobust_lib.models.dual_encoder import DualEncoder, find_image_tower, probes
-from medrobust_lib.models.kinds import foreign_adapter
 from medrobust_lib.models.weights import explained_errors, fingerprint
 from medrobust_lib.places import VERSION
 
 QKV = Literal["separate", "fused"]
 Kernel = Literal["whole", "middle"]
 
-_TENSORS, _CONFIG, _PROVENANCE = "adapter_model.safetensors", "adapter_config.json", "provenance.json"
+_TENSORS, _CONFIG, _PROVENANCE = "adapter_model.safetensors", ADAPTER_CONFIG_NAME, "provenance.json"
 _PEFT_PREFIX = "base_model.model."
 _FORMAT = 1
 

@@ -13,7 +13,7 @@ import pandas as pd
 
 from medrobust_lib.checks import closest
 from medrobust_lib.files import read_sums
-from medrobust_lib.models import catalogue, kinds, weights
+from medrobust_lib.models import catalogue, weights
 from medrobust_lib.models.catalogue import DUAL_ENCODERS, GENERATIVE, KINDS, Loader, ModelEntry, own_entry, place_hint
 from medrobust_lib.places import default_weights_dir
 
@@ -380,8 +380,8 @@ def check_kind(entry: ModelEntry, *, weights_dir: Path | None = None) -> None:
 
 def _check_vlm_folder(folder: Path, *, id: str) -> None:
     """`check_kind` for what is here of a generative model."""
-    kinds.check_no_adapter(folder, id=id)
-    kinds.check_writes_text(folder, id=id)
+    catalogue.check_no_adapter(folder, id=id)
+    catalogue.check_writes_text(folder, id=id)
     if id.startswith(catalogue.LOCAL_DIR_PREFIX):
         checkpoints = [path.name for path in folder.glob("*") if path.suffix in weights.CHECKPOINT_SUFFIXES]
         wanted = {catalogue.CONFIG_NAME: [catalogue.CONFIG_NAME], "model weights": checkpoints}
@@ -391,10 +391,10 @@ def _check_vlm_folder(folder: Path, *, id: str) -> None:
 
 def _check_snapshot(folder: Path, *, id: str) -> None:
     """`check_kind` for what is here of a repository of the hub."""
-    if (folder / catalogue.OPEN_CLIP_CONFIG_NAME).is_file() and not kinds.is_dual(folder):
+    if (folder / catalogue.OPEN_CLIP_CONFIG_NAME).is_file() and not catalogue.is_dual(folder):
         back_end = "open_clip"
     else:
-        kinds.check_dual(folder, id=id)
+        catalogue.check_dual(folder, id=id)
         back_end = "transformers_clip"
     if weights.has_checkpoint(folder):  # else the rest is still to be fetched
         _from_room(f"{back_end}:check_folder")(folder, id=id)

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from medrobust_lib.files import file_sha256, parsed, read_json_object
-from medrobust_lib.models import kinds, weights
+from medrobust_lib.models import catalogue, weights
 from medrobust_lib.models.catalogue import CONFIG_NAME, OPEN_CLIP_CONFIG_NAME, ModelEntry, read_table
 from medrobust_lib.models.dual_encoder import DualEncoder, Tokens, check_text_lengths
 from medrobust_lib.models.geometry import Preprocessing, per_channel
@@ -275,7 +275,7 @@ def check_folder(folder: Path, *, id: str, published: Collection[str] = ()) -> P
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"no folder {folder} for the model {id!r}")
-    kinds.check_no_adapter(folder, id=id)
+    catalogue.check_no_adapter(folder, id=id)
     if not (folder / OPEN_CLIP_CONFIG_NAME).is_file():
         raise FileNotFoundError(
             f"{folder} holds no {OPEN_CLIP_CONFIG_NAME}: it is not a model folder in open_clip's format, nor, without "

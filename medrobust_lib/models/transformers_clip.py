@@ -16,7 +16,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoConfig, AutoModel, AutoTokenizer, CLIPImageProcessor, CLIPTextConfig, utils
 
 from medrobust_lib.files import parsed
-from medrobust_lib.models import kinds, weights
+from medrobust_lib.models import catalogue, weights
 from medrobust_lib.models.catalogue import CONFIG_NAME, HUB_PREFIX, OPEN_CLIP_CONFIG_NAME, ModelEntry, read_table
 from medrobust_lib.models.dual_encoder import DualEncoder, Tokens, check_text_lengths
 from medrobust_lib.models.geometry import Preprocessing, per_channel
@@ -206,13 +206,13 @@ def load_hub_clip(entry: ModelEntry, *, weights_dir: Path, offline: bool) -> Dua
     repository = entry.source.removeprefix(HUB_PREFIX)
     folder = weights.model_folder(entry, weights_dir) or _hub_folder(repository, CONFIG_NAME, offline=offline)
     # Beside open_clip's own configuration may lie that of a text tower or of a timm model.
-    is_dual = folder is not None and kinds.is_dual(folder)
+    is_dual = folder is not None and catalogue.is_dual(folder)
     if not is_dual and _hub_folder(repository, OPEN_CLIP_CONFIG_NAME, offline=offline) is not None:
         from medrobust_lib.models.open_clip import load_open_clip
 
         return load_open_clip(replace(entry, source=f"hf-hub:{repository}"), weights_dir=weights_dir, offline=offline)
     if folder is not None and (folder / CONFIG_NAME).is_file():
-        kinds.check_dual(folder, id=entry.id)
+        catalogue.check_dual(folder, id=entry.id)
     return load_transformers_clip(entry, weights_dir=weights_dir, offline=offline)
 
 
@@ -268,9 +268,9 @@ def check_folder(folder: Path, *, id: str) -> None:
     ValueError
         The model is no dual encoder, or one of its settings is not supported.
     """
-    kinds.check_no_adapter(folder, id=id)
+    catalogue.check_no_adapter(folder, id=id)
     if (folder / CONFIG_NAME).is_file():
-        kinds.check_dual(folder, id=id)
+        catalogue.check_dual(folder, id=id)
     wanted = {
         CONFIG_NAME: [CONFIG_NAME],
         # Newer processors keep the settings of images among their own.

@@ -24,7 +24,7 @@ from torch.nn import functional
 from medrobust_lib.checks import check_whole
 from medrobust_lib.models import weights
 from medrobust_lib.models.catalogue import CAVEATS, CONFIG_NAME, HUB_PREFIX
-from medrobust_lib.models.decoding import Completion, RowSampler
+from medrobust_lib.models.completion import Completion, RowSampler
 from medrobust_lib.models.dual_encoder import SOUND_TYPES, BrokenFeaturesError
 from medrobust_lib.models.geometry import ImageInput, Preprocessing, check_pixels, prepare_images
 from medrobust_lib.models.loading import QUANTISED, check_kind, find_model, quantised_options, settled

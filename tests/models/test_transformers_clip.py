@@ -12,8 +12,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, CLIPConfig, CLIPImageProcessorPil, CLIPModel
 
+from medrobust_lib.models.catalogue import check_writes_text
 from medrobust_lib.models.geometry import prepare_images
-from medrobust_lib.models.kinds import check_writes_text
 from medrobust_lib.models.loading import available_offline, check_kind, find_model, load_model
 from medrobust_lib.models.transformers_clip import read_preprocessing
 

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from medrobust_lib.models.kinds import is_dual
+from medrobust_lib.models.catalogue import is_dual
 from medrobust_lib.models.weights import explained_errors, fingerprint, read_state_dict
 
 
