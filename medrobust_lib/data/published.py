@@ -39,7 +39,7 @@ def load_published(name: str) -> pd.DataFrame:
         ``robustmedclip_readme`` (summary in the authors' repository); ``smoothing_vlms_draws`` (seconds and ratios of
         100 and 1000 draws, from the text); ``medmnist_c_alexnet`` (balanced errors
         by which MedMNIST-C normalises; rounded to six decimals); ``tss_imagenet`` (certified robust accuracy under
-        corruptions, of TSS, Table 2); ``test_class_counts`` (images of each class
+        brightness, from the results TSS's authors released); ``test_class_counts`` (images of each class
         in the test splits of RobustMedCLIP's data sets, PBC's not among them).
 
     Returns
