@@ -15,6 +15,8 @@ from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import yaml
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -24,6 +26,8 @@ _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _NO_LOCKS_HERE = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP}
 _SHOWN_CHARACTERS = 300  # of a parser's own message
 _WORDS = tomllib.loads(files("medrobust_lib").joinpath("remedies.toml").read_text(encoding="utf-8"))
+# Stands for "?" while YAML reads, which would not have it in a list or mapping. Unicode's last noncharacter is no text.
+_QUESTION_MARK = "\U0010ffff"
 _REMEDIES = {getattr(errno, name): words for name, words in _WORDS.items()}
 
 
@@ -326,3 +330,47 @@ def read_tensors(path: Path, *, key: str, kind: str, advice: str) -> tuple[dict[
         if not isinstance(header, dict):
             raise TypeError(f"its header {key!r} is no object")
         return {name: file.get_tensor(name) for name in file.keys()}, header  # noqa: SIM118 - it is no mapping
+
+
+class _TextLoader(yaml.SafeLoader):
+    """Leaves every scalar as it is written, and refuses a key given twice, of which YAML would drop one in silence."""
+
+    # By YAML 1.1 yes is true, 010 is eight, 1:30 is ninety and 1e2 is no number.
+    yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012 - PyYAML's own
+
+    def construct_scalar(self, node: yaml.ScalarNode) -> str:
+        return super().construct_scalar(node).replace(_QUESTION_MARK, "?")
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        twice = [key for key in keys if keys.count(key) > 1]
+        if twice:
+            raise yaml.constructor.ConstructorError(None, None, f"the key {twice[0]!r} is given twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+def read_yaml(source: Path | str, *, says: str = "") -> Any:
+    """Read YAML without types: every scalar is the text that is written, and `typed` makes a number of it.
+
+    A question mark is text, too: keys after "? " are not read.
+
+    Parameters
+    ----------
+    source : Path or str
+        A file in UTF-8, or the YAML itself.
+    says : str
+        Begin of the message for a text, in place of the file's name.
+
+    Raises
+    ------
+    ValueError
+        No valid YAML, or a key given twice.
+    OSError
+        As from the system, for example FileNotFoundError.
+    """
+    with parsed(f"{says or source} is no valid YAML", "Put text that holds ': ', ' #' or brackets in quotes."):
+        text = source.read_text(encoding="utf-8") if isinstance(source, Path) else source
+        try:
+            return yaml.load(text.replace("?", _QUESTION_MARK), Loader=_TextLoader)
+        except yaml.YAMLError as error:
+            raise ValueError(str(error).replace(_QUESTION_MARK, "?")) from error

@@ -17,7 +17,7 @@ from huggingface_hub import constants
 from medrobust_lib import checks
 from medrobust_lib.data.questions import scenario_size
 from medrobust_lib.data.registry import QUESTIONS_PREFIX, load_dataset
-from medrobust_lib.files import parsed
+from medrobust_lib.files import read_yaml
 from medrobust_lib.models.catalogue import fetch_command
 from medrobust_lib.models.loading import available_offline, check_kind, find_model
 from medrobust_lib.places import default_weights_dir
@@ -62,10 +62,6 @@ class ParameterError(ValueError):
     """A parameter that no selected notebook knows, of the wrong type, or with a value that cannot work."""
 
 
-# Stands for "?" while YAML reads, which would not have it in a list or mapping. Unicode's last noncharacter is no text.
-_QUESTION_MARK = "\U0010ffff"
-
-
 class _TextDumper(yaml.SafeDumper):
     """Writes every key without the "? " that YAML puts before long ones, and escapes the ends of lines in a text."""
 
@@ -78,50 +74,6 @@ class _TextDumper(yaml.SafeDumper):
 
     def check_simple_key(self) -> bool:
         return True
-
-
-class _TextLoader(yaml.SafeLoader):
-    """Leaves every scalar as it is written, and refuses a key given twice, of which YAML would drop one in silence."""
-
-    # By YAML 1.1 yes is true, 010 is eight, 1:30 is ninety and 1e2 is no number.
-    yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012 - PyYAML's own
-
-    def construct_scalar(self, node: yaml.ScalarNode) -> str:
-        return super().construct_scalar(node).replace(_QUESTION_MARK, "?")
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        twice = [key for key in keys if keys.count(key) > 1]
-        if twice:
-            raise yaml.constructor.ConstructorError(None, None, f"the key {twice[0]!r} is given twice", node.start_mark)
-        return super().construct_mapping(node, deep)
-
-
-def read_yaml(source: Path | str, *, says: str = "") -> Any:
-    """Read YAML without types: every scalar is the text that is written, and `typed` makes a number of it.
-
-    A question mark is text, too: keys after "? " are not read.
-
-    Parameters
-    ----------
-    source : Path or str
-        A file in UTF-8, or the YAML itself.
-    says : str
-        Begin of the message for a text, in place of the file's name.
-
-    Raises
-    ------
-    ValueError
-        No valid YAML, or a key given twice.
-    OSError
-        As from the system, for example FileNotFoundError.
-    """
-    with parsed(f"{says or source} is no valid YAML", "Put text that holds ': ', ' #' or brackets in quotes."):
-        text = source.read_text(encoding="utf-8") if isinstance(source, Path) else source
-        try:
-            return yaml.load(text.replace("?", _QUESTION_MARK), Loader=_TextLoader)
-        except yaml.YAMLError as error:
-            raise ValueError(str(error).replace(_QUESTION_MARK, "?")) from error
 
 
 def closest_first(name: str, valid: Collection[str]) -> str:

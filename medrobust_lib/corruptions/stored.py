@@ -172,6 +172,8 @@ def described(data: ImageDataset) -> str:
     # Where the clean images lay on this computer is nobody's business, and no part of the set.
     facts["provenance"] = {name: value for name, value in data.provenance.items() if name != "read_from"}
     facts["indices"] = data.indices.tolist()
+    named = {"files": data.files != tuple(f"image {index}" for index in data.indices), "groups": data.groups}
+    facts = {name: value for name, value in facts.items() if named.get(name, True)}
     return json.dumps(facts, indent=1, ensure_ascii=False) + "\n"
 
 
@@ -260,7 +262,7 @@ def read_corrupted(
             "corruption": done,
             "verified": "SHA-256 of the manifest" if verify else "length only",
         }
-        facts |= {name: tuple(facts[name]) for name in ("classes", "templates")}
+        facts |= {name: tuple(facts.get(name, ())) for name in ("classes", "templates", "files", "groups")}
         facts["indices"] = np.array(facts["indices"], dtype=np.int64)
         return ImageDataset(**facts, images=images, labels=labels)
 

@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 import pandas as pd
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from PIL import Image
 
 from medrobust_lib.checks import check_choice, check_whole
@@ -19,6 +19,7 @@ from medrobust_lib.data.inspection import close_names, seen_in, tell
 from medrobust_lib.data.wording import check_distinct, checked_templates
 
 Draw = Literal["stratified", "balanced"]
+ABSTAINED = "abstain"  # in place of a class's name
 
 _ROW_OF_THUMBNAILS, _MOST_THUMBNAILS = 9, 16
 _THUMBNAIL_SIDE = 88
@@ -51,15 +52,19 @@ class ImageDataset:
     indices : int64 [n]
         Position of each image in its full split, so that a noise stream belongs to an image and not to
         its place in a subset.
+    files : tuple of n str
+        Where each image comes from: a path below what the caller named, or ``image INDEX`` where it is no file.
+    groups : tuple of n str
+        The patient of each image, or whatever else images belong to; empty where nobody knows.
 
     Raises
     ------
     TypeError
         Wrong dtype of images, labels or indices, or provenance that JSON cannot hold.
     ValueError
-        Wrong shapes, no images, fewer than two classes, class names that differ in case, spaces or the form of
-        accents only, a label outside the class list, a template without its ``{}``, or an index that is negative or
-        repeated.
+        Wrong shapes, no images, fewer files or groups than images, fewer than two classes, class names that differ in
+        case, spaces or the form of accents only, a label outside the class list, a template without its ``{}``, or an
+        index that is negative or repeated.
     """
 
     id: str
@@ -72,6 +77,8 @@ class ImageDataset:
     licence: str
     provenance: dict[str, Any]
     indices: NDArray[np.int64]
+    files: tuple[str, ...] = ()
+    groups: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for name, dtype in (("images", np.uint8), ("labels", np.int64), ("indices", np.int64)):
@@ -88,10 +95,13 @@ class ImageDataset:
         checked_templates(self.templates, source=f"{self.id}: ")
         if self.indices.min() < 0 or len(np.unique(self.indices)) < len(self.indices):
             raise ValueError(f"{self.id}: indices must be distinct positions >= 0 in the full split")
+        object.__setattr__(self, "files", self.files or tuple(f"image {index}" for index in self.indices))
+        for name, names in (("files", self.files), ("groups", self.groups or self.files)):
+            if len(names) != len(self.images):
+                raise ValueError(f"{self.id}: {len(names)} {name} for {len(self.images)} images")
         json.dumps(self.provenance)
         if "caveats" not in self.provenance:
-            names = [f"image {index}" for index in self.indices]
-            found = seen_in(self.images, self.labels, names=names, shapes=[self.images.shape[1:3]])
+            found = seen_in(self.images, self.labels, names=self.files, shapes=[self.images.shape[1:3]])
             found += close_names(self.classes, list(self.class_counts().values()))
             object.__setattr__(self, "provenance", {**self.provenance, "caveats": found})
             tell(self.id, found)
@@ -136,8 +146,49 @@ class ImageDataset:
         outside = positions[(positions < 0) | (positions >= len(self))]
         if len(outside):
             raise IndexError(f"{self.id}: position {outside[0]} is outside 0 to {len(self) - 1}")
-        chosen = {name: getattr(self, name)[positions] for name in ("images", "labels", "indices")}
+        chosen: dict[str, Any] = {name: getattr(self, name)[positions] for name in ("images", "labels", "indices")}
+        for name in ("files", "groups"):
+            values = getattr(self, name)
+            chosen[name] = tuple(values[position] for position in positions) if values else ()
         return replace(self, **chosen)
+
+    def image_table(self, predicted: ArrayLike, confidence: ArrayLike | None = None) -> pd.DataFrame:
+        """Tabulate what was answered, a row for each image, with the names that people know it by.
+
+        Parameters
+        ----------
+        predicted : int [n]
+            Class of each image, or -1 for an abstention.
+        confidence : float [n], optional
+            In [0, 1].
+
+        Returns
+        -------
+        DataFrame
+            dataset, image (index in the full split), file, patient (where `groups` are known), label, class_name,
+            predicted, predicted_name ("abstain" for -1), confidence (where given) and correct.
+
+        Raises
+        ------
+        ValueError
+            Another number of answers than images, or an answer that is no class and not -1.
+        """
+        predicted = np.asarray(predicted)
+        if predicted.shape != self.labels.shape:
+            raise ValueError(f"{self.id}: answers of shape {predicted.shape} for {len(self)} images")
+        if predicted.min() < -1 or predicted.max() >= len(self.classes):
+            wrong = predicted[(predicted < -1) | (predicted >= len(self.classes))][0]
+            raise ValueError(f"{self.id}: answer {wrong} is neither -1 nor a class of 0 to {len(self.classes) - 1}")
+        names = np.array([*self.classes, ABSTAINED])
+        columns = {
+            "dataset": self.id, "image": self.indices, "file": self.files,
+            **({"patient": self.groups} if self.groups else {}),
+            "label": self.labels, "class_name": names[self.labels], "predicted": predicted,
+            "predicted_name": names[predicted],
+            **({} if confidence is None else {"confidence": np.asarray(confidence, dtype=np.float64)}),
+            "correct": predicted == self.labels,
+        }  # fmt: skip
+        return pd.DataFrame(columns)
 
     def class_counts(self) -> dict[str, int]:
         """Count the images of each class, in label order; absent classes count 0."""

@@ -5,21 +5,24 @@ import os
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from medrobust_lib.checks import suggest
-from medrobust_lib.data.decoding import IMAGE_SUFFIXES, image_shape, left_out
+from medrobust_lib.checks import check_choice, suggest
+from medrobust_lib.data.decoding import DICOM_SUFFIXES, IMAGE_SUFFIXES, image_shape, left_out
+from medrobust_lib.data.dicom import patient_of
 from medrobust_lib.data.inspection import first_of
-from medrobust_lib.data.readers import SHOWN_PATH, SPLITS, UNSPLIT, Split, file_images, resolve_split
+from medrobust_lib.data.readers import SHOWN_PATH, SPLITS, UNSPLIT, Positions, Split, file_images, resolve_split
 from medrobust_lib.data.wording import composed
 from medrobust_lib.files import parsed
 
 Labelled = Sequence[tuple[Path, str]]  # files, each with its class
+Grouping = str | Callable[[str], str]  # how images are told to be of one patient; `load_dataset` explains it
+AUTO, UNGROUPED, BY_FOLDER, BY_DICOM, PATIENT = "auto", "none", "folder", "dicom", "patient"
 _SPELLINGS = {"training": "train", "valid": "val", "validation": "val", "testing": "test"}
 _SPELLINGS |= {split: split for split in SPLITS}
 _LITTER = {"thumbs.db", "desktop.ini", "__macosx", "@eadir"}  # that systems leave in folders, beside hidden files
@@ -27,21 +30,21 @@ _LITTER = {"thumbs.db", "desktop.ini", "__macosx", "@eadir"}  # that systems lea
 _MASK = re.compile(r"(.+)_(?:mask|seg|segmentation|label)s?(?:_\d+)?", re.IGNORECASE)
 
 
-def class_folder_split(root: Path, split: str, *, bit_depth: int | None = None) -> Split:
+def class_folder_split(root: Path, split: str, *, bit_depth: int | None = None, group: Grouping = AUTO) -> Split:
     """List a split of class folders: ``root[/images]/{train,val,test}/{class}/files`` or ``root/{class}/files``.
 
     Where no split folder exists every image belongs to the split ``all``, which also answers to the
     default ``test``; ``train`` and ``val`` are refused, so that nobody trains on what they test. Classes
     are the union over all splits, so that a class missing from one split shifts no label; they are
     sorted by name, or by number where all names are numbers. An optional ``classnames.txt`` gives them words: a line
-    for each, the folder's name, then a tab or space, then the name in words. Links to images and to class folders are
-    followed.
+    for each, the folder's name, then a tab or space, then the name in words; a line with ``{}`` is a prompt template.
+    Links to images and to class folders are followed.
 
-    Images in folders below a class folder, such as those of patients, belong to that class. A file is an image by its
-    suffix, or, with any other suffix or none, by its content. What is left out is named in ``caveats``: files in class
-    folders that are no images by suffix or content, images outside the class folders, folders beside the splits, and
-    links that lead nowhere. Hidden files and what systems leave behind (Thumbs.db, desktop.ini, __MACOSX, @eaDir) are
-    left out without a word.
+    Images in folders below a class folder belong to that class, and each such folder is taken for a patient. A file is
+    an image by its suffix, or, with any other suffix or none, by its content. What is left out is named in ``caveats``:
+    files in class folders that are no images by suffix or content, images outside the class folders, folders beside the
+    splits, and links that lead nowhere. Hidden files and what systems leave behind (Thumbs.db, desktop.ini, __MACOSX,
+    @eaDir) are left out without a word.
 
     Parameters
     ----------
@@ -49,14 +52,16 @@ def class_folder_split(root: Path, split: str, *, bit_depth: int | None = None) 
     split : str
     bit_depth : int or None
         As in `read_image`.
+    group : str or callable
+        As in `load_dataset`.
 
     Raises
     ------
     FileNotFoundError
         No such folder.
     ValueError
-        No images, another layout, an empty class folder, an unknown split, or a folder ``classnames.txt`` does not
-        name.
+        Grouping by folders where there are none, no images, another layout, an empty class folder, an unknown split, or
+        a folder ``classnames.txt`` does not name.
     """
     if root.is_file():
         raise ValueError(f"{root} is no folder but {file_advice(root)}")
@@ -90,24 +95,35 @@ def class_folder_split(root: Path, split: str, *, bit_depth: int | None = None) 
             f"Left out of {root.resolve().name}, as no readable images or outside the class folders: {first_of(names)} "
             f"({len(out)} in all)."
         )
-    nested = [str(path.relative_to(root)) for path, _ in images if path.parent.parent != folders[split]]
+    if not callable(group):
+        check_choice("group", group, (AUTO, UNGROUPED, BY_FOLDER, BY_DICOM))
+    within = [path.relative_to(folders[split] / code).parts for path, code in images]
+    patients = [parts[0] if len(parts) > 1 else "" for parts in within]
+    nested = [str(path.relative_to(root)) for (path, _), patient in zip(images, patients, strict=True) if patient]
+    if group == BY_FOLDER and not nested:
+        raise ValueError(
+            f"group='folder': no image of {root} lies in a folder below its class folder, CLASS/PATIENT/FILE; move "
+            "them so, or list them in a table with a column patient"
+        )
     if nested:
+        taken = " and each of these folders for a patient" if group in (AUTO, BY_FOLDER) else ""
         caveats.append(
             f"{len(nested)} of {len(images)} images lie in folders below their class folder ({first_of(nested)}) and "
-            "were taken for images of that class."
+            f"were taken for images of that class{taken}."
         )
     listed = _listed(split, images, counts, source=root, folders=[root, base], bit_depth=bit_depth)
-    return replace(listed, splits=tuple(folders), caveats=(*caveats, *listed.caveats))
+    groups = _groups(group, patients, listed.files, [path for path, _ in images])
+    return replace(listed, splits=tuple(folders), caveats=(*caveats, *listed.caveats), groups=groups)
 
 
-def csv_split(path: Path, split: str, *, bit_depth: int | None = None) -> Split:
-    """List a split of a CSV table with the columns ``path``, ``label`` and, optionally, ``split``, in any case.
+def csv_split(path: Path, split: str, *, bit_depth: int | None = None, group: Grouping = AUTO) -> Split:
+    """List a split of a CSV table with the columns ``path``, ``label`` and, if you like, ``split`` and ``patient``.
 
-    Relative paths start at the CSV's folder and must stay inside it; absolute paths are taken as
-    written. A path that names no file is also tried with forward slashes for backslashes and with its accents
-    composed or decomposed. Labels are class names or integers, kept as text (``NA`` is a class name like any other)
-    and ordered as class folders are; ``classnames.txt`` beside the CSV gives them words. Without a
-    split column every row belongs to the split ``all`` (see `class_folder_split`).
+    Columns may be written in any case. Relative paths start at the CSV's folder and must stay inside it; absolute paths
+    are taken as written. A path that names no file is also tried with forward slashes for backslashes and with its
+    accents composed or decomposed. Labels are class names or integers, kept as text (``NA`` is a class name like any
+    other) and ordered as class folders are; ``classnames.txt`` beside the CSV gives them words. Without a split column
+    every row belongs to the split ``all`` (see `class_folder_split`). ``group`` is that of `load_dataset`.
 
     Raises
     ------
@@ -121,25 +137,27 @@ def csv_split(path: Path, split: str, *, bit_depth: int | None = None) -> Split:
         raise ValueError(f"{path} is a folder, not a table: write folder:{path}, or csv: and the table's own path")
     if not path.is_file():
         raise FileNotFoundError(f"no CSV file at {path.absolute()}")
-    table = _csv_table(path)
+    table = _csv_table(path, group)
     lines = zip(table.index, table.to_dict("records"), strict=True)
     rows = {number: _csv_row(path, number, row) for number, row in lines}
     seen: dict[Path, int] = {}
-    for number, (file, _, _) in rows.items():
+    for number, (file, *_) in rows.items():
         if file in seen:
             raise ValueError(f"{path}, lines {seen[file]} and {number}: {file} is listed twice")
         seen[file] = number
-    splits = tuple(sorted({row_split for _, _, row_split in rows.values()}))
+    splits = tuple(sorted({row_split for _, _, row_split, _ in rows.values()}))
     split = resolve_split(split, splits, str(path))
-    chosen = [(file, label) for file, label, row_split in rows.values() if row_split == split]
+    chosen = [(file, label) for file, label, row_split, _ in rows.values() if row_split == split]
+    patients = [patient for _, _, row_split, patient in rows.values() if row_split == split]
     for file, _ in chosen:
         if not file.is_file():
             drive = "; a path with a drive is one of Windows: write it relative to the table's folder"
             hint = drive if re.search(r"(^|/)[A-Za-z]:[\\/]", str(file)) else ""
             raise FileNotFoundError(f"{path}, line {seen[file]}: no image file at {file}{hint}")
-    counts = Counter(label for _, label, _ in rows.values())
+    counts = Counter(label for _, label, *_ in rows.values())
     listed = _listed(split, chosen, counts, source=path, folders=[path.absolute().parent], bit_depth=bit_depth)
-    return replace(listed, splits=splits)
+    groups = _groups(group, patients, listed.files, [file for file, _ in chosen])
+    return replace(listed, splits=splits, groups=groups)
 
 
 def _listed(
@@ -154,12 +172,14 @@ def _listed(
     paths = [path for path, _ in images]
     shapes, read = file_images(paths, bit_depth)
     base = folders[0]
+    words, templates = _names(codes, folders)
     names = tuple(str(path.relative_to(base)) if path.is_relative_to(base) else path.name for path in paths)
     return Split(
         split=split,
         labels=np.array([label_of[code] for _, code in images], dtype=np.int64),
         codes=codes,
-        names=_names(codes, folders),
+        names=words,
+        templates=templates,
         shapes=shapes,
         read=read,
         source=str(source),
@@ -168,6 +188,23 @@ def _listed(
         caveats=tuple(_masks(names)),
         ignored=lambda positions: (left_out(paths[position]) for position in positions),
     )
+
+
+def _groups(
+    group: Grouping, stated: Sequence[str], files: Sequence[str], paths: Sequence[Path]
+) -> Callable[[Positions], tuple[str, ...]]:
+    """The patient of each image: what the caller makes of its file, what is stated beside it, or DICOM's PatientID.
+
+    An image whose patient nobody states is a patient of its own.
+    """
+    if callable(group):
+        return lambda positions: tuple(str(group(files[position])) for position in positions)
+    dicom = group == BY_DICOM or (group == AUTO and all(path.suffix.lower() in DICOM_SUFFIXES for path in paths))
+    if group != BY_DICOM and group != UNGROUPED and any(stated):
+        return lambda positions: tuple(stated[position] or files[position] for position in positions)
+    if dicom:
+        return lambda positions: tuple(patient_of(paths[position]) or files[position] for position in positions)
+    return lambda positions: ()
 
 
 def file_advice(path: Path) -> str:
@@ -302,19 +339,21 @@ def _ordered(codes: Iterable[str]) -> tuple[str, ...]:
     return tuple(sorted(codes, key=int) if all(code.isdecimal() for code in codes) else codes)
 
 
-def _names(codes: Sequence[str], folders: Sequence[Path]) -> tuple[str, ...]:
+def _names(codes: Sequence[str], folders: Sequence[Path]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The classes in words, and prompt templates, from ``classnames.txt`` where there is one."""
     path = next((folder / "classnames.txt" for folder in folders if (folder / "classnames.txt").is_file()), None)
-    if path is None:
-        return tuple(re.sub(r"[_\-\s]+", " ", code).strip() for code in codes)
-    lines = _text(path, "text in UTF-8").splitlines()
-    named = dict(_named(unicodedata.normalize("NFC", line), codes) for line in lines if line.strip())
+    lines = [line for line in _text(path, "text in UTF-8").splitlines() if line.strip()] if path else []
+    templates = tuple(line.strip() for line in lines if "{}" in line)
+    named = dict(_named(unicodedata.normalize("NFC", line), codes) for line in lines if "{}" not in line)
+    if not named and (templates or path is None):
+        return tuple(re.sub(r"[_\-\s]+", " ", code).strip() for code in codes), templates
     for code in codes:
         if composed(code) not in named:
             raise ValueError(
                 f"{path} gives no name for class {code!r}; it names {', '.join(named)}. Write a line with the class, a "
                 "tab, and its name in words"
             )
-    return tuple(named[composed(code)] for code in codes)
+    return tuple(named[composed(code)] for code in codes), templates
 
 
 def _text(path: Path, form: str) -> str:
@@ -334,8 +373,11 @@ def _named(line: str, codes: Sequence[str]) -> tuple[str, str]:
     return code.strip(), name.strip() or code.strip()
 
 
-def _csv_table(path: Path) -> pd.DataFrame:
-    """Rows of a table as text, the index their lines; refuse another form, saying which it is."""
+def _csv_table(path: Path, group: Grouping) -> pd.DataFrame:
+    """Rows of a table as text, the index their lines; refuse another form, saying which it is.
+
+    The column that ``group`` names becomes that of the patients.
+    """
     text = _text(path, "CSV UTF-8")
     advice = "Save it as CSV with commas in UTF-8, and put a path or label with a comma in it into quotes."
     with parsed(f"{path} is not a readable CSV table (UTF-8, commas)", advice):
@@ -353,7 +395,10 @@ def _csv_table(path: Path) -> pd.DataFrame:
         if table.empty:
             raise ValueError("it is empty")
     header, table = [name.strip() for name in table.iloc[0]], table.iloc[1:]
-    for column, least in {"path": 1, "label": 1, "split": 0}.items():
+    if not callable(group) and group not in (AUTO, UNGROUPED, BY_DICOM):
+        check_choice("group", group, (AUTO, UNGROUPED, BY_DICOM, *header))
+        header = [PATIENT if name == group else f"other {name}" if name.lower() == PATIENT else name for name in header]
+    for column, least in {"path": 1, "label": 1, "split": 0, PATIENT: 0}.items():
         if column not in header:
             header = [column if name.lower() == column else name for name in header]
         if not least <= header.count(column) <= 1:
@@ -364,13 +409,16 @@ def _csv_table(path: Path) -> pd.DataFrame:
             )
     if table.empty:
         raise ValueError(f"no images in {path}: the table has no rows")
-    return table.set_axis(header, axis=1)[[name for name in ("path", "label", "split") if name in header]]
+    table = table.set_axis(header, axis=1)[[name for name in ("path", "label", "split", PATIENT) if name in header]]
+    return table.drop(columns=PATIENT, errors="ignore") if callable(group) or group in (UNGROUPED, BY_DICOM) else table
 
 
-def _csv_row(table: Path, number: int, row: Mapping[str, str]) -> tuple[Path, str, str]:
-    for column in ("path", "label"):
-        if not row[column].strip():
-            raise ValueError(f"{table}, line {number}: no {column}")
+def _csv_row(table: Path, number: int, row: Mapping[str, str]) -> tuple[Path, str, str, str]:
+    """File, class, split and patient of a row."""
+    for column in ("path", "label", PATIENT):
+        if not row.get(column, "-").strip():
+            advice = "; give each image one, or ask for group='none'" if column == PATIENT else ""
+            raise ValueError(f"{table}, line {number}: no {column}{advice}")
     folder = table.absolute().parent
     written = Path(row["path"].strip())
     try:
@@ -387,7 +435,7 @@ def _csv_row(table: Path, number: int, row: Mapping[str, str]) -> tuple[Path, st
     split = row.get("split", UNSPLIT).strip()
     if "split" in row and split.lower() not in _SPELLINGS:
         raise ValueError(f"{table}, line {number}: unknown split {split!r}.{suggest(split, SPLITS)}")
-    return file, row["label"].strip(), _SPELLINGS.get(split.lower(), UNSPLIT)
+    return file, row["label"].strip(), _SPELLINGS.get(split.lower(), UNSPLIT), row.get(PATIENT, "").strip()
 
 
 def _as_named(folder: Path, written: str) -> Path:

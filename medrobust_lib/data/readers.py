@@ -60,6 +60,8 @@ class Split:
         The source's own class names (folder names, table values), where no class list says which it has.
     names : tuple of str
         The same classes in words.
+    templates : tuple of str
+        Prompts that lie beside the images; empty where there are none.
     files : tuple of N str
         File of every image below the source; empty where the images are not files.
     totals : tuple of int
@@ -68,6 +70,8 @@ class Split:
         What the reader left out or took for granted, in sentences for the result cards.
     ignored : callable
         Positions -> what `left_out` says of each file.
+    groups : callable
+        Positions -> the patient of each image, or nothing where nobody knows.
     """
 
     split: str
@@ -78,10 +82,12 @@ class Split:
     splits: tuple[str, ...] = SPLITS
     codes: tuple[str, ...] = ()
     names: tuple[str, ...] = ()
+    templates: tuple[str, ...] = ()
     files: tuple[str, ...] = ()
     totals: tuple[int, ...] = ()
     caveats: tuple[str, ...] = ()
     ignored: Callable[[Positions], Iterable[tuple[str, ...]]] = lambda positions: ()
+    groups: Callable[[Positions], Sequence[str]] = lambda positions: ()
 
     def named(self, words: ClassWording) -> "Split":
         """Give the split the labels of a class list, matching classes by name.

@@ -25,12 +25,14 @@ from medrobust_lib.data.dataset import (
 )
 from medrobust_lib.data.decoding import Fit
 from medrobust_lib.data.inspection import close_names, ignored_in, prevalence_changed, seen_in, tell
-from medrobust_lib.data.own_images import class_folder_split, csv_split, file_advice
+from medrobust_lib.data.own_images import AUTO, Grouping, class_folder_split, csv_split, file_advice
 from medrobust_lib.data.readers import FALLBACK_SIZE, SPLITS, Split
 from medrobust_lib.data.wording import ClassNames, ClassWording, checked_templates, class_wording, own_wording
-from medrobust_lib.files import parsed
+from medrobust_lib.files import parsed, read_yaml
 from medrobust_lib.places import default_data_root
 
+Words = str | Mapping[str, Any] | None  # what the classes of own images are called, in one parameter
+_WORDS = ("class_names", "templates", "like")
 QUESTIONS_PREFIX = "mm-safetybench/"  # of ids for `load_questions`
 
 
@@ -80,6 +82,8 @@ class SplitOptions(TypedDict, total=False):
     like: str | None
     class_names: ClassNames
     templates: Sequence[str] | None
+    words: Words
+    group: Grouping
     bit_depth: int | None
     fit: Fit
 
@@ -101,8 +105,8 @@ def load_dataset(
     ----------
     id : str
         An id of `list_datasets`, ``folder:PATH`` (class folders) or ``csv:PATH`` (columns path, label
-        and optionally split); ``folder:PATH?bit_depth=12&fit=pad`` states the two parameters of these names where
-        only an id can be given, in notebooks and studies.
+        and optionally split and patient); ``folder:PATH?bit_depth=12&fit=pad&group=dicom`` states the parameters of
+        these names where only an id can be given, in notebooks and studies.
     split : {"train", "val", "test"}
         A folder or table without splits gives all its images for ``test`` and calls the split ``all``.
     n : int or None
@@ -130,6 +134,15 @@ def load_dataset(
         this nor ``templates`` changes an image, its index or its noise.
     templates : sequence of str, optional
         For ``folder:`` and ``csv:``: own prompts with one ``{}`` each, such as ``["an ultrasound image of {}."]``.
+    words : str or mapping, optional
+        ``class_names``, ``templates`` and ``like`` in one, as commands, studies and notebooks take them: a mapping with
+        these keys, the path of a YAML file with them, that YAML in braces, or the id that ``like`` takes.
+    group : str or callable
+        For ``folder:`` and ``csv:``: how images are known to be of one patient, who then stays in one split and counts
+        once in intervals. "auto": the column ``patient`` of a table; folders below a class folder; else, if all files
+        are DICOM, their PatientID (as a pseudonym). "folder" and "dicom" ask for one of these, the name of another
+        column of the table for that, "none" for no groups. A callable gets the file as in ``ImageDataset.files`` and
+        returns the patient.
     bit_depth : int or None
         For ``folder:`` and ``csv:``: bits that the values of PNG, TIFF and other files really have, where the files
         have room for more. None takes the file's own: with 12 bits in 16, the brightest value is then 16 of 255.
@@ -195,10 +208,15 @@ class OpenSplit:
     def read(self, positions: NDArray[np.int64], **drawn: Any) -> ImageDataset:
         """Decode the images at ascending positions; ``drawn`` (JSON values) says in the provenance how they came."""
         images, resized, shapes = self.listed.decode(positions, self.image_size, self.fit)
-        names = [self.listed.files[place] if self.listed.files else f"image {place}" for place in positions]
-        labels = self.labels[positions]
+        names = tuple(self.listed.files[place] if self.listed.files else f"image {place}" for place in positions)
+        labels, groups = self.labels[positions], tuple(self.listed.groups(positions))
         seen = seen_in(images, labels, names=names, shapes=shapes if self.fit == "crop" else ())
         caveats = [*self.listed.caveats, *ignored_in(self.listed.ignored(positions), names), *seen]
+        if len(set(groups)) == 1 < len(groups):
+            caveats.append(
+                f"All {len(groups)} images drawn are stated to be of one patient, so no number on them has a useful "
+                "interval; where that is a placeholder, give a table with a column patient, or group='none'."
+            )
         if drawn.get("draw") == "balanced":
             caveats.append(prevalence_changed(labels, self.labels))
         tell(self.row.id, caveats)
@@ -213,10 +231,12 @@ class OpenSplit:
             "wording": f"{self.words.set_name}: {self.words.wording}",
             "caveats": caveats,
         }
+        if groups:
+            provenance["patients"] = len(set(groups))
         if self.words.start:
             provenance["start_template"] = self.words.start
         split = self.listed.split
-        found = {"images": images, "labels": labels, "indices": positions}
+        found = {"images": images, "labels": labels, "indices": positions, "files": names, "groups": groups}
         return labelled(self.row, self.words, split=split, provenance=provenance, **found)
 
 
@@ -234,11 +254,12 @@ def open_split(id: str, *, split: str = "test", **options: Unpack[SplitOptions])
         path, stated = _stated(path)
         options |= stated
     check_choice("fit", options.setdefault("fit", "crop"), get_args(Fit))
+    options |= _in_words(options)
     if scheme in {"folder", "csv"} and path:
         listed, row, words = _own_split(scheme, Path(path).expanduser(), split, options)
     elif id in DATASETS:
-        for name in ("like", "class_names", "templates", "bit_depth"):
-            if options.get(name) is not None:
+        for name in ("like", "class_names", "templates", "bit_depth", "group"):
+            if options.get(name) not in (None, AUTO):
                 raise ValueError(f"{name}={options[name]!r} is for folder: and csv: data; {id} has its own classes")
         row, words = DATASETS[id], class_wording(id, wording=options.get("wording", "paper"))
         listed = _registered_split(row, words, split, default_data_root(options.get("root")), image_size)
@@ -333,8 +354,9 @@ def _registered_split(row: DatasetEntry, words: ClassWording, split: str, root: 
 
 def _own_split(scheme: str, path: Path, split: str, options: SplitOptions) -> tuple[Split, DatasetEntry, ClassWording]:
     wording, like, bit_depth = options.get("wording", "paper"), options.get("like"), options.get("bit_depth")
-    class_names, templates = options.get("class_names"), options.get("templates")
-    listed = (class_folder_split if scheme == "folder" else csv_split)(path, split, bit_depth=bit_depth)
+    class_names, group = options.get("class_names"), options.get("group", AUTO)
+    listed = (class_folder_split if scheme == "folder" else csv_split)(path, split, bit_depth=bit_depth, group=group)
+    templates = options.get("templates") or (listed.templates if like is None else ()) or None
     if like is None:
         if wording != "paper":
             raise ValueError(f"wording={wording!r} needs like=..., the registered set whose words to take")
@@ -363,14 +385,40 @@ def _own_split(scheme: str, path: Path, split: str, options: SplitOptions) -> tu
     return listed, row, words
 
 
+def _in_words(options: SplitOptions) -> dict[str, Any]:
+    """What ``words`` stands for; raises for what is no words, and for what is said twice."""
+    words = options.get("words")
+    if not words:
+        return {}
+    if isinstance(words, str):
+        if words in DATASETS:
+            words = {"like": words}
+        elif words.lstrip().startswith("{"):
+            words = read_yaml(words, says=f"words={words}")
+        elif Path(words).expanduser().is_file():
+            words = read_yaml(Path(words).expanduser())
+        else:
+            raise ValueError(
+                f"words={words!r} is neither a YAML file nor YAML in braces, such as {{class_names: {{CLASS: NOUN}}, "
+                f"templates: [a picture of {{}}.]}}, nor the id of a data set.{suggest(words, DATASETS)}"
+            )
+    if not isinstance(words, Mapping):
+        raise TypeError(f"words={words!r}: give a mapping with any of {', '.join(_WORDS)}")
+    for name in words:
+        check_choice("a key of words", name, _WORDS)
+        if options.get(name) is not None:
+            raise ValueError(f"{name} is given twice: by itself and in words")
+    return dict(words)
+
+
 def _stated(path: str) -> tuple[str, dict[str, Any]]:
     """A path, and what is stated behind it, as in ``PATH?bit_depth=12&fit=pad``."""
     name, mark, query = path.rpartition("?")
     if not mark or Path(path).expanduser().exists():
         return path, {}
-    advice = "It may state bit_depth=NUMBER and fit=crop or fit=pad, with & between them."
+    advice = "It may state bit_depth=NUMBER, fit=crop or fit=pad, and group=HOW, with & between them."
     with parsed(f"{query!r} behind {name}", advice):
         stated: dict[str, Any] = dict(parse_qsl(query, strict_parsing=True))
-        if unknown := set(stated) - {"bit_depth", "fit"}:
+        if unknown := set(stated) - {"bit_depth", "fit", "group"}:
             raise ValueError(f"{min(unknown)} is unknown")
         return name, {key: int(value) if key == "bit_depth" else value for key, value in stated.items()}

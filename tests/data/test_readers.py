@@ -312,8 +312,19 @@ def test_images_in_folders_below_a_class_are_of_that_class_and_it_is_said(tmp_pa
     assert split.files[:3] == ("a/0.png", "a/1.png", "a/patient 7/0.png") and split.files[7] == "b/patient 2/left/0.png"
     assert split.caveats == (
         "6 of 8 images lie in folders below their class folder (a/patient 7/0.png, a/patient 7/1.png, "
-        "a/patient 7/2.png and 3 more) and were taken for images of that class.",
+        "a/patient 7/2.png and 3 more) and were taken for images of that class and each of these folders for a "
+        "patient.",
     )
+    assert split.groups(np.arange(8)) == (
+        "a/0.png",
+        "a/1.png",
+        *["patient 7"] * 3,
+        "patient 0",
+        "patient 1",
+        "patient 2",
+    )
+    alone = class_folder_split(tmp_path, "all", group="none")
+    assert alone.groups(np.arange(8)) == () and alone.caveats[0].endswith("were taken for images of that class.")
 
 
 def test_a_file_is_an_image_by_its_content_where_its_suffix_does_not_say(tmp_path):
