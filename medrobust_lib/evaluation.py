@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -21,7 +21,8 @@ from medrobust_lib.models.dual_encoder import DualEncoder
 from medrobust_lib.models.loading import load_model
 
 _BATCHES = 16  # whose images are corrupted at a time
-Predictions = dict[tuple[str, str, int], NDArray[np.int64]]
+Answered = tuple[str, str, int]  # name of the classifier, corruption and severity
+Predictions = dict[Answered, NDArray[np.int64]]
 """By name of the classifier, corruption ("clean") and severity (0): the predicted class of each image."""
 
 
@@ -100,7 +101,7 @@ def benchmark(
 
 
 @torch.inference_mode()
-def corruption_answers(
+def corruption_probabilities(
     candidates: Mapping[str, Candidate],
     data: ImageDataset,
     *,
@@ -110,8 +111,8 @@ def corruption_answers(
     seed: int = 0,
     batch_size: int = 64,
     make: Callable[..., ImageDataset] | None = None,
-) -> Predictions:
-    """Answers of classifiers on the clean images and on every corruption and severity of a suite.
+) -> Iterator[tuple[Answered, NDArray[np.float32]]]:
+    """Class probabilities by classifiers of the clean images and of every corruption and severity of a suite.
 
     Each corrupted image is made once, some hundred at a time, and every classifier sees the same one; classifiers that
     share an image tower (the same object) share its features, those of one geometry the prepared images.
@@ -134,10 +135,10 @@ def corruption_answers(
         ``make(data, corruption, severity=...)`` gives the corrupted set, for instance from a file; default:
         `corrupted`, with the seed and the suite.
 
-    Returns
-    -------
-    dict of (name, corruption, severity) to int64 [n]
-        Predicted classes; clean images are ``(name, "clean", 0)``.
+    Yields
+    ------
+    (name, corruption, severity), float32 [n, K]
+        Clean images are ``(name, "clean", 0)``.
 
     Raises
     ------
@@ -149,19 +150,38 @@ def corruption_answers(
     names = find_suite(suite).names(data.id) if corruptions is None else corruptions
     here = partial(corrupted, seed=seed, suite=suite)
     variants = [(CLEAN, 0), *((c, s) for c in names for s in severities)]
-    found: Predictions = {}
     for corruption, severity in variants:
-        parts: dict[str, list[NDArray[np.int64]]] = {name: [] for name in candidates}
+        parts: dict[str, list[NDArray[np.float32]]] = {name: [] for name in candidates}
         for part in _parts(data, batch_size) if make is None else [data]:
             shown = part
             if severity:
                 shown = (make or here)(part, corruption, severity=severity)
             features = _features([encoder for encoder, _ in candidates.values()], shown.images, batch_size)
             for name, (encoder, class_features) in candidates.items():
-                probabilities = encoder.probabilities(features[id(encoder)], class_features)
-                parts[name].append(probabilities.argmax(1).cpu().numpy())
-        found |= {(name, corruption, severity): np.concatenate(answers) for name, answers in parts.items()}
-    return found
+                parts[name].append(encoder.probabilities(features[id(encoder)], class_features).cpu().numpy())
+        for name, probabilities in parts.items():
+            yield (name, corruption, severity), np.concatenate(probabilities)
+
+
+def corruption_answers(candidates: Mapping[str, Candidate], data: ImageDataset, **how: Any) -> Predictions:
+    """Answers of classifiers on the clean images and on every corruption and severity of a suite.
+
+    Parameters
+    ----------
+    candidates, data, **how
+        As in `corruption_probabilities`: suite, corruptions, severities, seed, batch_size and make.
+
+    Returns
+    -------
+    dict of (name, corruption, severity) to int64 [n]
+        Predicted classes; clean images are ``(name, "clean", 0)``.
+
+    Raises
+    ------
+    ValueError
+        As `corruption_probabilities`.
+    """
+    return {key: found.argmax(1) for key, found in corruption_probabilities(candidates, data, **how)}
 
 
 def _parts(data: ImageDataset, batch_size: int) -> Iterator[ImageDataset]:
@@ -188,7 +208,7 @@ def accuracy_table(answers: Predictions, data: ImageDataset) -> pd.DataFrame:
     """
     rows = []
     for (name, corruption, severity), answer in answers.items():
-        low, high = metrics.accuracy_interval(int((answer == data.labels).sum()), len(data))
+        low, high = metrics.share_interval(answer == data.labels, groups=data.groups)
         rows.append(
             {
                 "dataset": data.id,
@@ -246,8 +266,9 @@ def corruption_intervals(
     rows = []
     for name, correct in corrupted_right.items():  # bool [C, S, n]
         pair = correct, corrupted_right[reference]
-        mce = metrics.bootstrap_interval(metrics.mean_corruption_error, *pair, rng=rng)
-        lost = metrics.bootstrap_interval(metrics.degradation, correct, right[name, CLEAN, 0], rng=rng)
+        how = {"rng": rng, "groups": data.groups}
+        mce = metrics.bootstrap_interval(metrics.mean_corruption_error, *pair, **how)
+        lost = metrics.bootstrap_interval(metrics.degradation, correct, right[name, CLEAN, 0], **how)
         rows.append([data.id, name, *mce, *lost])
     return pd.DataFrame(rows, columns=["dataset", "model", "low", "high", "lost_low", "lost_high"])
 

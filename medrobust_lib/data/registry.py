@@ -196,6 +196,11 @@ class OpenSplit:
         return self.listed.labels
 
     @property
+    def groups(self) -> tuple[str, ...]:
+        """Patient of every image of the split; empty where nobody knows."""
+        return tuple(self.listed.groups(np.arange(len(self.labels))))
+
+    @property
     def classes(self) -> tuple[str, ...]:
         """Prompt noun of each label."""
         return self.words.prompt_nouns
@@ -216,6 +221,11 @@ class OpenSplit:
             caveats.append(
                 f"All {len(groups)} images drawn are stated to be of one patient, so no number on them has a useful "
                 "interval; where that is a placeholder, give a table with a column patient, or group='none'."
+            )
+        elif groups and len(set(groups)) < len(groups):
+            caveats.append(
+                f"{len(groups)} images of {len(set(groups))} patients: intervals are over patients, and splits drawn "
+                "here keep all images of one together."
             )
         if drawn.get("draw") == "balanced":
             caveats.append(prevalence_changed(labels, self.labels))

@@ -1,5 +1,6 @@
 """Images to learn from, images to choose by or adapt to, and test images, of a data set with splits or without."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Unpack, get_args
 
@@ -15,7 +16,7 @@ from medrobust_lib.data.dataset import (
     drawn_of_each_class,
     stratified_positions,
 )
-from medrobust_lib.data.inspection import learned_too
+from medrobust_lib.data.inspection import first_of, learned_too
 from medrobust_lib.data.registry import OpenSplit, SplitOptions, open_split
 
 Positions = NDArray[np.int64]
@@ -140,7 +141,7 @@ def learning_splits(
         pool = _drawn(sides.validating, np.arange(len(sides.validating.labels)), n=n_pool, seed=seed)
     else:
         used = learned if sides.divided else np.union1d(learned, test.indices)
-        others = np.setdiff1d(np.arange(len(learning.labels)), used)
+        others = _apart(len(learning.labels), sides.patients, used=used)
         drawn = _among(learning.labels, others, n=n_pool, seed=seed)
         again = _among(learning.labels, learned, n=n_pool - len(drawn), seed=seed)
         pool = learning.read(np.union1d(drawn, again), n=len(drawn) + len(again), seed=seed)
@@ -232,8 +233,8 @@ def fraction_splits(
             notes.append("learned from are images of the split 'val', validation images come from the split 'train'")
         val = _drawn(sides.validating, np.arange(len(sides.validating.labels)), n=n_val, seed=test_seed)
     else:
-        held = _held_out(learning.labels, learnable, seed=test_seed, dataset=dataset, other=other)
-        free = np.setdiff1d(learnable, held)
+        held = _held_out(learning.labels, sides.patients, learnable, seed=test_seed, dataset=dataset, other=other)
+        free = np.intersect1d(learnable, _apart(len(learning.labels), sides.patients, used=held))
         val = _drawn(learning, held, n=n_val, seed=test_seed)
         used = "" if len(val) == len(held) else f", {len(val)} of them used,"
         notes.append(
@@ -270,6 +271,7 @@ class _Sides:
     validating: OpenSplit | None
     learnable: Positions
     testable: Positions
+    patients: Positions | None  # of the images among which those to learn from are found
 
     @property
     def divided(self) -> bool:
@@ -279,10 +281,14 @@ class _Sides:
     def note(self) -> str:
         """Whether the data set itself keeps images to learn from and test images apart, in a sentence."""
         if self.divided:
-            return f"{self.learning.listed.split} and test are the data set's own splits"
+            said = f"{self.learning.listed.split} and test are the data set's own splits"
+            both = sorted({*self.learning.groups} & {*self.testing.groups})
+            leaked = f"; {len(both)} patients are in both ({first_of(both)}), so results look better than they are"
+            return said + (leaked if both else "")
         splits = self.testing.splits
         has = f"has no train split ({', '.join(splits)} only)" if splits else "has no splits"
-        return f"the data set {has}: its images were divided class by class, patients may be on both sides"
+        said = "patients may be on both sides" if self.patients is None else "all images of a patient on one side"
+        return f"the data set {has}: its images were divided class by class, {said}"
 
 
 def _other(learn_from: LearnFrom) -> LearnFrom:
@@ -303,22 +309,63 @@ def _sides(
             "split 'val' beside 'test'"
         )
     learning = open_split(dataset, split=learn_from, **options) if divided else testing
-    learnable = _of_each_class(learning.labels, most=most, share=1.0 if divided else 0.5, seed=seed)
-    testable = np.setdiff1d(np.arange(len(testing.labels)), learnable[:0] if divided else learnable)
+    patients, share = _numbered(learning.groups), 1.0 if divided else 0.5
+    learnable = _of_each_class(learning.labels, None if divided else patients, most=most, share=share, seed=seed)
+    testable = np.arange(len(testing.labels)) if divided else _apart(len(learning.labels), patients, used=learnable)
     if not len(testable):
+        one, all_of = ("image", "") if patients is None else ("patient", " images")
         raise ValueError(
-            f"{dataset}: each class has one image, {len(learnable)} in all, which is needed to learn from, and none is "
-            "left to test; add images, or keep test images apart in a split 'test' beside 'train'"
+            f"{dataset}: each class has one {one}, {len(learnable)}{all_of} in all, which is needed to learn from, and "
+            "none is left to test; add images, or keep test images apart in a split 'test' beside 'train'"
         )
     other = _other(learn_from)
     validating = open_split(dataset, split=other, **options) if other in testing.splits else None
-    return _Sides(testing, learning, validating, learnable, testable)
+    return _Sides(testing, learning, validating, learnable, testable, patients)
 
 
-def _of_each_class(labels: Positions, *, share: float, seed: int, most: int | None = None) -> Positions:
-    """Draw at most ``most`` images, and at most a share of the images, of each class; one at least."""
+def _numbered(groups: Sequence[str]) -> Positions | None:
+    """Number of each image's patient; None where nobody knows it or no patient has two images."""
+    numbers = np.unique(groups, return_inverse=True)[1] if groups else None
+    return numbers if numbers is not None and numbers.max() + 1 < len(numbers) else None
+
+
+def _apart(size: int, patients: Positions | None, *, used: Positions) -> Positions:
+    """All positions but the used ones and those of the same patients."""
+    everyone = np.arange(size) if patients is None else patients
+    return np.flatnonzero(~np.isin(everyone, everyone[used]))
+
+
+def _of_each_class(
+    labels: Positions, patients: Positions | None, *, share: float, seed: int, most: int | None = None
+) -> Positions:
+    """Draw at most ``most`` images, and a share of the images, of each class; one at least, and of whole patients."""
     counts = np.unique_counts(labels).counts
-    return drawn_of_each_class(labels, np.clip((share * counts).astype(np.int64), 1, most), seed=seed)
+    wanted = np.clip((share * counts).astype(np.int64), 1, most)
+    if patients is None:
+        return drawn_of_each_class(labels, wanted, seed=seed)
+    whole = _whole_patients(labels, patients, wanted, seed=seed)
+    kept = np.clip(np.unique_counts(labels[whole]).counts, None, most)
+    return whole[drawn_of_each_class(labels[whole], kept, seed=seed)]
+
+
+def _whole_patients(labels: Positions, patients: Positions, wanted: Positions, *, seed: int) -> Positions:
+    """Draw patients until each class has the images wanted, and leave one of each class that has two, if need be fewer.
+
+    Rare classes choose first. A patient with images of several classes counts for all of them.
+    """
+    classes, places = np.unique(labels, return_inverse=True)
+    images = np.zeros((patients.max() + 1, len(classes)), np.int64)
+    np.add.at(images, (patients, places), 1)
+    has = images > 0
+    several, taken = has.sum(axis=0) > 1, np.zeros(len(images), bool)
+    order = np.random.default_rng([seed, len(classes)]).permutation(np.flatnonzero(has.any(axis=1)))
+    for place in np.argsort(images.sum(axis=0), kind="stable"):
+        for patient in order[has[order, place]]:
+            if images[taken, place].sum() >= wanted[place]:
+                break
+            left = has[~taken].sum(axis=0) - has[patient]
+            taken[patient] |= bool((left[several & has[patient]] > 0).all())
+    return np.flatnonzero(taken[patients])
 
 
 def _among(labels: Positions, among: Positions, *, n: int, seed: int) -> Positions:
@@ -336,16 +383,22 @@ def _drawn(opened: OpenSplit, among: Positions, *, n: int, seed: int, draw: Draw
     return opened.read(drawn, n=len(drawn), seed=seed)
 
 
-def _held_out(labels: Positions, pool: Positions, *, seed: int, dataset: str, other: LearnFrom) -> Positions:
-    """Positions for validation, none from a class with one image only."""
-    counts = np.bincount(labels[pool])
-    shared = pool[counts[labels[pool]] > 1]
+def _held_out(
+    labels: Positions, patients: Positions | None, pool: Positions, *, seed: int, dataset: str, other: LearnFrom
+) -> Positions:
+    """Positions for validation, none from a class with one image, or one patient, only."""
+    members = np.arange(len(labels)) if patients is None else patients
+    pairs = np.unique(np.stack([members[pool], labels[pool]]), axis=1)
+    alone = pairs[0, np.isin(pairs[1], np.flatnonzero(np.bincount(pairs[1]) < 2))]  # the only ones of a class
+    shared = pool[~np.isin(members[pool], alone)]
     if not len(shared):
+        one = "images" if patients is None else "patients"
         raise ValueError(
-            f"{dataset}: no class has two images to learn from, so none is left for validation; add images, or keep "
+            f"{dataset}: no class has two {one} to learn from, so none is left for validation; add images, or keep "
             f"validation images apart in a split {other!r} beside 'test'"
         )
-    return shared[_of_each_class(labels[shared], share=_HELD_OUT, seed=seed)]
+    these = None if patients is None else np.unique(patients[shared], return_inverse=True)[1]
+    return shared[_of_each_class(labels[shared], these, share=_HELD_OUT, seed=seed)]
 
 
 def _class_notes(learning: OpenSplit, learned: Positions, *, shots: int, divided: bool) -> list[str]:
@@ -354,7 +407,7 @@ def _class_notes(learning: OpenSplit, learned: Positions, *, shots: int, divided
     kept = np.bincount(learning.labels[learned], minlength=len(learning.classes))
     classes = list(zip(learning.classes, counts, kept, strict=True))
     short = {
-        "no image to learn from": [name for name, count, _ in classes if count == 0],
+        "no image to learn from": [name for name, _, few in classes if few == 0],
         f"fewer than {shots} images to learn from": [f"{name} {few}" for name, _, few in classes if 0 < few < shots],
         "one image only, learned from and not tested": [name for name, n, _ in classes if n == 1 and not divided],
     }

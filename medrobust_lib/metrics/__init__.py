@@ -21,7 +21,9 @@ from medrobust_lib.metrics.classification import (
     is_constant_predictor,
     majority_share,
     mcnemar_p,
+    mean_interval,
     per_class_recall,
+    share_interval,
 )
 from medrobust_lib.metrics.corruption import (
     AGGREGATIONS,

@@ -5,7 +5,7 @@ from typing import Any
 
 import pandas as pd
 
-from medrobust_lib.metrics.classification import accuracy, accuracy_interval, majority_share
+from medrobust_lib.metrics.classification import accuracy, accuracy_interval, majority_share, share_interval
 
 CERTIFICATE_GROUPS = (
     "dataset", "model", "method", "guarantee", "sampling", "mode", "alpha", "seed", "prompt_seed", "n_classes",
@@ -13,7 +13,8 @@ CERTIFICATE_GROUPS = (
 )  # fmt: skip
 # What a row measures; all other columns say of what.
 MEASURED = frozenset(
-    {"certified_accuracy", "clean_accuracy", "low", "high", "lowest", "highest", "seeds", "n", "radius_reach"}
+    {"certified_accuracy", "clean_accuracy", "low", "high", "lowest", "highest", "seeds", "n", "patients"}
+    | {"radius_reach"}
 )
 
 
@@ -35,8 +36,9 @@ def certified_accuracy(rows: pd.DataFrame, radii: Sequence[float], *, per_class:
     Returns
     -------
     DataFrame
-        The grouping columns and radius, certified_accuracy, low, high (95 % Clopper-Pearson interval over
-        images), n (all images, abstentions included), radius_reach (the largest radius that the draws can
+        The grouping columns and radius, certified_accuracy, low, high (95 % interval over images, or over patients
+        where the rows have a column patient: `share_interval`), n (all images, abstentions included), patients (their
+        number, where known), radius_reach (the largest radius that the draws can
         certify) where the rows have it, and chance (1 / n_classes) where n_classes is known.
         Beyond the reach the share is NaN: 0 would speak of the draws and not of the classifier. Between radii
         that sequential sampling was asked for (up to radius_tested in the rows) it is a lower bound, beyond the
@@ -59,9 +61,10 @@ def certified_accuracy(rows: pd.DataFrame, radii: Sequence[float], *, per_class:
     for key, group in rows.groupby(groups, sort=False, dropna=False):
         for radius in radii:
             # An abstention, -1, is never the label; it stays in the denominator.
-            hits = int(((group["predicted"] == group["label"]) & (group["radius"] >= radius)).sum())
-            low, high = accuracy_interval(hits, len(group))
-            share = {"certified_accuracy": hits / len(group), "low": low, "high": high, "n": len(group)}
+            hits = (group["predicted"] == group["label"]) & (group["radius"] >= radius)
+            low, high = share_interval(hits, groups=group.get("patient", ()))
+            share = {"certified_accuracy": hits.mean(), "low": low, "high": high, "n": len(group)}
+            share |= {"patients": group["patient"].nunique()} if "patient" in group else {}
             if _unknown(group, radius):
                 share |= dict.fromkeys(("certified_accuracy", "low", "high"), float("nan"))
             if "radius_reach" in group:
@@ -155,6 +158,8 @@ def over_prompt_seeds(table: pd.DataFrame) -> pd.DataFrame:
             hits = int((shares * n).round().sum())
             values["low"], _ = accuracy_interval(hits // len(group), n)
             _, values["high"] = accuracy_interval(-(-hits // len(group)), n)
+            if "patients" in group and (group["patients"] < n).any():  # each seed's interval knows its patients
+                values |= {"low": group["low"].mean(), "high": group["high"].mean()}
         if "radius_reach" in group:
             values["radius_reach"] = group["radius_reach"].max()
         summary.append(dict(zip(keys, key, strict=True)) | values | {"seeds": len(group), "n": n})
@@ -181,7 +186,7 @@ def certification_summary(rows: pd.DataFrame) -> pd.DataFrame:
     for key, group in rows.groupby(groups, sort=False, dropna=False):
         predicted, label = group["predicted"].to_numpy(), group["label"].to_numpy()
         answered = predicted[predicted >= 0]
-        low, high = accuracy_interval(int((predicted == label).sum()), len(group))
+        low, high = share_interval(predicted == label, groups=group.get("patient", ()))
         summary = {
             "smoothed_accuracy": accuracy(label, predicted),
             "low": low,

@@ -1,11 +1,12 @@
 """Accuracy, calibration and intervals: pure functions of label, prediction and probability arrays.
 
 Predictions may hold -1 for an abstention. An abstention is never correct and always stays in the
-denominator. Intervals are over images: other images of the same kind would give another number.
+denominator. Intervals are over images, or over patients where images are told to be of one: other images, or other
+patients, of the same kind would give another number.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Sequence
 
 import numpy as np
 import pandas as pd
@@ -205,6 +206,11 @@ def accuracy_interval(correct: int, n: int, *, confidence: float = 0.95) -> tupl
             f"correct={correct}, n={n}, confidence={confidence}: give 0 <= correct <= n, n >= 1 and a confidence "
             "between 0 and 1"
         )
+    return _clopper_pearson(correct, n, confidence)
+
+
+def _clopper_pearson(correct: float, n: float, confidence: float = 0.95) -> tuple[float, float]:
+    """The interval, whose formula takes broken numbers too."""
     # The quantiles themselves: binomtest also works out a p-value, which takes most of a table's time.
     tail = (1 - confidence) / 2
     low = beta.ppf(tail, correct, n - correct + 1) if correct else 0.0
@@ -212,13 +218,18 @@ def accuracy_interval(correct: int, n: int, *, confidence: float = 0.95) -> tupl
     return float(low), float(high)
 
 
-def mean_interval(values: ArrayLike, *, largest: float = 1.0, seed: int = 0) -> tuple[float, float]:
+def mean_interval(
+    values: ArrayLike, *, groups: Sequence[Hashable] = (), largest: float = 1.0, seed: int = 0
+) -> tuple[float, float]:
     """95 % percentile bootstrap interval of a mean over images, seeded.
 
     Parameters
     ----------
     values : float [n]
         One value an image.
+    groups : sequence of n, optional
+        The patient of each image: then patients are drawn, each with all its images. Of fewer than about twenty
+        patients a bootstrap covers too little.
     largest : float
         How far the value of one image could lie from that of the others: 1 for shares.
     seed : int
@@ -226,8 +237,8 @@ def mean_interval(values: ArrayLike, *, largest: float = 1.0, seed: int = 0) -> 
     Returns
     -------
     low, high : float
-        Where all images have one value, a bootstrap knows no spread: then n images bound the share that could
-        differ (Clopper-Pearson), and the interval reaches that share times ``largest`` to either side.
+        Where all images have one value, a bootstrap knows no spread: then n images (or patients) bound the share that
+        could differ (Clopper-Pearson), and the interval reaches that share times ``largest`` to either side.
 
     References
     ----------
@@ -236,31 +247,84 @@ def mean_interval(values: ArrayLike, *, largest: float = 1.0, seed: int = 0) -> 
     array = np.asarray(values, dtype=np.float64)
     if array.ndim != 1 or array.size == 0:
         raise ValueError(f"an interval of a mean needs a vector of at least one value, got shape {array.shape}")
-    if np.ptp(array) == 0:
-        unseen = largest * accuracy_interval(0, len(array))[1]
-        return float(array[0] - unseen), float(array[0] + unseen)
-    batch, rng = max(1, 10_000_000 // len(array)), np.random.default_rng(seed)
-    found = stats.bootstrap((array,), np.mean, n_resamples=2000, method="percentile", batch=batch, rng=rng)
+    members = _members(groups, len(array))
+    images = np.bincount(members)
+    totals = np.bincount(members, weights=array)
+    if np.ptp(array) == 0 or len(images) == 1:
+        unseen = largest * accuracy_interval(0, len(images))[1]
+        return float(array.mean() - unseen), float(array.mean() + unseen)
+    batch, how = max(1, 10_000_000 // len(images)), {"n_resamples": 2000, "method": "percentile"}
+    how |= {"batch": batch, "rng": np.random.default_rng(seed)}
+    if len(images) == len(array):
+        found = stats.bootstrap((array,), np.mean, **how)
+    else:
+        found = stats.bootstrap(
+            (totals, images), lambda total, count, axis: total.sum(axis) / count.sum(axis), paired=True, **how
+        )
     low, high = found.confidence_interval
     return float(low), float(high)
 
 
-def share_interval(values: ArrayLike, *, seed: int = 0) -> tuple[float, float]:
-    """Interval of the mean of values in [0, 1], within [0, 1]: Clopper-Pearson where all are 0 or 1, else a bootstrap.
+def share_interval(values: ArrayLike, *, groups: Sequence[Hashable] = (), seed: int = 0) -> tuple[float, float]:
+    """95 % interval of the mean of values in [0, 1], within [0, 1].
 
-    Of few 0/1 values a bootstrap covers too little.
+    Parameters
+    ----------
+    values : float [n]
+        One value an image; for an accuracy whether it is right.
+    groups : sequence of n, optional
+        The patient of each image, as in ``ImageDataset.groups``. Where one has several images, these count as fewer:
+        as many as would vary as much if they were independent.
+    seed : int
+        Of the bootstrap.
+
+    Returns
+    -------
+    low, high : float
+        Clopper-Pearson where all values are 0 or 1, with Korn and Graubard's effective number of images where patients
+        have several; else `mean_interval`. Of few 0/1 values a bootstrap covers too little.
+
+    Raises
+    ------
+    ValueError
+        No values, or another number of groups.
+
+    References
+    ----------
+    Korn and Graubard 1998, Survey Methodology 24:193.
     """
     array = np.asarray(values, dtype=np.float64)
-    if array.size and np.isin(array, (0, 1)).all():
-        return accuracy_interval(int(array.sum()), array.size)
-    low, high = mean_interval(array, seed=seed)
-    return max(low, 0.0), min(high, 1.0)
+    if not array.size or not np.isin(array, (0, 1)).all():
+        low, high = mean_interval(array, groups=groups, seed=seed)
+        return max(low, 0.0), min(high, 1.0)
+    members, n, share = _members(groups, len(array)), array.size, float(array.mean())
+    images = np.bincount(members)
+    patients = len(images)
+    if patients == n:
+        return accuracy_interval(int(array.sum()), n)
+    effective = float(patients)
+    if 0 < share < 1 and patients > 1:
+        apart = np.bincount(members, weights=array) - share * images
+        variance = patients / (patients - 1) * float(apart @ apart) / n**2
+        fewer = stats.t.ppf(0.975, n - 1) / stats.t.ppf(0.975, patients - 1)
+        effective = min(n, share * (1 - share) / variance * fewer**2) if variance else float(n)
+    return _clopper_pearson(share * effective, effective)
+
+
+def _members(groups: Sequence[Hashable], n: int) -> NDArray[np.int64]:
+    """Number of each image's group; without groups each image is one."""
+    if not len(groups):
+        return np.arange(n)
+    if len(groups) != n:
+        raise ValueError(f"{len(groups)} groups for {n} values; give the group of each")
+    return pd.factorize(np.asarray(groups))[0]
 
 
 def bootstrap_interval(
     statistic: Callable[..., NDArray[np.float64]],
     *correct: ArrayLike,
     rng: np.random.Generator,
+    groups: Sequence[Hashable] = (),
     resamples: int = 1000,
     confidence: float = 0.95,
 ) -> tuple[float, float]:
@@ -278,6 +342,8 @@ def bootstrap_interval(
         Whether each of the same n images is classified correctly, for example [C, S, n] for the model and for
         the reference, or [n] on the clean images.
     rng : numpy.random.Generator
+    groups : sequence of n, optional
+        The patient of each image: then patients are drawn, each with all its images.
     resamples : int
     confidence : float in (0, 1)
 
@@ -302,9 +368,12 @@ def bootstrap_interval(
         raise ValueError(f"all arrays need the same images on their last axis, got shapes {[a.shape for a in arrays]}")
     n = images.pop()
     # How often each image is drawn: one matrix product then resamples every corruption and severity at once.
-    draws = rng.multinomial(n, np.full(n, 1 / n), size=resamples).astype(np.float64)
+    members = _members(groups, n)
+    drawn = int(members.max()) + 1
+    draws = rng.multinomial(drawn, np.full(drawn, 1 / drawn), size=resamples).astype(np.float64)[:, members]
+    images = draws.sum(axis=1, keepdims=True)
     errors = [
-        np.clip(1 - (draws @ array.reshape(-1, n).T) / n, 0, 1).reshape(resamples, *array.shape[:-1])
+        np.clip(1 - (draws @ array.reshape(-1, n).T) / images, 0, 1).reshape(resamples, *array.shape[:-1])
         for array in arrays
     ]
     values = np.asarray(statistic(*errors))

@@ -14,14 +14,14 @@ import torch
 from torch import Tensor
 
 from medrobust_lib.checks import check_keywords
-from medrobust_lib.data.dataset import ImageDataset
+from medrobust_lib.data.dataset import ABSTAINED, ImageDataset
 from medrobust_lib.experiments import map_items, open_store, progress
 from medrobust_lib.models.dual_encoder import DualEncoder
 from medrobust_lib.models.own import Classifier
 from medrobust_lib.models.weights import fingerprint
 from medrobust_lib.places import VERSION
 from medrobust_lib.smoothing.bounds import maximum_radius
-from medrobust_lib.smoothing.certificate import GUARANTEES
+from medrobust_lib.smoothing.certificate import ABSTAIN, GUARANTEES
 from medrobust_lib.smoothing.certify import (
     Answers,
     Plan,
@@ -120,12 +120,13 @@ def certify_dataset(
     Returns
     -------
     DataFrame
-        One row per image, sigma and method, in this order, with columns dataset, image (index in the full
-        split), label, model, method, guarantee, n_classes, perturbation, sigma (a text for a tuple), predicted (-1:
-        abstain), radius, radius_tested (the largest that was asked for and can be certified), radius_reach (the
-        largest that n draws can certify), p_lower, p_upper, bounds, k, n, n0, draws, alpha, sampling, mode, seed, what
-        the methods
-        are about, and seconds (of the image at this sigma, all methods together; the same in every row of it).
+        One row per image, sigma and method, in this order, with columns dataset, image (index in the full split), file,
+        patient (where the data know it), label, class_name, model, method, guarantee, n_classes, perturbation, sigma (a
+        text for a tuple), predicted (-1: abstain), predicted_name ("abstain"), confidence (k / n: the share of votes,
+        no probability of being right), radius, radius_tested (the largest that was asked for and can be certified),
+        radius_reach (the largest that n draws can certify), p_lower, p_upper, bounds, k, n, n0, draws, alpha, sampling,
+        mode, seed, what the methods are about, and seconds (of the image at this sigma, all methods together; the same
+        in every row of it).
 
     Raises
     ------
@@ -190,7 +191,9 @@ def _certify_item(study: _Study, item: tuple[int, Sigma]) -> tuple[list[dict[str
     started = time.perf_counter()
     position, sigma = item
     rules = study.rules
-    index, label = int(study.data.indices[position]), int(study.data.labels[position])
+    index, label, classes = int(study.data.indices[position]), int(study.data.labels[position]), study.data.classes
+    image = {"dataset": study.data.id, "image": index, "file": study.data.files[position]}
+    image |= {"patient": study.data.groups[position]} if study.data.groups else {}
     pixels = study.model.prepare(study.data.images[position : position + 1])[0].to(study.model.device)
     # Classifiers are complete before any noise of a certificate exists.
     stream = NoiseStream(study.seed, study.data.id, index, sigma, "adapt", study.perturbation)
@@ -204,11 +207,14 @@ def _certify_item(study: _Study, item: tuple[int, Sigma]) -> tuple[list[dict[str
         verdict = agreement([next(verdicts) for _ in members])
         plan = study.plans[sigma, len(members)]
         rows.append({
-            "dataset": study.data.id, "image": index, "label": label, "model": study.model.id, "method": method.name,
-            "guarantee": method.guarantee, "n_classes": len(study.data.classes),
+            **image, "label": label, "class_name": classes[label], "model": study.model.id, "method": method.name,
+            "guarantee": method.guarantee, "n_classes": len(classes),
             "perturbation": study.perturbation.name,
             "sigma": level_in_words(sigma) if isinstance(sigma, tuple) else sigma,
-            "predicted": verdict.predicted, "radius": verdict.radius, "radius_tested": plan.largest_radius,
+            "predicted": verdict.predicted,
+            "predicted_name": ABSTAINED if verdict.predicted == ABSTAIN else classes[verdict.predicted],
+            "confidence": verdict.k / verdict.n if verdict.n else None,
+            "radius": verdict.radius, "radius_tested": plan.largest_radius,
             "radius_reach": maximum_radius(plan.n, plan.alpha, plan.sigma, law=plan.law), "p_lower": verdict.p_lower,
             "p_upper": verdict.p_upper, "bounds": verdict.bounds, "k": verdict.k, "n": verdict.n,
             "n0": rules.n0, "draws": rules.n0 + verdict.n, "alpha": rules.alpha,

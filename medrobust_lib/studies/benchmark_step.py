@@ -12,7 +12,7 @@ import pandas as pd
 from medrobust_lib.corruptions.stored import read_corrupted
 from medrobust_lib.corruptions.suites import SEVERITIES, check_severity, corrupted, find_suite
 from medrobust_lib.data.dataset import ImageDataset, balanced_positions, stratified_positions
-from medrobust_lib.evaluation import CLEAN, Candidate, accuracy_table, corruption_answers
+from medrobust_lib.evaluation import CLEAN, Candidate, accuracy_table, corruption_probabilities
 from medrobust_lib.experiments import Metric
 from medrobust_lib.metrics.classification import share_interval
 from medrobust_lib.studies.steps import (
@@ -99,17 +99,16 @@ class BenchmarkCell(Cell):
         suite, seed, folder = self.step.suite, self.seed or 0, self.step.folder
         data = self._stored(CLEAN, severity=0) if folder else self.images()
         make = partial(self._read, data) if folder else partial(corrupted, suite=suite, seed=seed)
-        answers = corruption_answers(
+        found = corruption_probabilities(
             {self.model: Candidate(model, self.class_features(model, data, study))},
             data, suite=suite, severities=self.step.severities, make=make,
         )  # fmt: skip
-        rows = pd.concat(
-            pd.DataFrame(
-                {"dataset": data.id, "model": name, "corruption": corruption, "severity": severity}
-                | {"image": data.indices, "label": data.labels, "predicted": answer, "seed": self.seed}
-            )
-            for (name, corruption, severity), answer in answers.items()
-        )
+        answers, tables = {}, []
+        for (name, corruption, severity), probabilities in found:
+            answer = answers[name, corruption, severity] = probabilities.argmax(1)
+            about = {"model": name, "corruption": corruption, "severity": severity, "seed": self.seed}
+            tables.append(data.image_table(answer, probabilities.max(1)).assign(**about))
+        rows = pd.concat(tables)
         table = accuracy_table(answers, data)
         numbers = _benchmark_metrics(rows, table, suite=suite)
         tables = {f"{run.number}_{ANSWERS}": rows, f"{run.number}_accuracy": table}
@@ -142,11 +141,13 @@ def _benchmark_metrics(rows: pd.DataFrame, table: pd.DataFrame, *, suite: str) -
     shares = correct_shares(rows).drop(columns=CLEAN)
     severities = sorted({int(severity) for severity in rows["severity"]} - {0})
     averaged = averaged_over(suite, severities)
+    patients = rows.drop_duplicates("image").set_index("image")["patient"] if "patient" in rows else None
 
     def mean(name: str, values: pd.Series, **corruption: str) -> Metric:
         of = ", ".join([*corruption.values(), averaged])
         settings = {**corruption, "suite": suite, "severities": severities}
-        return Metric(name, float(values.mean()), n, *share_interval(values), of=of, settings=settings)
+        interval = share_interval(values, groups=patients.reindex(values.index) if patients is not None else ())
+        return Metric(name, float(values.mean()), n, *interval, of=of, settings=settings)
 
     return [
         Metric("accuracy", float(clean["accuracy"]), n, float(clean["low"]), float(clean["high"]), **about),

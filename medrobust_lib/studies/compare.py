@@ -64,7 +64,7 @@ class _Key(NamedTuple):
 class _Answers(NamedTuple):
     """Values of one metric, one for each image."""
 
-    rows: pd.DataFrame  # columns value and label, by index of the image
+    rows: pd.DataFrame  # columns value, label and, where known, patient, by index of the image
     binary: bool = False  # every value is 0 or 1: right or wrong
     largest: float = 1.0  # how far two images' values can be apart
 
@@ -78,9 +78,9 @@ def compare_runs(run_a: Path, run_b: Path) -> Comparison:
 
     Results are matched by data set, model, metric, seed and what they were measured on (noise level, radius,
     corruption). Where each run has a single model and they differ, these two are compared. Where both runs kept the
-    answers to the same images, the difference is paired; its interval is `paired_interval` where an image can only
-    be right or wrong, and a bootstrap over these images for means. Elsewhere it comes from the two intervals on the
-    cards.
+    answers to the same images, the difference is paired; its interval is `paired_interval` where an image can only be
+    right or wrong, and a bootstrap over these images, or over patients who have several, for means. Elsewhere it comes
+    from the two intervals on the cards.
 
     Parameters
     ----------
@@ -169,16 +169,20 @@ def _certificates(metric: str, rows: pd.DataFrame, settings: Mapping[str, Any]) 
     correct = rows["predicted"] == rows["label"]
     if metric == "average_certified_radius":
         largest = float(rows["radius_tested" if "radius_tested" in rows else "radius"].max())
-        return _Answers(rows[["label"]].assign(value=rows["radius"].where(correct, 0.0)), largest=largest)
+        return _Answers(rows[_kept(rows)].assign(value=rows["radius"].where(correct, 0.0)), largest=largest)
     if metric == "abstain_rate":
         correct = rows["predicted"] < 0
     elif metric == "certified_accuracy":
         correct &= rows["radius"] >= settings["radius"]
-    return _Answers(rows[["label"]].assign(value=correct.astype(float)), binary=True)
+    return _Answers(rows[_kept(rows)].assign(value=correct.astype(float)), binary=True)
+
+
+def _kept(rows: pd.DataFrame) -> list[str]:
+    return [name for name in ("label", "patient") if name in rows]
 
 
 def _corruptions(rows: pd.DataFrame, settings: Mapping[str, Any]) -> _Answers:
-    labels = rows.drop_duplicates("image").set_index("image")[["label"]].sort_index()
+    labels = rows.drop_duplicates("image").set_index("image")[_kept(rows)].sort_index()
     shares = correct_shares(rows)
     meant = [settings["corruption"]] if "corruption" in settings else shares.columns.drop(CLEAN, errors="ignore")
     once = settings.get("corruption") == CLEAN or len(settings["severities"]) == 1
@@ -203,13 +207,16 @@ def _paired(key: _Key, a: _Result, b: _Result) -> tuple[Any, ...] | None:
         )
     value_a, value_b = common["value_a"].to_numpy(), common["value_b"].to_numpy()
     change, p = value_b - value_a, float("nan")
-    if first.binary and second.binary:
+    patients = common.get("patient_a", ())
+    several = len(patients) > 0 and bool(patients.duplicated().any())  # images of one patient are no independent ones
+    if first.binary and second.binary and not several:
         gained, lost = int((change > 0).sum()), int((change < 0).sum())
         interval, p = paired_interval(gained, lost, len(change)), mcnemar_p(gained, lost)
     else:
-        interval = mean_interval(change, largest=max(first.largest, second.largest))
+        interval = mean_interval(change, groups=patients, largest=max(first.largest, second.largest))
     everything = len(common) == len(first.rows) == len(second.rows)
     n = str(len(common)) if everything else f"{len(common)} common"
+    n += f" of {patients.nunique()} patients" if several else ""
     return value_a.mean(), value_b.mean(), change.mean(), *interval, n, PAIRED, p
 
 

@@ -137,14 +137,17 @@ def _write_corruption_errors(study: Study, out: Path, cells: list[Cell]) -> Path
     for model, cell in by_model.items():
         cards = cell.folder(out) / "cards"
         tables.append(pd.read_csv(cards / f"{cell.card_name}_accuracy.csv"))
-        right[model] = right_answers(pd.read_csv(cards / f"{cell.card_name}_{ANSWERS}.csv"))
+        answers = pd.read_csv(cards / f"{cell.card_name}_{ANSWERS}.csv")
+        right[model] = right_answers(answers)
+    images = answers.drop_duplicates("image").sort_values("image")  # the same ones for every model
     errors = metrics.corruption_error_table(pd.concat(tables), reference=reference)
     averaged = averaged_over(first.step.suite, first.step.severities)
     numbers = []
     for row in errors.itertuples():
         rng = np.random.default_rng(first.seed or 0)
         pair = right[row.model], right[reference]
-        interval = metrics.bootstrap_interval(metrics.mean_corruption_error, *pair, rng=rng)
+        patients = images.get("patient", ())
+        interval = metrics.bootstrap_interval(metrics.mean_corruption_error, *pair, rng=rng, groups=patients)
         # In some resample the reference makes no error; or all images agree, and resamples of them know no spread.
         if not np.isfinite(interval).all() or (interval[0] == interval[1] and row.model != reference):
             interval = (None, None)
