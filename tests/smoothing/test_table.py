@@ -35,8 +35,8 @@ from medrobust_lib.smoothing.table import certify_dataset
 SIGMAS = (0.1, 0.25)
 NUMBERS = {"sigmas": SIGMAS, "n0": 20, "n": 80, "alpha": 0.05, "radii": (0, 0.1, 0.25)}
 COLUMNS = [
-    *["dataset", "image", "label", "model", "method", "guarantee", "n_classes", "perturbation"],
-    *["sigma", "predicted", "radius"],
+    *["dataset", "image", "file", "label", "class_name", "model", "method", "guarantee", "n_classes", "perturbation"],
+    *["sigma", "predicted", "predicted_name", "confidence", "radius"],
     *[
         "radius_tested",
         "radius_reach",
@@ -174,7 +174,12 @@ def test_one_row_per_image_sigma_and_method_in_this_order(encoder, data):
     assert list(table.columns) == COLUMNS
     expected = [(int(i), s, m) for i in data.indices for s in SIGMAS for m in ("axes", "tilted")]
     assert list(table[["image", "sigma", "method"]].itertuples(index=False, name=None)) == expected
-    assert list(table.label[::4]) == list(data.labels)
+    assert list(table.label[::4]) == list(data.labels) and list(table.file[::4]) == list(data.files)
+    named = np.array([*data.classes, "abstain"])
+    assert list(table.predicted_name) == list(named[table.predicted]) and list(table.class_name) == list(
+        named[table.label]
+    )
+    assert (table.confidence == table.k / table.n).all() and table.confidence.between(0, 1).all()
     constants = {
         "dataset": "folder:colours",
         "model": "colours",
