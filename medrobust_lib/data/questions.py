@@ -63,6 +63,8 @@ class QuestionSet:
     licence : str
     provenance : dict
         JSON values: source, whether the images are synthetic.
+    files, groups : tuple of str
+        As in `ImageDataset`.
     """
 
     id: str
@@ -74,8 +76,11 @@ class QuestionSet:
     indices: NDArray[np.int64]
     licence: str
     provenance: dict[str, Any]
+    files: tuple[str, ...] = ()
+    groups: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "files", self.files or tuple(f"image {index}" for index in self.indices))
         lengths = {len(self.images), len(self.questions), len(self.truths), len(self.indices)}
         if lengths == {0} or len(lengths) > 1:
             raise ValueError(
@@ -167,6 +172,8 @@ def ask(data: ImageDataset, task: str) -> QuestionSet:
         indices=data.indices,
         licence=data.licence,
         provenance=data.provenance,
+        files=data.files,
+        groups=data.groups,
     )
 
 

@@ -14,6 +14,7 @@ from jinja2 import Environment, PackageLoader, Template
 from torch import Tensor
 
 from medrobust_lib.checks import check_keywords
+from medrobust_lib.data.dataset import ABSTAINED
 from medrobust_lib.data.questions import QuestionSet
 from medrobust_lib.generative import errors
 from medrobust_lib.generative.answers import (
@@ -298,8 +299,9 @@ def certify_questions(
     DataFrame
         A row per image, and a second one for its corrected certificate where there is an error model (an abstention
         if the model was refused, so that the image counts): columns dataset,
-        image (index in the split), task, question, truth, answer, answered (the answer's label), label (number of the
-        truth, -2 if unknown), predicted (number of the certified label, -1: abstain), model, oracle, guarantee,
+        image (index in the split), file, patient (where known), task, question, truth (class_name is the same), answer,
+        answered (the answer's label), label (number of the truth, -2 if unknown), predicted (number of the certified
+        label, -1: abstain), predicted_name, confidence (k / n), model, oracle, guarantee,
         n_classes, sigma, radius, radius_tested (the largest that was asked for), radius_reach (the largest that n_max
         votes for this label can prove; both NaN where the error model leaves none), p_lower, k, n, n0, n_max, alpha,
         sampling, seed, n_distinct, empty, truncated, unlabelled, failed, refusal, seconds (of generating the bank).
@@ -314,7 +316,8 @@ def certify_questions(
     _check_banks(banks, questions)
     labelled = callable(getattr(oracle, "label", None))
     rows = []
-    for bank, truth in zip(banks, questions.truths, strict=True):
+    patients = [{"patient": patient} for patient in questions.groups] or [{}] * len(questions)
+    for bank, truth, file, patient in zip(banks, questions.truths, questions.files, patients, strict=True):
         found = certify_answers(bank, oracle, **rules)
         answered = found.answer if reader is None or found.answer is None else judged(reader, [found.answer]).labels[0]
         for certificate in _certificates(found):
@@ -322,15 +325,20 @@ def certify_questions(
                 {
                     "dataset": questions.id,
                     "image": bank.index,
+                    "file": file,
+                    **patient,
                     "task": questions.task,
                     "question": bank.prompt,
                     "truth": truth,
+                    "class_name": truth,
                     "answer": found.answer,
                     "answered": answered,
                     "label": _number(questions.labels, truth, otherwise=_UNKNOWN),
                     "predicted": ABSTAIN
                     if certificate.abstained
                     else _number(questions.labels, answered, otherwise=len(questions.labels)),
+                    "predicted_name": ABSTAINED if certificate.abstained else answered,
+                    "confidence": certificate.k / certificate.n if certificate.n else None,
                     "model": certificate.model,
                     "oracle": found.oracle,
                     "guarantee": certificate.guarantee,

@@ -17,7 +17,7 @@ from medrobust_lib.adaptation.training import Logits, Recipe, Schedule, Softmax
 from medrobust_lib.data.dataset import ImageDataset
 from medrobust_lib.data.registry import open_split
 from medrobust_lib.data.splits import FractionSplits, LearnFrom, fraction_splits
-from medrobust_lib.evaluation import CLEAN, Candidate, corruption_answers
+from medrobust_lib.evaluation import Candidate, corruption_probabilities
 from medrobust_lib.experiments import Metric
 from medrobust_lib.files import read_tensors, write_tensors
 from medrobust_lib.models.adapters import load_adapter
@@ -179,8 +179,9 @@ class AdaptCell(Cell):
             ((one,), (shown,)) = train, val
             self._learn_texts(model, one, shown, folder)
             learned = {step.name: Candidate(model, self.texts(model, shown, study))}
-            answers = corruption_answers(learned, shown, corruptions=())[step.name, CLEAN, 0]
-            table = pd.DataFrame({"image": shown.indices, "label": shown.labels, "predicted": answers})
+            ((_, found),) = corruption_probabilities(learned, shown, corruptions=())
+            answers = found.argmax(1)
+            table = shown.image_table(answers, found.max(1))
             numbers = [_validated(shown, answers)]
         if step.jointly and not table.loc[table["epoch"] > 0, "val_mean"].gt(table["val_mean"].iloc[0]).any():
             notes = [f"No epoch was better on the validation images than {self.model} as it was: nothing was changed."]

@@ -35,6 +35,9 @@ class Comparison:
         One row per result that both runs have: dataset, model ("a -> b" where the runs have different ones),
         metric, of, value_a, value_b, difference (B minus A), low, high (its 95 % interval; NaN where a card has
         none), n (images), kind ("paired" or "unpaired"), p (exact McNemar test; NaN where it does not apply).
+    images : DataFrame
+        Images on which the runs differ, where both kept their answers and an image can only be right or wrong:
+        dataset, model, metric, of, image, file and change (1: only B is right, -1: only A is).
     only_a, only_b : list of str
         Results without a partner, a line for each data set, model and metric.
     notes : list of str
@@ -42,6 +45,7 @@ class Comparison:
     """
 
     table: pd.DataFrame
+    images: pd.DataFrame
     only_a: list[str]
     only_b: list[str]
     notes: list[str]
@@ -97,14 +101,16 @@ def compare_runs(run_a: Path, run_b: Path) -> Comparison:
     a, b = _read(Path(run_a)), _read(Path(run_b))
     models_a, models_b = _models(a), _models(b)
     renamed = dict(zip(models_a, models_b, strict=True)) if len(models_a) == len(models_b) == 1 else {}
-    rows, notes, partners = [], [], {}
+    rows, changed, notes, partners = [], [], [], {}
     for key, result in a.items():
         partner = key if key in b else key._replace(model=renamed.get(key.model, key.model))
         if partner in b:
             partners[key] = partner
             model = key.model if key == partner else f"{key.model} -> {partner.model}"
             compared = _paired(key, result, b[partner]) or _unpaired(result, b[partner])
-            rows.append((key.dataset, model, key.metric, key.what, *compared))
+            what = (key.dataset, model, key.metric, key.what)
+            rows.append((*what, *compared))
+            changed += [(*what, *image) for image in _changed(result["answers"], b[partner]["answers"])]
             notes += _differences(key, result, b[partner])
     if not rows:
         raise ValueError(
@@ -117,7 +123,8 @@ def compare_runs(run_a: Path, run_b: Path) -> Comparison:
     table = pd.DataFrame(rows, columns=list(COLUMNS))
     blocks = table.groupby(["dataset", "model", "metric"], sort=False).ngroup()
     table = table.loc[blocks.sort_values(kind="stable").index].reset_index(drop=True)
-    return Comparison(table, *only, list(dict.fromkeys(notes)))
+    images = pd.DataFrame(changed, columns=[*COLUMNS[:4], "image", "file", "change"])
+    return Comparison(table, images, *only, list(dict.fromkeys(notes)))
 
 
 def _read(folder: Path) -> dict[_Key, _Result]:
@@ -178,7 +185,7 @@ def _certificates(metric: str, rows: pd.DataFrame, settings: Mapping[str, Any]) 
 
 
 def _kept(rows: pd.DataFrame) -> list[str]:
-    return [name for name in ("label", "patient") if name in rows]
+    return [name for name in ("label", "file", "patient") if name in rows]
 
 
 def _corruptions(rows: pd.DataFrame, settings: Mapping[str, Any]) -> _Answers:
@@ -218,6 +225,14 @@ def _paired(key: _Key, a: _Result, b: _Result) -> tuple[Any, ...] | None:
     n = str(len(common)) if everything else f"{len(common)} common"
     n += f" of {patients.nunique()} patients" if several else ""
     return value_a.mean(), value_b.mean(), change.mean(), *interval, n, PAIRED, p
+
+
+def _changed(first: _Answers | None, second: _Answers | None) -> Iterator[tuple[int, str, int]]:
+    """Image, file and change of what only one of two runs gets right."""
+    if first and second and first.binary and second.binary and "file" in first.rows:
+        change = (second.rows["value"] - first.rows["value"]).dropna().astype(int)
+        for image, value in change[change != 0].items():
+            yield int(image), first.rows.loc[image, "file"], value
 
 
 def _unpaired(a: _Result, b: _Result) -> tuple[Any, ...]:

@@ -17,7 +17,7 @@ from medrobust_lib.generative.calibration import calibrate_on_answers
 from medrobust_lib.generative.certify import certify_questions
 from medrobust_lib.generative.judges import remembered_judge
 from medrobust_lib.generative.oracles import default_oracle, safety_oracle
-from medrobust_lib.metrics.classification import accuracy_interval
+from medrobust_lib.metrics.classification import share_interval
 from medrobust_lib.models.vision_language import load_vlm
 from medrobust_lib.smoothing.bounds import ALPHA, check_alpha, check_draws
 from medrobust_lib.smoothing.certificate import GUARANTEES
@@ -189,7 +189,7 @@ def _answer_metrics(rows: pd.DataFrame) -> list[Metric]:
         if block["truth"].notna().all():
             shares["smoothed_accuracy"] = certified & (block["predicted"] == block["label"])
         for name, hits in shares.items():
-            low, high = accuracy_interval(int(hits.sum()), size)
+            low, high = share_interval(hits, groups=block.get("patient", ()))
             numbers.append(Metric(name, float(hits.mean()), size, low, high, **about))
         radius = float(block["radius"].where(certified, 0.0).mean())
         numbers.append(Metric("average_certified_radius", radius, size, **about))

@@ -16,7 +16,23 @@ from medrobust_lib.smoothing.certificate import ABSTAIN
 ORACLE = OptionOracle({"bright": (), "dark": ()})
 RULES = {"n0": 20, "n": 100, "alpha": 0.01}
 COLUMNS = [
-    *["dataset", "image", "task", "question", "truth", "answer", "answered", "label", "predicted", "model", "oracle"],
+    *[
+        "dataset",
+        "image",
+        "file",
+        "task",
+        "question",
+        "truth",
+        "class_name",
+        "answer",
+        "answered",
+        "label",
+        "predicted",
+        "predicted_name",
+        "confidence",
+        "model",
+        "oracle",
+    ],
     *["guarantee", "n_classes", "sigma", "radius", "p_lower", "k", "n", "n0", "n_max", "alpha", "sampling", "mode"],
     *["seed", "radius_tested", "radius_reach", "n_distinct"],
     *["empty", "truncated", "unlabelled", "failed", "refusal", "seconds"],
@@ -71,7 +87,9 @@ def test_a_row_for_each_question_is_what_certify_answers_says(banks, questions):
     assert list(table.columns) == COLUMNS
     assert list(table.image) == [0, 3, 6, 9, 12]
     assert list(table.question) == list(questions.questions)
-    assert list(table.truth) == list(questions.truths)
+    assert list(table.truth) == list(table.class_name) == list(questions.truths)
+    assert list(table.file) == [f"image {index}" for index in table.image]
+    assert list(table.predicted_name) == list(np.array(["dark", "bright", "abstain"])[table.predicted])
     assert list(table.label) == [1, 0, 0, 1, 0]
     assert list(table.predicted) == [1, 0, 1, ABSTAIN, ABSTAIN]
     for bank, row in zip(banks, table.itertuples(), strict=True):

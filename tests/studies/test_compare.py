@@ -7,7 +7,7 @@ import pytest
 
 from medrobust_lib.experiments import Metric, Run
 from medrobust_lib.experiments.report import show_comparison
-from medrobust_lib.metrics.classification import difference_interval, paired_interval
+from medrobust_lib.metrics.classification import difference_interval, mean_interval, paired_interval
 from medrobust_lib.studies.compare import compare_runs
 
 
@@ -16,7 +16,16 @@ def save(tmp_path):
     """Write a card with per-image certificates (image, predicted) into a run; returns the run's folder."""
 
     def write(
-        run, predicted=None, *, images=None, radius=0.1, metrics=None, model="demo-clip", sigma=0.1, **parameters
+        run,
+        predicted=None,
+        *,
+        images=None,
+        radius=0.1,
+        metrics=None,
+        model="demo-clip",
+        sigma=0.1,
+        patients=None,
+        **parameters,
     ):
         folder = tmp_path / run
         tables = {}
@@ -28,7 +37,9 @@ def save(tmp_path):
                 {"dataset": "phantom/chest", "model": model, "method": "zero-shot", "guarantee": "standard",
                  "sigma": sigma, "image": images,
                  "label": images % 3, "predicted": predicted, "radius": radius, "radius_tested": 0.1}
-            )  # fmt: skip
+            ).assign(file=[f"a/{image}.png" for image in images])  # fmt: skip
+            if patients is not None:
+                tables["01-certify_certificates"]["patient"] = patients
             right = float((np.asarray(predicted) == images % 3).mean())
             metrics = metrics or [
                 Metric("smoothed_accuracy", right, len(predicted), 0.0, 1.0, of=of, settings=settings)
@@ -57,6 +68,22 @@ def test_the_same_images_are_compared_one_by_one(save):
     assert (row["low"], row["high"]) == paired_interval(10, 0, 40)
     assert row["p"] == pytest.approx(2 * 0.5**10)
     assert (compared.only_a, compared.only_b, compared.notes) == ([], [], [])
+
+
+def test_images_on_which_two_runs_differ_are_named(save):
+    labels = np.arange(6) % 3
+    first, second = np.where(np.arange(6) == 1, -1, labels), np.where(np.arange(6) == 4, 0, labels)
+    images = compare_runs(save("a", first), save("b", second)).images
+    assert images[["image", "file", "change"]].values.tolist() == [[1, "a/1.png", 1], [4, "a/4.png", -1]]
+    assert set(images["metric"]) == {"smoothed_accuracy"}
+
+
+def test_images_of_one_patient_do_not_count_as_many_in_a_comparison(save):
+    labels, patients = np.arange(40) % 3, np.arange(40) // 10
+    worse = np.where(np.arange(40) < 10, -1, labels)  # all images of one patient
+    (row,) = compare_runs(save("a", worse, patients=patients), save("b", labels, patients=patients)).table.itertuples()
+    assert row.n == "40 of 4 patients" and np.isnan(row.p)
+    assert (row.low, row.high) == mean_interval(np.arange(40) < 10, groups=patients) and row.low == 0
 
 
 def test_at_one_severity_an_image_is_right_or_wrong(undisturbed):
