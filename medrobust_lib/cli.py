@@ -63,6 +63,7 @@ def run(
     folder: Annotated[Path | None, Option("--notebooks", help="Folder of the notebooks.")] = None,
     describe: Annotated[bool, Option("--describe", help="List the parameters and stop.")] = False,
     jobs: Annotated[int, Option(help="Notebooks at a time; -1: one per core.")] = 1,
+    no_thumbnails: Annotated[bool, Option("--no-thumbnails", help="Keep no small pictures of single images.")] = False,
 ) -> None:
     """Execute notebooks headlessly and write a report.
 
@@ -70,6 +71,7 @@ def run(
     """
     from medrobust_lib import runner
     from medrobust_lib.experiments import read_cards
+    from medrobust_lib.experiments.images import NO_THUMBNAILS_VARIABLE
     from medrobust_lib.experiments.report import write_report
     from medrobust_lib.parameters import as_written, notebook_parameters, parse_parameters
 
@@ -82,8 +84,10 @@ def run(
                 typer.echo(f"    {name}: {spec['inferred_type_name']} = {spec['default']}  # {spec['help']}")
         return
     parameters = parse_parameters(parameter or (), file)
+    how = {"announce": typer.echo, "report": _report_so_far, "jobs": jobs}
     try:
-        executed = runner.run_notebooks(chosen, parameters, out, announce=typer.echo, report=_report_so_far, jobs=jobs)
+        with runner.environment_variables({NO_THUMBNAILS_VARIABLE: "1"} if no_thumbnails else {}):
+            executed = runner.run_notebooks(chosen, parameters, out, **how)
     except runner.NotebookError as error:
         _report_what_there_is(error.run_dir)
         raise
@@ -94,6 +98,7 @@ def run(
         given = [f"{name}={as_written(value)}" for name, value in parameters.items() if name in known]
         options = [word for assignment in given for word in ("-p", assignment)]
         options += ["--notebooks", str(folder)] if folder else []
+        options += ["--no-thumbnails"] if no_thumbnails else []
         command = ["medrobust", "run", *stopped.left, *options, "--out", str(stopped.run_dir), "--jobs", str(jobs)]
         typer.echo(f"stopped; {stopped}. It goes on with\n    {shlex.join(command)}", err=True)
         raise typer.Exit(130) from stopped

@@ -317,10 +317,11 @@ def _cleared(out: Path, notebooks: Mapping[str, Path]) -> Path:
     for path in notebooks.values():
         if (out / "notebooks" / path.name).resolve() == path.resolve():
             raise ValueError(f"--out {out} would overwrite the notebook {path}; give another folder")
-    stale = [out / "index.html"]
+    stale = [out / "index.html", out / "images.html"]
     for number, path in notebooks.items():
         stale += [out / "cards" / f"{number}.json", out / "html" / f"{path.stem}.html", out / "notebooks" / path.name]
         stale += [*(out / "cards").glob(f"{number}_*.csv"), *(out / "figures").glob(f"{number}_*.png")]
+        stale += (out / "images" / number).glob("*.png")
     for file in stale:
         file.unlink(missing_ok=True)
     return out

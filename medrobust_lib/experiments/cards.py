@@ -18,8 +18,17 @@ from pathlib import Path
 from textwrap import dedent
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
+from medrobust_lib.experiments.images import (
+    NO_THUMBNAILS_VARIABLE,
+    SHOWN_IMAGES,
+    check_image_table,
+    worst_first,
+    write_thumbnails,
+)
 from medrobust_lib.files import parsed, read_json_object, whole_file
 from medrobust_lib.places import default_runs_dir
 
@@ -32,6 +41,7 @@ _PARTS = {
     "notebook": str, "title": str, "parameters": dict, "parameters_hash": str, "model": dict, "dataset": dict,
     "metrics": list, "tables": list, "environment": dict, "git": dict,
 }  # fmt: skip
+_LATER = {"question": "", "findings": [], "images": ""}  # a card written before them lacks them
 _METRIC_PARTS = {
     "name": str, "of": str, "n": int | float, "value": int | float | None, "low": int | float | None,
     "high": int | float | None, "settings": dict,
@@ -97,6 +107,8 @@ class Run:
         Seconds of the monotonic clock.
     left_out : list of str
         What `leave_out` was told, for the card.
+    image_tables : list of str
+        Name of what `save_images` kept, for the card.
     """
 
     number: str
@@ -105,6 +117,7 @@ class Run:
     parameters: dict[str, Any]
     started: float = field(repr=False)
     left_out: list[str] = field(default_factory=list, repr=False)
+    image_tables: list[str] = field(default_factory=list, repr=False)
 
     @property
     def parameters_hash(self) -> str:
@@ -146,6 +159,42 @@ class Run:
         self.left_out.append(f"Left out: {part}: {reason}")
         print(self.left_out[-1])
 
+    def save_images(
+        self, table: pd.DataFrame, images: Sequence[NDArray[np.uint8]] | None = None, *, thumbnails: bool = True
+    ) -> Path:
+        """Keep a table of single images, and small pictures of those that need a look first, for the report.
+
+        To be called before `save_card`; a second call replaces the first.
+
+        Parameters
+        ----------
+        table : DataFrame
+            One row per image, as `data.image_table` and `certify_dataset` give it: file, label, class_name, predicted
+            (-1: abstain), predicted_name, and patient, confidence, radius and guarantee where known.
+        images : uint8 [n, H, W, 3] or sequence of uint8 [H, W, 3], optional
+            The image of each row of the table, in its order.
+        thumbnails : bool
+            False leaves the pictures out, as ``medrobust run --no-thumbnails`` does.
+
+        Returns
+        -------
+        Path
+            The table, ``cards/<number>_images.csv``; the pictures lie in ``images/<number>/``.
+
+        Raises
+        ------
+        ValueError
+            As `check_image_table`: nothing is written.
+        """
+        check_image_table(table, images)
+        shown = worst_first(table)[:SHOWN_IMAGES]
+        wanted = thumbnails and images is not None and not os.environ.get(NO_THUMBNAILS_VARIABLE)
+        write_thumbnails(self.folder / "images" / self.number, images, shown if wanted else ())
+        self.image_tables[:] = [f"{self.number}_images"]
+        path = self.folder / "cards" / f"{self.number}_images.csv"
+        write_text_atomically(path, table.to_csv(index=False))
+        return path
+
     def save_card(
         self,
         *,
@@ -155,6 +204,8 @@ class Run:
         dataset: Mapping[str, Any],
         prompts: Mapping[str, Any],
         notes: Sequence[str] = (),
+        question: str = "",
+        findings: Sequence[str] = (),
     ) -> Path:
         """Write ``cards/<number>.json`` and each table as ``cards/<name>.csv`` beside it.
 
@@ -168,16 +219,28 @@ class Run:
         notes : sequence of str
             What a reader must know beside the numbers, for example that the data are synthetic. What was left out
             follows them.
+        question : str
+            What the notebook asks, in a sentence.
+        findings : sequence of str
+            What this run answers, in two sentences computed from its numbers.
 
         Returns
         -------
         Path
             The card.
+
+        Raises
+        ------
+        TypeError
+            The question is no text, or the findings are no sequence of texts.
         """
+        _check_parts({"question": question, "findings": findings}, {"question": str, "findings": list | tuple})
         card = {
             "format": CARD_FORMAT,
             "notebook": self.number,
             "title": self.title,
+            "question": question,
+            "findings": list(findings),
             "parameters": self.parameters,
             "parameters_hash": self.parameters_hash,
             "model": dict(model),
@@ -185,6 +248,7 @@ class Run:
             "prompts": dict(prompts),
             "metrics": [_record(metric) for metric in metrics],
             "tables": sorted(tables),
+            "images": "".join(self.image_tables),
             "notes": [*notes, *self.left_out],
             "seconds": round(time.monotonic() - self.started, 3),
             "peak_memory_mb": peak_memory_mb(),
@@ -258,7 +322,8 @@ def read_cards(runs_dir: Path, *, nested: bool = True) -> list[dict[str, Any]]:
         if card.get("format") not in _READ_FORMATS:
             raise ValueError(f"{path} has card format {card.get('format')}, this version reads 1 to {CARD_FORMAT}")
         with parsed(f"{path} is a damaged result card", _AGAIN):
-            _check_parts(card, _PARTS)
+            card = _LATER | card
+            _check_parts(card, _PARTS | {name: type(value) for name, value in _LATER.items()})
             for metric in card["metrics"]:
                 _check_parts({"settings": {}, **metric}, _METRIC_PARTS, where=f"metric {metric.get('name')!r}: ")
         cards.append({**card, "run": path.parent.parent.name})
