@@ -238,37 +238,39 @@ def test_leaderboard_fits_eighty_columns_in_blocks_by_metric_and_data_set(invoke
     long = "2026-11-23_14-05-12"
     save_run(long, Metric("clean_error", 0.25, 180, 0.1936, 0.3201, of="sigma=0.25"), model="robustmedclip")
     save_run("b", Metric("clean_error", 0.2, 180, dataset="phantom/oct"), Metric("mce", 1.256, 180))
-    runs = save_run("c", Metric("clean_error", 0.125, 180), Metric("accuracy", 1.0, 1))
+    runs = save_run("c", Metric("clean_error", 0.125, 180, of="sigma=0.25"), Metric("accuracy", 1.0, 1))
     text = invoke("leaderboard", runs)[1]
     assert max(map(len, text.splitlines())) <= 80
     lines = [re.sub(r" {2,}", "|", line.strip()) for line in text.splitlines() if re.search(r"\w", line)]
     assert lines == [
-        "accuracy on phantom/blood, highest first",
+        "clean images: accuracy on phantom/blood, 1 images, highest first",
         "#|value|n|model|of|run",
-        "1|1.000|1|demo-clip|c",
-        "clean error on phantom/blood, lowest first",
+        "1*|1.000|1|demo-clip|c",
+        "clean images: clean error on phantom/oct, 180 images, lowest first",
+        "#|value|n|model|of|run",
+        "1*|.200|180|demo-clip|b",
+        "corruption: mce on phantom/blood, 180 images, lowest first",
+        "#|value|n|model|of|run",
+        "1*|1.256|180|demo-clip|b",
+        "not stated: clean error on phantom/blood, sigma=0.25, 180 images, lowest first",
         "#|value [95 %]|n|model|of|run",
-        "1|.125|180|demo-clip|c",
+        "1*|.125|180|demo-clip|sigma=0.25|c",
         f"2|.250 [.19, .32]|180|robustmedclip|sigma=0.25|{long}",
-        "clean error on phantom/oct, lowest first",
-        "#|value|n|model|of|run",
-        "1|.200|180|demo-clip|b",
-        "mce on phantom/blood, lowest first",
-        "#|value|n|model|of|run",
-        "1|1.256|180|demo-clip|b",
+        "A rank is a range where intervals overlap; * has no interval and is ranked by",
+        "its value.",
     ]
 
 
 def test_leaderboard_shows_a_repeated_result_once_but_exports_it_every_time(invoke, save_run):
     for name in ("a", "b"):
         save_run(name, Metric("accuracy", 0.5, 8))
-    save_run("c", Metric("accuracy", 0.5, 8), seed=1)
-    runs = save_run("d", Metric("accuracy", 0.25, 8), seed=1)
+    save_run("c", Metric("accuracy", 0.5, 8), other=1)
+    runs = save_run("d", Metric("accuracy", 0.25, 8), other=1)
     rows = [line for line in invoke("leaderboard", runs)[1].splitlines() if "demo-clip" in line]
     assert [re.split(r" {2,}", row.strip()) for row in rows] == [
-        ["1", ".500", "8", "demo-clip", "a (+1 more)"],
-        ["1", ".500", "8", "demo-clip", "c"],
-        ["3", ".250", "8", "demo-clip", "d"],
+        ["1-2*", ".500", "8", "demo-clip", "a (+1 more)"],
+        ["1-2*", ".500", "8", "demo-clip", "c"],
+        ["3*", ".250", "8", "demo-clip", "d"],
     ]
     assert len(json.loads(invoke("leaderboard", runs, "--json")[1])) == 4
 

@@ -9,11 +9,11 @@ from medrobust_lib.experiments.cards import (
     Metric,
     Run,
     is_headless,
-    leaderboard,
     read_cards,
     show_source,
     start_run,
     write_text_atomically,
 )
+from medrobust_lib.experiments.leaderboards import leaderboard
 from medrobust_lib.experiments.store import RowStore, open_store, parameter_differences
 from medrobust_lib.experiments.work import map_items, progress

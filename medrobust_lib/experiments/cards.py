@@ -51,7 +51,6 @@ RUN_DIR_VARIABLE = "MEDROBUST_RUN_DIR"
 HEADLESS_VARIABLE = "MEDROBUST_HEADLESS"
 BY_HAND = "by-hand"  # the run of notebooks that a person executes
 CAPTION_KEY = "Description"  # the PNG specification's keyword for a caption
-LOWER_IS_BETTER = ("error", "ece", "mce", "degradation", "majority_share", "abstain_rate")
 _RECORDED_PACKAGES = ("medrobust-lib", "torch", "open_clip_torch", "transformers", "peft", "numpy", "scipy")
 _RECORDED_EXTRAS = ("onnxruntime",)  # computes image towers in int8
 
@@ -121,8 +120,8 @@ class Run:
 
     @property
     def parameters_hash(self) -> str:
-        """First 16 hex digits of the SHA-256 of the canonical JSON of the parameters."""
-        return hashlib.sha256(json.dumps(self.parameters, sort_keys=True).encode()).hexdigest()[:16]
+        """What tells these parameters from others; see `parameters_hash`."""
+        return parameters_hash(self.parameters)
 
     def save_figure(self, figure: "Figure", name: str, *, caption: str = "") -> Path:
         """Write a figure to ``figures/<number>_<name>.png``.
@@ -263,6 +262,11 @@ class Run:
         return path
 
 
+def parameters_hash(parameters: Mapping[str, Any]) -> str:
+    """First 16 hex digits of the SHA-256 of the canonical JSON of a card's parameters."""
+    return hashlib.sha256(json.dumps(parameters, sort_keys=True).encode()).hexdigest()[:16]
+
+
 def start_run(number: str, title: str, **parameters: Any) -> Run:
     """Begin a run: start its clock, fix its folder and print its parameters.
 
@@ -316,20 +320,24 @@ def read_cards(runs_dir: Path, *, nested: bool = True) -> list[dict[str, Any]]:
         for _ in os.walk(runs_dir, onerror=refused):
             if not nested:
                 break
-    cards = []
-    for path in sorted(Path(runs_dir).glob(f"{'**/' if nested else ''}cards/[0-9]*.json")):
-        card = read_json_object(path, "a result card", _AGAIN)
-        if card.get("format") not in _READ_FORMATS:
-            raise ValueError(f"{path} has card format {card.get('format')}, this version reads 1 to {CARD_FORMAT}")
-        with parsed(f"{path} is a damaged result card", _AGAIN):
-            card = _LATER | card
-            _check_parts(card, _PARTS | {name: type(value) for name, value in _LATER.items()})
-            for metric in card["metrics"]:
-                _check_parts({"settings": {}, **metric}, _METRIC_PARTS, where=f"metric {metric.get('name')!r}: ")
-        cards.append({**card, "run": path.parent.parent.name})
+    paths = sorted(Path(runs_dir).glob(f"{'**/' if nested else ''}cards/[0-9]*.json"))
+    cards = [{**read_card(path), "run": path.parent.parent.name} for path in paths]
     if not cards:
         raise FileNotFoundError(f"no result cards below {runs_dir}; `medrobust run 01` writes one")
     return cards
+
+
+def read_card(path: Path) -> dict[str, Any]:
+    """Read one result card; errors are those of `read_cards`."""
+    card = read_json_object(path, "a result card", _AGAIN)
+    if card.get("format") not in _READ_FORMATS:
+        raise ValueError(f"{path} has card format {card.get('format')}, this version reads 1 to {CARD_FORMAT}")
+    with parsed(f"{path} is a damaged result card", _AGAIN):
+        card = _LATER | card
+        _check_parts(card, _PARTS | {name: type(value) for name, value in _LATER.items()})
+        for metric in card["metrics"]:
+            _check_parts({"settings": {}, **metric}, _METRIC_PARTS, where=f"metric {metric.get('name')!r}: ")
+    return card
 
 
 def _record(metric: Metric) -> dict[str, Any]:
@@ -345,71 +353,6 @@ def _check_parts(record: Mapping[str, Any], parts: Mapping[str, Any], *, where: 
     for name, kind in parts.items():
         if not isinstance(record[name], kind):
             raise TypeError(f"{where}{name!r} is {record[name]!r}, a {type(record[name]).__name__}")
-
-
-def leaderboard(cards: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
-    """One row per metric of every card, from the cards alone.
-
-    Parameters
-    ----------
-    cards : sequence of mapping
-        From `read_cards`.
-
-    Returns
-    -------
-    DataFrame with columns run, notebook, model, dataset, metric, of, value, low, high, n, parameters, ...
-        And seed and dtype where the card states them, commit and changed of the checkout, and a column for each
-        version in the card's environment. Sorted by metric and data set, the best value first (see
-        `lower_is_better`), what could not be measured (NaN) last.
-    """
-    columns = ("run", "notebook", "model", "dataset", "metric", "of", "value", "low", "high", "n", "parameters")
-    others = dict.fromkeys(name for card in cards for name in _circumstances(card))
-    return pd.DataFrame(ranked_results(cards), columns=[*columns, *others])
-
-
-def ranked_results(cards: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Rows of the `leaderboard`, each with the settings of its metric.
-
-    A metric belongs to the model and data set that it names, else to the card's.
-    """
-    rows = [
-        {
-            "run": card["run"],
-            "notebook": card["notebook"],
-            "model": metric.get("model") or card["model"].get("id", ""),
-            "dataset": metric.get("dataset") or card["dataset"].get("id", ""),
-            "metric": metric["name"],
-            **{key: metric[key] for key in ("of", "low", "high", "n")},
-            "value": float("nan") if metric["value"] is None else metric["value"],
-            "settings": metric.get("settings", {}),
-            "parameters": card["parameters_hash"],
-            **_circumstances(card),
-        }
-        for card in cards
-        for metric in card["metrics"]
-    ]
-
-    def rank(row: Mapping[str, Any]) -> tuple[str, str, bool, float]:
-        value = row["value"] if lower_is_better(row["metric"]) else -row["value"]
-        return row["metric"], row["dataset"], math.isnan(value), value
-
-    return sorted(rows, key=rank)
-
-
-def lower_is_better(metric: str) -> bool:
-    """Whether the smallest value of a metric is the best: errors, and shares that grow as a model collapses."""
-    return metric.endswith(LOWER_IS_BETTER)
-
-
-def _circumstances(card: Mapping[str, Any]) -> dict[str, Any]:
-    """What a result may depend on besides its parameters' names: seed, precision, code and versions."""
-    return {
-        "seed": card["parameters"].get("seed"),
-        "dtype": str(card["model"].get("dtype", "")).removeprefix("torch."),
-        "commit": card["git"].get("commit", ""),
-        "changed": card["git"].get("changed"),
-        **card["environment"],
-    }
 
 
 def is_headless() -> bool:

@@ -1,6 +1,7 @@
 """What a run left, to be read: one static page that needs no network, and tables in a terminal."""
 
 import hashlib
+import html
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -25,7 +26,8 @@ from rich.table import Table
 from rich.text import Text
 
 from medrobust_lib.experiments import read_cards, write_text_atomically
-from medrobust_lib.experiments.cards import CAPTION_KEY, lower_is_better
+from medrobust_lib.experiments.cards import CAPTION_KEY
+from medrobust_lib.experiments.leaderboards import RANKS, comparable_tables
 from medrobust_lib.files import parsed
 from medrobust_lib.places import VERSION
 
@@ -39,6 +41,10 @@ _PLAIN_NAME = re.compile(r"\w[\w.-]*")
 _NUMBER = {"justify": "right", "no_wrap": True}
 _FOLDED = {"overflow": "fold"}
 _RAMP = " .:-=+*#%@"
+_LATEX = str.maketrans(
+    {character: f"\\{character}" for character in "&%$#_{}"}
+    | {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "–": "--"}
+)
 NOTICE = "For teaching and research. Not for clinical use."
 
 
@@ -214,22 +220,51 @@ def show_json(table: pd.DataFrame) -> None:
 
 
 def show_ranking(table: pd.DataFrame) -> None:
-    """Print one narrow table per metric and data set; a result that several runs agree on is one row."""
-    same = ["parameters", "model", "of", "value", "n"]
-    for (metric, dataset), block in table.groupby(["metric", "dataset"], sort=False):
-        lowest = lower_is_better(metric)
-        runs = block.groupby(same, sort=False, dropna=False)["run"].unique()
-        results = block.drop_duplicates(same)
-        ranks = results["value"].rank(method="min", ascending=lowest, na_option="bottom").astype(int)
-        value = "value [95 %]" if block["low"].notna().any() else "value"
-        columns = {"#": {"justify": "right"}, value: {"no_wrap": True}, "n": _NUMBER}
-        columns |= dict.fromkeys(("model", "of", "run"), _FOLDED)
-        rows = [
-            (rank, interval_text(row), row.n, row.model, row.of, _first_of(names))
-            for rank, names, row in zip(ranks, runs, results.itertuples(), strict=True)
-        ]
-        place = f" on {dataset}, {'lowest' if lowest else 'highest'} first"
-        _show_block(metric.replace("_", " "), place, columns, rows)
+    """Print a leaderboard: one narrow table for what can be compared, see `comparable_tables`."""
+    for heading, rows in comparable_tables(table):
+        texts, (title, _, rest) = ranking_texts(rows), heading.partition(" on ")
+        columns = dict.fromkeys(texts, _FOLDED) | dict.fromkeys(texts.columns[:3], _NUMBER)
+        _show_block(title, f" on {rest}", columns, texts.to_numpy())
+    show_text(RANKS)
+
+
+def ranking_texts(rows: pd.DataFrame) -> pd.DataFrame:
+    """Cells of one of the `comparable_tables` as texts: rank, value with interval, n, model, of, run."""
+    runs = [
+        f"{run} (+{more:.0f} more)" if more > 0 else run
+        for run, more in zip(rows["run"], rows["runs"] - 1, strict=True)
+    ]
+    texts = {
+        "#": rows["rank"],
+        "value [95 %]" if rows["low"].notna().any() else "value": [interval_text(row) for row in rows.itertuples()],
+        "n": rows["n"].map("{:.0f}".format, na_action="ignore"),
+        **{name: rows[name] for name in ("model", "of")},
+        "run": runs,
+    }
+    return pd.DataFrame(texts).fillna("")
+
+
+def ranking_markdown(table: pd.DataFrame) -> str:
+    """A leaderboard as Markdown."""
+    blocks = []
+    for heading, rows in comparable_tables(table):
+        texts = ranking_texts(rows).map(lambda text: html.escape(text, quote=False).replace("|", r"\|"))
+        lines = [texts.columns, ["---"] * len(texts.columns), *texts.to_numpy()]
+        blocks.append(f"### {heading}\n\n" + "".join(f"| {' | '.join(line)} |\n" for line in lines))
+    return "\n".join([*blocks, f"{RANKS} {NOTICE}\n"])
+
+
+def ranking_latex(table: pd.DataFrame) -> str:
+    """A leaderboard as LaTeX tables, for the package booktabs."""
+    blocks = []
+    for heading, rows in comparable_tables(table):
+        texts = ranking_texts(rows).rename(columns=_latex).map(_latex)
+        blocks.append(texts.style.hide(axis="index").to_latex(hrules=True, caption=_latex(heading)))
+    return "\n".join([*blocks, f"% {RANKS} {NOTICE}\n"])
+
+
+def _latex(text: str) -> str:
+    return text.translate(_LATEX)
 
 
 def show_comparison(table: pd.DataFrame) -> None:
@@ -243,10 +278,6 @@ def show_comparison(table: pd.DataFrame) -> None:
             rows.append((*values, row.n, row.kind, "" if pd.isna(row.p) else f"{row.p:.2g}", row.of))
         Console().print()
         _show_block(metric.replace("_", " "), f" on {dataset}, {models}", {**columns, "of": _FOLDED}, rows)
-
-
-def _first_of(names: Sequence[str]) -> str:
-    return f"{names[0]} (+{len(names) - 1} more)" if len(names) > 1 else names[0]
 
 
 def _show_block(title: str, rest: str, columns: Mapping[str, Mapping[str, Any]], rows: Sequence[Sequence[Any]]) -> None:
@@ -275,7 +306,7 @@ def short_number(value: float, digits: int) -> str:
     if pd.isna(value):
         return "–"
     text = f"{value:.{digits}f}" if abs(value) < 10 else f"{value:.4g}"
-    return re.sub(r"^(-?)0(?=\.)", r"\1", text)
+    return re.sub(r"^(-?)0(?=\.)", r"\1", text.removeprefix("-" if not text.strip("-0.") else ""))
 
 
 def duration(seconds: float) -> str:

@@ -10,7 +10,7 @@ import pandas as pd
 
 from medrobust_lib.evaluation import CLEAN
 from medrobust_lib.experiments import read_cards
-from medrobust_lib.experiments.cards import ranked_results
+from medrobust_lib.experiments.leaderboards import ranked_results
 from medrobust_lib.metrics.classification import difference_interval, mcnemar_p, mean_interval, paired_interval
 from medrobust_lib.studies.benchmark_step import correct_shares
 

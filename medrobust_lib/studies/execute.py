@@ -17,7 +17,7 @@ import pandas as pd
 from medrobust_lib import experiments, metrics
 from medrobust_lib.checks import check_choice
 from medrobust_lib.experiments import Metric, Run, read_cards
-from medrobust_lib.experiments.cards import lower_is_better
+from medrobust_lib.experiments.leaderboards import RANKS, comparable_tables
 from medrobust_lib.experiments.report import interval_text, write_page, write_report
 from medrobust_lib.files import named_when_full, told
 from medrobust_lib.places import VERSION
@@ -115,8 +115,8 @@ def write_results(study: Study, out: Path, finished: Sequence[Cell], failures: M
         out / "index.html",
         "study",
         title=study.name,
-        blocks=table.groupby(["metric", "dataset"], sort=False),
-        lower_is_better=lower_is_better,
+        blocks=comparable_tables(table),
+        ranks=RANKS,
         interval_text=interval_text,
         cells=[folder.name for folder in folders],
         failures=failures,
@@ -142,6 +142,7 @@ def _write_corruption_errors(study: Study, out: Path, cells: list[Cell]) -> Path
     images = answers.drop_duplicates("image").sort_values("image")  # the same ones for every model
     errors = metrics.corruption_error_table(pd.concat(tables), reference=reference)
     averaged = averaged_over(first.step.suite, first.step.severities)
+    measured = {"suite": first.step.suite, "severities": sorted(first.step.severities)}
     numbers = []
     for row in errors.itertuples():
         rng = np.random.default_rng(first.seed or 0)
@@ -153,8 +154,10 @@ def _write_corruption_errors(study: Study, out: Path, cells: list[Cell]) -> Path
             interval = (None, None)
         if np.isfinite(row.mce):  # the reference errs under every corruption
             of = f"{averaged}, relative to {reference}"
-            numbers.append(Metric("mce", row.mce, row.n, *interval, of=of, model=row.model))
-        numbers.append(Metric("degradation", row.degradation, row.n, of=averaged, model=row.model))
+            relative = {"settings": {**measured, "reference": reference}}
+            numbers.append(Metric("mce", row.mce, row.n, *interval, of=of, model=row.model, **relative))
+        about = {"model": row.model, "settings": measured}
+        numbers.append(Metric("degradation", row.degradation, row.n, of=averaged, **about))
     number = f"{first.number:02d}-mce"
     compared = {"step": "mce", "models": list(by_model), "reference": reference}
     parameters = {**compared, "dataset": first.dataset, "seed": first.seed, **first.parameters}

@@ -75,7 +75,7 @@ def test_a_study_prints_its_leaderboard_and_two_runs_compare(invoke, study_file,
     assert code == 0
     assert "study tiny: 3 of 3 cells" in text
     assert "(3 resumed)" in text
-    assert "smoothed accuracy on phantom/chest, highest first" in text
+    assert "certification: smoothed accuracy on phantom/chest, " in text
     assert "01-certify seed 0" in text
     assert "3 of 3 cells are done" in text
     code, text, _ = invoke("compare", undisturbed, tmp_path / "out", "--csv", tmp_path / "compared.csv")
