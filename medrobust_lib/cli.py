@@ -1,4 +1,4 @@
-"""The command line: ``medrobust quick | run | study | reproduce | leaderboard | compare | models | datasets | doctor``.
+"""The command line: ``medrobust quick | run | study | reproduce | leaderboard | submit | compare | doctor | ...``.
 
 Commands import what they need when they are called, so that ``--help`` answers at once.
 """
@@ -8,7 +8,7 @@ import inspect
 import shlex
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Annotated, Any
@@ -21,6 +21,7 @@ from medrobust_lib.files import reported_errors, told
 from medrobust_lib.places import default_runs_dir
 
 if TYPE_CHECKING:
+    from medrobust_lib.doctor import Finding
     from medrobust_lib.studies.execute import Finished
     from medrobust_lib.studies.steps import Cell
     from medrobust_lib.studies.study_file import Study
@@ -304,12 +305,14 @@ def leaderboard(
     metric: Annotated[str | None, Option(help="Only this metric.")] = None,
     by_hand: Annotated[bool, Option("--by-hand", help="Also notebooks run by hand, without `medrobust run`.")] = False,
     csv: Annotated[Path | None, Option(help="Also write all rows and columns as CSV.")] = None,
+    markdown: Annotated[Path | None, Option(help="Also write the tables as Markdown.")] = None,
+    latex: Annotated[Path | None, Option(help="Also write the tables as LaTeX, for booktabs.")] = None,
     as_json: Annotated[bool, Option("--json", help="All rows and columns as JSON instead of tables.")] = False,
 ) -> None:
-    """Rank the results of all runs by metric and data set, from their result cards only."""
+    """Rank what can be compared of the results of all runs, from their result cards only."""
     from medrobust_lib import experiments
     from medrobust_lib.experiments.cards import BY_HAND
-    from medrobust_lib.experiments.report import show_json, show_ranking
+    from medrobust_lib.experiments.report import ranking_latex, ranking_markdown, show_json, show_ranking
 
     folder = default_runs_dir() if runs is None else runs
     cards = experiments.read_cards(folder)
@@ -325,12 +328,33 @@ def leaderboard(
             hint = f" Did you mean {close[0]!r}?" if close else ""
             raise ValueError(f"unknown metric {metric!r}; the cards hold {', '.join(known)}.{hint}")
         table = table[table["metric"] == metric]
-    if csv is not None:
-        experiments.write_text_atomically(csv, table.to_csv(index=False))
+    forms = {csv: lambda rows: rows.to_csv(index=False), markdown: ranking_markdown, latex: ranking_latex}
+    for path, text in forms.items():
+        if path is not None:
+            experiments.write_text_atomically(path, text(table))
     if as_json:
         show_json(table)
     else:
         show_ranking(table)
+
+
+@app.command()
+def submit(
+    result: Annotated[Path, Argument(metavar="CARD_OR_RUN", help="A result card, or a folder of runs: all cards.")],
+    to: Annotated[Path, Option(help="Folder of the leaderboard, for `medrobust leaderboard FOLDER`.")],
+    allow_versions: Annotated[
+        bool, Option("--allow-versions", help="Also cards of another version of medrobust.")
+    ] = False,
+) -> None:
+    """Check result cards and add them to a leaderboard that others add to, all of them or none."""
+    from medrobust_lib.doctor import examine_cards
+    from medrobust_lib.experiments.cards import read_card, read_cards
+    from medrobust_lib.experiments.leaderboards import add_cards
+
+    cards = [read_card(result)] if result.is_file() else read_cards(result)
+    _tell(examine_cards(cards, allow_versions=allow_versions))
+    for path in add_cards(cards, to):
+        typer.echo(f"added: {path}")
 
 
 @app.command()
@@ -368,8 +392,12 @@ def doctor(
     """Check environment, kernel, weights, data, and demo-clip's reference prediction; or a model."""
     from medrobust_lib.doctor import examine, examine_model
 
+    _tell(examine() if model is None else examine_model(model))
+
+
+def _tell(findings: "Iterable[Finding]") -> None:
     failed = 0
-    for finding in examine() if model is None else examine_model(model):
+    for finding in findings:
         failed += not finding.passed
         typer.echo(f"{'ok  ' if finding.passed else 'FAIL'} {finding.check:<20} {finding.detail}")
     if failed:

@@ -1,8 +1,8 @@
-"""Is this installation sound, and is a model? Every check says what it found and how to mend it."""
+"""Is this installation sound, is a model, and is a result card? Every check says what it found and how to mend it."""
 
 import json
 import platform
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from medrobust_lib import _torchvision, runner
+from medrobust_lib.experiments.cards import environment, parameters_hash
 from medrobust_lib.files import told
 from medrobust_lib.places import default_weights_dir, project_root
 
@@ -67,6 +68,27 @@ def examine_model(id: str) -> Iterator[Finding]:
     data = load_dataset("phantom/blood", n=8)
     for check in (_preprocessing, _features, _capabilities, _speed):
         yield _found(check, model, data, id)
+
+
+def examine_cards(cards: Iterable[Mapping[str, Any]], *, allow_versions: bool = False) -> Iterator[Finding]:
+    """Check whether result cards may join a leaderboard of this installation, one finding at a time.
+
+    Parameters
+    ----------
+    cards : iterable of mapping
+        From `read_cards`.
+    allow_versions : bool
+        Whether a card of another version of this library is told instead of refused.
+
+    Yields
+    ------
+    Finding
+        demo-clip's reference prediction; then one for each card: its parameters beside their hash, the versions, and
+        the weights and images that it names beside those here, where they come with the package.
+    """
+    yield _found(_reference)
+    for card in cards:
+        yield _found(_card, card, allow_versions)
 
 
 def _found(check: Callable[..., str], *given: Any) -> Finding:
@@ -171,6 +193,35 @@ def _reference() -> str:
             "the weights, the preprocessing or a library changed: reinstall with constraints.txt"
         )
     return f"demo-clip equals its reference prediction within {gap:.1e}"
+
+
+def _card(card: Mapping[str, Any], allow_versions: bool) -> str:
+    from medrobust_lib.data.registry import load_dataset
+    from medrobust_lib.models import catalogue
+    from medrobust_lib.models.loading import load_model
+
+    model, data, mine, theirs = card["model"], card["dataset"], environment(), card["environment"]
+    if (found := parameters_hash(card["parameters"])) != card["parameters_hash"]:
+        raise ValueError(
+            f"{card['title']}: its parameters have the hash {found}, it says {card['parameters_hash']}: "
+            "somebody changed the card; run it again"
+        )
+    differ = [f"{name} {theirs.get(name)} (here: {mine[name]})" for name in mine if theirs.get(name) != mine[name]]
+    if theirs.get("medrobust-lib") != mine["medrobust-lib"] and not allow_versions:
+        raise ValueError(f"{card['title']}: {'; '.join(differ)}; run it again here, or allow it: --allow-versions")
+    pairs = {}
+    if "weights" in model and any(row.id == model["id"] and row.shipped for row in catalogue.DUAL_ENCODERS):
+        pairs["weights"] = model["weights"], load_model(model["id"], dtype=model["dtype"]).identity()["weights"]
+    if "seed" in data.get("drawn", {}) and data["id"].startswith("phantom/"):
+        again = load_dataset(data["id"], split=data["split"], **data["drawn"])
+        pairs["images"] = data["fingerprint"], again.identity()["fingerprint"]
+    for what, (named, here) in pairs.items():
+        if named != here:
+            raise ValueError(f"{card['title']}: its {what} are {named}, here they are {here}; run it again here")
+    unchecked = [f"{what} not checked" for what in ("weights", "images") if what not in pairs]
+    return "; ".join(
+        [f"{card['title']}: parameters{''.join(f', {what}' for what in pairs)} as here", *unchecked, *differ]
+    )
 
 
 def _preprocessing(model: "DualEncoder", data: "ImageDataset", id: str) -> str:

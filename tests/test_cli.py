@@ -252,7 +252,7 @@ def test_leaderboard_fits_eighty_columns_in_blocks_by_metric_and_data_set(invoke
         "corruption: mce on phantom/blood, 180 images, lowest first",
         "#|value|n|model|of|run",
         "1*|1.256|180|demo-clip|b",
-        "not stated: clean error on phantom/blood, sigma=0.25, 180 images, lowest first",
+        "noise: clean error on phantom/blood, sigma=0.25, 180 images, lowest first",
         "#|value [95 %]|n|model|of|run",
         "1*|.125|180|demo-clip|sigma=0.25|c",
         f"2|.250 [.19, .32]|180|robustmedclip|sigma=0.25|{long}",

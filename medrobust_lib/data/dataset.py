@@ -1,6 +1,7 @@
 """The one in-memory form of a labelled image set, and the seeded subset everyone draws from it."""
 
 import base64
+import hashlib
 import io
 import json
 import warnings
@@ -194,6 +195,25 @@ class ImageDataset:
         """Count the images of each class, in label order; absent classes count 0."""
         counts = np.bincount(self.labels, minlength=len(self.classes))
         return {name: int(count) for name, count in zip(self.classes, counts, strict=True)}
+
+    def identity(self) -> dict[str, Any]:
+        """What tells these images from any others in a record: the data set's part of a result card.
+
+        Returns
+        -------
+        dict
+            id, split, n, synthetic, wording, classes, class_counts (in the order of the classes), drawn (n, seed and
+            draw, as far as known) and fingerprint (16 hex digits of the SHA-256 of images, labels and positions).
+        """
+        digest = hashlib.sha256(str(self.images.shape).encode())
+        for array in (self.images, self.labels, self.indices):
+            digest.update(np.ascontiguousarray(array).data)
+        drawn = {name: self.provenance[name] for name in ("n", "seed", "draw") if name in self.provenance}
+        return {
+            "id": self.id, "split": self.split, "n": len(self), "synthetic": self.synthetic,
+            "wording": self.provenance.get("wording", ""), "classes": list(self.classes),
+            "class_counts": list(self.class_counts().values()), "drawn": drawn, "fingerprint": digest.hexdigest()[:16],
+        }  # fmt: skip
 
     def __repr__(self) -> str:
         _, height, width, _ = self.images.shape

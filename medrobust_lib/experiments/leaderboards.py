@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import pandas as pd
@@ -13,15 +14,20 @@ import pandas as pd
 from medrobust_lib.experiments.cards import parameters_hash, write_text_atomically
 
 LOWER_IS_BETTER = ("error", "ece", "mce", "degradation", "majority_share", "abstain_rate")
+TASKS: Mapping[str, str] = MappingProxyType(
+    {"generative": "oracle=", "certification": "certified|smoothed_accuracy|abstain_rate", "adaptation": "^val_|^trained_",
+     "corruption": "mce|degradation|average_accuracy|corruption=", "noise": r"sigma=(?!0(?!\.))", "clean images": ""}
+)  # fmt: skip
 # Settings of a metric that tell competitors apart. Every other setting tells what was measured.
 COMPETITOR = ("method", "variant")
 # What else a certificate depends on; cards of studies have it among their parameters.
 _OF_CERTIFICATES = ("alpha", "n", "mode")
-_UNSAID = (("corruption", "clean"), ("sigma", 0), ("perturbation", "pixel-noise"), ("mode", "predict"))
+_UNSAID: Mapping[str, Any] = MappingProxyType(
+    {"corruption": "clean", "sigma": 0, "perturbation": "pixel-noise", "mode": "predict", "split": "test"}
+)
 _COLUMNS = ("run", "notebook", "model", "dataset", "metric", "of", "value", "low", "high", "n", "parameters", "rank")
-_COLUMNS += ("table", "task", "sigma", "radius", "guarantee", "chance", "constant")
+_COLUMNS += ("table", "task", "method", "sigma", "radius", "guarantee", "chance", "constant")
 _SAME = ["parameters", "model", "of", "value", "n"]
-BASELINES = {"chance": "chance", "constant": "constant answer"}
 RANKS = "A rank is a range where intervals overlap; * has no interval and is ranked by its value."
 # In the text of JSON: from a root to the last slash of a path, of Unix or of Windows.
 _PLACE = re.compile(
@@ -41,15 +47,19 @@ def leaderboard(cards: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
     -------
     DataFrame with columns run, notebook, model, dataset, metric, of, value, low, high, n, parameters, ...
         Then ``rank`` within ``table``, the heading that results share which can be compared (see
-        `comparable_tables`); task, sigma, radius and guarantee (where the metric has them); chance and constant, the
+        `comparable_tables`); task; method (without settings what the metric is of), sigma, radius and guarantee, where
+        the metric has them; chance and constant, the
         values of a random and of a constant answer, where the card tells the classes and their images; seed and dtype
         where the card states them, commit and changed of the checkout, and a column for each version in the card's
         environment. Sorted by table, the best value first (see `lower_is_better`), what could not be measured (NaN)
         last.
     """
     others = dict.fromkeys(name for card in cards for name in _circumstances(card))
-    table = pd.DataFrame(ranked_results(cards), columns=[*_COLUMNS, *others])
+    rows = [row for card in cards for row in results_of(card)]
+    table = pd.DataFrame(rows, columns=[*_COLUMNS, *others])
     table = table.astype(dict.fromkeys(("value", "low", "high", "chance", "constant"), float))
+    order = table["value"].where(table["metric"].map(lower_is_better).astype(bool), -table["value"])
+    table = table.assign(rank=order).sort_values(["table", "rank"], kind="stable", ignore_index=True)
     ranks = [rank for _, block in table.groupby("table", sort=False) for rank in _ranks(block)]
     return table.assign(rank=pd.Series(ranks, dtype=object))
 
@@ -77,27 +87,12 @@ def comparable_tables(table: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
     for heading, block in table.groupby("table", sort=False):
         counts = block.groupby(_SAME, sort=False, dropna=False)["run"].nunique()
         rows = [block.drop_duplicates(_SAME).assign(runs=counts.to_numpy())]
-        for column, name in BASELINES.items():
-            known = block[[column]].dropna().drop_duplicates()
-            rows.append(known.set_axis(["value"], axis=1).assign(model=name, metric=block["metric"].iloc[0], rank=""))
+        for column, name in (("chance", "chance"), ("constant", "constant answer")):
+            rows.append(pd.DataFrame({"value": block[column].dropna().unique(), "model": name, "rank": ""}))
         lowest = lower_is_better(block["metric"].iloc[0])
         both = pd.concat(rows).sort_values("value", ascending=lowest, kind="stable", ignore_index=True)
-        tables.append((heading, both))
+        tables.append((f"{heading}, {'lowest' if lowest else 'highest'} first", both))
     return tables
-
-
-def ranked_results(cards: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Rows of the `leaderboard`, without ranks, each with the settings of its metric.
-
-    A metric belongs to the model and data set that it names, else to the card's.
-    """
-    rows = [row for card in cards for row in _results(card)]
-
-    def rank(row: Mapping[str, Any]) -> tuple[str, bool, float]:
-        value = row["value"] if lower_is_better(row["metric"]) else -row["value"]
-        return row["table"], math.isnan(value), value
-
-    return sorted(rows, key=rank)
 
 
 def lower_is_better(metric: str) -> bool:
@@ -105,65 +100,67 @@ def lower_is_better(metric: str) -> bool:
     return metric.endswith(LOWER_IS_BETTER)
 
 
-def task_of(metric: str, settings: Mapping[str, Any], *, of: str = "") -> str:
-    """What is asked of a model, from the name of a metric, its settings and, without any, its ``of``.
-
-    The first rule that fits holds. Where conditions stand in ``of`` alone, the task of an accuracy is not stated.
-    """
-    rules = {
-        "generative": "oracle" in settings,
-        "certification": "certified" in metric or metric in ("smoothed_accuracy", "abstain_rate"),
-        "adaptation": metric.startswith("val_") or metric == "trained_parameters",
-        "corruption": metric.endswith(("mce", "degradation", "average_accuracy"))
-        or settings.get("corruption", "clean") != "clean",
-        "noise": settings.get("sigma", 0) != 0,
-        "clean images": bool(settings) or not of,
-    }
-    return next((task for task, fits in rules.items() if fits), "not stated")
+def task_of(metric: str, measured: Sequence[str]) -> str:
+    """What is asked of a model: the first of `TASKS` that a metric's name or what was measured (NAME=VALUE) shows."""
+    said = ", ".join([metric, *measured])
+    return next(task for task, pattern in TASKS.items() if re.search(pattern, said))
 
 
-def add_card(card: Mapping[str, Any], folder: Path) -> Path:
-    """Add a result card to a leaderboard: a folder that holds one file for each card, in a folder of its own.
+def add_cards(cards: Iterable[Mapping[str, Any]], folder: Path) -> list[Path]:
+    """Add result cards to a leaderboard: a folder with one file for each card, in a folder of its own.
 
-    Of absolute paths only the last part is kept, wherever they stand on the card, and the hash of the parameters is
-    that of what is kept. Tables of the run stay where they are.
+    Of an absolute path only the last part is kept, wherever it stands on a card, and the hash of the parameters
+    becomes that of what is kept. Tables stay with the run.
 
     Parameters
     ----------
-    card : mapping
+    cards : iterable of mapping
         From `read_cards`.
     folder : Path
         Of the leaderboard; made where it is missing.
 
     Returns
     -------
-    Path
-        The file written.
+    list of Path
+        The files written.
 
     Raises
     ------
     FileExistsError
-        The card stands there already: same parameters, model, data set and time.
+        A card stands there already (same parameters, model, data set and time); then none is added.
+    ValueError
+        A card whose number names no file.
     """
-    text = json.dumps({name: value for name, value in card.items() if name != "run"}, ensure_ascii=False)
-    kept = json.loads(_PLACE.sub("", text)) | {"tables": [], "images": ""}
-    kept["parameters_hash"] = parameters_hash(kept["parameters"])
-    model = kept["model"].get("id", "")
-    told = json.dumps([kept["parameters_hash"], model, kept["dataset"].get("id", ""), kept["created"]])
-    name = re.sub(r"[^A-Za-z0-9.]+", "-", model).strip("-.") or "models"
-    path = folder / f"{name}-{hashlib.sha256(told.encode()).hexdigest()[:8]}" / "cards" / f"{kept['notebook']}.json"
-    if path.exists():
-        raise FileExistsError(f"this card stands in {folder} already: {path.relative_to(folder)}; nothing was added")
-    write_text_atomically(path, json.dumps(kept, indent=2, allow_nan=False) + "\n")
-    return path
+    texts = {}
+    for card in cards:
+        text = json.dumps({name: value for name, value in card.items() if name != "run"}, ensure_ascii=False)
+        kept = json.loads(_PLACE.sub("", text)) | {"tables": [], "images": ""}
+        kept["parameters_hash"] = parameters_hash(kept["parameters"])
+        model, number, told = kept["model"].get("id", ""), kept["notebook"], f"{card['title']!r} of {card['created']}"
+        if not re.fullmatch(r"\d[\w-]*", number):
+            raise ValueError(f"{told}: {number!r} is no number of a notebook or step; give the card as it was written")
+        unique = json.dumps([kept["parameters_hash"], model, kept["dataset"].get("id"), kept["created"]])
+        name = re.sub("[^A-Za-z0-9]+", "-", model).strip("-") or "models"
+        path = folder / f"{name}-{hashlib.sha256(unique.encode()).hexdigest()[:8]}" / "cards" / f"{number}.json"
+        if path in texts or path.exists():
+            raise FileExistsError(f"{told} stands in {folder} already; nothing was added")
+        texts[path] = json.dumps(kept, indent=2, allow_nan=False) + "\n"
+    for path, text in texts.items():
+        write_text_atomically(path, text)
+    return list(texts)
 
 
-def _results(card: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+def results_of(card: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """Rows of the `leaderboard` of one card, without ranks, each with the settings of its metric.
+
+    A metric belongs to the model and data set that it names, else to the card's.
+    """
     sets = {part.get("id", ""): part for part in (*card["dataset"].get("others", ()), card["dataset"])}
     for metric in card["metrics"]:
         name, dataset = metric["name"], metric.get("dataset") or card["dataset"].get("id", "")
         settings, facts = metric.get("settings", {}), sets.get(dataset, {})
-        task = task_of(name, settings, of=metric["of"])
+        measured = _measured(metric, facts, card["parameters"])
+        task = task_of(name, measured)
         yield {
             "run": card["run"],
             "notebook": card["notebook"],
@@ -171,40 +168,33 @@ def _results(card: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
             "dataset": dataset,
             "metric": name,
             **{key: metric[key] for key in ("of", "low", "high", "n")},
-            "value": float("nan") if metric["value"] is None else metric["value"],
+            "value": math.nan if metric["value"] is None else metric["value"],
             "settings": settings,
             "parameters": card["parameters_hash"],
-            "table": _heading(task, dataset, metric, facts, card["parameters"]),
+            "table": f"{task}: {name.replace('_', ' ')} on {', '.join([dataset, *measured])}",
             "task": task,
+            "method": ", ".join(settings[key] for key in COMPETITOR if key in settings) if settings else metric["of"],
             **{key: settings.get(key) for key in ("sigma", "radius", "guarantee")},
             **_baselines(task, name, facts),
             **_circumstances(card),
         }
 
 
-def _heading(
-    task: str, dataset: str, metric: Mapping[str, Any], facts: Mapping[str, Any], parameters: Mapping[str, Any]
-) -> str:
-    """What results that can be compared share, in words."""
-    settings = metric.get("settings", {})
-    if settings and task in ("certification", "generative"):
+def _measured(metric: Mapping[str, Any], facts: Mapping[str, Any], parameters: Mapping[str, Any]) -> list[str]:
+    """What results that can be compared share besides metric and data set, in words."""
+    settings = {"split": facts.get("split", "test")} | metric.get("settings", {})
+    if "guarantee" in settings:
         settings = {name: parameters[name] for name in _OF_CERTIFICATES if name in parameters} | settings
-    measured = [
+    said = [
         f"{name.replace('_', ' ')}={str(value).removesuffix('.0')}"
         for name, value in sorted(settings.items())
-        if name not in COMPETITOR and (name, value) not in _UNSAID
+        if name not in COMPETITOR and _UNSAID.get(name) != value
     ]
+    said += [metric["of"]] if metric["of"] and not metric.get("settings") else []
+    said += [f"{len(facts['classes'])} classes"] if "classes" in facts else []
     drawn = [f"{name} {parameters[name]}" for name in ("draw", "seed") if parameters.get(name) is not None]
     images = facts.get("fingerprint", "")[:6] or ", ".join(drawn)
-    parts = [
-        f"{task}: {metric['name'].replace('_', ' ')} on {dataset}",
-        facts.get("split", "test").replace("test", ""),
-        *(measured if settings else [metric["of"]]),
-        f"{len(facts['classes'])} classes" if "classes" in facts else "",
-        f"{metric['n']} images" + (f" ({images})" if images else ""),
-        f"{'lowest' if lower_is_better(metric['name']) else 'highest'} first",
-    ]
-    return ", ".join(filter(None, parts))
+    return [*said, f"{metric['n']} images" + (f" ({images})" if images else "")]
 
 
 def _baselines(task: str, metric: str, facts: Mapping[str, Any]) -> dict[str, float]:

@@ -238,7 +238,8 @@ def ranking_texts(rows: pd.DataFrame) -> pd.DataFrame:
         "#": rows["rank"],
         "value [95 %]" if rows["low"].notna().any() else "value": [interval_text(row) for row in rows.itertuples()],
         "n": rows["n"].map("{:.0f}".format, na_action="ignore"),
-        **{name: rows[name] for name in ("model", "of")},
+        "model": rows["model"],
+        "of": rows["method"],
         "run": runs,
     }
     return pd.DataFrame(texts).fillna("")

@@ -206,9 +206,10 @@ class AdaptCell(Cell):
         self.keep_times(out.parents[2], training=adapted.seconds)
         history = adapted.history.drop(columns="seconds")
         best = history[history["epoch"] == adapted.best_epoch]
+        about = {"settings": {"split": "val"}}
         numbers = [
-            Metric("val_balanced_accuracy", r.val_balanced_accuracy, int(r.n), of=f"{r.dataset}, epoch {r.epoch}")
-            for r in best.itertuples()
+            Metric("val_balanced_accuracy", share, int(n), of=f"{id}, epoch {adapted.best_epoch}", dataset=id, **about)
+            for id, share, n in best[["dataset", "val_balanced_accuracy", "n"]].itertuples(index=False)
         ]
         return [*numbers, Metric("trained_parameters", float(adapted.trainable), int(best["n"].sum()))], history
 
@@ -252,4 +253,4 @@ class AdaptCell(Cell):
 
 def _validated(data: ImageDataset, answers: NDArray[np.int64]) -> Metric:
     share = metrics.balanced_accuracy(data.labels, answers)
-    return Metric("val_balanced_accuracy", share, len(data), of=data.id)
+    return Metric("val_balanced_accuracy", share, len(data), of=data.id, settings={"split": "val"})

@@ -10,7 +10,7 @@ import pandas as pd
 
 from medrobust_lib.evaluation import CLEAN
 from medrobust_lib.experiments import read_cards
-from medrobust_lib.experiments.leaderboards import ranked_results
+from medrobust_lib.experiments.leaderboards import results_of
 from medrobust_lib.metrics.classification import difference_interval, mcnemar_p, mean_interval, paired_interval
 from medrobust_lib.studies.benchmark_step import correct_shares
 
@@ -136,7 +136,7 @@ def _read(folder: Path) -> dict[_Key, _Result]:
         kept = [table for table in tables if set(table.columns) >= _IMAGE_COLUMNS]
         given = {name: card["parameters"][name] for name in _SETTINGS if name in card["parameters"]}
         given.setdefault("draw", "stratified")  # cards from before there was another
-        for row in ranked_results([card]):
+        for row in results_of(card):
             answers = next(filter(None, (_answers(row, table) for table in kept)), None)
             key = _Key(row["model"], row["dataset"], row["metric"], row["of"], card["parameters"].get("seed"))
             found.setdefault(key, []).append(row | {"answers": answers, "given": given})
@@ -160,7 +160,7 @@ def _answers(result: Mapping[str, Any], rows: pd.DataFrame) -> _Answers | None:
     rows = rows[(rows["model"] == result["model"]) & (rows["dataset"] == result["dataset"])]
     if not settings or np.isnan(result["value"]):  # beyond the reach of the draws there is no number
         return None
-    if "sigma" in settings and "radius" in rows:
+    if "method" in settings and "radius" in rows:
         return _certificates(result["metric"], rows, settings)
     if "severity" in rows and result["metric"] in ("accuracy", "average_accuracy"):
         return _corruptions(rows, settings)

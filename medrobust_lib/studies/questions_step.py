@@ -2,9 +2,10 @@
 
 import contextlib
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pandas as pd
 
@@ -167,8 +168,9 @@ class QuestionsCell(Cell):
         notes += [f"Guarantee {name}: {GUARANTEES[name]}" for name in rows["guarantee"].unique()]
         notes.append(f"Oracle {oracle.name}, version {oracle.version}.")
         notes.append("Certificates of several n share the answers: each is valid on its own, they err together.")
+        measured = {"sigma": step.sigma, "questions": asked.task, "oracle": oracle.name}
         run.save_card(
-            metrics=_answer_metrics(rows), tables={f"{run.number}_{CERTIFIED_ANSWERS}": rows}, prompts={},
+            metrics=_answer_metrics(rows, measured), tables={f"{run.number}_{CERTIFIED_ANSWERS}": rows}, prompts={},
             model={"id": vlm.id, "dtype": vlm.precision, "image_size": vlm.image_size},
             dataset=_described(asked), notes=notes,
         )  # fmt: skip
@@ -179,12 +181,12 @@ def _described(asked: QuestionSet) -> dict[str, object]:
     return {"id": asked.id, "split": "test", "n": len(asked), **kind}
 
 
-def _answer_metrics(rows: pd.DataFrame) -> list[Metric]:
+def _answer_metrics(rows: pd.DataFrame, settings: Mapping[str, Any]) -> list[Metric]:
     """Certified share, mean radius and, where truths are known, certified accuracy, for each n."""
     numbers = []
     for (n, guarantee), block in rows.groupby(["n_max", "guarantee"], sort=False):
         certified, size = block["predicted"] >= 0, len(block)
-        about = {"of": f"{guarantee}, n={n}", "settings": {"n": int(n), "guarantee": guarantee}}
+        about = {"of": f"{guarantee}, n={n}", "settings": {**settings, "n": int(n), "guarantee": guarantee}}
         shares = {"certified_share": certified}
         if block["truth"].notna().all():
             shares["smoothed_accuracy"] = certified & (block["predicted"] == block["label"])

@@ -283,9 +283,8 @@ def described(model: DualEncoder, data: ImageDataset, notes: Sequence[str], *, n
     notes = [*data.caveats, *notes]
     if data.synthetic:
         notes = ["The images are synthetic phantoms: nobody's images.", *notes]
-    about = {"id": data.id, "split": data.split, "n": len(data), "synthetic": data.synthetic}
     return {
-        "model": {"id": name or model.id, "dtype": model.precision, "image_size": model.image_size},
-        "dataset": about | {"wording": data.provenance["wording"]},
+        "model": {**model.identity(), "id": name or model.id, "image_size": model.image_size},
+        "dataset": data.identity(),
         "notes": notes,
     }
