@@ -15,8 +15,11 @@ from medrobust_lib.experiments.cards import parameters_hash, write_text_atomical
 
 LOWER_IS_BETTER = ("error", "ece", "mce", "degradation", "majority_share", "abstain_rate")
 TASKS: Mapping[str, str] = MappingProxyType(
-    {"generative": "oracle=", "certification": "certified|smoothed_accuracy|abstain_rate", "adaptation": "^val_|^trained_",
-     "corruption": "mce|degradation|average_accuracy|corruption=", "noise": r"sigma=(?!0(?!\.))", "clean images": ""}
+    {
+        "generative": "oracle=", "certification": "certified|smoothed_accuracy|abstain_rate",
+        "adaptation": "^val_|^trained_", "corruption": "mce|degradation|average_accuracy|corruption=",
+        "noise": r"sigma=(?!0(?!\.))", "clean images": "",
+    }
 )  # fmt: skip
 # Settings of a metric that tell competitors apart. Every other setting tells what was measured.
 COMPETITOR = ("method", "variant")
