@@ -13,8 +13,10 @@ from typer.testing import CliRunner
 
 from medrobust_lib import cli, doctor, runner
 from medrobust_lib.data import inspection
+from medrobust_lib.data.registry import load_dataset
 from medrobust_lib.experiments import Metric, start_run
 from medrobust_lib.experiments.cards import RUN_DIR_VARIABLE
+from medrobust_lib.models.loading import load_model
 
 NOTEBOOK = """
 from medrobust_lib.experiments import Metric, start_run
@@ -223,6 +225,81 @@ def test_leaderboard_sorts_by_a_metric_and_writes_csv(invoke, runs, tmp_path):
     assert code == 0
     assert [row["model"] for row in json.loads(text)] == ["model-b", "model-a"]
     assert csv.read_text().splitlines()[1].startswith("b,01,model-b,phantom/blood,accuracy,,0.75")
+
+
+def test_leaderboard_writes_markdown_and_latex_of_the_same_rows(invoke, runs, tmp_path):
+    markdown, latex = tmp_path / "board.md", tmp_path / "board.tex"
+    words = ["--metric", "accuracy", "--markdown", markdown, "--latex", latex]
+    assert invoke("leaderboard", runs, *words)[0] == 0
+    for text in (markdown.read_text(), latex.read_text()):
+        assert text.index("model-b") < text.index("model-a")
+        assert "majority" not in text and "Not for clinical use" in text
+
+
+def test_a_run_is_submitted_once_and_shown(invoke, runs, tmp_path):
+    board = tmp_path / "board"
+    code, text, _ = invoke("submit", runs / "a" / "cards" / "01.json", "--to", board)
+    assert code == 0
+    assert "ok   reference " in text and re.search(r"ok   card +Title: parameters as here; weights not checked;", text)
+    code, _, error = invoke("submit", runs, "--to", board)  # all of them or none
+    assert code == 1 and "stands in" in error and "nothing was added" in error
+    assert len(json.loads(invoke("leaderboard", board, "--metric", "accuracy", "--json")[1])) == 1
+    assert invoke("submit", runs / "b", "--to", board)[0] == 0
+    shown = invoke("leaderboard", board, "--metric", "accuracy")[1]
+    assert shown.index("model-b") < shown.index("model-a")
+
+
+@pytest.fixture
+def honest(save_run):
+    """A card of demo-clip with the fingerprints of its weights and images, and a function that changes it."""
+    runs = save_run("a", Metric("accuracy", 0.5, 8), n_images=8)
+    path = runs / "a" / "cards" / "01.json"
+    model, data = load_model("demo-clip", device="cpu", dtype="float32"), load_dataset("phantom/blood", n=8)
+    card = json.loads(path.read_text()) | {"model": model.identity(), "dataset": data.identity()}
+
+    def change(*place: str, value: object = None):
+        part = card
+        for name in place[:-1]:
+            part = part[name]
+        if place:
+            part[place[-1]] = value
+        path.write_text(json.dumps(card))
+        return path
+
+    return change
+
+
+def test_a_card_whose_weights_and_images_are_those_here_is_added(invoke, honest, tmp_path):
+    code, text, _ = invoke("submit", honest(), "--to", tmp_path / "board")
+    assert code == 0 and "Title: parameters, weights, images as here\n" in text
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "reason"),
+    [
+        (("parameters", "n_images"), 9, r"parameters have the hash \w+, it says \w+: somebody changed the card"),
+        (("model", "weights"), "0" * 16, "its weights are 0{16}, here they are "),
+        (("dataset", "fingerprint"), "0" * 16, "its images are 0{16}, here they are "),
+        (("environment", "medrobust-lib"), "0.0.9", r"medrobust-lib 0\.0\.9 \(here: .*--allow-versions"),
+        (("format",), 99, "card format 99"),
+    ],
+)
+def test_a_card_that_does_not_hold_is_refused_with_the_reason(invoke, honest, tmp_path, place, value, reason):
+    code, text, error = invoke("submit", honest(*place, value=value), "--to", tmp_path / "board")
+    assert code == 1 and re.search(reason, text + error)
+    assert not (tmp_path / "board").exists()
+
+
+def test_another_version_is_told_where_it_is_allowed(invoke, honest, tmp_path):
+    path = honest("environment", "medrobust-lib", value="0.0.9")
+    code, text, _ = invoke("submit", path, "--to", tmp_path / "board", "--allow-versions")
+    assert code == 0 and "medrobust-lib 0.0.9 (here: " in text
+
+
+def test_nothing_is_added_where_the_reference_prediction_does_not_come_out(invoke, honest, tmp_path, monkeypatch):
+    monkeypatch.setattr(doctor, "REFERENCE_TOLERANCE", -1.0)
+    code, text, _ = invoke("submit", honest(), "--to", tmp_path / "board")
+    assert code == 1 and "FAIL reference" in text and not (tmp_path / "board").exists()
 
 
 def test_leaderboard_names_unknown_metrics_and_empty_folders(invoke, runs, tmp_path):

@@ -268,11 +268,17 @@ def check_compare(words, workplace, monkeypatch):
     return words
 
 
+def check_submit(words, workplace, monkeypatch):
+    """A card or a run of this version is added."""
+    write_a_card(workplace / words[2].partition("/cards/")[0], monkeypatch)
+    return words
+
+
 class Reached(Exception):
     """The command line has read and checked everything, and work would begin."""
 
 
-STUDY_COMMANDS = {"study": check_study, "compare": check_compare, "reproduce": check_reproduce}
+STUDY_COMMANDS = {"study": check_study, "compare": check_compare, "reproduce": check_reproduce, "submit": check_submit}
 CLASSES = {
     "make": check_make,
     "medrobust": check_medrobust,
