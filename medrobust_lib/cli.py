@@ -328,8 +328,8 @@ def leaderboard(
             hint = f" Did you mean {close[0]!r}?" if close else ""
             raise ValueError(f"unknown metric {metric!r}; the cards hold {', '.join(known)}.{hint}")
         table = table[table["metric"] == metric]
-    forms = {csv: lambda rows: rows.to_csv(index=False), markdown: ranking_markdown, latex: ranking_latex}
-    for path, text in forms.items():
+    texts = ((csv, lambda rows: rows.to_csv(index=False)), (markdown, ranking_markdown), (latex, ranking_latex))
+    for path, text in texts:
         if path is not None:
             experiments.write_text_atomically(path, text(table))
     if as_json:
@@ -342,9 +342,7 @@ def leaderboard(
 def submit(
     result: Annotated[Path, Argument(metavar="CARD_OR_RUN", help="A result card, or a folder of runs: all cards.")],
     to: Annotated[Path, Option(help="Folder of the leaderboard, for `medrobust leaderboard FOLDER`.")],
-    allow_versions: Annotated[
-        bool, Option("--allow-versions", help="Also cards of another version of medrobust.")
-    ] = False,
+    allow_versions: Annotated[bool, Option("--allow-versions", help="Also cards of other versions.")] = False,
 ) -> None:
     """Check result cards and add them to a leaderboard that others add to, all of them or none."""
     from medrobust_lib.doctor import examine_cards

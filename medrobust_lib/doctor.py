@@ -211,10 +211,13 @@ def _card(card: Mapping[str, Any], allow_versions: bool) -> str:
         raise ValueError(f"{card['title']}: {'; '.join(differ)}; run it again here, or allow it: --allow-versions")
     pairs = {}
     if "weights" in model and any(row.id == model["id"] and row.shipped for row in catalogue.DUAL_ENCODERS):
-        pairs["weights"] = model["weights"], load_model(model["id"], dtype=model["dtype"]).identity()["weights"]
+        pairs["weights"] = (
+            model["weights"],
+            load_model(model["id"], dtype=model.get("dtype", "auto")).identity()["weights"],
+        )
     if "seed" in data.get("drawn", {}) and data["id"].startswith("phantom/"):
         again = load_dataset(data["id"], split=data["split"], **data["drawn"])
-        pairs["images"] = data["fingerprint"], again.identity()["fingerprint"]
+        pairs["images"] = data.get("fingerprint"), again.identity()["fingerprint"]
     for what, (named, here) in pairs.items():
         if named != here:
             raise ValueError(f"{card['title']}: its {what} are {named}, here they are {here}; run it again here")

@@ -202,13 +202,13 @@ def _measured(metric: Mapping[str, Any], facts: Mapping[str, Any], parameters: M
 
 def _baselines(task: str, metric: str, facts: Mapping[str, Any]) -> dict[str, float]:
     """Accuracy of a random and of a constant answer; the former is never certified, the latter at every radius."""
-    counts = facts.get("class_counts", ()) if metric.endswith("accuracy") else ()
-    classes = len(facts.get("classes", ())) if metric.endswith("accuracy") else 0
-    largest = 1 / sum(count > 0 for count in counts) if "balanced" in metric and counts else 0.0
-    return {
-        "chance": 1 / classes if classes and task not in ("certification", "generative") else math.nan,
-        "constant": largest or (max(counts) / sum(counts) if counts else math.nan),
-    }
+    facts = facts if metric.endswith("accuracy") else {}
+    classes, counts = len(facts.get("classes", ())), [count for count in facts.get("class_counts", ()) if count]
+    constant = (
+        1 / len(counts) if counts and "balanced" in metric else max(counts, default=math.nan) / sum(counts or [1])
+    )
+    certified = task in ("certification", "generative")
+    return {"chance": 1 / classes if classes and not certified else math.nan, "constant": constant}
 
 
 def _ranks(block: pd.DataFrame) -> list[str]:
