@@ -26,7 +26,8 @@ from rich.table import Table
 from rich.text import Text
 
 from medrobust_lib.experiments import read_cards, write_text_atomically
-from medrobust_lib.experiments.cards import CAPTION_KEY
+from medrobust_lib.experiments.cards import CAPTION_KEY, lower_is_better
+from medrobust_lib.experiments.images import SHOWN_IMAGES, check_image_table, worst_first
 from medrobust_lib.experiments.leaderboards import RANKS, comparable_tables
 from medrobust_lib.files import parsed
 from medrobust_lib.places import VERSION
@@ -36,6 +37,9 @@ _MATH = re.compile(r"(?P<code>```.*?```|`[^`\n]*`)|\$\$(?P<block>.+?)\$\$|\$(?P<
 _REFUSALS = tuple(kind for kind in vars(exceptions).values() if isinstance(kind, type))
 _HEADING = re.compile(r"^#+ +(.+)", re.MULTILINE)
 WIDE = 1.9  # width over height from which a figure gets the whole row
+_RADIUS = r"(?:^|, )(radius=[^,]+)"
+_MEASURED_ON = ["dataset", "model", "of", "n"]
+_FOLDERS = re.compile(r"""(?<![\w.~/\\-])(?:~|[A-Za-z]:)?[\\/](?=[^\s\\/])(?:[^\s\\/,;'"]+[\\/])*""")
 _PLAIN_NAME = re.compile(r"\w[\w.-]*")
 # Options of rich's columns: numbers are never broken over lines, long names are.
 _NUMBER = {"justify": "right", "no_wrap": True}
@@ -76,6 +80,7 @@ def write_report(run_dir: Path, *, running: Sequence[str] = ()) -> Path:
     run_dir = Path(run_dir)
     pages = {path.name.split("_")[0]: path for path in sorted((run_dir / "notebooks").glob("*.ipynb"))}
     pages = {number: path for number, path in pages.items() if number not in running}
+    neighbours = dict(zip(pages, zip([None, *pages.values()], [*pages.values(), None][1:], strict=False), strict=True))
     cards = read_cards(run_dir, nested=False) if any((run_dir / "cards").glob("*.json")) or not pages else []
     finished = {card.get("notebook") for card in cards}
     unfinished = []
@@ -87,16 +92,21 @@ def write_report(run_dir: Path, *, running: Sequence[str] = ()) -> Path:
                 line for cell in notebook.cells if cell.cell_type == "markdown" for line in cell.source.splitlines()
             )
             title = next((line.removeprefix("# ") for line in lines if line.startswith("# ")), path.stem)
+            title = title.removeprefix(f"{number} ")
             page = run_dir / "html" / f"{path.stem}.html"
-            drawn = f"{VERSION} {hashlib.sha256(path.read_bytes()).hexdigest()}"
+            beside = [one and one.stem for one in neighbours[number]]
+            drawn = f"{VERSION} {hashlib.sha256(path.read_bytes() + repr(beside).encode()).hexdigest()}"
             if not page.is_file() or f'content="{drawn}"' not in page.read_text(encoding="utf-8"):
-                write_page(page, "notebook", title=title, body=Markup(notebook_body(notebook)), drawn=drawn)
+                body = Markup(notebook_body(notebook))
+                write_page(page, "notebook", title=title, number=number, body=body, drawn=drawn, beside=beside)
         if number not in finished:
             unfinished.append({"number": number, "title": title, "path": path})
-    sections = [_section(card, run_dir, pages) for card in cards]
-    shown = {"title": run_dir.resolve().name, "sections": sections, "unfinished": unfinished, "running": running}
-    synthetic = any(card["dataset"].get("synthetic") for card in cards)
-    return write_page(run_dir / "index.html", "index", synthetic=synthetic, **shown)
+    shown = {"title": run_dir.resolve().name, "synthetic": any(card["dataset"].get("synthetic") for card in cards)}
+    shown |= {"sections": [_section(card, run_dir, pages) for card in cards], "cards": cards}
+    tables = [_images(card, run_dir) for card in cards if card["images"]]
+    if tables:
+        write_page(run_dir / "images.html", "images", tables=tables, **shown)
+    return write_page(run_dir / "index.html", "index", unfinished=unfinished, running=running, **shown)
 
 
 def write_page(path: Path, template: str, **values: Any) -> Path:
@@ -113,6 +123,8 @@ def _filled(template: str, **values: Any) -> str:
     loader = PackageLoader("medrobust_lib", "templates")
     spaces = {"trim_blocks": True, "lstrip_blocks": True}
     templates = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, **spaces)
+    templates.globals |= {"interval_text": interval_text, "short_number": short_number}
+    templates.filters["without_folders"] = without_folders
     return templates.get_template(template).render(**values)
 
 
@@ -134,7 +146,8 @@ def notebook_body(notebook: nbformat.NotebookNode) -> str:
             for kind in output.get("data", ()):
                 if kind.startswith("image/"):  # what a screen reader says
                     output.metadata.setdefault(kind, {}).setdefault("alt", f"Figure in: {heading}")
-    exporter = HTMLExporter(template_name="basic", exclude_input_prompt=True, exclude_output_prompt=True)
+    ours = {"template_file": "cells.html.j2", "extra_loaders": [PackageLoader("medrobust_lib", "templates")]}
+    exporter = HTMLExporter(template_name="basic", exclude_input_prompt=True, exclude_output_prompt=True, **ours)
     return exporter.from_notebook_node(notebook)[0]
 
 
@@ -161,14 +174,51 @@ def math_to_mathml(markdown: str) -> str:
 def _section(card: Mapping[str, Any], run_dir: Path, pages: Mapping[str, Path]) -> Markup:
     """What the index shows of one card; links are relative to the index."""
     with parsed(f"{run_dir / 'cards'}: the card of notebook {card.get('notebook')!r} is damaged", "Run it again."):
-        for name in (card["notebook"], *card["tables"]):
+        for name in (card["notebook"], *card["tables"], *filter(None, [card["images"]])):
             if not _PLAIN_NAME.fullmatch(name):
                 raise ValueError(f"{name!r} is no name of a notebook or table")
         figures = (run_dir / "figures").glob(f"{card['notebook']}_*.png")
         # The headline first, then as the notebook drew them.
         figures = sorted(figures, key=lambda path: (not path.stem.endswith("_headline"), path.stat().st_mtime_ns))
-        described = [_described(path) for path in figures]
-        return Markup(_filled("card.html.j2", card=card, figures=described, notebook=pages.get(card["notebook"])))
+        shown = {"figures": [_described(path) for path in figures], "notebook": pages.get(card["notebook"])}
+        return Markup(_filled("card.html.j2", card=card, numbers=_numbers(card), **shown))
+
+
+def _numbers(card: Mapping[str, Any]) -> pd.DataFrame:
+    """The metrics of a card side by side: a row for what they were measured on, a column for each metric and radius."""
+    own = {name: card[name].get("id", "") for name in ("dataset", "model")}
+    rows = ({**metric, **{name: metric.get(name) or id for name, id in own.items()}} for metric in card["metrics"])
+    table = pd.DataFrame(rows, columns=[*_MEASURED_ON, "name", "value", "low", "high"])
+    radius = table["of"].str.extract(_RADIUS, expand=False)
+    table["metric"] = table["name"].str.replace("_", " ") + (", " + radius).fillna("")
+    table["of"] = table["of"].str.replace(_RADIUS, "", regex=True).str.removeprefix(", ")
+    table["value"] = [interval_text(row) for row in table.itertuples()]
+    # What two metrics say of the same stands side by side: nothing is left out.
+    shown = table.pivot_table("value", _MEASURED_ON, "metric", aggfunc=" / ".join, sort=False, fill_value="")
+    return shown.reset_index()
+
+
+def _images(card: Mapping[str, Any], run_dir: Path) -> dict[str, Any]:
+    """What the page of images shows of one card: the rows of its per-image table, those that need a look first."""
+    path = run_dir / "cards" / f"{card['images']}.csv"
+    with parsed(f"{path} is no table of single images", "Run the notebook again."):
+        kinds = dict.fromkeys(("file", "patient", "class_name", "predicted_name"), str) | {
+            "label": int,
+            "predicted": int,
+        }
+        empty = {name: [""] for name in ("radius", "confidence")}
+        # A class may be called NA.
+        table = pd.read_csv(path, dtype=kinds, keep_default_na=False, na_values=empty)
+        check_image_table(table, None)
+        said = table["predicted"]
+        table["verdict"] = np.select([said == -1, said != table["label"]], ["no answer", "wrong"], "right")
+        order = worst_first(table)[:SHOWN_IMAGES]
+    several = [name for name in ("dataset", "model", "method", "sigma") if name in table and table[name].nunique() > 1]
+    rows = table.iloc[order].to_dict("records")
+    for row, record in zip(order, rows, strict=True):
+        picture = Path("images", card["notebook"], f"{row}.png")
+        record["picture"] = picture.as_posix() if (run_dir / picture).is_file() else ""
+    return {"card": card, "rows": rows, "n": len(table), "counts": table["verdict"].value_counts(), "several": several}
 
 
 def _described(figure: Path) -> dict[str, Any]:
@@ -176,7 +226,7 @@ def _described(figure: Path) -> dict[str, Any]:
     name = figure.stem.partition("_")[2].replace("_", " ")
     with Image.open(figure) as picture:
         caption = picture.info.get(CAPTION_KEY) or name[:1].upper() + name[1:]
-        return {"path": figure, "alt": name, "caption": caption, "wide": picture.width / picture.height > WIDE}
+        return {"path": figure, "caption": caption, "wide": picture.width / picture.height > WIDE}
 
 
 def show(table: pd.DataFrame, *, title: str, right: Sequence[str] = ()) -> None:
@@ -306,8 +356,14 @@ def short_number(value: float, digits: int) -> str:
     """No zero before the point, and four figures from ten on; a dash for what could not be measured."""
     if pd.isna(value):
         return "–"
-    text = f"{value:.{digits}f}" if abs(value) < 10 else f"{value:.4g}"
-    return re.sub(r"^(-?)0(?=\.)", r"\1", text.removeprefix("-" if not text.strip("-0.") else ""))
+    # What rounds to zero has no sign.
+    text = f"{value:z.{digits}f}" if abs(value) < 10 else f"{value:.4g}"
+    return re.sub(r"^(-?)0(?=\.)", r"\1", text)
+
+
+def without_folders(text: object) -> str:
+    """A text in which absolute paths are the names of their files: folders may tell a person or a machine."""
+    return _FOLDERS.sub("", str(text))
 
 
 def duration(seconds: float) -> str:
@@ -329,5 +385,5 @@ def _cell(value: object) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, float):
-        return "" if pd.isna(value) else f"{value:.4g}"
+        return "" if pd.isna(value) else f"{value:z.4g}"
     return "" if value is None else str(value)

@@ -5,6 +5,7 @@ from html.parser import HTMLParser
 from urllib.parse import unquote, urlsplit
 
 import nbformat
+import numpy as np
 import pandas as pd
 import pytest
 from matplotlib.figure import Figure
@@ -25,6 +26,7 @@ HOSTILE = [
 ALLOWED = {
     "html", "head", "meta", "title", "style", "body", "header", "h1", "p", "main", "section", "div", "h2", "span", "a",
     "ul", "li", "dl", "dt", "dd", "table", "thead", "tr", "th", "tbody", "td", "figure", "img", "figcaption", "footer",
+    "nav", "details", "summary", "h3", "small", "ol", "strong",
 }  # fmt: skip
 
 
@@ -55,11 +57,13 @@ def run_dir(tmp_path, monkeypatch, request):
     monkeypatch.setenv(RUN_DIR_VARIABLE, str(folder))
     run = start_run("01", hostile, model=hostile)
     run.save_figure(Figure(figsize=(2, 1)), hostile.replace("/", "_"), caption=hostile)
+    row = {"file": f"a{hostile}", "patient": hostile, "label": 0, "class_name": hostile, "predicted": 1}
+    run.save_images(pd.DataFrame([row | {"predicted_name": hostile}]), np.zeros((1, 8, 8, 3), np.uint8))
     run.save_card(
         metrics=[Metric(hostile, 0.5, 4, 0.1, 0.9, of=hostile, model=hostile, dataset=hostile)],
         tables={"01_accuracy": pd.DataFrame({hostile: [hostile]})},
         model={"id": hostile}, dataset={"id": hostile, "n": 4, "classes": [hostile]}, prompts={"template": hostile},
-        notes=[hostile],
+        notes=[hostile], question=hostile, findings=[hostile],
     )  # fmt: skip
     (folder / "notebooks").mkdir()
     for name in ("01_first.ipynb", f"02_{hostile.replace('/', '_')}.ipynb"):
@@ -73,12 +77,14 @@ def run_dir(tmp_path, monkeypatch, request):
 
 
 @pytest.mark.hardening(
-    area="reports", tried="markup as run folder, title, model, data set, metric, note, caption, figure, notebook",
+    area="reports",
+    tried="markup as run folder, title, model, data set, metric, note, caption, figure, notebook, image, patient",
     outcome="shown as text; no element or attribute comes in; all links relative and whole",
 )  # fmt: skip
 @pytest.mark.parametrize("run_dir", HOSTILE, indirect=True, ids=range(len(HOSTILE)))
-def test_names_stay_text(run_dir):
-    index = parsed(run_dir / "index.html")
+@pytest.mark.parametrize("name", ["index.html", "images.html"])
+def test_names_stay_text(run_dir, name):
+    index = parsed(run_dir / name)
     assert index.tags <= ALLOWED
     assert not [name for name in index.attributes if name.startswith("on")]
     assert index.links
@@ -117,6 +123,7 @@ def test_notebook_pages_run_nothing(run_dir, request):
     [
         {"tables": ["../../secret"]}, {"tables": ["a/b"]}, {"tables": ["/etc/passwd"]}, {"tables": 3},
         {"notebook": "../01"}, {"notebook": 1}, {"metrics": [{"name": "accuracy"}]}, {"metrics": None},
+        {"images": "../../secret"}, {"images": 1}, {"findings": "one"}, {"question": None},
         {"seconds": "long"}, {"git": None}, {"environment": {}},
     ],
     ids=str,
