@@ -22,13 +22,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from medrobust_lib.experiments.images import (
-    NO_THUMBNAILS_VARIABLE,
-    SHOWN_IMAGES,
-    check_image_table,
-    worst_first,
-    write_thumbnails,
-)
+from medrobust_lib.experiments import images as single_images
 from medrobust_lib.files import parsed, read_json_object, whole_file
 from medrobust_lib.places import default_runs_dir
 
@@ -185,10 +179,9 @@ class Run:
         ValueError
             As `check_image_table`: nothing is written.
         """
-        check_image_table(table, images)
-        shown = worst_first(table)[:SHOWN_IMAGES]
-        wanted = thumbnails and images is not None and not os.environ.get(NO_THUMBNAILS_VARIABLE)
-        write_thumbnails(self.folder / "images" / self.number, images, shown if wanted else ())
+        unwanted = not thumbnails or os.environ.get(single_images.NO_THUMBNAILS_VARIABLE)
+        single_images.check_image_table(table, images)
+        single_images.write_thumbnails(self.folder / "images" / self.number, table, None if unwanted else images)
         self.image_tables[:] = [f"{self.number}_images"]
         path = self.folder / "cards" / f"{self.number}_images.csv"
         write_text_atomically(path, table.to_csv(index=False))

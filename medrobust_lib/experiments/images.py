@@ -1,7 +1,7 @@
 """The per-image table of a run: which images come first, and small pictures of them."""
 
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 import numpy as np
@@ -62,14 +62,14 @@ def worst_first(table: pd.DataFrame) -> NDArray[np.int64]:
     return np.lexsort((sign * known["confidence"], sign * known["radius"], group))
 
 
-def write_thumbnails(folder: Path, images: Sequence[NDArray[np.uint8]], rows: Iterable[int]) -> None:
-    """Replace a folder by small PNGs of some images uint8 [H, W, 3], the aspect kept.
+def write_thumbnails(folder: Path, table: pd.DataFrame, images: Sequence[NDArray[np.uint8]] | None) -> None:
+    """Replace a folder by small PNGs of the images uint8 [H, W, 3] that a page shows of a table, the aspect kept.
 
     They are named by their row: the name of a source may tell who the patient is.
     """
     if folder.exists():
         shutil.rmtree(folder)
-    for row in rows:
+    for row in () if images is None else worst_first(table)[:SHOWN_IMAGES]:
         small = Image.fromarray(np.asarray(images[row]))
         small.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE))
         with whole_file(folder / f"{row}.png") as partial:

@@ -26,7 +26,7 @@ from rich.table import Table
 from rich.text import Text
 
 from medrobust_lib.experiments import read_cards, write_text_atomically
-from medrobust_lib.experiments.cards import CAPTION_KEY, lower_is_better
+from medrobust_lib.experiments.cards import CAPTION_KEY
 from medrobust_lib.experiments.images import SHOWN_IMAGES, check_image_table, worst_first
 from medrobust_lib.experiments.leaderboards import RANKS, comparable_tables
 from medrobust_lib.files import parsed
@@ -37,7 +37,7 @@ _MATH = re.compile(r"(?P<code>```.*?```|`[^`\n]*`)|\$\$(?P<block>.+?)\$\$|\$(?P<
 _REFUSALS = tuple(kind for kind in vars(exceptions).values() if isinstance(kind, type))
 _HEADING = re.compile(r"^#+ +(.+)", re.MULTILINE)
 WIDE = 1.9  # width over height from which a figure gets the whole row
-_RADIUS = r"(?:^|, )(radius=[^,]+)"
+_RADIUS = r"(?:^|, )(radius=[^,\s]+)(?: \(the draws reach [^)]+\))?"
 _MEASURED_ON = ["dataset", "model", "of", "n"]
 _FOLDERS = re.compile(r"""(?<![\w.~/\\-])(?:~|[A-Za-z]:)?[\\/](?=[^\s\\/])(?:[^\s\\/,;'"]+[\\/])*""")
 _PLAIN_NAME = re.compile(r"\w[\w.-]*")
@@ -180,7 +180,7 @@ def _section(card: Mapping[str, Any], run_dir: Path, pages: Mapping[str, Path]) 
         figures = (run_dir / "figures").glob(f"{card['notebook']}_*.png")
         # The headline first, then as the notebook drew them.
         figures = sorted(figures, key=lambda path: (not path.stem.endswith("_headline"), path.stat().st_mtime_ns))
-        shown = {"figures": [_described(path) for path in figures], "notebook": pages.get(card["notebook"])}
+        shown = {"figures": [described_figure(path) for path in figures], "notebook": pages.get(card["notebook"])}
         return Markup(_filled("card.html.j2", card=card, numbers=_numbers(card), **shown))
 
 
@@ -221,7 +221,7 @@ def _images(card: Mapping[str, Any], run_dir: Path) -> dict[str, Any]:
     return {"card": card, "rows": rows, "n": len(table), "counts": table["verdict"].value_counts(), "several": several}
 
 
-def _described(figure: Path) -> dict[str, Any]:
+def described_figure(figure: Path) -> dict[str, Any]:
     """Caption of a figure, from the file itself or else from its name, and whether it wants a whole row."""
     name = figure.stem.partition("_")[2].replace("_", " ")
     with Image.open(figure) as picture:

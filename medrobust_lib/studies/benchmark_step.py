@@ -8,6 +8,7 @@ from typing import ClassVar
 
 import numpy as np
 import pandas as pd
+from matplotlib.figure import Figure
 
 from medrobust_lib.corruptions.stored import read_corrupted
 from medrobust_lib.corruptions.suites import SEVERITIES, check_severity, corrupted, find_suite
@@ -15,6 +16,7 @@ from medrobust_lib.data.dataset import ImageDataset, balanced_positions, stratif
 from medrobust_lib.evaluation import CLEAN, Candidate, accuracy_table, corruption_probabilities
 from medrobust_lib.experiments import Metric
 from medrobust_lib.metrics.classification import share_interval
+from medrobust_lib.plots.figures import legend_beside, plot_severity_curves
 from medrobust_lib.studies.steps import (
     ALONE,
     CELL_BYTES,
@@ -110,6 +112,12 @@ class BenchmarkCell(Cell):
             tables.append(data.image_table(answer, probabilities.max(1)).assign(**about))
         rows = pd.concat(tables)
         table = accuracy_table(answers, data)
+        worse, clean = table[table["corruption"] != CLEAN], table[table["corruption"] == CLEAN]
+        lines = pd.concat([clean.assign(corruption=name) for name in worse["corruption"].unique()] + [worse])
+        figure = Figure()
+        plot_severity_curves(lines, axes := figure.subplots(), by="corruption", chance=1 / len(data.classes))
+        legend_beside(axes)
+        run.save_figure(figure, "headline", caption=f"Accuracy over severity: {self.label}")
         numbers = _benchmark_metrics(rows, table, suite=suite)
         tables = {f"{run.number}_{ANSWERS}": rows, f"{run.number}_accuracy": table}
         prompts = {"template": data.templates[0], "classes": list(data.classes)}

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import numpy as np
 import pandas as pd
 import torch
+from matplotlib.figure import Figure
 
 from medrobust_lib import checks, metrics
 from medrobust_lib.adaptation.retraining import retrain_on_noise
@@ -20,6 +21,7 @@ from medrobust_lib.files import read_tensors, write_tensors
 from medrobust_lib.models.dual_encoder import DualEncoder
 from medrobust_lib.models.loading import list_models
 from medrobust_lib.models.weights import explained_errors
+from medrobust_lib.plots import plot_certified_accuracy
 from medrobust_lib.smoothing.bounds import ALPHA, N0, Bounds, N, check_alpha, check_draws
 from medrobust_lib.smoothing.certificate import GUARANTEES, Mode, Sampling
 from medrobust_lib.smoothing.denoisers import find_denoiser, load_denoiser
@@ -254,6 +256,9 @@ class CertifyCell(Cell):
         notes += [f"Guarantee {name}: {GUARANTEES[name]}" for name in rows["guarantee"].unique()]
         if step.mode == "evaluate":
             notes.append("The known label was tested (mode evaluate): for tables only, no prediction was certified.")
+        figure = Figure()
+        plot_certified_accuracy(shares, figure.subplots(), chance=1 / len(data.classes))
+        run.save_figure(figure, "headline", caption=f"Certified accuracy over the radius: {self.label}")
         numbers = _certificate_metrics(metrics.certification_summary(rows), shares)
         tables = {f"{run.number}_{CERTIFICATES}": rows, f"{run.number}_certified_accuracy": shares}
         prompts = {"templates": list(data.templates), "classes": list(data.classes)}

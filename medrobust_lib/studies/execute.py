@@ -18,7 +18,7 @@ from medrobust_lib import experiments, metrics
 from medrobust_lib.checks import check_choice
 from medrobust_lib.experiments import Metric, Run, read_cards
 from medrobust_lib.experiments.leaderboards import RANKS, comparable_tables
-from medrobust_lib.experiments.report import interval_text, write_page, write_report
+from medrobust_lib.experiments.report import described_figure, interval_text, write_page, write_report
 from medrobust_lib.files import named_when_full, told
 from medrobust_lib.places import VERSION
 from medrobust_lib.runner import environment_variables
@@ -119,6 +119,9 @@ def write_results(study: Study, out: Path, finished: Sequence[Cell], failures: M
         ranks=RANKS,
         interval_text=interval_text,
         cells=[folder.name for folder in folders],
+        cards=cards,
+        figures=[described_figure(path) for folder in folders for path in folder.glob("figures/*_headline.png")],
+        constant_share=metrics.classification.CONSTANT_SHARE,
         failures=failures,
         synthetic=any(dataset.startswith("phantom/") for dataset in study.datasets),
     )

@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from medrobust_lib.experiments import cards, images, read_cards, start_run
+from medrobust_lib.experiments import images, read_cards, start_run
 from medrobust_lib.experiments.cards import RUN_DIR_VARIABLE
 
 
@@ -55,7 +55,7 @@ def test_no_small_pictures_stay_where_they_are_not_wanted(run, monkeypatch, swit
 
 
 def test_pictures_are_kept_of_what_a_page_shows_only(run, monkeypatch):
-    monkeypatch.setattr(cards, "SHOWN_IMAGES", 1)
+    monkeypatch.setattr(images, "SHOWN_IMAGES", 1)
     run.save_images(table(predicted=[0, 1, 0]), np.zeros((3, 8, 8, 3), np.uint8))
     assert pictures(run) == ["1.png"]
 

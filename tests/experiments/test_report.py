@@ -120,8 +120,12 @@ def test_numbers_stand_side_by_side_a_column_for_each_metric_and_radius(run_dir)
     nan = float("nan")
     metrics = [
         Metric("certified_accuracy", value, 8, value, value, of=f"{method} (standard), sigma=0.25, radius={radius}")
-        for method, radius, value in [("CoOp", 0, 0.75), ("CoOp", 1, nan), ("zero-shot", 0, -0.0001)]
-    ]
+        for method, radius, value in [
+            ("CoOp", 0, 0.75),
+            ("CoOp", "1 (the draws reach 0.5)", nan),
+            ("zero-shot", 0, -0.0001),
+        ]
+    ]  # fmt: skip
     text = save_card(run_dir, metrics=[*metrics, Metric("ece", 0.125, 8, of="CoOp (standard), sigma=0.25")])
     columns = re.findall("<th(?: [^>]*)?>(.*?)</th>", text)
     assert columns == ["measured on", "certified accuracy, radius=0", "certified accuracy, radius=1", "ece"]

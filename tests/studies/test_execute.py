@@ -1,4 +1,5 @@
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -48,6 +49,29 @@ def test_a_study_writes_cards_rows_a_leaderboard_and_a_page(undisturbed):
     assert "cells/02-benchmark_demo-clip_phantom-chest_seed0/index.html" in page
     assert (undisturbed / "cells/02-benchmark_demo-clip_phantom-chest_seed0/index.html").exists()
     assert "synthetic drawings" in page
+
+
+def test_the_page_of_a_study_shows_figures_prompts_chance_and_caveats(undisturbed):
+    page = (undisturbed / "index.html").read_text()
+    figures = re.findall(r'<a href="([^"]*)"><img src="([^"]*)" alt="([^"]*)"', page)
+    captions = [
+        "Certified accuracy over the radius: 1 certify, demo-clip, phantom/chest, sigma 0.05, seed 0",
+        "Certified accuracy over the radius: 1 certify, demo-clip, phantom/chest, sigma 0.1, seed 0",
+        "Accuracy over severity: 2 benchmark, demo-clip, phantom/chest, seed 0",
+    ]
+    assert [alt for _, _, alt in figures] == re.findall("<figcaption>(.*?)</figcaption>", page) == captions
+    assert all(
+        (undisturbed / file).is_file() for _, *files in zip(captions, figures, strict=True) for file in files[0][:2]
+    )
+    behind = page[page.index('id="behind"') :]
+    assert behind.count('data-label="chance">.333</td>') == 3
+    (card,) = [card for card in read_cards(undisturbed) if card["notebook"] == "02-benchmark"]
+    (share,) = [metric["value"] for metric in card["metrics"] if metric["name"] == "majority_share"]
+    assert f'data-label="most frequent answer">{share:.3f}'.replace(">0.", ">.") in behind
+    assert re.findall('nearly one answer">(.*?)<', behind) == ["–", "–", "no"]
+    assert behind.count("nobody&#39;s images") == 3
+    template = load_dataset("phantom/chest", n=4).templates[0]
+    assert behind.count(template) == 3
 
 
 def test_processes_and_a_notebook_give_what_one_process_gives(study_file, notebooks, tmp_path, undisturbed):
