@@ -130,7 +130,8 @@ def plot_curves(table: pd.DataFrame, ax: Axes, *, x: str, y: str, by: str, **sty
     """Draw a line with markers for each group of a table, in the order of the table; ``style`` goes to matplotlib."""
     for i, (name, rows) in enumerate(table.groupby(by, sort=False)):
         rows = rows.sort_values(x)
-        ax.plot(rows[x], rows[y], color=PALETTE[i % 10], marker=MARKERS[i % 10], label=str(name), **style)
+        line = "-" if i < 10 else "--"  # colours and markers begin anew
+        ax.plot(rows[x], rows[y], line, color=PALETTE[i % 10], marker=MARKERS[i % 10], label=str(name), **style)
 
 
 def _aside(i: int, count: int) -> float:
