@@ -1,9 +1,13 @@
+import warnings
+
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from matplotlib.text import Text
 
+from medrobust_lib import plots
 from medrobust_lib.plots import panels
 
 
@@ -83,3 +87,53 @@ def test_captions_are_taken_out_whole(figure):
     assert panels.take_caption(figure) == "first sentence, which is long enough to be broken\nsecond"
     assert [text.get_text() for text in figure.texts] == ["stays"]
     assert panels.take_caption(figure) == ""
+
+
+def test_names_that_no_font_has_become_numbers_of_classes_and_one_warning_says_which():
+    names = ["normal", "\U000130fd one", "naïve", "опухоль", "\U000130fe"]  # no font here has hieroglyphs
+    plots.set_style()
+    with pytest.warns(UserWarning, match=r"class 1 is .*class 4 is .*Install a font") as told:
+        assert plots.readable(names) == ["normal", "class 1", "naïve", "опухоль", "class 4"]
+    assert len(told) == 1
+
+
+@pytest.mark.filterwarnings("ignore:no font here has the letters")
+def test_no_figure_of_classes_draws_a_letter_that_its_fonts_lack():
+    names = [f"\U000130fd {k}" for k in range(3)]
+    labels = np.array([0, 1, 2, 2])
+    plots.set_style()
+    figure, axes = plt.subplots(4, 2, figsize=(9, 12))
+    shares = pd.DataFrame([{"sigma": 0.1, "class": name, "share": 1 / 3} for name in names])
+    places = pd.DataFrame(
+        {"x": labels, "y": labels, "class": pd.Categorical.from_codes(labels, names), "kind": "image"}
+    )
+    wordings = pd.DataFrame({"template": names, "kind": "own", "accuracy": 0.5, "low": 0.4, "high": 0.6})
+    for ax, draw in zip(
+        axes.flat,
+        [
+            lambda ax: plots.plot_confusion(labels, labels, names, ax),
+            lambda ax: plots.plot_recall(labels, labels, names, ax),
+            lambda ax: plots.plot_votes([1, 2, 3], names, ax, truth=1),
+            lambda ax: plots.plot_similarity(pd.Series([0.1, 0.2, 0.3], names), ax, truth=names[1]),
+            lambda ax: plots.plot_prediction_shares(shares, ax),
+            lambda ax: plots.plot_feature_map(places, ax),
+            lambda ax: plots.plot_template_accuracy(wordings, ax, chance=0.3),
+            lambda ax: panels.plot_named_bars([1, 2, 3], names, ax, total=6, truth=1),
+        ],
+        strict=True,
+    ):
+        draw(ax)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        figure.canvas.draw()
+    drawn = {text.get_text() for text in figure.findobj(Text)}
+    plt.close(figure)
+    assert {"class 0", "class 1", "class 2", "wording 2"} <= drawn
+    assert not any(name in text for name in names for text in drawn)
+
+
+def test_set_style_takes_installed_fonts_of_other_scripts_only(monkeypatch):
+    monkeypatch.setattr("medrobust_lib.plots.figures.get_font_names", lambda: ["DejaVu Sans", "Unifont", "Noto Emoji"])
+    with plt.rc_context():
+        plots.set_style()
+        assert plt.rcParams["font.family"] == ["sans-serif", "Noto Emoji", "Unifont"]

@@ -21,7 +21,7 @@ from medrobust_lib.evaluation import Candidate
 from medrobust_lib.experiments import progress
 from medrobust_lib.explore.instrument import Instrument, control, image_slider, level_slider
 from medrobust_lib.models.dual_encoder import DualEncoder
-from medrobust_lib.plots import CLASS_COLOURS, leading, panels, shorten, shown_of
+from medrobust_lib.plots import CLASS_COLOURS, leading, panels, readable, shorten, shown_of
 from medrobust_lib.smoothing import bounds
 from medrobust_lib.smoothing.bounds import ALPHA, FEW_N, FEW_N0
 from medrobust_lib.smoothing.certificate import ABSTAIN, GUARANTEES
@@ -178,7 +178,7 @@ def noise_view(
     verdict, votes = encoded.verdict(index, class_features, sigma=sigma, n0=FEW_N0, n=n, alpha=ALPHA)
     one = encoded.noisy(index, sigma=sigma, role="estimate", count=n)[:1]
     probabilities = model.probabilities(one, class_features)[0].cpu()
-    truth, names = int(dataset.labels[index]), dataset.classes
+    truth, names = int(dataset.labels[index]), readable(dataset.classes)
     kept = leading(votes, keep=[truth])
     left_out = shown_of(len(kept), len(names), "those with most votes")
     height, more = max(2.5, 0.27 * len(kept)), 0.15 * bool(left_out)
@@ -283,7 +283,7 @@ def range_view(
     address = {"dataset": dataset.id, "index": int(dataset.indices[index]), "seed": seed, "perturbation": family}
     classifier = PromptClassifier(model, class_features)
     found = certify(classifier, encoded.pixels(index), sigma=sigma, n0=FEW_N0, n=n, **address)
-    truth, names = int(dataset.labels[index]), dataset.classes
+    truth, names = int(dataset.labels[index]), readable(dataset.classes)
     figure = panels.fixed_figure(10.2, 4.1)
     panels.add_picture(figure, (0.1, 0.4, 2.3, 2.3), encoded.pixels(index), f"truth: {shorten(names[truth], 26)}")
     moved = family.apply(encoded.pixels(index), torch.tensor([[theta]], device=model.device))[0]
@@ -361,7 +361,7 @@ def adapters_view(
     """
     clean = dataset.subset([index])
     worse = corrupted(clean, corruption, severity=severity, seed=seed, suite=suite)
-    truth, names = int(clean.labels[0]), dataset.classes
+    truth, names = int(clean.labels[0]), readable(dataset.classes)
     towers = [Candidate(tower, class_features) for tower in (base, adapted[adapter])]
     pairs = [[_probabilities(tower, data) for tower in towers] for data in (clean, worse)]
     kept = leading(np.max(pairs, axis=(0, 1)), keep=[truth])
@@ -412,7 +412,7 @@ def corruption_view(
     """
     clean = dataset.subset([index])
     worse = corrupted(clean, corruption, severity=severity, seed=seed, suite=suite)
-    truth, names = int(clean.labels[0]), dataset.classes
+    truth, names = int(clean.labels[0]), readable(dataset.classes)
     title = f"{corruption.replace('_', ' ')}, severity {severity}"
     height = max(2.0, 0.52 * len(candidates))
     figure = panels.fixed_figure(10.8, height + 3.95)

@@ -14,7 +14,7 @@ from medrobust_lib.data.dataset import ImageDataset, stratified_positions
 from medrobust_lib.explore.images import EncodedImages
 from medrobust_lib.explore.instrument import Instrument, control, image_slider, level_slider
 from medrobust_lib.models.dual_encoder import DualEncoder
-from medrobust_lib.plots import MOST_CLASSES, leading, panels, shorten, shown_of
+from medrobust_lib.plots import MOST_CLASSES, leading, panels, readable, shorten, shown_of
 from medrobust_lib.smoothing.bounds import ALPHA, FEW_N, FEW_N0
 from medrobust_lib.smoothing.certificate import ABSTAIN, GUARANTEES
 from medrobust_lib.smoothing.certify import Verdict
@@ -191,7 +191,7 @@ def methods_view(
         Steps on the entropy of the mean prediction, 0 or more; the method of the paper takes one.
     """
     curves = table[table.sigma == sigma].dropna(subset="certified_accuracy")
-    names, truth = adaptation.dataset.classes, int(adaptation.dataset.labels[index])
+    names, truth = readable(adaptation.dataset.classes), int(adaptation.dataset.labels[index])
     height = max(1.9, 0.23 * min(len(names), MOST_CLASSES))
     figure = panels.fixed_figure(10.6, 2.75 + height + 1.75)
     title = f"{shorten(method, 44)}, sigma = {sigma:g}; grey: other methods"
@@ -236,7 +236,7 @@ def _one_image(
     bars.set_xlabel(f"{went}\nentropy {entropies[0]:.2f} to {entropies[1]:.2f} nats")
     counts = panels.add_panel(figure, (7.3, _TOP, 2.2, height), f"votes of {adaptation.n} fresh copies")
     panels.plot_named_bars(votes, (), counts, total=adaptation.n, before=votes_before, **rows)
-    told = [_told(one, dataset.classes) for one in (was, now)]
+    told = [_told(one, readable(dataset.classes)) for one in (was, now)]
     left_out = shown_of(len(kept), len(dataset.classes), "the likeliest")
     counts.set_xlabel(f"before: {told[0]}\nafter: {told[1]}{left_out}")
 

@@ -3,7 +3,8 @@
 Each function draws one table on the axes it is given.
 """
 
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Sequence
 from textwrap import fill
 
 import matplotlib.pyplot as plt
@@ -13,8 +14,9 @@ import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties, findfont, get_font, get_font_names
 from matplotlib.lines import Line2D
-from matplotlib.ticker import MaxNLocator, NullLocator, PercentFormatter
+from matplotlib.ticker import NullLocator, PercentFormatter
 from numpy.typing import ArrayLike, NDArray
 
 # Okabe and Ito's palette as seaborn ships it: told apart under every common colour vision deficiency.
@@ -28,12 +30,20 @@ CLASS_COLOURS = (
 
 MOST_CLASSES = 24
 """Classes that stay readable in one figure; one that leaves others out says so."""
+# Common fonts with letters that DejaVu Sans, which comes with matplotlib, lacks.
+_MORE_FONTS = (
+    "Noto Sans CJK SC", "Noto Sans CJK JP", "WenQuanYi Zen Hei", "Droid Sans Fallback", "PingFang SC", "Hiragino Sans",
+    "Microsoft YaHei", "Malgun Gothic", "Apple SD Gothic Neo", "Noto Sans Devanagari", "Noto Sans Bengali",
+    "Noto Sans Tamil", "Noto Sans Thai", "Noto Emoji", "Segoe UI Emoji", "Arial Unicode MS", "Unifont",
+)  # fmt: skip
 
 
 def set_style() -> None:
-    """Set readable defaults for every figure of a notebook."""
+    """Set readable defaults for every figure of a notebook, with the installed fonts of many scripts."""
     sns.set_theme(context="notebook", style="ticks", palette="colorblind", font_scale=0.9)
+    installed = set(get_font_names())
     plt.rcParams |= {
+        "font.family": ["sans-serif", *(name for name in _MORE_FONTS if name in installed)],
         "figure.dpi": 84,  # inline only, to keep notebooks small; `Run.save_figure` writes 150
         "figure.constrained_layout.use": True,
         "axes.spines.top": False,
@@ -103,6 +113,28 @@ def shown_of(shown: int, total: int, which: str = "") -> str:
 def shorten(text: str, width: int = 24) -> str:
     """Cut a label to a width, marking the cut."""
     return text if len(text) <= width else text[: width - 1].rstrip() + "…"
+
+
+def readable(names: Sequence[str], *, noun: str = "class") -> list[str]:
+    """Names as a figure can show them: one with letters that no font here has becomes its number, such as class 3.
+
+    Give all classes in their order, so that the numbers are those of labels in tables. One warning names the letters.
+    """
+    if all(name.isascii() for name in names):
+        return list(names)
+    fonts = [get_font(findfont(FontProperties(family=[family]))) for family in plt.rcParams["font.family"]]
+    letters = {letter for name in names for letter in name if letter.isprintable()}
+    lacking = {letter for letter in letters if not any(font.get_char_index(ord(letter)) for font in fonts)}
+    numbers = {name: f"{noun} {k}" for k, name in enumerate(names) if lacking & set(name)}
+    if lacking:
+        told = ", ".join(f"{number} is {name}" for name, number in numbers.items())
+        warnings.warn(
+            f"no font here has the letters {' '.join(sorted(lacking))}; figures show the numbers that tables call "
+            f"label: {told}. Install a font with these letters, such as Noto Sans CJK or Noto Emoji, empty the "
+            "folder that matplotlib.get_cachedir() names, and start again",
+            stacklevel=3,
+        )
+    return [numbers.get(name, name) for name in names]
 
 
 def plain_bars(values: NDArray, names: Sequence[str], ax: Axes, *, coloured: Sequence[bool], width: int = 24) -> None:
@@ -447,26 +479,6 @@ def _before_after_handles(models: list[str], worse: bool) -> list[Line2D]:
     return [*handles, grew] if worse else handles
 
 
-def plot_label_votes(votes: Mapping[str, int], ax: Axes, *, answer: str | None = None) -> None:
-    """Draw how many noisy copies got each label, as horizontal bars.
-
-    Parameters
-    ----------
-    votes : mapping of str to int
-        Label, or representative of a cluster, to its number of texts; the first one is on top.
-    ax : Axes
-    answer : str, optional
-        The tested label; its bar is coloured.
-    """
-    names = list(votes)
-    plain_bars(np.array(list(votes.values())), names, ax, coloured=[name == answer for name in names], width=34)
-    ax.bar_label(ax.containers[0], fontsize=8, padding=3)
-    ax.margins(x=0.12)
-    ax.set_xlabel("noisy copies")
-    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-    ax.tick_params(axis="y", labelsize=8, length=0)
-
-
 def plot_radius_ratio(table: pd.DataFrame, ax: Axes) -> None:
     """Draw the share of the ideal radius that n draws keep, a line per kind.
 
@@ -483,18 +495,3 @@ def plot_radius_ratio(table: pd.DataFrame, ax: Axes) -> None:
     ax.set(xscale="log", xlabel="estimation draws n")
     accuracy_axis(ax, ylabel="share of the ideal radius", ylim=(-0.02, 1.02))
     ax.legend(fontsize=8, loc="lower right")
-
-
-def plot_error_models(table: pd.DataFrame, ax: Axes) -> None:
-    """Draw the mean certified radius over the oracle's error rate, a line per error model.
-
-    Parameters
-    ----------
-    table : DataFrame
-        Columns rate, model, radius; abstentions count as radius 0.
-    ax : Axes
-    """
-    plot_curves(table, ax, x="rate", y="radius", by="model", ms=5, lw=1.8)
-    ax.set(xlabel="error rate of the oracle", ylabel="mean certified radius\n([0, 1] pixel units)")
-    ax.set_ylim(bottom=0)
-    legend_beside(ax)

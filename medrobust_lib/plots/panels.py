@@ -15,7 +15,7 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter
+from matplotlib.ticker import MaxNLocator, PercentFormatter
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
@@ -119,7 +119,7 @@ def plot_named_bars(
     shown : sequence of int, optional
         Classes that get a bar; default: all.
     """
-    chosen = list(range(len(values)) if shown is None else shown)
+    chosen, names = list(range(len(values)) if shown is None else shown), figures.readable(names)
     values, rows = np.asarray(values)[chosen], np.arange(len(chosen))
     ends, lift, height = values, 0.0, 0.72
     if before is not None:
@@ -276,11 +276,11 @@ def plot_similarity(similarities: pd.Series, ax: Axes, *, truth: str | None = No
 
     Of many classes the closest are shown, and the true one.
     """
-    total = len(similarities)
+    total, shown = len(similarities), figures.readable(list(similarities.index))
     kept = leading(similarities, keep=np.flatnonzero(similarities.index == truth))
     similarities = similarities.iloc[kept]
-    names = list(similarities.index)
-    figures.plain_bars(similarities.to_numpy(), names, ax, coloured=[name == truth for name in names], width=52)
+    names, coloured = [shown[k] for k in kept], [name == truth for name in similarities.index]
+    figures.plain_bars(similarities.to_numpy(), names, ax, coloured=coloured, width=52)
     ax.set(xlabel="cosine similarity" + figures.shown_of(len(kept), total, "the closest"))
 
 
@@ -296,7 +296,7 @@ def plot_confusion(labels: NDArray, predictions: NDArray, classes: Sequence[str]
         denominator.
     ax : Axes
     """
-    k = len(classes)
+    k, classes = len(classes), figures.readable(classes)
     counts = np.zeros((k, k))
     answered = predictions >= 0
     np.add.at(counts, (labels[answered], predictions[answered]), 1)
@@ -321,7 +321,7 @@ def plot_recall(labels: NDArray, predictions: NDArray, classes: Sequence[str], a
     recall = per_class_recall(labels, predictions, n_classes=len(classes))
     used = np.bincount(predictions[predictions >= 0], minlength=len(classes)) / len(predictions)
     kept = leading(used - recall)
-    rows = np.arange(len(kept))
+    rows, classes = np.arange(len(kept)), figures.readable(classes)
     ax.barh(rows - 0.2, recall[kept], 0.4, color=PALETTE[0], label="recall")
     ax.barh(rows + 0.2, used[kept], 0.4, color=PALETTE[1], label="share of all predictions")
     ax.axvline(1 / len(classes), color=REFERENCE, ls=":", lw=1, label="chance")
@@ -352,7 +352,7 @@ def plot_template_accuracy(table: pd.DataFrame, ax: Axes, *, chance: float) -> N
         ax.hlines(group.row, group.low, group.high, color=colours[kind], lw=2)
         ax.scatter(group.accuracy, group.row, color=colours[kind], zorder=3, label=str(kind))
     ax.axvline(chance, color=REFERENCE, ls=":", label="chance")
-    ax.set_yticks(np.arange(len(table)), [shorten(name, 46) for name in table.template])
+    figures.name_rows(ax.yaxis, figures.readable(list(table.template), noun="wording"), width=46)
     ax.invert_yaxis()
     ax.set(xlabel="accuracy with 95 % interval", xlim=(0, 1))
     ax.xaxis.set_major_formatter(PercentFormatter(1))
@@ -373,12 +373,13 @@ def plot_feature_map(table: pd.DataFrame, ax: Axes) -> None:
         size = others.kind.map({"image": 14, "text": 60})
         label = f"{len(order) - len(kept)} more classes"
         ax.scatter(others.x, others.y, s=size, color="0.85", marker="o", lw=0, label=label)
+    shown = dict(zip(order, figures.readable(list(map(str, order))), strict=True))
     for i, name in enumerate(kept):
         group = table[column == name]
         # The second ten classes have the colours of the first, with other markers.
         colour, marker = CLASS_COLOURS[i % len(CLASS_COLOURS)], MARKERS[(i + i // len(CLASS_COLOURS)) % len(MARKERS)]
         images, texts = (group[group.kind == kind] for kind in ("image", "text"))
-        ax.scatter(images.x, images.y, s=14, color=colour, marker=marker, alpha=0.7, label=shorten(str(name)), lw=0)
+        ax.scatter(images.x, images.y, s=14, color=colour, marker=marker, alpha=0.7, label=shorten(shown[name]), lw=0)
         ax.scatter(texts.x, texts.y, s=170, color=colour, marker=marker, edgecolor="black", linewidth=1.2, zorder=3)
     ax.set(xlabel="first principal direction", ylabel="second principal direction")
     title = "small: image, large: text" if (table.kind == "text").any() else None
@@ -401,6 +402,7 @@ def plot_prediction_shares(table: pd.DataFrame, ax: Axes) -> None:
     Of many classes the rarer answers are added up.
     """
     wide = table.pivot(index="sigma", columns="class", values="share")[list(table["class"].unique())]
+    wide.columns = figures.readable(list(wide.columns))
     kept = leading(wide.max(), most=figures.MOST_CLASSES // 2)  # their names stand above each other beside the bars
     if len(kept) < wide.shape[1]:
         kept = kept[wide.max().iloc[kept] > 0]
@@ -455,5 +457,41 @@ def plot_votes(
     """
     votes, keep = np.asarray(votes), [] if truth is None else [truth]
     kept = leading(votes, keep=keep) if shown is None else np.asarray(shown)
+    classes = figures.readable(classes)
     figures.plain_bars(votes[kept], [classes[i] for i in kept], ax, coloured=[i == truth for i in kept])
     ax.set(xlabel=f"votes out of {votes.sum()}{figures.shown_of(len(kept), len(classes))}", xlim=(0, votes.sum()))
+
+
+def plot_label_votes(votes: Mapping[str, int], ax: Axes, *, answer: str | None = None) -> None:
+    """Draw how many noisy copies got each label, as horizontal bars.
+
+    Parameters
+    ----------
+    votes : mapping of str to int
+        Label, or representative of a cluster, to its number of texts; the first one is on top.
+    ax : Axes
+    answer : str, optional
+        The tested label; its bar is coloured.
+    """
+    names, coloured = figures.readable(list(votes), noun="text"), [name == answer for name in votes]
+    figures.plain_bars(np.array(list(votes.values())), names, ax, coloured=coloured, width=34)
+    ax.bar_label(ax.containers[0], fontsize=8, padding=3)
+    ax.margins(x=0.12)
+    ax.set_xlabel("noisy copies")
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    ax.tick_params(axis="y", labelsize=8, length=0)
+
+
+def plot_error_models(table: pd.DataFrame, ax: Axes) -> None:
+    """Draw the mean certified radius over the oracle's error rate, a line per error model.
+
+    Parameters
+    ----------
+    table : DataFrame
+        Columns rate, model, radius; abstentions count as radius 0.
+    ax : Axes
+    """
+    figures.plot_curves(table, ax, x="rate", y="radius", by="model", ms=5, lw=1.8)
+    ax.set(xlabel="error rate of the oracle", ylabel="mean certified radius\n([0, 1] pixel units)")
+    ax.set_ylim(bottom=0)
+    figures.legend_beside(ax)
