@@ -127,6 +127,12 @@ def test_no_shell_installs_no_silencing_and_no_machine_paths(notebook):
         assert not re.search(r"(/home/|/work/|/tmp/|/Users/|[A-Z]:\\)", cell.source + outputs_text(cell))
 
 
+def test_numbers_with_a_sign_are_never_minus_zero(notebook):
+    for cell in code_cells(notebook):
+        assert not re.findall(r":\+\.\d", cell.source), "write :+z.3f, so that what rounds to zero has no minus"
+        assert not re.search(r"(?<![\w.])[-−]0\.0+(?![\d.]|e)", outputs_text(cell))
+
+
 def test_library_is_imported_before_what_needs_the_torchvision_guard(notebook):
     source = "\n".join(cell.source for cell in code_cells(notebook))
     ours = re.search(r"^import medrobust_lib", source, re.MULTILINE)

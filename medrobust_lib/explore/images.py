@@ -287,7 +287,7 @@ def range_view(
     figure = panels.fixed_figure(10.2, 4.1)
     panels.add_picture(figure, (0.1, 0.4, 2.3, 2.3), encoded.pixels(index), f"truth: {shorten(names[truth], 26)}")
     moved = family.apply(encoded.pixels(index), torch.tensor([[theta]], device=model.device))[0]
-    panels.add_picture(figure, (2.6, 0.4, 2.3, 2.3), moved, f"{perturbation} {theta:+.2f}")
+    panels.add_picture(figure, (2.6, 0.4, 2.3, 2.3), moved, f"{perturbation} {theta:+z.2f}")
     ax = panels.add_panel(figure, (5.6, 0.4, 4.4, 2.3), f"answers along {perturbation}")
     told = list(dict.fromkeys([*labels[shown].tolist(), *answers[0].tolist()]))
     for place, label in enumerate(told):
