@@ -280,9 +280,9 @@ def explore_answers(grid: AnswerGrid) -> Instrument:
         "task": control("Dropdown", "question", options=grid.tasks),
         "index": control("Dropdown", "image", options=images),
         "sigma": level_slider(grid.sigmas, grid.sigmas[len(grid.sigmas) // 2]),
-        "n": control("SelectionSlider", "draws n", options=counts, value=grid.n),
+        "n": control("SelectionSlider", "draws n", options=counts, value=grid.n, tooltip="noisy copies that vote"),
         "oracle": control("Dropdown", "oracle", options=list(grid.oracles[grid.tasks[0]])),
-        "error_rate": level_slider(RATES, 0.05, description="error rate"),
+        "error_rate": level_slider(RATES, 0.05, "error rate", "how often the oracle is wrong"),
     }
 
     def follow(change: Mapping[str, Any]) -> None:

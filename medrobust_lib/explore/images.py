@@ -316,10 +316,11 @@ def explore_ranges(
         As in `explore_noise`.
     """
     encoded = EncodedImages(model, dataset, seed)
+    told = {"tooltip": "share of the widest range shown, to either side"}
     controls = {
         "perturbation": control("Dropdown", "corruption", options=ONE_PARAMETER),
         "index": image_slider(len(dataset), index),
-        "share": control("FloatSlider", "how far", value=0.5, min=-1.0, max=1.0, step=0.05),
+        "share": control("FloatSlider", "how far", value=0.5, min=-1.0, max=1.0, step=0.05, **told),
     }
     draw = partial(range_view, model, dataset, class_features, n=n, seed=seed, encoded=encoded)
     return Instrument(draw, controls)
@@ -462,7 +463,7 @@ def _corruption_controls(dataset: ImageDataset, suite: str) -> dict[str, Any]:
     return {
         "index": image_slider(len(dataset)),
         "corruption": control("Dropdown", "corruption", options=find_suite(suite).names(dataset.id)),
-        "severity": control("IntSlider", "severity", value=3, min=0, max=5),
+        "severity": control("IntSlider", "severity", value=3, min=0, max=5, tooltip="0: clean, 5: strongest"),
     }
 
 

@@ -23,6 +23,7 @@ logger = logging.getLogger(__name__)
 
 _KEPT = 64
 _DPI = 90  # sharp enough on a screen; every dot more is paid for at every move
+_WIDTH = "32em"  # of a control: a slider of 300 pixels has a name and a value beside it
 _MARGIN = 10  # pixels below the lowest panel
 
 
@@ -72,6 +73,7 @@ class Instrument:
         self._shown = lru_cache(kept)(lambda **values: picture_of(partial(draw, **values)))
         for widget in self.controls.values():
             widget.style = {"description_width": "7.5em"}
+            widget.layout.width, widget.layout.max_width = widget.layout.width or _WIDTH, "100%"
             widget.observe(self._changed, "value")
         help_lines = [widgets.HTML(f"<small>{html.escape(hint)}</small>")] if hint else []
         rows = widgets.Box(list(self.controls.values()), layout=widgets.Layout(flex_flow="row wrap"))
@@ -130,19 +132,25 @@ def picture_of(draw: Callable[[], Figure]) -> tuple[bytes, str]:
 
 
 def control(kind: str, description: str, **options: Any) -> "Widget":
-    """Widget of ipywidgets by the name of its class; a slider or text tells its value when it is left, not before."""
+    """Widget of ipywidgets by the name of its class; a slider or text tells its value when it is left, not before.
+
+    ``tooltip`` says what the description is too short for, such as units.
+    """
     import ipywidgets
 
     when_left = {} if kind == "Dropdown" else {"continuous_update": False}
-    return getattr(ipywidgets, kind)(description=description, **when_left, **options)
+    return getattr(ipywidgets, kind)(description=description, **{"tooltip": description} | when_left | options)
 
 
 def image_slider(length: int, first: int = 0) -> "Widget":
     """Slider over the images of a data set."""
-    return control("IntSlider", "image", value=first, min=0, max=length - 1)
+    told = "which image of the data set, from 0"
+    return control("IntSlider", "image", value=first, min=0, max=length - 1, tooltip=told)
 
 
-def level_slider(levels: Sequence[float], value: float, description: str = "sigma") -> "Widget":
-    """Slider over given noise levels, in [0, 1] pixel units; it begins at the one that is nearest to `value`."""
-    nearest = min(levels, key=lambda level: abs(level - value))
-    return control("SelectionSlider", description, options=[(f"{level:g}", level) for level in levels], value=nearest)
+def level_slider(
+    levels: Sequence[float], value: float, description: str = "sigma", tooltip: str = "noise, in [0, 1] pixel units"
+) -> "Widget":
+    """Slider over given noise levels, or other numbers; it begins at the one that is nearest to `value`."""
+    nearest, options = min(levels, key=lambda level: abs(level - value)), [(f"{level:g}", level) for level in levels]
+    return control("SelectionSlider", description, options=options, value=nearest, tooltip=tooltip)

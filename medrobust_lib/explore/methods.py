@@ -264,7 +264,7 @@ def explore_methods(table: pd.DataFrame, adaptation: Adaptation) -> Instrument:
         "sigma": level_slider(sigmas, sigmas[0]),
         "index": control("Dropdown", "image", options=images),
         "start": control("Dropdown", "start from", options=list(adaptation.starts)),
-        "steps": control("IntSlider", "steps", value=1, min=0, max=MOST_STEPS),
+        "steps": control("IntSlider", "steps", value=1, min=0, max=MOST_STEPS, tooltip="of adaptation to this image"),
     }
     return Instrument(partial(methods_view, table, adaptation), controls)
 

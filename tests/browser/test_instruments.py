@@ -184,8 +184,23 @@ def open_and_run(page, lab, name):
     assert errors(page) == []
 
 
+def controls_in_words(page):
+    """Of every control its name, whether the name is cut, what explains it (a slider's tooltip) and its width."""
+    return page.evaluate(
+        """() => [...document.querySelectorAll(".jp-OutputArea-output .widget-hslider, .jp-OutputArea-output select")]
+            .map(found => found.closest(".widget-inline-hbox"))
+            .map(row => [row, row.querySelector(".widget-label")])
+            .map(([row, label]) => ({
+                name: label.textContent, cut: label.scrollWidth > label.clientWidth,
+                told: label.title || row.querySelector("select")?.labels.length, width: row.offsetWidth,
+            }))"""
+    )
+
+
 def move_and_compare(page, lab, shot):
     """Move the instrument's first slider by a key; the picture has to change, and nothing may go wrong."""
+    for control in controls_in_words(page):
+        assert control["name"] and control["told"] and not control["cut"] and control["width"] >= 300, control
     before, source = shown_picture(page), page.locator(PICTURE).get_attribute("src")
     page.locator(PICTURE).scroll_into_view_if_needed()
     handle = page.locator(".jp-OutputArea-output .noUi-handle").first

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 import medrobust_lib
-from medrobust_lib.explore.instrument import Instrument, level_slider
+from medrobust_lib.explore.instrument import Instrument, control, level_slider
 from medrobust_lib.plots.panels import add_caption, fixed_figure
 
 
@@ -47,6 +47,16 @@ def test_the_first_picture_is_there_at_once(instrument, drawing):
     assert drawing.asked == [1]
     assert red(instrument) == pytest.approx(255 * 0.1, abs=1)
     assert instrument.message.value == ""
+
+
+def test_a_slider_has_a_name_a_tooltip_and_room(instrument):
+    assert instrument.controls["number"].layout.width == "32em"
+    sigma = level_slider([0.1, 0.5], 0.1)
+    assert (sigma.description, sigma.tooltip) == ("sigma", "noise, in [0, 1] pixel units")
+    assert control("Dropdown", "oracle", options=["a"]).tooltip == "oracle"
+    wide = control("Dropdown", "adapter", options=["a"], layout={"width": "27em"})
+    Instrument(lambda **values: plt.figure(figsize=(1, 1)), {"adapter": wide})
+    assert (wide.layout.width, wide.layout.max_width) == ("27em", "100%")
 
 
 def test_a_change_shows_the_picture_of_the_new_value(instrument):
