@@ -1,7 +1,7 @@
 """A study in a YAML file: what to run on which models and data sets, checked before anything runs."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, get_args
@@ -56,6 +56,8 @@ class Study(Grid):
 def read_study(path: Path, *, notebooks: Path | None = None) -> Study:
     """Read a study file and check everything that can be known before anything runs.
 
+    All mistakes in writing are told together, one a line; once there are none, all values that cannot work.
+
     Parameters
     ----------
     path : Path
@@ -96,15 +98,19 @@ def parse_study(given: Any, *, name: str, where: str, notebooks: Path | None = N
     """
     if not isinstance(given, dict):
         raise StudyError(f"{where} must hold a mapping with the keys {', '.join(f.name for f in fields(Study))}")
-    given = {"name": name} | given
-    check_keys(given, Study, where=where)
-    steps = given.pop("steps")
-    if not isinstance(steps, list) or not steps:
-        raise StudyError(f"{where}: steps is {_TAKES}")
+    given, steps, written = {"name": name} | given, [], []
+    with together() as each:
+        with each():
+            values = filled(given, Study, where=where, without=("steps",))
+        with each():
+            if "steps" in given and not (isinstance(given["steps"], list) and given["steps"]):
+                raise StudyError(f"{where}: steps is {_TAKES}")
+            written = given.get("steps", [])
+        for place, step in enumerate(written, start=1):
+            with each():
+                steps.append(_step(step, notebooks, where=f"{where}, step {place}"))
     # Workers and notebooks work in other folders: paths in ids become absolute.
-    values = typed_values(given, Study, where=where)
     values = {name: notebook_parameters.absolute_ids(name, value) for name, value in values.items()}
-    steps = [_step(step, notebooks, where=f"{where}, step {place}") for place, step in enumerate(steps, start=1)]
     return Study(**values, steps=tuple(steps))
 
 
@@ -131,19 +137,24 @@ def check_study(
     steps = {number: (step, study.narrowed(step)) for number, step in enumerate(study.steps, start=1)}
     if cells is not None:
         steps = {number: (step, _of_cells(cells, number, grid)) for number, (step, grid) in steps.items()}
-    with located(where):
-        _check_study(study, dict.fromkeys(id for _, grid in steps.values() for id in grid.datasets))
     made: list[str] = []
-    for number, (step, grid) in steps.items():
-        with located(f"{where}, step {number}, {step.kind}"):
-            _check_names(step, grid, study, made)
-            if cells is None or grid.models:
-                if not isinstance(step, NotebookStep):  # which has checks of its own
-                    loaded = {model for model in grid.models if model not in made}
-                    notebook_parameters.check_models(loaded, generative=step.generative)
-                step.check(grid, notebooks)
-        if isinstance(step, AdaptStep):
-            made.append(step.name)
+    with together() as each:
+        with each(), located(where):
+            _check_study(study)
+        if not all(isinstance(step, NotebookStep) for step in study.steps):
+            for dataset in dict.fromkeys(id for _, grid in steps.values() for id in grid.datasets):
+                with each(), located(where):
+                    _check_size(study, dataset)
+        for number, (step, grid) in steps.items():
+            with each(), located(f"{where}, step {number}, {step.kind}"):
+                _check_names(step, grid, study, made)
+                if cells is None or grid.models:
+                    if not isinstance(step, NotebookStep):  # which has checks of its own
+                        loaded = {model for model in grid.models if model not in made}
+                        notebook_parameters.check_models(loaded, generative=step.generative)
+                    step.check(grid, notebooks)
+            if isinstance(step, AdaptStep):
+                made.append(step.name)
 
 
 def _of_cells(cells: Sequence[Cell], number: int, grid: Grid) -> Grid:
@@ -190,16 +201,12 @@ def _step(given: Any, notebooks: Path | None, *, where: str) -> Step:
     if not isinstance(settings, dict):
         first = fields(step)[0].name
         raise StudyError(f"{where}: {kind} takes settings with names, such as {kind}: {{{first}: ...}}")
-    check_keys(settings, step, where=f"{where}, {kind}")
-    return step(**typed_values(settings, step, where=f"{where}, {kind}"))
+    return step(**filled(settings, step, where=f"{where}, {kind}"))
 
 
 def _notebook_step(given: dict[str, Any], notebooks: Path | None, *, where: str) -> NotebookStep:
-    check_keys(given, NotebookStep, where=where)
+    narrow = filled(given, NotebookStep, where=where, without=("notebook", "parameters"))
     number, parameters = given["notebook"], given.get("parameters") or {}
-    narrow = typed_values(
-        {key: given[key] for key in ("models", "datasets") if key in given}, NotebookStep, where=where
-    )
     if not isinstance(number, str) or not isinstance(parameters, dict):
         raise StudyError(f'{where}: write `notebook: "02"` and, below it, parameters as names with values')
     for name in parameters:
@@ -216,25 +223,38 @@ def _notebook_step(given: dict[str, Any], notebooks: Path | None, *, where: str)
 def check_keys(given: Mapping[Any, Any], kind: type, *, where: str) -> None:
     """Raise for a key that a dataclass has no field for, and for a field without default that is missing."""
     names = [f.name for f in fields(kind)]
-    for key in given:
-        if key not in names:
-            valid = notebook_parameters.closest_first(str(key), names)
-            raise StudyError(f"{where}: unknown key {key!r}; valid: {valid}")
-    for f in fields(kind):
-        if f.name not in given and f.default is MISSING and f.default_factory is MISSING:
-            takes = f.metadata.get("takes") or notebook_parameters.wanted(f.type)
-            raise StudyError(f"{where}: {f.name} is missing; it takes {takes}")
+    if unknown := [key for key in given if key not in names]:
+        valid = ((key, notebook_parameters.closest_first(str(key), names)) for key in unknown)
+        raise StudyError("\n".join(f"{where}: unknown key {key!r}; valid: {names}" for key, names in valid))
+    needed = [f for f in fields(kind) if f.default is MISSING and f.default_factory is MISSING]
+    if missing := [f for f in needed if f.name not in given]:
+        takes = ((f.name, f.metadata.get("takes") or notebook_parameters.wanted(f.type)) for f in missing)
+        raise StudyError("\n".join(f"{where}: {name} is missing; it takes {what}" for name, what in takes))
 
 
 def typed_values(given: Mapping[str, Any], kind: type, *, where: str) -> dict[str, Any]:
     """Values with the types of a dataclass's fields; a single value stands for a list of one."""
-    types = {f.name: f.type for f in fields(kind)}
-    return {
-        name: _methods(value, where=where)
-        if get_args(types[name])[:1] == (PaperMethod,)
-        else notebook_parameters.typed(value, types[name], f"{where}: {name}")
-        for name, value in given.items()
-    }
+    types, values = {f.name: f.type for f in fields(kind)}, {}
+    with together() as each:
+        for name, value in given.items():
+            with each():
+                if get_args(types[name])[:1] == (PaperMethod,):
+                    values[name] = _methods(value, where=where)
+                else:
+                    values[name] = notebook_parameters.typed(value, types[name], f"{where}: {name}")
+    return values
+
+
+def filled(given: Mapping[str, Any], kind: type, *, where: str, without: Sequence[str] = ()) -> dict[str, Any]:
+    """Checked keys and typed values of a dataclass, but for the values of some keys."""
+    known = {f.name: given[f.name] for f in fields(kind) if f.name in given and f.name not in without}
+    values: dict[str, Any] = {}
+    with together() as each:
+        with each():
+            check_keys(given, kind, where=where)
+        with each():
+            values = typed_values(known, kind, where=where)
+    return values
 
 
 def _methods(given: Any, *, where: str) -> tuple[PaperMethod, ...]:
@@ -253,13 +273,13 @@ def _methods(given: Any, *, where: str) -> tuple[PaperMethod, ...]:
             for name in ("checkpoint", "denoiser")
             if isinstance(settings.get(name), str)
         }
-        check_keys(settings, PaperMethod, where=f"{where}: methods, {method}")
+        values = filled(settings, PaperMethod, where=f"{where}: methods, {method}")
         with located(f"{where}: methods"):
-            found.append(PaperMethod(**typed_values(settings, PaperMethod, where=f"{where}: methods, {method}")))
+            found.append(PaperMethod(**values))
     return tuple(found)
 
 
-def _check_study(study: Study, datasets: Iterable[str]) -> None:
+def _check_study(study: Study) -> None:
     alone = all(isinstance(step, NotebookStep) for step in study.steps)
     for name in ("datasets", "seeds") if alone else ("models", "datasets", "seeds"):
         if not getattr(study, name):
@@ -270,10 +290,12 @@ def _check_study(study: Study, datasets: Iterable[str]) -> None:
     check_draw(study.draw, n=study.n_images, size="n_images")
     if study.n_images is not None:
         checks.check_whole("n_images", study.n_images, hint="; leave it out for all test images")
-    for dataset in () if alone else datasets:
-        size = split_size(dataset)
-        if study.n_images is not None and study.n_images > size:
-            raise StudyError(f"n_images: {study.n_images}; the test split of {dataset} has {size} images")
+
+
+def _check_size(study: Study, dataset: str) -> None:
+    size = split_size(dataset)
+    if study.n_images is not None and study.n_images > size:
+        raise StudyError(f"n_images: {study.n_images}; the test split of {dataset} has {size} images")
 
 
 def _check_name(name: str) -> None:
@@ -293,3 +315,25 @@ def located(where: str) -> Iterator[None]:
         yield
     except ValueError as error:
         raise StudyError(f"{where}: {error}") from error
+
+
+@contextmanager
+def together() -> Iterator[Callable[[], AbstractContextManager[None]]]:
+    """Collect the errors of several parts, each in a context of its own, and raise them as one, a line each.
+
+    What is told of one place is not told again of others; a single error is raised as it is.
+    """
+    found: dict[str, Exception] = {}
+
+    @contextmanager
+    def each() -> Iterator[None]:
+        try:
+            yield
+        except (ValueError, FileNotFoundError) as error:
+            found.setdefault(str(error.__cause__ or error), error)
+
+    yield each
+    if len(found) == 1:
+        raise next(iter(found.values()))
+    if found:
+        raise StudyError("\n".join(map(str, found.values())))

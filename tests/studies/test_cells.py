@@ -37,7 +37,7 @@ def test_a_cell_for_every_combination_with_a_name_of_its_own(cells):
     _, found = cells
     assert len(found) == 8 + 4 + 4 == len({cell.name for cell in found})
     assert found[0].name == "01-certify_demo-clip_phantom-chest_sigma0.1_seed0"
-    assert found[0].label == "1 certify, demo-clip, phantom/chest, sigma 0.1, seed 0"
+    assert found[0].label == "1 certify demo-clip on phantom/chest, sigma 0.1, seed 0"
     assert found[-1].name == "03-benchmark_demo-clip_phantom-blood_seed3"
     assert json.loads(json.dumps(found[0].parameters)) == found[0].parameters
     assert found[0].parameters["radii"] == [0.1]
@@ -55,11 +55,11 @@ def test_estimates_are_counts_times_the_measured_rates(cells, monkeypatch):
     monkeypatch.setattr("medrobust_lib.studies.cells.encodings_per_second", lambda model, dataset, *, dtype: 50.0)
     monkeypatch.setattr("medrobust_lib.studies.cells._seconds_to_corrupt", lambda dataset, suite: 0.5)
     estimates = dict(zip([cell.label for cell in found], estimate_cells(study, found), strict=True))
-    sequential = estimates["1 certify, demo-clip, phantom/chest, sigma 0.1, seed 0"]
+    sequential = estimates["1 certify demo-clip on phantom/chest, sigma 0.1, seed 0"]
     assert (sequential.images, sequential.draws, sequential.seconds) == (6, 6 * 1100, 6 * 1100 / 50)
-    assert estimates["2 certify, demo-clip, phantom/chest, sigma 0.1, seed 0"].draws == 6 * 1000  # the label is known
+    assert estimates["2 certify demo-clip on phantom/chest, sigma 0.1, seed 0"].draws == 6 * 1000  # the label is known
     corruptions = len(find_suite("medimeta-c").names("phantom/chest"))
-    benchmark = estimates["3 benchmark, demo-clip, phantom/chest, seed 0"]
+    benchmark = estimates["3 benchmark demo-clip on phantom/chest, seed 0"]
     assert benchmark.draws == 6 * (1 + 2 * corruptions)
     assert benchmark.seconds == pytest.approx(benchmark.draws / 50 + 6 * 2 * corruptions * 0.5)
 
@@ -190,7 +190,7 @@ steps:
 @pytest.mark.filterwarnings("ignore:re-training demo-clip")
 def test_a_step_certifies_for_a_corruption_with_what_is_learned_on_it(study_file, tmp_path):
     (cell,) = study_cells(read_study(study_file(CONTRAST)))
-    assert cell.label == "1 certify, demo-clip, phantom/chest, contrast sigma 0.4, seed 0"
+    assert cell.label == "1 certify demo-clip on phantom/chest, contrast sigma 0.4, seed 0"
     cell.run(tmp_path)
     cards = cell.folder(tmp_path) / "cards"
     rows = pd.read_csv(cards / "01-certify_certificates.csv")
@@ -220,3 +220,9 @@ def test_the_price_of_a_step_follows_the_law_of_its_perturbation(study_file):
         draws("contrast", 0.4, 0.4 * norm.ppf(0.8)), rel=0.02
     )
     assert draws("blur", 2.0, 4.0) > draws("contrast", 0.4, 0.4)
+
+
+def test_a_notebook_says_in_its_label_what_it_runs_on(study_file, notebooks):
+    text = "models: [demo-clip]\ndatasets: [phantom/chest]\nsteps: [{notebook: '1'}]\n"
+    (cell,) = study_cells(read_study(study_file(text), notebooks=notebooks), notebooks=notebooks)
+    assert (cell.label, cell.name) == ("1 notebook 01 demo-clip", "01-notebook-01_demo-clip")  # it has no data set

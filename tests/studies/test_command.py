@@ -101,7 +101,7 @@ def test_a_failed_cell_fails_the_command_with_its_reason(invoke, study_file, tmp
     code, _, error = invoke("study", study_file(), "--out", out)
     assert code == 1
     assert "1 of 3 cells failed; the same command tries them again" in error
-    assert "2 benchmark, demo-clip, phantom/chest, seed 0: OSError: no space left" in error
+    assert "2 benchmark demo-clip on phantom/chest, seed 0: OSError: no space left" in error
 
 
 def test_errors_of_the_file_come_before_anything_runs(invoke, study_file, tmp_path):

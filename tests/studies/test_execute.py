@@ -96,11 +96,11 @@ def test_a_failing_cell_loses_nothing_and_is_tried_again(study, tmp_path, monkey
         patch.setattr(BenchmarkCell, "run", broken)
         finished = run_study(study, tmp_path / "out", announce=lines.append)
     assert finished.done == 2
-    assert finished.failures == {"2 benchmark, demo-clip, phantom/chest, seed 0": "OSError: no space left"}
+    assert finished.failures == {"2 benchmark demo-clip on phantom/chest, seed 0": "OSError: no space left"}
     assert [line.partition(": done in")[0] for line in lines] == [
-        "1 certify, demo-clip, phantom/chest, sigma 0.05, seed 0",
-        "1 certify, demo-clip, phantom/chest, sigma 0.1, seed 0",
-        "FAILED 2 benchmark, demo-clip, phantom/chest, seed 0; the other cells go on",
+        "1 certify demo-clip on phantom/chest, sigma 0.05, seed 0",
+        "1 certify demo-clip on phantom/chest, sigma 0.1, seed 0",
+        "FAILED 2 benchmark demo-clip on phantom/chest, seed 0; the other cells go on",
     ]
     assert "study tiny: 3 of 3 cells" in capsys.readouterr().out
     assert set(finished.leaderboard["notebook"]) == {"01-certify"}

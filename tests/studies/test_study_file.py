@@ -108,6 +108,56 @@ def test_what_cannot_run_is_refused_with_the_valid_choices(study_file, notebooks
         read_study(study_file(text), notebooks=notebooks)
 
 
+def test_all_mistakes_in_writing_are_told_at_once_a_line_each(study_file, notebooks):
+    text = """
+    models: [demo-clip]
+    datasets: [phantom/chest]
+    seeds: [x]
+    dtype: int4
+    n_imags: 4
+    steps:
+      - certify: {sigmas: [a], n: 1.5, sampling: seq, methods: [coop]}
+      - certfy: {}
+      - benchmark: {suit: medimeta-c, severity: 1}
+      - notebook: "9"
+    """
+    with pytest.raises(StudyError) as caught:
+        read_study(study_file(text), notebooks=notebooks)
+    lines = str(caught.value).splitlines()
+    told = [
+        "unknown key 'n_imags'", "seeds[0]='x'", "dtype='int4'", "step 1, certify: sigmas[0]='a'",
+        "step 1, certify: n='1.5'", "step 1, certify: sampling='seq'", "step 1, certify: methods",
+        "step 2: unknown step",
+        "step 3, benchmark: unknown key 'suit'", "step 3, benchmark: unknown key 'severity'", "step 4, notebook",
+    ]  # fmt: skip
+    assert len(lines) == len(told)
+    assert all(found in line for found, line in zip(told, lines, strict=True))
+
+
+def test_all_values_that_cannot_work_are_told_at_once_and_each_once(study_file):
+    text = """
+    models: [demo-clip, demo-clop]
+    datasets: [phantom/chst, phantom/blod, phantom/chest]
+    seeds: [-1]
+    n_images: 100000
+    steps:
+      - certify: {sigmas: [64]}
+      - benchmark: {suite: medmeta-c, models: [demo-clip], datasets: [phantom/chest]}
+      - benchmark: {datasets: [phantom/chest]}
+    """
+    with pytest.raises(StudyError) as caught:
+        read_study(study_file(text))
+    lines = str(caught.value).splitlines()
+    for told in ("seeds: [-1]", "'phantom/chst'", "'phantom/blod'", "n_images: 100000", "'demo-clop'", "'medmeta-c'"):
+        assert sum(told in line for line in lines) == 1, told
+    assert len(lines) == 6  # what a step says beside its unknown model comes next
+
+
+def test_one_mistake_keeps_its_kind_of_error(study_file):
+    with pytest.raises(ParameterError, match=r"^[^\n]*seeds\[0\]='x'[^\n]*$"):
+        read_study(study_file(HEAD + "seeds: [x]\nsteps: [benchmark]\n"))
+
+
 def test_paths_in_ids_become_absolute_so_that_workers_find_them(study_file, monkeypatch, tmp_path):
     from PIL import Image
 
