@@ -9,6 +9,7 @@ changed. `torchvision.ops.nms` and `torchvision.io` stay unusable in the repaire
 
 import functools
 import sys
+import warnings
 from collections.abc import Callable
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
@@ -56,7 +57,14 @@ def _execute(execute: Callable[[ModuleType], None], module: ModuleType) -> None:
 
 
 def install_guard() -> None:
-    """Put the guard in front of the import system, once."""
+    """Put the guard in front of the import system, once; say so where an import of torchvision has failed already."""
+    if "torchvision" not in sys.modules and any(name.startswith("torchvision.") for name in sys.modules):
+        warnings.warn(
+            "torchvision failed to import before medrobust_lib was imported. Beside a CPU-only torch its usual wheel "
+            f"raises {_SYMPTOM!r}, and so do timm, open_clip, peft and parts of transformers; medrobust_lib repairs "
+            "that. Import medrobust_lib first, or what failed once more from here on",
+            stacklevel=3,
+        )
     if "torchvision" not in sys.modules and not any(isinstance(f, TorchvisionGuard) for f in sys.meta_path):
         sys.meta_path.insert(0, TorchvisionGuard())
 

@@ -62,6 +62,40 @@ def test_guard_repairs_the_known_failure_once(tmp_path):
     assert run_python(code, path).split() == ["True", "True", "1"]
 
 
+def test_an_import_that_failed_before_is_explained_and_works_the_second_time(tmp_path):
+    body = """
+    import torch
+    from torchvision import part
+    try:
+        torch._C._dispatch_find_schema_or_throw("torchvision::nms", "")
+    except RuntimeError:
+        raise RuntimeError("operator torchvision::nms does not exist") from None
+    """
+    code = """
+    import warnings
+    try:
+        import torchvision
+    except RuntimeError as error:
+        print(error)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        import medrobust_lib
+    print(*[one.message for one in told], sep="; ")
+    import torchvision
+    print(torchvision.part.value)
+    """
+    failed, told, works = run_python(code, make_torchvision(tmp_path, body)).splitlines()
+    assert failed == "operator torchvision::nms does not exist"
+    assert "Import medrobust_lib first, or what failed once more" in told
+    assert works == "1"
+
+
+@pytest.mark.parametrize("first", ["", "import torchvision"])
+def test_nothing_is_said_where_no_import_failed(tmp_path, first):
+    path = make_torchvision(tmp_path, "from torchvision import part\n")
+    assert run_python(f"import warnings; warnings.simplefilter('error'); {first}\nimport medrobust_lib", path) == ""
+
+
 def test_guard_passes_on_any_other_failure(tmp_path):
     path = make_torchvision(tmp_path, 'raise RuntimeError("something else is broken")\n')
     code = """
