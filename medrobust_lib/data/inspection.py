@@ -207,20 +207,35 @@ def near_copies(images: NDArray[np.uint8], others: NDArray[np.uint8]) -> NDArray
     return pairs[[_alike(images[k], others[other]) for k, other in pairs]]
 
 
-def learned_too(tested: NDArray[np.uint8], learned: NDArray[np.uint8]) -> list[str]:
-    """Say how many tested images are nearly identical to one that is learned from, in a sentence for a card or in none.
+def learned_too(
+    tested: NDArray[np.uint8],
+    learned: NDArray[np.uint8],
+    *,
+    names: Sequence[str] = (),
+    learned_names: Sequence[str] = (),
+) -> list[str]:
+    """Say which tested images are nearly identical to one that is learned from, in a sentence for a card or in none.
 
     Parameters
     ----------
     tested, learned : uint8 [n, H, W, 3], [m, H, W, 3]
+    names, learned_names : sequence of n and of m str
+        What to call each; default: the position, from 0.
     """
-    copies = len(np.unique(near_copies(tested, learned)[:, 0]))
-    if not copies:
+    pairs = near_copies(tested, learned)
+    if not len(pairs):
         return []
+    names = names or [f"test image {k}" for k in range(len(tested))]
+    learned_names = learned_names or [f"train image {k}" for k in range(len(learned))]
     return [
-        f"{copies} of {len(tested)} test images are nearly identical to images that are learned from: results are "
-        "better than they should be"
+        f"{len(np.unique(pairs[:, 0]))} of {len(tested)} test images are nearly identical to images that are learned "
+        f"from ({_alike_in_words(pairs, names, learned_names)}): results are better than they should be. Keep each in "
+        "one of the two only."
     ]
+
+
+def _alike_in_words(pairs: NDArray[np.int64], names: Sequence[str], others: Sequence[str]) -> str:
+    return first_of([f"{names[k]} = {others[other]}" for k, other in pairs])
 
 
 def _thumbnails(images: NDArray[np.uint8], side: int) -> NDArray[np.float32]:
@@ -240,14 +255,17 @@ def _twice(images: NDArray[np.uint8], labels: NDArray[np.int64], names: Sequence
     pairs = near_copies(images, images) if len(images) > 1 else ()
     if not len(pairs):
         return []
-    copies = len(np.unique(pairs[:, 0]))
-    first = " and ".join(names[k] for k in sorted(pairs[0]))
-    found = [f"{copies} of {len(images)} images are nearly identical to another one ({first}): they count twice."]
+    pairs = np.unique(np.sort(pairs, axis=1), axis=0)
     contrary = pairs[labels[pairs[:, 0]] != labels[pairs[:, 1]]]
+    found = [
+        f"{len(np.unique(pairs))} of {len(images)} images are nearly identical to another one "
+        f"({_alike_in_words(pairs, names, names)}): each has a row of its own in tables, and they count twice in every "
+        "share. Remove one file of each pair; data.inspection.near_copies(images, images) finds them all."
+    ]
     if len(contrary):
-        first = " and ".join(names[k] for k in sorted(contrary[0]))
         found.append(
-            f"{len(np.unique(contrary[:, 0]))} images are nearly identical to one with another label ({first}): one "
-            "of the two labels is wrong, or the images do not show what the label says."
+            f"{len(np.unique(contrary))} images are nearly identical to one with another label "
+            f"({_alike_in_words(contrary, names, names)}): one of the two labels is wrong, or the images do not show "
+            "what the label says. Look at both, then mend the label or remove both."
         )
     return found

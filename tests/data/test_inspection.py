@@ -10,7 +10,7 @@ from PIL import Image
 
 import medrobust_lib as mr
 from medrobust_lib.data.dataset import ImageDataset
-from medrobust_lib.data.inspection import close_names, near_copies, seen_in
+from medrobust_lib.data.inspection import close_names, learned_too, near_copies, seen_in
 from medrobust_lib.data.registry import open_split
 from medrobust_lib.phantoms import MODALITIES
 
@@ -260,15 +260,27 @@ def test_images_that_are_dark_but_for_a_few_pixels_are_compared_by_these():
     assert len(near_copies(dark, dark)) == 0
 
 
-def test_copies_are_counted_and_one_under_two_labels_is_named():
+def test_pairs_of_copies_are_named_and_so_is_one_under_two_labels():
     images = scenes(6)[[0, 1, 2, 3, 1, 2]]
     found = seen(images, labels=[0, 0, 1, 1, 0, 0])
     assert found == [
-        "4 of 6 images are nearly identical to another one (1.png and 4.png): they count twice.",
-        "2 images are nearly identical to one with another label (2.png and 5.png): one of the two labels is wrong, or "
-        "the images do not show what the label says.",
+        "4 of 6 images are nearly identical to another one (1.png = 4.png, 2.png = 5.png): each has a row of its own "
+        "in tables, and they count twice in every share. Remove one file of each pair; "
+        "data.inspection.near_copies(images, images) finds them all.",
+        "2 images are nearly identical to one with another label (2.png = 5.png): one of the two labels is wrong, or "
+        "the images do not show what the label says. Look at both, then mend the label or remove both.",
     ]
     assert seen(images[:4]) == [] and seen(images[:1]) == []
+
+
+def test_test_images_that_are_learned_from_are_named_with_their_copies():
+    images = scenes(8)
+    assert learned_too(images[:3], images[3:]) == []
+    (sentence,) = learned_too(images[:3], images[1:], names=["a", "b", "c"], learned_names=[*"defghij"])
+    assert sentence.startswith("2 of 3 test images are nearly identical to images that are learned from (b = d, c = e)")
+    (sentence,) = learned_too(images[:6], images[:1])
+    assert "(test image 0 = train image 0)" in sentence
+    assert sentence.endswith("Keep each in one of the two only.")
 
 
 @pytest.mark.parametrize("modality", MODALITIES)
