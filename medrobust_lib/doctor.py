@@ -61,8 +61,8 @@ def examine_model(id: str) -> Iterator[Finding]:
 
     try:
         model = load_model(id)
-    except _EXPECTED as error:
-        yield Finding("model", False, told(error))
+    except Exception as error:  # one's own loader raises anything
+        yield _failed("model", error)
         return
     yield Finding("model", True, repr(model))
     data = load_dataset("phantom/blood", n=8)
@@ -95,8 +95,13 @@ def _found(check: Callable[..., str], *given: Any) -> Finding:
     name = check.__name__.lstrip("_").replace("_", " ")
     try:
         return Finding(name, True, check(*given))
-    except _EXPECTED as error:
-        return Finding(name, False, told(error))
+    except Exception as error:  # and so does one's own model
+        return _failed(name, error)
+
+
+def _failed(check: str, error: Exception) -> Finding:
+    # What has no words for a reader, such as a KeyError, is known by its kind.
+    return Finding(check, False, told(error) if isinstance(error, _EXPECTED) else f"{type(error).__name__}: {error}")
 
 
 def reference_prediction() -> dict[str, object]:

@@ -63,6 +63,16 @@ def test_a_model_that_cannot_be_loaded_is_the_only_finding():
     assert result.exit_code == 1 and "load it with load_vlm('demo-vlm')" in result.output
 
 
+def test_whatever_ones_own_loader_or_model_raises_is_a_finding(examined, monkeypatch):
+    found = examined(lambda: {}["weights"])
+    assert list(found) == ["model"]
+    assert found["model"][1:] == (False, "KeyError: 'weights'")
+    monkeypatch.setattr("medrobust_lib.studies.cells.measured_rate", lambda model, data: [][0])
+    found = examined(demo)
+    assert list(found) == CHECKS
+    assert found["speed"][1:] == (False, "IndexError: list index out of range")
+
+
 def test_a_clip_of_transformers_is_compared_with_its_own_processor(tmp_path):
     path = Path(__file__).parent / "models" / "conftest.py"
     spec = importlib.util.spec_from_file_location("model_builders", path)

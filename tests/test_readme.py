@@ -31,7 +31,7 @@ from medrobust_lib.experiments import Metric, start_run
 from medrobust_lib.experiments.cards import RUN_DIR_VARIABLE
 from medrobust_lib.models import loading
 from medrobust_lib.models.loading import find_model, list_models, list_vlms
-from medrobust_lib.parameters import assign_parameters, read_yaml
+from medrobust_lib.parameters import assign_parameters, notebook_parameters, read_yaml
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -122,6 +122,12 @@ def check_dask(words, workplace, monkeypatch):
 
 def check_sbatch(words, workplace, monkeypatch):
     assert (ROOT / words[-1]).is_file(), words[-1]
+
+
+def check_papermill(words, workplace, monkeypatch):
+    notebook, _, *options = words[1:]
+    known = notebook_parameters(ROOT / notebook)
+    assert options[::3] == ["-p"] * len(options[::3]) and [name for name in options[1::3] if name not in known] == []
 
 
 def check_make(words, workplace, monkeypatch):
@@ -282,6 +288,7 @@ STUDY_COMMANDS = {"study": check_study, "compare": check_compare, "reproduce": c
 CLASSES = {
     "make": check_make,
     "medrobust": check_medrobust,
+    "papermill": check_papermill,
     "python": check_python,
     "pip": check_pip,
     "hf": check_hf,

@@ -50,7 +50,8 @@ class Splits:
     @property
     def copies(self) -> list[str]:
         """A sentence where test images are nearly identical to train images; see `learned_too`."""
-        return learned_too(self.test.images, self.train.images)
+        test, train = self.test, self.train
+        return learned_too(test.images, train.images, names=test.files, learned_names=train.files)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -147,7 +148,8 @@ def learning_splits(
         pool = learning.read(np.union1d(drawn, again), n=len(drawn) + len(again), seed=seed)
         shared = f"; {len(again)} of its {len(pool)} images are learned from too" if len(again) else ""
         notes.append(f"no val split: the pool comes from the split {pool.split!r}{shared}")
-    notes += [*_part_notes(test, train=train, pool=pool), *learned_too(test.images, train.images)]
+    copies = learned_too(test.images, train.images, names=test.files, learned_names=train.files)
+    notes += [*_part_notes(test, train=train, pool=pool), *copies]
     return LearningSplits(train=train, pool=pool, test=test, divided=sides.divided, notes=tuple(notes))
 
 
