@@ -28,7 +28,8 @@ HASH_KEY = "Comment"  # the PNG keyword under which the source's hash stands
 DATASET, SEED, DRAWN = "phantom/blood", 0, 32
 NOISE = {"a little noise": 0.1, "more noise": 0.25, "much noise": 0.5}  # std, [0, 1] pixel units
 BLUR = {"blurred": 2, "more blurred": 5}  # severities
-NAMES = {"zero-shot": "with plain words", "few-shot PromptSmooth": "with words learned\nfrom a few noisy images"}
+NAMES = {"zero-shot": "asked in plain words", "few-shot PromptSmooth": "in words learned from\na few noisy images"}
+MODELS = ("one demo model", "another one")
 LARGE, SMALL = 15, 13  # points: ten inches become 500 pixels on a narrow page
 
 
@@ -106,7 +107,7 @@ def worsening() -> tuple[ImageDataset, dict[str, NDArray[np.float32]], NDArray[n
     data = mr.load_dataset(DATASET, n=DRAWN, seed=SEED)
     texts = model.class_features(data.classes, data.templates[:1])
     clean = model.prepare(data.images)
-    pixels = {"clean": clean}
+    pixels = {"as drawn": clean}
     for title, sigma in NOISE.items():
         streams = [NoiseStream(SEED, data.id, int(index), sigma, "estimate") for index in data.indices]
         noisy = [noisy_copies(image, stream)[0] for image, stream in zip(clean, streams, strict=True)]
@@ -124,7 +125,7 @@ def worsening() -> tuple[ImageDataset, dict[str, NDArray[np.float32]], NDArray[n
 def _draw_images(figure: Any) -> None:
     data, versions, answers = worsening()
     truth = int(data.labels[0])
-    title = f"One image gets worse. What does the model call it? (It is a {data.classes[truth]}.)"
+    title = f"A drawn blood cell gets worse. What does a model call it? (Right: {data.classes[truth]}.)"
     figure.suptitle(title, x=0.008, ha="left", fontsize=LARGE, fontweight="bold")
     for axes, (title, image), answer in zip(figure.subplots(1, len(versions)), versions.items(), answers, strict=True):
         colour = plots.CORRECT if answer == truth else plots.WRONG
@@ -139,15 +140,15 @@ def _draw_images(figure: Any) -> None:
 
 
 def _draw_severity(axes: Axes, curve: Mapping[str, Any]) -> None:
-    means = pd.DataFrame(curve["means"])
-    for place, (model, rows) in enumerate(means.groupby("model", sort=False)):
+    models = [rows for _, rows in pd.DataFrame(curve["means"]).groupby("model", sort=False)]
+    for place, (rows, model) in enumerate(zip(models, MODELS, strict=True)):
         style = {"color": plots.PALETTE[place], "marker": plots.MARKERS[place], "lw": 2.5, "ms": 7}
         axes.plot(rows["severity"], rows["accuracy"], **style, label=model)
     _guessing(axes, curve["chance"])
     axes.legend(fontsize=SMALL, loc="upper right")
     axes.set_xticks(range(6))
     axes.set_title("How often is the answer right?", fontsize=LARGE, fontweight="bold")
-    axes.set_xlabel("how bad the image is (0: clean)", fontsize=SMALL)
+    axes.set_xlabel("how bad the image is (0: as drawn)", fontsize=SMALL)
 
 
 def _draw_certified(axes: Axes, curve: Mapping[str, Any]) -> None:
@@ -160,14 +161,14 @@ def _draw_certified(axes: Axes, curve: Mapping[str, Any]) -> None:
         style = {"color": colour, "marker": plots.MARKERS[place], "lw": 2.5, "ms": 7, "drawstyle": "steps-pre"}
         axes.plot(rows["radius"], rows["certified_accuracy"], **style, label=NAMES[method])
     _guessing(axes, curve["chance"])
-    axes.set_title("How often is that proved?", fontsize=LARGE, fontweight="bold")
-    axes.set_xlabel("against any change up to this size (L2)", fontsize=SMALL)
+    axes.set_title("How often is that proved to stay?", fontsize=LARGE, fontweight="bold")
+    axes.set_xlabel("however the image changes, up to this size", fontsize=SMALL)
     axes.legend(fontsize=SMALL, loc="upper right")
 
 
 def _guessing(axes: Axes, chance: float) -> None:
     axes.axhline(chance, color=plots.REFERENCE, ls=":", lw=1.5)
-    axes.text(0.01, chance - 0.055, "guessing", color="0.35", fontsize=SMALL, transform=axes.get_yaxis_transform())
+    axes.text(0.01, chance - 0.055, "blind guessing", color="0.35", fontsize=SMALL, transform=axes.get_yaxis_transform())
 
 
 _PANELS = {"severity": _draw_severity, "certified": _draw_certified}

@@ -185,17 +185,19 @@ def output_part(snapshot: Snapshot) -> str:
 
 
 def models_part(snapshot: Snapshot) -> str:
-    """Table of dual encoders and generative models."""
-    rows = []
+    """Tables of dual encoders and generative models."""
+    tables = []
     models = mr.list_models()
     models = models[models["id"].isin([entry.id for entry in DUAL_ENCODERS])]  # a process may have registered others
     for loader, table in (("load_model", models), ("load_vlm", mr.list_vlms())):
+        rows = []
         for row in table.itertuples():
             weights = "included" if row.source.startswith("shipped") else "fetch"
-            size = "" if pd.isna(row.parameters) else _millions(int(row.parameters))
-            shown = (f"`{row.id}`", row.family, f"`{loader}`", f"{row.image_size}{_NO_BREAK}px", size)
-            rows.append((*shown, row.licence, weights))
-    return _table(("id", "family", "loaded by", "image", "parameters", "licence", "weights"), rows)
+            size = "" if pd.isna(row.parameters) else f", {_millions(int(row.parameters))} parameters"
+            what = f"{row.family}; {row.image_size}{_NO_BREAK}px{size}"
+            rows.append((f"`{row.id}`", what, row.licence, weights))
+        tables.append(f"With `{loader}`:\n\n{_table(('id', 'what', 'licence', 'weights'), rows)}")
+    return "\n\n".join(tables)
 
 
 def datasets_part(snapshot: Snapshot) -> str:
@@ -206,15 +208,16 @@ def datasets_part(snapshot: Snapshot) -> str:
         part = part[~part["id"].str.contains("-site-a")]
         names = ", ".join(part["id"].str.split("/").str[1])
         script = part["script"].str.rsplit(" ", n=1).str[0].iloc[0]
-        shown = (f"`{collection}/{{{names}}}`", _joined(part["modality"]), _counts(part["classes"]))
-        rows.append((*shown, _counts(part["image size"], f"{_NO_BREAK}px"), _joined(part["licence"]), _script(script)))
+        size = f"{_counts(part['classes'])} classes, {_counts(part['image size'], f'{_NO_BREAK}px')}"
+        shown = (f"`{collection}/{{{names}}}`", f"{_joined(part['modality'])}; {size}")
+        rows.append((*shown, _joined(part["licence"]), _script(script)))
     count = sum(questions.SCENARIOS.values())
     what = f"{count:,} questions with images that test what a generative model refuses"
     last = f"`{questions.QUESTIONS_PREFIX}{{01, ..., {len(questions.SCENARIOS)}}}`"
-    rows.append((last, what, "", "", questions.MM_LICENCE, _script(questions.MM_COMMAND)))
+    rows.append((last, what, questions.MM_LICENCE, _script(questions.MM_COMMAND)))
     own = "your own images: class folders, or a table; PNG, JPEG, TIFF, DICOM"
-    rows.append(("`folder:PATH`, `csv:PATH`", own, "any", "any", "yours", ""))
-    return _table(("id", "what", "classes", "image", "licence", "script in `data_scripts/`"), rows)
+    rows.append(("`folder:PATH`, `csv:PATH`", own, "yours", ""))
+    return _table(("id", "what", "licence", "script in `data_scripts/`"), rows)
 
 
 def results_part(snapshot: Snapshot) -> str:
@@ -223,12 +226,13 @@ def results_part(snapshot: Snapshot) -> str:
     for number, path in find_notebooks().items():
         entry = snapshot["notebooks"].get(number)
         if entry is None:
-            rows.append((number, f"{title_and_question(path)[0]}: {MISSING}", "", "", ""))
+            rows.append((number, f"{title_and_question(path)[0]}: {MISSING}", "", ""))
             continue
         for place, result in enumerate(entry["results"]):
             number_shown = "" if place else number
-            rows.append((number_shown, result["what"], _percent(result["value"]), _spread(result), str(result["n"])))
-    header = ("", "measured on synthetic phantoms", "value", f"{INTERVAL}, or {SEEDS} (*)", "images")
+            value = f"{_percent(result['value'])}{_spread(result)}"
+            rows.append((number_shown, result["what"], value, str(result["n"])))
+    header = ("", "measured on synthetic phantoms", f"value ({INTERVAL}, or {SEEDS}: *)", "images")
     return _table(header, rows)
 
 
@@ -264,23 +268,14 @@ def protocols_part(snapshot: Snapshot) -> str:
         draws = [one.draws for one in estimate_cells(protocol.study, cells, measured=False)]
         known, more = sum(draw or 0 for draw in draws), " and more" if None in draws else ""
         answers = any(isinstance(cell, QuestionsCell) for cell in cells)
-        what = f"{known:,} {'answers' if answers else 'encodings'}{more}"
         cores = "not measured" if answers else f"{_long(known / (_CORES * _DRAWS_A_SECOND))}{more}"
+        price = f"{known:,} {'answers' if answers else 'encodings'}{more}: {cores}"
         models = {cell.base: None for cell in cells}
         collections = {cell.dataset.split("/")[0]: None for cell in cells if cell.dataset}
         needs = f"{_ticked(models)}; {_ticked(collections)}"
         paper = published.paper.partition(" (")[0]
-        rows.append((paper, published.table, f"`{protocol.name}`", needs, what, cores, "not measured"))
-    header = (
-        "paper",
-        "table",
-        "`medrobust reproduce`",
-        "models; data",
-        "how much",
-        "two CPU cores (estimate)",
-        "one GPU",
-    )
-    return _table(header, rows)
+        rows.append((f"{paper}: {published.table}", f"`{protocol.name}`", needs, price))
+    return _table(("paper and table", "`medrobust reproduce`", "models; data", "two CPU cores (estimate)"), rows)
 
 
 def clinical_part(snapshot: Snapshot) -> str:
@@ -308,7 +303,9 @@ def citations_part(snapshot: Snapshot) -> str:
     """BibTeX of this software and of the papers, from CITATION.cff."""
     cff = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
     version = f"version {cff['version']}"
-    own = {"author": f"{{{cff['authors'][0]['name']}}}", "title": f"{{{cff['title']}}}", "note": version}
+    own = {"author": f"{{{cff['authors'][0]['name']}}}", "title": f"{{{cff['title']}}}"}
+    (year,) = re.findall(r"Copyright \(c\) (\d{4})", (ROOT / "LICENSE").read_text(encoding="utf-8"))
+    own |= {"year": year, "note": version}
     entries = [_bibtex("software", "medrobust", own)]
     for paper in cff["references"]:
         authors = " and ".join(f"{a['family-names']}, {a['given-names']}" for a in paper["authors"])
@@ -454,8 +451,8 @@ def _percent(fraction: float, decimals: int = 0) -> str:
 def _spread(result: Mapping[str, Any]) -> str:
     if result["low"] is None:
         return ""
-    star = " (*)" if result["interval"] == SEEDS else ""
-    return f"{_percent(result['low'])} to {_percent(result['high'])}{star}"
+    star = " *" if result["interval"] == SEEDS else ""
+    return f" ({_percent(result['low'])} to {_percent(result['high'])}{star})"
 
 
 def _millions(count: int) -> str:

@@ -217,7 +217,7 @@ def test_the_numbers_of_the_tables_are_those_of_the_snapshot(docs, snapshot):
     one = {"what": "x", "value": 0.256, "low": 0.1, "high": 0.3449, "interval": "lowest and highest seed", "n": 12}
     entry = {**snapshot["notebooks"]["01"], "results": [one], "seconds": 241}
     found = {**snapshot, "notebooks": {**snapshot["notebooks"], "01": entry}}
-    assert "| 01 | x | 26 % | 10 % to 34 % (*) | 12 |" in docs.PARTS["results"](found)
+    assert "| 01 | x | 26 % (10 % to 34 % *) | 12 |" in docs.PARTS["results"](found)
     assert "| 4 min |" in docs.PARTS["notebooks"](found)
 
 
@@ -248,6 +248,25 @@ def test_what_the_makefile_says_is_read_from_it(docs):
         assert f'@echo "{line}"' in makefile
     with pytest.raises(ValueError, match="the recipe of nothing no longer begins"):
         docs._echoed("nothing")
+
+
+SPOKEN = {"half a": 0.5, "a": 1, "one": 1, "a minute and a half": 1.5, "two": 2, "three": 3, "four": 4, "five": 5}
+
+
+def spoken_minutes(text):
+    """Minutes that an introduction names: about two minutes, less than a minute, half a minute."""
+    (words,) = re.findall(
+        r"(?:about|less than|under) (a minute and a half|[\w ]{1,6}(?= minutes?\b))", text
+    )
+    return SPOKEN[words]
+
+
+@pytest.mark.parametrize("number", NUMBERS)
+def test_a_notebook_names_the_time_that_the_readme_names(number, snapshot):
+    cells = nbformat.read(find_notebooks()[number], as_version=4).cells
+    named = spoken_minutes(cells[1].source) if number != "01" else 0.5
+    measured = snapshot["notebooks"][number]["seconds"] / 60
+    assert measured / 1.5 <= named <= max(1.5 * measured, 1), f"{number}: {60 * measured:.0f} s in the table of the README"
 
 
 def test_prose_beside_the_commands_agrees_with_the_project():
