@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
+SITE   := docs/_build/html
 OUT    ?= runs/demo
 # Notebooks and test files run side by side, one process each.
 JOBS   ?= 2
@@ -14,7 +15,7 @@ JOBS   ?= 2
 DEMO_ENV := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE PYTHONHASHSEED=0 PYTHONDONTWRITEBYTECODE=
 
 .DEFAULT_GOAL := help
-.PHONY: help install quick run test unit variants notebooks browser hardening lab lint format nb-refresh coverage bench clean
+.PHONY: help install quick run test unit variants notebooks browser hardening docs lab lint format nb-refresh coverage bench clean
 
 help:  ## show this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -54,6 +55,18 @@ notebooks: $(STAMP)
 
 browser: $(STAMP)  ## move the instruments' sliders in a real browser (skips where Chromium is missing)
 	@$(DEMO_ENV) $(BIN)/python -m pytest tests/browser
+
+$(VENV)/.installed-docs: $(STAMP)
+	@echo "==> installing what builds the site (once) ..."
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[docs]"
+	@touch $@
+
+docs: $(VENV)/.installed-docs  ## build the site of all pages, notebooks and docstrings, docs/_build/html/index.html
+	@echo "==> building the site from scratch, any warning is an error (one to two minutes) ..."
+	@rm -rf docs/api docs/_build
+	@$(DEMO_ENV) $(BIN)/python -m sphinx -q -W --keep-going -j $(JOBS) -c docs -d docs/_build/doctrees . $(SITE)
+	@$(DEMO_ENV) $(BIN)/python -m pytest -q -p no:nbval tests/test_docs_site.py
+	@echo "site: $(SITE)/index.html"
 
 lab: $(STAMP)  ## open the notebooks in JupyterLab
 	@OMP_WAIT_POLICY=PASSIVE $(BIN)/jupyter lab --notebook-dir=notebooks

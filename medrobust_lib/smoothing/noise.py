@@ -95,7 +95,7 @@ class NoiseStream:
 
         Returns
         -------
-        float32 [count, *shape] for pixel noise, [count, m] for m parameters
+        float32, count of that shape for pixel noise, [count, m] for m parameters
             N(0, sigma^2), or exponential of mean sigma; independent over draws, pixels and parameters.
         """
         noise = torch.empty(count, *self.perturbation.shape(shape), device=device)
