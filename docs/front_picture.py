@@ -168,7 +168,9 @@ def _draw_certified(axes: Axes, curve: Mapping[str, Any]) -> None:
 
 def _guessing(axes: Axes, chance: float) -> None:
     axes.axhline(chance, color=plots.REFERENCE, ls=":", lw=1.5)
-    axes.text(0.01, chance - 0.055, "blind guessing", color="0.35", fontsize=SMALL, transform=axes.get_yaxis_transform())
+    axes.text(
+        0.01, chance - 0.055, "blind guessing", color="0.35", fontsize=SMALL, transform=axes.get_yaxis_transform()
+    )
 
 
 _PANELS = {"severity": _draw_severity, "certified": _draw_certified}

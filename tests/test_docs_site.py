@@ -65,7 +65,9 @@ def test_nothing_is_loaded_from_a_network(html):
 
 def test_formulas_are_drawn_without_a_script(html):
     for path in NOTEBOOKS:
-        cells = [cell for cell in json.loads(path.read_text(encoding="utf-8"))["cells"] if cell["cell_type"] == "markdown"]
+        cells = [
+            cell for cell in json.loads(path.read_text(encoding="utf-8"))["cells"] if cell["cell_type"] == "markdown"
+        ]
         displayed = sum("".join(cell["source"]).count("$$") for cell in cells) // 2
         page = html[f"notebooks/{path.stem}.html"]
         assert page.count('<math xmlns="http://www.w3.org/1998/Math/MathML" display="block">') >= displayed
@@ -89,7 +91,8 @@ def test_pages_say_what_they_are_not_for(html):
 
 
 def test_the_page_of_the_library_names_what_the_package_offers():
-    listed = re.findall(r"^   ~?(medrobust_lib\.\S+)$", (ROOT / "docs" / "api.rst").read_text(encoding="utf-8"), re.MULTILINE)
+    page = (ROOT / "docs" / "api.rst").read_text(encoding="utf-8")
+    listed = re.findall(r"^   ~?(medrobust_lib\.\S+)$", page, re.MULTILINE)
     offered = {f"{mr._HOMES[name]}.{name}" for name in mr.__all__}
     rooms = {f"medrobust_lib.{path.parent.name}" for path in ROOT.glob("medrobust_lib/[a-z]*/__init__.py")}
     assert {*listed} >= offered | rooms
