@@ -16,7 +16,6 @@ import medrobust_lib as mr  # before torchvision-based packages
 from docutils import nodes
 from latex2mathml.converter import convert as latex_to_mathml
 from sphinx.application import Sphinx
-from sphinx.util import logging
 
 project = "medrobust"
 author = copyright = "medrobust contributors"
@@ -32,6 +31,7 @@ myst_heading_anchors = 4
 nb_execution_mode = "off"
 nb_ipywidgets_js: dict[str, dict[str, str]] = {}  # the default would be loaded from a network
 autodoc_preserve_defaults = True
+autodoc_member_order = "bysource"
 python_maximum_signature_line_length = 80
 default_role = "code"
 numpydoc_show_class_members = False
@@ -53,12 +53,12 @@ html_theme_options = {
     "footer_end": [],
 }
 
-# What the sidebar lists, in this order; whatever lies in docs/ and is not named here comes after it.
-CONTENTS = {
+GUIDES = ["your_own", "certificates", "corruptions", "adaptation", "adapters", "generative", "studies", "cluster"]
+OTHER_PAGES = sorted({page.stem for page in Path(__file__).parent.glob("*.md")} - {*GUIDES})
+CONTENTS = {  # of the sidebar
     "Notebooks": ["notebooks/*"],
-    "Guides": [f"docs/{page}" for page in ("your_own", "certificates", "corruptions", "adaptation", "generative")]
-    + ["docs/studies", "docs/cluster"],
-    "Reference": ["docs/api", "docs/*", "CONTRIBUTING", "CHANGELOG"],
+    "Guides": [f"docs/{page}" for page in GUIDES],
+    "Reference": ["docs/api", *(f"docs/{page}" for page in OTHER_PAGES), "CONTRIBUTING", "CHANGELOG"],
 }
 
 
