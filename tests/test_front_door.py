@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import math
 import re
 import tomllib
 from pathlib import Path
@@ -13,6 +14,7 @@ import yaml
 from PIL import Image
 from typer.testing import CliRunner
 
+import medrobust_lib as mr
 from medrobust_lib import cli
 from medrobust_lib.experiments import Metric, start_run
 from medrobust_lib.experiments.cards import RUN_DIR_VARIABLE
@@ -103,6 +105,16 @@ def test_the_picture_shows_an_image_whose_answer_changes_on_both_sides(monkeypat
     right = (answers == data.labels[0]).tolist()
     assert data.synthetic and len(versions) == len(answers) == 6
     assert (right[0], right[3], right[5]) == (True, False, False)
+
+
+def test_the_size_that_the_caption_explains_is_what_it_says(snapshot):
+    """0.5 in L2 over all values of the image, in steps of 255."""
+    largest = max(point["radius"] for point in snapshot["curves"]["certified"]["points"])
+    sizes = mr.list_models().set_index("id")["image_size"]
+    assert largest == 0.5
+    assert round(255 * largest / math.sqrt(3 * sizes["demo-clip"] ** 2)) == 1
+    assert "size 0.5 is one colour of one pixel going half the way" in README
+    assert "every value of the image moving by about one of 255 steps" in README
 
 
 # ---- the snapshot ----
