@@ -204,5 +204,5 @@ def test_a_study_draws_as_its_file_says_and_its_cards_tell(study_file, tmp_path)
 def test_what_was_found_in_the_images_is_on_the_card_of_a_cell():
     data = load_dataset("phantom/chest", n=3)
     data = replace(data, provenance=data.provenance | {"caveats": ["Left out of mine: a/notes.txt (1 in all)."]})
-    model = SimpleNamespace(id="m", precision="float32", image_size=64)
+    model = SimpleNamespace(id="m", identity=lambda: {"id": "m"}, image_size=64)
     assert described(model, data, ["a note"])["notes"][1:] == [*data.caveats, "a note"]
