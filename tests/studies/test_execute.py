@@ -45,7 +45,7 @@ def test_a_study_writes_cards_rows_a_leaderboard_and_a_page(undisturbed):
     # Twenty draws that agree prove p**20 = alpha: radius .054 at sigma .05, and not the .2 that was asked for.
     (beyond,) = table[table["of"] == "zero-shot (standard), sigma=0.05, radius=0.2 (the draws reach 0.05422)"].index
     assert table.loc[beyond, ["value", "low", "high"]].isna().all()
-    assert '<td class="number-cell">–</td>' in page
+    assert 'data-label="value [95 % interval]" class="number-cell">–</td>' in page
     assert "cells/02-benchmark_demo-clip_phantom-chest_seed0/index.html" in page
     assert (undisturbed / "cells/02-benchmark_demo-clip_phantom-chest_seed0/index.html").exists()
     assert "synthetic drawings" in page
@@ -55,9 +55,9 @@ def test_the_page_of_a_study_shows_figures_prompts_chance_and_caveats(undisturbe
     page = (undisturbed / "index.html").read_text()
     figures = re.findall(r'<a href="([^"]*)"><img src="([^"]*)" alt="([^"]*)"', page)
     captions = [
-        "Certified accuracy over the radius: 1 certify, demo-clip, phantom/chest, sigma 0.05, seed 0",
-        "Certified accuracy over the radius: 1 certify, demo-clip, phantom/chest, sigma 0.1, seed 0",
-        "Accuracy over severity: 2 benchmark, demo-clip, phantom/chest, seed 0",
+        "Certified accuracy over the radius: 1 certify demo-clip on phantom/chest, sigma 0.05, seed 0",
+        "Certified accuracy over the radius: 1 certify demo-clip on phantom/chest, sigma 0.1, seed 0",
+        "Accuracy over severity: 2 benchmark demo-clip on phantom/chest, seed 0",
     ]
     assert [alt for _, _, alt in figures] == re.findall("<figcaption>(.*?)</figcaption>", page) == captions
     assert all(
