@@ -23,6 +23,7 @@ REFERENCE_FILE = Path(__file__).parent / "models" / "demo" / "demo-clip" / "refe
 # Different processors sum in a different order; a wrong preprocessing or weight moves far more.
 REFERENCE_TOLERANCE = 1e-3
 _LEVELS = 2  # of 256, by which the resize of torchvision, in processors of transformers, may differ from Pillow's
+_SITE_PACKAGES = ("sphinx", "myst-nb", "pydata-sphinx-theme", "numpydoc")  # the extra docs
 _EXPECTED = (ValueError, TypeError, RuntimeError, OSError, ImportError)
 
 
@@ -135,8 +136,8 @@ def _packages() -> str:
 
     differ = []
     pins = dict(line.split("==", 1) for line in constraints.read_text().splitlines() if "==" in line and line[0] != "#")
-    for name in PACKAGES:  # an extra that `make install` leaves out
-        if find_spec(name) is None:
+    for name in (*PACKAGES, *_SITE_PACKAGES):  # extras that `make install` leaves out
+        if find_spec(name.replace("-", "_")) is None:
             pins.pop(name, None)
     for name, pin in pins.items():
         try:

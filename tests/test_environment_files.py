@@ -12,6 +12,9 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
+from medrobust_lib import doctor
+from medrobust_lib.models import int8
+
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS = PROJECT["optional-dependencies"].values()
@@ -33,6 +36,10 @@ def test_every_dependency_has_a_pin_inside_its_range_which_is_installed(requirem
     if requirement in OPTIONAL and find_spec(name.replace("-", "_")) is None:
         pytest.skip(f"{name} belongs to an extra that is not installed")
     assert Version(metadata.version(name)).public == PINS[name].public
+
+
+def test_doctor_misses_no_package_of_an_extra_that_make_install_leaves_out():
+    assert {*int8.PACKAGES, *doctor._SITE_PACKAGES} == {requirement.name for requirement in OPTIONAL}
 
 
 def test_every_dependency_stands_in_environment_yml_with_a_spec_that_admits_the_pin():
