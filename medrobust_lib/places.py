@@ -4,6 +4,8 @@ import os
 from pathlib import Path
 
 VERSION = "0.1.0"
+DEVICE_VARIABLE = "MEDROBUST_DEVICE"  # where models compute that are loaded with device="auto"
+DTYPE_VARIABLE = "MEDROBUST_DTYPE"  # and in which precision, with dtype="auto"
 
 
 def project_root() -> Path:

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from medrobust_lib.experiments import images as single_images
 from medrobust_lib.files import parsed, read_json_object, whole_file
-from medrobust_lib.places import default_runs_dir
+from medrobust_lib.places import DEVICE_VARIABLE, default_runs_dir
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -354,10 +354,17 @@ def is_headless() -> bool:
 
 
 def environment() -> dict[str, str]:
-    """Versions of Python, the operating system and the packages that shape numbers."""
+    """Versions of Python, the operating system and the packages that shape numbers, and the device that models use."""
     versions = {"python": platform.python_version(), "system": platform.system(), "machine": platform.machine()}
+    versions["device"] = os.environ.get(DEVICE_VARIABLE) or _accelerator() or "cpu"
     names = (*_RECORDED_PACKAGES, *filter(find_spec, _RECORDED_EXTRAS))
     return versions | {name: metadata.version(name) for name in names}
+
+
+def _accelerator() -> str:
+    import torch  # deferred: cards are also read, which needs none
+
+    return torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else ""
 
 
 def git_state() -> dict[str, Any]:

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from medrobust_lib.checks import closest
+from medrobust_lib.checks import check_choice, closest
 from medrobust_lib.files import read_sums
 from medrobust_lib.models import catalogue, weights
 from medrobust_lib.models.catalogue import DUAL_ENCODERS, GENERATIVE, KINDS, Loader, ModelEntry, own_entry, place_hint
-from medrobust_lib.places import default_weights_dir
+from medrobust_lib.places import DEVICE_VARIABLE, DTYPE_VARIABLE, default_weights_dir
 
 if TYPE_CHECKING:
     import torch
@@ -105,6 +105,30 @@ def quantised_options(dtype: str, device: "torch.device") -> dict[str, Any]:
     return {"quantization_config": BitsAndBytesConfig(**QUANTISED[dtype]), "device_map": {"": device}}
 
 
+def preferred(
+    device: "str | torch.device" = "auto", dtype: "str | torch.dtype" = "auto"
+) -> "tuple[str | torch.device, str | torch.dtype]":
+    """Device and type, where they are ``"auto"`` those that ``MEDROBUST_DEVICE`` and ``MEDROBUST_DTYPE`` name.
+
+    The commands set these variables by ``--device`` and ``--dtype``, for notebooks and worker processes too.
+
+    Raises
+    ------
+    ValueError
+        If one of the two variables is asked and names a device or type that cannot be used.
+    """
+    if device == "auto":
+        device = os.environ.get(DEVICE_VARIABLE) or "auto"
+        try:
+            resolve_device(device)
+        except ValueError as error:
+            raise ValueError(f"--device or {DEVICE_VARIABLE}: {error}") from error
+    if dtype == "auto":
+        dtype = os.environ.get(DTYPE_VARIABLE) or "auto"
+        check_choice(f"type for --dtype or {DTYPE_VARIABLE}:", dtype, ("auto", *_DTYPES, *QUANTISED))
+    return device, dtype
+
+
 def settled(
     device: "str | torch.device", dtype: "str | torch.dtype", weights_dir: str | Path | None, offline: bool | None
 ) -> tuple["torch.device", "torch.dtype", Path, bool]:
@@ -182,10 +206,11 @@ def load_model(
         ``hf:OWNER/NAME`` for one on the hub, which is downloaded into the hub cache once; or
         ``python:MODULE:FUNCTION`` for a loader of one's own, as in :func:`register_model`.
     device : str or torch.device
-        ``"auto"`` takes the accelerator if there is one, else the CPU.
+        ``"auto"`` takes what ``MEDROBUST_DEVICE`` names, else the accelerator if there is one, else the CPU.
     dtype : str or torch.dtype
-        ``"auto"`` is float32 on the CPU and bfloat16 on an accelerator; or ``"float32"``, ``"bfloat16"``,
-        ``"float16"``. ``"int8"``, on the CPU alone, quantises the image tower for ONNX Runtime (the ``onnx`` extra):
+        ``"auto"`` is what ``MEDROBUST_DTYPE`` names, else float32 on the CPU and bfloat16 on an accelerator; or
+        ``"float32"``, ``"bfloat16"``, ``"float16"``. ``"int8"``, on the CPU alone,
+        quantises the image tower for ONNX Runtime (the ``onnx`` extra):
         texts stay in float32, prompts can be learned, towers cannot. Features are float32 in any case.
     weights_dir : path, optional
         Folder with ``<model id>/<files>``; by default :func:`default_weights_dir`. The hub cache comes next.
@@ -215,6 +240,7 @@ def load_model(
     from medrobust_lib.models.dual_encoder import DualEncoder
 
     entry = find_model(id)
+    device, dtype = preferred(device, dtype)
     in_int8 = dtype in ("int8", torch.int8)
     if in_int8:
         from medrobust_lib.models.int8 import check_int8, int8_tower

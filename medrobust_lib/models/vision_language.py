@@ -27,7 +27,7 @@ from medrobust_lib.models.catalogue import CAVEATS, CONFIG_NAME, HUB_PREFIX
 from medrobust_lib.models.completion import Completion, RowSampler
 from medrobust_lib.models.dual_encoder import SOUND_TYPES, BrokenFeaturesError
 from medrobust_lib.models.geometry import ImageInput, Preprocessing, check_pixels, prepare_images
-from medrobust_lib.models.loading import QUANTISED, check_kind, find_model, quantised_options, settled
+from medrobust_lib.models.loading import QUANTISED, check_kind, find_model, preferred, quantised_options, settled
 
 if TYPE_CHECKING:
     from transformers import ProcessorMixin
@@ -393,6 +393,7 @@ def load_vlm(
         )
     if image_size is not None:
         check_whole("image_size", image_size, hint=" pixels, nor None for the model's own")
+    device, dtype = preferred(device, dtype)
     plain = "bfloat16" if dtype in QUANTISED else dtype  # of what is not quantised
     target, precision, weights_dir, offline = settled(device, plain, weights_dir, offline)
     quantised = quantised_options(dtype, target) if dtype in QUANTISED else {}
