@@ -26,6 +26,9 @@ from medrobust_lib.parameters import assign_parameters
 from medrobust_lib.places import default_runs_dir, project_root
 
 _Notebook = tuple[str, Path]  # its number and file
+_OWN = ("cards", "notebooks", "store", "log.txt")  # what tells a run's folder from other folders
+_SECONDS_BETWEEN_LINES = 30.0  # about a notebook's cells, where no terminal shows one line in place
+_SAME_LINE = "\r\x1b[K"  # back to its beginning, and empty it
 _Place = tuple[Path, dict[str, dict[str, Any]], dict[str, str]]  # run folder, parameters by number, variables
 KERNEL = "python3"
 THREADS_VARIABLE = "OMP_NUM_THREADS"
@@ -189,9 +192,10 @@ def run_notebooks(
         raise ValueError(f"jobs={jobs}; give the number of notebooks at a time, or -1 for one per core")
     assigned = assign_parameters(notebooks, parameters)
     check_kernel()
-    out = new_run_dir() if out is None else _cleared(Path(out).expanduser().resolve(), notebooks)
+    out = new_run_dir() if out is None else _cleared(check_run_dir(out), notebooks)
     (out / "notebooks").mkdir(parents=True, exist_ok=True)
     announce(f"run folder: {out}")
+    announce("Ctrl-C stops; finished notebooks are kept")
     jobs = min(cpu_count() if jobs == -1 else jobs, len(notebooks))
     tasks = list(notebooks.items())
     if jobs > 1:
@@ -247,7 +251,9 @@ def _executed(place: _Place, notebook: _Notebook) -> Executed | NotebookError:
     started = time.monotonic()
     try:
         kept = named_when_full(target, f"{target.name} could not be written and nothing of it was kept")
-        with environment_variables(variables), kept:
+        # Several at a time would write into the same line.
+        telling = contextlib.nullcontext() if threads else _cells_told(path, assigned[number])
+        with environment_variables(variables), kept, telling as tell:
             execute_notebook(
                 path,
                 target,
@@ -257,6 +263,7 @@ def _executed(place: _Place, notebook: _Notebook) -> Executed | NotebookError:
                 cwd=path.parent,
                 config=Config({"KernelManager": {"transport_encryption": encryption}}),
                 kernel_manager_class=AskingKernelManager,
+                on_cell_start=tell,
             )
     except PapermillExecutionError as error:
         return NotebookError(_readable(error, path, target), out)
@@ -265,6 +272,26 @@ def _executed(place: _Place, notebook: _Notebook) -> Executed | NotebookError:
             _remove_half(target)
         return NotebookError(f"{path.name} failed: {told(error)}", out)
     return Executed(number, target, time.monotonic() - started)
+
+
+@contextlib.contextmanager
+def _cells_told(notebook: Path, parameters: Mapping[str, Any]) -> Iterator[Callable[..., None]]:
+    """Give a hook for the engine that says which cell begins: in place on a terminal, else now and then."""
+    # papermill adds a cell for what is given.
+    cells = len(json.loads(notebook.read_text(encoding="utf-8"))["cells"]) + bool(parameters)
+    terminal, said = sys.stdout.isatty(), time.monotonic()
+
+    def tell(*, cell_index: int, **_: Any) -> None:
+        nonlocal said
+        if terminal or time.monotonic() - said > _SECONDS_BETWEEN_LINES:
+            said = time.monotonic()
+            line = f"{notebook.stem} cell {cell_index + 1} of {cells}"
+            print(f"{_SAME_LINE}{line}" if terminal else line, end="" if terminal else "\n", flush=True)
+
+    try:
+        yield tell
+    finally:
+        print(_SAME_LINE if terminal else "", end="", flush=True)
 
 
 def _remove_half(notebook: Path) -> None:
@@ -310,10 +337,20 @@ def check_kernel() -> None:
         )
 
 
-def _cleared(out: Path, notebooks: Mapping[str, Path]) -> Path:
-    """Remove what earlier runs of these notebooks left in a folder, and the page that shows it."""
+def check_run_dir(out: Path) -> Path:
+    """The folder as an absolute path; refuse a file, and a folder of other things than a run."""
+    out = Path(out).expanduser().resolve()
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out {out} is a file; give a folder, or none for a new one below {default_runs_dir()}")
+    held = sorted(path.name for path in out.iterdir() if path.name[0] != ".") if out.exists() else []
+    if held and not set(held) & set(_OWN):
+        named = ", ".join(held[:3]) + (", ..." if len(held) > 3 else "")
+        raise ValueError(f"--out {out} holds other things than a run ({named}); give a new folder or that of a run")
+    return out
+
+
+def _cleared(out: Path, notebooks: Mapping[str, Path]) -> Path:
+    """Remove what earlier runs of these notebooks left in a folder, and the page that shows it."""
     for path in notebooks.values():
         if (out / "notebooks" / path.name).resolve() == path.resolve():
             raise ValueError(f"--out {out} would overwrite the notebook {path}; give another folder")

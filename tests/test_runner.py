@@ -45,8 +45,10 @@ print(model, n_images, os.environ["{HEADLESS_VARIABLE}"], os.environ["{RUN_DIR_V
     )
     output = nbformat.read(executed[0].path, as_version=4).cells[-1].outputs[0].text.split()
     assert output == ["demo-clip", "7", "1", str(tmp_path / "out"), sys.executable]
-    assert lines[:2] == [f"run folder: {tmp_path / 'out'}", "01_first ..."]
-    assert lines[2].startswith("01_first done in ")
+    folder, how_to_stop, *_ = lines
+    assert (folder, how_to_stop) == (f"run folder: {tmp_path / 'out'}", "Ctrl-C stops; finished notebooks are kept")
+    assert lines[2] == "01_first ..."
+    assert lines[3].startswith("01_first done in ")
     assert executed[0].seconds > 0
     assert executed[0].run_dir == tmp_path / "out"
     assert HEADLESS_VARIABLE not in os.environ
@@ -154,8 +156,8 @@ print(os.environ["OMP_NUM_THREADS"], os.environ["LOKY_MAX_CPU_COUNT"], os.getppi
     each = str(max(1, joblib.cpu_count() // 2))
     assert {(threads, workers) for threads, workers, _ in printed} == {(each, each)}
     assert len({parent for *_, parent in printed} | {str(os.getpid())}) == 3
-    assert lines[1] == "2 notebooks, 2 at a time: 01_x, 02_x ..."
-    assert sorted(line.partition(" in ")[0] for line in lines[2:]) == ["01_x done", "02_x done"]
+    assert lines[2] == "2 notebooks, 2 at a time: 01_x, 02_x ..."
+    assert sorted(line.partition(" in ")[0] for line in lines[3:]) == ["01_x done", "02_x done"]
 
 
 def test_the_number_of_threads_that_the_user_sets_reaches_the_kernels(tmp_path, write_notebook, monkeypatch):
@@ -268,3 +270,35 @@ def test_kernel_of_another_python_is_refused(monkeypatch):
     monkeypatch.setattr("jupyter_client.kernelspec.KernelSpecManager", Foreign)
     with pytest.raises(RuntimeError, match="runs /elsewhere/python, not .*ipykernel install --sys-prefix"):
         runner.check_kernel()
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_run_says_which_cell_it_is_at(tmp_path, write_notebook, monkeypatch, capsys, terminal):
+    monkeypatch.setattr(runner.sys.stdout, "isatty", lambda: terminal)
+    monkeypatch.setattr(runner, "_SECONDS_BETWEEN_LINES", -1.0)
+    path = write_notebook(tmp_path, "01_first", "pass", "pass")
+    for parameters, cells in (({}, 3), ({"n_images": 1}, 4)):  # papermill adds a cell for what is given
+        with runner._cells_told(path, parameters) as tell:
+            tell(cell=None, cell_index=1)
+        line = f"01_first cell 2 of {cells}"
+        assert capsys.readouterr().out == (f"\r\x1b[K{line}\r\x1b[K" if terminal else f"{line}\n")
+
+
+def test_elsewhere_than_on_a_terminal_a_line_about_cells_comes_now_and_then_only(tmp_path, write_notebook, capsys):
+    write_notebook(tmp_path, "01_first", "pass", "pass")
+    runner.run_notebooks(runner.find_notebooks(folder=tmp_path), {}, tmp_path / "out", announce=lambda _: None)
+    assert "cell" not in capsys.readouterr().out
+
+
+def test_a_folder_of_other_things_is_refused_and_left_alone(notebooks, tmp_path):
+    out = tmp_path / "thesis"
+    out.mkdir()
+    for name in ("a.doc", "b.doc", "c.doc", "index.html"):
+        (out / name).write_text("years of work")
+    with pytest.raises(ValueError, match=r"other things than a run \(a.doc, b.doc, c.doc, ...\); give a new folder"):
+        runner.run_notebooks(notebooks, {}, out)
+    assert {path.name: path.read_text() for path in out.iterdir()} == dict.fromkeys(
+        ("a.doc", "b.doc", "c.doc", "index.html"), "years of work"
+    )
+    (tmp_path / "empty").mkdir()
+    assert runner.check_run_dir(tmp_path / "empty") == tmp_path / "empty"
