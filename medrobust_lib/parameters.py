@@ -2,6 +2,7 @@
 
 import ast
 import math
+import os
 import re
 import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -10,6 +11,7 @@ from inspect import formatannotation
 from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, Optional, Union, get_args, get_origin
+from urllib.parse import urlencode
 
 import yaml
 from huggingface_hub import constants
@@ -25,7 +27,8 @@ from medrobust_lib.smoothing.bounds import ALPHA, LARGEST_SIGMA, minimum_draws
 
 MODEL_PARAMETERS = ("model", "models", "compare_with")
 VLM_PARAMETERS = ("vlm",)
-DATASET_PARAMETERS = ("dataset", "datasets", "compare", "images")
+DATASET_PARAMETERS = ("dataset", "datasets", "compare")
+WORDS_PARAMETER = "words"  # what the classes of `dataset` are called
 ALL_AVAILABLE = ["available"]  # in a list of models: every one whose weights are here
 _PATH_SCHEMES = ("folder", "csv", "local-dir")
 # Which numbers a parameter of this name takes, and how an error says it.
@@ -265,7 +268,9 @@ def assign_parameters(notebooks: Mapping[str, Path], parameters: Mapping[str, An
     assigned: dict[str, dict[str, Any]] = {}
     needed = minimum_draws(ALPHA)  # of a generative model's answers
     for number, specification in known.items():
-        given = declared(parameters, specification)
+        # A mapping of a YAML file; notebooks take it as text.
+        text = {name: as_written(value) for name, value in parameters.items() if name == WORDS_PARAMETER and value}
+        given = declared({**parameters, **text}, specification)
         given = {name: _in_range(name, absolute_ids(name, value)) for name, value in given.items()}
         if set(VLM_PARAMETERS) & specification.keys() and given.get("n", needed) < needed:
             few = f"parameter n={given['n']}: so few draws certify nothing"
@@ -277,10 +282,10 @@ def assign_parameters(notebooks: Mapping[str, Path], parameters: Mapping[str, An
         ids = {id for given in assigned.values() for id in _ids(given, kinds)}
         check_models(ids, generative=kinds is VLM_PARAMETERS)
     for number, given in assigned.items():
-        if given.keys() & {*DATASET_PARAMETERS, "n_images", "wording_of", "prompts"}:
+        if given.keys() & {*DATASET_PARAMETERS, "n_images", WORDS_PARAMETER}:
             defaults = {name: _default(spec) for name, spec in known[number].items()}
-            if given.get("prompts") and "images" in defaults and not given.get("images"):
-                raise ParameterError("parameter prompts: name the images they are for, images=folder:PATH or csv:PATH")
+            if given.get(WORDS_PARAMETER) and not (defaults | given).get("dataset"):
+                raise ParameterError("parameter words: name the images they are for, dataset=folder:PATH or csv:PATH")
             smallest = _smallest_dataset(defaults | given, wanted=given.get("n_images"))
             if "n_images" in defaults and "n_images" not in given and smallest < defaults["n_images"]:
                 given["n_images"] = smallest
@@ -328,13 +333,37 @@ def _ids(given: Mapping[str, Any], names: Collection[str]) -> list[str]:
 
 
 def absolute_ids(name: str, value: Any) -> Any:
-    """Make the path in each id of a model or data set absolute."""
+    """Make the path in each id of a model or data set absolute, and that of a file of words."""
     if isinstance(value, list | tuple):
         return type(value)(absolute_ids(name, item) for item in value)
+    if name == WORDS_PARAMETER and os.path.isfile(value):  # noqa: PTH113 - what is too long a path is none
+        return str(Path(value).resolve())
     if name not in (*MODEL_PARAMETERS, *VLM_PARAMETERS, *DATASET_PARAMETERS) or not isinstance(value, str):
         return value
     scheme, _, path = value.partition(":")
     return f"{scheme}:{Path(path).expanduser().resolve()}" if scheme in _PATH_SCHEMES and path else value
+
+
+def stated_id(id: str, **options: Any) -> str:
+    """An id with what `load_dataset` is to be told behind its path, where an id alone can be given.
+
+    Parameters
+    ----------
+    id : str
+        ``folder:PATH`` or ``csv:PATH``.
+    **options
+        words and group; words may be a mapping, or the path of a file, which becomes absolute. Empty ones are left out.
+
+    Raises
+    ------
+    ParameterError
+        Options for a set that is not one's own.
+    """
+    texts = {name: as_written(value) for name, value in options.items() if value}
+    if texts and not id.startswith(("folder:", "csv:")):
+        raise ParameterError(f"{' and '.join(texts)}: {id} is not yours; they are for folder:PATH and csv:PATH")
+    texts = {name: absolute_ids(name, text) for name, text in texts.items()}
+    return f"{id}{'&' if '?' in id else '?'}{urlencode(texts)}" if texts else id
 
 
 def check_models(ids: Collection[str], *, generative: bool = False) -> None:
@@ -354,11 +383,7 @@ def _smallest_dataset(parameters: Mapping[str, Any], *, wanted: int | None) -> f
     """Test images of the smallest data set; raise unless each can be loaded and holds as many as are wanted."""
     smallest = math.inf
     for id in _ids(parameters, DATASET_PARAMETERS):
-        words: dict[str, Any] = {}
-        if id == parameters.get("dataset"):
-            words = {"like": parameters.get("wording_of") or None}
-        elif id == parameters.get("images") and parameters.get("prompts"):
-            words = {"class_names": parameters["prompts"], "templates": ["{}"]}
+        words = {"words": parameters.get(WORDS_PARAMETER)} if id == parameters.get("dataset") else {}
         size = scenario_size(id) if id.startswith(QUESTIONS_PREFIX) else split_size(id, **words)
         if wanted is not None and wanted > size:
             raise ParameterError(f"parameter n_images={wanted}: the test split of {id} has {size} images")

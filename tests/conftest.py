@@ -20,8 +20,10 @@ from pathlib import Path
 import hypothesis
 import nbformat
 import pytest
+from PIL import Image
 
 import medrobust_lib as mr  # installs the torchvision guard before any test module imports it
+from medrobust_lib import cli
 from medrobust_lib.experiments import write_text_atomically
 
 spec = importlib.util.spec_from_file_location("hardening_table", Path(__file__).parent / "hardening" / "table.py")
@@ -111,3 +113,32 @@ def write_notebook():
         return path
 
     return write
+
+
+@pytest.fixture
+def invoke(monkeypatch, capsys):
+    """Call the console script's own entry point; returns exit code, standard output and error."""
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["medrobust", *map(str, arguments)])
+        capsys.readouterr()  # what fixtures printed is not the command's
+        with pytest.raises(SystemExit) as stopped:
+            cli.main()
+        captured = capsys.readouterr()
+        return stopped.value.code or 0, captured.out, captured.err
+
+    return call
+
+
+@pytest.fixture(scope="session")
+def own_images(tmp_path_factory, phantoms):
+    """A folder of class folders, train/CLASS/FILE and test/CLASS/FILE, with words for its classes, read only."""
+    root = tmp_path_factory.mktemp("own") / "mine"
+    for split, n in (("train", 8), ("test", 6)):
+        data = phantoms("breast", split=split, n=n)
+        for number, (image, label) in enumerate(zip(data.images, data.labels, strict=True)):
+            folder = root / split / "ab"[label]
+            folder.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image).save(folder / f"{number}.{'bmp' if number == 1 else 'png'}")
+    (root / "classnames.txt").write_text(f"a\t{data.classes[0]}\nb\t{data.classes[1]}\n{data.templates[0]}\n")
+    return root

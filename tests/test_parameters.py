@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from medrobust_lib import parameters
+from medrobust_lib.data.registry import load_dataset
 from medrobust_lib.runner import find_notebooks, run_notebooks
 from medrobust_lib.studies.study_file import read_study
 
@@ -264,7 +265,7 @@ n_images: int = 5  # how many
 n_draws: list[int] = [10]  # how many
 sigmas: list[float] = [0.0]  # levels
 template: str = ""  # prompt
-wording_of: str = ""  # id
+words: str = ""  # words
 """
     write_notebook(tmp_path, "01_first", parameters=cell)
     return find_notebooks(folder=tmp_path)
@@ -308,7 +309,7 @@ wording_of: str = ""  # id
         ("compare", ["phantom/octt"], ValueError, "unknown data set 'phantom/octt'. Did you mean 'phantom/oct'"),
         ("dataset", "folder:/no/such", FileNotFoundError, "no folder at /no/such"),
         ("dataset", "csv:/no/such.csv", FileNotFoundError, "no CSV file at /no/such.csv"),
-        ("wording_of", "phantom/oct", ValueError, "like='phantom/oct' is for folder: and csv: data; phantom/blood has"),
+        ("words", "phantom/oct", ValueError, "like='phantom/oct' is for folder: and csv: data; phantom/blood has"),
         ("dataset", "medmnist/oct", FileNotFoundError, "download_medmnist.py oct"),
         ("n_images", 721, ValueError, "parameter n_images=721: the test split of phantom/blood has 720 images"),
     ],
@@ -464,47 +465,71 @@ def own(tmp_path, write_notebook):
         for number in range(2):
             Image.new("RGB", (16, 16)).save(tmp_path / "mine" / name / f"{number}.png")
     cell = """model: str = "demo-clip"  # id
-images: str = ""  # folder or csv
-prompts: dict[str, str] = {}  # class: prompt
+dataset: str = ""  # folder or csv
+words: str = ""  # of the classes
 n_images: int = 60  # how many
 fraction: float = 1.0  # share
 """
     return {"07": write_notebook(tmp_path, "07_own", parameters=cell)}
 
 
-def test_own_images_are_found_and_their_prompts_checked_before_a_kernel_starts(own, tmp_path, monkeypatch):
+def test_own_images_are_found_and_their_words_checked_before_a_kernel_starts(own, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     here = f"folder:{tmp_path / 'mine'}"
-    assert parameters.assign_parameters(own, {"images": "folder:mine"})["07"] == {"images": here, "n_images": 4}
-    given = {"images": here, "n_images": 3, "prompts": {"lesion": "a lesion.", "healthy": "no lesion."}}
+    assert parameters.assign_parameters(own, {"dataset": "folder:mine"})["07"] == {"dataset": here, "n_images": 4}
+    given = {"dataset": here, "n_images": 3, "words": "{class_names: {lesion: a lesion, healthy: no lesion}}"}
     assert parameters.assign_parameters(own, given)["07"] == given
     # The notebook's own example is not a data set of the registry.
-    assert parameters.assign_parameters(own, {"images": "", "fraction": 0.5})["07"] == {"images": "", "fraction": 0.5}
+    assert parameters.assign_parameters(own, {"dataset": "", "fraction": 0.5})["07"] == {"dataset": "", "fraction": 0.5}
+
+
+def test_words_reach_the_kernel_as_text_from_a_file_of_parameters_and_as_an_absolute_path(own, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = {"class_names": {"lesion": "a lesion: raised", "healthy": "skin"}, "templates": ["a picture of {}."]}
+    (tmp_path / "words.yaml").write_text(yaml.safe_dump(words))
+    (tmp_path / "p.yaml").write_text(yaml.safe_dump({"dataset": "folder:mine", "words": words}))
+    given = parameters.assign_parameters(own, parameters.parse_parameters([], tmp_path / "p.yaml"))["07"]
+    assert yaml.safe_load(given["words"]) == words
+    given = parameters.assign_parameters(own, {"dataset": "folder:mine", "words": "words.yaml"})["07"]
+    assert given["words"] == str(tmp_path / "words.yaml")
 
 
 def test_class_folders_may_be_called_yes_and_01(own, tmp_path):
     for name in ("yes", "01"):
         (tmp_path / "set" / name).mkdir(parents=True)
         Image.new("RGB", (16, 16)).save(tmp_path / "set" / name / "0.png")
-    typed = [f"images=folder:{tmp_path / 'set'}", "prompts={yes: a polyp: raised, 01: none}"]
+    typed = [f"dataset=folder:{tmp_path / 'set'}", "words={class_names: {yes: a polyp: raised, 01: none}}"]
     with pytest.raises(ValueError, match="no valid YAML.*in quotes"):
         parameters.assign_parameters(own, parameters.parse_parameters(typed))
-    typed[1] = "prompts={yes: 'a polyp: raised', 01: none}"
+    typed[1] = "words={class_names: {yes: 'a polyp: raised', 01: none}}"
     given = parameters.assign_parameters(own, parameters.parse_parameters(typed))["07"]
-    assert given["prompts"] == {"yes": "a polyp: raised", "01": "none"}
+    assert given["words"] == typed[1].removeprefix("words=")
+
+
+def test_an_id_alone_can_say_what_the_classes_are_called_and_who_the_patients_are(tmp_path):
+    for name in ("lesion", "healthy"):
+        (tmp_path / "mine" / name / "anna").mkdir(parents=True)
+        Image.new("RGB", (16, 16)).save(tmp_path / "mine" / name / "anna" / "0.png")
+    words = {"class_names": {"lesion": "a lesion? " + 300 * "x", "healthy": "skin & hair"}, "templates": ["{}!"]}
+    id = parameters.stated_id(f"folder:{tmp_path / 'mine'}?fit=pad", words=words, group="none")
+    data = load_dataset(parameters.absolute_ids("dataset", id))
+    assert (data.classes, data.templates) == (("skin & hair", "a lesion? " + 300 * "x"), ("{}!",))
+    assert data.groups == () and data.id == "folder:mine?fit=pad"
+    assert parameters.stated_id("phantom/blood", words="", group=None) == "phantom/blood"
+    with pytest.raises(parameters.ParameterError, match="words: phantom/blood is not yours"):
+        parameters.stated_id("phantom/blood", words=words)
 
 
 @pytest.mark.parametrize(
     ("given", "error", "message"),
     [
-        ({"images": "folder:nowhere"}, FileNotFoundError, "no folder at"),
-        ({"images": "folder:mine", "n_images": 5}, ValueError, "n_images=5: the test split of folder:.* has 4 images"),
-        ({"images": "folder:mine", "prompts": {"lesion": "x"}}, ValueError, "class_names has no noun for 'healthy'"),
-        ({"images": "folder:mine", "prompts": {"lesions": "x"}}, ValueError, "no class 'lesions'.*mean 'lesion'"),
-        ({"prompts": {"lesion": "x", "healthy": "y"}}, ValueError, "prompts: name the images they are for, images="),
-        ({"images": "folder:mine", "prompts": ["x"]}, ValueError, "prompts=.*: give a mapping of names"),
-        ({"images": "folder:mine", "prompts": {"lesion": 1}}, ValueError, r"prompts\['lesion'\]=1: give text"),
-        ({"images": ["folder:mine"]}, ValueError, r"images=\['folder:mine'\]: give text"),
+        ({"dataset": "folder:nowhere"}, FileNotFoundError, "no folder at"),
+        ({"dataset": "folder:mine", "n_images": 5}, ValueError, "n_images=5: the test split of folder:.* has 4 images"),
+        ({"dataset": "folder:mine", "words": "{class_names: {lesion: x}}"}, ValueError, "has no noun for 'healthy'"),
+        ({"dataset": "folder:mine", "words": "{classes: {lesion: x}}"}, ValueError, "key of words 'classes'"),
+        ({"words": "phantom/blood"}, ValueError, "words: name the images they are for, dataset="),
+        ({"dataset": "folder:mine", "words": "nowhere.yaml"}, ValueError, "words='nowhere.yaml' is neither"),
+        ({"dataset": ["folder:mine"]}, ValueError, r"dataset=\['folder:mine'\]: give text"),
         ({"fraction": 0}, ValueError, "parameter fraction=0.0: give a share above 0 and up to 1"),
         ({"fraction": 1.5}, ValueError, "parameter fraction=1.5: give a share above 0"),
         ({"model": "hf:clip"}, ValueError, "'hf:clip' names no repository on the hub"),

@@ -1,6 +1,7 @@
 """Data sets by id: the rows of the registry, one per set, and how a set is opened and loaded."""
 
 import json
+import os
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -410,7 +411,7 @@ def _in_words(options: SplitOptions) -> dict[str, Any]:
         else:
             raise ValueError(
                 f"words={words!r} is neither a YAML file nor YAML in braces, such as {{class_names: {{CLASS: NOUN}}, "
-                f"templates: [a picture of {{}}.]}}, nor the id of a data set.{suggest(words, DATASETS)}"
+                f"templates: ['a picture of {{}}.']}}, nor the id of a data set.{suggest(words, DATASETS)}"
             )
     if not isinstance(words, Mapping):
         raise TypeError(f"words={words!r}: give a mapping with any of {', '.join(_WORDS)}")
@@ -424,11 +425,11 @@ def _in_words(options: SplitOptions) -> dict[str, Any]:
 def _stated(path: str) -> tuple[str, dict[str, Any]]:
     """A path, and what is stated behind it, as in ``PATH?bit_depth=12&fit=pad``."""
     name, mark, query = path.rpartition("?")
-    if not mark or Path(path).expanduser().exists():
+    if not mark or os.path.exists(Path(path).expanduser()):  # noqa: PTH110 - what is too long a path is none
         return path, {}
     advice = "It may state bit_depth=NUMBER, fit=crop or fit=pad, and group=HOW, with & between them."
     with parsed(f"{query!r} behind {name}", advice):
         stated: dict[str, Any] = dict(parse_qsl(query, strict_parsing=True))
-        if unknown := set(stated) - {"bit_depth", "fit", "group"}:
+        if unknown := set(stated) - {"bit_depth", "fit", "group", "words"}:
             raise ValueError(f"{min(unknown)} is unknown")
         return name, {key: int(value) if key == "bit_depth" else value for key, value in stated.items()}

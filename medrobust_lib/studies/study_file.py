@@ -26,6 +26,7 @@ STEPS: dict[str, type[Step]] = {
 # The study gives these to every notebook, from the key of its file.
 _GRID = {"model": "models", "dataset": "datasets", "seed": "seeds", "n_images": "n_images"}
 _LONGEST_NAME = 60
+_DATASET_KEYS = ("id", "words", "group")
 _TAKES = f"a list of one or more of: {', '.join(STEPS)}"
 
 
@@ -101,6 +102,8 @@ def parse_study(given: Any, *, name: str, where: str, notebooks: Path | None = N
     given, steps, written = {"name": name} | given, [], []
     with together() as each:
         with each():
+            if isinstance(given.get("datasets"), list):
+                given["datasets"] = [_dataset(one, where=f"{where}: datasets") for one in given["datasets"]]
             values = filled(given, Study, where=where, without=("steps",))
         with each():
             if "steps" in given and not (isinstance(given["steps"], list) and given["steps"]):
@@ -112,6 +115,18 @@ def parse_study(given: Any, *, name: str, where: str, notebooks: Path | None = N
     # Workers and notebooks work in other folders: paths in ids become absolute.
     values = {name: notebook_parameters.absolute_ids(name, value) for name, value in values.items()}
     return Study(**values, steps=tuple(steps))
+
+
+def _dataset(given: Any, *, where: str) -> Any:
+    """An id, of a mapping with what its classes are called and how images are known to be of one patient."""
+    if not isinstance(given, dict):
+        return given
+    for key in given:
+        checks.check_choice(f"key of a data set in {where}", key, _DATASET_KEYS)
+    if not isinstance(given.get("id"), str):
+        raise StudyError(f"{where}: {given}: give the id, {{id: folder:PATH, words: ..., group: ...}}")
+    with located(where):
+        return notebook_parameters.stated_id(**given)
 
 
 def check_study(

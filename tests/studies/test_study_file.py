@@ -173,3 +173,35 @@ def test_paths_in_ids_become_absolute_so_that_workers_find_them(study_file, monk
 def test_parameter_errors_are_value_errors_of_the_study():
     assert issubclass(ParameterError, ValueError)
     assert issubclass(StudyError, ValueError)
+
+
+def test_a_data_set_may_bring_the_words_of_its_classes_and_its_patients(study_file, own_images, tmp_path, monkeypatch):
+    monkeypatch.chdir(own_images.parent)
+    words = "{class_names: {a: 'a lump: harmless', b: a cancer}, templates: ['a scan of {}.']}"
+    steps = "steps: [{certify: {sigmas: [0.1], n0: 5, n: 20, alpha: 0.05, radii: [0.02]}}]\n"
+    text = f"models: [demo-clip]\nn_images: 4\ndatasets:\n  - {{id: 'folder:mine', words: {words}, group: none}}\n"
+    study = read_study(study_file(text + "  - phantom/chest\n" + steps))
+    own, chest = study_cells(study)
+    assert chest.dataset == "phantom/chest"
+    data = own.images()
+    assert (data.classes, data.templates, data.groups) == (("a lump: harmless", "a cancer"), ("a scan of {}.",), ())
+    assert own.shown == "folder:mine"
+    own.run(tmp_path / "study")
+    card = (own.folder(tmp_path / "study") / "cards" / "01-certify.json").read_text()
+    assert '"a lump: harmless"' in card and str(own_images) not in card
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("{id: 'folder:mine', words: phantom/blod}", "words='phantom/blod' is neither"),
+        ("{id: phantom/chest, words: phantom/blood}", "words: phantom/chest is not yours; they are for folder:PATH"),
+        ("{id: 'folder:mine', wrods: x}", "unknown key of a data set in .*'wrods'.*did you mean 'words'"),
+        ("{words: phantom/blood}", "give the id, {id: folder:PATH"),
+    ],
+)
+def test_words_of_a_data_set_that_cannot_work_are_refused(study_file, own_images, monkeypatch, given, message):
+    monkeypatch.chdir(own_images.parent)
+    steps = "steps: [{certify: {sigmas: [0.1]}}]\n"
+    with pytest.raises(ValueError, match=message):
+        read_study(study_file(f"models: [demo-clip]\ndatasets: [{given}]\n{steps}"))
