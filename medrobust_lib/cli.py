@@ -1,4 +1,4 @@
-"""The command line: ``medrobust quick | run | study | reproduce | leaderboard | submit | compare | doctor | ...``.
+"""The command line: one function for each command, those on one's own images in `medrobust_lib.image_commands`.
 
 Commands import what they need when they are called, so that ``--help`` answers at once.
 """
@@ -9,6 +9,7 @@ import shlex
 import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Annotated, Any
@@ -18,13 +19,12 @@ from typer import Argument, Option
 
 from medrobust_lib.checks import closest
 from medrobust_lib.files import reported_errors, told
-from medrobust_lib.places import default_runs_dir
+from medrobust_lib.image_commands import Device, Dtype, certify, corrupt, show_headlines
+from medrobust_lib.places import VERSION, default_runs_dir
 
 if TYPE_CHECKING:
     from medrobust_lib.doctor import Finding
     from medrobust_lib.studies.execute import Finished
-    from medrobust_lib.studies.steps import Cell
-    from medrobust_lib.studies.study_file import Study
 
 # What fits a terminal; --json gives everything, with hashes, sources and citations.
 MODEL_COLUMNS = ("id", "kind", "image_size", "learns", "available_offline")
@@ -38,12 +38,28 @@ _QUICK: Mapping[str, Any] = MappingProxyType(
 )  # fmt: skip
 
 app = typer.Typer(
-    help="How far can a medical vision-language model be trusted when the image gets worse? "
-    "For teaching and research, not for clinical use.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.command()(certify)
+app.command()(corrupt)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"medrobust {VERSION}")
+        raise typer.Exit
+
+
+@app.callback()
+def shared(
+    version: Annotated[bool, Option("--version", help="Print it and stop.", is_eager=True, callback=_version)] = False,
+) -> None:
+    """Measure how far a medical vision-language model can be trusted when the image gets worse.
+
+    For teaching and research, not for clinical use.
+    """
 
 
 def main() -> None:
@@ -64,6 +80,8 @@ def run(
     folder: Annotated[Path | None, Option("--notebooks", help="Folder of the notebooks.")] = None,
     describe: Annotated[bool, Option("--describe", help="List the parameters and stop.")] = False,
     jobs: Annotated[int, Option(help="Notebooks at a time; -1: one per core.")] = 1,
+    device: Device = None,
+    dtype: Dtype = None,
     no_thumbnails: Annotated[bool, Option("--no-thumbnails", help="Keep no small pictures of single images.")] = False,
 ) -> None:
     """Execute notebooks headlessly and write a report.
@@ -106,14 +124,16 @@ def run(
     plural = "s" if len(executed) > 1 else ""
     typer.echo(f"{len(executed)} notebook{plural} in {time.monotonic() - started:.1f} s")
     run_dir = executed[0].run_dir
-    typer.echo(f"report: {write_report(run_dir)}")
+    report = write_report(run_dir)
     cards = read_cards(run_dir, nested=False) if any((run_dir / "cards").glob("*.json")) else []
+    show_headlines([card for card in cards if card["notebook"] in chosen])
+    typer.echo(f"report: {report}")
     if notes := {note for card in cards for note in card["notes"]}:
         typer.echo(f"to know beside the numbers, in the report: {len(notes)} note{'s' if len(notes) > 1 else ''}")
 
 
 @app.command()
-def quick() -> None:
+def quick(device: Device = None, dtype: Dtype = None) -> None:
     """Take a first look: a corrupted image, a certificate and a small leaderboard, in the terminal."""
     from medrobust_lib import metrics
     from medrobust_lib.corruptions.suites import corrupted
@@ -160,7 +180,7 @@ def quick() -> None:
     show(errors[["model", *numbers]].round(3), title="the fewest errors first", right=numbers)
     show_text(
         "Next: [bold]make run[/] tells the whole story and writes runs/demo/index.html, [bold]make lab[/] opens the "
-        "notebooks, [bold]medrobust run 07 -p images=folder:PATH[/] looks at your own images; see README.md."
+        "notebooks, [bold]medrobust run 07 -p dataset=folder:PATH[/] looks at your own images; see README.md."
     )
 
 
@@ -172,6 +192,8 @@ def study(
     cluster: Annotated[str | None, Option(help="Scheduler of dask.distributed, tcp://HOST:PORT.")] = None,
     spread: Annotated[str, Option(help="Share out cells, or the images of a cell.")] = "cells",
     dry_run: Annotated[bool, Option("--dry-run", help="Say what would run and what it costs, and stop.")] = False,
+    device: Device = None,
+    dtype: Dtype = None,
     notebooks: Annotated[Path | None, Option(help="Folder of the notebooks.")] = None,
 ) -> None:
     """Run a grid of models, data sets and steps; the same command goes on after an interruption."""
@@ -179,8 +201,11 @@ def study(
     from medrobust_lib.studies.study_file import read_study
 
     read = read_study(file, notebooks=notebooks)
+    read = read if dtype is None else replace(read, dtype=dtype)
     if dry_run:
-        _show_estimates(read, notebooks)
+        from medrobust_lib.studies.cells import show_estimates
+
+        show_estimates(read, notebooks=notebooks)
         return
     from medrobust_lib.studies.execute import run_study
 
@@ -216,6 +241,8 @@ def reproduce(
     cluster: Annotated[str | None, Option(help="Scheduler of dask.distributed, tcp://HOST:PORT.")] = None,
     spread: Annotated[str, Option(help="Share out cells, or the images of a cell.")] = "cells",
     dry_run: Annotated[bool, Option("--dry-run", help="Say what would run and what it costs, and stop.")] = False,
+    device: Device = None,
+    dtype: Dtype = None,
 ) -> None:
     """Run a published table as it was published, and print it beside the published numbers."""
     from medrobust_lib.experiments.report import show
@@ -225,9 +252,12 @@ def reproduce(
         _show_protocols()
         return
     read = protocols.read_protocol(name, only=[*(only or ()), *(part or ())], demo=demo, sequential=sequential)
+    read = read if dtype is None else replace(read, study=replace(read.study, dtype=dtype))
     cells = read.cells()
     if dry_run:
-        _show_estimates(read.study, None, cells)
+        from medrobust_lib.studies.cells import show_estimates
+
+        show_estimates(read.study, cells)
         for line in read.missing():
             typer.echo(f"needs {line}")
         return
@@ -386,6 +416,8 @@ def compare(
 @app.command()
 def doctor(
     model: Annotated[str | None, Option(help="Check this model instead, and price a certificate.")] = None,
+    device: Device = None,
+    dtype: Dtype = None,
 ) -> None:
     """Check environment, kernel, weights, data, and demo-clip's reference prediction; or a model."""
     from medrobust_lib.doctor import examine, examine_model
@@ -455,44 +487,3 @@ def _show_protocols() -> None:
     typer.echo(
         "\nmedrobust reproduce NAME runs one; --dry-run prices it; --demo runs it on phantoms with embedded models."
     )
-
-
-def _show_estimates(read: "Study", notebooks: Path | None, chosen: "Sequence[Cell] | None" = None) -> None:
-    import pandas as pd
-
-    from medrobust_lib.experiments.report import duration, show
-    from medrobust_lib.files import size_text
-    from medrobust_lib.studies.cells import estimate_cells, study_cells
-    from medrobust_lib.studies.certify_step import CertifyCell
-
-    cells = study_cells(read, notebooks=notebooks) if chosen is None else chosen
-    estimates = estimate_cells(read, cells, earlier=default_runs_dir())
-
-    def count(value: int | None) -> str:
-        return "" if value is None else f"{value:,}"
-
-    def total(values: Sequence[float | None], text: Callable[[float], str]) -> str:
-        known = [value for value in values if value is not None]
-        more = " + ?" if len(known) < len(values) else ""
-        return f"{text(sum(known))}{more}" if known else "?"
-
-    rows = [
-        (cell.label, count(one.images), count(one.draws), total([one.seconds], duration), total([one.size], size_text))
-        for cell, one in zip(cells, estimates, strict=True)
-    ]
-    draws = total([one.draws for one in estimates], "{:,}".format)
-    seconds = total([one.seconds for one in estimates], duration)
-    rows.append((f"sum of {len(cells)} cells", "", draws, seconds, total([one.size for one in estimates], size_text)))
-    numbers = ("images", "draws", "time", "disk")
-    show(pd.DataFrame(rows, columns=["cell", *numbers]), title=f"study {read.name}: what would run", right=numbers)
-    typer.echo(
-        "draws: encodings of noisy or corrupted images. time: in one process of this machine, from a probe of about a\n"
-        "second for each model; for notebooks the median of earlier cards, where there are any. disk: from the number\n"
-        "of rows. ?: unknown. Nothing was run or written."
-    )
-    sequential = [cell for cell in cells if isinstance(cell, CertifyCell) and cell.step.sampling == "sequential"]
-    stops = {(cell.variant, cell.most_draws): cell.unanimous_draws() for cell in sequential}
-    if sequential:
-        typer.echo("Sequential sampling stops earlier than the table says; an image whose copies all agree takes")
-    for (variant, most), expected in stops.items():
-        typer.echo(f"  {expected:,.0f} of {most:,} draws at {variant}")

@@ -17,6 +17,7 @@ from medrobust_lib.data.registry import load_dataset
 from medrobust_lib.experiments import Metric, start_run
 from medrobust_lib.experiments.cards import RUN_DIR_VARIABLE
 from medrobust_lib.models.loading import load_model
+from medrobust_lib.places import VERSION
 
 NOTEBOOK = """
 from medrobust_lib.experiments import Metric, start_run
@@ -25,21 +26,6 @@ run = start_run("01", "Tiny", model=model, n_images=n_images)
 card = run.save_card(metrics=[Metric("accuracy", share / n_images, n_images)], tables={}, model={"id": model},
                      dataset={"id": "phantom/blood", "n": n_images, "synthetic": True}, prompts={})
 """
-
-
-@pytest.fixture
-def invoke(monkeypatch, capsys):
-    """Call the console script's own entry point; returns exit code, standard output and error."""
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["medrobust", *map(str, arguments)])
-        capsys.readouterr()  # what fixtures printed is not the command's
-        with pytest.raises(SystemExit) as stopped:
-            cli.main()
-        captured = capsys.readouterr()
-        return stopped.value.code or 0, captured.out, captured.err
-
-    return call
 
 
 @pytest.fixture(scope="module")
@@ -142,6 +128,39 @@ def executed(notebooks, tmp_path_factory):
     assert result.exit_code == 0, result.output
     (made,) = (folder / "runs").iterdir()
     return result.stdout, made
+
+
+def test_the_version_is_printed(invoke):
+    assert invoke("--version") == (0, f"medrobust {VERSION}\n", "")
+
+
+def test_run_ends_with_the_first_numbers_and_says_how_to_stop(executed):
+    text, _ = executed
+    assert "Ctrl-C stops; finished notebooks are kept" in text
+    assert re.search(r"^ *01 +accuracy +\.125", text, re.MULTILINE)
+
+
+def test_device_and_precision_reach_the_models_and_go_with_the_command(invoke, monkeypatch):
+    seen = []
+    monkeypatch.setattr(doctor, "examine_model", lambda id: seen.append(load_model(id)) or [])
+    assert invoke("doctor", "--model", "demo-clip", "--device", "cpu", "--dtype", "bfloat16")[0] == 0
+    (model,) = seen
+    assert (model.device.type, model.precision) == ("cpu", "bfloat16")
+    assert load_model("demo-clip", device="cpu").precision == "float32"
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "message"),
+    [
+        ("MEDROBUST_DEVICE", "cuba", "MEDROBUST_DEVICE: device 'cuba'"),
+        ("MEDROBUST_DTYPE", "half", "MEDROBUST_DTYPE: 'half'"),
+    ],
+)
+def test_a_variable_that_cannot_work_is_named(monkeypatch, variable, value, message):
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(ValueError, match=message):
+        load_model("demo-clip")
+    assert load_model("demo-clip", device="cpu", dtype="float32").precision == "float32"
 
 
 def test_run_executes_and_writes_a_report(executed):

@@ -38,7 +38,7 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").g
 OWN_TEST = {"adapters.md": "test_docs_adapters.py"}  # pages whose Python runs in a test file of their own
 PROGRAMS = ("make", "medrobust", "python", "pip", "conda", "hf", "dask", "sbatch")
 # Words in capitals stand for something of the reader's.
-PLACEHOLDERS = {"PATH": "my-images", "FOLDER": "my-images", "MODEL": "demo-clip", "NOTEBOOK": "01"}
+PLACEHOLDERS = {"PATH": "my-images", "FOLDER": "my-images", "DATA": "my-images", "MODEL": "demo-clip", "NOTEBOOK": "01"}
 MODEL_STAND_IN, VLM_STAND_IN, DATA_STAND_IN = "demo-clip", "demo-vlm", "phantom/blood"
 CLUSTER_PACKAGES = {"dask-jobqueue"}  # named to people whose cluster needs them; nothing here imports them
 MACHINERY = {"cluster.md", "hardening.md", "studies.md"}  # pages about running things, which show no model's result
@@ -280,11 +280,24 @@ def check_submit(words, workplace, monkeypatch):
     return words
 
 
+def check_certify(words, workplace, monkeypatch):
+    """Everything is checked; nothing is certified, and another model's weights are taken as here."""
+    from medrobust_lib.studies.certify_step import CertifyAlone
+
+    def run(cell, folder, **options):
+        raise Reached(folder)
+
+    monkeypatch.setattr(CertifyAlone, "run", run)
+    place = words.index("--model") + 1
+    return [*words[:place], stand_in("model", words[place]), *words[place + 1 :]]
+
+
 class Reached(Exception):
     """The command line has read and checked everything, and work would begin."""
 
 
 STUDY_COMMANDS = {"study": check_study, "compare": check_compare, "reproduce": check_reproduce, "submit": check_submit}
+STUDY_COMMANDS |= {"certify": check_certify, "corrupt": lambda words, *_: words}  # that one runs
 CLASSES = {
     "make": check_make,
     "medrobust": check_medrobust,
@@ -311,7 +324,7 @@ def run_command(command, workplace, monkeypatch):
     try:
         CLASSES[words[0]](words, workplace, monkeypatch)
     except Reached:
-        assert words[1] in ("study", "reproduce")
+        assert words[1] in ("study", "reproduce", "certify")
 
 
 # ---- tests ----
@@ -333,6 +346,9 @@ def test_command(command, workplace, monkeypatch):
         ("medrobust run 01 --outt x", "No such option"),
         ("medrobust leaderboard --metric acuracy", "unknown metric"),
         ("medrobust study examples/nothing.yaml", "nothing.yaml"),
+        ("medrobust certify FOLDER --model demo-clip --radius 1.5", "it takes n="),
+        ("medrobust certify FOLDER --model plib", "plib"),
+        ("medrobust corrupt DATA --suite clinical-c --out worse", "--kind of"),
         ("make rnu", "rnu"),
         ("python data_scripts/no_such.py", "no_such.py"),
         ("python data_scripts/fetch_weights.py --no-such", "No such option"),

@@ -4,12 +4,14 @@
 ``{set}/{split}/{corruption}_severity_{1..5}.npz`` and ``clean.npz`` with the keys ``images`` and ``labels``.
 ``concatenated`` is the official layout of MedMNIST-C: ``{set}/{corruption}.npz`` with the keys ``test_images``
 and ``test_labels`` and the five severities one after the other.
+A third, class folders of PNG, is read by `load_dataset` alone: `image_places` says where each image lies.
 
 Files are written without compression. It would save about half of the space, but take several times as long as the
 corruptions, tie the bytes to a version of zlib, hide the size until the end and make single images slow to read.
 """
 
 import json
+import re
 import warnings
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -27,6 +29,7 @@ from medrobust_lib.corruptions.functions import Pixels
 from medrobust_lib.corruptions.suites import SEVERITIES, check_severity
 from medrobust_lib.data.dataset import ImageDataset, check_labels
 from medrobust_lib.data.decoding import as_rgb, listed_members, member_names_of, member_rows
+from medrobust_lib.data.readers import SPLITS
 from medrobust_lib.data.registry import DATASETS, labelled
 from medrobust_lib.data.wording import class_wording
 from medrobust_lib.experiments.store import read_parameters
@@ -36,6 +39,8 @@ Layout = Literal["per-severity", "concatenated"]
 CLEAN = "clean"
 DESCRIPTION = "description"
 KIND = "corrupted sets"  # in manifest.json, which other programs may use for other things
+_WORDS = "classnames.txt"
+_UNSAFE = re.compile(r"[^\w .()+-]|^\.+")  # in the name of a file, on some system
 _CHUNK = 32  # images in memory at a time while a file is written
 _UNUSABLE = "is not a usable file of corrupted images"
 _FIXED_DATE = (1980, 1, 1, 0, 0, 0)  # the time of writing would change the bytes
@@ -60,6 +65,39 @@ def set_file(layout: Layout, dataset: str, split: str, corruption: str, severity
 def member_names(layout: Layout) -> tuple[str, str]:
     """Names of the two arrays in each file."""
     return ("test_images", "test_labels") if layout == "concatenated" else ("images", "labels")
+
+
+def _class_folders(data: ImageDataset) -> list[str]:
+    """Names of folders in the order of the classes, whatever they are called."""
+    digits = len(str(len(data.classes) - 1))
+    return [f"{label:0{digits}} {_UNSAFE.sub('_', name)}" for label, name in enumerate(data.classes)]
+
+
+def image_places(data: ImageDataset) -> list[str]:
+    """Where each image comes to lie: in its own place among class folders, else in a folder for its class."""
+    folders, owners = _class_folders(data), data.groups or [""] * len(data)
+    split = data.split if data.split in SPLITS else ""
+    places: dict[str, None] = {}
+    for file, label, owner in zip(data.files, data.labels, owners, strict=True):
+        if not data.id.startswith("folder:"):  # a table's file may lie anywhere
+            file = "/".join(_UNSAFE.sub("_", part) for part in (split, folders[label], owner, file) if part)
+        place = str(PurePosixPath(file).with_suffix(".png"))
+        places[f"{file}.png" if place in places else place] = None  # a.jpg and a.tif may lie in one folder
+    return list(places)
+
+
+def write_words(root: Path, data: ImageDataset) -> None:
+    """Say beside the class folders what the classes are called in prompts, where that is known."""
+    source = Path(data.provenance["read_from"])
+    if data.id.startswith("folder:"):
+        found = [path for path in (source / _WORDS, source / "images" / _WORDS) if path.is_file()]
+        text = found[0].read_text(encoding="utf-8-sig") if found else ""
+    else:
+        lines = [f"{folder}\t{name}" for folder, name in zip(_class_folders(data), data.classes, strict=True)]
+        text = "\n".join([*lines, *data.templates]) + "\n"
+    if text:
+        with whole_file(root / _WORDS) as part:
+            part.write_text(text, encoding="utf-8")
 
 
 def write_npz(

@@ -123,7 +123,8 @@ class Suite:
         if found not in self.families:
             raise ValueError(
                 f"suite {self.id} has its own parameters for each kind of data set and none for {dataset!r}; "
-                f"it knows {', '.join(self.families)}{_closest(last, (*self.families, *self.family_of))}"
+                f"it knows {', '.join(self.families)}{_closest(last, (*self.families, *self.family_of))}. Of own "
+                "images say what they show: --kind of `medrobust corrupt`, dataset= of `corrupt`"
             )
         return found
 

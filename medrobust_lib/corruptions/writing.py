@@ -1,16 +1,19 @@
-"""Corrupted sets on disk: `CorruptedSets` says which files come and how large they are; what is missing is written.
+"""Corrupted sets on disk: arrays as benchmarks have them (`write_benchmark`), or image files (`write_folders`).
 
-The folder of a collection is a row store (`medrobust_lib.experiments.open_store`): ``manifest.json`` holds the
-parameters with all constants of the suite, ``table.csv`` every file with its number of images and SHA-256.
+`CorruptedSets` says which arrays come and how large they are; what is missing is written. The folder of a collection
+is a row store (`medrobust_lib.experiments.open_store`): ``manifest.json`` holds the parameters with all constants of
+the suite, ``table.csv`` every file with its SHA-256.
 """
 
+import hashlib
 import inspect
 import json
 import shutil
 import time
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
-from dataclasses import KW_ONLY, asdict, dataclass, field
+from dataclasses import KW_ONLY, asdict, dataclass, field, replace
 from importlib.metadata import version
 from itertools import product
 from pathlib import Path, PurePosixPath
@@ -19,11 +22,21 @@ from typing import Any, get_args
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
+from PIL import Image
 
 from medrobust_lib.checks import check_choice, check_keywords
 from medrobust_lib.corruptions import stored
 from medrobust_lib.corruptions.functions import Pixels, check_images
-from medrobust_lib.corruptions.suites import SEVERITIES, check_severity, corrupt, find_suite, keeps_gray, luma
+from medrobust_lib.corruptions.suites import (
+    SEVERITIES,
+    check_severity,
+    corrupt,
+    corrupted,
+    find_suite,
+    keeps_gray,
+    luma,
+)
+from medrobust_lib.data.dataset import ImageDataset
 from medrobust_lib.data.registry import load_dataset
 from medrobust_lib.experiments import RowStore, map_items, open_store, progress
 from medrobust_lib.files import disk_full, file_sha256, size_text, whole_file
@@ -158,14 +171,10 @@ class CorruptedSets:
     @property
     def parameters(self) -> dict[str, Any]:
         """For ``manifest.json``: everything that the bytes depend on."""
-        families = {
-            family or "every data set": {row.name: [dict(values) for values in row.severities] for row in rows}
-            for family, rows in find_suite(self.suite).families.items()
-        }
         return {
             "kind": stored.KIND,
             "layout": self.layout,
-            "suite": {"id": self.suite, "parameters": families},
+            "suite": suite_record(self.suite),
             "seed": self.seed,
             "n": self.n,
             "image_size": self.image_size,
@@ -257,6 +266,134 @@ def write_benchmark(folder: str | Path, datasets: Iterable[str], *, jobs: int = 
                     "versions, or write everything to another folder."
                 )
         return store.table(sorted(store.done))
+
+
+def write_folders(
+    folder: str | Path,
+    dataset: str,
+    *,
+    suite: str = "medimeta-c",
+    corruptions: Sequence[str] | None = None,
+    severities: Sequence[int] = (3,),
+    kind: str = "",
+    splits: Sequence[str] = ("test",),
+    seed: int = 0,
+    jobs: int = 1,
+    **drawn: Any,
+) -> list[ImageDataset]:
+    """Write corrupted images as PNG in class folders; the same call goes on with what a killed one left undone.
+
+    Of class folders every file keeps its place and, but for the suffix, its name. Other sources get a folder for each
+    class, in their order, and names and prompts in ``classnames.txt``: the result loads with the same labels. The
+    pixels are those of `corrupted`.
+
+    Parameters
+    ----------
+    folder : path
+        Holds the class folders, or ``CORRUPTION/SEVERITY`` with them if there are several.
+    dataset : str
+        As in `load_dataset`.
+    suite : str
+    corruptions : sequence of str, optional
+        All that the suite evaluates by default.
+    severities : sequence of int
+        Of 1 to 5.
+    kind : str
+        A family of the suite, for own images where it has several.
+    splits : sequence of str
+    seed : int
+        Of the corruptions and of the draw.
+    jobs : int
+        Worker processes; -1 for one per core.
+    **drawn
+        n, image_size and what else `load_dataset` takes.
+
+    Returns
+    -------
+    list of ImageDataset
+        What was corrupted, a data set for each split.
+
+    Raises
+    ------
+    ValueError
+        An unknown corruption, severity or kind; a folder that holds other things, or was made with other parameters or
+        of other images (each difference is named).
+    """
+    known = find_suite(suite)
+    if kind:
+        check_choice("kind of images", kind, filter(None, known.families))
+    severities = tuple(dict.fromkeys(map(check_severity, severities)))
+    if 0 in severities or not severities:
+        raise ValueError(f"severities={list(severities)}: give one or more of {', '.join(map(str, SEVERITIES))}")
+    sets = [load_dataset(dataset, split=split, seed=seed, **drawn) for split in splits]
+    # The last part of an id tells its family, and the whole addresses its random numbers.
+    named = [replace(data, id=f"{data.id}/{kind}") if kind else data for data in sets]
+    first = named[0]
+    check_images(first.images)
+    names = known.names(first.id) if corruptions is None else tuple(dict.fromkeys(corruptions))
+    for name in names:
+        known.corruption(name, dataset=first.id)
+    cells = list(product(names, severities))
+    roots = {cell: "" if len(cells) == 1 else f"{cell[0]}/{cell[1]}/" for cell in cells}
+    items = {
+        root + file: (number, position, *cell)
+        for number, data in enumerate(named)
+        for position, file in enumerate(stored.image_places(data))
+        for cell, root in roots.items()
+    }
+    missing_classes = {*range(len(first.classes))} - {int(label) for data in named for label in data.labels}
+    if missing_classes:
+        absent = ", ".join(first.classes[label] for label in sorted(missing_classes))
+        warnings.warn(f"no image of {absent} is written, so the new folders have fewer classes", stacklevel=2)
+    pixels = hashlib.sha256()
+    for data in named:
+        pixels.update(np.ascontiguousarray(data.images).data)
+    parameters = {
+        "kind": "corrupted images", "dataset": first.id, "licence": first.licence, "synthetic": first.synthetic,
+        "note": "The licence of the source goes with these images. Not for clinical use.",
+        "suite": suite_record(suite), "corruptions": list(names), "severities": list(severities), "seed": seed,
+        "splits": list(splits), "drawn": drawn, "size": list(first.images.shape[1:3]), "pixels": pixels.hexdigest(),
+        "library": VERSION,
+    }  # fmt: skip
+    folder = Path(folder)
+    with open_store(folder, parameters=parameters) as store:
+        for root in roots.values():
+            stored.write_words(folder / root, first)
+        missing = [file for file in items if file not in store.done or not (folder / file).is_file()]
+        written = map_items(
+            _write_image, [(file, *items[file]) for file in missing], context=(folder, named, suite, seed), jobs=jobs
+        )
+        words = {"description": f"corrupt {first.id}", "unit": "images"}
+        for _, (row, seconds) in progress(written, total=len(items), done=len(items) - len(missing), **words):
+            if row["file"] not in store.done:
+                store.append(row["file"], [row], seconds=seconds)
+        store.finish(items)
+    return sets
+
+
+def _write_image(
+    context: tuple[Path, list[ImageDataset], str, int], item: tuple[str, int, int, str, int]
+) -> tuple[dict[str, Any], float]:
+    """Write one image, in a worker process."""
+    started = time.perf_counter()
+    (folder, sets, suite, seed), (file, number, position, corruption, severity) = context, item
+    data = sets[number].subset([position])
+    label = int(data.labels[0])
+    with whole_file(folder / file) as part:
+        image = corrupted(data, corruption, severity=severity, seed=seed, suite=suite).images[0]
+        Image.fromarray(image).save(part, format="PNG")
+    row = {"file": file, "source": data.files[0], "split": data.split, "label": label, "class": data.classes[label]}
+    row |= {"corruption": corruption, "severity": severity, "sha256": file_sha256(folder / file)}
+    return row, time.perf_counter() - started
+
+
+def suite_record(suite: str) -> dict[str, Any]:
+    """A suite with all its constants, for ``manifest.json``."""
+    families = {
+        family or "every data set": {row.name: [dict(values) for values in row.severities] for row in rows}
+        for family, rows in find_suite(suite).families.items()
+    }
+    return {"id": suite, "parameters": families}
 
 
 def _written(

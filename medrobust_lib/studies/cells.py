@@ -11,20 +11,26 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+import typer
+
 from medrobust_lib.corruptions.suites import corrupted, find_suite
 from medrobust_lib.data.dataset import ImageDataset
 from medrobust_lib.data.questions import SCENARIOS, load_questions, parse_scenario
 from medrobust_lib.data.registry import DATASETS, load_dataset, open_split
 from medrobust_lib.data.wording import class_wording
 from medrobust_lib.experiments import read_cards
+from medrobust_lib.experiments.report import duration, show
+from medrobust_lib.files import size_text
 from medrobust_lib.generative.answers import AnswerBank, Drawing
 from medrobust_lib.models.loading import load_model
 from medrobust_lib.models.vision_language import load_vlm
+from medrobust_lib.places import default_runs_dir
 from medrobust_lib.smoothing.bounds import ALPHA, minimum_draws
 from medrobust_lib.smoothing.methods import zero_shot_methods
 from medrobust_lib.smoothing.table import certify_dataset
 from medrobust_lib.studies.adapt_step import AdaptCell, AdaptStep
-from medrobust_lib.studies.certify_step import CertifyStep
+from medrobust_lib.studies.certify_step import CertifyCell, CertifyStep
 from medrobust_lib.studies.questions_step import asks_questions
 from medrobust_lib.studies.steps import Cell, Estimate, Prices, StudyError
 from medrobust_lib.studies.study_file import Study, split_size
@@ -223,3 +229,38 @@ def _seconds_of_notebooks(runs: Path | None) -> dict[tuple[str, str], float]:
         for card in read_cards(runs) if runs is not None else ():
             taken.setdefault((card["notebook"], card["parameters"].get("model", "")), []).append(card["seconds"])
     return {key: statistics.median(seconds) for key, seconds in taken.items()}
+
+
+def show_estimates(read: Study, chosen: Sequence[Cell] | None = None, *, notebooks: Path | None = None) -> None:
+    """Print what the chosen cells of a study, or all, would cost."""
+    cells = study_cells(read, notebooks=notebooks) if chosen is None else chosen
+    estimates = estimate_cells(read, cells, earlier=default_runs_dir())
+
+    def count(value: int | None) -> str:
+        return "" if value is None else f"{value:,}"
+
+    def total(values: Sequence[float | None], text: Callable[[float], str]) -> str:
+        known = [value for value in values if value is not None]
+        more = " + ?" if len(known) < len(values) else ""
+        return f"{text(sum(known))}{more}" if known else "?"
+
+    rows = [
+        (cell.label, count(one.images), count(one.draws), total([one.seconds], duration), total([one.size], size_text))
+        for cell, one in zip(cells, estimates, strict=True)
+    ]
+    draws = total([one.draws for one in estimates], "{:,}".format)
+    seconds = total([one.seconds for one in estimates], duration)
+    rows.append((f"sum of {len(cells)} cells", "", draws, seconds, total([one.size for one in estimates], size_text)))
+    numbers = ("images", "draws", "time", "disk")
+    show(pd.DataFrame(rows, columns=["cell", *numbers]), title=f"study {read.name}: what would run", right=numbers)
+    typer.echo(
+        "draws: encodings of noisy or corrupted images. time: in one process of this machine, from a probe of about a\n"
+        "second for each model; for notebooks the median of earlier cards, where there are any. disk: from the number\n"
+        "of rows. ?: unknown. Nothing was run or written."
+    )
+    sequential = [cell for cell in cells if isinstance(cell, CertifyCell) and cell.step.sampling == "sequential"]
+    stops = {(cell.variant, cell.most_draws): cell.unanimous_draws() for cell in sequential}
+    if sequential:
+        typer.echo("Sequential sampling stops earlier than the table says; an image whose copies all agree takes")
+    for (variant, most), expected in stops.items():
+        typer.echo(f"  {expected:,.0f} of {most:,} draws at {variant}")

@@ -1,8 +1,9 @@
 """The step ``certify``: certificates of the papers' methods, from one bank of noise for each model and noise level."""
 
+import hashlib
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -14,15 +15,17 @@ from matplotlib.figure import Figure
 from medrobust_lib import checks, metrics
 from medrobust_lib.adaptation.retraining import retrain_on_noise
 from medrobust_lib.data.dataset import ImageDataset
-from medrobust_lib.data.registry import open_split
+from medrobust_lib.data.inspection import learned_too
+from medrobust_lib.data.registry import load_dataset, open_split
 from medrobust_lib.data.splits import LearningSplits, learning_splits
-from medrobust_lib.experiments import Metric
+from medrobust_lib.experiments import Metric, Run
 from medrobust_lib.files import read_tensors, write_tensors
 from medrobust_lib.models.dual_encoder import DualEncoder
 from medrobust_lib.models.loading import list_models
 from medrobust_lib.models.weights import explained_errors
+from medrobust_lib.parameters import check_models, split_size
 from medrobust_lib.plots import plot_certified_accuracy
-from medrobust_lib.smoothing.bounds import ALPHA, N0, Bounds, N, check_alpha, check_draws
+from medrobust_lib.smoothing.bounds import ALPHA, N0, Bounds, N, check_alpha, check_draws, minimum_draws
 from medrobust_lib.smoothing.certificate import GUARANTEES, Mode, Sampling
 from medrobust_lib.smoothing.denoisers import find_denoiser, load_denoiser
 from medrobust_lib.smoothing.methods import AdaptedPrompts, FixedPrompts, zero_shot_methods
@@ -52,6 +55,7 @@ from medrobust_lib.studies.steps import (
     places,
     seconds_for,
     short_id,
+    shown_id,
 )
 
 CERTIFICATES = "certificates"  # end of the name of the table with one row an image
@@ -222,7 +226,7 @@ class CertifyCell(Cell):
 
     def run(self, study: Path, *, notebooks: Path | None = None, workers: Workers = ALONE) -> None:
         """Certify every image."""
-        run, model = self.begin(study, f"Certificates of {self.model} on {self.dataset}"), self.encoder(study)
+        run, model = self.begin(study, f"Certificates of {self.model} on {self.shown}"), self.encoder(study)
         step, sigma, seed = self.step, self.parameters["sigma"], self.seed or 0
         learning = self._splits() if any(one.learns for one in step.methods) else None
         data = learning.test if learning else self.images()
@@ -258,11 +262,20 @@ class CertifyCell(Cell):
             notes.append("The known label was tested (mode evaluate): for tables only, no prediction was certified.")
         figure = Figure()
         plot_certified_accuracy(shares, figure.subplots(), chance=1 / len(data.classes))
-        run.save_figure(figure, "headline", caption=f"Certified accuracy over the radius: {self.label}")
+        about = f"{self.model} on {self.shown}, {self.variant}"
+        run.save_figure(figure, "headline", caption=f"Certified accuracy over the radius: {about}.")
         numbers = _certificate_metrics(metrics.certification_summary(rows), shares)
         tables = {f"{run.number}_{CERTIFICATES}": rows, f"{run.number}_certified_accuracy": shares}
         prompts = {"templates": list(data.templates), "classes": list(data.classes)}
-        run.save_card(metrics=numbers, tables=tables, prompts=prompts, **described(model, data, notes, name=self.model))
+        radius = next(filter(None, step.radii), 0.0)
+        said = {"question": f"Which answers of {self.model} on {data.id} hold under every small change?"}
+        said["findings"] = certified_in_words(rows, shares, data, radius=radius, side=model.image_size)
+        self.keep_images(run, rows, data)
+        said |= described(model, data, notes, name=self.model)
+        run.save_card(metrics=numbers, tables=tables, prompts=prompts, **said)
+
+    def keep_images(self, run: Run, rows: pd.DataFrame, data: ImageDataset) -> None:
+        """Keep what a page of single images needs; a study has too many cells for that."""
 
     def _splits(self) -> LearningSplits:
         """Images to learn from, to adapt to and to certify, none of them twice."""
@@ -284,6 +297,141 @@ class CertifyCell(Cell):
         seed = f"drawn with seed {self.seed or 0} where the method has no other; folder prompts/"
         told = f"Learned from so many images of each class at most, {seed}. {'; '.join(learned)}"
         return [*learning.notes, *([left] if len(learning.test) < self._asked else []), told]
+
+
+@dataclass(frozen=True)
+class CertifyAlone(CertifyCell):
+    """A cell without a study, in a run folder of its own, of which every image is shown.
+
+    Attributes
+    ----------
+    train : str or None
+        Id of the images to learn from; None: those that `learning_splits` draws of the data set.
+    """
+
+    train: str | None = None
+
+    @property
+    def run_name(self) -> str:
+        """Of a folder that only the same question gets."""
+        asked = repr((self.dataset, self.train, self.seed, self.parameters)).encode()
+        return f"certify-{short_id(self.model)}-{short_id(self.shown)}-{hashlib.sha256(asked).hexdigest()[:8]}"
+
+    def folder(self, study: Path) -> Path:
+        """That of the run itself."""
+        return study
+
+    def keep_images(self, run: Run, rows: pd.DataFrame, data: ImageDataset) -> None:
+        """All of them."""
+        run.save_images(rows, data.images)
+
+    def _splits(self) -> LearningSplits:
+        if self.train is None:
+            return super()._splits()
+        split = "train" if "train" in open_split(self.train).splits else "test"
+        train, test = load_dataset(self.train, split=split), self.images()
+        if train.classes != test.classes:
+            raise ValueError(
+                f"{train.id} has the classes {', '.join(train.classes)}, and {test.id} has {', '.join(test.classes)}; "
+                "give both the same, in one order, with --words"
+            )
+        if shared := sorted({*train.groups} & {*test.groups}):
+            raise ValueError(
+                f"{len(shared)} patients are in {train.id} and in {test.id} (the first is {shared[0]!r}); an image of "
+                "a patient who was learned from tells nothing, so move them to one side"
+            )
+        notes = (f"Learned from {train.id}.", *learned_too(test.images, train.images))
+        return LearningSplits(train=train, pool=train, test=test, divided=True, notes=notes)
+
+
+def certify_alone(
+    dataset: str, model: str, *, method: PaperMethod, radius: float, train: str | None, grid: Mapping[str, Any],
+    **settings: Any,
+) -> CertifyAlone:  # fmt: skip
+    """A cell that certifies one data set, after all that can be checked before it runs.
+
+    Parameters
+    ----------
+    dataset, model, train
+        As in `CertifyAlone`.
+    method : PaperMethod
+    radius : float
+        The radius asked for, > 0; half of it is asked for, too.
+    grid : mapping
+        Other fields of `Grid`.
+    **settings
+        Fields of `CertifyStep`; one sigma.
+
+    Raises
+    ------
+    ValueError, FileNotFoundError
+        What cannot work; of a radius that the draws cannot reach the number of draws that can.
+    """
+    step = CertifyStep(radii=(radius, radius / 2, 0.0), methods=(method,), **settings)
+    place = Grid(datasets=(dataset,), models=(model,), **grid)
+    checks.check_positive("radius", radius)
+    check_models({model})
+    checks.check_whole("seed", place.seeds[0], least=0)
+    size = split_size(dataset)
+    if place.n_images is not None:
+        checks.check_whole("n_images", place.n_images, most=size, hint=f": {dataset} has so many test images")
+    step.check(replace(place, datasets=(train or dataset,)), None)
+    (sigma,), family = step.sigmas, step.family
+    needed = minimum_draws(step.alpha, radius=radius, sigma=family.unit(sigma), law=family.law)
+    if needed > step.n:
+        raise ValueError(
+            f"radius={radius:g}: n={step.n} draws cannot reach it at sigma {sigma:g}, even if all agree; it takes "
+            f"n={needed} or more, or a larger sigma"
+        )
+    (cell,) = step.cells(1, place, None)
+    learned = {} if train is None else {"train": shown_id(train)}
+    return CertifyAlone(1, step, model, dataset, cell.seed, cell.parameters | learned, train=train)
+
+
+def certified_in_words(
+    rows: pd.DataFrame, shares: pd.DataFrame, data: ImageDataset, *, radius: float, side: int
+) -> tuple[str, str]:
+    """What the certificates of the first method say, in two sentences.
+
+    Parameters
+    ----------
+    rows, shares : DataFrame
+        From `certify_dataset`, of one noise level, and from `metrics.certified_accuracy`, with this radius.
+    data : ImageDataset
+    radius : float
+    side : int
+        Of the images that the model reads, in pixels.
+    """
+    first = shares[shares["radius"] == radius].iloc[0]
+    rows = rows[(rows["method"] == first.method) & (rows["guarantee"] == first.guarantee)]
+    family, n, row = find_perturbation(first.perturbation), len(rows), rows.iloc[0]
+    people = f" of {rows['patient'].nunique()} patients" if "patient" in rows else ""
+    change = "L2 norm" if family == PIXEL_NOISE else family.name
+    units = f"[0, 1] pixels, {side} x {side}" if family == PIXEL_NOISE else family.units
+    if np.isnan(first.certified_accuracy):
+        held = f"nothing is known at radius {radius:g}: the draws reach {first.radius_reach:.3g}"
+    else:
+        kept = round(first.certified_accuracy * n)
+        held = (
+            f"{kept} ({_percent(kept / n)}, 95 % interval {_percent(first.low)} to {_percent(first.high)}) keep their "
+            f"right answer under every change of {change} up to {radius:g} ({units})"
+        )
+    answered = rows.loc[rows["predicted"] >= 0, "predicted"]
+    most = answered.value_counts()
+    same = f"{data.classes[most.index[0]]!r} is the answer to {most.iloc[0]}" if len(most) else "no image has an answer"
+    if len(most) and metrics.is_constant_predictor(answered.to_numpy()):
+        same += ", nearly one answer for all: do not take it for knowledge"
+    largest = max(data.class_counts().values()) / len(data)
+    return (
+        f"Of {n} images{people}, {held}; {first.method}, sigma {row.sigma:g}, guarantee: {first.guarantee}, "
+        f"alpha {row.alpha:g} for each image.",
+        f"{n - len(answered)} abstain; guessing would be right in {_percent(1 / len(data.classes))}, the "
+        f"commonest class alone in {_percent(largest)}; {same}.",
+    )
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.0f} %"
 
 
 def _retrained(

@@ -239,9 +239,14 @@ class Cell(ABC):
         """Id of the model before any adaptation."""
         return self.source.base if self.source else self.model
 
+    @property
+    def shown(self) -> str:
+        """Its data set as cards and pages name it."""
+        return shown_id(self.dataset)
+
     def begin(self, study: Path, title: str) -> Run:
         """Start the clock."""
-        where = {"step": self.step.kind, "model": self.model, "dataset": self.dataset, "seed": self.seed}
+        where = {"step": self.step.kind, "model": self.model, "dataset": self.shown, "seed": self.seed}
         return Run(self.card_name, title, self.folder(study), where | self.parameters, time.monotonic())
 
     def keep_times(self, study: Path, **seconds: float) -> None:
@@ -269,6 +274,12 @@ class Cell(ABC):
 def seconds_for(draws: float | None, rate: float | None) -> float | None:
     """Time for so many draws; None where one of the two is not known."""
     return None if draws is None or rate is None else draws / rate
+
+
+def shown_id(dataset: str) -> str:
+    """Id of a data set without the folders that lead to it, and without what its classes are called."""
+    scheme, colon, path = dataset.partition(":")
+    return f"{scheme}:{re.sub('[?&](words|group)=[^&]*', '', Path(path).name)}" if colon else dataset
 
 
 def short_id(id: str) -> str:
