@@ -7,6 +7,7 @@ import json
 import math
 import os
 import platform
+import re
 import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -41,6 +42,10 @@ _METRIC_PARTS = {
     "high": int | float | None, "settings": dict,
 }  # fmt: skip
 _AGAIN = "Delete it and run the notebook again."
+# In the text of JSON: from a root to the last slash of a path, of Unix or of Windows.
+_PLACE = re.compile(
+    r'(?<![\w./%)<])~?/(?!\s)(?:[^/"?:;,\\\n]+/)*(?=[\w.~-])|(?<!\w)[A-Za-z]:(?:\\\\|/)(?:[^"?/\\]+(?:\\\\|/))*'
+)
 RUN_DIR_VARIABLE = "MEDROBUST_RUN_DIR"
 HEADLESS_VARIABLE = "MEDROBUST_HEADLESS"
 BY_HAND = "by-hand"  # the run of notebooks that a person executes
@@ -115,7 +120,7 @@ class Run:
     @property
     def parameters_hash(self) -> str:
         """What tells these parameters from others; see `parameters_hash`."""
-        return parameters_hash(self.parameters)
+        return parameters_hash(without_folders(self.parameters))
 
     def save_figure(self, figure: "Figure", name: str, *, caption: str = "") -> Path:
         """Write a figure to ``figures/<number>_<name>.png``.
@@ -248,11 +253,18 @@ class Run:
             "environment": environment(),
             "git": git_state(),
         }
+        placed = ("parameters", "model", "dataset", "notes")
+        card |= without_folders({name: card[name] for name in placed})
         for name, table in tables.items():
             write_text_atomically(self.folder / "cards" / f"{name}.csv", table.to_csv(index=False))
         path = self.folder / "cards" / f"{self.number}.json"
         write_text_atomically(path, json.dumps(card, indent=2, allow_nan=False) + "\n")
         return path
+
+
+def without_folders(value: Any) -> Any:
+    """A JSON value in which of every absolute path the last part is left: folders may tell a person or a machine."""
+    return json.loads(_PLACE.sub("", json.dumps(value, ensure_ascii=False)))
 
 
 def parameters_hash(parameters: Mapping[str, Any]) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pandas as pd
 
-from medrobust_lib.experiments.cards import parameters_hash, write_text_atomically
+from medrobust_lib.experiments.cards import parameters_hash, without_folders, write_text_atomically
 
 LOWER_IS_BETTER = ("error", "ece", "mce", "degradation", "majority_share", "abstain_rate")
 TASKS: Mapping[str, str] = MappingProxyType(
@@ -32,10 +32,6 @@ _COLUMNS = ("run", "notebook", "model", "dataset", "metric", "of", "value", "low
 _COLUMNS += ("table", "task", "method", "sigma", "radius", "guarantee", "chance", "constant")
 _SAME = ["parameters", "model", "of", "value", "n"]
 RANKS = "A rank is a range where intervals overlap; * has no interval and is ranked by its value."
-# In the text of JSON: from a root to the last slash of a path, of Unix or of Windows.
-_PLACE = re.compile(
-    r'(?<![\w./])~?/(?!\s)(?:[^/"?:;,\\\n]+/)*(?=[\w.~-])|(?<!\w)[A-Za-z]:(?:\\\\|/)(?:[^"?/\\]+(?:\\\\|/))*'
-)
 
 
 def leaderboard(cards: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
@@ -136,8 +132,8 @@ def add_cards(cards: Iterable[Mapping[str, Any]], folder: Path) -> list[Path]:
     """
     texts = {}
     for card in cards:
-        text = json.dumps({name: value for name, value in card.items() if name != "run"}, ensure_ascii=False)
-        kept = json.loads(_PLACE.sub("", text)) | {"tables": [], "images": ""}
+        kept = without_folders({name: value for name, value in card.items() if name != "run"})
+        kept |= {"tables": [], "images": ""}
         kept["parameters_hash"] = parameters_hash(kept["parameters"])
         model, number, told = kept["model"].get("id", ""), kept["notebook"], f"{card['title']!r} of {card['created']}"
         if not re.fullmatch(r"\d[\w-]*", number):

@@ -26,7 +26,7 @@ from rich.table import Table
 from rich.text import Text
 
 from medrobust_lib.experiments import read_cards, write_text_atomically
-from medrobust_lib.experiments.cards import CAPTION_KEY
+from medrobust_lib.experiments.cards import CAPTION_KEY, without_folders
 from medrobust_lib.experiments.images import SHOWN_IMAGES, check_image_table, worst_first
 from medrobust_lib.experiments.leaderboards import RANKS, comparable_tables
 from medrobust_lib.files import parsed
@@ -39,7 +39,6 @@ _HEADING = re.compile(r"^#+ +(.+)", re.MULTILINE)
 WIDE = 1.9  # width over height from which a figure gets the whole row
 _RADIUS = r"(?:^|, )(radius=[^,\s]+)(?: \(the draws reach [^)]+\))?"
 _MEASURED_ON = ["dataset", "model", "of", "n"]
-_FOLDERS = re.compile(r"""(?<![\w.~/\\-])(?:~|[A-Za-z]:)?[\\/](?=[^\s\\/])(?:[^\s\\/,;'"]+[\\/])*""")
 _PLAIN_NAME = re.compile(r"\w[\w.-]*")
 # Options of rich's columns: numbers are never broken over lines, long names are.
 _NUMBER = {"justify": "right", "no_wrap": True}
@@ -124,7 +123,7 @@ def _filled(template: str, **values: Any) -> str:
     spaces = {"trim_blocks": True, "lstrip_blocks": True}
     templates = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, **spaces)
     templates.globals |= {"interval_text": interval_text, "short_number": short_number}
-    templates.filters["without_folders"] = without_folders
+    templates.filters["without_folders"] = lambda value: without_folders(str(value))
     return templates.get_template(template).render(**values)
 
 
@@ -359,11 +358,6 @@ def short_number(value: float, digits: int) -> str:
     # What rounds to zero has no sign.
     text = f"{value:z.{digits}f}" if abs(value) < 10 else f"{value:.4g}"
     return re.sub(r"^(-?)0(?=\.)", r"\1", text)
-
-
-def without_folders(text: object) -> str:
-    """A text in which absolute paths are the names of their files: folders may tell a person or a machine."""
-    return _FOLDERS.sub("", str(text))
 
 
 def duration(seconds: float) -> str:

@@ -445,12 +445,8 @@ def _retrained(
     seed: int,
 ) -> DualEncoder:
     """The tower that was re-trained on this noise, from its file if it is there."""
-    header = {
-        "sigma": sigma,
-        "seed": seed if one.seed is None else one.seed,
-        "method": repr(one),
-        **_setting(perturbation.name),
-    }
+    header = {"sigma": sigma, "seed": seed if one.seed is None else one.seed, "method": repr(one)}
+    header |= _setting(perturbation.name)
     if not path.is_file():
         rate = {} if one.learning_rate is None else {"learning_rate": one.learning_rate}
         words = {"shots": one.shots, "epochs": one.epochs, "batch_size": one.batch_size, **rate}

@@ -79,7 +79,19 @@ def test_what_draws_cannot_reach_is_no_number_and_has_no_rank(run, tmp_path, cap
     show_ranking(table)
     assert re.search(r"– +– +4 .*radius=2", capsys.readouterr().out)
     index = write_report(tmp_path / "demo").read_text()
-    assert "– (beyond the reach of the draws)" in index
+    assert "– where the draws cannot reach what was asked" in index and ">–</td>" in index
+
+
+def test_no_folder_of_a_machine_enters_a_card(tmp_path, monkeypatch):
+    monkeypatch.setenv("MEDROBUST_RUN_DIR", str(tmp_path))
+    folder = tmp_path / "somebody" / "scans"
+    run = start_run("01", "Title", dataset=f"folder:{folder}?group=folder", words=f"{folder}/words.yaml")
+    facts = {"model": {"id": f"local-dir:{folder}"}, "dataset": {"id": "folder:scans"}, "prompts": {}}
+    text = run.save_card(metrics=[], tables={}, notes=[f"Images read from {folder}."], **facts).read_text()
+    card = json.loads(text)
+    assert card["parameters"] == {"dataset": "folder:scans?group=folder", "words": "words.yaml"}
+    assert card["model"]["id"] == "local-dir:scans" and card["notes"] == ["Images read from scans."]
+    assert str(tmp_path) not in text and card["parameters_hash"] == run.parameters_hash
 
 
 def test_parameters_must_be_json():

@@ -187,7 +187,7 @@ def test_parameters_and_prompts_stand_in_words_and_without_the_folders_of_a_mach
     [
         ("folder:/home/a/b", "folder:b"), ("csv:/a/b.csv", "csv:b.csv"), ("folder:/data", "folder:data"),
         ("folder:C:\\x\\y", "folder:y"), ("~/a/b", "b"), ("phantom/blood and / or ../x", "phantom/blood and / or ../x"),
-        ("https://x.org/y/z", "https://x.org/y/z"), (3, "3"),
+        ("https://x.org/y/z", "https://x.org/y/z"), ("5 %/10 %", "5 %/10 %"), (3, 3),
     ],
 )  # fmt: skip
 def test_folders_of_a_machine_are_left_out(text, shown):
