@@ -97,7 +97,7 @@ class BenchmarkCell(Cell):
 
     def run(self, study: Path, *, notebooks: Path | None = None, workers: Workers = ALONE) -> None:
         """Classify every image, clean and corrupted."""
-        run, model = self.begin(study, f"{self.model} on corrupted images of {self.dataset}"), self.encoder(study)
+        run, model = self.begin(study, f"{self.model} on corrupted images of {self.shown}"), self.encoder(study)
         suite, seed, folder = self.step.suite, self.seed or 0, self.step.folder
         data = self._stored(CLEAN, severity=0) if folder else self.images()
         make = partial(self._read, data) if folder else partial(corrupted, suite=suite, seed=seed)
@@ -117,7 +117,7 @@ class BenchmarkCell(Cell):
         figure = Figure()
         plot_severity_curves(lines, axes := figure.subplots(), by="corruption", chance=1 / len(data.classes))
         legend_beside(axes)
-        run.save_figure(figure, "headline", caption=f"Accuracy over severity: {self.label}")
+        run.save_figure(figure, "headline", caption=f"Accuracy over severity, {run.title}")
         numbers = _benchmark_metrics(rows, table, suite=suite)
         tables = {f"{run.number}_{ANSWERS}": rows, f"{run.number}_accuracy": table}
         prompts = {"template": data.templates[0], "classes": list(data.classes)}

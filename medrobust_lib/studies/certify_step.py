@@ -262,8 +262,7 @@ class CertifyCell(Cell):
             notes.append("The known label was tested (mode evaluate): for tables only, no prediction was certified.")
         figure = Figure()
         plot_certified_accuracy(shares, figure.subplots(), chance=1 / len(data.classes))
-        about = f"{self.model} on {self.shown}, {self.variant}"
-        run.save_figure(figure, "headline", caption=f"Certified accuracy over the radius: {about}.")
+        run.save_figure(figure, "headline", caption=f"Certified accuracy over the radius, {run.title}, {self.variant}")
         numbers = _certificate_metrics(metrics.certification_summary(rows), shares)
         tables = {f"{run.number}_{CERTIFICATES}": rows, f"{run.number}_certified_accuracy": shares}
         prompts = {"templates": list(data.templates), "classes": list(data.classes)}
@@ -384,8 +383,8 @@ def certify_alone(
             f"n={needed} or more, or a larger sigma"
         )
     (cell,) = step.cells(1, place, None)
-    learned = {} if train is None else {"train": shown_id(train)}
-    return CertifyAlone(1, step, model, dataset, cell.seed, cell.parameters | learned, train=train)
+    parameters = cell.parameters | ({} if train is None else {"train": shown_id(train)})
+    return CertifyAlone(1, step, model, dataset, cell.seed, parameters, train=train)
 
 
 def certified_in_words(
