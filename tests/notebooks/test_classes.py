@@ -10,8 +10,10 @@ from functools import cache
 from pathlib import Path
 
 import matplotlib.pyplot as plt
+import nbformat
 import notebook_cells
 import numpy as np
+import pandas as pd
 import pytest
 from PIL import Image
 
@@ -22,7 +24,6 @@ from medrobust_lib.runner import find_notebooks
 NOTEBOOKS = find_notebooks()
 MOST_INCHES = 16  # of a figure as it is saved: 2,400 dots at 150 an inch
 SMALL = {
-    "01": {"compare": []},
     "02": {"sigmas": [0.0, 0.25]},
     "03": {"sigmas": [0.25], "n_draws": 50, "shots": 1, "n_images": 12},
     "03b": {"n_draws": 20, "epochs": 1, "n_images": 12},
@@ -41,6 +42,7 @@ FOLDERS = {
 OF_PROMPTS = ("03", "03b")  # notebooks whose question needs a model that learns prompts
 OF_LEARNING = (*OF_PROMPTS, "04")  # and images to learn from
 OF_ERRORS = ("04", "05", "07")  # compare errors
+OF_SINGLE_IMAGES = ("01", "02", "07")  # keep a table of them, and sentences about the run
 WITHOUT_PROMPTS = (*OF_ERRORS, "08")  # do without prompts where none can be learned
 # Which encoder meets which folder: every notebook the least of encoders once, and those that compare errors have the
 # two classes without an error further down.
@@ -77,7 +79,7 @@ def finish(tmp_path, monkeypatch, capsys, folders):
         path, n_images = (folders(folder), FOLDERS[folder][1]) if isinstance(folder, str) else (folder, 6)
         images = f"folder:{path}"
         given = {"n_images": n_images, "model": f"python:tiny_encoders:load_{model}"}
-        given |= {"images" if number == "07" else "dataset": images} | SMALL.get(number, {})
+        given |= {"dataset": images} | SMALL.get(number, {})
         given |= {"datasets": [images]} if number == "04" else {}
         measured = str(folder).startswith("200")
         notebook_cells.run_cells(NOTEBOOKS[number], given, after_cell=measure if measured else lambda place: None)
@@ -108,7 +110,7 @@ def measure(place: int) -> None:
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(("number", "folder", "model"), RUNS)
-def test_it_reaches_its_end(finish, number, folder, model):
+def test_it_reaches_its_end(finish, tmp_path, number, folder, model):
     card, said = finish(number, folder, model=model)
     assert card["metrics"] and card["tables"]
     left_out = [note for note in card["notes"] if note.startswith("Left out: ")]
@@ -116,6 +118,15 @@ def test_it_reaches_its_end(finish, number, folder, model):
         ["Left out: learned prompts: least reads whole texts only: prompts are learned among word embeddings "
          "(embed_tokens)"] if model == "least" and number in WITHOUT_PROMPTS else []
     )  # fmt: skip
+    if number in OF_SINGLE_IMAGES:
+        first_cell = nbformat.read(NOTEBOOKS[number], as_version=4).cells[0].source
+        assert card["question"] == re.search(r"\*\*(.+)\*\*", first_cell)[1]
+        assert len(card["findings"]) == 2 and all("95 % interval" in found for found in card["findings"])
+        listed = pd.read_csv(tmp_path / "run" / "cards" / f"{card['images']}.csv")
+        assert len(listed) and listed.file.str.fullmatch(r"class \d{3}/\d+\.png").all()
+        assert not [metric for metric in card["metrics"] if metric["dataset"] not in ("", card["dataset"]["id"])]
+    if number == "01":
+        assert "alone, with no phantom beside it" in said
     if number == "01" and folder.startswith("200"):
         assert "Left out: 170 classes: no image of them among 30; raise n_images" in said
 
