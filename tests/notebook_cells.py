@@ -43,7 +43,7 @@ CHEAPER = {
         "per_side = both.usual_sigma, 41": "per_side = both.usual_sigma, 9",
     },
     "07": {
-        'RECIPE if model.startswith("demo-clip") else {"epochs": 20,': 'RECIPE | {"epochs": 1} if 1 else {"epochs": 1,',
+        '"demo-clip") else recipe': '"demo-clip") else recipe\nrecipe = recipe | {"epochs": 1}',
         '"batch_size": 32}': '"batch_size": 32, "epochs": 1}',
         '"n0": 50, "n": 500': '"n0": 10, "n": 50',
     },

@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 
 from medrobust_lib import cli
 from medrobust_lib.data.registry import load_dataset
+from medrobust_lib.metrics import share_interval
 from medrobust_lib.models.adapters import attach_adapters, load_adapter, trainable_share
 from medrobust_lib.models.loading import load_model
 from medrobust_lib.models.text_frame import why_not_learned
@@ -24,6 +25,7 @@ from medrobust_lib.smoothing.prompts import learn_prompts
 pytestmark = pytest.mark.filterwarnings("ignore")
 REAL = Path(os.environ.get("MEDROBUST_REAL_DATA") or Path(__file__).parents[3] / "shared" / "data" / "real")
 PROMPTS = {"lesion": "an ultrasound image of a bright lesion.", "healthy": "an ultrasound image without a lesion."}
+WORDS = json.dumps({"class_names": PROMPTS, "templates": ["{}"]})  # JSON is YAML
 
 
 @pytest.fixture
@@ -83,7 +85,7 @@ def test_an_undivided_folder_with_own_prompts_and_a_clip_of_the_hub(user, no_ker
     write_clip(user / "hub", "me/my-clip")
     write_images(user / "breast", healthy=10, lesion=6)
     (user / "breast" / "lesion" / "99.png").write_bytes((user / "breast" / "lesion" / "00.png").read_bytes())
-    given = {"model": "hf:me/my-clip", "images": f"folder:{user / 'breast'}", "prompts": PROMPTS, "sigma": 0.05}
+    given = {"model": "hf:me/my-clip", "dataset": f"folder:{user / 'breast'}", "words": WORDS, "sigma": 0.05}
     card = run_notebook(user, **given)
     assert (card["parameters"] | given, card["model"]["id"]) == (card["parameters"], "hf:me/my-clip")
     assert card["dataset"]["classes"] == [PROMPTS["healthy"], PROMPTS["lesion"]]
@@ -103,11 +105,32 @@ def test_an_undivided_folder_with_own_prompts_and_a_clip_of_the_hub(user, no_ker
     assert {path.name for path in user.iterdir()} == {"hub", "breast", "parameters.yaml", "out"}
 
 
+def test_images_of_a_patient_stay_on_one_side_and_count_as_fewer(user, no_kernel):
+    draw = np.random.default_rng(0)
+    for name in ("healthy", "lesion"):
+        for patient in range(6):
+            (user / "breast" / name / f"p{patient}{name[0]}").mkdir(parents=True)
+            for number in range(3):
+                image = draw.integers(30, 110, (48, 48)).astype(np.uint8)
+                image[:, : 4 * patient + 8] += 100
+                Image.fromarray(image).save(user / "breast" / name / f"p{patient}{name[0]}" / f"{number}.png")
+    card = run_notebook(user, dataset=f"folder:{user / 'breast'}")
+    assert any("all images of a patient on one side" in note for note in card["notes"])
+    images = pd.read_csv(user / "out" / "cards" / "07_images.csv")
+    assert images.patient.nunique() < len(images) == card["dataset"]["n"]
+    assert (images.file.str.split("/").str[1] == images.patient).all()
+    assert images.right_when_corrupted.between(0, 1).all()
+    accuracy = read_tables(user)[0].iloc[0]
+    right = images.predicted == images.label
+    assert (accuracy.low, accuracy.high) == pytest.approx(share_interval(right, groups=images.patient))
+    assert (accuracy.low, accuracy.high) != pytest.approx(share_interval(right))
+
+
 def test_too_few_images_to_divide_are_measured_and_nothing_is_learned(user, no_kernel):
     write_images(user / "two", healthy=1, lesion=1)
     rows = "healthy/00.png,healthy\nlesion/00.png,lesion\n"
     (user / "two" / "list.csv").write_text(f"path,label\n{rows}")
-    card = run_notebook(user, images=f"csv:{user / 'two' / 'list.csv'}")
+    card = run_notebook(user, dataset=f"csv:{user / 'two' / 'list.csv'}")
     assert (card["dataset"]["id"], card["dataset"]["n"]) == ("csv:list.csv", 2)
     assert any(note.startswith("Nothing was learned: ") for note in card["notes"])
     accuracy, corruptions, certificates = read_tables(user)
@@ -117,7 +140,7 @@ def test_too_few_images_to_divide_are_measured_and_nothing_is_learned(user, no_k
 
 def test_a_torchvision_resnet_is_measured_and_adapted_as_a_dual_encoder_is(user, no_kernel):
     write_images(user / "breast", healthy=12, lesion=12)
-    given = {"model": "python:tiny_encoders:load_resnet", "images": f"folder:{user / 'breast'}", "sigma": 0.05}
+    given = {"model": "python:tiny_encoders:load_resnet", "dataset": f"folder:{user / 'breast'}", "sigma": 0.05}
     card = run_notebook(user, **given)
     assert card["model"]["id"] == "ResNet"
     reason = "ResNet is a classifier and reads no texts, so there are no prompts"
@@ -137,7 +160,7 @@ def test_a_torchvision_resnet_is_measured_and_adapted_as_a_dual_encoder_is(user,
     reason=f"no real images at {REAL}; name their folder with MEDROBUST_REAL_DATA",
 )
 def test_real_ultrasound_images_in_class_folders(user, no_kernel):
-    card = run_notebook(user, images=f"folder:{REAL / 'folders' / 'breast_us'}", n_images=14, fraction=0.05)
+    card = run_notebook(user, dataset=f"folder:{REAL / 'folders' / 'breast_us'}", n_images=14, fraction=0.05)
     assert card["dataset"] | {"classes": ["malignant", "normal benign"], "split": "test"} == card["dataset"]
     assert any("say nothing about medical models" in note for note in card["notes"])
     assert "train and test are the data set's own splits" in card["notes"]
