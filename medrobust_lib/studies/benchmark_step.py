@@ -117,7 +117,7 @@ class BenchmarkCell(Cell):
         figure = Figure()
         plot_severity_curves(lines, axes := figure.subplots(), by="corruption", chance=1 / len(data.classes))
         legend_beside(axes)
-        run.save_figure(figure, "headline", caption=f"Accuracy over severity, {run.title}")
+        run.save_figure(figure, "headline", caption=f"Accuracy over severity: {self.label}")
         numbers = _benchmark_metrics(rows, table, suite=suite)
         tables = {f"{run.number}_{ANSWERS}": rows, f"{run.number}_accuracy": table}
         prompts = {"template": data.templates[0], "classes": list(data.classes)}

@@ -262,7 +262,7 @@ class CertifyCell(Cell):
             notes.append("The known label was tested (mode evaluate): for tables only, no prediction was certified.")
         figure = Figure()
         plot_certified_accuracy(shares, figure.subplots(), chance=1 / len(data.classes))
-        run.save_figure(figure, "headline", caption=f"Certified accuracy over the radius, {run.title}, {self.variant}")
+        run.save_figure(figure, "headline", caption=f"Certified accuracy over the radius: {self.label}")
         numbers = _certificate_metrics(metrics.certification_summary(rows), shares)
         tables = {f"{run.number}_{CERTIFICATES}": rows, f"{run.number}_certified_accuracy": shares}
         prompts = {"templates": list(data.templates), "classes": list(data.classes)}

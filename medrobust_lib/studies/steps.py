@@ -206,7 +206,7 @@ class Cell(ABC):
     @property
     def label(self) -> str:
         """What a person reads in tables: its step's number, what is done to which model on which data set, and how."""
-        seed, where = "" if self.seed is None else f"seed {self.seed}", self.dataset and f"on {self.dataset}"
+        seed, where = "" if self.seed is None else f"seed {self.seed}", self.shown and f"on {self.shown}"
         done = " ".join(filter(None, (str(self.number), self.what, self.model, where)))
         return ", ".join(filter(None, (done, self.variant, seed)))
 
