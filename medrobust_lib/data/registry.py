@@ -225,8 +225,8 @@ class OpenSplit:
             )
         elif groups and len(set(groups)) < len(groups):
             caveats.append(
-                f"{len(groups)} images of {len(set(groups))} patients: intervals are over patients, and splits drawn "
-                "here keep all images of one together."
+                "Patients have several images: intervals are over patients, and what is divided here keeps all images "
+                "of one together."
             )
         if drawn.get("draw") == "balanced":
             caveats.append(prevalence_changed(labels, self.labels))

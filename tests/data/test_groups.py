@@ -46,6 +46,7 @@ def test_files_and_groups_follow_the_images_into_subsets(tmp_path):
     assert data.files[0] == "sick/sick-p1/front.png" and data.files[-1] == "well/well-p2/side.png"
     assert data.groups[:4] == ("sick-p1", "sick-p1", "sick-p2", "sick-p2") and data.provenance["patients"] == 4
     assert str(tmp_path) not in "".join(data.files)
+    assert sum("intervals are over patients" in said for said in data.caveats) == 1
     part = data.subset([5, 0])
     assert part.files == (data.files[5], data.files[0]) and part.groups == (data.groups[5], data.groups[0])
     assert load_dataset(f"folder:{tmp_path / 'set'}?group=none").groups == ()
