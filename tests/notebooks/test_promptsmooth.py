@@ -131,3 +131,8 @@ def test_notebook_runs_on_prepared_tiles_with_plip(user, tiles, sigmas, tested):
     assert table["certified_accuracy"][within].between(0, 1).all() and (table["n"] == tested).all()
     assert table["certified_accuracy"][~within].isna().all() and (~within).any()  # 30 draws do not reach all radii
     assert (user / "out" / "figures" / "03_headline.png").is_file()
+    images = pd.read_csv(user / "out" / "cards" / "03_images.csv")
+    assert (card["images"], len(images), set(images["guarantee"])) == ("03_images", tested, {"standard"})
+    assert images["file"].str.endswith(".tif").all() and not images["file"].str.startswith("/").any()
+    assert card["question"].endswith("?") and len(card["findings"]) == 2
+    assert not [sentence for sentence in card["findings"] if "nan" in sentence]

@@ -87,7 +87,7 @@ def run_notebook(user: Path, model: str, datasets: list[str], **parameters: obje
 def check(user: Path, card: dict, datasets: list[str], *, rank: int) -> None:
     """What the notebook leaves, whatever the model and the data."""
     assert card["parameters"]["model"] == card["model"]["id"]
-    assert (len(card["parameters"]["datasets"]), card["parameters"]["fraction"]) == (len(datasets), 0.1)
+    assert (card["dataset"]["all"], card["parameters"]["fraction"]) == (datasets, 0.1)
     assert (card["dataset"]["n"], card["dataset"]["synthetic"]) == (N_IMAGES, False)
     tables = {
         name: pd.read_csv(user / "out" / "cards" / f"04_{name}.csv", dtype={"seed": str})
@@ -106,6 +106,10 @@ def check(user: Path, card: dict, datasets: list[str], *, rank: int) -> None:
     assert set(tables["ablations"].fraction) == {0.1, 0.07, 0.03, 0.01}
     assert set(tables["certified"].guarantee) == {"standard"}
     assert (user / "out" / "figures" / "04_headline.png").is_file()
+    images = pd.read_csv(user / "out" / "cards" / "04_images.csv")
+    assert images.groupby("dataset", sort=False).size().to_dict() == dict.fromkeys(datasets, N_IMAGES)
+    assert not images["file"].str.startswith("/").any() and images["confidence"].between(0, 1).all()
+    assert card["question"].endswith("?") and len(card["findings"]) == 2
 
 
 def check_adapters(user: Path, datasets: list[str], *, rank: int) -> None:
@@ -132,7 +136,6 @@ def test_the_two_data_sets_of_the_command_are_adapted_to_at_once(user):
     splits = fraction_splits("medmnist/pneumonia", fraction=0.1, n_val=60, n_test=N_IMAGES)
     assert (len(splits.train), len(splits.val), len(splits.test), splits.train.synthetic) == (9, 10, 12, False)
     card = run_notebook(user, "biomedclip", datasets, n_images=N_IMAGES, rank=8)
-    assert card["dataset"]["all"] == datasets
     check(user, card, datasets, rank=8)
     check_adapters(user, datasets, rank=8)
 
@@ -160,7 +163,7 @@ def test_the_notebook_runs_on_undivided_folders_with_open_clips_own_transformer(
         for number in range(14):
             pixels = (np.array(colour) + draw.integers(-50, 50, (36, 40, 3))).clip(0, 255).astype(np.uint8)
             Image.fromarray(pixels).save(images / name / f"{number}.png")
-    card = run_notebook(user, f"local-dir:{model}", [f"folder:{images}"], n_images=N_IMAGES, rank=2)
+    card = run_notebook(user, f"local-dir:{model}", [], dataset=f"folder:{images}", n_images=N_IMAGES, rank=2)
     check(user, card, ["folder:colours"], rank=2)
     for path in (user / "out").rglob("provenance.json"):
         facts = json.loads(path.read_text(encoding="utf-8"))
