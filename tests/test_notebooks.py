@@ -24,9 +24,9 @@ SHORTER = {  # notebooks that keep a stricter rule, one a line
     "03": 15,
     "03b": 15,
     "04": 15,
-    "05": 15,
-    "06": 15,
-    "08": 15,
+    "05": 20,
+    "06": 20,
+    "08": 20,
 }
 NEEDS_GUARD = re.compile(r"^\s*(?:import|from)\s+(torchvision|timm|open_clip|peft|transformers)\b", re.MULTILINE)
 
@@ -90,7 +90,7 @@ def test_one_parameters_cell_of_annotated_literals_with_comments(notebook, path)
     cells = [cell for cell in code_cells(notebook) if "parameters" in tags(cell)]
     assert len(cells) == 1
     tree = ast.parse(cells[0].source)
-    assert 1 <= len(tree.body) <= 8
+    assert 1 <= len(tree.body) <= 9
     for statement, line in zip(tree.body, cells[0].source.splitlines(), strict=True):
         assert isinstance(statement, ast.AnnAssign), line
         ast.literal_eval(statement.value)
