@@ -120,7 +120,7 @@ def test_it_reaches_its_end(finish, tmp_path, number, folder, model):
     )  # fmt: skip
     if number in OF_SINGLE_IMAGES:
         first_cell = nbformat.read(NOTEBOOKS[number], as_version=4).cells[0].source
-        assert card["question"] == re.search(r"\*\*(.+)\*\*", first_cell)[1]
+        assert card["question"] == re.search(r"\*\*(.+)\*\*", first_cell)[1].replace("*", "")
         assert len(card["findings"]) == 2 and all("95 % interval" in found for found in card["findings"])
         listed = pd.read_csv(tmp_path / "run" / "cards" / f"{card['images']}.csv")
         assert len(listed) and listed.file.str.fullmatch(r"class \d{3}/\d+\.png").all()
