@@ -20,6 +20,7 @@ HEADINGS = [
     "Explore",
 ]  # fmt: skip
 MOST_LINES = 25  # of a code cell, all lines counted
+WIDEST = 96  # characters of a code line: pages show no more
 SHORTER = {  # notebooks that keep a stricter rule, one a line
     "03": 15,
     "03b": 15,
@@ -118,6 +119,7 @@ def test_sizes(notebook, path):
     assert path.stat().st_size <= 400_000
     for cell in code_cells(notebook):
         assert len(cell.source.splitlines()) <= SHORTER.get(path.name.split("_")[0], MOST_LINES), cell.source
+        assert max(map(len, cell.source.splitlines())) <= WIDEST, cell.source
 
 
 def test_no_shell_installs_no_silencing_and_no_machine_paths(notebook):
