@@ -1,6 +1,7 @@
 """Own images: class folders (ImageFolder and CoOp style) and CSV tables, each listed cheaply or refused with advice."""
 
 import io
+import itertools
 import os
 import re
 import unicodedata
@@ -99,7 +100,7 @@ def class_folder_split(root: Path, split: str, *, bit_depth: int | None = None, 
         check_choice("group", group, (AUTO, UNGROUPED, BY_FOLDER, BY_DICOM))
     within = [path.relative_to(folders[split] / code).parts for path, code in images]
     patients = [parts[0] if len(parts) > 1 else "" for parts in within]
-    nested = [str(path.relative_to(root)) for (path, _), patient in zip(images, patients, strict=True) if patient]
+    nested = list(filter(None, patients))
     if group == BY_FOLDER and not nested:
         raise ValueError(
             f"group='folder': no image of {root} lies in a folder below its class folder, CLASS/PATIENT/FILE; move "
@@ -108,8 +109,8 @@ def class_folder_split(root: Path, split: str, *, bit_depth: int | None = None, 
     if nested:
         taken = " and each of these folders for a patient" if group in (AUTO, BY_FOLDER) else ""
         caveats.append(
-            f"{len(nested)} of {len(images)} images lie in folders below their class folder ({first_of(nested)}) and "
-            f"were taken for images of that class{taken}."
+            f"{len(nested)} of {len(images)} images lie in folders below their class folder and were taken for images "
+            f"of that class{taken}."
         )
     listed = _listed(split, images, counts, source=root, folders=[root, base], bit_depth=bit_depth)
     groups = _groups(group, patients, listed.files, [path for path, _ in images])
@@ -173,7 +174,14 @@ def _listed(
     shapes, read = file_images(paths, bit_depth)
     base = folders[0]
     words, templates = _names(codes, folders)
-    names = tuple(str(path.relative_to(base)) if path.is_relative_to(base) else path.name for path in paths)
+    inside = [path.is_relative_to(base) for path in paths]
+    outside = [path.parts for path, within in zip(paths, inside, strict=True) if not within]
+    # Of files elsewhere as much of the path as tells them apart.
+    tail = next(length for length in itertools.count(1) if len({parts[-length:] for parts in outside}) == len(outside))
+    names = tuple(
+        str(path.relative_to(base)) if within else "/".join(path.parts[-tail:]).removeprefix("//")
+        for path, within in zip(paths, inside, strict=True)
+    )
     return Split(
         split=split,
         labels=np.array([label_of[code] for _, code in images], dtype=np.int64),

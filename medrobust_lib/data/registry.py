@@ -202,6 +202,11 @@ class OpenSplit:
         return tuple(self.listed.groups(np.arange(len(self.labels))))
 
     @property
+    def patients(self) -> set[str]:
+        """The patients that are stated; an image whose patient nobody states is a group of its own."""
+        return {*self.groups} - {*self.listed.files}
+
+    @property
     def classes(self) -> tuple[str, ...]:
         """Prompt noun of each label."""
         return self.words.prompt_nouns

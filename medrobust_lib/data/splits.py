@@ -1,5 +1,6 @@
 """Images to learn from, images to choose by or adapt to, and test images, of a data set with splits or without."""
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Unpack, get_args
@@ -16,7 +17,7 @@ from medrobust_lib.data.dataset import (
     drawn_of_each_class,
     stratified_positions,
 )
-from medrobust_lib.data.inspection import first_of, learned_too
+from medrobust_lib.data.inspection import learned_too
 from medrobust_lib.data.registry import OpenSplit, SplitOptions, open_split
 
 Positions = NDArray[np.int64]
@@ -284,9 +285,14 @@ class _Sides:
         """Whether the data set itself keeps images to learn from and test images apart, in a sentence."""
         if self.divided:
             said = f"{self.learning.listed.split} and test are the data set's own splits"
-            both = sorted({*self.learning.groups} & {*self.testing.groups})
-            leaked = f"; {len(both)} patients are in both ({first_of(both)}), so results look better than they are"
-            return said + (leaked if both else "")
+            parts = [part for part in (self.learning, self.testing, self.validating) if part]
+            shared = [
+                f"; {len(one.patients & other.patients)} patients are in both {one.listed.split} and "
+                f"{other.listed.split}, so results look better than they are"
+                for one, other in itertools.combinations(parts, 2)
+                if one.patients & other.patients
+            ]
+            return said + "".join(shared)
         splits = self.testing.splits
         has = f"has no train split ({', '.join(splits)} only)" if splits else "has no splits"
         said = "patients may be on both sides" if self.patients is None else "all images of a patient on one side"

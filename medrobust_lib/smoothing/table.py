@@ -204,7 +204,8 @@ def _certify_item(study: _Study, item: tuple[int, Sigma]) -> tuple[list[dict[str
     verdicts = iter(take_votes(answers, plans, n0=rules.n0, label=tested, bounds=rules.bounds))
     rows = []
     for method, members in zip(study.methods, classifiers, strict=True):
-        verdict = agreement([next(verdicts) for _ in members])
+        found = [next(verdicts) for _ in members]
+        verdict = agreement(found)
         plan = study.plans[sigma, len(members)]
         rows.append({
             **image, "label": label, "class_name": classes[label], "model": study.model.id, "method": method.name,
@@ -213,7 +214,7 @@ def _certify_item(study: _Study, item: tuple[int, Sigma]) -> tuple[list[dict[str
             "sigma": level_in_words(sigma) if isinstance(sigma, tuple) else sigma,
             "predicted": verdict.predicted,
             "predicted_name": ABSTAINED if verdict.predicted == ABSTAIN else classes[verdict.predicted],
-            "confidence": verdict.k / verdict.n if verdict.n else None,
+            "confidence": min((one.k / one.n for one in found if one.n), default=None),
             "radius": verdict.radius, "radius_tested": plan.largest_radius,
             "radius_reach": maximum_radius(plan.n, plan.alpha, plan.sigma, law=plan.law), "p_lower": verdict.p_lower,
             "p_upper": verdict.p_upper, "bounds": verdict.bounds, "k": verdict.k, "n": verdict.n,

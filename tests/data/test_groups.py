@@ -82,6 +82,17 @@ def test_a_function_of_the_file_may_say_whose_it_is(tmp_path):
     assert data.groups == ("True", "True", "False", "False")
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_files_elsewhere_have_as_much_of_their_path_as_tells_them_apart(tmp_path):
+    lines = ["path,label"]
+    for number in range(4):
+        save(tmp_path / "far" / f"{number}" / "img.png", number)
+        lines.append(f"{tmp_path / 'far' / str(number) / 'img.png'},{'ab'[number // 2]}")
+    (tmp_path / "table").mkdir()
+    (tmp_path / "table" / "list.csv").write_text("\n".join(lines))
+    assert load_dataset(f"csv:{tmp_path / 'table' / 'list.csv'}").files == tuple(f"{n}/img.png" for n in range(4))
+
+
 def test_grouping_by_folders_needs_folders_and_registered_sets_take_none(tmp_path):
     for name in ("a", "b"):
         save(tmp_path / name / "0.png")

@@ -82,7 +82,15 @@ def test_the_only_patient_of_a_class_is_learned_from_and_it_is_said(tmp_path):
 def test_patients_on_both_sides_of_given_splits_are_counted(tmp_path):
     table = hospital(tmp_path, patients=6, split=lambda patient, image: "test" if image == 0 else "train")
     notes = learning_splits(table, shots=1, n_test=6, n_pool=2).notes
-    assert "6 patients are in both (p0, p1, p2 and 3 more), so results look better than they are" in notes[0]
+    assert "6 patients are in both train and test, so results look better than they are" in notes[0]
+    third = {0: "test", 1: "val"}
+    notes = learning_splits(
+        hospital(tmp_path / "c", patients=6, split=lambda patient, image: third.get(image, "train")),
+        shots=1, n_test=6, n_pool=2,
+    ).notes  # fmt: skip
+    assert all(
+        f"6 patients are in both {pair}" in notes[0] for pair in ("train and test", "train and val", "test and val")
+    )
     apart = hospital(tmp_path / "b", patients=6, split=lambda patient, image: "test" if patient > 3 else "train")
     assert learning_splits(apart, shots=1, n_test=6, n_pool=2).notes[0].endswith("are the data set's own splits")
 

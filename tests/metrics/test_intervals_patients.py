@@ -35,17 +35,26 @@ def test_one_patient_says_nothing_of_others():
     assert low < 0.001 and high > 0.999
 
 
-@pytest.mark.parametrize("patients", [10, 40])
-def test_coverage_where_images_of_a_patient_resemble_each_other(patients):
+@pytest.mark.parametrize("sizes", [[12] * 10, [12] * 40, [50] + [1] * 20, [30] + [1] * 30, [20, 10, 5] + [1] * 15])
+def test_coverage_where_images_of_a_patient_resemble_each_other(sizes):
     rng, hits, naive = np.random.default_rng(0), 0, 0
+    patients = np.repeat(np.arange(len(sizes)), sizes)
     for _ in range(300):
-        chance = rng.beta(1.4, 0.6, patients)  # mean 0.7, differing between patients
-        right = rng.random((patients, 12)) < chance[:, None]
-        low, high = metrics.share_interval(right.ravel(), groups=np.repeat(np.arange(patients), 12))
+        chance = rng.beta(1.05, 0.45, len(sizes))  # mean 0.7, differing between patients
+        right = rng.random(len(patients)) < chance[patients]
+        low, high = metrics.share_interval(right, groups=patients)
         hits += low <= 0.7 <= high
-        low, high = metrics.share_interval(right.ravel())
+        low, high = metrics.share_interval(right)
         naive += low <= 0.7 <= high
-    assert hits >= 0.93 * 300 and naive < 0.8 * 300
+    assert hits >= 0.95 * 300 and naive < 0.91 * 300
+
+
+def test_one_error_more_never_raises_the_lower_limit():
+    patients, lows = np.repeat(np.arange(10), 10), []
+    for errors in (0, 1, 2, 3, 5, 8, 12):
+        right = np.arange(100) >= errors
+        lows.append(metrics.share_interval(right, groups=patients)[0])
+    assert lows[0] > lows[1] and max(np.diff(lows)) < 0.02
 
 
 def test_a_bootstrap_of_patients_is_wider_than_one_of_images():
