@@ -42,9 +42,16 @@ _METRIC_PARTS = {
     "high": int | float | None, "settings": dict,
 }  # fmt: skip
 _AGAIN = "Delete it and run the notebook again."
-# In the text of JSON: from a root to the last slash of a path, of Unix or of Windows.
+# In the text of JSON: from a root to the last separator of a path, of Unix, of Windows or percent-encoded. What a value
+# or an option of an id begins with may have blanks in its parts; inside a sentence they end a path with slashes.
 _PLACE = re.compile(
-    r'(?<![\w./%)<])~?/(?!\s)(?:[^/"?:;,\\\n]+/)*(?=[\w.~-])|(?<!\w)[A-Za-z]:(?:\\\\|/)(?:[^"?/\\]+(?:\\\\|/))*'
+    r"""(?ix)
+    ((?:"|[?&][\w-]+=)(?:[\w.+-]{2,}(?::|%3A))*)
+    (?:(?:(?<=file:)|(?<!:))//+|~?(?:/|%2F)|[a-z](?::|%3A)(?:/|\\\\|%2F|%5C)|(?:\\\\){2}[\w.$-]+\\\\)(?!\s)
+    (?:(?:(?!&\w+=|:[\s/\\]|%2F|%5C)[^/"?\\])+(?:/|\\\\|%2F|%5C))*(?!%2F|%5C|[/"?\\\s])
+    | (?:(?<=file:)//+|(?<![\w./%)<])~?(?:/|%2F))(?:(?:(?!%2F)[^/"?:;,\\\s])+(?:/|%2F))*(?=[\w.~-])
+    | (?<![\w\\])(?:[a-z]:(?:\\\\|/)|(?:\\\\){2}[\w.$-]+\\\\)(?:[^/"?:;,\\]+\\\\|[^/"?:;,\\\s]+/)*(?=[^/"?\\\s])
+    """
 )
 RUN_DIR_VARIABLE = "MEDROBUST_RUN_DIR"
 HEADLESS_VARIABLE = "MEDROBUST_HEADLESS"
@@ -253,8 +260,7 @@ class Run:
             "environment": environment(),
             "git": git_state(),
         }
-        placed = ("parameters", "model", "dataset", "notes")
-        card |= without_folders({name: card[name] for name in placed})
+        card = without_folders(card)
         for name, table in tables.items():
             write_text_atomically(self.folder / "cards" / f"{name}.csv", table.to_csv(index=False))
         path = self.folder / "cards" / f"{self.number}.json"
@@ -263,8 +269,11 @@ class Run:
 
 
 def without_folders(value: Any) -> Any:
-    """A JSON value in which of every absolute path the last part is left: folders may tell a person or a machine."""
-    return json.loads(_PLACE.sub("", json.dumps(value, ensure_ascii=False)))
+    """A JSON value in which of every absolute path the last part is left: folders may tell a person or a machine.
+
+    Of a path with blanks, commas or colons inside a sentence some folders may stay.
+    """
+    return json.loads(_PLACE.sub(r"\1", json.dumps(value, ensure_ascii=False)))
 
 
 def parameters_hash(parameters: Mapping[str, Any]) -> str:

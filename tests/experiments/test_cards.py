@@ -85,12 +85,16 @@ def test_what_draws_cannot_reach_is_no_number_and_has_no_rank(run, tmp_path, cap
 def test_no_folder_of_a_machine_enters_a_card(tmp_path, monkeypatch):
     monkeypatch.setenv("MEDROBUST_RUN_DIR", str(tmp_path))
     folder = tmp_path / "somebody" / "scans"
-    run = start_run("01", "Title", dataset=f"folder:{folder}?group=folder", words=f"{folder}/words.yaml")
-    facts = {"model": {"id": f"local-dir:{folder}"}, "dataset": {"id": "folder:scans"}, "prompts": {}}
-    text = run.save_card(metrics=[], tables={}, notes=[f"Images read from {folder}."], **facts).read_text()
+    run = start_run("01", f"Images of {folder}", dataset=f"folder:{folder}?group=folder", words=f"{folder}/words.yaml")
+    facts = {"model": {"id": f"local-dir:{folder}"}, "dataset": {"id": "folder:scans"}, "prompts": {"of": str(folder)}}
+    facts |= {"question": f"What of {folder}?", "findings": [f"{folder} is small."]}
+    metrics = [Metric("accuracy", 0.5, 4, of=str(folder), model=f"local-dir:{folder}", settings={"of": str(folder)})]
+    text = run.save_card(metrics=metrics, tables={}, notes=[f"Images read from {folder}."], **facts).read_text()
     card = json.loads(text)
     assert card["parameters"] == {"dataset": "folder:scans?group=folder", "words": "words.yaml"}
-    assert card["model"]["id"] == "local-dir:scans" and card["notes"] == ["Images read from scans."]
+    assert card["metrics"][0]["model"] == card["model"]["id"] == "local-dir:scans" and card["notes"] == [
+        "Images read from scans."
+    ]
     assert str(tmp_path) not in text and card["parameters_hash"] == run.parameters_hash
 
 

@@ -248,6 +248,20 @@ def test_cards_are_added_all_or_none(board, tmp_path):
         ("Images read from /data/corrupted; verified: yes.", "Images read from corrupted; verified: yes."),
         ("phantom/blood", "phantom/blood"), ("https://example.org/a/b", "https://example.org/a/b"),
         ("CE / mCE, 1/K", "CE / mCE, 1/K"), ("python:/home/me/own.py:load", "python:own.py:load"),
+        ("folder:own?words=%2Ftmp%2Fbk%2Fw.yaml&fit=pad", "folder:own?words=w.yaml&fit=pad"),
+        ("folder:own?words=C%3A%5Cme%5Cw.yaml", "folder:own?words=w.yaml"),
+        ("https%3A%2F%2Fexample.org%2Fa", "https%3A%2F%2Fexample.org%2Fa"),
+        ("folder:/a b/c?root=/d e/f&words=/g h/i", "folder:c?root=f&words=i"),
+        ("file:///home/me/x", "file:x"), ("See file:///home/me/x or y/z.", "See file:x or y/z."),
+        ("\\\\srv\\share\\ann\\p.png", "p.png"), ("folder:\\\\srv\\share\\ann", "folder:ann"), ("//srv/share/x", "x"),
+        ("Read \\\\srv\\share\\Ann B\\p.png.", "Read p.png."), ("a \\\\ b", "a \\\\ b"),
+        ("/home/O'Neil, Ann/x.png", "x.png"),
+        (
+            "no weights at /home/me/x for 3 images and 50 images/class, sum",
+            "no weights at x for 3 images and 50 images/class, sum",
+        ),
+        ("no weights at C:\\me\\x for 50 images/class", "no weights at x for 50 images/class"),
+        ("/home/me/x: 50 images/class", "x: 50 images/class"), ("at C:\\a\\x\nand D:\\b\\y", "at x\nand y"),
     ],
 )  # fmt: skip
 def test_no_absolute_path_is_kept(board, tmp_path, written, kept):
