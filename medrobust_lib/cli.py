@@ -377,12 +377,13 @@ def submit(
     """Check result cards and add them to a leaderboard that others add to, all of them or none."""
     from medrobust_lib.doctor import examine_cards
     from medrobust_lib.experiments.cards import read_card, read_cards
-    from medrobust_lib.experiments.leaderboards import add_cards
+    from medrobust_lib.experiments.leaderboards import NAMED_FILES, add_cards
 
     cards = [read_card(result)] if result.is_file() else read_cards(result)
     _tell(examine_cards(cards, allow_versions=allow_versions))
     for path in add_cards(cards, to):
-        typer.echo(f"added: {path}")
+        left_out = f" ({NAMED_FILES})" if NAMED_FILES in read_card(path).get("notes", ()) else ""
+        typer.echo(f"added: {path}{left_out}")
 
 
 @app.command()

@@ -268,6 +268,14 @@ def test_a_run_is_submitted_once_and_shown(invoke, runs, tmp_path):
     assert shown.index("model-b") < shown.index("model-a")
 
 
+def test_submit_says_that_notes_with_names_of_files_stay_behind(invoke, runs, tmp_path):
+    path = runs / "a" / "cards" / "01.json"
+    card = json.loads(path.read_text())
+    path.write_text(json.dumps(card | {"dataset": {"id": "folder:mine"}, "notes": ["Dark: a/SMITH/0.png"]}))
+    text = invoke("submit", path, "--to", tmp_path / "board")[1]
+    assert re.search(r"added: .*01\.json \(Notes that name files of the images were left out\.\)", text)
+
+
 @pytest.fixture
 def honest(save_run):
     """A card of demo-clip with the fingerprints of its weights and images, and a function that changes it."""

@@ -34,13 +34,15 @@ CARD_FORMAT = 2
 _READ_FORMATS = (1, CARD_FORMAT)  # metrics of the first had no settings
 _PARTS = {
     "notebook": str, "title": str, "parameters": dict, "parameters_hash": str, "model": dict, "dataset": dict,
-    "metrics": list, "tables": list, "environment": dict, "git": dict,
+    "metrics": list, "tables": list, "environment": dict, "git": dict, "created": str,
 }  # fmt: skip
 _LATER = {"question": "", "findings": [], "images": ""}  # a card written before them lacks them
 _METRIC_PARTS = {
     "name": str, "of": str, "n": int | float, "value": int | float | None, "low": int | float | None,
     "high": int | float | None, "settings": dict,
 }  # fmt: skip
+# Settings of a metric that tell competitors apart. Every other setting tells what was measured.
+COMPETITOR = ("method", "variant")
 _AGAIN = "Delete it and run the notebook again."
 # In the text of JSON: from a root to the last separator of a path, of Unix, of Windows or percent-encoded. What a value
 # or an option of an id begins with may have blanks in its parts; inside a sentence they end a path with slashes.
@@ -350,7 +352,10 @@ def read_card(path: Path) -> dict[str, Any]:
         card = _LATER | card
         _check_parts(card, _PARTS | {name: type(value) for name, value in _LATER.items()})
         for metric in card["metrics"]:
-            _check_parts({"settings": {}, **metric}, _METRIC_PARTS, where=f"metric {metric.get('name')!r}: ")
+            where = f"metric {metric.get('name')!r}: "
+            _check_parts({"settings": {}, **metric}, _METRIC_PARTS, where=where)
+            named = dict.fromkeys(COMPETITOR, "") | metric.get("settings", {})
+            _check_parts(named, dict.fromkeys(COMPETITOR, str), where=where)
     return card
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pandas as pd
 
-from medrobust_lib.experiments.cards import parameters_hash, without_folders, write_text_atomically
+from medrobust_lib.experiments.cards import COMPETITOR, parameters_hash, without_folders, write_text_atomically
 
 LOWER_IS_BETTER = ("error", "ece", "mce", "degradation", "majority_share", "abstain_rate")
 TASKS: Mapping[str, str] = MappingProxyType(
@@ -21,12 +21,17 @@ TASKS: Mapping[str, str] = MappingProxyType(
         "noise": r"sigma=(?!0(?!\.))", "clean images": "",
     }
 )  # fmt: skip
-# Settings of a metric that tell competitors apart. Every other setting tells what was measured.
-COMPETITOR = ("method", "variant")
+# No quality: neither more nor less of it is better.
+UNRANKED = ("trained_parameters",)
+NAMED_FILES = "Notes that name files of the images were left out."
+_OWN_IMAGES = ("folder:", "csv:")
+_FILE_NAME = re.compile(r"\S[/\\]|[/\\]\S|\.(?:png|jpe?g|tiff?|bmp|webp|dcm|dicom)\b", re.IGNORECASE)
 # What else a certificate depends on; cards of studies have it among their parameters.
 _OF_CERTIFICATES = ("alpha", "n", "mode")
+_OF_MEAN_RADII = ("radii", "sampling")  # a radius is one of those asked for
+_PIXEL_NOISE = "pixel-noise"
 _UNSAID: Mapping[str, Any] = MappingProxyType(
-    {"corruption": "clean", "sigma": 0, "perturbation": "pixel-noise", "mode": "predict", "split": "test"}
+    {"corruption": "clean", "sigma": 0, "perturbation": _PIXEL_NOISE, "mode": "predict", "split": "test"}
 )
 _COLUMNS = ("run", "notebook", "model", "dataset", "metric", "of", "value", "low", "high", "n", "parameters", "rank")
 _COLUMNS += ("table", "task", "method", "sigma", "radius", "guarantee", "chance", "constant")
@@ -67,7 +72,8 @@ def comparable_tables(table: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
     """Split a leaderboard into tables of results that can be compared, with chance and the constant answer.
 
     One table holds one task, data set and metric, measured with the same settings (sigma, radius, guarantee,
-    perturbation, corruption, suite, severities, reference; of certificates also alpha, number of draws and mode) on
+    perturbation, corruption, suite, severities, reference; under pixel noise also the model's image size; of
+    certificates also alpha, number of draws and mode, and of their mean radius the radii asked for and the sampling) on
     the same images of the same classes. A metric without settings is compared with those of the same ``of`` only. The
     images are the same where cards hold the same fingerprint of them; without one, where number, draw and seed agree.
 
@@ -90,7 +96,8 @@ def comparable_tables(table: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
             rows.append(pd.DataFrame({"value": block[column].dropna().unique(), "model": name, "rank": ""}))
         lowest = lower_is_better(block["metric"].iloc[0])
         both = pd.concat(rows).sort_values("value", ascending=lowest, kind="stable", ignore_index=True)
-        tables.append((f"{heading}, {'lowest' if lowest else 'highest'} first", both))
+        order = "not ranked" if block["metric"].iloc[0] in UNRANKED else f"{'lowest' if lowest else 'highest'} first"
+        tables.append((f"{heading}, {order}", both))
     return tables
 
 
@@ -109,7 +116,8 @@ def add_cards(cards: Iterable[Mapping[str, Any]], folder: Path) -> list[Path]:
     """Add result cards to a leaderboard: a folder with one file for each card, in a folder of its own.
 
     Of an absolute path only the last part is kept, wherever it stands on a card, and the hash of the parameters
-    becomes that of what is kept. Tables stay with the run.
+    becomes that of what is kept. Tables stay with the run. Where the data set is of somebody's own files (``folder:``
+    or ``csv:``), notes with a word like a path or an image's name are left out; `NAMED_FILES` takes their place.
 
     Parameters
     ----------
@@ -134,6 +142,10 @@ def add_cards(cards: Iterable[Mapping[str, Any]], folder: Path) -> list[Path]:
     for card in cards:
         kept = without_folders({name: value for name, value in card.items() if name != "run"})
         kept |= {"tables": [], "images": ""}
+        notes = kept.get("notes", [])
+        if any(part.get("id", "").startswith(_OWN_IMAGES) for part in _sets(kept).values()):
+            safe = [note for note in notes if not _FILE_NAME.search(note)]
+            kept["notes"] = safe if safe == notes else [*safe, NAMED_FILES]
         kept["parameters_hash"] = parameters_hash(kept["parameters"])
         model, number, told = kept["model"].get("id", ""), kept["notebook"], f"{card['title']!r} of {card['created']}"
         if not re.fullmatch(r"\d[\w-]*", number):
@@ -154,11 +166,11 @@ def results_of(card: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
 
     A metric belongs to the model and data set that it names, else to the card's.
     """
-    sets = {part.get("id", ""): part for part in (*card["dataset"].get("others", ()), card["dataset"])}
+    sets = _sets(card)
     for metric in card["metrics"]:
         name, dataset = metric["name"], metric.get("dataset") or card["dataset"].get("id", "")
         settings, facts = metric.get("settings", {}), sets.get(dataset, {})
-        measured = _measured(metric, facts, card["parameters"])
+        measured = _measured(metric, facts, card)
         task = task_of(name, measured)
         yield {
             "run": card["run"],
@@ -179,11 +191,22 @@ def results_of(card: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
         }
 
 
-def _measured(metric: Mapping[str, Any], facts: Mapping[str, Any], parameters: Mapping[str, Any]) -> list[str]:
+def _sets(card: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """What a card tells of each of its data sets, by id."""
+    return {part.get("id", ""): part for part in (*card["dataset"].get("others", ()), card["dataset"])}
+
+
+def _measured(metric: Mapping[str, Any], facts: Mapping[str, Any], card: Mapping[str, Any]) -> list[str]:
     """What results that can be compared share besides metric and data set, in words."""
+    parameters, model = card["parameters"], card["model"]
     settings = {"split": facts.get("split", "test")} | metric.get("settings", {})
     if "guarantee" in settings:
-        settings = {name: parameters[name] for name in _OF_CERTIFICATES if name in parameters} | settings
+        names = _OF_CERTIFICATES + (_OF_MEAN_RADII if metric["name"] == "average_certified_radius" else ())
+        settings = {name: parameters[name] for name in names if name in parameters} | settings
+    # The same noise in pixels hides less of a larger image, and an L2 radius is another share of it.
+    if settings.get("sigma") and settings.get("perturbation", _PIXEL_NOISE) == _PIXEL_NOISE:
+        own = metric.get("model") in (None, "", model.get("id"))
+        settings["image_size"] = (model.get("image_size") if own else None) or "unknown"
     said = [
         f"{name.replace('_', ' ')}={str(value).removesuffix('.0')}"
         for name, value in sorted(settings.items())
@@ -209,7 +232,7 @@ def _baselines(task: str, metric: str, facts: Mapping[str, Any]) -> dict[str, fl
 
 def _ranks(block: pd.DataFrame) -> list[str]:
     """Best and worst place of every row of one table: a row is ahead only where its whole interval is."""
-    once = block.drop_duplicates(_SAME).dropna(subset="value")
+    once = block[~block["metric"].isin(UNRANKED)].drop_duplicates(_SAME).dropna(subset="value")
     low, high = (once[side].fillna(once["value"]).to_numpy() for side in ("low", "high"))
     if lower_is_better(block["metric"].iloc[0]):
         low, high = -high, -low

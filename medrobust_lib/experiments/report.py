@@ -298,10 +298,14 @@ def ranking_markdown(table: pd.DataFrame) -> str:
     """A leaderboard as Markdown."""
     blocks = []
     for heading, rows in comparable_tables(table):
-        texts = ranking_texts(rows).map(lambda text: html.escape(text, quote=False).replace("|", r"\|"))
+        texts = ranking_texts(rows).map(_markdown)
         lines = [texts.columns, ["---"] * len(texts.columns), *texts.to_numpy()]
-        blocks.append(f"### {heading}\n\n" + "".join(f"| {' | '.join(line)} |\n" for line in lines))
+        blocks.append(f"### {_markdown(heading)}\n\n" + "".join(f"| {' | '.join(line)} |\n" for line in lines))
     return "\n".join([*blocks, f"{RANKS} {NOTICE}\n"])
+
+
+def _markdown(text: str) -> str:
+    return html.escape(text, quote=False).replace("|", r"\|")
 
 
 def ranking_latex(table: pd.DataFrame) -> str:

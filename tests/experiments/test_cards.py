@@ -269,6 +269,22 @@ def test_a_damaged_metric_is_named_with_its_value(run, tmp_path):
         experiments.read_cards(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda card: card["metrics"][1]["settings"].update(method=None), "metric 'accuracy': 'method' is None"),
+        (lambda card: card.pop("created"), "'created'"),
+    ],
+)
+def test_what_a_leaderboard_counts_on_is_looked_at_when_a_card_is_read(run, tmp_path, change, said):
+    path = save(run)
+    card = json.loads(path.read_text())
+    change(card)
+    path.write_text(json.dumps(card))
+    with pytest.raises(ValueError, match=rf"01\.json is a damaged result card: {said}"):
+        experiments.read_cards(tmp_path)
+
+
 def test_a_report_needs_no_notes_on_a_card(run):
     save(run)
     path = run.folder / "cards" / "01.json"

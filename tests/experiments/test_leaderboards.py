@@ -8,7 +8,7 @@ import pytest
 from medrobust_lib.data.registry import load_dataset
 from medrobust_lib.experiments import Metric, leaderboard, read_cards, start_run
 from medrobust_lib.experiments.cards import RUN_DIR_VARIABLE, parameters_hash
-from medrobust_lib.experiments.leaderboards import add_cards, comparable_tables, lower_is_better, task_of
+from medrobust_lib.experiments.leaderboards import NAMED_FILES, add_cards, comparable_tables, lower_is_better, task_of
 from medrobust_lib.experiments.report import NOTICE, ranking_latex, ranking_markdown, short_number, show_ranking
 
 BLOOD = {"id": "phantom/blood", "n": 8, "classes": ["a", "b", "c", "d"], "class_counts": [4, 2, 1, 1]}
@@ -18,10 +18,10 @@ BLOOD = {"id": "phantom/blood", "n": 8, "classes": ["a", "b", "c", "d"], "class_
 def board(tmp_path, monkeypatch):
     """Write a card for each run and return the leaderboard of all of them."""
 
-    def write(*metrics, dataset=BLOOD, run="one", model="demo-clip", **parameters):
+    def write(*metrics, dataset=BLOOD, run="one", model="demo-clip", notes=(), facts=None, **parameters):
         monkeypatch.setenv(RUN_DIR_VARIABLE, str(tmp_path / run))
         start_run("01", "Title", **parameters).save_card(
-            metrics=metrics, tables={}, model={"id": model}, dataset=dataset, prompts={}
+            metrics=metrics, tables={}, model={"id": model, **(facts or {})}, dataset=dataset, prompts={}, notes=notes
         )
         return leaderboard(read_cards(tmp_path))
 
@@ -49,6 +49,43 @@ def test_certificates_of_other_settings_stand_in_other_tables(board, change):
     assert all(heading.startswith("certification: certified accuracy on phantom/blood, ") for heading in found)
     ((name, value),) = change.items()
     assert sum(f"{name}={value}" in heading for heading in found) == 1
+
+
+@pytest.mark.parametrize(
+    ("settings", "tables"),
+    [(CERTIFIED, 3), ({"sigma": 0.25}, 3), ({"sigma": 0.0}, 1), (CERTIFIED | {"perturbation": "blur"}, 1)],
+)
+def test_the_size_of_the_image_is_part_of_what_pixel_noise_measures(board, settings, tables):
+    metric = Metric("certified_accuracy", 0.5, 8, settings=settings)
+    for run, facts in {"a": {"image_size": 64}, "b": {"image_size": 224}, "c": {}}.items():
+        board(metric, run=run, model=run, facts=facts)
+    found = named(board(metric, run="d", model="d", facts={"image_size": 64}))
+    assert len(found) == tables
+    if tables == 3:
+        shown = {size: models for h, models in found.items() for size in re.findall(r"image size=(\w+),", h)}
+        assert shown == {"64": ["a", "d"], "224": ["b"], "unknown": ["c"]}
+
+
+def test_the_size_of_another_model_than_the_cards_is_unknown(board):
+    own, other = (Metric("accuracy", 0.5, 8, model=name, settings={"sigma": 1.0}) for name in ("demo-clip", "other"))
+    found = named(board(own, other, facts={"image_size": 64}))
+    assert sorted((re.search(r"image size=(\w+)", h)[1], m) for h, m in found.items()) == [
+        ("64", ["demo-clip"]), ("unknown", ["other"]),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(("metric", "tables"), [("average_certified_radius", 3), ("certified_accuracy", 1)])
+def test_mean_radii_of_other_radii_or_sampling_stand_in_other_tables(board, metric, tables):
+    for run, asked in {"a": {}, "b": {"radii": [0.0, 0.5]}, "c": {"sampling": "fixed"}}.items():
+        parameters = {"radii": [0.0, 0.1], "sampling": "sequential"} | asked
+        table = board(Metric(metric, 0.3, 8, settings=CERTIFIED), run=run, **parameters)
+    assert len(named(table)) == tables
+
+
+def test_the_number_of_trained_parameters_has_no_rank(board):
+    table = board(Metric("trained_parameters", 10, 8), Metric("trained_parameters", 20, 8), Metric("accuracy", 0.5, 8))
+    assert table["rank"].tolist() == ["–", "–", "1*"]
+    assert [heading.rpartition(", ")[2] for heading in named(table)] == ["not ranked", "highest first"]
 
 
 def test_methods_and_unsaid_settings_stand_in_one_table(board):
@@ -196,6 +233,8 @@ def test_markdown_and_latex_are_escaped_and_carry_the_notice(board):
     assert (
         "### clean images: accuracy on phantom/blood, 4 classes, 8 images, highest first\n\n| # | value [95 %]" in text
     )
+    odd = ranking_markdown(board(Metric("accuracy", 0.3, 8, of="a|<b>"), run="two"))
+    assert "### clean images: accuracy on phantom/blood, a\\|&lt;b&gt;, 4 classes" in odd
     latex = ranking_latex(table)
     assert r"1 & .300 [.20, .40] & 8 & a\_b|c<d \& 5 \% &  & one \\" in latex
     assert r"\# & value [95 \%]" in latex and latex.count(r"\toprule") == 1
@@ -272,6 +311,15 @@ def test_no_absolute_path_is_kept(board, tmp_path, written, kept):
     assert found["notes"] == [kept]
     assert found["parameters"] == {"data": kept, "more": [{"deep": kept}]}
     assert found["parameters_hash"] == parameters_hash(found["parameters"])
+
+
+@pytest.mark.parametrize("id", ["folder:mine", "csv:set.csv", "phantom/blood"])
+def test_notes_that_name_files_of_own_images_stay_with_the_run(board, tmp_path, id):
+    notes = ["Not for clinical use.", "Two patients: a/SMITH_J0/0.png", "Twice: SMITH.DCM", "a\\SMITH is dark"]
+    board(Metric("accuracy", 0.3, 8), dataset={"id": id}, notes=notes)
+    (path,) = add_cards(read_cards(tmp_path), tmp_path / "board")
+    kept = json.loads(path.read_text(encoding="utf-8"))["notes"]
+    assert kept == (notes if id == "phantom/blood" else ["Not for clinical use.", NAMED_FILES])
 
 
 def test_a_card_cannot_choose_another_place(board, tmp_path):
