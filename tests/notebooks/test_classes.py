@@ -42,7 +42,7 @@ FOLDERS = {
 OF_PROMPTS = ("03", "03b")  # notebooks whose question needs a model that learns prompts
 OF_LEARNING = (*OF_PROMPTS, "04")  # and images to learn from
 OF_ERRORS = ("04", "05", "07")  # compare errors
-OF_SINGLE_IMAGES = ("01", "02", "07")  # keep a table of them, and sentences about the run
+OF_SINGLE_IMAGES = ("01", "02", "03", "03b", "04", "07")  # keep a table of them, and sentences about the run
 WITHOUT_PROMPTS = (*OF_ERRORS, "08")  # do without prompts where none can be learned
 # Which encoder meets which folder: every notebook the least of encoders once, and those that compare errors have the
 # two classes without an error further down.
