@@ -336,8 +336,9 @@ def _check_layout(root: Path, folders: Mapping[str, Path], listing: Mapping[str,
     if len(below) > 1 and len(inner) > 1 and "" not in inner and all(parts == inner for parts in below.values()):
         raise ValueError(
             f"the folders {first_of(sorted(only))} of {root} hold the same folders ({names}), and either may be the "
-            f"classes: {expected}. If these are, write folder: and the path of one of those; or list the images in a "
-            "table, csv:"
+            f"classes: {expected}. If {first_of(sorted(only))} are the classes, move their images up into them and "
+            f"what is no image to be classified away, or list the images in a table, csv:. If {names} are, write "
+            f"folder:{root / min(only)}"
         )
 
 

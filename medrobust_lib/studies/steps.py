@@ -17,6 +17,7 @@ from medrobust_lib.data.dataset import Draw, ImageDataset
 from medrobust_lib.data.registry import load_dataset
 from medrobust_lib.experiments import Run, write_text_atomically
 from medrobust_lib.files import read_json_object
+from medrobust_lib.models.catalogue import caveats
 from medrobust_lib.models.dual_encoder import DualEncoder
 from medrobust_lib.models.loading import load_model
 
@@ -292,9 +293,7 @@ def short_id(id: str) -> str:
 
 def described(model: DualEncoder, data: ImageDataset, notes: Sequence[str], *, name: str = "") -> dict[str, Any]:
     """Model, under another name where it was adapted, data set and notes of a card."""
-    notes = [*data.caveats, *notes]
-    if data.synthetic:
-        notes = ["The images are synthetic phantoms: nobody's images.", *notes]
+    notes = [*caveats(model, data), *notes]
     return {
         "model": {**model.identity(), "id": name or model.id, "image_size": model.image_size},
         "dataset": data.identity(),
