@@ -141,12 +141,19 @@ def corrupt(
     The same command goes on after an interruption.
     """
     from medrobust_lib.corruptions.writing import write_benchmark, write_folders
+    from medrobust_lib.data.readers import SPLITS
     from medrobust_lib.data.registry import load_dataset, open_split
 
-    dataset, severities = _understood(data), tuple(severity or (3,))
+    dataset, severities = _understood(data), tuple(dict.fromkeys(severity or (3,)))
+    corruption = list(dict.fromkeys(corruption or ())) or None
     drawn = {"n": n_images, "image_size": image_size}
     how = {"suite": suite, "corruptions": corruption, "severities": severities, "seed": seed, "jobs": jobs, **drawn}
-    splits = (split,) if split != "all" else open_split(dataset).splits or ("test",)
+    splits = (split,)
+    if split == "all":
+        splits = ("test",)
+        for one in SPLITS:
+            with contextlib.suppress(ValueError):  # it has no such split; what else is wrong is met in reading
+                splits = open_split(dataset, split=one).splits or splits
     if file_format == "npz" and kind:
         raise ValueError(f"--kind {kind} is for --format png: arrays are named after their data set alone")
     with _told_how_to_go_on():

@@ -2,12 +2,14 @@
 
 import json
 import re
+import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from medrobust_lib.corruptions.stored import read_corrupted
+from medrobust_lib.corruptions.stored import image_places, read_corrupted
 from medrobust_lib.corruptions.suites import corrupted
 from medrobust_lib.data.registry import load_dataset
 
@@ -85,13 +87,46 @@ def test_what_is_missing_is_written_again_to_the_same_bytes(invoke, own_images, 
     words = ["corrupt", own_images, "--corruption", "gaussian_noise", "--severity", 2, "--out", tmp_path / "w"]
     assert invoke(*words)[0] == 0
     before = content(tmp_path / "w")
-    lost = sorted((tmp_path / "w").rglob("*.png"))[1]
+    _, lost, torn, *_ = sorted((tmp_path / "w").rglob("*.png"))
     lost.unlink()
+    torn.write_bytes(torn.read_bytes()[:100])
     code, text, _ = invoke(*words)
-    assert code == 0 and "(5 resumed)" in text
+    assert code == 0 and "(4 resumed)" in text
     assert content(tmp_path / "w") == before
     assert invoke(*words[:-1], tmp_path / "two", "--jobs", 2)[0] == 0
     assert content(tmp_path / "two") == before
+
+
+def test_places_stay_beside_their_images_however_files_are_called(phantoms):
+    files = ("a.png", "a.bmp", "a.bmp.png", "a.tif", "b/a.png", "b_a.png")
+    data = replace(phantoms("breast", split="test", n=6), id="folder:mine", files=files)
+    assert image_places(data) == ["a.png", "a.bmp.png", "a.bmp.png.png", "a.tif.png", "b/a.png", "b_a.png"]
+    many = {"images": np.repeat(data.images[:1], 8, 0), "labels": np.zeros(8, int), "indices": np.arange(8)}
+    data = replace(data, id="csv:mine", files=("b/a.png", "b_a.png", "b_a.bmp", "b/a.bmp") * 2, **many)
+    places = image_places(data)
+    assert len({*places}) == 8 and places[4].endswith("b_a.png.1.png")
+
+
+@pytest.mark.parametrize("below", ["", "test/worse", "new"])
+@pytest.mark.parametrize("form", ["png", "npz"])
+def test_nothing_is_written_among_the_images_that_are_read(invoke, own_images, below, form):
+    before = content(own_images)
+    words = ["--corruption", "contrast", "--format", form, "--out", own_images / below]
+    code, _, error = invoke("corrupt", own_images, *words)
+    assert code == 1 and "write to a folder outside it" in error
+    assert content(own_images) == before
+
+
+def test_all_splits_are_found_without_a_test_split_and_what_is_named_twice_counts_once(invoke, own_images, tmp_path):
+    shutil.copytree(own_images / "train", tmp_path / "mine" / "train")
+    shutil.copytree(own_images / "test", tmp_path / "mine" / "val")
+    twice = ["--corruption", "contrast", "--corruption", "contrast", "--severity", 3, "--severity", 3]
+    code, text, error = invoke("corrupt", tmp_path / "mine", *twice, "--split", "all", "--out", tmp_path / "w")
+    assert code == 0, error
+    assert (
+        "14 images of folder:mine (split train, val;" in text and "under contrast of medimeta-c at severity 3:" in text
+    )
+    assert "CORRUPTION/SEVERITY" not in text and (tmp_path / "w" / "val" / "a").is_dir()
 
 
 def test_arrays_of_the_benchmark(invoke, own_images, tmp_path):

@@ -16,7 +16,7 @@ import warnings
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
-from itertools import islice
+from itertools import chain, count, islice
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal, get_args
 
@@ -81,9 +81,17 @@ def image_places(data: ImageDataset) -> list[str]:
     for file, label, owner in zip(data.files, data.labels, owners, strict=True):
         if not data.id.startswith("folder:"):  # a table's file may lie anywhere
             file = "/".join(_UNSAFE.sub("_", part) for part in (split, folders[label], owner, file) if part)
-        place = str(PurePosixPath(file).with_suffix(".png"))
-        places[f"{file}.png" if place in places else place] = None  # a.jpg and a.tif may lie in one folder
+        counted = (f"{file}{f'.{k}' if k else ''}.png" for k in count())
+        wanted = chain([str(PurePosixPath(file).with_suffix(".png"))], counted)
+        places[next(place for place in wanted if place not in places)] = None  # a.jpg and a.tif may lie in one folder
     return list(places)
+
+
+def check_outside(folder: Path, data: ImageDataset) -> None:
+    """Refuse to write among the images of class folders, where what is written would be read as one of them."""
+    source = Path(data.provenance["read_from"])
+    if data.id.startswith("folder:") and folder.resolve().is_relative_to(source.resolve()):
+        raise ValueError(f"{folder} lies in {source}, whose images are read; write to a folder outside it")
 
 
 def write_words(root: Path, data: ImageDataset) -> None:

@@ -198,6 +198,7 @@ class CorruptedSets:
             raise ValueError(
                 f"n={self.n}: {name} has {available} images in split {self.split!r}; give 1 to {available}, or None"
             )
+        stored.check_outside(self.folder, sample)
         check_images(sample.images)
         suite = find_suite(self.suite)
         corruptions = suite.names(sample.id) if self.corruptions is None else tuple(dict.fromkeys(self.corruptions))
@@ -317,7 +318,7 @@ def write_folders(
     ------
     ValueError
         An unknown corruption, severity or kind; a folder that holds other things, or was made with other parameters or
-        of other images (each difference is named).
+        of other images (each difference is named), or that lies in the source.
     """
     known = find_suite(suite)
     if kind:
@@ -329,6 +330,7 @@ def write_folders(
     # The last part of an id tells its family, and the whole addresses its random numbers.
     named = [replace(data, id=f"{data.id}/{kind}") if kind else data for data in sets]
     first = named[0]
+    stored.check_outside(Path(folder), first)
     check_images(first.images)
     names = known.names(first.id) if corruptions is None else tuple(dict.fromkeys(corruptions))
     for name in names:
@@ -338,7 +340,7 @@ def write_folders(
     items = {
         root + file: (number, position, *cell)
         for number, data in enumerate(named)
-        for position, file in enumerate(stored.image_places(data))
+        for position, file in zip(range(len(data)), stored.image_places(data), strict=True)
         for cell, root in roots.items()
     }
     missing_classes = {*range(len(first.classes))} - {int(label) for data in named for label in data.labels}
@@ -359,7 +361,10 @@ def write_folders(
     with open_store(folder, parameters=parameters) as store:
         for root in roots.values():
             stored.write_words(folder / root, first)
-        missing = [file for file in items if file not in store.done or not (folder / file).is_file()]
+        known_bytes = {file: store.rows(file)[0]["sha256"] for file in store.done}
+        whole = {file for file in known_bytes if (folder / file).is_file()}
+        whole = {file for file in whole if file_sha256(folder / file) == known_bytes[file]}
+        missing = [file for file in items if file not in whole]
         written = map_items(
             _write_image, [(file, *items[file]) for file in missing], context=(folder, named, suite, seed), jobs=jobs
         )
