@@ -19,7 +19,7 @@ from typer import Argument, Option
 
 from medrobust_lib.checks import closest
 from medrobust_lib.files import reported_errors, told
-from medrobust_lib.image_commands import Device, Dtype, certify, corrupt, show_headlines
+from medrobust_lib.image_commands import Device, Dtype, NoThumbnails, certify, corrupt, show_headlines
 from medrobust_lib.places import VERSION, default_runs_dir
 
 if TYPE_CHECKING:
@@ -82,7 +82,7 @@ def run(
     jobs: Annotated[int, Option(help="Notebooks at a time; -1: one per core.")] = 1,
     device: Device = None,
     dtype: Dtype = None,
-    no_thumbnails: Annotated[bool, Option("--no-thumbnails", help="Keep no small pictures of single images.")] = False,
+    no_thumbnails: NoThumbnails = False,
 ) -> None:
     """Execute notebooks headlessly and write a report.
 

@@ -4,6 +4,7 @@ They import what they need when they are called, so that ``--help`` answers at o
 """
 
 import contextlib
+import os
 import shlex
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -35,6 +36,12 @@ def _for_all_models(context: typer.Context, option: typer.CallbackParam, value: 
     return value
 
 
+def _some_jobs(jobs: int) -> int:
+    if jobs != -1 and jobs < 1:
+        raise ValueError(f"--jobs {jobs}: give the number of worker processes, or -1 for one per core")
+    return jobs
+
+
 Device = Annotated[
     str | None, Option(callback=_for_all_models, help="Where models compute: cpu, cuda, mps; default: the accelerator.")
 ]
@@ -55,6 +62,8 @@ Words = Annotated[
 ]
 Number = Annotated[int | None, Option(help="So many images, a seeded draw; default: all.")]
 Seed = Annotated[int, Option(help="Of the draw of images, and of the noise.")]
+NoThumbnails = Annotated[bool, Option("--no-thumbnails", help="Keep no small pictures of single images.")]
+Jobs = Annotated[int, Option(callback=_some_jobs, help="Images at a time; -1: one per core.")]
 
 
 def certify(
@@ -65,7 +74,7 @@ def certify(
     words: Words = "",
     method: Annotated[str, Option(help="zero-shot, few-shot, PromptSmooth, denoised, ...")] = "zero-shot",
     train: Annotated[str | None, Option(metavar="DATA", help="Images that few-shot methods learn from.")] = None,
-    shots: Annotated[int, Option(help="Of each class, where something is learned.")] = 16,
+    shots: Annotated[int | None, Option(help="Of each class, where something is learned; default: 16.")] = None,
     n: Annotated[int, Option(help="Noisy copies of an image, at most.")] = 1000,
     alpha: Annotated[float, Option(help="A certificate is false with at most this probability.")] = 0.001,
     n_images: Number = None,
@@ -75,7 +84,8 @@ def certify(
         Literal["sequential", "fixed"], Option(help="Stop early where the answer is clear, or not.")
     ] = "sequential",
     out: Annotated[Path | None, Option(help="Run folder; default: one below runs, named by what is asked.")] = None,
-    jobs: Annotated[int, Option(help="Images at a time; -1: one per core.")] = 1,
+    no_thumbnails: NoThumbnails = False,
+    jobs: Jobs = 1,
     device: Device = None,
     dtype: Dtype = None,
 ) -> None:
@@ -83,12 +93,10 @@ def certify(
 
     The same command goes on after an interruption. Not for clinical use.
     """
-    import pandas as pd
-
-    from medrobust_lib.experiments import read_cards
-    from medrobust_lib.experiments.images import worst_first
+    from medrobust_lib.experiments.cards import read_card
+    from medrobust_lib.experiments.images import NO_THUMBNAILS_VARIABLE, read_image_table, worst_first
     from medrobust_lib.experiments.report import show, write_report
-    from medrobust_lib.runner import check_run_dir
+    from medrobust_lib.runner import check_run_dir, environment_variables, mark_run_dir
     from medrobust_lib.smoothing.perturbations import find_perturbation
     from medrobust_lib.studies.certify_step import certify_alone
     from medrobust_lib.studies.steps import Workers
@@ -98,7 +106,7 @@ def certify(
         _understood(data, words),
         model,
         train=None if train is None else _understood(train, words),
-        method=_method(method, shots),
+        method=_method(method, shots=shots, train=train),
         radius=min(r for r in family.radii if r > 0) if radius is None else radius,
         sigmas=(family.usual_sigma if sigma is None else sigma,),
         perturbation=perturbation,
@@ -109,12 +117,12 @@ def certify(
     )
     folder = check_run_dir(default_runs_dir() / cell.run_name if out is None else out)
     typer.echo(f"run folder: {folder}\nCtrl-C stops; finished images are kept, and the same command goes on")
-    with _told_how_to_go_on():
-        cell.run(folder, workers=Workers(jobs))
-    (card,) = read_cards(folder, nested=False)
+    with _told_how_to_go_on(), environment_variables({NO_THUMBNAILS_VARIABLE: "1"} if no_thumbnails else {}):
+        cell.run(mark_run_dir(folder), workers=Workers(jobs))
+    card = read_card(folder / "cards" / f"{cell.card_name}.json")
     typer.echo("\n".join(["", *card["findings"], "Not for clinical use."]))
     table = folder / "cards" / f"{card['images']}.csv"
-    rows = pd.read_csv(table, keep_default_na=False)
+    rows = read_image_table(table)
     rows = rows.iloc[worst_first(rows)[:_SHOWN_FILES]]
     show(rows[["file", "class_name", "predicted_name", "confidence", "radius"]], title="look at these images first")
     typer.echo(f"every image: {table}\nreport: {write_report(folder)}")
@@ -134,7 +142,7 @@ def corrupt(
     n_images: Number = None,
     image_size: Annotated[int | None, Option(help="Side in pixels; default: as `load_dataset` gives them.")] = None,
     seed: Seed = 0,
-    jobs: Annotated[int, Option(help="Images at a time; -1: one per core.")] = 1,
+    jobs: Jobs = 1,
 ) -> None:
     """Write images that got worse, in class folders that every other command reads.
 
@@ -205,19 +213,23 @@ def _told_how_to_go_on() -> Iterator[None]:
 
 def _understood(data: str, words: str = "") -> str:
     """The id of what was named, a bare path among them, its paths absolute, with the words of its classes."""
+    from medrobust_lib.data.registry import path_and_query
     from medrobust_lib.parameters import absolute_ids, stated_id
 
-    path = Path(data).expanduser()
-    if not data.startswith(("folder:", "csv:")) and path.exists():
+    path = Path(path_and_query(data)[0]).expanduser()
+    if not data.startswith(("folder:", "csv:")) and os.path.exists(path):  # noqa: PTH110 - what is too long a path is none
         data = f"{'folder' if path.is_dir() else 'csv'}:{data}"
         typer.echo(f"{path} is read as {data}")
     return stated_id(absolute_ids("dataset", data), words=words)
 
 
-def _method(named: str, shots: int) -> "PaperMethod":
-    """The method of a name, in any case; ``shots`` where it learns."""
+def _method(named: str, *, shots: int | None, train: str | None) -> "PaperMethod":
+    """The method of a name, in any case."""
     from medrobust_lib.smoothing.paper_methods import LEARNED_METHODS, READS, PaperMethod
 
     by_name = {"few-shot": "few-shot PromptSmooth"} | {name.casefold(): name for name in READS}
     name = by_name.get(named.casefold(), named)
-    return PaperMethod(name, **({"shots": shots} if name in LEARNED_METHODS else {}))
+    for option, value in (("--shots", shots), ("--train", train)):
+        if value is not None and name in READS and name not in LEARNED_METHODS:
+            raise ValueError(f"{option} {value}: {name} learns nothing; leave {option} out, or name another --method")
+    return PaperMethod(name, **({} if shots is None else {"shots": shots}))

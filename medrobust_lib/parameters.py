@@ -18,7 +18,7 @@ from huggingface_hub import constants
 
 from medrobust_lib import checks
 from medrobust_lib.data.questions import scenario_size
-from medrobust_lib.data.registry import QUESTIONS_PREFIX, load_dataset
+from medrobust_lib.data.registry import QUESTIONS_PREFIX, load_dataset, path_and_query
 from medrobust_lib.files import read_yaml
 from medrobust_lib.models.catalogue import fetch_command
 from medrobust_lib.models.loading import available_offline, check_kind, find_model
@@ -341,7 +341,10 @@ def absolute_ids(name: str, value: Any) -> Any:
     if name not in (*MODEL_PARAMETERS, *VLM_PARAMETERS, *DATASET_PARAMETERS) or not isinstance(value, str):
         return value
     scheme, _, path = value.partition(":")
-    return f"{scheme}:{Path(path).expanduser().resolve()}" if scheme in _PATH_SCHEMES and path else value
+    if scheme not in _PATH_SCHEMES or not path:
+        return value
+    path, query = path_and_query(path)
+    return f"{scheme}:{Path(path).expanduser().resolve()}" + (f"?{query}" if query else "")
 
 
 def stated_id(id: str, **options: Any) -> str:
@@ -363,7 +366,8 @@ def stated_id(id: str, **options: Any) -> str:
     if texts and not id.startswith(("folder:", "csv:")):
         raise ParameterError(f"{' and '.join(texts)}: {id} is not yours; they are for folder:PATH and csv:PATH")
     texts = {name: absolute_ids(name, text) for name, text in texts.items()}
-    return f"{id}{'&' if '?' in id else '?'}{urlencode(texts)}" if texts else id
+    stated = path_and_query(id.partition(":")[2])[1]
+    return f"{id}{'&' if stated else '?'}{urlencode(texts)}" if texts else id
 
 
 def check_models(ids: Collection[str], *, generative: bool = False) -> None:

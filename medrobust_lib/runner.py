@@ -19,14 +19,15 @@ from joblib import cpu_count
 from jupyter_client import AsyncKernelManager
 from traitlets.config import Config
 
-from medrobust_lib.experiments import map_items
+from medrobust_lib.experiments import map_items, read_cards
 from medrobust_lib.experiments.cards import HEADLESS_VARIABLE, RUN_DIR_VARIABLE
+from medrobust_lib.experiments.store import read_parameters
 from medrobust_lib.files import named_when_full, told
 from medrobust_lib.parameters import assign_parameters
 from medrobust_lib.places import default_runs_dir, project_root
 
 _Notebook = tuple[str, Path]  # its number and file
-_OWN = ("cards", "notebooks", "store", "log.txt")  # what tells a run's folder from other folders
+_MARK = ".medrobust-run"  # a file that tells a run's folder from other folders before there are results
 _SECONDS_BETWEEN_LINES = 30.0  # about a notebook's cells, where no terminal shows one line in place
 _SAME_LINE = "\r\x1b[K"  # back to its beginning, and empty it
 _Place = tuple[Path, dict[str, dict[str, Any]], dict[str, str]]  # run folder, parameters by number, variables
@@ -193,7 +194,7 @@ def run_notebooks(
     assigned = assign_parameters(notebooks, parameters)
     check_kernel()
     out = new_run_dir() if out is None else _cleared(check_run_dir(out), notebooks)
-    (out / "notebooks").mkdir(parents=True, exist_ok=True)
+    (mark_run_dir(out) / "notebooks").mkdir(exist_ok=True)
     announce(f"run folder: {out}")
     announce("Ctrl-C stops; finished notebooks are kept")
     jobs = min(cpu_count() if jobs == -1 else jobs, len(notebooks))
@@ -343,10 +344,24 @@ def check_run_dir(out: Path) -> Path:
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out {out} is a file; give a folder, or none for a new one below {default_runs_dir()}")
     held = sorted(path.name for path in out.iterdir() if path.name[0] != ".") if out.exists() else []
-    if held and not set(held) & set(_OWN):
+    if held and not ((out / _MARK).is_file() or read_parameters(out / "store") or _holds_cards(out)):
         named = ", ".join(held[:3]) + (", ..." if len(held) > 3 else "")
         raise ValueError(f"--out {out} holds other things than a run ({named}); give a new folder or that of a run")
     return out
+
+
+def mark_run_dir(out: Path) -> Path:
+    """Make the folder, and mark it as that of a run: what is interrupted may go on in it."""
+    out.mkdir(parents=True, exist_ok=True)
+    (out / _MARK).touch()
+    return out
+
+
+def _holds_cards(out: Path) -> bool:
+    try:
+        return bool(read_cards(out, nested=False))
+    except (OSError, ValueError):
+        return False
 
 
 def _cleared(out: Path, notebooks: Mapping[str, Path]) -> Path:

@@ -1,13 +1,16 @@
 """`medrobust certify` answers in a sentence what its tables hold, goes on where it stopped, and refuses early."""
 
+import json
 import re
 import shutil
 
+import numpy as np
 import pandas as pd
 import pytest
 
 from medrobust_lib import metrics
 from medrobust_lib.experiments import read_cards
+from medrobust_lib.experiments.images import read_image_table
 from medrobust_lib.smoothing.table import certify_dataset
 from medrobust_lib.studies.certify_step import certified_in_words
 
@@ -117,6 +120,13 @@ def test_words_methods_and_training_images_reach_the_certificates(invoke, own_im
     assert str(tmp_path) not in (out / "cards" / "01-certify.json").read_text()
 
 
+def test_an_image_without_a_draw_is_listed_too(certified, tmp_path):
+    table = certificates(certified[1]).astype({"confidence": object})
+    table.loc[0, ["predicted", "predicted_name", "confidence"]] = [-1, "abstain", ""]
+    table.to_csv(tmp_path / "t.csv", index=False)
+    assert np.isnan(read_image_table(tmp_path / "t.csv")["confidence"][0])
+
+
 def test_a_corruption_is_certified_in_its_own_units(invoke, own_images, tmp_path):
     options = ["--perturbation", "contrast", "--n", 60, "--n-images", 2, "--alpha", 0.01, "--out", tmp_path / "run"]
     code, text, _ = invoke("certify", own_images, "--model", "demo-clip", *options)
@@ -145,6 +155,10 @@ def shared_patient(own_images, tmp_path):
         (["--words", "{classes: {a: b}}"], "unknown a key of words 'classes'"),
         (["--perturbation", "contrasts"], "contrasts"),
         (["--alpha", 2], "alpha"),
+        (["--jobs", 0], "^[^\n]*--jobs 0: give the number of worker processes, or -1"),
+        (["--shots", 4], "--shots 4: zero-shot learns nothing; leave --shots out, or name another --method"),
+        (["--train", "phantom/breast"], "--train phantom/breast: zero-shot learns nothing"),
+        (["--words", "a fundus photograph " * 300], "is neither a YAML file nor YAML in braces"),
         (["--device", "cuba"], "--device or MEDROBUST_DEVICE: device 'cuba' cannot be used here"),
         (["--dtype", "float23"], "type for --dtype or MEDROBUST_DTYPE: 'float23'; choose one of auto, float32"),
     ],
@@ -171,6 +185,42 @@ def test_patients_on_both_sides_and_other_classes_are_refused(invoke, shared_pat
     assert code == 1 and "1 patients are in folder:learn and in folder:judge (the first is 'anna')" in error
     code, _, error = invoke("certify", own_images, *options, "--train", shared_patient / "learn")
     assert code == 1 and "folder:learn has the classes a, b, and folder:mine has" in error
+
+
+def test_images_learned_from_are_not_tested_and_copies_are_named(invoke, own_images, tmp_path):
+    shutil.copytree(own_images / "test", tmp_path / "mine")
+    options = ["--model", "demo-clip", *FEW, "--method", "few-shot", "--shots", 1, "--out", tmp_path / "run"]
+    code, _, error = invoke("certify", tmp_path / "mine", *options, "--train", f"{tmp_path / 'mine'}?group=none")
+    assert code == 1 and "6 images are in folder:mine and in folder:mine (the first is '" in error, error
+    table = tmp_path / "list.csv"
+    rows = (f"{path.relative_to(tmp_path)},{path.parent.name}" for path in sorted((tmp_path / "mine").rglob("*.*")))
+    table.write_text("\n".join(["path,label", *rows]))
+    code, _, error = invoke("certify", tmp_path / "mine", *options, "--train", table)
+    assert code == 1 and "6 images are in csv:list.csv and in folder:mine" in error, error
+    shutil.copytree(tmp_path / "mine", tmp_path / "copy")
+    assert invoke("certify", tmp_path / "mine", *options, "--train", tmp_path / "copy")[0] == 0
+    notes = " ".join(read_cards(tmp_path / "run", nested=False)[0]["notes"])
+    assert "6 of 6 test images are nearly identical" in notes
+
+
+def test_a_killed_few_shot_run_goes_on_beside_another_card(invoke, certified, own_images, tmp_path, monkeypatch):
+    from medrobust_lib.studies import certify_step
+
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    out = tmp_path / "run"
+    more = ("--method", "few-shot", "--shots", 1, "--n-images", 2, "--no-thumbnails", "--out", out)
+    with monkeypatch.context() as patched:
+        patched.setattr(certify_step, "certify_dataset", stop)
+        assert invoke("certify", own_images, "--model", "demo-clip", *FEW, *more)[0] == 130
+    assert (out / "prompts").is_dir() and not (out / "store").exists()
+    (out / "cards").mkdir()
+    card = json.loads((certified[1] / "cards" / "01-certify.json").read_text())
+    (out / "cards" / "01.json").write_text(json.dumps(card | {"notebook": "01", "images": "", "tables": []}))
+    code, text, error = invoke("certify", own_images, "--model", "demo-clip", *FEW, *more)
+    assert code == 0 and "Of 2 images" in text, error
+    assert not [*(out / "images").rglob("*.png")]
 
 
 def test_a_folder_of_other_things_is_no_run_folder(invoke, own_images, tmp_path):

@@ -3,6 +3,7 @@
 import ast
 import json
 import math
+import shutil
 
 import nbformat
 import pytest
@@ -14,6 +15,7 @@ from PIL import Image
 from medrobust_lib import parameters
 from medrobust_lib.data.registry import load_dataset
 from medrobust_lib.runner import find_notebooks, run_notebooks
+from medrobust_lib.studies.steps import shown_id
 from medrobust_lib.studies.study_file import read_study
 
 
@@ -518,6 +520,23 @@ def test_an_id_alone_can_say_what_the_classes_are_called_and_who_the_patients_ar
     assert parameters.stated_id("phantom/blood", words="", group=None) == "phantom/blood"
     with pytest.raises(parameters.ParameterError, match="words: phantom/blood is not yours"):
         parameters.stated_id("phantom/blood", words=words)
+
+
+def test_what_is_stated_behind_a_path_is_told_from_a_name_with_a_question_mark(tmp_path, own_images, monkeypatch):
+    shutil.copytree(own_images / "test", tmp_path / "why?")
+    monkeypatch.chdir(tmp_path)
+    id = parameters.stated_id(f"folder:{tmp_path}/why?", group="none")
+    assert id == f"folder:{tmp_path}/why??group=none"
+    assert parameters.absolute_ids("dataset", "folder:why??group=none") == id
+    assert (load_dataset(id).id, shown_id(id)) == ("folder:why?", "folder:why?")
+    assert shown_id("folder:/tmp/x?group=none&bit_depth=12") == "folder:x?bit_depth=12"
+    assert shown_id("folder:/tmp/x?fit=pad&words=/tmp/w.yaml") == "folder:x?fit=pad"
+    assert shown_id("folder:/tmp/x?words=/tmp/w.yaml") == "folder:x"
+    assert (
+        parameters.absolute_ids("dataset", "csv:a/../b.csv?words=../w.yaml") == f"csv:{tmp_path}/b.csv?words=../w.yaml"
+    )
+    with pytest.raises(ValueError, match="stated twice"):
+        load_dataset(f"folder:{tmp_path}/why??fit=pad&fit=crop")
 
 
 @pytest.mark.parametrize(

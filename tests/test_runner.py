@@ -237,6 +237,7 @@ def test_a_run_into_an_old_folder_replaces_its_own_results_and_nothing_else(note
     for name in (*old, *kept, "notebooks/01_first.ipynb"):
         (out / name).parent.mkdir(parents=True, exist_ok=True)
         (out / name).touch()
+    runner.mark_run_dir(out)
     monkeypatch.setattr("papermill.execute_notebook", lambda *_, **__: None)
     runner.run_notebooks({"01": notebooks["01"]}, {}, out, announce=lambda _: None)
     assert sorted(str(path.relative_to(out)) for path in out.rglob("*.*")) == sorted(kept)
@@ -253,6 +254,7 @@ def test_an_unusable_run_folder_is_refused(notebooks, tmp_path):
     source = tmp_path / "notebooks" / "01_first.ipynb"
     source.parent.mkdir()
     source.write_text(notebooks["01"].read_text())
+    runner.mark_run_dir(tmp_path)
     with pytest.raises(ValueError, match="would overwrite the notebook .*01_first.ipynb; give another folder"):
         runner.run_notebooks({"01": source}, {}, tmp_path, announce=lambda _: None)
     assert source.exists()
@@ -300,5 +302,11 @@ def test_a_folder_of_other_things_is_refused_and_left_alone(notebooks, tmp_path)
     assert {path.name: path.read_text() for path in out.iterdir()} == dict.fromkeys(
         ("a.doc", "b.doc", "c.doc", "index.html"), "years of work"
     )
+    for name in ("notebooks", "cards", "store"):
+        (out / name).mkdir()
+    (out / "cards" / "01.json").write_text('{"suit": "hearts"}')
+    (out / "log.txt").touch()
+    with pytest.raises(ValueError, match="other things than a run"):
+        runner.check_run_dir(out)
     (tmp_path / "empty").mkdir()
     assert runner.check_run_dir(tmp_path / "empty") == tmp_path / "empty"

@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from importlib.resources import files
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -190,6 +191,12 @@ class ImageDataset:
             "correct": predicted == self.labels,
         }  # fmt: skip
         return pd.DataFrame(columns)
+
+    def sources(self) -> set[Path]:
+        """What each image was read from: absolute paths, made up with the split and the index where it is no file."""
+        root = Path(self.provenance["read_from"])
+        root = {"folder": root, "csv": root.parent}.get(self.id.partition(":")[0], root / self.split)
+        return {(root / file).resolve() for file in self.files}
 
     def class_counts(self) -> dict[str, int]:
         """Count the images of each class, in label order; absent classes count 0."""

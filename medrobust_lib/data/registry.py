@@ -411,7 +411,7 @@ def _in_words(options: SplitOptions) -> dict[str, Any]:
             words = {"like": words}
         elif words.lstrip().startswith("{"):
             words = read_yaml(words, says=f"words={words}")
-        elif Path(words).expanduser().is_file():
+        elif os.path.isfile(Path(words).expanduser()):  # noqa: PTH113 - what is too long a path is none
             words = read_yaml(Path(words).expanduser())
         else:
             raise ValueError(
@@ -427,14 +427,25 @@ def _in_words(options: SplitOptions) -> dict[str, Any]:
     return dict(words)
 
 
-def _stated(path: str) -> tuple[str, dict[str, Any]]:
-    """A path, and what is stated behind it, as in ``PATH?bit_depth=12&fit=pad``."""
+def path_and_query(path: str) -> tuple[str, str]:
+    """A path, and what is stated behind it as it is written, as in ``PATH?bit_depth=12&fit=pad``."""
     name, mark, query = path.rpartition("?")
     if not mark or os.path.exists(Path(path).expanduser()):  # noqa: PTH110 - what is too long a path is none
+        return path, ""
+    return name, query
+
+
+def _stated(path: str) -> tuple[str, dict[str, Any]]:
+    """A path, and the options stated behind it."""
+    name, query = path_and_query(path)
+    if name == path:
         return path, {}
     advice = "It may state bit_depth=NUMBER, fit=crop or fit=pad, and group=HOW, with & between them."
     with parsed(f"{query!r} behind {name}", advice):
-        stated: dict[str, Any] = dict(parse_qsl(query, strict_parsing=True))
+        pairs = parse_qsl(query, strict_parsing=True)
+        stated: dict[str, Any] = dict(pairs)
+        if len(stated) < len(pairs):
+            raise ValueError("one of its keys is stated twice")
         if unknown := set(stated) - {"bit_depth", "fit", "group", "words"}:
             raise ValueError(f"{min(unknown)} is unknown")
         return name, {key: int(value) if key == "bit_depth" else value for key, value in stated.items()}

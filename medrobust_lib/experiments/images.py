@@ -9,7 +9,7 @@ import pandas as pd
 from numpy.typing import NDArray
 from PIL import Image
 
-from medrobust_lib.files import whole_file
+from medrobust_lib.files import parsed, whole_file
 
 NO_THUMBNAILS_VARIABLE = "MEDROBUST_NO_THUMBNAILS"
 SHOWN_IMAGES = 500  # on a page; the rest stays in the table
@@ -37,6 +37,19 @@ def check_image_table(table: pd.DataFrame, images: Sequence[NDArray[np.uint8]] |
         raise ValueError(
             f"{len(images)} images for a table of {len(table)} rows; give one for each row, in the order of the rows"
         )
+
+
+def read_image_table(path: Path) -> pd.DataFrame:
+    """Read a per-image table of a card; ValueError where it is none."""
+    with parsed(f"{path} is no table of single images", "Run the notebook again."):
+        kinds = dict.fromkeys(("file", "patient", "class_name", "predicted_name"), str)
+        kinds |= {"label": int, "predicted": int}
+        empty = {name: [""] for name in ("radius", "confidence")}
+        # A class may be called NA.
+        table = pd.read_csv(path, dtype=kinds, keep_default_na=False, na_values=empty)
+        check_image_table(table, None)
+        worst_first(table)  # has numbers where it needs them
+    return table
 
 
 def worst_first(table: pd.DataFrame) -> NDArray[np.int64]:

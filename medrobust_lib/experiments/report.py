@@ -27,7 +27,7 @@ from rich.text import Text
 
 from medrobust_lib.experiments import read_cards, write_text_atomically
 from medrobust_lib.experiments.cards import CAPTION_KEY, without_folders
-from medrobust_lib.experiments.images import SHOWN_IMAGES, check_image_table, worst_first
+from medrobust_lib.experiments.images import SHOWN_IMAGES, read_image_table, worst_first
 from medrobust_lib.experiments.leaderboards import RANKS, comparable_tables
 from medrobust_lib.files import parsed
 from medrobust_lib.places import VERSION
@@ -200,18 +200,10 @@ def _numbers(card: Mapping[str, Any]) -> pd.DataFrame:
 def _images(card: Mapping[str, Any], run_dir: Path) -> dict[str, Any]:
     """What the page of images shows of one card: the rows of its per-image table, those that need a look first."""
     path = run_dir / "cards" / f"{card['images']}.csv"
-    with parsed(f"{path} is no table of single images", "Run the notebook again."):
-        kinds = dict.fromkeys(("file", "patient", "class_name", "predicted_name"), str) | {
-            "label": int,
-            "predicted": int,
-        }
-        empty = {name: [""] for name in ("radius", "confidence")}
-        # A class may be called NA.
-        table = pd.read_csv(path, dtype=kinds, keep_default_na=False, na_values=empty)
-        check_image_table(table, None)
-        said = table["predicted"]
-        table["verdict"] = np.select([said == -1, said != table["label"]], ["no answer", "wrong"], "right")
-        order = worst_first(table)[:SHOWN_IMAGES]
+    table = read_image_table(path)
+    said = table["predicted"]
+    table["verdict"] = np.select([said == -1, said != table["label"]], ["no answer", "wrong"], "right")
+    order = worst_first(table)[:SHOWN_IMAGES]
     several = [name for name in ("dataset", "model", "method", "sigma") if name in table and table[name].nunique() > 1]
     rows = table.iloc[order].to_dict("records")
     for row, record in zip(order, rows, strict=True):

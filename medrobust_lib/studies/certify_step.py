@@ -15,7 +15,6 @@ from matplotlib.figure import Figure
 from medrobust_lib import checks, metrics
 from medrobust_lib.adaptation.retraining import retrain_on_noise
 from medrobust_lib.data.dataset import ImageDataset
-from medrobust_lib.data.inspection import learned_too
 from medrobust_lib.data.registry import load_dataset, open_split
 from medrobust_lib.data.splits import LearningSplits, learning_splits
 from medrobust_lib.experiments import Metric, Run
@@ -339,8 +338,13 @@ class CertifyAlone(CertifyCell):
                 f"{len(shared)} patients are in {train.id} and in {test.id} (the first is {shared[0]!r}); an image of "
                 "a patient who was learned from tells nothing, so move them to one side"
             )
-        notes = (f"Learned from {train.id}.", *learned_too(test.images, train.images))
-        return LearningSplits(train=train, pool=train, test=test, divided=True, notes=notes)
+        if same := sorted(train.sources() & test.sources()):
+            raise ValueError(
+                f"{len(same)} images are in {train.id} and in {test.id} (the first is {same[0].name!r}), and what was "
+                "learned from tells nothing; give others, or no --train: images to learn from are set apart then"
+            )
+        made = LearningSplits(train=train, pool=train, test=test, divided=True, notes=(f"Learned from {train.id}.",))
+        return replace(made, notes=(*made.notes, *made.copies))
 
 
 def certify_alone(

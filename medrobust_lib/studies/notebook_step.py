@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from medrobust_lib import parameters as notebook_parameters
-from medrobust_lib.runner import find_notebooks, run_notebooks
+from medrobust_lib.runner import find_notebooks, mark_run_dir, run_notebooks
 from medrobust_lib.studies.steps import ALONE, Cell, Estimate, Grid, Prices, Step, Workers
 
 
@@ -63,4 +63,5 @@ class NotebookCell(Cell):
 
     def run(self, study: Path, *, notebooks: Path | None = None, workers: Workers = ALONE) -> None:
         """Execute it."""
-        run_notebooks(find_notebooks([self.step.notebook], folder=notebooks), self.parameters, self.folder(study))
+        folder = mark_run_dir(self.folder(study))  # it has a log already
+        run_notebooks(find_notebooks([self.step.notebook], folder=notebooks), self.parameters, folder)

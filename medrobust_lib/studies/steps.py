@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 from torch import Tensor
 
 from medrobust_lib.data.dataset import Draw, ImageDataset
-from medrobust_lib.data.registry import load_dataset
+from medrobust_lib.data.registry import load_dataset, path_and_query
 from medrobust_lib.experiments import Run, write_text_atomically
 from medrobust_lib.files import read_json_object
 from medrobust_lib.models.catalogue import caveats
@@ -280,7 +280,9 @@ def seconds_for(draws: float | None, rate: float | None) -> float | None:
 def shown_id(dataset: str) -> str:
     """Id of a data set without the folders that lead to it, and without what its classes are called."""
     scheme, colon, path = dataset.partition(":")
-    return f"{scheme}:{re.sub('[?&](words|group)=[^&]*', '', Path(path).name)}" if colon else dataset
+    path, query = path_and_query(path)
+    kept = "&".join(part for part in query.split("&") if part and not part.startswith(("words=", "group=")))
+    return f"{scheme}:{Path(path).name}{'?' if kept else ''}{kept}" if colon else dataset
 
 
 def short_id(id: str) -> str:
