@@ -240,7 +240,7 @@ def test_a_run_into_an_old_folder_replaces_its_own_results_and_nothing_else(note
     runner.mark_run_dir(out)
     monkeypatch.setattr("papermill.execute_notebook", lambda *_, **__: None)
     runner.run_notebooks({"01": notebooks["01"]}, {}, out, announce=lambda _: None)
-    assert sorted(str(path.relative_to(out)) for path in out.rglob("*.*")) == sorted(kept)
+    assert sorted(str(path.relative_to(out)) for path in out.rglob("[!.]*.*")) == sorted(kept)
 
 
 def test_new_run_folders_never_coincide(tmp_path, monkeypatch):
