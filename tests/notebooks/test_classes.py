@@ -17,7 +17,7 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from medrobust_lib.experiments.cards import RUN_DIR_VARIABLE, Run
+from medrobust_lib.experiments.cards import RUN_DIR_VARIABLE, Run, without_folders
 from medrobust_lib.models.weights import DEMO_FOLDER
 from medrobust_lib.runner import find_notebooks
 
@@ -85,7 +85,8 @@ def finish(tmp_path, monkeypatch, capsys, folders):
         notebook_cells.run_cells(NOTEBOOKS[number], given, after_cell=measure if measured else lambda place: None)
         card = json.loads((tmp_path / "run" / "cards" / f"{number}.json").read_text(encoding="utf-8"))
         said = capsys.readouterr().out
-        assert re.findall(r"^Left out: .+$", said, re.MULTILINE) == [x for x in card["notes"] if x[:8] == "Left out"]
+        told = [without_folders(line) for line in re.findall(r"^Left out: .+$", said, re.MULTILINE)]
+        assert told == [note for note in card["notes"] if note[:8] == "Left out"]
         return card, said
 
     return run

@@ -89,7 +89,7 @@ def test_the_whole_command_for_real_weights_and_a_judge(data, judge, tmp_path, m
     card = json.loads((out / "cards" / "06.json").read_text())
     assert card["parameters"] | {"judge": ""} == {
         "vlm": "llava-1.6-mistral-7b", "dataset": "mm-safetybench/01", "n_images": 3, "n": 12, "sigma": 0.25,
-        "judge": "", "seed": 0,
+        "judge": "", "seed": 0, "words": "",
     }  # fmt: skip
     assert not card["dataset"]["synthetic"]
     assert "synthetic" not in " ".join(card["notes"])
