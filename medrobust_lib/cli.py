@@ -350,6 +350,7 @@ def leaderboard(
         cards = [card for card in cards if card["run"] != BY_HAND]
         if not cards:
             raise ValueError(f"{folder} holds only notebooks run by hand; show them with --by-hand")
+    typer.echo(f"{len(cards)} cards below {folder}", err=True)
     table = experiments.leaderboard(cards)
     if metric is not None:
         known = sorted(table["metric"].unique())

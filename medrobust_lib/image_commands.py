@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from medrobust_lib.smoothing.paper_methods import PaperMethod
 
 _VARIABLES = {"device": DEVICE_VARIABLE, "dtype": DTYPE_VARIABLE}
-_SHOWN_FILES, _HEADLINES = 5, 2
+_SHOWN_FILES, _SHOWN_CHARACTERS, _HEADLINES = 5, 28, 2
 
 
 def _for_all_models(context: typer.Context, option: typer.CallbackParam, value: str | None) -> str | None:
@@ -75,7 +75,7 @@ def certify(
     method: Annotated[str, Option(help="zero-shot, few-shot, PromptSmooth, denoised, ...")] = "zero-shot",
     train: Annotated[str | None, Option(metavar="DATA", help="Images that few-shot methods learn from.")] = None,
     shots: Annotated[int | None, Option(help="Of each class, where something is learned; default: 16.")] = None,
-    n: Annotated[int, Option(help="Noisy copies of an image, at most.")] = 1000,
+    n: Annotated[int, Option(help="Noisy copies of an image that count, at most; 100 more choose its class.")] = 1000,
     alpha: Annotated[float, Option(help="A certificate is false with at most this probability.")] = 0.001,
     n_images: Number = None,
     seed: Seed = 0,
@@ -120,11 +120,14 @@ def certify(
     with _told_how_to_go_on(), environment_variables({NO_THUMBNAILS_VARIABLE: "1"} if no_thumbnails else {}):
         cell.run(mark_run_dir(folder), workers=Workers(jobs))
     card = read_card(folder / "cards" / f"{cell.card_name}.json")
-    typer.echo("\n".join(["", *card["findings"], "Not for clinical use."]))
+    typer.echo("\n".join(["", *card["findings"], "", *(f"- {note}" for note in card["notes"]), ""]))
     table = folder / "cards" / f"{card['images']}.csv"
     rows = read_image_table(table)
-    rows = rows.iloc[worst_first(rows)[:_SHOWN_FILES]]
-    show(rows[["file", "class_name", "predicted_name", "confidence", "radius"]], title="look at these images first")
+    rows = rows.iloc[worst_first(rows)[:_SHOWN_FILES]].replace(
+        {"file": rf"^.+(?=.{{{_SHOWN_CHARACTERS}}}$)"}, "…", regex=True
+    )
+    columns = ["file", "class_name", "predicted_name", "confidence", "radius"]
+    show(rows[columns], title="look at these images first, wrong and surest at the top")
     typer.echo(f"every image: {table}\nreport: {write_report(folder)}")
 
 

@@ -46,7 +46,7 @@ def test_the_sentence_has_the_numbers_of_the_table(certified):
     assert "guarantee: standard, alpha 0.01 for each image." in text
     assert f"{(rows['predicted'] == -1).sum()} abstain; guessing would be right in 50 %" in text
     assert f"the commonest class alone in {100 * rows['label'].value_counts(normalize=True).max():.0f} %" in text
-    assert "Not for clinical use" in text
+    assert "not for clinical use" in text
 
 
 def test_the_images_that_need_a_look_are_named_worst_first(certified):

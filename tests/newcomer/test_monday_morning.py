@@ -86,7 +86,7 @@ def certified(archive):
 def test_one_command_says_how_many_answers_hold_and_which_images_need_a_look(archive, certified):
     _, said = certified
     assert re.search(r"Of 24 images", said) and "8 patients" in said
-    assert "guarantee: standard" in said and "Not for clinical use" in said
+    assert "guarantee: standard" in said and "not for clinical use" in said
     rows = rows_of(next((archive / "runs" / "films" / "cards").glob("*_images.csv")))
     assert len(rows) == 24 and {row["class_name"] for row in rows} == {"no finding", "pneumonia"}
     assert all(re.fullmatch(r"(NORMAL|PNEUMONIA)/film\d\d\.dcm", row["file"]) for row in rows)
@@ -180,7 +180,7 @@ def test_slips_of_the_hand_are_told_in_one_message_and_leave_nothing(archive, wo
 def test_real_images_go_the_same_way(tmp_path, name, like):
     few = ["--model", "demo-clip", "--sigma", 0.1, "--radius", 0.05, "--n", 60, "--alpha", 0.05, "--n-images", 8]
     said = typed("certify", REAL / "folders" / name, *few, "--words", like, "--out", "run", where=tmp_path)
-    assert "Of 8 images" in said and "Not for clinical use" in said
+    assert "Of 8 images" in said and "not for clinical use" in said
     assert all(str(REAL) not in text for text in cards_of(tmp_path / "run"))
     rows = rows_of(next((tmp_path / "run" / "cards").glob("*_images.csv")))
     assert all((REAL / "folders" / name / row["file"]).is_file() for row in rows)
