@@ -372,7 +372,9 @@ def _own_split(scheme: str, path: Path, split: str, options: SplitOptions) -> tu
     wording, like, bit_depth = options.get("wording", "paper"), options.get("like"), options.get("bit_depth")
     class_names, group = options.get("class_names"), options.get("group", AUTO)
     listed = (class_folder_split if scheme == "folder" else csv_split)(path, split, bit_depth=bit_depth, group=group)
-    templates = options.get("templates") or (listed.templates if like is None else ()) or None
+    templates = options.get("templates")
+    if templates is None and like is None:
+        templates = listed.templates or None
     if like is None:
         if wording != "paper":
             raise ValueError(f"wording={wording!r} needs like=..., the registered set whose words to take")
