@@ -188,7 +188,7 @@ def _numbers(card: Mapping[str, Any]) -> pd.DataFrame:
     own = {name: card[name].get("id", "") for name in ("dataset", "model")}
     rows = ({**metric, **{name: metric.get(name) or id for name, id in own.items()}} for metric in card["metrics"])
     table = pd.DataFrame(rows, columns=[*_MEASURED_ON, "name", "value", "low", "high"])
-    radius = table["of"].str.extract(_RADIUS, expand=False)
+    radius = table["of"].str.findall(_RADIUS).str[0]
     table["metric"] = table["name"].str.replace("_", " ") + (", " + radius).fillna("")
     table["of"] = table["of"].str.replace(_RADIUS, "", regex=True).str.removeprefix(", ")
     table["value"] = [interval_text(row) for row in table.itertuples()]
