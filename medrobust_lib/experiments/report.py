@@ -188,8 +188,8 @@ def _numbers(card: Mapping[str, Any]) -> pd.DataFrame:
     own = {name: card[name].get("id", "") for name in ("dataset", "model")}
     rows = ({**metric, **{name: metric.get(name) or id for name, id in own.items()}} for metric in card["metrics"])
     table = pd.DataFrame(rows, columns=[*_MEASURED_ON, "name", "value", "low", "high"])
-    radius = table["of"].str.findall(_RADIUS).str[0]
-    table["metric"] = table["name"].str.replace("_", " ") + (", " + radius).fillna("")
+    radii = ([", ", *found][:2] * bool(found) for found in table["of"].str.findall(_RADIUS))
+    table["metric"] = table["name"].str.replace("_", " ") + list(map("".join, radii))
     table["of"] = table["of"].str.replace(_RADIUS, "", regex=True).str.removeprefix(", ")
     table["value"] = [interval_text(row) for row in table.itertuples()]
     # What two metrics say of the same stands side by side: nothing is left out.
