@@ -69,7 +69,7 @@ def test_the_page_of_a_study_shows_figures_prompts_chance_and_caveats(undisturbe
     (share,) = [metric["value"] for metric in card["metrics"] if metric["name"] == "majority_share"]
     assert f'data-label="most frequent answer">{share:.3f}'.replace(">0.", ">.") in behind
     assert re.findall('nearly one answer">(.*?)<', behind) == ["–", "–", "no"]
-    assert behind.count("nobody&#39;s images") == 3
+    assert behind.count("synthetic phantoms, not patients&#39; images") == 3
     template = load_dataset("phantom/chest", n=4).templates[0]
     assert behind.count(template) == 3
 
@@ -204,5 +204,6 @@ def test_a_study_draws_as_its_file_says_and_its_cards_tell(study_file, tmp_path)
 def test_what_was_found_in_the_images_is_on_the_card_of_a_cell():
     data = load_dataset("phantom/chest", n=3)
     data = replace(data, provenance=data.provenance | {"caveats": ["Left out of mine: a/notes.txt (1 in all)."]})
-    model = SimpleNamespace(id="m", identity=lambda: {"id": "m"}, image_size=64)
-    assert described(model, data, ["a note"])["notes"][1:] == [*data.caveats, "a note"]
+    model = SimpleNamespace(id="m", identity=lambda: {"id": "m"}, image_size=64, provenance={})
+    notes = described(model, data, ["a note"])["notes"]
+    assert notes[2:] == [*data.caveats, "For teaching and research, not for clinical use.", "a note"]
