@@ -27,7 +27,7 @@ from typer.testing import CliRunner
 from medrobust_lib import cli, runner
 from medrobust_lib.data import questions
 from medrobust_lib.data.registry import DATASETS
-from medrobust_lib.experiments import Metric, start_run
+from medrobust_lib.experiments import Metric, Run, start_run
 from medrobust_lib.experiments.cards import RUN_DIR_VARIABLE
 from medrobust_lib.models import loading
 from medrobust_lib.models.loading import find_model, list_models, list_vlms
@@ -371,6 +371,11 @@ def test_python_example(page, code, workplace, monkeypatch):
     monkeypatch.setattr(loading, "_REGISTERED", dict(loading._REGISTERED))  # one of them registers a model
     if "import SLURMCluster" in code:
         stand_in_for_slurm(workplace, monkeypatch)
+    if "read_cards" in code:  # of a run that is there
+        about = {"tables": {}, "model": {"id": "demo-clip"}, "dataset": {"id": "phantom/blood"}, "prompts": {}}
+        Run("01", "Title", workplace / "runs" / "demo", {}, 0.0).save_card(
+            metrics=[Metric("accuracy", 0.5, 4)], **about
+        )
     scope: dict = {"__name__": "__main__"}
     exec(compile(code, page, "exec"), scope)
     assert "answers" not in scope or len(scope["answers"]) == len(scope["data"])

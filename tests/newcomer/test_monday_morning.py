@@ -45,13 +45,8 @@ def write_film(path, patient, *, seed):
     record = FileDataset(str(path), {}, file_meta=meta, preamble=b"\0" * 128)
     record.SOPClassUID, record.SOPInstanceUID = meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID
     record.PatientID, record.Rows, record.Columns, record.SamplesPerPixel = patient, 96, 80, 1
-    record.PhotometricInterpretation, record.BitsAllocated, record.BitsStored, record.HighBit = (
-        "MONOCHROME2",
-        16,
-        12,
-        11,
-    )
-    record.PixelRepresentation, record.WindowCenter, record.WindowWidth = 11, 0, 2048, 4096
+    record.PhotometricInterpretation, record.BitsAllocated, record.BitsStored = "MONOCHROME2", 16, 12
+    record.HighBit, record.PixelRepresentation, record.WindowCenter, record.WindowWidth = 11, 0, 2048, 4096
     record.PixelData = pixels.tobytes()
     path.parent.mkdir(parents=True, exist_ok=True)
     record.save_as(path, enforce_file_format=True)
