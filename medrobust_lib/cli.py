@@ -76,7 +76,7 @@ def run(
         list[str] | None, Option("-p", "--parameter", help="NAME=VALUE; 'NAME=[ONE, TWO]', 'NAME={KEY: VALUE}'.")
     ] = None,
     file: Annotated[Path | None, Option("-f", "--file", help="YAML file of parameters.")] = None,
-    out: Annotated[Path | None, Option(help="Run folder; default: a new one, runs/DATE_TIME.")] = None,
+    out: Annotated[Path | None, Option(help="Run folder; default: a new one in the project, runs/DATE_TIME.")] = None,
     folder: Annotated[Path | None, Option("--notebooks", help="Folder of the notebooks.")] = None,
     describe: Annotated[bool, Option("--describe", help="List the parameters and stop.")] = False,
     jobs: Annotated[int, Option(help="Notebooks at a time; -1: one per core.")] = 1,
@@ -331,7 +331,7 @@ def datasets(
 
 @app.command()
 def leaderboard(
-    runs: Annotated[Path | None, Argument(help="Folder that holds runs; default: runs.")] = None,
+    runs: Annotated[Path | None, Argument(help="Folder that holds runs; default: the project's runs.")] = None,
     metric: Annotated[str | None, Option(help="Only this metric.")] = None,
     by_hand: Annotated[bool, Option("--by-hand", help="Also notebooks run by hand, without `medrobust run`.")] = False,
     csv: Annotated[Path | None, Option(help="Also write all rows and columns as CSV.")] = None,
@@ -392,21 +392,26 @@ def compare(
     run_a: Annotated[Path, Argument(help="Folder of a study or a run.")],
     run_b: Annotated[Path, Argument(help="Folder of another; differences are B minus A.")],
     csv: Annotated[Path | None, Option(help="Also write the table as CSV.")] = None,
+    images: Annotated[Path | None, Option(help="Write as CSV which images only one of them gets right.")] = None,
     as_json: Annotated[bool, Option("--json", help="JSON instead of tables.")] = False,
 ) -> None:
     """Compare two runs image by image where both kept their answers, and by their cards elsewhere."""
+    from medrobust_lib.data.inspection import first_of
     from medrobust_lib.experiments import write_text_atomically
     from medrobust_lib.experiments.report import show_comparison, show_json
     from medrobust_lib.studies.compare import compare_runs
 
     compared = compare_runs(run_a, run_b)
-    if csv is not None:
-        write_text_atomically(csv, compared.table.to_csv(index=False, lineterminator="\n"))
+    for path, table in ((csv, compared.table), (images, compared.images)):
+        if path is not None:
+            write_text_atomically(path, table.to_csv(index=False, lineterminator="\n"))
     if as_json:
         show_json(compared.table)
         return
     typer.echo(f"A: {run_a}\nB: {run_b}\ndifference: B minus A, with its 95 % interval")
     show_comparison(compared.table)
+    if differ := list(dict.fromkeys(compared.images["file"])):
+        typer.echo(f"{len(differ)} images only one of them gets right somewhere: {first_of(differ)} (--images F: all)")
     for note in compared.notes:
         typer.echo(f"note: {note}")
     for name, left in (("A", compared.only_a), ("B", compared.only_b)):

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 from typer import Argument, Option
 
+from medrobust_lib.checks import closest
 from medrobust_lib.places import DEVICE_VARIABLE, DTYPE_VARIABLE, default_runs_dir
 
 if TYPE_CHECKING:
@@ -83,7 +84,9 @@ def certify(
     sampling: Annotated[
         Literal["sequential", "fixed"], Option(help="Stop early where the answer is clear, or not.")
     ] = "sequential",
-    out: Annotated[Path | None, Option(help="Run folder; default: one below runs, named by what is asked.")] = None,
+    out: Annotated[
+        Path | None, Option(help="Run folder; default: below the project's runs, named by what is asked.")
+    ] = None,
     no_thumbnails: NoThumbnails = False,
     jobs: Jobs = 1,
     device: Device = None,
@@ -216,13 +219,19 @@ def _told_how_to_go_on() -> Iterator[None]:
 
 def _understood(data: str, words: str = "") -> str:
     """The id of what was named, a bare path among them, its paths absolute, with the words of its classes."""
-    from medrobust_lib.data.registry import path_and_query
+    from medrobust_lib.data.registry import DATASETS, path_and_query
     from medrobust_lib.parameters import absolute_ids, stated_id
 
     path = Path(path_and_query(data)[0]).expanduser()
     if not data.startswith(("folder:", "csv:")) and os.path.exists(path):  # noqa: PTH110 - what is too long a path is none
         data = f"{'folder' if path.is_dir() else 'csv'}:{data}"
         typer.echo(f"{path} is read as {data}")
+    elif ":" not in data and data not in DATASETS:
+        near = closest(path.name, [one.name for one in path.parent.iterdir()] if path.parent.is_dir() else [], n=1)
+        hint = f" Did you mean {str(path.with_name(near[0]))!r}?" if near else ""
+        raise ValueError(
+            f"no folder or table {data!r} is here, and no data set has this id.{hint} See: medrobust datasets"
+        )
     return stated_id(absolute_ids("dataset", data), words=words)
 
 

@@ -253,7 +253,7 @@ def _executed(place: _Place, notebook: _Notebook) -> Executed | NotebookError:
     try:
         kept = named_when_full(target, f"{target.name} could not be written and nothing of it was kept")
         # Several at a time would write into the same line.
-        telling = contextlib.nullcontext() if threads else _cells_told(path, assigned[number])
+        telling = _cells_told(path, assigned[number], in_place=not threads and sys.stdout.isatty())
         with environment_variables(variables), kept, telling as tell:
             execute_notebook(
                 path,
@@ -276,23 +276,23 @@ def _executed(place: _Place, notebook: _Notebook) -> Executed | NotebookError:
 
 
 @contextlib.contextmanager
-def _cells_told(notebook: Path, parameters: Mapping[str, Any]) -> Iterator[Callable[..., None]]:
-    """Give a hook for the engine that says which cell begins: in place on a terminal, else now and then."""
+def _cells_told(notebook: Path, parameters: Mapping[str, Any], *, in_place: bool) -> Iterator[Callable[..., None]]:
+    """Give a hook for the engine that says which cell begins: in the same place, or a line now and then."""
     # papermill adds a cell for what is given.
     cells = len(json.loads(notebook.read_text(encoding="utf-8"))["cells"]) + bool(parameters)
-    terminal, said = sys.stdout.isatty(), time.monotonic()
+    said = time.monotonic()
 
     def tell(*, cell_index: int, **_: Any) -> None:
         nonlocal said
-        if terminal or time.monotonic() - said > _SECONDS_BETWEEN_LINES:
+        if in_place or time.monotonic() - said > _SECONDS_BETWEEN_LINES:
             said = time.monotonic()
             line = f"{notebook.stem} cell {cell_index + 1} of {cells}"
-            print(f"{_SAME_LINE}{line}" if terminal else line, end="" if terminal else "\n", flush=True)
+            print(f"{_SAME_LINE}{line}" if in_place else line, end="" if in_place else "\n", flush=True)
 
     try:
         yield tell
     finally:
-        print(_SAME_LINE if terminal else "", end="", flush=True)
+        print(_SAME_LINE if in_place else "", end="", flush=True)
 
 
 def _remove_half(notebook: Path) -> None:

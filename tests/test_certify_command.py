@@ -230,6 +230,12 @@ def test_a_folder_of_other_things_is_no_run_folder(invoke, own_images, tmp_path)
     assert code == 1 and "holds other things than a run (to-anna.txt); give a new folder or that of a run" in error
 
 
+def test_a_mistyped_folder_is_told_beside_the_one_that_is_there(invoke, tmp_path):
+    (tmp_path / "xrays").mkdir()
+    code, _, error = invoke("certify", tmp_path / "xrys", "--model", "demo-clip")
+    assert code == 1 and f"Did you mean '{tmp_path / 'xrays'}'?" in error and "phantom/blood" not in error
+
+
 def test_nearly_one_answer_for_all_images_is_said(model, phantoms):
     data = phantoms("breast", split="test", n=6)
     rows = certify_dataset(model, data, sigmas=[0.1], n=50, alpha=0.05).query("method == 'zero-shot'")

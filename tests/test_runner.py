@@ -276,11 +276,10 @@ def test_kernel_of_another_python_is_refused(monkeypatch):
 
 @pytest.mark.parametrize("terminal", [True, False])
 def test_a_run_says_which_cell_it_is_at(tmp_path, write_notebook, monkeypatch, capsys, terminal):
-    monkeypatch.setattr(runner.sys.stdout, "isatty", lambda: terminal)
     monkeypatch.setattr(runner, "_SECONDS_BETWEEN_LINES", -1.0)
     path = write_notebook(tmp_path, "01_first", "pass", "pass")
     for parameters, cells in (({}, 3), ({"n_images": 1}, 4)):  # papermill adds a cell for what is given
-        with runner._cells_told(path, parameters) as tell:
+        with runner._cells_told(path, parameters, in_place=terminal) as tell:
             tell(cell=None, cell_index=1)
         line = f"01_first cell 2 of {cells}"
         assert capsys.readouterr().out == (f"\r\x1b[K{line}\r\x1b[K" if terminal else f"{line}\n")

@@ -223,6 +223,8 @@ class OpenSplit:
         labels, groups = self.labels[positions], tuple(self.listed.groups(positions))
         seen = seen_in(images, labels, names=names, shapes=shapes if self.fit == "crop" else ())
         caveats = [*self.listed.caveats, *ignored_in(self.listed.ignored(positions), names), *seen]
+        if alone := len({*groups} & {*names}):
+            caveats.append(f"{alone} of {len(names)} images state no patient: each counts as a patient of its own.")
         if len(set(groups)) == 1 < len(groups):
             caveats.append(
                 f"All {len(groups)} images drawn are stated to be of one patient, so no number on them has a useful "

@@ -188,8 +188,8 @@ def _numbers(card: Mapping[str, Any]) -> pd.DataFrame:
     own = {name: card[name].get("id", "") for name in ("dataset", "model")}
     rows = ({**metric, **{name: metric.get(name) or id for name, id in own.items()}} for metric in card["metrics"])
     table = pd.DataFrame(rows, columns=[*_MEASURED_ON, "name", "value", "low", "high"])
-    radii = ([", ", *found][:2] * bool(found) for found in table["of"].str.findall(_RADIUS))
-    table["metric"] = table["name"].str.replace("_", " ") + list(map("".join, radii))
+    radius = table["of"].str.findall(_RADIUS).str.join("")
+    table["metric"] = table["name"].str.replace("_", " ") + (", " + radius).where(radius != "", "")
     table["of"] = table["of"].str.replace(_RADIUS, "", regex=True).str.removeprefix(", ")
     table["value"] = [interval_text(row) for row in table.itertuples()]
     # What two metrics say of the same stands side by side: nothing is left out.
@@ -315,13 +315,15 @@ def _latex(text: str) -> str:
 
 def show_comparison(table: pd.DataFrame) -> None:
     """Print one table per data set, models and metric of what `compare_runs` found."""
-    columns = {**dict.fromkeys(("A", "B", "difference", "n"), _NUMBER), "kind": {"no_wrap": True}, "p": _NUMBER}
+    columns = {**dict.fromkeys(("A", "B", "difference", "n"), _NUMBER), "kind": {"no_wrap": True}}
+    columns |= {"p": _NUMBER} if table["p"].notna().any() else {}
     for (dataset, models, metric), block in table.groupby(["dataset", "model", "metric"], sort=False):
         rows = []
         for row in block.itertuples():
             interval = "" if pd.isna(row.low) else f" [{_signed(row.low, 2)}, {_signed(row.high, 2)}]"
             values = short_number(row.value_a, 3), short_number(row.value_b, 3), _signed(row.difference, 3) + interval
-            rows.append((*values, row.n, row.kind, "" if pd.isna(row.p) else f"{row.p:.2g}", row.of))
+            p = ["" if pd.isna(row.p) else f"{row.p:.2g}"] if "p" in columns else []
+            rows.append((*values, row.n, row.kind, *p, row.of))
         Console().print()
         _show_block(metric.replace("_", " "), f" on {dataset}, {models}", {**columns, "of": _FOLDED}, rows)
 

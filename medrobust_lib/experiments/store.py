@@ -220,7 +220,9 @@ def _check_own_folder(folder: Path, journal: Path) -> None:
         others = sorted(path.name for path in folder.iterdir() if path.name[0] != "." and path.name != "manifest.json")
         if others:
             named = ", ".join(others[:3]) + (", ..." if len(others) > 3 else "")
-            raise ValueError(f"{folder} holds other files ({named}) and no store; give the store a folder of its own")
+            raise ValueError(
+                f"{folder} holds other files ({named}) and no store; give a new or an empty folder for results"
+            )
 
 
 def _json_values(parameters: Mapping[str, Any]) -> dict[str, Any]:

@@ -285,7 +285,10 @@ def minimum_draws(alpha: float, *, radius: float = 0.0, sigma: float = 1.0, law:
     """
     check_alpha(alpha)
     if needed_probability(radius, sigma, law=law) >= 1:
-        raise ValueError(f"radius {radius} at sigma {sigma} needs probability 1: no number of draws proves it")
+        raise ValueError(
+            f"radius {radius} at sigma {sigma} needs probability 1: no number of draws proves it; "
+            "take a larger sigma or a smaller radius"
+        )
     # From the logarithm, which keeps its digits where the probability itself is rounded to nearly 1.
     level, allowed = radius / sigma, math.log(alpha)
     needed = float(norm.logcdf(level)) if law == "normal" else math.log1p(-math.exp(-level) / 2)

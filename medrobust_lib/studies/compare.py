@@ -11,7 +11,13 @@ import pandas as pd
 from medrobust_lib.evaluation import CLEAN
 from medrobust_lib.experiments import read_cards
 from medrobust_lib.experiments.leaderboards import results_of
-from medrobust_lib.metrics.classification import difference_interval, mcnemar_p, mean_interval, paired_interval
+from medrobust_lib.metrics.classification import (
+    difference_interval,
+    is_constant_predictor,
+    mcnemar_p,
+    mean_interval,
+    paired_interval,
+)
 from medrobust_lib.studies.benchmark_step import correct_shares
 
 COLUMNS = ("dataset", "model", "metric", "of", "value_a", "value_b", "difference", "low", "high", "n", "kind", "p")
@@ -71,6 +77,7 @@ class _Answers(NamedTuple):
     rows: pd.DataFrame  # columns value, label and, where known, patient, by index of the image
     binary: bool = False  # every value is 0 or 1: right or wrong
     largest: float = 1.0  # how far two images' values can be apart
+    constant: bool = False  # nearly all images got one answer
 
 
 # One result of a card: its row of the leaderboard, "answers", those behind it if they were kept, and "given", settings.
@@ -112,6 +119,12 @@ def compare_runs(run_a: Path, run_b: Path) -> Comparison:
             rows.append((*what, *compared))
             changed += [(*what, *image) for image in _changed(result["answers"], b[partner]["answers"])]
             notes += _differences(key, result, b[partner])
+            notes += [
+                f"{side} gives nearly one answer to the images of {key.dataset} ({key.what}): what it gets right says "
+                "little about the images"
+                for side, one in (("A", result), ("B", b[partner]))
+                if one["answers"] and one["answers"].constant
+            ]
     if not rows:
         raise ValueError(
             f"{run_a} and {run_b} have no result in common: {_holding(a)} against {_holding(b)}; runs are matched by "
@@ -181,7 +194,9 @@ def _certificates(metric: str, rows: pd.DataFrame, settings: Mapping[str, Any]) 
         correct = rows["predicted"] < 0
     elif metric == "certified_accuracy":
         correct &= rows["radius"] >= settings["radius"]
-    return _Answers(rows[_kept(rows)].assign(value=correct.astype(float)), binary=True)
+    answered = rows.loc[rows["predicted"] >= 0, "predicted"].to_numpy()
+    constant = len(answered) > 0 and is_constant_predictor(answered)
+    return _Answers(rows[_kept(rows)].assign(value=correct.astype(float)), binary=True, constant=constant)
 
 
 def _kept(rows: pd.DataFrame) -> list[str]:
@@ -193,7 +208,9 @@ def _corruptions(rows: pd.DataFrame, settings: Mapping[str, Any]) -> _Answers:
     shares = correct_shares(rows)
     meant = [settings["corruption"]] if "corruption" in settings else shares.columns.drop(CLEAN, errors="ignore")
     once = settings.get("corruption") == CLEAN or len(settings["severities"]) == 1
-    return _Answers(labels.assign(value=shares[meant].mean(axis="columns")), binary=once and len(meant) == 1)
+    constant = is_constant_predictor(rows.loc[rows["corruption"].isin(meant), "predicted"].to_numpy())
+    values = labels.assign(value=shares[meant].mean(axis="columns"))
+    return _Answers(values, binary=once and len(meant) == 1, constant=constant)
 
 
 def _paired(key: _Key, a: _Result, b: _Result) -> tuple[Any, ...] | None:

@@ -112,6 +112,7 @@ def test_dicom_states_its_patient_who_is_shown_as_a_pseudonym(tmp_path):
         pixels = np.random.default_rng(number).integers(0, 256, (16, 16), dtype=np.uint8)
         dicom_files.write_dicom(path, pixels, PatientID=patient, SpecificCharacterSet="ISO_IR 192")
     data = load_dataset(f"folder:{tmp_path}")
+    assert "1 of 4 images state no patient: each counts as a patient of its own." in data.caveats
     known = dict(zip(data.files, data.groups, strict=True))
     assert known["a/0.dcm"] == known["b/1.dcm"] != known["b/3.dcm"] and known["a/2.dcm"] == "a/2.dcm"
     assert known["b/3.dcm"] == hashlib.sha256(b"x").hexdigest()[:12] and "ller" not in str(data.groups)

@@ -78,6 +78,16 @@ def test_images_on_which_two_runs_differ_are_named(save):
     assert set(images["metric"]) == {"smoothed_accuracy"}
 
 
+def test_a_run_that_gives_one_answer_is_named(save):
+    labels = np.arange(30) % 3
+    notes = compare_runs(save("a", labels), save("b", np.zeros(30, int))).notes
+    assert [note for note in notes if "one answer" in note] == [
+        "B gives nearly one answer to the images of phantom/chest (zero-shot (standard), sigma=0.1): what it gets "
+        "right says little about the images"
+    ]
+    assert not any("one answer" in note for note in compare_runs(save("c", labels), save("d", labels)).notes)
+
+
 def test_images_of_one_patient_do_not_count_as_many_in_a_comparison(save):
     labels, patients = np.arange(40) % 3, np.arange(40) // 10
     worse = np.where(np.arange(40) < 10, -1, labels)  # all images of one patient
