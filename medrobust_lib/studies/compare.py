@@ -173,7 +173,7 @@ def _answers(result: Mapping[str, Any], rows: pd.DataFrame) -> _Answers | None:
     rows = rows[(rows["model"] == result["model"]) & (rows["dataset"] == result["dataset"])]
     if not settings or np.isnan(result["value"]):  # beyond the reach of the draws there is no number
         return None
-    if "method" in settings and "radius" in rows:
+    if {"method", "guarantee", "sigma"} <= settings.keys() and "radius" in rows:
         return _certificates(result["metric"], rows, settings)
     if "severity" in rows and result["metric"] in ("accuracy", "average_accuracy"):
         return _corruptions(rows, settings)

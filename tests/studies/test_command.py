@@ -66,8 +66,10 @@ def test_a_study_prints_its_leaderboard_and_two_runs_compare(invoke, study_file,
     assert "certification: smoothed accuracy on phantom/chest, " in text
     assert "01-certify seed 0" in text
     assert "3 of 3 cells are done" in text
-    code, text, _ = invoke("compare", undisturbed, tmp_path / "out", "--csv", tmp_path / "compared.csv")
+    written = ("--csv", tmp_path / "compared.csv", "--images", tmp_path / "images.csv")
+    code, text, _ = invoke("compare", undisturbed, tmp_path / "out", *written)
     assert code == 0
+    assert (tmp_path / "images.csv").read_text() == "dataset,model,metric,of,image,file,change\n"  # none differs
     assert max(len(line) for line in text.splitlines() if not line.startswith(("A:", "B:"))) <= 100
     assert "certified accuracy on phantom/chest, demo-clip" in text
     assert "paired" in text
