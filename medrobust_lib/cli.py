@@ -350,7 +350,6 @@ def leaderboard(
         cards = [card for card in cards if card["run"] != BY_HAND]
         if not cards:
             raise ValueError(f"{folder} holds only notebooks run by hand; show them with --by-hand")
-    typer.echo(f"{len(cards)} cards below {folder}", err=True)
     table = experiments.leaderboard(cards)
     if metric is not None:
         known = sorted(table["metric"].unique())
@@ -363,6 +362,7 @@ def leaderboard(
     for path, text in texts:
         if path is not None:
             experiments.write_text_atomically(path, text(table))
+    typer.echo(f"{len(cards)} cards below {folder}", err=True)
     if as_json:
         show_json(table)
     else:

@@ -336,7 +336,8 @@ def located(where: str) -> Iterator[None]:
 def together() -> Iterator[Callable[[], AbstractContextManager[None]]]:
     """Collect the errors of several parts, each in a context of its own, and raise them as one, a line each.
 
-    What is told of one place is not told again of others; a single error is raised as it is.
+    What is told of one place is not told again of others; a single error is raised as it is, and where all is about
+    files that are missing, so is the error.
     """
     found: dict[str, Exception] = {}
 
@@ -351,4 +352,5 @@ def together() -> Iterator[Callable[[], AbstractContextManager[None]]]:
     if len(found) == 1:
         raise next(iter(found.values()))
     if found:
-        raise StudyError("\n".join(map(str, found.values())))
+        missing = all(isinstance(error, FileNotFoundError) for error in found.values())
+        raise (FileNotFoundError if missing else StudyError)("\n".join(map(str, found.values())))

@@ -1,5 +1,4 @@
 import json
-import subprocess
 
 import numpy as np
 import pandas as pd
@@ -110,7 +109,7 @@ def test_findings_are_a_sequence(run):
 
 
 @pytest.mark.parametrize(("option", "kept"), [([], ["0.png"]), (["--no-thumbnails"], [])])
-def test_the_command_leaves_small_pictures_out(run, tmp_path, option, kept):
+def test_the_command_leaves_small_pictures_out(invoke, run, tmp_path, option, kept):
     import nbformat
 
     folder = tmp_path / "notebooks"
@@ -123,6 +122,6 @@ def test_the_command_leaves_small_pictures_out(run, tmp_path, option, kept):
     )
     cells = [nbformat.v4.new_markdown_cell("# Title"), nbformat.v4.new_code_cell(source)]
     nbformat.write(nbformat.v4.new_notebook(cells=cells), folder / "01_first.ipynb")
-    command = ["medrobust", "run", "01", "--notebooks", str(folder), "--out", str(run.folder), *option]
-    subprocess.run(command, check=True, capture_output=True)
+    code, _, error = invoke("run", "01", "--notebooks", folder, "--out", run.folder, *option)
+    assert code == 0, error
     assert pictures(run) == kept
