@@ -254,8 +254,8 @@ def fraction_splits(
     if len(learned) != asked:
         reason = "one of each class" if len(learned) > asked else "all but those for validation"
         notes.append(
-            f"{100 * fraction:.3g} % of {len(learnable)} {learn_from} images would be {asked}; {len(learned)} are "
-            f"learned from, {reason}"
+            f"{len(learned)} of {len(learnable)} {learn_from} images are learned from, where {100 * fraction:.3g} % "
+            f"would be {asked}: {reason}"
         )
     notes += _class_notes(learning, learned, shots=0, divided=sides.divided)
     if missing := [learning.classes[label] for label in np.setdiff1d(train.labels, val.labels)]:

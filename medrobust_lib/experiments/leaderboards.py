@@ -16,7 +16,7 @@ from medrobust_lib.experiments.cards import COMPETITOR, parameters_hash, without
 LOWER_IS_BETTER = ("error", "ece", "mce", "degradation", "majority_share", "abstain_rate")
 TASKS: Mapping[str, str] = MappingProxyType(
     {
-        "generative": "oracle=", "certification": "certified|smoothed_accuracy|abstain_rate",
+        "generative": "oracle=|questions=", "certification": "certified|smoothed_accuracy|abstain_rate",
         "adaptation": "^val_|^trained_", "corruption": "mce|degradation|average_accuracy|corruption=",
         "noise": r"sigma=(?!0(?!\.))", "clean images": "",
     }
@@ -186,7 +186,7 @@ def results_of(card: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
             "task": task,
             "method": ", ".join(settings[key] for key in COMPETITOR if key in settings) if settings else metric["of"],
             **{key: settings.get(key) for key in ("sigma", "radius", "guarantee")},
-            **_baselines(task, name, facts),
+            **_baselines(task, name, facts, settings),
             **_circumstances(card),
         }
 
@@ -219,9 +219,13 @@ def _measured(metric: Mapping[str, Any], facts: Mapping[str, Any], card: Mapping
     return [*said, f"{metric['n']} images" + (f" ({images})" if images else "")]
 
 
-def _baselines(task: str, metric: str, facts: Mapping[str, Any]) -> dict[str, float]:
+def _baselines(
+    task: str, metric: str, facts: Mapping[str, Any], settings: Mapping[str, Any]
+) -> dict[str, float | None]:
     """Accuracy of a random and of a constant answer; the former is never certified, the latter at every radius."""
     facts = facts if metric.endswith("accuracy") else {}
+    if settings.get("questions") in (known := facts.get("constant_answer", {})):
+        return {"chance": None, "constant": known[settings["questions"]]}
     classes, counts = len(facts.get("classes", ())), [count for count in facts.get("class_counts", ()) if count]
     constant = (
         1 / len(counts) if counts and "balanced" in metric else max(counts, default=math.nan) / sum(counts or [1])

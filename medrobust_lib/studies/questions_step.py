@@ -177,7 +177,7 @@ class QuestionsCell(Cell):
 
 
 def _described(asked: QuestionSet) -> dict[str, object]:
-    kind = {"synthetic": asked.synthetic, "wording": asked.task}
+    kind = {"synthetic": asked.synthetic, "wording": asked.task, "constant_answer": {asked.task: asked.chance}}
     return {"id": asked.id, "split": "test", "n": len(asked), **kind}
 
 

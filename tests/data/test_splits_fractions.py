@@ -87,7 +87,7 @@ def test_classes_keep_their_shares_and_each_gives_one_image(tmp_path):
     ]
     few = draw(folder, 0.01)
     assert counts(few.train) == [1, 1, 1]
-    assert of_the_draw(few)[1:] == ("1 % of 100 train images would be 1; 3 are learned from, one of each class",)
+    assert of_the_draw(few)[1:] == ("3 of 100 train images are learned from, where 1 % would be 1: one of each class",)
     assert of_the_draw(draw(folder, 0.1)) == ("train and test are the data set's own splits",)
     assert_disjoint(draw(folder, 1, n_val=100, n_test=100))
 
@@ -153,7 +153,7 @@ def test_without_a_val_split_a_fifth_of_each_class_is_kept_from_training(tmp_pat
     assert (found.train.split, found.val.split, found.test.split) == ("train", "train", "test")
     assert of_the_draw(found)[1:] == (
         "no val split: 8 of the 36 train images are kept for validation and not learned from",
-        "100 % of 36 train images would be 36; 28 are learned from, all but those for validation",
+        "28 of 36 train images are learned from, where 100 % would be 36: all but those for validation",
         "no image for validation: c4",
     )
     few = draw(folder, 1.0, n_val=3)
@@ -202,7 +202,9 @@ def test_fractions_of_the_val_split_are_counted_nested_and_judged_alike(tmp_path
     folder = f"folder:{split_folders(tmp_path, train=[9, 9, 9], val=[60, 30, 10], test=[9, 9, 9])}"
     found = [draw(folder, fraction, seed=3, learn_from="val") for fraction in (0.01, 0.1, 0.3, 0.75, 1)]
     assert [counts(one.train) for one in found] == [[1, 1, 1], [6, 3, 1], [18, 9, 3], [45, 23, 7], [60, 30, 10]]
-    assert of_the_draw(found[0])[2:] == ("1 % of 100 val images would be 1; 3 are learned from, one of each class",)
+    assert of_the_draw(found[0])[2:] == (
+        "3 of 100 val images are learned from, where 1 % would be 1: one of each class",
+    )
     for smaller, larger in itertools.pairwise(found):
         assert pixels(smaller.train) < pixels(larger.train)
         for part in ("val", "test"):
@@ -221,7 +223,7 @@ def test_without_a_train_split_a_fifth_of_the_val_split_validates(tmp_path):
     assert of_the_draw(found) == (
         "val and test are the data set's own splits",
         "no train split: 6 of the 31 val images are kept for validation and not learned from",
-        "100 % of 31 val images would be 31; 25 are learned from, all but those for validation",
+        "25 of 31 val images are learned from, where 100 % would be 31: all but those for validation",
         "no image for validation: c2",
     )
 

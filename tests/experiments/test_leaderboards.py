@@ -137,6 +137,7 @@ def test_without_a_fingerprint_the_seed_and_the_number_tell_the_images(board):
         ("average_accuracy", [], "corruption"), ("accuracy", ["corruption=blur"], "corruption"),
         ("certified_accuracy", ["sigma=0.25"], "certification"), ("abstain_rate", ["sigma=0.25"], "certification"),
         ("smoothed_accuracy", ["oracle=safety", "sigma=0.25"], "generative"),
+        ("certified_accuracy", ["questions=finding", "sigma=0.25"], "generative"),
         ("val_balanced_accuracy", ["split=val"], "adaptation"), ("trained_parameters", [], "adaptation"),
     ],
 )  # fmt: skip
@@ -169,6 +170,17 @@ def test_baselines_of_further_data_sets_and_of_cards_without_classes(board):
     chest = {"id": "phantom/chest", "classes": ["a", "b"], "class_counts": [1, 3]}
     ((_, rows),) = comparable_tables(board(other, dataset=BLOOD | {"others": [chest]}))
     assert rows["model"].tolist() == ["constant answer", "chance", "demo-clip"]
+
+
+def test_the_constant_answer_to_each_question_is_a_row(board):
+    asked = {"id": "phantom/blood", "constant_answer": {"finding": 0.25, "safety": 0.75, "jailbreak": None}}
+    metrics = [
+        Metric("certified_accuracy", 0.5, 8, settings=CERTIFIED | {"questions": task, "method": task})
+        for task in (*asked["constant_answer"], "unasked")
+    ]
+    constant = [rows.set_index("model")["value"] for _, rows in comparable_tables(board(*metrics, dataset=asked))]
+    assert [one.get("constant answer") for one in constant] == [0.25, None, 0.75, None]
+    assert not any("chance" in one for one in constant)
 
 
 def ranks(table):
