@@ -11,6 +11,7 @@ SHOTS = ROOT / "runs" / "browser"
 MOST_MS = 150_000  # for a notebook to come up to its instrument; a quiet machine needs a tenth
 ANSWER_MS = 30_000
 PICTURE = ".jp-OutputArea-output img.widget-image"
+ERROR = '[data-mime-type="application/vnd.jupyter.stderr"]:has(.ansi-red-fg)'  # a traceback, not a warning
 
 # What each Explore cell takes for granted, made from demo data: as little as shows the instrument.
 COMMON = """
@@ -63,7 +64,7 @@ from medrobust_lib.models.adapters import load_adapter
 Job = namedtuple("Job", "method fraction rank seed")
 seed, fraction, rank, images = 1, 0.1, 16, data
 encoder = mr.load_model("demo-clip-vit")
-words = encoder.class_features(data.classes, data.templates[:1])
+texts = encoder.class_features(data.classes, data.templates[:1])
 planned = [Job("LoRA", fraction, r, seed) for r in (4, 16)]
 towers = {
     job: load_adapter(encoder, adapting.find_demo_adapter(
@@ -101,6 +102,7 @@ readers = {"keywords": SameLabel(oracles[free]), "naive": ExactMatch()}
 banks = {task: collect_answers(model, part, how, n0=n0, n=n) for task, part in asked.items()}
 """,
 }
+KERNEL = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
 
 
 def committed(number):
@@ -140,7 +142,7 @@ def shown_picture(page):
 
 def errors(page):
     """Texts of everything on the page that tells of an error: of a cell, or of an instrument."""
-    cells = page.locator('[data-mime-type="application/vnd.jupyter.error"]').all_inner_texts()
+    cells = page.locator(ERROR).all_inner_texts()
     return cells + [text for text in page.locator(".widget-html").all_inner_texts() if "Error" in text]
 
 
@@ -173,12 +175,11 @@ def open_and_run(page, lab, name):
     )
     page.evaluate("() => { window.jupyterapp.commands.execute('notebook:run-all-cells'); }")
     page.wait_for_function(
-        """selector => {
-            const image = document.querySelector(selector);
-            return (image && image.naturalWidth > 0)
-                || document.querySelector('[data-mime-type="application/vnd.jupyter.error"]');
+        """([picture, error]) => {
+            const image = document.querySelector(picture);
+            return (image && image.naturalWidth > 0) || document.querySelector(error);
         }""",
-        arg=PICTURE,
+        arg=[PICTURE, ERROR],
         timeout=MOST_MS,
     )
     assert errors(page) == []
@@ -229,11 +230,19 @@ def test_notebook_01_as_it_is_runs_and_its_instrument_answers(page, lab):
     move_and_compare(page, lab, "01")
 
 
+def test_an_error_of_a_cell_is_seen(page, lab):
+    source = "import sys\nprint('a warning', file=sys.stderr)\nnobody"
+    write(lab, "broken.ipynb", nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source)], metadata=KERNEL))
+    with pytest.raises(AssertionError, match="name 'nobody' is not defined"):
+        open_and_run(page, lab, "broken.ipynb")
+    lab.end_kernels()
+
+
 @pytest.mark.parametrize("number", list(SETUPS))
 def test_the_explore_cell_of_each_notebook_answers(page, lab, number):
     notebook = nbformat.v4.new_notebook(
         cells=[nbformat.v4.new_code_cell(source) for source in (SETUPS[number], explore_cell(number))],
-        metadata={"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}},
+        metadata=KERNEL,
     )
     write(lab, f"instrument{number}.ipynb", notebook)
     open_and_run(page, lab, f"instrument{number}.ipynb")
