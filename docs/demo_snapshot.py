@@ -44,7 +44,9 @@ def read_snapshot(path: Path = SNAPSHOT) -> dict[str, Any]:
     return snapshot
 
 
-def write_snapshot(run_dir: Path, *, test_minutes: int | None = None, path: Path = SNAPSHOT) -> dict[str, Any]:
+def write_snapshot(
+    run_dir: Path, *, test_minutes: int | None = None, run_minutes: int | None = None, path: Path = SNAPSHOT
+) -> dict[str, Any]:
     """Take from the cards and tables of a run what the README shows, and write it.
 
     Parameters
@@ -52,7 +54,9 @@ def write_snapshot(run_dir: Path, *, test_minutes: int | None = None, path: Path
     run_dir : Path
         Folder of a run with default parameters, such as ``make run`` leaves; notebooks may be missing.
     test_minutes : int or None
-        Minutes that ``make test`` took on the same machine; None keeps what the former snapshot says.
+        Minutes that ``make test`` took; None keeps what the former snapshot says of it.
+    run_minutes : int or None
+        Minutes that ``make run`` took where ``make test`` did; None: it is the machine of `run_dir`.
     path : Path
         Where to write.
 
@@ -77,13 +81,14 @@ def write_snapshot(run_dir: Path, *, test_minutes: int | None = None, path: Path
                 "README shows the demo run: repeat it with `make run`"
             )
     if test_minutes is None and path.exists():
-        test_minutes = read_snapshot(path)["test_minutes"]
+        test_minutes, run_minutes = (read_snapshot(path).get(name) for name in ("test_minutes", "test_run_minutes"))
     folder, times = run_dir / "cards", _times(cards, run_dir / "notebooks")
     snapshot = {
         "format": FORMAT,
         "cores": os.cpu_count(),
         "run_seconds": round(_wall_clock(times.values())),
         "test_minutes": test_minutes,
+        "test_run_minutes": run_minutes,
         "peak_memory_mb": max((card["peak_memory_mb"] or 0) for card in cards.values()),
         "notebooks": {
             number: {

@@ -59,7 +59,10 @@ app = typer.Typer(add_completion=False)
 @app.command(help=__doc__)
 def main(
     snapshot: Annotated[Path | None, typer.Option(help="Run folder to refresh docs/demo_results.json from.")] = None,
-    test_minutes: Annotated[int | None, typer.Option(help="Minutes that `make test` took there.")] = None,
+    test_minutes: Annotated[int | None, typer.Option(help="Minutes that `make test` took.")] = None,
+    run_minutes: Annotated[
+        int | None, typer.Option(help="Minutes that `make run` took there, where that is another machine.")
+    ] = None,
     check: Annotated[bool, typer.Option("--check", help="Write nothing; exit with 1 if anything drifted.")] = False,
 ) -> None:
     """Generate, or check."""
@@ -72,7 +75,7 @@ def main(
             raise typer.Exit(1)
         return
     if snapshot is not None:
-        write_snapshot(snapshot, test_minutes=test_minutes)
+        write_snapshot(snapshot, test_minutes=test_minutes, run_minutes=run_minutes)
     from front_picture import PICTURE, drawn_from, save_picture, source_hash
 
     found = read_snapshot()
@@ -179,7 +182,9 @@ def output_part(snapshot: Snapshot) -> str:
     minutes, gigabytes = math.ceil(snapshot["run_seconds"] / 60), snapshot["peak_memory_mb"] / 1000
     told = f"On {snapshot['cores']} CPU cores `make run` took about {minutes} minutes"
     if snapshot["test_minutes"]:
-        told += f" and `make test` about {snapshot['test_minutes']} minutes"
+        elsewhere = snapshot.get("test_run_minutes")
+        told += f" (on slower ones about {elsewhere} minutes, where" if elsewhere else " and"
+        told += f" `make test` took about {snapshot['test_minutes']} minutes" + (")" if elsewhere else "")
     told += f"; the largest kernel needed {gigabytes:.1f} GB of memory, its workers aside."
     return "\n".join(["```text", *printed, "```", "", told])
 

@@ -139,8 +139,11 @@ def test_snapshot_of_a_run(taking, tmp_path, monkeypatch):
         }
     ]
     assert (taken["test_minutes"], taken["curves"]["severity"]) == (7, None)
-    # Without a new time the former one stays.
+    # Without a new time the former one stays, and with it where it was taken.
     assert taking.write_snapshot(tmp_path / "demo", path=path)["test_minutes"] == 7
+    taking.write_snapshot(tmp_path / "demo", test_minutes=9, run_minutes=3, path=path)
+    kept = taking.write_snapshot(tmp_path / "demo", path=path)
+    assert (kept["test_minutes"], kept["test_run_minutes"]) == (9, 3)
 
 
 def test_times_are_those_that_the_command_printed(taking, tmp_path, monkeypatch):
