@@ -221,15 +221,15 @@ def _clopper_pearson(correct: float, n: float, confidence: float = 0.95) -> tupl
 def mean_interval(
     values: ArrayLike, *, groups: Sequence[Hashable] = (), largest: float = 1.0, seed: int = 0
 ) -> tuple[float, float]:
-    """95 % percentile bootstrap interval of a mean over images, seeded.
+    """95 % interval of a mean over images: a percentile bootstrap, seeded, or a jackknife over patients.
 
     Parameters
     ----------
     values : float [n]
         One value an image.
     groups : sequence of n, optional
-        The patient of each image: then patients are drawn, each with all its images. Of fewer than about twenty
-        patients a bootstrap covers too little.
+        The patient of each image. Of a few a bootstrap covers too little: each is left out once, and Student's t
+        takes their number into account.
     largest : float
         How far the value of one image could lie from that of the others: 1 for shares.
     seed : int
@@ -242,7 +242,7 @@ def mean_interval(
 
     References
     ----------
-    Efron and Tibshirani 1993, chapter 13.
+    Efron and Tibshirani 1993, chapters 11 and 13.
     """
     array = np.asarray(values, dtype=np.float64)
     if array.ndim != 1 or array.size == 0:
@@ -253,15 +253,15 @@ def mean_interval(
     if np.ptp(array) == 0 or len(images) == 1:
         unseen = largest * accuracy_interval(0, len(images))[1]
         return float(array.mean() - unseen), float(array.mean() + unseen)
-    batch, how = max(1, 10_000_000 // len(images)), {"n_resamples": 2000, "method": "percentile"}
-    how |= {"batch": batch, "rng": np.random.default_rng(seed)}
-    if len(images) == len(array):
-        found = stats.bootstrap((array,), np.mean, **how)
-    else:
-        found = stats.bootstrap(
-            (totals, images), lambda total, count, axis: total.sum(axis) / count.sum(axis), paired=True, **how
-        )
-    low, high = found.confidence_interval
+    if len(images) < len(array):
+        # Patients differ in how many images they have: as many of one size would weigh as much.
+        weigh_as = array.size**2 / float(images @ images)
+        without = (array.sum() - totals) / (array.size - images)
+        error = math.sqrt((1 - 1 / len(images)) * float(((without - array.mean()) ** 2).sum()))
+        aside = float(stats.t.ppf(0.975, max(weigh_as - 1, 0.1))) * error
+        return float(array.mean() - aside), float(array.mean() + aside)
+    how = {"n_resamples": 2000, "method": "percentile", "batch": max(1, 10_000_000 // len(images))}
+    low, high = stats.bootstrap((array,), np.mean, rng=np.random.default_rng(seed), **how).confidence_interval
     return float(low), float(high)
 
 
@@ -389,33 +389,35 @@ def bootstrap_interval(
     return float(low), float(high)
 
 
-def paired_interval(gained: int, lost: int, n: int) -> tuple[float, float]:
+def paired_interval(change: ArrayLike, *, groups: Sequence[Hashable] = ()) -> tuple[float, float]:
     """Interval of the difference of two shares of the same images.
 
-    The difference is that of two shares of one multinomial, so it is `difference_interval` of their exact
-    (Clopper-Pearson) intervals with the multinomial's correlation. Enumerated exactly at 12, 24, 45 and 90 images,
-    it covers at least .96 where up to three tenths of them differ, .95 up to nine tenths and .92 beyond. Where all
-    that differ were gained Tango's score interval falls to .93, Newcombe's method 10 to .90, Agresti and Min's to .84.
+    The difference is that of two shares of one multinomial, so it is `difference_interval` of their intervals
+    (`share_interval`) with the multinomial's correlation. Enumerated exactly at 12, 24, 45 and 90 images, it covers at
+    least .96 where up to three tenths of them differ, .95 up to nine tenths and .92 beyond. Where all that differ were
+    gained Tango's score interval falls to .93, Newcombe's method 10 to .90, Agresti and Min's to .84.
 
     Parameters
     ----------
-    gained, lost : int
-        Images that only the second and only the first gets right.
-    n : int
-        All images.
+    change : int [n]
+        1 for an image that only the second gets right, -1 for one that only the first does, else 0.
+    groups : sequence of n, optional
+        The patient of each image, as in `share_interval`.
 
     Returns
     -------
     low, high : float in [-1, 1]
-        Of (gained - lost) / n.
+        Of the mean change.
 
     References
     ----------
     Newcombe 1998, Statistics in Medicine 17:2635, compares intervals for paired shares.
     """
-    others = (n - gained) * (n - lost)
-    correlation = -math.sqrt(gained * lost / others) if others else 0.0
-    limits = [(count / n, *accuracy_interval(count, n)) for count in (lost, gained)]
+    array = np.asarray(change)
+    gained, lost = array > 0, array < 0
+    others = float((~gained).sum()) * float((~lost).sum())
+    correlation = -math.sqrt(float(gained.sum()) * float(lost.sum()) / others) if others else 0.0
+    limits = [(float(side.mean()), *share_interval(side, groups=groups)) for side in (lost, gained)]
     return difference_interval(*limits, correlation=correlation)
 
 

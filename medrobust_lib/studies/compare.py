@@ -90,8 +90,8 @@ def compare_runs(run_a: Path, run_b: Path) -> Comparison:
     Results are matched by data set, model, metric, seed and what they were measured on (noise level, radius,
     corruption). Where each run has a single model and they differ, these two are compared. Where both runs kept the
     answers to the same images, the difference is paired; its interval is `paired_interval` where an image can only be
-    right or wrong, and a bootstrap over these images, or over patients who have several, for means. Elsewhere it comes
-    from the two intervals on the cards.
+    right or wrong, and `mean_interval` for means, both over patients where one has
+    several images. Elsewhere it comes from the two intervals on the cards.
 
     Parameters
     ----------
@@ -233,9 +233,9 @@ def _paired(key: _Key, a: _Result, b: _Result) -> tuple[Any, ...] | None:
     change, p = value_b - value_a, float("nan")
     patients = common.get("patient_a", ())
     several = len(patients) > 0 and bool(patients.duplicated().any())  # images of one patient are no independent ones
-    if first.binary and second.binary and not several:
-        gained, lost = int((change > 0).sum()), int((change < 0).sum())
-        interval, p = paired_interval(gained, lost, len(change)), mcnemar_p(gained, lost)
+    if first.binary and second.binary:
+        interval = paired_interval(change, groups=patients)
+        p = p if several else mcnemar_p(int((change > 0).sum()), int((change < 0).sum()))
     else:
         interval = mean_interval(change, groups=patients, largest=max(first.largest, second.largest))
     everything = len(common) == len(first.rows) == len(second.rows)

@@ -39,10 +39,14 @@ def test_a_paired_interval_is_narrower_than_one_from_two_cards():
     rng = np.random.default_rng(0)
     first = rng.random(200) < 0.6
     second = first ^ (rng.random(200) < 0.05)
-    paired = paired_interval(int((second & ~first).sum()), int((first & ~second).sum()), 200)
+    paired = paired_interval(second.astype(int) - first)
     cards = [(x.mean(), *accuracy_interval(int(x.sum()), 200)) for x in (first, second)]
     unpaired = difference_interval(*cards)
     assert unpaired[0] < paired[0] < second.mean() - first.mean() < paired[1] < unpaired[1]
+
+
+def of_counts(gained, lost, n):
+    return paired_interval(np.repeat([1, -1, 0], [gained, lost, n - gained - lost]))
 
 
 def coverage(difference, low, high, probability):
@@ -55,7 +59,7 @@ def test_paired_intervals_cover_by_exact_enumeration(n):
     # Every outcome (lost, gained) with its exact probability; those beyond the 1e-6 quantile count as not covered.
     most = int(stats.binom.isf(1e-6, n, 0.3))
     outcomes = np.array([(lost, gained) for lost in range(n + 1) for gained in range(min(n, most) + 1 - lost)])
-    limits = np.array([paired_interval(int(gained), int(lost), n) for lost, gained in outcomes])
+    limits = np.array([of_counts(gained, lost, n) for lost, gained in outcomes])
     counts = np.column_stack([outcomes, n - outcomes.sum(1)])
     for differ in np.arange(0.02, 0.301, 0.02):
         for split in (0, 0.05, 0.1, 0.25, 0.4, 0.5):
@@ -76,14 +80,14 @@ def test_unpaired_intervals_of_two_cards_cover_by_exact_enumeration(n_a, n_b):
 
 
 def test_where_nothing_was_lost_the_upper_limit_is_that_of_one_share():
-    low, high = paired_interval(5, 0, 24)
+    low, high = of_counts(5, 0, 24)
     gained, none = accuracy_interval(5, 24), accuracy_interval(0, 24)
     assert high == pytest.approx(gained[1])
     assert low == pytest.approx(5 / 24 - np.hypot(5 / 24 - gained[0], none[1]))
-    assert paired_interval(0, 5, 24) == pytest.approx((-high, -low))
+    assert of_counts(0, 5, 24) == pytest.approx((-high, -low))
     # Each image differs: the limits of the share gained and those of the share lost move together.
-    assert paired_interval(4, 6, 10) == pytest.approx(tuple(2 * x - 1 for x in accuracy_interval(4, 10)))
-    assert paired_interval(0, 10, 10)[0] == -1
+    assert of_counts(4, 6, 10) == pytest.approx(tuple(2 * x - 1 for x in accuracy_interval(4, 10)))
+    assert of_counts(0, 10, 10)[0] == -1
 
 
 def test_difference_of_shares_is_newcombes():

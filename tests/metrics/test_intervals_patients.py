@@ -3,8 +3,10 @@
 import numpy as np
 import pandas as pd
 import pytest
+from scipy import stats
 
 from medrobust_lib import metrics
+from medrobust_lib.metrics.classification import paired_interval
 
 
 def test_without_repeated_patients_the_interval_is_that_of_images():
@@ -47,6 +49,49 @@ def test_coverage_where_images_of_a_patient_resemble_each_other(sizes):
         low, high = metrics.share_interval(right)
         naive += low <= 0.7 <= high
     assert hits >= 0.95 * 300 and naive < 0.91 * 300
+
+
+SIZES = [[4] * 8, [12] * 10, [12] * 40, [30] + [1] * 30, [20, 10, 5] + [1] * 15]
+
+
+@pytest.mark.parametrize("sizes", SIZES)
+def test_coverage_of_a_difference_where_images_of_a_patient_change_alike(sizes):
+    rng, hits = np.random.default_rng(0), 0
+    patients = np.repeat(np.arange(len(sizes)), sizes)
+    for _ in range(300):
+        gains = rng.beta(0.4, 1.6, len(sizes))  # mean 0.2, differing between patients
+        draw = rng.random(len(patients))
+        change = (draw < gains[patients]).astype(int) - (draw > 0.95)  # 0.05 are lost
+        low, high = paired_interval(change, groups=patients)
+        hits += low <= 0.15 <= high
+    assert hits >= 0.95 * 300
+
+
+@pytest.mark.parametrize("sizes", SIZES)
+def test_coverage_of_a_mean_over_a_few_patients(sizes):
+    rng, hits = np.random.default_rng(0), 0
+    patients = np.repeat(np.arange(len(sizes)), sizes)
+    for _ in range(300):
+        values = rng.normal(0, 1, len(sizes))[patients] + rng.normal(0.3, 0.5, len(patients))
+        low, high = metrics.mean_interval(values, groups=patients)
+        hits += low <= 0.3 <= high
+    assert hits >= 0.93 * 300
+
+
+def test_an_interval_over_patients_is_no_narrower_for_a_handful_of_them():
+    """Thirty images of nine patients, five gained and one lost: the image-wise interval holds zero."""
+    change = np.repeat([1, -1, 0], [5, 1, 24])
+    patients = np.random.default_rng(0).permutation(np.arange(30) % 9)
+    low, high = paired_interval(change, groups=patients)
+    alone = paired_interval(change)
+    assert low <= alone[0] < 0 < alone[1] <= high
+
+
+def test_with_an_image_for_each_patient_but_one_t_is_near_students():
+    values = np.random.default_rng(0).normal(size=41)
+    patients = [0, 0, *range(1, 40)]
+    half = np.diff(metrics.mean_interval(values, groups=patients))[0] / 2
+    assert half == pytest.approx(stats.t.ppf(0.975, 39) * stats.sem(values), rel=0.1)
 
 
 def test_one_error_more_never_raises_the_lower_limit():
