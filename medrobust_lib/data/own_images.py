@@ -23,6 +23,7 @@ from medrobust_lib.files import parsed
 
 Labelled = Sequence[tuple[Path, str]]  # files, each with its class
 Grouping = str | Callable[[str], str]  # how images are told to be of one patient; `load_dataset` explains it
+_SEVERITIES = frozenset("12345")
 AUTO, UNGROUPED, BY_FOLDER, BY_DICOM, PATIENT = "auto", "none", "folder", "dicom", "patient"
 _SPELLINGS = {"training": "train", "valid": "val", "validation": "val", "testing": "test"}
 _SPELLINGS |= {split: split for split in SPLITS}
@@ -78,7 +79,7 @@ def class_folder_split(root: Path, split: str, *, bit_depth: int | None = None, 
     for classes in listing.values():
         counts.update({code: len(paths) for code, paths in classes.items()})
     codes = _ordered(counts)
-    _check_layout(root, folders, listing)
+    _check_layout(root, folders, listing, outer=group in (BY_FOLDER, UNGROUPED))
     for code in codes:
         if code.encode("utf-8", "ignore").decode() != code:
             raise ValueError(f"class folder {code!r} in {base} has a name that is not UTF-8; rename it")
@@ -301,8 +302,10 @@ def _is_image(path: Path) -> bool:
         return False
 
 
-def _check_layout(root: Path, folders: Mapping[str, Path], listing: Mapping[str, Mapping[str, list[Path]]]) -> None:
-    """Refuse folders that are no class folders, and say what they look like."""
+def _check_layout(
+    root: Path, folders: Mapping[str, Path], listing: Mapping[str, Mapping[str, list[Path]]], *, outer: bool
+) -> None:
+    """Refuse folders that are no class folders, and say what they look like; ``outer``: the outer ones are stated."""
     expected = f"expected {root.name}/CLASS/FILE or {root.name}/SPLIT/CLASS/FILE"
     below: dict[Path, set[str]] = {}  # class folder -> folders in it that hold images, "" for the folder itself
     for split, classes in listing.items():
@@ -324,6 +327,12 @@ def _check_layout(root: Path, folders: Mapping[str, Path], listing: Mapping[str,
     inner = set.union(*below.values())
     names = first_of(sorted(inner))
     only = {folder.name for folder in below}
+    for written, levels in ((root, inner), (root.parent, only)):
+        if levels <= _SEVERITIES and (written / "manifest.json").is_file():
+            raise ValueError(
+                f"{root} holds {', '.join(sorted(levels))}, severities as `medrobust corrupt` writes them: name one "
+                f"corruption and severity, folder:{written}/CORRUPTION/SEVERITY"
+            )
     for folder, parts in below.items():
         if any(part.lower() in _SPELLINGS for part in parts) and len(only) > 1:
             raise ValueError(
@@ -333,11 +342,13 @@ def _check_layout(root: Path, folders: Mapping[str, Path], listing: Mapping[str,
         (name,) = only
         fix = f"write folder:{root / name}" if UNSPLIT in folders else f"move what {name} holds up one level"
         raise ValueError(f"in {root} there is one folder only, {name!r}, which holds folders ({names}): {fix}")
-    if len(below) > 1 and len(inner) > 1 and "" not in inner and all(parts == inner for parts in below.values()):
+    alike = len(below) > 1 and len(inner) > 1 and "" not in inner and all(parts == inner for parts in below.values())
+    if alike and not outer:
         raise ValueError(
             f"the folders {first_of(sorted(only))} of {root} hold the same folders ({names}), and either may be the "
-            f"classes: {expected}. If {first_of(sorted(only))} are the classes, move their images up into them and "
-            f"what is no image to be classified away, or list the images in a table, csv:. If {names} are, write "
+            f"classes: {expected}. If {first_of(sorted(only))} are the classes, and all in them is to be classified, "
+            f"write folder:{root}?group=folder where {names} are patients, else folder:{root}?group=none; or list the "
+            f"images in a table, csv:, with the columns path, label and patient. If {names} are the classes, write "
             f"folder:{root / min(only)}"
         )
 

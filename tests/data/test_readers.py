@@ -413,6 +413,24 @@ def test_another_layout_is_named_with_what_helps(tmp_path, names, message):
         class_folder_split(layout(tmp_path / "set", *names.split()), "test")
 
 
+def test_where_every_class_holds_every_patient_the_caller_says_which_is_which(tmp_path):
+    root = layout(tmp_path / "set", "x/p/1.png", "x/q/2.png", "y/p/3.png", "y/q/4.png")
+    with pytest.raises(ValueError, match=r"write folder:.*\?group=folder where p, q are patients, else .*\?group=none"):
+        class_folder_split(root, "test")
+    found = class_folder_split(root, "test", group="folder")
+    assert (found.labels.tolist(), found.groups(np.arange(4))) == ([0, 0, 1, 1], ("p", "q", "p", "q"))
+    assert class_folder_split(root, "test", group="none").groups(np.arange(4)) == ()
+
+
+def test_folders_of_corruptions_and_severities_are_no_classes(tmp_path):
+    root = layout(tmp_path / "worse", *(f"{c}/{s}/{k}/1.png" for c in ("blur", "snow") for s in "13" for k in "xy"))
+    (root / "manifest.json").write_text("{}")
+    for folder in (root, root / "blur"):
+        with pytest.raises(ValueError, match="severities as `medrobust corrupt` .* folder:.*worse/CORRUPTION/SEVERITY"):
+            class_folder_split(folder, "test")
+    assert class_folder_split(root / "blur" / "3", "test").labels.tolist() == [0, 1]
+
+
 def test_layouts_that_only_look_alike_are_read(tmp_path):
     one_kind = layout(tmp_path / "one", "x/images/1.png", "y/images/1.png")  # the usual way of some tools
     patients = layout(tmp_path / "two", "x/p1/1.png", "x/p2/1.png", "y/p1/1.png", "y/p3/1.png")
