@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 from typer import Argument, Option
 
-from medrobust_lib.checks import closest
+from medrobust_lib.checks import check_choice, closest
 from medrobust_lib.places import DEVICE_VARIABLE, DTYPE_VARIABLE, default_runs_dir
 
 if TYPE_CHECKING:
@@ -67,6 +67,17 @@ NoThumbnails = Annotated[bool, Option("--no-thumbnails", help="Keep no small pic
 Jobs = Annotated[int, Option(callback=_some_jobs, help="Images at a time; -1: one per core.")]
 
 
+@contextlib.contextmanager
+def _told_how_to_go_on() -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        command = shlex.join(["medrobust", *sys.argv[1:]])
+        typer.echo(f"stopped; what is finished is kept. It goes on with\n    {command}", err=True)
+        raise typer.Exit(130) from error
+
+
+@_told_how_to_go_on()
 def certify(
     data: Data,
     model: Annotated[str, Option(help="An id of `medrobust models`, local-dir:PATH, ...")],
@@ -120,7 +131,7 @@ def certify(
     )
     folder = check_run_dir(default_runs_dir() / cell.run_name if out is None else out)
     typer.echo(f"run folder: {folder}\nCtrl-C stops; finished images are kept, and the same command goes on")
-    with _told_how_to_go_on(), environment_variables({NO_THUMBNAILS_VARIABLE: "1"} if no_thumbnails else {}):
+    with environment_variables({NO_THUMBNAILS_VARIABLE: "1"} if no_thumbnails else {}):
         cell.run(mark_run_dir(folder), workers=Workers(jobs))
     card = read_card(folder / "cards" / f"{cell.card_name}.json")
     typer.echo("\n".join(["", *card["findings"], "", *(f"- {note}" for note in card["notes"]), ""]))
@@ -134,6 +145,7 @@ def certify(
     typer.echo(f"every image: {table}\nreport: {write_report(folder)}")
 
 
+@_told_how_to_go_on()
 def corrupt(
     data: Data,
     out: Annotated[Path, Option(help="A new folder, or one that the same command began.")],
@@ -170,13 +182,12 @@ def corrupt(
                 splits = open_split(dataset, split=one).splits or splits
     if file_format == "npz" and kind:
         raise ValueError(f"--kind {kind} is for --format png: arrays are named after their data set alone")
-    with _told_how_to_go_on():
-        if file_format == "npz":
-            for one in splits:
-                write_benchmark(out, [dataset], layout="per-severity", split=one, **how)
-            sets = [load_dataset(dataset, split=one, seed=seed, **drawn) for one in splits]
-        else:
-            sets = write_folders(out, dataset, kind=kind, splits=splits, **how)
+    if file_format == "npz":
+        for one in splits:
+            write_benchmark(out, [dataset], layout="per-severity", split=one, **how)
+        sets = [load_dataset(dataset, split=one, seed=seed, **drawn) for one in splits]
+    else:
+        sets = write_folders(out, dataset, kind=kind, splits=splits, **how)
     first = sets[0]
     height, width = first.images.shape[1:3]
     size = f"{width} x {height} px, {first.provenance['resized'] or 'as they are'}"
@@ -207,16 +218,6 @@ def show_headlines(cards: Sequence[Mapping[str, Any]]) -> None:
         show(table, title="the first numbers of each card", right=["value [95 %]"])
 
 
-@contextlib.contextmanager
-def _told_how_to_go_on() -> Iterator[None]:
-    try:
-        yield
-    except KeyboardInterrupt as error:
-        command = shlex.join(["medrobust", *sys.argv[1:]])
-        typer.echo(f"stopped; what is finished is kept. It goes on with\n    {command}", err=True)
-        raise typer.Exit(130) from error
-
-
 def _understood(data: str, words: str = "") -> str:
     """The id of what was named, a bare path among them, its paths absolute, with the words of its classes."""
     from medrobust_lib.data.registry import DATASETS, path_and_query
@@ -240,7 +241,9 @@ def _method(named: str, *, shots: int | None, train: str | None) -> "PaperMethod
     from medrobust_lib.smoothing.paper_methods import LEARNED_METHODS, READS, PaperMethod
 
     by_name = {"few-shot": "few-shot PromptSmooth"} | {name.casefold(): name for name in READS}
-    name = by_name.get(named.casefold(), named)
+    name = by_name.get(named.casefold(), "")
+    if not name:
+        check_choice("method", named, ["few-shot", *READS])
     for option, value in (("--shots", shots), ("--train", train)):
         if value is not None and name in READS and name not in LEARNED_METHODS:
             raise ValueError(f"{option} {value}: {name} learns nothing; leave {option} out, or name another --method")

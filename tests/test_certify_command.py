@@ -87,6 +87,15 @@ def test_an_interrupted_run_goes_on_and_ends_with_the_same_bytes(certified, invo
         assert (out / name).read_bytes() == (whole / name).read_bytes(), name
 
 
+def test_who_stops_before_anything_is_loaded_is_told_the_command_too(invoke, own_images, monkeypatch):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("medrobust_lib.data.registry.path_and_query", stop)
+    code, _, error = invoke("certify", own_images, "--model", "demo-clip")
+    assert code == 130 and error.endswith(f"It goes on with\n    medrobust certify {own_images} --model demo-clip\n")
+
+
 def test_the_same_question_has_the_same_folder_and_another_has_another(invoke, own_images, tmp_path, monkeypatch):
     from medrobust_lib.studies.certify_step import CertifyAlone
 
@@ -151,7 +160,7 @@ def shared_patient(own_images, tmp_path):
         (["--sigma", 64], "sigma"),
         (["--n-images", 7], "n_images=7 is no whole number from 1 to 6: folder:.*mine has so many test images"),
         (["--model", "demo-clap"], "'demo-clap'"),
-        (["--method", "fewshot"], "unknown method 'fewshot'; choose one of zero-shot.*did you mean"),
+        (["--method", "fewshot"], "unknown method 'fewshot'; choose one of few-shot, .*did you mean 'few-shot'"),
         (["--words", "{classes: {a: b}}"], "unknown a key of words 'classes'"),
         (["--perturbation", "contrasts"], "contrasts"),
         (["--alpha", 2], "alpha"),

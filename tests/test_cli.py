@@ -273,7 +273,7 @@ def test_submit_says_that_notes_with_names_of_files_stay_behind(invoke, runs, tm
     card = json.loads(path.read_text())
     path.write_text(json.dumps(card | {"dataset": {"id": "folder:mine"}, "notes": ["Dark: a/SMITH/0.png"]}))
     text = invoke("submit", path, "--to", tmp_path / "board")[1]
-    assert re.search(r"added: .*01\.json \(Notes that name files of the images were left out\.\)", text)
+    assert re.search(r"added: .*01\.json \(Notes that may name files of the images were left out\.\)", text)
 
 
 @pytest.fixture

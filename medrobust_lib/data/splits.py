@@ -64,9 +64,12 @@ class LearningSplits(Splits):
     pool : ImageDataset
         Images whose labels a method does not look at, none of them in ``test``; other images than those of
         ``train`` as far as there are any.
+    pool_note : str
+        The one of the notes that is about the pool alone; empty where there is none.
     """
 
     pool: ImageDataset
+    pool_note: str = ""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -138,7 +141,7 @@ def learning_splits(
     learning, learned = sides.learning, sides.learnable
     train = learning.read(learned, n=len(learned), seed=seed, drawn=f"at most {2 * shots} of each class")
     test = _drawn(sides.testing, sides.testable, n=n_test, seed=seed, draw=draw)
-    notes = [sides.note, *_class_notes(learning, learned, shots=shots, divided=sides.divided)]
+    notes, pool_note = [sides.note, *_class_notes(learning, learned, shots=shots, divided=sides.divided)], ""
     if sides.validating is not None:
         pool = _drawn(sides.validating, np.arange(len(sides.validating.labels)), n=n_pool, seed=seed)
     else:
@@ -148,10 +151,12 @@ def learning_splits(
         again = _among(learning.labels, learned, n=n_pool - len(drawn), seed=seed)
         pool = learning.read(np.union1d(drawn, again), n=len(drawn) + len(again), seed=seed)
         shared = f"; {len(again)} of its {len(pool)} images are learned from too" if len(again) else ""
-        notes.append(f"no val split: the pool comes from the split {pool.split!r}{shared}")
+        pool_note = f"no val split: the pool comes from the split {pool.split!r}{shared}"
+        notes.append(pool_note)
     copies = learned_too(test.images, train.images, names=test.files, learned_names=train.files)
     notes += [*_part_notes(test, train=train, pool=pool), *copies]
-    return LearningSplits(train=train, pool=pool, test=test, divided=sides.divided, notes=tuple(notes))
+    told = {"notes": tuple(notes), "pool_note": pool_note}
+    return LearningSplits(train=train, pool=pool, test=test, divided=sides.divided, **told)
 
 
 def fraction_splits(

@@ -23,7 +23,7 @@ TASKS: Mapping[str, str] = MappingProxyType(
 )  # fmt: skip
 # No quality: neither more nor less of it is better.
 UNRANKED = ("trained_parameters",)
-NAMED_FILES = "Notes that name files of the images were left out."
+NAMED_FILES = "Notes that may name files of the images were left out."
 _OWN_IMAGES = ("folder:", "csv:")
 _FILE_NAME = re.compile(r"\S[/\\]|[/\\]\S|\.(?:png|jpe?g|tiff?|bmp|webp|dcm|dicom)\b", re.IGNORECASE)
 # What else a certificate depends on; cards of studies have it among their parameters.

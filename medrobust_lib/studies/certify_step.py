@@ -229,7 +229,7 @@ class CertifyCell(Cell):
         step, sigma, seed = self.step, self.parameters["sigma"], self.seed or 0
         learning = self._splits() if any(one.learns for one in step.methods) else None
         data = learning.test if learning else self.images()
-        notes = self._learned_from(learning)
+        notes = self._learned_from(learning) if learning else []
         rules = {name: self.parameters[name] for name in ("n0", "n", "alpha", "sampling", "mode", "bounds", "radii")}
         rules |= {"sigmas": [sigma], "perturbation": step.family, "seed": seed, **workers._asdict()}
         one_tower = [one for one in step.methods if one.method != RETRAINED]
@@ -286,15 +286,15 @@ class CertifyCell(Cell):
     def _asked(self) -> int:
         return self.parameters["n_images"] or len(open_split(self.dataset).labels)
 
-    def _learned_from(self, learning: LearningSplits | None) -> list[str]:
+    def _learned_from(self, learning: LearningSplits) -> list[str]:
         """What a reader must know of the images learned from."""
-        if learning is None:
-            return []
         left = f"{len(learning.test)} of {self._asked} images are left to certify; others are learned from"
         learned = [f"{one.name}: {one.shots} shots" for one in self.step.methods if one.learns]
-        seed = f"drawn with seed {self.seed or 0} where the method has no other; folder prompts/"
+        seed = f"drawn with seed {self.seed or 0} where the method has no other; kept in the folder prompts"
         told = f"Learned from so many images of each class at most, {seed}. {'; '.join(learned)}"
-        return [*learning.notes, *([left] if len(learning.test) < self._asked else []), told]
+        pooled = any(one.method == "few-shot + pool" for one in self.step.methods)
+        notes = [note for note in learning.notes if pooled or note != learning.pool_note]
+        return [*notes, *([left] if len(learning.test) < self._asked else []), told]
 
 
 @dataclass(frozen=True)
@@ -343,8 +343,8 @@ class CertifyAlone(CertifyCell):
                 f"{len(same)} images are in {train.id} and in {test.id} (the first is {same[0].name!r}), and what was "
                 "learned from tells nothing; give others, or no --train: images to learn from are set apart then"
             )
-        made = LearningSplits(train=train, pool=train, test=test, divided=True, notes=(f"Learned from {train.id}.",))
-        return replace(made, notes=(*made.notes, *made.copies))
+        made = LearningSplits(train=train, pool=train, test=test, divided=True, notes=())
+        return replace(made, notes=(f"Learned from {train.id}.", *made.copies))
 
 
 def certify_alone(

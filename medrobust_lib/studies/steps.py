@@ -287,7 +287,7 @@ def shown_id(dataset: str) -> str:
 
 def short_id(id: str) -> str:
     """An id as part of a folder's name; one that had to be shortened stays unique by a piece of its hash."""
-    text = re.sub(r"[^A-Za-z0-9.-]+", "-", id).strip("-.")
+    text = re.sub(r"[^A-Za-z0-9.-]+", "-", shown_id(id)).strip("-.")
     if len(text) <= _LONGEST_PART and not id.partition(":")[2]:
         return text
     return f"{text[-_LONGEST_PART:].strip('-.')}-{hashlib.sha256(id.encode()).hexdigest()[:6]}"

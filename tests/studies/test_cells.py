@@ -1,5 +1,6 @@
 import json
 import math
+import re
 
 import numpy as np
 import pandas as pd
@@ -41,6 +42,12 @@ def test_a_cell_for_every_combination_with_a_name_of_its_own(cells):
     assert found[-1].name == "03-benchmark_demo-clip_phantom-blood_seed3"
     assert json.loads(json.dumps(found[0].parameters)) == found[0].parameters
     assert found[0].parameters["radii"] == [0.1]
+
+
+def test_a_folder_is_named_after_the_images_and_no_path_of_a_machine():
+    ids = [f"folder:/home/somebody/scans?words=%2Fhome%2Fsomebody%2F{words}.yaml&group=folder" for words in "ab"]
+    first, second = map(short_id, ids)
+    assert first != second and all(re.fullmatch("folder-scans-[0-9a-f]{6}", name) for name in (first, second))
 
 
 def test_long_and_foreign_ids_make_short_names_that_stay_apart():
@@ -161,6 +168,7 @@ def test_what_is_learned_from_an_undivided_folder_is_not_certified_and_that_is_s
     rows = pd.read_csv(next(cards.glob("*_certificates.csv")))
     assert rows["image"].nunique() == card["dataset"]["n"] == 12 - 4
     assert "8 of 12 images are left to certify; others are learned from" in card["notes"]
+    assert not any("pool" in note for note in card["notes"])  # no method of it adapts to one
 
 
 def test_a_cell_goes_on_with_the_prompts_that_it_learned(study_file, tmp_path, monkeypatch):
