@@ -23,7 +23,7 @@ from medrobust_lib.models.dual_encoder import DualEncoder
 from medrobust_lib.models.loading import list_models
 from medrobust_lib.models.weights import explained_errors
 from medrobust_lib.parameters import check_models, split_size
-from medrobust_lib.plots import plot_certified_accuracy
+from medrobust_lib.plots.figures import legend_beside, plot_certified_accuracy
 from medrobust_lib.smoothing.bounds import ALPHA, N0, Bounds, N, check_alpha, check_draws, minimum_draws
 from medrobust_lib.smoothing.certificate import GUARANTEES, Mode, Sampling
 from medrobust_lib.smoothing.denoisers import find_denoiser, load_denoiser
@@ -251,25 +251,25 @@ class CertifyCell(Cell):
                 tower = _retrained(path, model, learning.train, one, sigma=sigma, perturbation=step.family, seed=seed)
                 texts = FixedPrompts(one.name, tower.class_features(data.classes, data.templates[:1]))
                 tables.append(certify_dataset(tower, data, [texts], store=kept, **rules))
-        rows = pd.concat(tables)
+        rows = pd.concat(tables).assign(model=self.model)
         self.keep_times(study, an_image=float(rows.groupby("image")["seconds"].first().mean()))
-        rows = rows.drop(columns="seconds")
-        rows = rows.sort_values(["image", "sigma"], kind="stable", ignore_index=True).assign(model=self.model)
+        rows = rows.drop(columns="seconds").sort_values(["image", "sigma"], kind="stable", ignore_index=True)
         shares = metrics.certified_accuracy(rows, radii=step.radii)
         notes += [f"Guarantee {name}: {GUARANTEES[name]}" for name in rows["guarantee"].unique()]
         if step.mode == "evaluate":
             notes.append("The known label was tested (mode evaluate): for tables only, no prediction was certified.")
         figure = Figure()
-        plot_certified_accuracy(shares, figure.subplots(), chance=1 / len(data.classes))
+        plot_certified_accuracy(shares, axes := figure.subplots(), chance=1 / len(data.classes))
+        legend_beside(axes)
         run.save_figure(figure, "headline", caption=f"Certified accuracy over the radius: {self.label}")
         numbers = _certificate_metrics(metrics.certification_summary(rows), shares)
         tables = {f"{run.number}_{CERTIFICATES}": rows, f"{run.number}_certified_accuracy": shares}
         prompts = {"templates": list(data.templates), "classes": list(data.classes)}
         radius = next(filter(None, step.radii), 0.0)
-        said = {"question": f"Which answers of {self.model} on {data.id} hold under every small change?"}
+        said = described(model, data, notes, name=self.model)
+        said["question"] = f"Which answers of {self.model} on {data.id} hold under every small change?"
         said["findings"] = certified_in_words(rows, shares, data, radius=radius, side=model.image_size)
         self.keep_images(run, rows, data)
-        said |= described(model, data, notes, name=self.model)
         run.save_card(metrics=numbers, tables=tables, prompts=prompts, **said)
 
     def keep_images(self, run: Run, rows: pd.DataFrame, data: ImageDataset) -> None:
