@@ -103,6 +103,8 @@ def test_an_undivided_folder_with_own_prompts_and_a_clip_of_the_hub(user, no_ker
     (folder,) = (user / "out" / "adapters").iterdir()
     facts = load_adapter(load_model("hf:me/my-clip", device="cpu"), folder).provenance
     assert list(facts["train"]) == ["folder:breast"]
+    unchanged = any(note.startswith("LoRA: no epoch was better") for note in card["notes"])
+    assert unchanged == (facts["best_epoch"] == 0)
     assert {path.name for path in user.iterdir()} == {"hub", "breast", "parameters.yaml", "out"}
 
 
