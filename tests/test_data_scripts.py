@@ -770,8 +770,8 @@ def test_repeated_modalities_come_several_times_in_an_epoch():
 @pytest.mark.parametrize("chosen", ["both", "demo-clip-vit"])
 def test_one_script_trains_both_demo_models(chosen, tmp_path):
     script = load_script("train_demo_clip")
-    script.SPLITS = {"val": 36}
-    small = {"out": tmp_path, "images": 36, "epochs": 1, "seed": 0}
+    script.SPLITS = {"val": 18}
+    small = {"out": tmp_path, "images": 18, "epochs": 1, "seed": 0}
     script.main(only=script.Wanted.RESIDUAL if chosen != "both" else script.Wanted.BOTH, **small)
     if chosen != "both":
         script.main(only=script.Wanted(chosen), **small)
@@ -781,7 +781,7 @@ def test_one_script_trains_both_demo_models(chosen, tmp_path):
         texts.append(model.encode_text(["a neutrophil"]))
         assert b'"F16"' in (tmp_path / id / "open_clip_model.safetensors").read_bytes()
         recipe = json.loads((tmp_path / id / "recipe.json").read_text())
-        assert ({stage["epochs"] for stage in recipe["stages"]}, recipe["images_per_modality"]) == ({1}, 36)
+        assert ({stage["epochs"] for stage in recipe["stages"]}, recipe["images_per_modality"]) == ({1}, 18)
         log = (tmp_path / id / "training_log.csv").read_text().splitlines()
         assert len(log) == 1 + len(recipe["stages"])
     assert torch.allclose(*texts, atol=1e-6)  # the transformer has taken over the text tower
@@ -797,11 +797,11 @@ def with_the_demos_teacher(script, folder):
 @pytest.mark.parametrize("model", ["RESIDUAL", "TRANSFORMER"])
 def test_a_demo_models_training_goes_on_behind_its_last_finished_stage(tmp_path, monkeypatch, model):
     script = load_script("train_demo_clip")
-    script.SPLITS = {"val": 36}
+    script.SPLITS = {"val": 18}
     script.RESIDUAL, script.TRANSFORMER = (
         script.replace(recipe, stages=recipe.stages[:1] * 2) for recipe in (script.RESIDUAL, script.TRANSFORMER)
     )
-    run = {"only": script.Wanted[model], "images": 36, "epochs": 1, "seed": 0}
+    run = {"only": script.Wanted[model], "images": 18, "epochs": 1, "seed": 0}
     if model == "TRANSFORMER":
         for name in ("whole", "stopped"):
             with_the_demos_teacher(script, tmp_path / name)
@@ -830,10 +830,10 @@ def test_a_demo_models_training_goes_on_behind_its_last_finished_stage(tmp_path,
 
 def test_a_stage_of_another_teacher_is_trained_anew(tmp_path, monkeypatch):
     script = load_script("train_demo_clip")
-    script.SPLITS = {"val": 36}
+    script.SPLITS = {"val": 18}
     script.TRANSFORMER = script.replace(script.TRANSFORMER, stages=script.TRANSFORMER.stages[:1] * 2)
     weights = with_the_demos_teacher(script, tmp_path) / "demo-clip" / script.WEIGHTS
-    run = {"only": script.Wanted.TRANSFORMER, "images": 36, "epochs": 1, "seed": 0}
+    run = {"only": script.Wanted.TRANSFORMER, "images": 18, "epochs": 1, "seed": 0}
     train, calls = script.train, []
 
     def stopped(*args, number, **options):
