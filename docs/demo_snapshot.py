@@ -70,7 +70,8 @@ def write_snapshot(
     FileNotFoundError
         No cards in the folder.
     ValueError
-        A notebook was run with other parameters than its defaults, or its card lacks what is shown.
+        A notebook was run with other parameters than its defaults, or its card lacks what is shown; `run_minutes`
+        without `test_minutes`.
     """
     cards = {card["notebook"]: card for card in read_cards(run_dir, nested=False)}
     for number, card in cards.items():
@@ -80,6 +81,8 @@ def write_snapshot(
                 f"notebook {number} in {run_dir} was run with {', '.join(differing)} other than the default; the "
                 "README shows the demo run: repeat it with `make run`"
             )
+    if test_minutes is None and run_minutes is not None:
+        raise ValueError(f"run_minutes={run_minutes} says where `make test` was timed; give test_minutes, too")
     if test_minutes is None and path.exists():
         test_minutes, run_minutes = (read_snapshot(path).get(name) for name in ("test_minutes", "test_run_minutes"))
     folder, times = run_dir / "cards", _times(cards, run_dir / "notebooks")

@@ -175,3 +175,25 @@ def test_kinds_of_own_images_have_parameters_of_their_own(invoke, own_images, tm
     assert code == 0 and "under every corruption of clinical-c" in text
     names = {path.name for path in (tmp_path / "w").iterdir() if path.is_dir()}
     assert names and len([*(tmp_path / "w").rglob("*.png")]) == 6 * len(names)
+
+
+def test_folders_of_corruptions_and_severities_are_no_classes(invoke, tmp_path):
+    out, words = tmp_path / "worse", ("--corruption", "contrast", "--corruption", "motion_blur")
+    code, _, error = invoke("corrupt", "phantom/blood", "--n-images", 8, *words, "--severity", 3, "--out", out)
+    assert code == 0, error
+    for folder in (out, out / "contrast"):
+        with pytest.raises(ValueError, match="corruptions or severities, no classes: .*worse/CORRUPTION/SEVERITY"):
+            load_dataset(f"folder:{folder}")
+    assert len(load_dataset(f"folder:{out}/contrast/3")) == 8
+
+
+def test_patients_numbered_like_severities_stay_patients(invoke, tmp_path):
+    draw = np.random.default_rng(0)
+    for number, place in enumerate(("x/1", "x/2", "y/1", "y/2")):
+        (tmp_path / "in" / place).mkdir(parents=True)
+        pixels = draw.integers(0, 256, (32, 32, 3)).astype(np.uint8)
+        Image.fromarray(pixels).save(tmp_path / "in" / place / f"{number}.png")
+    given = ("corrupt", f"folder:{tmp_path / 'in'}?group=folder", "--corruption", "contrast")
+    code, _, error = invoke(*given, "--severity", 3, "--out", tmp_path / "out")
+    assert code == 0, error
+    assert load_dataset(f"folder:{tmp_path / 'out'}?group=folder").groups == ("1", "2", "1", "2")

@@ -144,6 +144,8 @@ def test_snapshot_of_a_run(taking, tmp_path, monkeypatch):
     taking.write_snapshot(tmp_path / "demo", test_minutes=9, run_minutes=3, path=path)
     kept = taking.write_snapshot(tmp_path / "demo", path=path)
     assert (kept["test_minutes"], kept["test_run_minutes"]) == (9, 3)
+    with pytest.raises(ValueError, match="run_minutes=3 says where `make test` was timed; give test_minutes, too"):
+        taking.write_snapshot(tmp_path / "demo", run_minutes=3, path=path)
 
 
 def test_times_are_those_that_the_command_printed(taking, tmp_path, monkeypatch):

@@ -37,6 +37,7 @@ from medrobust_lib.corruptions.suites import (
     luma,
 )
 from medrobust_lib.data.dataset import ImageDataset
+from medrobust_lib.data.own_images import CORRUPTED
 from medrobust_lib.data.registry import load_dataset
 from medrobust_lib.experiments import RowStore, map_items, open_store, progress
 from medrobust_lib.files import disk_full, file_sha256, size_text, whole_file
@@ -351,7 +352,7 @@ def write_folders(
     for data in named:
         pixels.update(np.ascontiguousarray(data.images).data)
     parameters = {
-        "kind": "corrupted images", "dataset": first.id, "licence": first.licence, "synthetic": first.synthetic,
+        "kind": CORRUPTED, "dataset": first.id, "licence": first.licence, "synthetic": first.synthetic,
         "note": "The licence of the source goes with these images. Not for clinical use.",
         "suite": suite_record(suite), "corruptions": list(names), "severities": list(severities), "seed": seed,
         "splits": list(splits), "drawn": drawn, "size": list(first.images.shape[1:3]), "pixels": pixels.hexdigest(),

@@ -19,11 +19,11 @@ from medrobust_lib.data.dicom import patient_of
 from medrobust_lib.data.inspection import first_of
 from medrobust_lib.data.readers import SHOWN_PATH, SPLITS, UNSPLIT, Positions, Split, file_images, resolve_split
 from medrobust_lib.data.wording import composed
-from medrobust_lib.files import parsed
+from medrobust_lib.files import parsed, read_json_object
 
 Labelled = Sequence[tuple[Path, str]]  # files, each with its class
 Grouping = str | Callable[[str], str]  # how images are told to be of one patient; `load_dataset` explains it
-_SEVERITIES = frozenset("12345")
+CORRUPTED = "corrupted images"  # what `medrobust corrupt` calls its folders in their manifest.json
 AUTO, UNGROUPED, BY_FOLDER, BY_DICOM, PATIENT = "auto", "none", "folder", "dicom", "patient"
 _SPELLINGS = {"training": "train", "valid": "val", "validation": "val", "testing": "test"}
 _SPELLINGS |= {split: split for split in SPLITS}
@@ -327,11 +327,11 @@ def _check_layout(
     inner = set.union(*below.values())
     names = first_of(sorted(inner))
     only = {folder.name for folder in below}
-    for written, levels in ((root, inner), (root.parent, only)):
-        if levels <= _SEVERITIES and (written / "manifest.json").is_file():
+    for written, names_there in ((root, only), (root.parent, {root.name})):
+        if names_there <= _corruptions_in(written):
             raise ValueError(
-                f"{root} holds {', '.join(sorted(levels))}, severities as `medrobust corrupt` writes them: name one "
-                f"corruption and severity, folder:{written}/CORRUPTION/SEVERITY"
+                f"`medrobust corrupt` wrote {written}, and {root} holds corruptions or severities, no classes: "
+                f"name one of each, folder:{written}/CORRUPTION/SEVERITY"
             )
     for folder, parts in below.items():
         if any(part.lower() in _SPELLINGS for part in parts) and len(only) > 1:
@@ -351,6 +351,18 @@ def _check_layout(
             f"images in a table, csv:, with the columns path, label and patient. If {names} are the classes, write "
             f"folder:{root / min(only)}"
         )
+
+
+def _corruptions_in(folder: Path) -> set[str]:
+    """Corruptions that have folders of their own where `medrobust corrupt` wrote; none elsewhere."""
+    try:
+        parameters = read_json_object(folder / "manifest.json", "a manifest").get("parameters")
+    except (OSError, ValueError):  # none, or another program's
+        return set()
+    if not isinstance(parameters, dict) or parameters.get("kind") != CORRUPTED:
+        return set()
+    several = len(parameters["corruptions"]) * len(parameters["severities"]) > 1
+    return set(parameters["corruptions"]) if several else set()
 
 
 def _ordered(codes: Iterable[str]) -> tuple[str, ...]:

@@ -90,8 +90,8 @@ def compare_runs(run_a: Path, run_b: Path) -> Comparison:
     Results are matched by data set, model, metric, seed and what they were measured on (noise level, radius,
     corruption). Where each run has a single model and they differ, these two are compared. Where both runs kept the
     answers to the same images, the difference is paired; its interval is `paired_interval` where an image can only be
-    right or wrong, and `mean_interval` for means, both over patients where one has
-    several images. Elsewhere it comes from the two intervals on the cards.
+    right or wrong, and `mean_interval` for means, both over patients where one has several images. Elsewhere it comes
+    from the two intervals on the cards.
 
     Parameters
     ----------

@@ -422,13 +422,13 @@ def test_where_every_class_holds_every_patient_the_caller_says_which_is_which(tm
     assert class_folder_split(root, "test", group="none").groups(np.arange(4)) == ()
 
 
-def test_folders_of_corruptions_and_severities_are_no_classes(tmp_path):
-    root = layout(tmp_path / "worse", *(f"{c}/{s}/{k}/1.png" for c in ("blur", "snow") for s in "13" for k in "xy"))
-    (root / "manifest.json").write_text("{}")
-    for folder in (root, root / "blur"):
-        with pytest.raises(ValueError, match="severities as `medrobust corrupt` .* folder:.*worse/CORRUPTION/SEVERITY"):
-            class_folder_split(folder, "test")
-    assert class_folder_split(root / "blur" / "3", "test").labels.tolist() == [0, 1]
+def test_graded_classes_beside_a_manifest_of_another_program_are_read(tmp_path):
+    root = layout(tmp_path / "grades", "1/1.png", "2/1.png")
+    patients = layout(tmp_path / "patients", "x/1/1.png", "x/2/1.png", "y/3/1.png")
+    for folder in (root, patients, tmp_path):
+        (folder / "manifest.json").write_text('{"parameters": ["a", "b"]}')
+    assert class_folder_split(root, "test").labels.tolist() == [0, 1]
+    assert class_folder_split(patients, "test").labels.tolist() == [0, 0, 1]
 
 
 def test_layouts_that_only_look_alike_are_read(tmp_path):
