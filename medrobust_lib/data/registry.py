@@ -34,6 +34,7 @@ from medrobust_lib.places import default_data_root
 
 Words = str | Mapping[str, Any] | None  # what the classes of own images are called, in one parameter
 _WORDS = ("class_names", "templates", "like")
+_FEW_PATIENTS = 20  # of fewer a bootstrap covers less than it says
 QUESTIONS_PREFIX = "mm-safetybench/"  # of ids for `load_questions`
 
 
@@ -230,10 +231,13 @@ class OpenSplit:
                 f"All {len(groups)} images drawn are stated to be of one patient, so no number on them has a useful "
                 "interval; where that is a placeholder, give a table with a column patient, or group='none'."
             )
-        elif groups and len(set(groups)) < len(groups):
+        elif groups and (patients := len(set(groups))) < len(groups):
+            few = patients < _FEW_PATIENTS
             caveats.append(
                 "Patients have several images: intervals are over patients, and what is divided here keeps all images "
                 "of one together."
+                + few
+                * f" Of {patients} patients the bootstrap intervals of mCE and of what is lost cover too little."
             )
         if drawn.get("draw") == "balanced":
             caveats.append(prevalence_changed(labels, self.labels))

@@ -53,6 +53,15 @@ def test_files_and_groups_follow_the_images_into_subsets(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize(("patients", "told"), [(19, True), (20, False)])
+def test_of_a_few_patients_a_bootstrap_says_that_it_covers_too_little(tmp_path, patients, told):
+    rows = [*range(patients), *range(patients)]
+    said = " ".join(load_dataset(table_of(tmp_path, rows=rows)).caveats)
+    assert "intervals are over patients" in said
+    assert (f"Of {patients} patients the bootstrap intervals of mCE" in said) == told
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
 def test_images_that_are_no_files_are_named_by_their_place(tmp_path):
     phantoms = load_dataset("phantom/breast", n=4)
     assert phantoms.files == tuple(f"image {index}" for index in phantoms.indices) and phantoms.groups == ()
